@@ -1,0 +1,62 @@
+# Everything CI does is a target here. `make help` lists them.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on the PATH; name one with PYTHON=…"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,features]'
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/installed ## Set up .venv (CPU build of torch)
+
+.PHONY: demo
+demo: install ## Run the whole pipeline on real images (a few minutes), then show where the report is
+	$(BIN)/ddm run experiment=demo
+
+.PHONY: test
+test: install ## Run all tests (at most 10 minutes on two cores)
+	$(BIN)/python -m pytest -q
+
+.PHONY: test-quick
+test-quick: install ## Run the quick tier (at most a minute)
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+.PHONY: check
+check: install ## Format, lint and types; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: style
+style: install ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: bench bench-overhead bench-quality
+bench: bench-overhead bench-quality ## Run every benchmark and write docs/benchmarks.md
+
+bench-overhead: install ## What the orchestrator costs, against the same loops by hand
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.page
+
+bench-quality: install ## Ensemble against FLOP-matched monolith, every selection, three seeds
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.page
+
+.PHONY: wheel
+wheel: install ## Build the wheel
+	$(BIN)/python -m build --wheel --outdir dist .
+
+.PHONY: clean
+clean: ## Remove the environment and what was built; runs are kept
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

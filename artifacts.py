@@ -1,0 +1,256 @@
+"""The floor that every room stands on: folders that are whole or absent.
+
+A stage fills a temporary folder; `publish` moves it to its final name and writes `manifest.json` last.
+A folder without a manifest is unfinished, whatever else lies in it. `Workspace` is the other half: what a
+stage may keep between two attempts, and how it says how far it is.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(extra="forbid")
+"""For every configuration dataclass: an unknown key is an error, never ignored."""
+
+MANIFEST = "manifest.json"
+
+
+class ArtifactError(Exception):
+    """A folder is not the artifact that was asked for."""
+
+
+class UnfinishedArtifact(ArtifactError):
+    """A folder has no manifest: its stage was interrupted or never ran."""
+
+
+class CorruptArtifact(ArtifactError):
+    """A file differs from the checksum in its manifest, or cannot be parsed."""
+
+
+class Preempted(Exception):  # noqa: N818 - not an error: the work is saved and can go on
+    """The stage was asked to stop, has saved its work and can be continued."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Where an artifact came from and what it consists of."""
+
+    stage: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Role of every input and its fingerprint."""
+    checksums: dict[str, str]
+    """SHA-256 of every file, by its path inside the folder."""
+    flops: float = 0.0
+    """Counted floating point operations of the stage, all attempts' repeated work left out."""
+    commit: str = ""
+    seconds: float = 0.0
+    island: str = ""
+    attempt: int = 1
+
+
+def plain(value: object) -> Any:
+    """`value` as JSON knows it: dataclasses become objects, paths become strings, tuples become lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def fingerprint(stage: str, config: object, inputs: Mapping[str, str]) -> str:
+    """SHA-256 over a stage's name, its configuration and its inputs' fingerprints, as 64 hex digits."""
+    text = json.dumps([stage, plain(config), dict(inputs)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of one file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file below `folder` except its manifest, in a fixed order."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if path.relative_to(folder) != Path(MANIFEST))
+
+
+def sync(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    write_text(path, json.dumps(plain(value), indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises `UnfinishedArtifact` if it is missing, `CorruptArtifact` if it does not parse."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnfinishedArtifact(f"{path} does not exist; run the stage that writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtifact(f"{path} is not valid JSON ({error}); delete its folder and run again") from error
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that takes the name `folder` when the block ends without an error.
+
+    Everything is fsynced before the rename, so a crash leaves the old folder, none or the new one, never half of one.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in files_in(temporary):
+            sync(path)
+        sync(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(
+    folder: Path,
+    fill: Callable[[Path], float],
+    *,
+    stage: str,
+    config: object,
+    inputs: Mapping[str, str],
+    island: str = "",
+    attempt: int = 1,
+    commit: str = "",
+    may_commit: Callable[[], bool] = lambda: True,
+) -> Manifest:
+    """Let `fill` write an artifact into a temporary folder and return its FLOPs; then give it its final name.
+
+    `may_commit` is asked last: a worker that has lost its lease must not write, and gets `Preempted`.
+    An artifact that is already there is left as it is.
+    """
+    if is_finished(folder):
+        return read_manifest(folder)
+    started = time.monotonic()
+    with replaced_folder(folder) as temporary:
+        flops = fill(temporary)
+        checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
+        if not may_commit():
+            raise Preempted(f"attempt {attempt} of {stage} lost its lease; a later attempt owns {folder.name}")
+    manifest = Manifest(
+        stage=stage,
+        fingerprint=fingerprint(stage, config, inputs),
+        config=plain(config),
+        inputs=dict(inputs),
+        checksums=checksums,
+        flops=flops,
+        commit=commit,
+        seconds=round(time.monotonic() - started, 3),
+        island=island,
+        attempt=attempt,
+    )
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` has a manifest, which is written last."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished artifact; raises `UnfinishedArtifact` or `CorruptArtifact`."""
+    found = read_json(folder / MANIFEST)
+    try:
+        return Manifest(**found)
+    except TypeError as error:
+        raise CorruptArtifact(f"{folder / MANIFEST} was written by another version: {error}") from error
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with its checksum; raises `CorruptArtifact` naming all that differ."""
+    recorded = read_manifest(folder).checksums
+    present = {str(path.relative_to(folder)): path for path in files_in(folder)}
+    broken = [name for name, digest in recorded.items() if name not in present or checksum(present[name]) != digest]
+    if broken:
+        raise CorruptArtifact(
+            f"{folder}: {len(broken)} of {len(recorded)} files are missing or changed: {', '.join(broken[:5])}; "
+            "delete the folder and run again"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What a stage keeps between attempts, and the two files through which it talks to whoever started it."""
+
+    scratch: Path
+    """Outlives an attempt: checkpoints, finished batches. Deleting it costs time, never correctness."""
+    attempt: Path
+    """Belongs to this attempt alone: `progress.json`, `metrics.jsonl`, `log.txt`."""
+    stop_files: tuple[Path, ...] = ()
+    """The stage saves its work and raises `Preempted` once one of these files exists."""
+    _clock: dict[str, float] = field(default_factory=lambda: {"started": time.monotonic()}, repr=False)
+
+    @classmethod
+    def at(cls, folder: Path) -> Self:
+        """A workspace for work that is done by hand."""
+        (folder / "attempt_1").mkdir(parents=True, exist_ok=True)
+        return cls(folder, folder / "attempt_1", (folder / "stop",))
+
+    def report(self, done: int, total: int, figures: Mapping[str, float] | None = None, *, unit: str = "") -> None:
+        """Say how far the work is; at most two files a second are written, so it may be called at every step."""
+        now = time.monotonic()
+        if done < total and now - self._clock.get("reported", 0.0) < 0.5:
+            return
+        self._clock["reported"] = now
+        if "first" not in self._clock:
+            self._clock.update(first=now, first_done=done)
+        pace = (done - self._clock["first_done"]) / (now - self._clock["first"] or 1.0)
+        left_s = (total - done) / pace if pace > 0 else None
+        progress = {
+            "done": done,
+            "total": total,
+            "unit": unit,
+            "left_s": left_s,
+            "figures": dict(figures or {}),
+        }
+        write_json(self.attempt / "progress.json", progress)
+
+    def stop_requested(self) -> bool:
+        """Whether the work should be saved now; looks at the disk at most five times a second."""
+        now = time.monotonic()
+        if now - self._clock.get("looked", 0.0) < 0.2:
+            return False
+        self._clock["looked"] = now
+        return any(path.exists() for path in self.stop_files)

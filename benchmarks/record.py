@@ -1,0 +1,69 @@
+"""What a benchmark writes down: where it ran, what was claimed, what came out."""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from artifacts import write_json
+from orchestrator.controller import project_commit
+
+RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One row: a claim, its bar, and what was measured."""
+
+    name: str
+    bar: str
+    value: str
+    spread: str
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """A table beside the claims."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]] = field(default_factory=list)
+
+
+def machine() -> str:
+    """Processor, cores and versions in one line."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    return f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def write_result(
+    script: str, seconds: float, claims: Sequence[Claim], listings: Sequence[Listing] = (), notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write `docs/benchmarks/<script>.json` and return what it says."""
+    result = {
+        "machine": machine(),
+        "commit": project_commit(),
+        "seconds": round(seconds, 1),
+        "claims": list(claims),
+        "listings": list(listings),
+        "notes": list(notes),
+    }
+    write_json(RESULTS / f"{script}.json", result)
+    return result
+
+
+def median_and_range(values: Sequence[float], digits: int = 3) -> tuple[str, str]:
+    """The median, and the smallest and largest value, as text."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return f"{median:.{digits}f}", f"{ordered[0]:.{digits}f} to {ordered[-1]:.{digits}f}, n = {len(ordered)}"

@@ -1,0 +1,69 @@
+"""Which cluster each training sample belongs to, as a table, and how many of each class that makes."""
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from jaxtyping import Integer
+
+from data_partition.errors import FeaturesMismatch
+from data_partition.shards import encoded_label
+from data_partition.tars import Encoded
+
+
+class AssignmentTable:
+    """Writes a line of `assignment.csv` for each sample, and counts the classes of every cluster."""
+
+    def __init__(self, path: Path, keys: Path, cluster_of: Callable[[int], int], shape: tuple[int, int]) -> None:
+        self._file = path.open("w", encoding="utf-8", newline="")
+        self._keys = keys.open(encoding="utf-8", newline="\n")
+        self._table = csv.writer(self._file, lineterminator="\n")
+        self._table.writerow(("key", "cluster_id"))
+        self._cluster_of = cluster_of
+        self.class_counts = np.zeros(shape, dtype=np.int64)
+        """[class cluster]"""
+
+    def __enter__(self) -> "AssignmentTable":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._keys.close()
+
+    def add(self, row: int, sample: Encoded) -> None:
+        """Write the line of one sample; raises `FeaturesMismatch` if its features are another sample's."""
+        key = self._keys.readline().rstrip("\n")
+        if key != sample.key:
+            raise FeaturesMismatch(
+                f"row {row} of the features belongs to {key!r}, but of the data set to {sample.key!r}; "
+                "extract the features of this data set again"
+            )
+        cluster_id, label = self._cluster_of(row), encoded_label(sample)
+        self._table.writerow((sample.key, cluster_id))
+        if 0 <= label < len(self.class_counts):
+            self.class_counts[label, cluster_id] += 1
+
+
+def store_ids(
+    path: Path, count: int, batches: Iterable[Integer[np.ndarray, " batch"]]
+) -> Integer[np.ndarray, " sample"]:
+    """The ids of all batches as a memory-mapped file, so that they take no memory."""
+    if count == 0:
+        return np.zeros(0, dtype=np.int32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(count,))
+    start = 0
+    for ids in batches:
+        stored[start : start + len(ids)] = ids
+        start += len(ids)
+    return stored
+
+
+def count_ids(ids: Integer[np.ndarray, " sample"], num: int, block_rows: int) -> Integer[np.ndarray, " num"]:
+    """How often each of `num` ids occurs, in blocks."""
+    blocks = (ids[start : start + block_rows] for start in range(0, len(ids), block_rows))
+    return sum((np.bincount(block, minlength=num) for block in blocks), np.zeros(num, dtype=np.int64))

@@ -1,0 +1,83 @@
+"""What can be chosen about a data set and its partition; imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from artifacts import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Which images to learn from, and the size they are brought to."""
+
+    source: Literal["fashion", "fashion_full", "digits", "image_folder", "webdataset"] = "fashion"
+    """Where images come from; `data_partition/sources.py` has one function for each."""
+
+    path: str | None = None
+    """Folder of images, or a brace-expanded URL of tars; only some sources need one."""
+
+    image_size: Annotated[int, Field(ge=4, le=2048)] = 28
+    """Side of the square images in pixels."""
+
+    channels: Literal[1, 3] = 1
+    """1 is grey, 3 is RGB; images are converted."""
+
+    fit: Literal["exact", "crop"] = "exact"
+    """`exact`: an image of another size is an error. `crop`: scale the shorter side, cut out the middle."""
+
+    labels: bool = True
+    """Whether every sample must carry a class; without labels the models are unconditional."""
+
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of samples kept from training as the reference for scores, chosen by a hash of their keys.
+    Sources with a test set of their own use that instead."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many training samples."""
+
+    max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of unreadable images that may be skipped, each named in the log; more is an error."""
+
+    shard_samples: Annotated[int, Field(ge=1)] = 2048
+    """Samples in one shard at most."""
+
+    version: str = ""
+    """Any text; change it when the files behind `path` have changed, so that the data are read again."""
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> "DataConfig":
+        """Check that a source outside the package says where it is."""
+        if self.path is None and self.source in ("image_folder", "webdataset"):
+            raise ValueError(f"source {self.source} needs data.path=…, the folder or URL with the images")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PartitionConfig:
+    """How the data set is divided into one cluster per expert."""
+
+    num_experts: Annotated[int, Field(ge=1, le=1024)] = 4
+    """K: how many clusters, and so how many experts."""
+
+    features: Literal["pixels", "random_conv", "efficientnet_lite0"] = "pixels"
+    """The space in which the clusters are found; `data_partition/features.py` has one extractor for each."""
+
+    components: Annotated[int, Field(ge=2)] = 64
+    """Principal components kept of `pixels` features."""
+
+    num_fine: Annotated[int, Field(ge=1)] = 1024
+    """Fine centroids at most; never more than a twentieth of the samples."""
+
+    balanced: bool = True
+    """Whether the fine centroids are consolidated into clusters of about equal size."""
+
+    iterations: Annotated[int, Field(ge=1)] = 25
+    """Rounds of k-means."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Images whose features are computed at once."""
+
+    seed: int = 0
+    """Two partitions with the same seed and data are equal."""

@@ -1,0 +1,179 @@
+"""From fine centroids to clusters: k-means over weighted points, with or without a limit on a cluster's weight.
+
+Fine centroids are few, so this is plain numpy; every step is deterministic.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from data_partition.errors import EmptyCluster
+
+RESTARTS = 8
+ROUNDS = 50
+TOLERANCE = 0.05
+"""How far from equal size a balanced cluster may be, where the fine centroids allow it."""
+
+Points = Float[np.ndarray, "fine feature"]
+Means = Float[np.ndarray, "cluster feature"]
+Distances = Float[np.ndarray, "fine cluster"]
+Weights = Float[np.ndarray, " fine"]
+Ids = Int64[np.ndarray, " fine"]
+
+
+def consolidate(
+    centroids: Points, counts: Int64[np.ndarray, " fine"], num_clusters: int, balanced: bool, seed: int
+) -> Ids:
+    """The cluster of each fine centroid, whose weight is how many samples are nearest to it.
+
+    No cluster is empty; raises `EmptyCluster` if fewer than `num_clusters` fine centroids have a sample.
+    """
+    occupied = np.flatnonzero(counts)
+    if len(occupied) < num_clusters:
+        raise EmptyCluster(
+            f"only {len(occupied)} of {len(counts)} fine centroids have a sample, too few for {num_clusters} clusters; "
+            f"set partition.num_experts to at most {len(occupied)}, or remove duplicate images"
+        )
+    points, weights = centroids[occupied].astype(np.float64), counts[occupied].astype(np.float64)
+    assign = balanced_ids if balanced else nearest_ids
+    generator = np.random.default_rng(seed)
+    found = [weighted_kmeans(points, weights, num_clusters, assign, generator) for _ in range(RESTARTS)]
+    best = min(found, key=lambda ids: distortion(points, weights, ids, num_clusters))
+    means = weighted_means(points, weights, best, num_clusters)
+    ids: Ids = squared_distances(centroids.astype(np.float64), means).argmin(axis=1)
+    ids[occupied] = best
+    return ids
+
+
+def weighted_kmeans(
+    points: Points,
+    weights: Weights,
+    num_clusters: int,
+    assign: Callable[[Distances, Weights], Ids],
+    generator: np.random.Generator,
+) -> Ids:
+    """Lloyd's algorithm from a k-means++ start; the best of its rounds."""
+    ids = assign(squared_distances(points, spread_start(points, weights, num_clusters, generator)), weights)
+    best, least = ids, distortion(points, weights, ids, num_clusters)
+    for _ in range(ROUNDS):
+        distances = squared_distances(points, weighted_means(points, weights, ids, num_clusters))
+        previous, ids = ids, assign(distances, weights)
+        cost = distortion(points, weights, ids, num_clusters)
+        if cost < least:
+            best, least = ids, cost
+        if np.array_equal(previous, ids):
+            break
+    return best
+
+
+def spread_start(points: Points, weights: Weights, num_clusters: int, generator: np.random.Generator) -> Means:
+    """Points drawn far from each other: k-means++ (Arthur and Vassilvitskii 2007)."""
+    chosen = [int(generator.choice(len(points), p=weights / weights.sum()))]
+    for _ in range(num_clusters - 1):
+        chances = weights * squared_distances(points, points[chosen]).min(axis=1)
+        chances[chosen] = 0.0
+        if chances.sum() == 0:
+            chances = np.where(np.isin(np.arange(len(points)), chosen), 0.0, weights)
+        chosen.append(int(generator.choice(len(points), p=chances / chances.sum())))
+    return points[chosen]
+
+
+def nearest_ids(distances: Distances, weights: Weights) -> Ids:
+    """Every point to its nearest cluster; a cluster that got none takes the point farthest from its own."""
+    ids: Ids = distances.argmin(axis=1)
+    sizes = np.bincount(ids, minlength=distances.shape[1])
+    for empty in np.flatnonzero(sizes == 0):
+        own = np.where(sizes[ids] > 1, distances[np.arange(len(ids)), ids], -1.0)
+        moved = own.argmax()
+        sizes[ids[moved]] -= 1
+        sizes[empty] = 1
+        ids[moved] = empty
+    return ids
+
+
+def balanced_ids(distances: Distances, weights: Weights) -> Ids:
+    """Clusters of about equal weight, at a small cost in distance.
+
+    Points that would lose most by going elsewhere choose first; then the heaviest cluster gives and the lightest
+    takes, at the least cost, until all are within `TOLERANCE` or no move evens them out.
+    """
+    mean = weights.sum() / distances.shape[1]
+    ids, loads = _in_order_of_regret(distances, weights, mean)
+    while (move := _cheapest_move(ids, loads, distances, weights, mean)) is not None:
+        point, cluster = move
+        loads[ids[point]] -= weights[point]
+        loads[cluster] += weights[point]
+        ids[point] = cluster
+    return ids
+
+
+def _in_order_of_regret(
+    distances: Distances, weights: Weights, mean: float
+) -> tuple[Ids, Float[np.ndarray, " cluster"]]:
+    """Each point to the nearest cluster that has room for at least half of it."""
+    preferences = distances.argsort(axis=1, kind="stable")
+    two = np.sort(distances, axis=1)[:, :2]
+    order = np.argsort(-(two[:, -1] - two[:, 0]) * weights, kind="stable")
+    loads = np.zeros(distances.shape[1])
+    ids = np.empty(len(weights), dtype=np.int64)
+    for point in order:
+        room = loads[preferences[point]] + weights[point] / 2 <= mean
+        ids[point] = preferences[point][room.argmax()] if room.any() else loads.argmin()
+        loads[ids[point]] += weights[point]
+    return ids, loads
+
+
+def _cheapest_move(
+    ids: Ids, loads: Float[np.ndarray, " cluster"], distances: Distances, weights: Weights, mean: float
+) -> tuple[int, int] | None:
+    """The move from the heaviest cluster, or else into the lightest, that costs least and evens the two out."""
+    points, clusters = np.arange(len(ids)), np.arange(len(loads))
+    if loads.max() > mean * (1 + TOLERANCE):
+        move = _cheapest(points[ids == loads.argmax()], clusters, ids, loads, distances, weights)
+        if move is not None:
+            return move
+    if loads.min() < mean * (1 - TOLERANCE):
+        return _cheapest(points, clusters[[loads.argmin()]], ids, loads, distances, weights)
+    return None
+
+
+def _cheapest(
+    points: Int64[np.ndarray, " some"],
+    clusters: Int64[np.ndarray, " other"],
+    ids: Ids,
+    loads: Float[np.ndarray, " cluster"],
+    distances: Distances,
+    weights: Weights,
+) -> tuple[int, int] | None:
+    """The cheapest of the moves of `points` into `clusters` that even two loads out, if there is one.
+
+    A move does if the cluster that takes stays below what the other had: so moves come to an end.
+    """
+    gain = loads[ids[points]][:, None] - loads[clusters] - weights[points][:, None]
+    if not (gain > 0).any():
+        return None
+    cost = distances[np.ix_(points, clusters)] - distances[points, ids[points]][:, None]
+    row, column = np.unravel_index(np.where(gain > 0, cost, np.inf).argmin(), cost.shape)
+    return int(points[row]), int(clusters[column])
+
+
+def weighted_means(points: Points, weights: Weights, ids: Ids, num_clusters: int) -> Means:
+    """The mean of each cluster."""
+    members = (ids[None, :] == np.arange(num_clusters)[:, None]) * weights
+    means: Means = (members @ points) / members.sum(axis=1, keepdims=True)
+    return means
+
+
+def squared_distances(points: Points, means: Means) -> Distances:
+    """Squared Euclidean distances, never negative."""
+    squares = np.square(points).sum(axis=1)[:, None] + np.square(means).sum(axis=1)
+    distances: Distances = np.maximum(squares - 2 * points @ means.T, 0.0)
+    return distances
+
+
+def distortion(points: Points, weights: Weights, ids: Ids, num_clusters: int) -> float:
+    """Mean squared distance of a sample's fine centroid from the mean of its cluster."""
+    means = weighted_means(points, weights, ids, num_clusters)
+    squares = np.square(points - means[ids]).sum(axis=1)
+    return float((weights * squares).sum() / weights.sum())

@@ -1,0 +1,231 @@
+"""The division of a data set into K clusters, one for each expert.
+
+    features ──kmeans──► fine centroids ──consolidate──► fine_to_cluster ──assign──► a cluster for every image
+
+A sample belongs to the cluster of its nearest fine centroid, and so does an image that was generated later.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int64, Integer, UInt8
+from safetensors.numpy import load_file, save_file
+
+from artifacts import Workspace, read_json, write_json
+from data_partition.assignment import AssignmentTable, count_ids, store_ids
+from data_partition.balance import Balance, evenness
+from data_partition.clusters import write_clusters
+from data_partition.config import PartitionConfig
+from data_partition.consolidate import consolidate, distortion
+from data_partition.errors import EmptyCluster, FeaturesMismatch
+from data_partition.feature_file import FEATURES, KEYS
+from data_partition.features import FeatureExtractor, load_extractor
+from data_partition.kmeans import BLOCK_ROWS, fine_centroids, nearest, num_fine, training_rows
+from data_partition.shards import read_batches, read_index
+from data_partition.watch import Watch
+
+TENSORS, FACTS, EXTRACTOR = "partition.safetensors", "partition.json", "extractor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """Where the clusters lie in feature space, and how many training samples each has."""
+
+    fine_centroids: Float32[np.ndarray, "fine feature"]
+    fine_to_cluster: Int64[np.ndarray, " fine"]
+    counts: Int64[np.ndarray, " cluster"]
+    class_counts: Int64[np.ndarray, "class cluster"] | None = None
+    """None: the samples carry no classes."""
+    extractor: FeatureExtractor | None = None
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return len(self.counts)
+
+    def assign(self, features: Float32[np.ndarray, "batch feature"]) -> Int64[np.ndarray, " batch"]:
+        """The cluster of each row of features."""
+        ids: Int64[np.ndarray, " batch"] = self.fine_to_cluster[nearest(features, self.fine_centroids)]
+        return ids
+
+    def assign_images(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Int64[np.ndarray, " batch"]:
+        """The cluster of each image; raises `FeaturesMismatch` if the partition was loaded without its extractor."""
+        if self.extractor is None:
+            raise FeaturesMismatch("this partition has no extractor; use load_partition(folder), which brings it along")
+        return self.assign(self.extractor(images))
+
+    def save(self, folder: Path) -> None:
+        """Write centroids and counts; the extractor is a folder of its own beside them."""
+        tensors = {
+            "fine_centroids": self.fine_centroids,
+            "fine_to_cluster": self.fine_to_cluster,
+            "counts": self.counts,
+        }
+        if self.class_counts is not None:
+            tensors["class_counts"] = self.class_counts
+        save_file(tensors, folder / TENSORS)
+        fine, dimension = self.fine_centroids.shape
+        write_json(folder / FACTS, {"num_clusters": self.num_clusters, "num_fine": fine, "dimension": dimension})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Partition":
+        """Read what `save` wrote."""
+        found = load_file(folder / TENSORS)
+        if len(found["counts"]) != read_json(folder / FACTS)["num_clusters"]:
+            raise FeaturesMismatch(f"{folder}: {TENSORS} and {FACTS} belong to different partitions; partition again")
+        return cls(
+            fine_centroids=found["fine_centroids"],
+            fine_to_cluster=found["fine_to_cluster"],
+            counts=found["counts"],
+            class_counts=found.get("class_counts"),
+        )
+
+
+def load_partition(folder: Path) -> Partition:
+    """A partition with its extractor, so that it can assign images."""
+    return replace(Partition.load(folder), extractor=load_extractor(folder / EXTRACTOR))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionSummary:
+    """How large the clusters are, and what finding them cost."""
+
+    counts: tuple[int, ...]
+    """Training samples of each cluster."""
+    holdout_counts: tuple[int, ...]
+    flops: float
+
+
+def make_partition(
+    config: PartitionConfig, dataset: Path, features: Path, out: Path, workspace: Workspace
+) -> PartitionSummary:
+    """Divide `dataset` by the features of its training samples, which `extract_features` wrote.
+
+    Writes the partition, `assignment.csv`, `balance.json`, `clusters/<k>`, `holdout/<k>` and `extractor` into `out`.
+    Raises `TooFewSamples`, `EmptyCluster`, `FeaturesMismatch`, or `Preempted` when it is asked to stop.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    index, held_out = read_index(dataset / "train"), read_index(dataset / "holdout")
+    values = open_features(features, index.count)
+    watch = Watch(workspace, 2 * (index.count + held_out.count))
+    fine = num_fine(config.num_fine, index.count, config.num_experts)
+    centroids = fine_centroids(values, fine, config.iterations, config.seed)
+    fine_ids = store_ids(
+        workspace.scratch / "fine_ids.npy", index.count, watch.over(_nearest_blocks(values, centroids))
+    )
+    fine_counts = count_ids(fine_ids, fine, BLOCK_ROWS)
+    partition = _consolidated(config, centroids, fine_counts)
+    partition = _write_training(partition, dataset / "train", features / KEYS, fine_ids, out, watch)
+    partition.save(out)
+    shutil.copytree(features / EXTRACTOR, out / EXTRACTOR, dirs_exist_ok=True)
+    partition = replace(partition, extractor=load_extractor(out / EXTRACTOR))
+    holdouts = _write_holdout(partition, dataset / "holdout", config.batch_size, out, workspace.scratch, watch)
+    write_json(out / "balance.json", _balance(partition, fine_counts, index.class_names, holdouts))
+    return PartitionSummary(
+        counts=tuple(partition.counts.tolist()),
+        holdout_counts=holdouts,
+        flops=_flops(config, partition, index.count, held_out.count),
+    )
+
+
+def open_features(folder: Path, count: int) -> Float32[np.ndarray, "sample feature"]:
+    """The features in `folder`, memory-mapped; raises `FeaturesMismatch` if they are not `count` rows."""
+    try:
+        values: np.ndarray = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise FeaturesMismatch(f"{folder / FEATURES} cannot be read ({error}); extract the features again") from error
+    if values.ndim != 2 or len(values) != count:
+        raise FeaturesMismatch(
+            f"{folder / FEATURES} has shape {values.shape}, the data set {count} samples; extract its features again"
+        )
+    return values
+
+
+def _nearest_blocks(
+    values: Float32[np.ndarray, "sample feature"], centroids: Float32[np.ndarray, "fine feature"]
+) -> Iterator[Int64[np.ndarray, " block"]]:
+    for start in range(0, len(values), BLOCK_ROWS):
+        yield nearest(values[start : start + BLOCK_ROWS], centroids)
+
+
+def _consolidated(
+    config: PartitionConfig, centroids: Float32[np.ndarray, "fine feature"], counts: Int64[np.ndarray, " fine"]
+) -> Partition:
+    """The partition, still without its class counts."""
+    fine_to_cluster = consolidate(centroids, counts, config.num_experts, config.balanced, config.seed)
+    totals = np.bincount(fine_to_cluster, counts, config.num_experts).astype(np.int64)
+    if (totals == 0).any():
+        raise EmptyCluster(
+            f"clusters {np.flatnonzero(totals == 0).tolist()} of {config.num_experts} are empty; "
+            f"set partition.num_experts to at most {np.count_nonzero(totals)}"
+        )
+    return Partition(fine_centroids=centroids, fine_to_cluster=fine_to_cluster, counts=totals)
+
+
+def _write_training(
+    partition: Partition,
+    shards: Path,
+    keys: Path,
+    fine_ids: Integer[np.ndarray, " sample"],
+    out: Path,
+    watch: Watch,
+) -> Partition:
+    """Write the clusters and their table; returns the partition with its class counts."""
+
+    def cluster_of(row: int) -> int:
+        return int(partition.fine_to_cluster[fine_ids[row]])
+
+    shape = (len(read_index(shards).class_names), partition.num_clusters)
+    with AssignmentTable(out / "assignment.csv", keys, cluster_of, shape) as table:
+        write_clusters(shards, partition.num_clusters, out / "clusters", cluster_of, watch.each(table.add))
+    return replace(partition, class_counts=table.class_counts if shape[0] else None)
+
+
+def _write_holdout(
+    partition: Partition, shards: Path, batch_size: int, out: Path, scratch: Path, watch: Watch
+) -> tuple[int, ...]:
+    """Write the held-out samples by the same rule; returns how many each cluster has."""
+    count = read_index(shards).count
+    batches = (partition.assign_images(batch.images) for batch in read_batches(shards, batch_size))
+    ids = store_ids(scratch / "holdout_ids.npy", count, watch.over(batches))
+    indices = write_clusters(
+        shards,
+        partition.num_clusters,
+        out / "holdout",
+        lambda row: int(ids[row]),
+        watch.each(lambda row, sample: None),
+    )
+    return tuple(index.count for index in indices)
+
+
+def _balance(
+    partition: Partition,
+    fine_counts: Int64[np.ndarray, " fine"],
+    class_names: tuple[str, ...],
+    holdout_counts: tuple[int, ...],
+) -> Balance:
+    counts, total = partition.counts, partition.counts.sum()
+    points, weights = partition.fine_centroids.astype(np.float64), fine_counts.astype(np.float64)
+    return Balance(
+        counts=tuple(counts.tolist()),
+        holdout_counts=holdout_counts,
+        shares=tuple((counts / total).tolist()),
+        smallest_over_mean=float(counts.min() / counts.mean()),
+        largest_over_mean=float(counts.max() / counts.mean()),
+        evenness=evenness(counts),
+        num_fine=len(points),
+        distortion=distortion(points, weights, partition.fine_to_cluster, len(counts)),
+        class_names=class_names,
+        class_counts=() if partition.class_counts is None else tuple(map(tuple, partition.class_counts.tolist())),
+    )
+
+
+def _flops(config: PartitionConfig, partition: Partition, count: int, held_out: int) -> float:
+    """Two for each product in k-means and in assigning, and the features of the held-out samples."""
+    fine, dimension = partition.fine_centroids.shape
+    rows = len(training_rows(count, fine, config.seed)) * config.iterations + count + held_out
+    features = 0.0 if partition.extractor is None else held_out * partition.extractor.flops_per_image
+    return float(2 * rows * fine * dimension + features)

@@ -1,0 +1,63 @@
+"""Images in somebody else's tars, local or remote, with a class, a caption, or neither."""
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from urllib.parse import quote, urlsplit
+
+from data_partition.errors import ShardError, SourceMissing, UnreadableImage
+from data_partition.images import decode_image
+from data_partition.shards import Sample
+from data_partition.source import Unreadable
+from data_partition.tars import Encoded, expand_urls, read_tar
+from data_partition.urls import check_url, open_url
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+
+MAX_CLASSES = 100_000
+"""A larger class id is taken for a mistake."""
+
+
+def read_urls(path: str | None) -> Iterator[Sample | Unreadable]:
+    """The samples of every tar that the brace-expanded `path` names; raises `ShardError`, `UrlRefused`."""
+    urls = [check_url(url) for url in expand_urls(path)] if path else []
+    if not urls:
+        raise SourceMissing("data.path is empty; data.source=webdataset needs a path or URL of tars, braces allowed")
+    for number, url in enumerate(urls):
+        for encoded in read_url(url):
+            yield read_foreign(encoded, number, url)
+
+
+def read_url(url: str) -> Iterator[Encoded]:
+    """The samples of one tar, still encoded."""
+    try:
+        with open_url(url) as file:
+            yield from read_tar(file, url)
+    except (OSError, ImportError, ValueError) as error:
+        raise ShardError(f"shard {url} cannot be opened: {error}; correct data.path or its credentials") from error
+
+
+def read_foreign(encoded: Encoded, number: int, url: str) -> Sample | Unreadable:
+    """A sample with a key that is unique among all tars."""
+    stem = PurePosixPath(urlsplit(url).path).name.split(".")[0]
+    key = quote(f"{number:05d}-{stem}/{encoded.key}", safe="/").replace(".", "%2E")
+    extension = next((name for name in IMAGE_EXTENSIONS if name in encoded.files), None)
+    if extension is None:
+        return Unreadable(key=key, reason=f"no image among {sorted(encoded.files)}")
+    try:
+        label, caption = annotation(encoded.files)
+        return Sample(key=key, image=decode_image(encoded.files[extension]), label=label, caption=caption)
+    except (UnreadableImage, ValueError) as error:
+        return Unreadable(key=key, reason=str(error))
+
+
+def annotation(files: dict[str, bytes]) -> tuple[int, str]:
+    """Class (-1: none) and caption: `.cls` and `.txt` where they are there, else what `.json` says."""
+    found = json.loads(files["json"]) if "json" in files else {}
+    if not isinstance(found, dict):
+        raise ValueError("its .json is not an object")
+    label = int(files["cls"] if "cls" in files else str(found.get("label", found.get("cls", -1))))
+    caption = files["txt"].decode() if "txt" in files else str(found.get("caption", ""))
+    if not -1 <= label < MAX_CLASSES:
+        raise ValueError(f"class {label} is not a number from 0 to {MAX_CLASSES - 1}")
+    return label, caption.strip()

@@ -1,0 +1,178 @@
+"""Many experts, one velocity field; a monolith is an ensemble of one.
+
+u(x, t | c) = sum_k p(k | x, t, c) u_k(x, t | c)      McAllister et al. 2025, arXiv:2501.05450, equation (7)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ensemble.routing import Routing, uniforms_at, uniforms_once
+from experts.condition import Condition
+from experts.noise_path import NoisePath, expand
+from router.config import SelectionConfig
+from router.select import SELECTIONS
+
+Latents = Float[Tensor, "batch *latent"]
+Times = Float[Tensor, "batch *inside"]
+"""One t a row, or one for each part of a row."""
+RowTimes = Float[Tensor, " batch"]
+Logits = Float[Tensor, "batch expert"]
+Gates = Float[Tensor, "batch expert"]
+
+
+class EnsembleError(ValueError):
+    """Experts and router do not make an ensemble."""
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """What the ensemble knows of an expert: `experts.expert.Expert`, or anything with a velocity."""
+
+    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath) -> Latents:
+        """The velocity of every row on `path`."""
+
+    def to(self, device: torch.device | str) -> "Speaker":
+        """The same expert on another device."""
+
+    def save(self, folder: Path) -> None:
+        """Write the expert's folder."""
+
+
+@runtime_checkable
+class Posterior(Protocol):
+    """What the ensemble knows of a router: `router.router.Router`, or anything that knows p(k | ...)."""
+
+    @property
+    def num_experts(self) -> int:
+        """K, missing experts included."""
+
+    def logits(self, noised: Latents, t: RowTimes, condition: Condition) -> Logits:
+        """log p(k | noised, t, condition) up to a constant a row."""
+
+    def prior_logits(self, condition: Condition, present: Bool[Tensor, " expert"] | None = None) -> Logits:
+        """log p(k | condition) among the present experts, up to a constant a row."""
+
+    def to(self, device: torch.device | str) -> "Posterior":
+        """The same router on another device."""
+
+    def save(self, folder: Path) -> None:
+        """Write the router's folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spoken:
+    """What one expert said, for the rows that asked it."""
+
+    rows: Int[Tensor, " row"]
+    gates: Float[Tensor, " row"]
+    velocity: Latents
+
+
+def mix(like: Latents, spoken: Sequence[Spoken]) -> Latents:
+    """The experts' velocities, added by their gates: the one place that knows in which space experts mix."""
+    mixed = torch.zeros_like(like)
+    for said in spoken:
+        weighed = expand(said.gates, said.velocity).to(said.velocity.dtype) * said.velocity
+        mixed = mixed.index_add(0, said.rows, weighed.to(mixed.dtype))
+    return mixed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ensemble:
+    """Experts by their ids, of which some may be missing, and the router that knows how many there should be."""
+
+    experts: Mapping[int, Speaker]
+    path: NoisePath
+    """The noise path of what is sampled; experts of another path are matched to it."""
+    router: Posterior | None = None
+    """None only for a single expert, of id 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be sampled."""
+        allowed = range(self.num_experts)
+        if not self.experts:
+            raise EnsembleError("an ensemble needs an expert and all are missing; train or add at least one")
+        if unknown := sorted(set(self.experts) - set(allowed)):
+            way_out = "add their router" if self.router is None else "use the router of their partition"
+            raise EnsembleError(f"expert ids must be in 0 ... {len(allowed) - 1}; got {unknown}; {way_out}")
+        path = getattr(self.router, "path", self.path)
+        if path.name != self.path.name:
+            raise EnsembleError(
+                f"the router was trained on the {path.name} path, the ensemble is on {self.path.name}; use the former"
+            )
+
+    @property
+    def num_experts(self) -> int:
+        """K, missing experts included."""
+        return 1 if self.router is None else self.router.num_experts
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ids of the experts that are not here."""
+        return tuple(k for k in range(self.num_experts) if k not in self.experts)
+
+    def to(self, device: torch.device | str) -> "Ensemble":
+        """The same ensemble with its networks moved to a device, in place."""
+        experts = {k: expert.to(device) for k, expert in self.experts.items()}
+        return replace(self, experts=experts, router=self.router and self.router.to(device))
+
+    def begin(self, seeds: Sequence[int], condition: Condition, selection: SelectionConfig) -> Routing:
+        """The state of new trajectories; a pinned selection draws its experts now, from p(k | condition)."""
+        if len(seeds) != len(condition):
+            raise ValueError(f"every row needs a seed; got {len(seeds)} seeds for {len(condition)} conditions")
+        rule = SELECTIONS[selection.name]
+        pinned = None
+        if rule.pinned:
+            device = condition.class_id.device
+            uniforms = uniforms_once(seeds, rule.draws(selection)).to(device)
+            start = torch.ones(len(seeds), device=device)
+            pinned = rule.gates(self._prior_logits(condition), start, uniforms, selection)
+        return Routing(seeds=tuple(seeds), selection=selection, pinned=pinned)
+
+    def gates(self, noised: Latents, t: Times, condition: Condition, routing: Routing) -> Gates:
+        """Mixing coefficients of every row; missing experts are silent, the others share what was theirs."""
+        if routing.pinned is not None:
+            return routing.pinned
+        rule, t = SELECTIONS[routing.selection.name], _one_a_row(t)
+        uniforms = uniforms_at(routing.seeds, t, rule.draws(routing.selection))
+        routing.calls.router += len(noised) if self.router else 0
+        return rule.gates(self._logits(noised, t, condition), t, uniforms, routing.selection)
+
+    def velocity(self, noised: Latents, t: Times, condition: Condition, routing: Routing) -> Latents:
+        """The marginal velocity; each expert is called once at most, on the rows that chose it."""
+        gates = self.gates(noised, t, condition, routing)
+        spoken = []
+        for k in sorted(self.experts):
+            rows = gates[:, k].nonzero().squeeze(-1)
+            if len(rows):
+                said = self.experts[k].velocity(noised[rows], t[rows], condition.rows(rows), self.path)
+                spoken.append(Spoken(rows=rows, gates=gates[rows, k], velocity=said))
+                routing.calls.experts[k] += len(rows)
+        return mix(noised, spoken)
+
+    def _present(self, device: torch.device) -> Bool[Tensor, " expert"]:
+        return torch.tensor([k in self.experts for k in range(self.num_experts)], device=device)
+
+    def _logits(self, noised: Latents, t: RowTimes, condition: Condition) -> Logits:
+        """The router's logits, -inf for missing experts; all mass is on the only expert without a router."""
+        if self.router is None:
+            return noised.new_zeros(len(noised), 1)
+        logits = self.router.logits(noised, t, condition)
+        return logits.masked_fill(~self._present(logits.device), -torch.inf)
+
+    def _prior_logits(self, condition: Condition) -> Logits:
+        """The same for the prior."""
+        if self.router is None:
+            return torch.zeros(len(condition), 1, device=condition.class_id.device)
+        return self.router.prior_logits(condition, self._present(condition.class_id.device))
+
+
+def _one_a_row(t: Times) -> RowTimes:
+    """What the router sees of t: its mean over the row."""
+    return t if t.ndim == 1 else t.flatten(1).mean(1)

@@ -1,0 +1,229 @@
+"""An ensemble as a folder: saved, loaded, called like one model.
+
+model_index.json    ids of the experts, of the missing ones, classes
+expert_0/ …         one folder an expert, as `experts` wrote it
+router/             absent for a monolith
+codec/              latents to images
+scheduler/          a diffusers scheduler for tools that look for one; ours are chosen by `SamplingConfig`
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from artifacts import MANIFEST, CorruptArtifact, read_json, replaced_folder, write_json, write_text
+from ensemble.config import SamplingConfig
+from ensemble.ensemble import Ensemble
+from ensemble.sample import Progress, Samples, sample
+from experts.codec import Codec, load_codec
+from experts.config import PathName
+from experts.expert import Expert
+from experts.noise_path import PATHS
+from router.router import Router
+
+INDEX = "model_index.json"
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+NOT_COPIED = (MANIFEST, "metrics.jsonl")
+
+
+class PipelineError(ValueError):
+    """A folder is not a pipeline that can be loaded, or a call asks it for what it does not have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DDMPipeline:
+    """An ensemble with its codec; seeds in, images out."""
+
+    ensemble: Ensemble
+    codec: Codec
+    num_classes: int = 0
+    """0 is unconditional."""
+    class_names: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        seeds: Sequence[int],
+        config: SamplingConfig,
+        class_ids: Sequence[int] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Samples:
+        """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally."""
+        unknown = sorted({k for k in class_ids or () if not -1 <= k < self.num_classes})
+        if unknown:
+            raise PipelineError(
+                f"classes go from 0 to {self.num_classes - 1}, and -1 is none; got {unknown[:5]}"
+                if self.num_classes
+                else "these experts were trained without labels; leave the classes out"
+            )
+        return sample(self.ensemble, self.codec, seeds, config, class_ids, on_progress)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the pipeline's folder, whole or not at all; one that is there is replaced."""
+        with replaced_folder(folder) as temporary:
+            for k, expert in self.ensemble.experts.items():
+                expert.save(temporary / f"expert_{k}")
+            if self.ensemble.router is not None:
+                self.ensemble.router.save(temporary / "router")
+            self.codec.save(_made(temporary / "codec"))
+            _forget_origins(temporary)
+            index = _Index(
+                path=self.ensemble.path.name,
+                expert_ids=tuple(sorted(self.ensemble.experts)),
+                missing_ids=self.ensemble.missing,
+                has_router=self.ensemble.router is not None,
+                num_classes=self.num_classes,
+                class_names=self.class_names,
+            )
+            index.write(temporary)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "DDMPipeline":
+        """Read a pipeline's folder; experts that its index lists as missing are left out.
+
+        Raises `PipelineError` for a folder with pickles, with an expert that is neither there nor listed as
+        missing, or with parts that do not fit; an `ArtifactError` for broken files.
+        """
+        _refuse_pickles(folder)
+        index = _Index.read(folder)
+        experts = {k: Expert.load(_expert_folder(folder, k)) for k in index.expert_ids if k not in index.missing_ids}
+        codec = load_codec(folder / "codec")
+        _check_shapes(experts, codec, index.num_classes)
+        router = Router.load(folder / "router") if index.has_router else None
+        ensemble = Ensemble(experts=experts, path=PATHS[index.path], router=router)
+        if ensemble.missing != index.missing_ids:
+            raise PipelineError(
+                f"{folder / INDEX} lists {list(index.missing_ids)} as missing, but the router knows "
+                f"{ensemble.num_experts} experts and {list(ensemble.missing)} are not there; assemble it again"
+            )
+        return cls(ensemble=ensemble, codec=codec, num_classes=index.num_classes, class_names=index.class_names)
+
+
+def assemble(
+    expert_folders: Mapping[int, Path],
+    router: Path | None,
+    codec: Path,
+    out: Path,
+    missing_ids: Sequence[int] = (),
+    class_names: Sequence[str] = (),
+) -> DDMPipeline:
+    """Copy finished parts into one pipeline folder `out`, and load it, which checks that they fit.
+
+    Files are copied byte for byte. Raises what `DDMPipeline.from_pretrained` raises.
+    """
+    if not expert_folders:
+        raise PipelineError("there is no expert to assemble, all are missing; finish at least one")
+    parts = {f"expert_{k}": folder for k, folder in expert_folders.items()} | {"codec": codec}
+    if router is not None:
+        parts["router"] = router
+    first = Expert.load(next(iter(expert_folders.values())))
+    path = first.path.name if router is None else Router.load(router).path.name
+    index = _Index(
+        path=path,
+        expert_ids=tuple(sorted(expert_folders)),
+        missing_ids=tuple(sorted(missing_ids)),
+        has_router=router is not None,
+        num_classes=first.num_classes,
+        class_names=tuple(class_names),
+    )
+    with replaced_folder(out) as temporary:
+        for name, folder in parts.items():
+            shutil.copytree(folder, temporary / name, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        index.write(temporary)
+        return DDMPipeline.from_pretrained(temporary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Index:
+    """What `model_index.json` says."""
+
+    path: PathName
+    expert_ids: tuple[int, ...]
+    missing_ids: tuple[int, ...]
+    has_router: bool
+    num_classes: int
+    class_names: tuple[str, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write the index and the scheduler's folder."""
+        FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+        index = {
+            "_class_name": DDMPipeline.__name__,
+            "_diffusers_version": version("diffusers"),
+            "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
+            "path": self.path,
+            "experts": self.expert_ids,
+            "missing": self.missing_ids,
+            "has_router": self.has_router,
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+        }
+        write_json(folder / INDEX, index)
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Index":
+        """Raises `CorruptArtifact` if the index is not one of ours."""
+        found = read_json(folder / INDEX)
+        try:
+            if found["path"] not in PATHS or found["_class_name"] != DDMPipeline.__name__:
+                raise ValueError(f"class {found['_class_name']} on path {found['path']}")
+            return cls(
+                path=found["path"],
+                expert_ids=tuple(int(k) for k in found["experts"]),
+                missing_ids=tuple(sorted(int(k) for k in found["missing"])),
+                has_router=bool(found["has_router"]),
+                num_classes=int(found["num_classes"]),
+                class_names=tuple(str(name) for name in found["class_names"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptArtifact(
+                f"{folder / INDEX} is not the index of a {DDMPipeline.__name__}: {error}; assemble it again"
+            ) from error
+
+
+def _forget_origins(folder: Path) -> None:
+    """Take out of diffusers' configs where a model was once loaded from: a copy has the bytes of its original."""
+    for path in sorted(folder.glob("*/config.json")):
+        found = read_json(path)
+        if found.pop("_name_or_path", None) is not None:
+            write_text(path, json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Loading a pickle runs whatever code is in it, so its presence is reason enough to stop."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICKLES)
+    if found:
+        names = ", ".join(str(path.relative_to(folder)) for path in found[:5])
+        raise PipelineError(
+            f"{folder} holds files that may be pickles, and those are never loaded: {names}; "
+            "convert them to safetensors, or delete them"
+        )
+
+
+def _expert_folder(folder: Path, expert_id: int) -> Path:
+    found = folder / f"expert_{expert_id}"
+    if not found.is_dir():
+        raise PipelineError(
+            f"{found} does not exist, though {INDEX} lists expert {expert_id}; bring it back, or add "
+            f"{expert_id} to the index's missing list to sample without it"
+        )
+    return found
+
+
+def _check_shapes(experts: Mapping[int, Expert], codec: Codec, num_classes: int) -> None:
+    """All parts must speak of the same latents and classes."""
+    for k, expert in experts.items():
+        if expert.latent_shape != codec.latent_shape or expert.num_classes != num_classes:
+            raise PipelineError(
+                f"expert {k} knows latents of shape {expert.latent_shape} and {expert.num_classes} classes, the "
+                f"pipeline {codec.latent_shape} and {num_classes}; all parts must come from one data set and codec"
+            )

@@ -1,0 +1,104 @@
+"""From seeds to images; image i depends on seed i alone, whatever the batch."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ensemble.config import SamplingConfig
+from ensemble.ensemble import Ensemble
+from ensemble.guidance import guided
+from ensemble.routing import Calls
+from ensemble.sampler import SOLVERS, noise_for, uniform_times
+from experts.codec import Codec
+from experts.condition import Condition
+
+Latents = Float[Tensor, "batch *latent"]
+Times = Float[Tensor, " batch"]
+Progress = Callable[[int, int], None]
+"""(images done, images in all); unfinished images count by how far their t has come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What one sample call gave, and what it took."""
+
+    images: Float[Tensor, "batch height width channel"]
+    """From 0 to 1, on the CPU."""
+    latents: Latents
+    calls: Calls
+    """Rows that each expert and the router were called on."""
+    calls_per_step: float
+    """`Calls.per_evaluation`: 1 for sticky, K for full, twice that with guidance."""
+    seconds: float
+
+
+def sample(
+    ensemble: Ensemble,
+    codec: Codec,
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    class_ids: Sequence[int] | None = None,
+    on_progress: Progress | None = None,
+) -> Samples:
+    """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally.
+
+    Raises `ValueError` without seeds, or if seeds and classes do not pair.
+    """
+    if not seeds or (class_ids is not None and len(class_ids) != len(seeds)):
+        classes = "no classes" if class_ids is None else f"{len(class_ids)} classes"
+        raise ValueError(f"give at least one seed, and a class for every seed or none; got {len(seeds)} and {classes}")
+    started, calls, latents = time.monotonic(), Calls(), []
+    ensemble = ensemble.to(config.device)
+    for start in range(0, len(seeds), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        condition = _condition(seeds[rows], None if class_ids is None else class_ids[rows]).to(config.device)
+
+        def report(t: float, start: int = start, size: int = len(condition)) -> None:
+            if on_progress is not None:
+                on_progress(start + int(size * (1 - t)), len(seeds))
+
+        scale = 1.0 if class_ids is None else config.guidance_scale
+        latents.append(_trajectory(ensemble, codec, seeds[rows], config, condition, scale, calls, report))
+    images = torch.cat([codec.decode(batch).float().cpu() for batch in latents])
+    return Samples(
+        images=images,
+        latents=torch.cat(latents),
+        calls=calls,
+        calls_per_step=calls.per_evaluation,
+        seconds=time.monotonic() - started,
+    )
+
+
+@torch.inference_mode()
+def _trajectory(
+    ensemble: Ensemble,
+    codec: Codec,
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    condition: Condition,
+    guidance_scale: float,
+    calls: Calls,
+    report: Callable[[float], None],
+) -> Latents:
+    """The clean latents of one batch, on the CPU."""
+    routing = ensemble.begin(seeds, condition, config.selection)
+    field = guided(ensemble, condition, routing, guidance_scale)
+
+    def velocity(noised: Latents, t: Times) -> Latents:
+        report(float(t[0]))
+        calls.evaluations += len(noised)
+        return field(noised, t)
+
+    noise = noise_for(seeds, codec.latent_shape).to(config.device)
+    clean = SOLVERS[config.solver](velocity, noise, uniform_times(config.steps))
+    report(0.0)
+    calls.add(routing.calls)
+    return clean.cpu()
+
+
+def _condition(seeds: Sequence[int], class_ids: Sequence[int] | None) -> Condition:
+    return Condition.null(len(seeds)) if class_ids is None else Condition(torch.tensor(list(class_ids)))

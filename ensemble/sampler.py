@@ -1,0 +1,102 @@
+"""Integrate a velocity field from noise (t = 1) to clean (t = 0).
+
+One contract: solver(velocity, noise, times) -> clean. The times are an argument, so no solver hides a
+schedule. To add a solver, write the function and add it to `SOLVERS`.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from jaxtyping import Float
+from torch import Tensor
+
+from ensemble.config import Solver
+
+Latents = Float[Tensor, "batch *latent"]
+Times = Float[Tensor, " batch"]
+Schedule = Float[Tensor, " time"]
+"""Falling values of t, usually from 1 to 0; one more than there are steps."""
+VelocityField = Callable[[Latents, Times], Latents]
+"""(noised, t) -> d noised / d t; one expert, an ensemble, either of them with guidance."""
+
+
+def uniform_times(steps: int) -> Schedule:
+    """`steps` equal steps from t = 1 to t = 0, in float64 so that no solver adds rounding to them."""
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def euler(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+    """First order, one velocity a step."""
+    noised = noise
+    for t, t_next in pairwise(times.tolist()):
+        noised = noised + (t_next - t) * velocity(noised, _rows(t, noised))
+    return noised
+
+
+def heun(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+    """Second order: two velocities a step, one in the last.
+
+    The last step is Euler's, as in Karras et al. 2022, arXiv:2206.00364, algorithm 1: at t = 0 a noise or
+    clean prediction has no velocity. A single shorter-order step leaves the global order at two.
+    """
+    noised = noise
+    steps = list(pairwise(times.tolist()))
+    for t, t_next in steps[:-1]:
+        slope = velocity(noised, _rows(t, noised))
+        ahead = velocity(noised + (t_next - t) * slope, _rows(t_next, noised))
+        noised = noised + (t_next - t) * (slope + ahead) / 2
+    return euler(velocity, noised, times[-2:])
+
+
+def flow_match_euler(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+    """diffusers' `FlowMatchEulerDiscreteScheduler` on the given times; float32."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=times[:-1].tolist())
+    scheduler.sigmas[-1] = times[-1]
+    return _scheduled(scheduler, velocity, noise, times[:-1])
+
+
+def flow_match_heun(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+    """diffusers' `FlowMatchHeunDiscreteScheduler` on the given times; float32."""
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(len(times) - 1)
+    inner = times[1:-1].repeat_interleave(2)
+    scheduler.sigmas = torch.cat([times[:1], inner, times[-1:]]).float()
+    visited = torch.cat([times[:1], inner])
+    scheduler.timesteps = visited * scheduler.config.num_train_timesteps
+    return _scheduled(scheduler, velocity, noise, visited)
+
+
+def _scheduled(
+    scheduler: FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler,
+    velocity: VelocityField,
+    noise: Latents,
+    visited: Schedule,
+) -> Latents:
+    """Let one of diffusers' schedulers take its steps through the `visited` times."""
+    scheduler.set_begin_index(0)
+    noised = noise
+    for t, timestep in zip(visited.tolist(), scheduler.timesteps, strict=True):
+        noised = scheduler.step(velocity(noised, _rows(t, noised)), timestep, noised).prev_sample
+    return noised
+
+
+def _rows(t: float, noised: Latents) -> Times:
+    """The same t for every row."""
+    return noised.new_full((len(noised),), t)
+
+
+def noise_for(seeds: Sequence[int], shape: Sequence[int]) -> Latents:
+    """Unit Gaussian noise whose row i is a function of `seeds[i]` alone, whatever the batch or the device."""
+    rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+
+SOLVERS: dict[Solver, Callable[[VelocityField, Latents, Schedule], Latents]] = {
+    "euler": euler,
+    "heun": heun,
+    "flow_match_euler": flow_match_euler,
+    "flow_match_heun": flow_match_heun,
+}

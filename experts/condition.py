@@ -1,0 +1,47 @@
+"""What a sample is asked to be; the null condition is a value of it, not a missing argument."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+NULL_CLASS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One condition a row."""
+
+    class_id: Int[Tensor, " batch"]
+    """Class of every row; -1 is the null condition."""
+
+    @classmethod
+    def null(cls, batch: int, device: torch.device | str = "cpu") -> "Condition":
+        """The null condition for `batch` rows."""
+        return cls(torch.full((batch,), NULL_CLASS, dtype=torch.int64, device=device))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Condition"]) -> "Condition":
+        """The rows of all parts, one after the other."""
+        return cls(torch.cat([part.class_id for part in parts]))
+
+    def rows(self, index: Int[Tensor, " row"] | Bool[Tensor, " batch"] | slice) -> "Condition":
+        """The chosen rows."""
+        return Condition(self.class_id[index])
+
+    def dropped(self, mask: Bool[Tensor, " batch"]) -> "Condition":
+        """Null wherever `mask` is true."""
+        return Condition(self.class_id.masked_fill(mask, NULL_CLASS))
+
+    def to(self, device: torch.device | str) -> "Condition":
+        """The same condition on another device."""
+        return Condition(self.class_id.to(device))
+
+    def table_index(self, num_classes: int) -> Int[Tensor, " batch"]:
+        """Rows of a class embedding: null is row `num_classes`, behind all classes."""
+        return self.class_id.masked_fill(self.class_id < 0, num_classes)
+
+    def __len__(self) -> int:
+        return self.class_id.shape[0]

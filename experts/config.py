@@ -1,0 +1,119 @@
+"""What can be chosen about an expert: its latent space, its network, its training; imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from artifacts import STRICT
+
+Prediction = Literal["velocity", "noise", "clean"]
+PathName = Literal["straight", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CodecConfig:
+    """What a sample is to a network."""
+
+    kind: Literal["pixels", "pca"] = "pca"
+    """`pixels`: images in [-1, 1]. `pca`: principal components, fitted on the training images."""
+
+    components: Annotated[int, Field(ge=2)] = 96
+    """Principal components kept by `pca`."""
+
+    whitening: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Exponent that evens out the spectrum of `pca`: 0 keeps it, 1 gives every component unit variance."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ResidualMLPConfig:
+    """A residual network of linear layers on flattened latents; by far the quickest on a CPU."""
+
+    kind: Literal["residual_mlp"] = "residual_mlp"
+    width: Annotated[int, Field(ge=8)] = 448
+    """Features of every hidden layer."""
+    depth: Annotated[int, Field(ge=1)] = 4
+    """Residual blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class UNetConfig:
+    """diffusers' `UNet2DModel`."""
+
+    kind: Literal["unet"] = "unet"
+    channels: Annotated[tuple[int, ...], Field(min_length=1)] = (32, 64, 64)
+    """Channels of every level; each level after the first halves the side."""
+    layers_per_block: Annotated[int, Field(ge=1)] = 1
+    """Residual layers in every level."""
+    attention: bool = True
+    """Whether the lowest level attends over all positions."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DiTConfig:
+    """diffusers' `DiTTransformer2DModel`."""
+
+    kind: Literal["dit"] = "dit"
+    patch_size: Annotated[int, Field(ge=1)] = 2
+    """Side of a token in latent pixels."""
+    heads: Annotated[int, Field(ge=1)] = 4
+    """Attention heads."""
+    head_width: Annotated[int, Field(ge=4)] = 32
+    """Features of one head."""
+    depth: Annotated[int, Field(ge=1)] = 4
+    """Transformer blocks."""
+
+
+NetworkConfig = Annotated[ResidualMLPConfig | UNetConfig | DiTConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainingConfig:
+    """How a network is trained, an expert and a router alike."""
+
+    steps: Annotated[int, Field(ge=1)] = 1500
+    """Optimiser steps."""
+    batch_size: Annotated[int, Field(ge=1)] = 240
+    """Samples a step. For experts this is the *global* batch: each of K experts gets a K-th of it."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW; it falls linearly to zero after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
+    ema_width: Annotated[float, Field(gt=0, lt=0.28)] = 0.1
+    """Relative width of the parameters' moving average, as a share of the steps taken so far."""
+    t_mean: float = 0.0
+    """Mean of the normal distribution whose logistic is t."""
+    t_std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of the same."""
+    condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of samples trained with the null condition."""
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    """Lower precision for the forward and backward pass."""
+    compile: bool = False
+    """Whether to call `torch.compile` on the network."""
+    device: str = "cpu"
+    """Torch device of the training."""
+    log_every: Annotated[int, Field(ge=1)] = 25
+    """Steps between two rows of `metrics.jsonl`."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Noise, t and sample order are functions of (seed, step, row)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExpertConfig:
+    """One expert: what it predicts, with which network, trained how."""
+
+    network: NetworkConfig = ResidualMLPConfig()
+    """The diffusers model and its size."""
+    prediction: Prediction = "velocity"
+    """What the network puts out."""
+    path: PathName = "straight"
+    """The noise path: alpha(t) and sigma(t)."""
+    training: TrainingConfig = TrainingConfig()
+    """Steps, batch, learning rate and so on."""

@@ -1,0 +1,44 @@
+"""The parameters' moving average, with a horizon that grows with the run, so that it fits short runs too."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def gamma_of(width: float) -> float:
+    """The exponent whose power-function average has this relative width (0 to 0.28).
+
+    Karras et al. 2024, arXiv:2312.02696, equation 123: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
+    inverse_square = width**-2
+    return float(np.roots([1, 7, 16 - inverse_square, 12 - inverse_square]).real.max())
+
+
+class MovingAverage:
+    """Power-function average: after n steps, step i has weight (i^p - (i - 1)^p) / n^p with p = gamma + 1.
+
+    Karras et al. 2024, arXiv:2312.02696, section 3.1 and equation 127.
+    The first step replaces the initial parameters.
+    """
+
+    def __init__(self, model: nn.Module, width: float) -> None:
+        self.gamma = gamma_of(width)
+        self.source = dict(model.named_parameters())
+        self.average = {name: parameter.detach().clone() for name, parameter in self.source.items()}
+        self._targets = list(self.average.values())
+        self._sources = [parameter.detach() for parameter in self.source.values()]
+
+    def decay(self, step: int) -> float:
+        """The share of the old average that is kept at a step, counted from 1."""
+        return float((1 - 1 / step) ** (self.gamma + 1))
+
+    def update(self, step: int) -> None:
+        """Take in the parameters as they are after `step` steps."""
+        torch._foreach_lerp_(self._targets, self._sources, 1 - self.decay(step))
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite a model's parameters with the average."""
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, average in self.average.items():
+                parameters[name].copy_(average)

@@ -1,0 +1,169 @@
+"""An expert: a network, what it predicts and on which noise path; trained from shards and a configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from artifacts import CorruptArtifact, Workspace, read_json, write_json
+from data_partition.shards import read_index
+from experts.codec import load_codec
+from experts.condition import Condition
+from experts.config import ExpertConfig, Prediction
+from experts.flops import forward_flops, training_flops
+from experts.latents import Batch, LatentDataset, LatentError, encode_latents
+from experts.loss import expert_loss
+from experts.networks import build_network, call_network, load_network, save_network
+from experts.noise_path import PATHS, Latents, NoisePath, Times, matched
+from experts.predictions import parts_of
+from experts.train import fit, write_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """A trained network and what its predictions mean."""
+
+    model: nn.Module
+    prediction: Prediction
+    path: NoisePath
+    """The noise path that the network was trained on."""
+    latent_shape: tuple[int, ...]
+    num_classes: int
+    """0 is unconditional."""
+    cluster_id: int
+
+    def velocity(self, noised: Latents, t: Times, condition: Condition, path: NoisePath | None = None) -> Latents:
+        """The velocity on `path` (default: the expert's own), matched at equal noise-to-signal ratio.
+
+        A velocity network on its own path is passed on bit for bit.
+        """
+        path = path or self.path
+        own = matched(noised, t, path, self.path)
+        predicted = call_network(self.model, own.noised, own.t, condition)
+        if self.prediction == "velocity" and path.name == self.path.name:
+            return predicted
+        parts = parts_of(self.prediction, predicted, own.noised, own.t, self.path)
+        return path.velocity(parts.clean, parts.noise, t)
+
+    def to(self, device: torch.device | str) -> "Expert":
+        """Move the network to a device, in place."""
+        self.model.to(device)
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the network as diffusers does, and `expert.json` beside it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_network(self.model, folder)
+        described = {
+            "prediction": self.prediction,
+            "path": self.path.name,
+            "latent_shape": self.latent_shape,
+            "num_classes": self.num_classes,
+            "cluster_id": self.cluster_id,
+        }
+        write_json(folder / "expert.json", described)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Expert":
+        """Read what `save` wrote; raises an `ArtifactError` if a file is missing or broken."""
+        described = read_json(folder / "expert.json")
+        try:
+            return cls(
+                model=load_network(folder),
+                prediction=described["prediction"],
+                path=PATHS[described["path"]],
+                latent_shape=tuple(described["latent_shape"]),
+                num_classes=described["num_classes"],
+                cluster_id=described["cluster_id"],
+            )
+        except KeyError as error:
+            raise CorruptArtifact(f"{folder / 'expert.json'} lacks or does not know {error}; train it again") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSummary:
+    """What a training amounted to."""
+
+    flops: float
+    steps: int
+    epochs: float
+    """How often every sample was seen."""
+    images: int
+    """Samples in the shards."""
+    parameters: int
+    final_loss: float
+    """Mean loss of the last metrics row."""
+
+
+def train_expert(
+    config: ExpertConfig,
+    shards: Sequence[Path],
+    codec: Path,
+    out: Path,
+    workspace: Workspace,
+    num_classes: int | None = None,
+    cluster_id: int = 0,
+) -> ExpertSummary:
+    """Train one expert on the samples of the shard folders and write it to `out`, with metrics and a summary.
+
+    `config.training.batch_size` is this expert's own batch; `num_classes` None takes the shards' own.
+    """
+    loaded = load_codec(codec)
+    dataset = encode_latents(shards, loaded, codec, workspace)
+    if num_classes is None:
+        num_classes = len(read_index(shards[0]).class_names)
+    check_classes(dataset, num_classes)
+    path = PATHS[config.path]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        model = build_network(config.network, dataset.latent_shape, num_classes)
+    forward = network_flops(model, dataset.latent_shape)
+
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        return {"loss": expert_loss(model, batch, config.prediction, path)}
+
+    fitted = fit(model, loss, dataset, config.training, workspace)
+    Expert(
+        model=fitted.model,
+        prediction=config.prediction,
+        path=path,
+        latent_shape=dataset.latent_shape,
+        num_classes=num_classes,
+        cluster_id=cluster_id,
+    ).save(out)
+    training = config.training
+    summary = ExpertSummary(
+        flops=training_flops(forward, training.batch_size, training.steps),
+        steps=training.steps,
+        epochs=training.steps * training.batch_size / len(dataset),
+        images=len(dataset),
+        parameters=sum(parameter.numel() for parameter in fitted.model.parameters()),
+        final_loss=fitted.rows[-1]["loss"],
+    )
+    write_rows(out / "metrics.jsonl", fitted.rows)
+    write_json(out / "training.json", summary)
+    return summary
+
+
+def check_classes(dataset: LatentDataset, num_classes: int) -> None:
+    """Raise `LatentError` if a sample has a class that the network would not know."""
+    if dataset.class_id.amax() >= num_classes:
+        raise LatentError(
+            f"a sample has class {int(dataset.class_id.amax())}, but there are only {num_classes} classes "
+            "(counted from 0); pass the number of classes of the whole data set"
+        )
+
+
+def expert_flops(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> float:
+    """FLOPs of a whole training by this recipe, without doing it."""
+    model = build_network(config.network, latent_shape, num_classes)
+    return training_flops(network_flops(model, latent_shape), config.training.batch_size, config.training.steps)
+
+
+def network_flops(model: nn.Module, latent_shape: tuple[int, ...]) -> float:
+    """FLOPs of the network on one row."""
+    row, t = torch.zeros(1, *latent_shape), torch.full((1,), 0.5)
+    return forward_flops(lambda: call_network(model, row, t, Condition.null(1)))

@@ -1,0 +1,21 @@
+"""What an expert is trained on."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from experts.config import Prediction
+from experts.latents import Batch
+from experts.networks import call_network
+from experts.noise_path import NoisePath
+from experts.predictions import target_of
+
+
+def expert_loss(model: nn.Module, batch: Batch, prediction: Prediction, path: NoisePath) -> Float[Tensor, ""]:
+    """Mean squared distance between the network's prediction and its target."""
+    # Flow matching (Lipman et al. 2023, arXiv:2210.02747, equation 9), on the samples of one cluster only:
+    # E || v_k(x, t, c) - u(x | clean) ||^2, x = alpha clean + sigma noise, u = alpha' clean + sigma' noise.
+    noised = path.noised(batch.clean, batch.noise, batch.t)
+    predicted = call_network(model, noised, batch.t, batch.condition)
+    target = target_of(prediction, batch.clean, batch.noise, batch.t, path)
+    return functional.mse_loss(predicted.float(), target)

@@ -1,0 +1,204 @@
+"""The command `ddm`: parse first, import what is heavy afterwards.
+
+`run`, `plan` and `submit` take Hydra overrides such as `experiment=demo partition.num_experts=8`; all other commands
+take a run folder.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.errors import ConfigError, OrchestratorError, RunFailed, RunFolderError
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]
+RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
+Seeds = Annotated[str, typer.Option(help="Seeds of the images: 0-15, or 3,5,8")]
+Select = Annotated[str, typer.Option(help="Selection: sticky, full, top_k, threshold, nucleus, sample, anneal")]
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Sweep: key=a,b runs every combination")] = False,
+) -> None:
+    """Run the whole pipeline: partition, experts, router, monolith, ensemble, scores, report."""
+    from orchestrator.compose import compose, sweep
+    from orchestrator.config import parse_config
+
+    if not multirun:
+        _run(parse_config(compose(overrides or [])))
+        return
+    failures: list[str] = []
+
+    def job(composed: dict[str, Any], own: list[str]) -> None:
+        label = ",".join(sorted(text for text in own if not text.startswith("experiment="))) or "default"
+        console.rule(label)
+        try:
+            _run(parse_config(composed | {"folder": f"{composed['folder']}/{label.replace('/', '_')}"}))
+        except OrchestratorError as error:
+            console.print(f"[red]{error}[/]")
+            failures.append(label)
+
+    sweep(overrides or [], job)
+    if failures:
+        raise RunFailed(f"{len(failures)} run(s) of the sweep failed: {'; '.join(failures)}")
+
+
+@app.command()
+def plan(overrides: Overrides = None) -> None:
+    """Show which stages would run and which are finished already; runs nothing."""
+    from orchestrator.compose import compose
+    from orchestrator.config import parse_config
+    from orchestrator.graph import build_graph
+    from orchestrator.run_folder import RunFolder
+
+    config = parse_config(compose(overrides or []))
+    folder = RunFolder(Path(config.folder).expanduser())
+    table = Table(title=f"{config.name} in {folder.root}, backend {config.compute.backend}")
+    for heading in ("stage", "state", "reads", "CPUs", "GPUs", "fingerprint"):
+        table.add_column(heading)
+    for stage in build_graph(config):
+        reads = ", ".join(f"{given.stage.name}/{given.part}".rstrip("/") for given in stage.inputs.values())
+        state = "[green]finished[/]" if folder.finished(stage) else "would run"
+        asked = stage.resources
+        table.add_row(stage.name, state, reads, str(asked.cpus), f"{asked.gpus:g}", stage.fingerprint[:12])
+    console.print(table)
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Show how far every stage of a run is."""
+    from orchestrator.status import status_table
+
+    console.print(status_table(_opened(run)))
+
+
+@app.command()
+def logs(
+    run: RunArgument,
+    stage: Annotated[str, typer.Argument(help="The stage, such as expert_3; empty for the journal")] = "",
+    attempt: Annotated[int, typer.Option(help="Attempt number; 0 is the latest")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added")] = False,
+) -> None:
+    """Print the log of a stage's attempt, or the journal of the run."""
+    from orchestrator.status import log_file, print_file
+
+    print_file(log_file(_opened(run), stage, attempt), follow=follow)
+
+
+@app.command()
+def stop(run: RunArgument) -> None:
+    """Ask a run to save its work and stop; `ddm resume` goes on."""
+    folder = _opened(run)
+    if not folder.lease.exists():
+        raise RunFolderError(f"{run} has no controller: nothing is running")
+    folder.stop.touch()
+    console.print(f"Asked {run} to stop; go on with `ddm resume {run}`.")
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Go on with a run that was stopped or killed; finished stages are kept."""
+    from dataclasses import replace
+
+    _run(replace(_opened(run).load_config(), folder=str(run)))
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    seeds: Seeds = "0-15",
+    label: Annotated[str, typer.Option(help="Class by name or number; empty draws without a condition")] = "",
+    select: Select = "",
+    out: Annotated[Path, typer.Option(help="The picture to write")] = Path("grid.png"),
+    steps: Annotated[int, typer.Option(help="Solver steps; 0 takes the run's")] = 0,
+    guidance_scale: Annotated[float, typer.Option(help="1 means none")] = 1.0,
+    monolith: Annotated[bool, typer.Option("--monolith", help="Draw from the baseline instead")] = False,
+) -> None:
+    """Draw images from a finished run into one picture."""
+    from orchestrator.sampling import draw
+
+    folder = _opened(run)
+    drawn = draw(folder, parse_seeds(seeds), label, select, out, steps, guidance_scale, monolith=monolith)
+    console.print(drawn, soft_wrap=True)
+
+
+@app.command()
+def evaluate(run: RunArgument, select: Select = "sticky") -> None:
+    """Score a finished run with one more selection."""
+    from dataclasses import replace
+
+    from orchestrator.sampling import selection_named
+
+    config = _opened(run).load_config()
+    selections = tuple(dict.fromkeys((*config.scores.selections, selection_named(select, config))))
+    _run(replace(config, folder=str(run), scores=replace(config.scores, selections=selections)))
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write the report of a run again."""
+    console.print(f"Report: {_write_report(run)}")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-15` or `3,5,8` or both as a list; raises `ConfigError` for anything else."""
+    try:
+        seeds: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ConfigError(f"--seeds takes numbers and ranges such as 0-15 or 3,5,8; given: {text!r}") from None
+    if not seeds:
+        raise ConfigError(f"--seeds {text!r} names no seed; write the smaller number first")
+    return seeds
+
+
+def _run(config: Any) -> None:
+    from orchestrator.controller import run_pipeline
+    from orchestrator.graph import build_graph
+    from orchestrator.results import score_rows, score_table
+    from orchestrator.run_folder import RunFolder
+
+    folder = RunFolder(Path(config.folder).expanduser())
+    result = run_pipeline(config, console)
+    if result.stopped:
+        raise typer.Exit(130)
+    if result.submitted or not folder.report.exists():
+        _write_report(folder.root)
+    if rows := score_rows(folder, build_graph(config)):
+        console.print(score_table(rows))
+    console.print(f"Report: {folder.report}", soft_wrap=True)
+
+
+def _write_report(run: Path) -> Path:
+    from orchestrator.report.page import write_report
+
+    return write_report(_opened(run))
+
+
+def _opened(run: Path) -> Any:
+    from orchestrator.run_folder import RunFolder
+
+    folder = RunFolder(run.expanduser())
+    folder.load_config()
+    return folder
+
+
+def main() -> None:
+    """Run the command; errors that a user can mend are one message and exit code 1."""
+    from artifacts import ArtifactError
+
+    try:
+        app()
+    except (OrchestratorError, ArtifactError) as error:
+        console.print(f"[red]Error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)

@@ -1,0 +1,163 @@
+"""The configuration of a whole run, typed and checked; imports neither torch nor Ray.
+
+Hydra composes YAML into nested dictionaries; `parse_config` turns them into these dataclasses and reports every
+mistake at once. Below this room, code sees only its own dataclass.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+
+from artifacts import STRICT
+from data_partition.config import DataConfig, PartitionConfig
+from ensemble.config import EvaluationConfig, SamplingConfig
+from experts.config import CodecConfig, ExpertConfig
+from orchestrator.errors import ConfigError
+from router.config import RouterConfig, SelectionConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ResourcesConfig:
+    """What one stage asks of one worker."""
+
+    cpus: Annotated[int, Field(ge=1)] = 1
+    """CPUs, and so torch threads."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs, fractions allowed."""
+    memory_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Memory that must be free on the node; 0 asks for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ComputeConfig:
+    """Where stages run, and what happens when they fail."""
+
+    backend: Literal["inline", "ray"] = "ray"
+    """`inline`: one after the other in this process. `ray`: on the workers of a Ray cluster."""
+    cpus: Annotated[int, Field(ge=1)] | None = None
+    """CPUs of the embedded Ray cluster; all of this machine when empty."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of the embedded Ray cluster."""
+    address: str | None = None
+    """Address of a running Ray cluster; empty starts one on loopback that ends with the command."""
+    default: ResourcesConfig = ResourcesConfig()
+    """What a stage asks for unless `stages` says otherwise."""
+    stages: dict[str, ResourcesConfig] = Field(default_factory=dict)
+    """Resources by kind of stage, such as `expert`, `router`, `monolith`, `features`."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a stage is started again after its worker was lost or an operation failed."""
+    backoff_s: Annotated[float, Field(ge=0)] = 1.0
+    """Wait before the first retry; it doubles each time, up to a minute."""
+    timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """Longest time for one attempt of one stage; empty is unlimited."""
+    grace_s: Annotated[float, Field(ge=0)] = 20.0
+    """How long a stage may take to save its work when it is asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrackingConfig:
+    """Weights & Biases: one wandb run per expert, one group per run."""
+
+    mode: Literal["disabled", "offline", "online"] = "offline"
+    """`offline` writes into the run folder and never asks for an account."""
+    project: str = "ddm"
+    """Name of the wandb project."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScoresConfig(EvaluationConfig):
+    """Which selections are scored, and how."""
+
+    selections: tuple[SelectionConfig, ...] = (SelectionConfig(),)
+    """One row of the table each; the ensemble's own selection is always among them."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.=,+-]+$")] = "run"
+    """Name of the run; letters, digits and `_.=,+-`."""
+    folder: str = "runs/run"
+    """The run folder: artifacts, journal, logs, report."""
+    seed: int = 0
+    """The seed that the YAML files hand to every part."""
+    data: DataConfig = DataConfig()
+    """Which images."""
+    partition: PartitionConfig = PartitionConfig()
+    """How they are divided."""
+    codec: CodecConfig = CodecConfig()
+    """What a sample is to a network."""
+    expert: ExpertConfig = ExpertConfig()
+    """The experts; the monolith is one expert with the whole batch."""
+    router: RouterConfig = RouterConfig()
+    """The router."""
+    monolith: bool = True
+    """Whether a FLOP-matched monolith is trained beside the experts."""
+    ensemble: SamplingConfig = SamplingConfig()
+    """How the ensemble is sampled."""
+    scores: ScoresConfig = ScoresConfig()
+    """How samples are scored."""
+    compute: ComputeConfig = ComputeConfig()
+    """Where it runs."""
+    wandb: TrackingConfig = TrackingConfig()
+    """Where curves and pictures are logged."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Check what no single field can."""
+        batch, experts = self.expert.training.batch_size, self.partition.num_experts
+        if batch % experts:
+            raise ValueError(
+                f"expert.training.batch_size is the global batch and must be divisible by "
+                f"partition.num_experts: {batch} / {experts} is not whole; try {-(-batch // experts) * experts}"
+            )
+        if self.router.path != self.expert.path:
+            raise ValueError(
+                f"router.path is {self.router.path} and expert.path is {self.expert.path}; the router must see "
+                "samples noised as the ensemble's are: give both the same path"
+            )
+        return self
+
+
+def parse_config(composed: Mapping[str, Any]) -> RunConfig:
+    """The typed configuration; raises `ConfigError` with every mistake and, for unknown keys, the known ones."""
+    try:
+        return TypeAdapter(RunConfig).validate_python(dict(composed))
+    except ValidationError as error:
+        mistakes = [
+            _explain(mistake["loc"], mistake["type"], mistake["msg"], mistake["input"]) for mistake in error.errors()
+        ]
+        raise ConfigError(f"{len(mistakes)} mistake(s) in the configuration:\n  " + "\n  ".join(mistakes)) from None
+
+
+def known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """The keys that the configuration has below a location such as `("expert", "training")`; empty for a leaf."""
+    node: Any = RunConfig
+    for part in location:
+        if part in _fields(node):
+            node = _fields(node)[str(part)].annotation
+        else:
+            tagged = [kind for kind in get_args(node) if _tag(kind) == part]
+            node = tagged[0] if tagged else next(iter(reversed(get_args(node))), None)
+    return sorted(set().union(*(_fields(kind) for kind in (node, *get_args(node)))))
+
+
+def _fields(kind: Any) -> dict[str, FieldInfo]:
+    return dict(getattr(kind, "__pydantic_fields__", {}))
+
+
+def _tag(kind: Any) -> str | None:
+    return _fields(kind)["kind"].default if "kind" in _fields(kind) else None
+
+
+def _explain(location: tuple[str | int, ...], kind: str, message: str, value: object) -> str:
+    """One mistake: where, the rule, the value."""
+    where = ".".join(str(part) for part in location) or "configuration"
+    if kind == "unexpected_keyword_argument":
+        return f"{where}: unknown key; known here: {', '.join(known_keys(location[:-1]))}"
+    given = "" if isinstance(value, dict) else f" (given: {value!r})"
+    return f"{where}: {message.removeprefix('Value error, ')}{given}"

@@ -1,0 +1,137 @@
+"""One run from its configuration to its report: hold the lease, walk the graph, say what happened."""
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from orchestrator.backend import Backend
+from orchestrator.config import ComputeConfig, RunConfig
+from orchestrator.display import Display
+from orchestrator.errors import RunFailed
+from orchestrator.graph import build_graph
+from orchestrator.inline_backend import InlineBackend
+from orchestrator.lease import hold
+from orchestrator.run_folder import RunFolder
+from orchestrator.runner import Runner, RunResult, end_orphans
+from orchestrator.tracking import Tracker
+
+
+def run_pipeline(config: RunConfig, console: Console) -> RunResult:
+    """Bring the run to its end, or as far as it comes; raises `RunFailed` if a stage that is needed failed."""
+    run = RunFolder(Path(config.folder).expanduser())
+    run.root.mkdir(parents=True, exist_ok=True)
+    with hold(run):
+        run.mend_journal()
+        run.stop.unlink(missing_ok=True)
+        run.save_config(config)
+        result = _walk(config, run, console)
+    if result.failed and not result.stopped:
+        _raise_if_needed(config, run, result)
+    return result
+
+
+def _walk(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
+    graph = build_graph(config)
+    unfinished = [stage for stage in graph if not run.finished(stage)]
+    if not unfinished:
+        console.print(f"All {len(graph)} stages of {run.root} are finished; nothing to do.")
+        return RunResult(finished=tuple(stage.name for stage in graph), submitted=0, failed={}, stopped=False)
+    end_orphans(run, unfinished)
+    commit = project_commit()
+    run.record("run_started", stages=len(graph), unfinished=len(unfinished), commit=commit)
+    tracker = Tracker(run, config.wandb, config.name)
+    with (
+        _backend(config.compute) as backend,
+        _stop_on_signals(run, console),
+        Display(run, graph, console) as display,
+    ):
+        runner = Runner(
+            run=run,
+            graph=graph,
+            backend=backend,
+            policy=config.compute,
+            commit=commit,
+            on_event=display.event,
+            on_tick=(display.tick, tracker.follow),
+        )
+        result = runner.walk()
+        tracker.close(runner.graph)
+    run.record("run_ended", submitted=result.submitted, failed=result.failed, stopped=result.stopped)
+    run.stop.unlink(missing_ok=True)
+    return result
+
+
+def _raise_if_needed(config: RunConfig, run: RunFolder, result: RunResult) -> None:
+    """An expert that failed for good is reported, not raised, as long as the ensemble stands without it."""
+    optional = {stage.name for stage in build_graph(config) if stage.optional}
+    if set(result.failed) <= optional and "ensemble" in result.finished:
+        return
+    failures = "\n".join(f"  {name}: {error}" for name, error in result.failed.items())
+    raise RunFailed(
+        f"{len(result.failed)} stage(s) failed for good; what had finished is kept\n{failures}\n"
+        f"  logs: ddm logs {run.root} {next(iter(result.failed))}; go on with: ddm resume {run.root}"
+    )
+
+
+@contextlib.contextmanager
+def _backend(config: ComputeConfig) -> Iterator[Backend]:
+    """The backend that the configuration names; Ray is imported only if it is wanted."""
+    backend: Backend
+    if config.backend == "inline":
+        backend = InlineBackend()
+    else:
+        from orchestrator.ray_backend import RayBackend
+
+        backend = RayBackend(config)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextlib.contextmanager
+def _stop_on_signals(run: RunFolder, console: Console) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks every stage to save its work; a second Ctrl-C does not wait for that."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if run.stop.exists():
+            raise KeyboardInterrupt
+        run.stop.touch()
+        console.print(f"Stopping; go on later with `ddm resume {run.root}`. Press Ctrl-C again to stop at once.")
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def project_commit() -> str:
+    """The git commit of the checkout that runs, or the installed version."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return project_version()
+    return found.stdout.strip()
+
+
+def project_version() -> str:
+    """The installed version, or `uninstalled` in a bare checkout."""
+    try:
+        return version("decentralized-diffusion")
+    except PackageNotFoundError:
+        return "uninstalled"

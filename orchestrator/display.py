@@ -1,0 +1,112 @@
+"""What a person sees while a run is on its way: one line per running stage.
+
+Everything shown is read from the files that the attempts write, so any backend can be watched, and `ddm status` shows
+the same. On a terminal the lines stay in place; elsewhere (a log, CI) a line is printed every ten seconds.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from artifacts import read_json
+from orchestrator.run_folder import RunFolder
+from orchestrator.stage import Stage
+
+PLAIN_EVERY_S = 10.0
+
+
+def progress_of(attempt: Path) -> dict[str, Any]:
+    """What an attempt last said about itself; empty before its first word."""
+    written = attempt / "progress.json"
+    return dict(read_json(written)) if written.is_file() else {}
+
+
+def describe(progress: dict[str, Any]) -> str:
+    """Progress in words: share, figures, time left."""
+    if not progress:
+        return "waiting for a worker"
+    share = progress["done"] / max(progress["total"], 1)
+    words = [
+        f"{share:4.0%}",
+        *(f"{name.replace('_per_s', '/s')} {value:,.4g}" for name, value in progress["figures"].items()),
+    ]
+    if progress["left_s"] is not None and share < 1:
+        words.append(f"{clock(progress['left_s'])} left")
+    return "  ".join(words)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class Display:
+    """Shows a walk while the block lasts."""
+
+    def __init__(self, run: RunFolder, graph: Sequence[Stage], console: Console) -> None:
+        self.run, self.console = run, console
+        self.total = len(graph)
+        self.running: list[Stage] = []
+        self.since: dict[str, float] = {}
+        self._ended = threading.Event()
+        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=3, transient=True)
+        self._printer = threading.Thread(target=self._print_lines, daemon=True, name="display")
+
+    def __enter__(self) -> Self:
+        """Start showing."""
+        if self.console.is_terminal:
+            self._live.start()
+        else:
+            self._printer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop showing."""
+        self._ended.set()
+        if self.console.is_terminal:
+            self._live.stop()
+        else:
+            self._printer.join()
+
+    def tick(self, running: Sequence[Stage]) -> None:
+        """Say which stages are running now."""
+        for stage in running:
+            self.since.setdefault(stage.name, time.monotonic())
+        self.running = list(running)
+
+    def event(self, event: str, stage: Stage, text: str) -> None:
+        """Print what has happened to a stage."""
+        took = time.monotonic() - self.since.pop(stage.name, time.monotonic())
+        line = {
+            "finished": f"[green]✔[/] {stage.name:22} finished after {took:.1f} s",
+            "kept": f"[dim]✔ {stage.name:22} finished before[/]",
+            "retry": f"[yellow]↻[/] {stage.name:22} {text}",
+            "failed": f"[red]✘[/] {stage.name:22} {text}",
+            "left_out": f"[yellow]![/] {stage.name:22} the ensemble is assembled without it",
+        }[event]
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _table(self) -> RenderableType:
+        table = Table.grid(padding=(0, 1))
+        for stage in self.running:
+            attempts = self.run.attempts(stage)
+            progress = progress_of(attempts[-1]) if attempts else {}
+            bar = ProgressBar(total=progress.get("total", 1), completed=progress.get("done", 0), width=24)
+            table.add_row(f"  {stage.name:22}", bar, describe(progress))
+        return table
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(PLAIN_EVERY_S):
+            for stage in self.running:
+                attempts = self.run.attempts(stage)
+                if attempts and (progress := progress_of(attempts[-1])):
+                    self.console.print(f"  {stage.name:22} {describe(progress)}", highlight=False, soft_wrap=True)

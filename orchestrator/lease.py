@@ -1,0 +1,72 @@
+"""One controller a run: a file that names it, with a heartbeat.
+
+A controller is *running*, *dead* or *unknown*. On this machine its process can be looked up; on another one it
+counts as dead only when its heartbeat is older than the lease.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from artifacts import read_json, write_json
+from orchestrator.errors import RunIsLocked
+from orchestrator.run_folder import RunFolder
+
+LEASE_S = 30.0
+"""A controller on another machine is given up after so long without a heartbeat."""
+
+HEARTBEAT_S = 5.0
+
+
+def this_process() -> dict[str, Any]:
+    """Host, pid and start time of this process: enough to recognise it later, also when the pid is used again."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid())}
+
+
+def process_start(pid: int) -> str | None:
+    """The start time of a process in clock ticks since boot; None if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def is_alive(process: dict[str, Any], heartbeat_s: float) -> bool:
+    """Whether a process that wrote itself down `heartbeat_s` ago may still be running."""
+    if process["host"] == socket.gethostname() and Path("/proc/self/stat").exists():
+        return bool(process_start(int(process["pid"])) == process["started"])
+    return heartbeat_s < LEASE_S
+
+
+@contextlib.contextmanager
+def hold(run: RunFolder) -> Iterator[None]:
+    """Be the run's only controller while the block lasts; raises `RunIsLocked` naming the other one."""
+    if run.lease.exists():
+        other = read_json(run.lease)
+        age_s = time.time() - run.lease.stat().st_mtime
+        if is_alive(other, age_s):
+            raise RunIsLocked(
+                f"{run.root} is walked by process {other['pid']} on {other['host']} (heartbeat {age_s:.0f} s ago); "
+                f"wait for it, or stop it with `ddm stop {run.root}`"
+            )
+    write_json(run.lease, this_process())
+    ended = threading.Event()
+    pulse = threading.Thread(target=_beat, args=(run.lease, ended), daemon=True, name="lease")
+    pulse.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        pulse.join()
+        run.lease.unlink(missing_ok=True)
+
+
+def _beat(lease: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT_S):
+        lease.touch()

@@ -1,0 +1,104 @@
+"""Stages on the workers of a Ray cluster; the one file that imports Ray.
+
+Without an address a cluster is started on loopback and ends with this process. Ray retries nothing: attempts,
+backoff and fencing are the runner's.
+"""
+
+import logging
+import os
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray.exceptions import RayError
+
+from orchestrator.backend import Job, Outcome
+from orchestrator.config import ComputeConfig
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Stages exchange folders, not objects, so Ray's smallest store will do."""
+
+
+def _execute(job: Job) -> Outcome:
+    from orchestrator.worker import execute  # torch is imported in the worker, never in the controller
+
+    return execute(job)
+
+
+class RayBackend:
+    """Submits every job as one Ray task with the resources it asks for."""
+
+    def __init__(self, config: ComputeConfig) -> None:
+        _connect(config)
+        self._running: dict[ray.ObjectRef, Job] = {}
+
+    def submit(self, job: Job) -> None:
+        """Queue the job; Ray starts it where its resources are free."""
+        asked = job.resources
+        task = ray.remote(_execute).options(
+            name=job.stage,
+            num_cpus=asked.cpus,
+            num_gpus=asked.gpus,
+            memory=int(asked.memory_gb * 2**30) or None,
+            max_retries=0,
+        )
+        self._running[task.remote(job)] = job
+
+    def poll(self, timeout_s: float) -> list[Outcome]:
+        """Outcomes of the tasks that have ended; a task whose worker died is lost."""
+        if not self._running:
+            return []
+        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
+        return [self._outcome(reference) for reference in ended]
+
+    def kill(self, stage: str) -> None:
+        """Kill the worker that runs the stage."""
+        for reference, job in self._running.items():
+            if job.stage == stage:
+                ray.cancel(reference, force=True)
+
+    def close(self) -> None:
+        """Leave the cluster; an embedded one ends."""
+        ray.shutdown()
+
+    def _outcome(self, reference: ray.ObjectRef) -> Outcome:
+        job = self._running.pop(reference)
+        try:
+            outcome: Outcome = ray.get(reference)
+        except RayError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return Outcome(stage=job.stage, attempt=job.attempt, state="lost", error=reason, transient=True)
+        return outcome
+
+
+def _connect(config: ComputeConfig) -> None:
+    """Start an embedded cluster or join a running one.
+
+    The first start after an installation can run into Ray's fixed limit of 30 s for reading its own files from a
+    cold disk, so an embedded cluster is tried twice.
+    """
+    if config.address:
+        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    for last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=config.cpus or os.cpu_count(),
+                num_gpus=config.gpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+        except RuntimeError as error:
+            if last:
+                raise
+            log.warning("Ray did not start (%s); trying once more", error)
+            ray.shutdown()
+        else:
+            return

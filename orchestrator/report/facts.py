@@ -1,0 +1,118 @@
+"""What the report says, read from the run folder: plain values, no HTML."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from artifacts import read_json, read_manifest
+from data_partition.shards import read_index, read_samples
+from ensemble.images import grid, png
+from orchestrator.run_folder import RunFolder
+from orchestrator.stage import Stage
+
+PICTURES = 24
+"""Images shown of every cluster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterFacts:
+    """One cluster: how large it is, what is in it, and how often its expert saw it."""
+
+    cluster_id: int
+    count: int
+    share: float
+    epochs: float | None
+    """None while its expert is not finished."""
+    picture: bytes
+    """PNG of some of its images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFacts:
+    """One attempt of one stage."""
+
+    stage: str
+    attempt: int
+    island: str
+    start: float
+    """Seconds since the epoch."""
+    end: float
+    state: str
+    error: str
+
+
+def cluster_facts(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
+    """Every cluster of the partition."""
+    by_name = {stage.name: stage for stage in graph}
+    folder = run.artifact(by_name["partition"]) / "clusters"
+    counts = [read_index(folder / str(k)).count for k in range(len(list(folder.iterdir())))]
+    return [
+        ClusterFacts(
+            cluster_id=k,
+            count=count,
+            share=count / sum(counts),
+            epochs=_epochs(run, by_name.get(f"expert_{k}")),
+            picture=_picture(folder / str(k), count),
+        )
+        for k, count in enumerate(counts)
+    ]
+
+
+def _epochs(run: RunFolder, expert: Stage | None) -> float | None:
+    if expert is None or not run.finished(expert):
+        return None
+    return float(read_json(run.artifact(expert) / "training.json")["epochs"])
+
+
+def _picture(shards: Path, count: int) -> bytes:
+    spread = islice(read_samples(shards), 0, None, max(1, count // PICTURES))
+    images = np.stack([sample.image for sample in islice(spread, PICTURES)])
+    return png(grid(torch.from_numpy(images).float() / 255, columns=PICTURES // 2))
+
+
+def loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """(step, loss) of every finished training of the given kinds."""
+    return {
+        stage.name: [(row["step"], row["loss"]) for row in _rows(run.artifact(stage) / "metrics.jsonl")]
+        for stage in graph
+        if stage.kind in kinds and run.finished(stage)
+    }
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def router_quality(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
+    """The router's held-out figures by t; None if the run has no finished router."""
+    router = next((stage for stage in graph if stage.kind == "router" and run.finished(stage)), None)
+    return None if router is None else dict(read_json(run.artifact(router) / "quality.json"))
+
+
+def attempt_facts(run: RunFolder, graph: Sequence[Stage]) -> list[AttemptFacts]:
+    """Every attempt at the stages of this graph that the journal saw the end of, in the order of their starts."""
+    known = {stage.fingerprint: stage for stage in graph}
+    found = []
+    for event in run.events():
+        if event["event"] in ("finished", "failed", "lost", "preempted") and event["fingerprint"] in known:
+            stage = known[event["fingerprint"]]
+            island = read_manifest(run.artifact(stage)).island if run.finished(stage) else ""
+            found.append(
+                AttemptFacts(
+                    stage=event["stage"],
+                    attempt=event["attempt"],
+                    island=island or "local",
+                    start=event["started"],
+                    end=event["time"],
+                    state=event["event"],
+                    error=event["error"],
+                )
+            )
+    return sorted(found, key=lambda fact: fact.start)

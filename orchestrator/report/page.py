@@ -1,0 +1,155 @@
+"""`write_report`: the run folder as one HTML page."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from artifacts import plain, write_text
+from orchestrator.config import RunConfig
+from orchestrator.controller import project_version
+from orchestrator.display import clock
+from orchestrator.graph import build_graph, row_name
+from orchestrator.report import charts, facts
+from orchestrator.results import ScoreRow, score_rows, training_flops
+from orchestrator.run_folder import RunFolder
+from orchestrator.stage import Stage
+
+
+def write_report(run: RunFolder) -> Path:
+    """Write `report.html` from whatever is finished, and return its path."""
+    config = run.load_config()
+    graph = build_graph(config)
+    templates = Environment(
+        loader=PackageLoader("orchestrator.report", "."), autoescape=True, undefined=StrictUndefined
+    )
+    templates.filters |= {"data_url": _data_url, "clock": clock, "si": _si}
+    page = templates.get_template("page.html").render(**_page_facts(run, config, graph))
+    write_text(run.report, page)
+    return run.report
+
+
+def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[str, Any]:
+    finished = {stage.name for stage in graph if run.finished(stage)}
+    rows = score_rows(run, graph)
+    attempts = facts.attempt_facts(run, graph)
+    quality = facts.router_quality(run, graph)
+    missing = [stage.name for stage in graph if stage.optional and stage.name not in finished]
+    return {
+        "config": config,
+        "yaml": yaml.safe_dump(plain(config), sort_keys=False),
+        "version": project_version(),
+        "unfinished": [stage.name for stage in graph if stage.name not in finished],
+        "missing": missing,
+        "rows": rows,
+        "default_name": row_name(config.ensemble.selection),
+        "why": explain_default(rows),
+        "grids": _grids(run, graph, rows),
+        "clusters": facts.cluster_facts(run, graph) if "partition" in finished else [],
+        "loss_chart": _chart(facts.loss_curves(run, graph, ("expert", "monolith")), "step", "loss"),
+        "router_loss_chart": _chart(facts.loss_curves(run, graph, ("router",)), "step", "cross-entropy (nats)"),
+        "router_charts": _router_charts(quality) if quality else [],
+        "attempts": attempts,
+        "timeline": _timeline(attempts) if attempts else "",
+        "flops": _flops_table(training_flops(run, graph)),
+    }
+
+
+def explain_default(rows: list[ScoreRow]) -> str:
+    """Why the default selection is the default, with this run's own figures."""
+    default = next((row for row in rows if row.is_default), None)
+    monolith = next((row for row in rows if row.name == "monolith"), None)
+    if default is None:
+        return ""
+    calls = f"{default.scores['calls_per_step']:.2f} expert call(s) a step"
+    if default.name != "sticky":
+        return f"{default.name} is the default because the configuration says so; it makes {calls}."
+    reason = (
+        "sticky is the default because it is exact in distribution (one expert is drawn from p(cluster | condition) "
+        f"and kept, which is ancestral sampling of the mixture) and makes {calls}."
+    )
+    if monolith is None:
+        return reason
+    ratios = [
+        f"{default.scores['spaces'][space]['fd'] / values['fd']:.2f} in {space}"
+        for space, values in monolith.scores["spaces"].items()
+    ]
+    return f"{reason} Its Fréchet distance is {' and '.join(ratios)} times the monolith's in this run (one seed)."
+
+
+def _grids(run: RunFolder, graph: list[Stage], rows: list[ScoreRow]) -> list[tuple[str, bytes]]:
+    """The default selection and the monolith, drawn from the same seeds."""
+    by_name = {stage.name: stage for stage in graph}
+    shown = [row for row in rows if row.is_default] + [row for row in rows if row.name == "monolith"]
+    titles = {"monolith": "monolith"}
+    return [
+        (
+            titles.get(row.name, f"ensemble, {row.name}"),
+            (run.artifact(by_name[f"score_{row.name}"]) / "grid.png").read_bytes(),
+        )
+        for row in shown
+    ]
+
+
+def _chart(curves: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    return charts.line_chart(curves, x_label, y_label) if curves else ""
+
+
+def _router_charts(quality: dict[str, Any]) -> list[str]:
+    """Cross-entropy and accuracy over t, each beside its floor: the prior, which is all that is known at t = 1."""
+    labels = {
+        "cross_entropy": ("cross-entropy (nats)", "prior_entropy", "entropy of the prior"),
+        "accuracy": ("accuracy", "largest_share", "share of the largest cluster"),
+    }
+    return [
+        charts.line_chart(
+            {
+                "with the class": _over_t(quality["bins"], name),
+                "without": _over_t(quality["bins"], f"{name}_null"),
+            },
+            "t (0 clean, 1 noise)",
+            label,
+            {f"{floor_label}, with the class": quality[floor], f"{floor_label}, without": quality[f"{floor}_null"]},
+        )
+        for name, (label, floor, floor_label) in labels.items()
+    ]
+
+
+def _over_t(bins: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    return [((row["t_low"] + row["t_high"]) / 2, row[name]) for row in bins]
+
+
+def _timeline(attempts: list[facts.AttemptFacts]) -> str:
+    first = min(fact.start for fact in attempts)
+    return charts.timeline(
+        [
+            (
+                f"{fact.stage} #{fact.attempt} · {fact.island}",
+                fact.stage,
+                fact.start - first,
+                fact.end - first,
+                fact.state,
+            )
+            for fact in attempts
+        ]
+    )
+
+
+def _flops_table(flops: dict[str, float]) -> dict[str, Any]:
+    """FLOPs of every part, and the two sums that must match."""
+    ours = {name: value for name, value in flops.items() if name != "monolith"}
+    return {"parts": flops, "ours": sum(ours.values()), "monolith": flops.get("monolith")}
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _si(value: float) -> str:
+    """A number with a metric prefix: 1.23 T."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.2f} {prefix}"
+    return f"{value:.0f} "

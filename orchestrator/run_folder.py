@@ -1,0 +1,124 @@
+"""The run folder: the only place where a run's state is kept, and the only file that knows its names.
+
+config.yaml                       the composed configuration of the latest `ddm run`
+journal.jsonl                     what happened, append-only
+controller.json                   which controller walks the run, with a heartbeat
+stop                              a request to stop; the controller removes it
+report.html                       written at the end of every run
+artifacts/<stage>-<fingerprint>/  finished, once there is a manifest
+work/<stage>-<fingerprint>/       scratch that outlives attempts; attempt_<n>/ with log, progress, metrics
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from artifacts import CorruptArtifact, is_finished, plain, write_text
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.errors import RunFolderError
+from orchestrator.stage import Input, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The names below one run folder."""
+
+    root: Path
+
+    @property
+    def journal(self) -> Path:
+        """Events, one JSON object a line."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def lease(self) -> Path:
+        """Who controls the run."""
+        return self.root / "controller.json"
+
+    @property
+    def stop(self) -> Path:
+        """Exists while the run is asked to stop."""
+        return self.root / "stop"
+
+    @property
+    def report(self) -> Path:
+        """The report for people."""
+        return self.root / "report.html"
+
+    @property
+    def tracking(self) -> Path:
+        """How far wandb has been told; wandb's own files lie in `wandb/`."""
+        return self.root / "tracking"
+
+    def artifact(self, stage: Stage) -> Path:
+        """Where the stage's artifact is or will be."""
+        return self.root / "artifacts" / stage.folder_name
+
+    def input(self, given: Input) -> Path:
+        """The folder, or the part of one, that a stage reads."""
+        return self.artifact(given.stage) / given.part
+
+    def scratch(self, stage: Stage) -> Path:
+        """What the stage keeps between attempts."""
+        return self.root / "work" / stage.folder_name
+
+    def attempt(self, stage: Stage, number: int) -> Path:
+        """What one attempt writes about itself."""
+        return self.scratch(stage) / f"attempt_{number}"
+
+    def attempts(self, stage: Stage) -> list[Path]:
+        """All attempts of a stage, the first one first."""
+        found = self.scratch(stage).glob("attempt_*")
+        return sorted(found, key=lambda path: int(path.name.removeprefix("attempt_")))
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether the stage's artifact is whole."""
+        return is_finished(self.artifact(stage))
+
+    def save_config(self, config: RunConfig) -> None:
+        """Write `config.yaml`."""
+        write_text(self.root / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+
+    def load_config(self) -> RunConfig:
+        """The configuration of the latest `ddm run` here; raises `RunFolderError` if this is not a run folder."""
+        path = self.root / "config.yaml"
+        if not path.is_file():
+            raise RunFolderError(f"{self.root} is not a run folder: it has no config.yaml; start one with `ddm run`")
+        return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Append one event to the journal and flush it to the disk."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **plain(facts)}) + "\n"
+        descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def mend_journal(self) -> None:
+        """Cut off a last line that a crash has torn, so that the next event starts a line of its own."""
+        if self.journal.is_file():
+            whole = self.journal.read_bytes()
+            os.truncate(self.journal, whole.rfind(b"\n") + 1)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The journal; a last line that was torn by a crash is left out."""
+        if not self.journal.is_file():
+            return []
+        lines = self.journal.read_text(encoding="utf-8").splitlines()
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number < len(lines):
+                    raise CorruptArtifact(
+                        f"{self.journal}, line {number}: {error}; mend or delete that line"
+                    ) from error
+        return found

@@ -1,0 +1,80 @@
+"""`ddm sample`: from a finished run to one picture."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from artifacts import ArtifactError
+from orchestrator.config import RunConfig
+from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.graph import build_graph
+from orchestrator.run_folder import RunFolder
+from router.config import SelectionConfig, SelectionName
+
+
+def selection_named(name: str, config: RunConfig) -> SelectionConfig:
+    """The run's own settings of a selection, or that selection with its defaults; empty is the run's default."""
+    if not name:
+        return config.ensemble.selection
+    known = (config.ensemble.selection, *config.scores.selections, *map(_default, get_args(SelectionName)))
+    for selection in known:
+        if selection.name == name:
+            return selection
+    raise ConfigError(f"{name!r} is not a selection; known: {', '.join(get_args(SelectionName))}")
+
+
+def _default(name: SelectionName) -> SelectionConfig:
+    return SelectionConfig(name=name)
+
+
+def pipeline_folder(run: RunFolder, *, monolith: bool) -> Path:
+    """The finished pipeline folder of the ensemble or of the monolith."""
+    name = "monolith_ensemble" if monolith else "ensemble"
+    stage = next((stage for stage in build_graph(run.load_config()) if stage.name == name), None)
+    if stage is None or not run.finished(stage):
+        raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
+    return run.artifact(stage)
+
+
+def draw(
+    run: RunFolder,
+    seeds: Sequence[int],
+    label: str,
+    select: str,
+    out: Path,
+    steps: int,
+    guidance_scale: float,
+    *,
+    monolith: bool,
+) -> str:
+    """Sample, write the picture, and say in a sentence what was drawn."""
+    config = run.load_config()
+    folder = pipeline_folder(run, monolith=monolith)
+    selection = SelectionConfig(name="full") if monolith else selection_named(select, config)
+    sampling = replace(
+        config.ensemble,
+        selection=selection,
+        guidance_scale=guidance_scale,
+        steps=steps or config.ensemble.steps,
+    )
+    from ensemble.images import grid
+    from ensemble.pipeline import DDMPipeline
+
+    pipeline = DDMPipeline.from_pretrained(folder)
+    class_id = _class_id(label, pipeline.class_names)
+    samples = pipeline(seeds, sampling, None if class_id is None else [class_id] * len(seeds))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid(samples.images, columns=max(1, round(len(seeds) ** 0.5))).save(out)
+    return f"{out}: {len(seeds)} images, {selection.name}, {samples.calls_per_step:.2f} expert calls a step"
+
+
+def _class_id(label: str, class_names: Sequence[str]) -> int | None:
+    if not label:
+        return None
+    if label in class_names:
+        return list(class_names).index(label)
+    if label.isdigit() and int(label) < len(class_names):
+        return int(label)
+    known = ", ".join(f"{number} {name}" for number, name in enumerate(class_names)) or "none: the run has no labels"
+    raise ArtifactError(f"--label {label!r} is not a class of this run; known: {known}")

@@ -1,0 +1,44 @@
+"""A small data set of real digits, built once, and samples made by rule."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from artifacts import Workspace
+from data_partition.config import DataConfig
+from data_partition.dataset import build_dataset
+from data_partition.shards import Sample, ShardWriter
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.at(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    config = DataConfig(source="digits", image_size=8, limit=600, shard_samples=256)
+    build_dataset(config, folder / "data", Workspace.at(folder / "workspace"))
+    return folder / "data"
+
+
+def sample(number: int, side: int = 6, channels: int = 1) -> Sample:
+    """A sample whose pixels, class and caption follow from its number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, channels), dtype=np.uint8)
+    return Sample(key=f"sample-{number:05d}", image=pixels, label=number % 3, caption=f"number {number}")
+
+
+def write_samples(folder: Path, count: int, samples_per_shard: int = 4) -> list[Sample]:
+    samples = [sample(number) for number in range(count)]
+    writer = ShardWriter(folder, samples_per_shard, ("a", "b", "c"))
+    for each in samples:
+        writer.add(each)
+    writer.close()
+    return samples
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

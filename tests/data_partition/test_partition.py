@@ -1,0 +1,119 @@
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from artifacts import Preempted, Workspace
+from data_partition import clusters
+from data_partition.balance import evenness
+from data_partition.config import PartitionConfig
+from data_partition.errors import FeaturesMismatch, TooFewSamples
+from data_partition.features import extract_features
+from data_partition.partition import Partition, load_partition, make_partition
+from data_partition.shards import read_batches, read_index, read_samples
+from tests.data_partition.conftest import files_of
+
+CONFIG = PartitionConfig(num_experts=3, components=16, iterations=8)
+
+
+@pytest.fixture(scope="session")
+def features(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    extract_features(CONFIG, digits, folder / "out", Workspace.at(folder / "workspace"))
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def made(digits: Path, features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("partition")
+    make_partition(CONFIG, digits, features, folder / "out", Workspace.at(folder / "workspace"))
+    return folder / "out"
+
+
+def test_the_table_the_shards_and_the_counts_agree(digits: Path, made: Path):
+    with (made / "assignment.csv").open() as file:
+        table = {row["key"]: int(row["cluster_id"]) for row in csv.DictReader(file)}
+    partition = Partition.load(made)
+    assert len(table) == 600 == partition.counts.sum()
+    for cluster_id in range(3):
+        keys = [sample.key for sample in read_samples(made / "clusters" / str(cluster_id))]
+        assert keys == [key for key, found in table.items() if found == cluster_id]
+        assert len(keys) == partition.counts[cluster_id]
+    assert partition.class_counts is not None
+    np.testing.assert_array_equal(partition.class_counts.sum(axis=0), partition.counts)
+    assert read_index(made / "clusters" / "0").class_names == read_index(digits / "train").class_names
+
+
+def test_images_are_assigned_as_they_were(made: Path):
+    partition = load_partition(made)
+    for part in ("clusters", "holdout"):
+        for cluster_id in range(3):
+            for batch in read_batches(made / part / str(cluster_id), 256):
+                assert (partition.assign_images(batch.images) == cluster_id).all()
+
+
+def test_the_balance_is_reported(digits: Path, made: Path):
+    balance = json.loads((made / "balance.json").read_text())
+    assert balance["counts"] == Partition.load(made).counts.tolist()
+    assert sum(balance["holdout_counts"]) == read_index(digits / "holdout").count
+    assert balance["smallest_over_mean"] > 0.9
+    assert balance["largest_over_mean"] < 1.1
+    assert sum(balance["shares"]) == pytest.approx(1)
+    assert balance["num_fine"] == 30
+
+
+def test_many_clusters_are_written_in_groups(
+    digits: Path, features: Path, made: Path, tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(clusters, "OPEN_CLUSTERS", 2)
+    make_partition(CONFIG, digits, features, tmp_path / "out", workspace)
+    assert files_of(tmp_path / "out") == files_of(made)
+
+
+def test_without_classes(digits: Path, features: Path, made: Path):
+    partition = dataclasses.replace(Partition.load(made), class_counts=None)
+    assert partition.class_counts is None
+    with pytest.raises(FeaturesMismatch, match="no extractor"):
+        partition.assign_images(next(read_batches(digits / "train", 2)).images)
+
+
+def test_one_expert_gets_everything(digits: Path, features: Path, tmp_path: Path, workspace: Workspace):
+    config = dataclasses.replace(CONFIG, num_experts=1)
+    summary = make_partition(config, digits, features, tmp_path, workspace)
+    assert summary.counts == (600,)
+    assert summary.flops > 0
+
+
+def test_more_experts_than_samples(digits: Path, features: Path, tmp_path: Path, workspace: Workspace):
+    with pytest.raises(TooFewSamples, match="600 training samples"):
+        make_partition(dataclasses.replace(CONFIG, num_experts=601), digits, features, tmp_path, workspace)
+
+
+def test_features_of_other_samples_are_refused(digits: Path, features: Path, tmp_path: Path, workspace: Workspace):
+    copied = tmp_path / "features"
+    copied.mkdir()
+    (copied / "features.npy").write_bytes((features / "features.npy").read_bytes())
+    (copied / "keys.txt").write_text((features / "keys.txt").read_text().replace("digits-0", "letters-0"))
+    with pytest.raises(FeaturesMismatch, match="row 0 of the features belongs to 'letters-0"):
+        make_partition(CONFIG, digits, copied, tmp_path / "out", workspace)
+    np.save(copied / "features.npy", np.zeros((5, 3), dtype=np.float32))
+    with pytest.raises(FeaturesMismatch, match="600 samples"):
+        make_partition(CONFIG, digits, copied, tmp_path / "out", workspace)
+    (copied / "features.npy").write_bytes(b"cut")
+    with pytest.raises(FeaturesMismatch, match="cannot be read"):
+        make_partition(CONFIG, digits, copied, tmp_path / "out", workspace)
+
+
+def test_a_stop_is_obeyed(digits: Path, features: Path, tmp_path: Path, workspace: Workspace):
+    (workspace.scratch / "stop").touch()
+    with pytest.raises(Preempted):
+        make_partition(CONFIG, digits, features, tmp_path, workspace)
+
+
+def test_evenness():
+    assert evenness(np.array([5, 5, 5])) == pytest.approx(1)
+    assert evenness(np.array([7])) == 1
+    assert evenness(np.array([1, 3])) == pytest.approx(0.8112781244591328)

@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from ensemble.ensemble import Ensemble, EnsembleError, Spoken, mix
+from ensemble.routing import uniforms_at, uniforms_once
+from experts.condition import Condition
+from experts.noise_path import COSINE, STRAIGHT
+from router.config import SelectionConfig
+from tests.oracles import MixtureOfGaussians
+
+MIXTURE = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1))
+ROWS = 12
+NULL = Condition.null(ROWS)
+NOISED = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+T = torch.linspace(0.05, 0.95, ROWS, dtype=torch.float64)
+
+
+def whole() -> Ensemble:
+    return Ensemble(experts=MIXTURE.experts(), path=STRAIGHT, router=MIXTURE.router())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rows"),
+    [
+        ({"name": "full"}, 4 * ROWS),
+        ({"name": "top_k", "k": 1}, ROWS),
+        ({"name": "top_k", "k": 3}, 3 * ROWS),
+        ({"name": "sticky"}, ROWS),
+        ({"name": "sample"}, ROWS),
+    ],
+)
+def test_only_selected_experts_are_called_and_each_once(chosen: dict[str, object], rows: int) -> None:
+    ensemble = whole()
+    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(**chosen))
+    ensemble.velocity(NOISED, T, NULL, routing)
+    assert sum(routing.calls.experts.values()) == rows
+    assert sum(expert.rows for expert in ensemble.experts.values()) == rows
+    assert all(expert.calls <= 1 for expert in ensemble.experts.values())
+
+
+def test_sticky_never_asks_the_router_and_keeps_its_experts() -> None:
+    ensemble = whole()
+    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name="sticky"))
+    early = ensemble.gates(NOISED, T, NULL, routing)
+    late = ensemble.gates(-NOISED, T / 2, NULL, routing)
+    assert torch.equal(early, late)
+    assert ensemble.router.calls == routing.calls.router == 0
+
+
+def test_a_router_call_is_counted_for_every_row() -> None:
+    ensemble = whole()
+    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name="full"))
+    ensemble.velocity(NOISED, T, NULL, routing)
+    assert routing.calls.router == ROWS
+
+
+def test_sticky_draws_from_the_prior_of_the_class() -> None:
+    mixture = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1), allowed=((0, 1), (3,)))
+    ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    condition = Condition(torch.tensor([0, 1] * 20))
+    gates = ensemble.begin(range(40), condition, SelectionConfig(name="sticky")).pinned
+    assert gates[1::2].argmax(1).tolist() == [3] * 20
+    assert set(gates[::2].argmax(1).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["full", "top_k", "threshold", "nucleus", "sample", "sticky", "anneal"])
+def test_a_missing_expert_is_silent_and_the_others_share_its_gates(name: str) -> None:
+    experts = {k: expert for k, expert in MIXTURE.experts().items() if k != 1}
+    ensemble = Ensemble(experts=experts, path=STRAIGHT, router=MIXTURE.router())
+    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name=name))
+    gates = ensemble.gates(NOISED, T, NULL, routing)
+    assert ensemble.missing == (1,)
+    assert gates[:, 1].tolist() == [0] * ROWS
+    torch.testing.assert_close(gates.sum(1).double(), torch.ones(ROWS, dtype=torch.float64))
+    if name == "full":
+        complete = whole()
+        before = complete.gates(NOISED, T, NULL, complete.begin(range(ROWS), NULL, SelectionConfig(name=name)))
+        kept = before * torch.tensor([1, 0, 1, 1])
+        torch.testing.assert_close(gates, kept / kept.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("ids", "has_router", "message"),
+    [([], True, "all are missing"), ([0, 4], True, r"got \[4\]"), ([0, 1], False, "add their router")],
+)
+def test_what_cannot_be_sampled_is_refused(ids: list[int], has_router: bool, message: str) -> None:
+    experts = {k: MIXTURE.experts()[k % 4] for k in ids}
+    with pytest.raises(EnsembleError, match=message):
+        Ensemble(experts=experts, path=STRAIGHT, router=MIXTURE.router() if has_router else None)
+
+
+def test_a_router_of_another_path_is_refused() -> None:
+    with pytest.raises(EnsembleError, match="straight"):
+        Ensemble(experts=MIXTURE.experts(), path=COSINE, router=MIXTURE.router(STRAIGHT))
+
+
+def test_seeds_and_rows_must_pair() -> None:
+    with pytest.raises(ValueError, match="every row needs a seed"):
+        whole().begin([1, 2], Condition.null(3), SelectionConfig())
+
+
+def test_t_may_differ_inside_a_row() -> None:
+    ensemble = whole()
+    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name="full"))
+    inside = T[:, None].expand(-1, 2)
+    torch.testing.assert_close(
+        ensemble.velocity(NOISED, inside, NULL, routing), ensemble.velocity(NOISED, T, NULL, routing)
+    )
+
+
+def test_mixing_lets_gradients_through() -> None:
+    said = torch.ones(2, 3, requires_grad=True)
+    mixed = mix(torch.zeros(4, 3), [Spoken(rows=torch.tensor([1, 3]), gates=torch.tensor([0.25, 1.0]), velocity=said)])
+    mixed.sum().backward()
+    assert mixed[:, 0].tolist() == [0, 0.25, 0, 1]
+    assert said.grad[:, 0].tolist() == [0.25, 1]
+
+
+def test_draws_depend_on_seed_and_t_alone_and_are_uniform() -> None:
+    t = torch.full((3,), 0.5)
+    drawn = uniforms_at([5, -1, 5], t, 2)
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[1:2], uniforms_at([-1], t[:1], 2))
+    assert not torch.equal(drawn, uniforms_at([5, -1, 5], t / 2, 2))
+    many = torch.cat([uniforms_once(range(20_000), 1), uniforms_at(range(20_000), torch.full((20_000,), 0.3), 1)], 1)
+    assert many.min() >= 0 and many.max() < 1
+    torch.testing.assert_close(many.mean(0), torch.full((2,), 0.5, dtype=torch.float64), atol=0.01, rtol=0)
+    assert abs(torch.corrcoef(many.T)[0, 1]) < 0.03
+    assert abs(torch.corrcoef(torch.stack([many[:-1, 0], many[1:, 0]]))[0, 1]) < 0.03

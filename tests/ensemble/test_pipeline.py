@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from artifacts import CorruptArtifact, files_in, read_json, write_json
+from ensemble.config import SamplingConfig
+from ensemble.ensemble import EnsembleError
+from ensemble.pipeline import DDMPipeline, PipelineError, assemble
+from experts.codec import PixelCodec
+from experts.config import ResidualMLPConfig
+from experts.expert import Expert
+from experts.networks import build_network
+from experts.noise_path import STRAIGHT
+from router.config import RouterConfig, SelectionConfig
+from router.model import build_router
+from router.router import Router
+
+SHAPE = (1, 4, 4)
+FULL = SamplingConfig(solver="heun", steps=3, selection=SelectionConfig(name="full"), guidance_scale=2.0)
+
+
+def make_expert(folder: Path, cluster_id: int, num_classes: int = 2) -> Path:
+    torch.manual_seed(cluster_id)
+    model = build_network(ResidualMLPConfig(width=8, depth=1), SHAPE, num_classes).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    expert = Expert(
+        model=model,
+        prediction="velocity",
+        path=STRAIGHT,
+        latent_shape=SHAPE,
+        num_classes=num_classes,
+        cluster_id=cluster_id,
+    )
+    expert.save(folder)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    write_json(folder / "manifest.json", {})
+    return folder
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """Three experts, their router, a codec."""
+    for k in range(3):
+        make_expert(tmp_path / f"trained_{k}", k)
+    torch.manual_seed(7)
+    model = build_router(RouterConfig(width=8, depth=1), SHAPE, 3, 2)
+    torch.nn.init.normal_(model.head.weight)
+    counts = torch.tensor([[3, 2, 1], [1, 2, 3], [4, 4, 4]], dtype=torch.float64)
+    Router(model=model, path=STRAIGHT, prior_counts=counts).save(tmp_path / "trained_router")
+    codec = tmp_path / "codec"
+    codec.mkdir()
+    PixelCodec(image_shape=(4, 4, 1)).save(codec)
+    return tmp_path
+
+
+def put_together(parts: Path, present: tuple[int, ...] = (0, 1, 2), missing: tuple[int, ...] = ()) -> DDMPipeline:
+    folders = {k: parts / f"trained_{k}" for k in present}
+    return assemble(
+        folders, parts / "trained_router", parts / "codec", parts / "pipeline", missing, class_names=("a", "b")
+    )
+
+
+def test_assembled_saved_and_loaded_it_samples_the_same(parts: Path) -> None:
+    first = put_together(parts)
+    first.save_pretrained(parts / "again")
+    second = DDMPipeline.from_pretrained(parts / "again")
+    drawn, redrawn = (pipeline([5, 6, 7], FULL, [0, 1, -1]) for pipeline in (first, second))
+    assert torch.equal(drawn.latents, redrawn.latents)
+    assert drawn.images.shape == (3, 4, 4, 1)
+    assert second.class_names == ("a", "b")
+
+
+def test_saved_again_it_gives_the_same_bytes(parts: Path) -> None:
+    put_together(parts).save_pretrained(parts / "again")
+    for file in files_in(parts / "again"):
+        assert file.read_bytes() == (parts / "pipeline" / file.relative_to(parts / "again")).read_bytes(), file.name
+
+
+def test_the_folder_is_a_diffusers_pipeline_folder(parts: Path) -> None:
+    put_together(parts)
+    index = read_json(parts / "pipeline" / "model_index.json")
+    assert index["_class_name"] == "DDMPipeline"
+    assert index["experts"] == [0, 1, 2]
+    assert (parts / "pipeline" / "scheduler" / "scheduler_config.json").is_file()
+    copied = {file.name for file in files_in(parts / "pipeline")}
+    assert "metrics.jsonl" not in copied
+    assert "manifest.json" not in copied
+
+
+def test_it_works_while_an_expert_is_missing(parts: Path) -> None:
+    pipeline = put_together(parts, (0, 2), (1,))
+    assert pipeline.ensemble.missing == (1,)
+    drawn = pipeline(range(4), FULL)
+    assert set(drawn.calls.experts) == {0, 2}
+    assert drawn.images.isfinite().all()
+
+
+def test_an_expert_that_is_neither_there_nor_listed_is_an_error(parts: Path) -> None:
+    with pytest.raises(PipelineError, match=r"lists \[\] as missing"):
+        put_together(parts, (0, 2))
+    put_together(parts)
+    (parts / "pipeline" / "expert_1").rename(parts / "elsewhere")
+    with pytest.raises(PipelineError, match="add 1 to the index's missing list"):
+        DDMPipeline.from_pretrained(parts / "pipeline")
+    file = parts / "pipeline" / "model_index.json"
+    write_json(file, read_json(file) | {"missing": [1]})
+    assert DDMPipeline.from_pretrained(parts / "pipeline").ensemble.missing == (1,)
+
+
+def test_all_missing_is_an_error(parts: Path) -> None:
+    with pytest.raises(PipelineError, match="all are missing"):
+        put_together(parts, (), (0, 1, 2))
+    put_together(parts)
+    file = parts / "pipeline" / "model_index.json"
+    write_json(file, read_json(file) | {"missing": [0, 1, 2]})
+    with pytest.raises(EnsembleError, match="all are missing"):
+        DDMPipeline.from_pretrained(parts / "pipeline")
+
+
+@pytest.mark.parametrize("name", ["router/pytorch_model.bin", "expert_0/a.PT", "notes.pkl"])
+def test_pickles_are_refused(name: str, parts: Path) -> None:
+    put_together(parts)
+    (parts / "pipeline" / name).write_bytes(b"")
+    with pytest.raises(PipelineError, match=name):
+        DDMPipeline.from_pretrained(parts / "pipeline")
+
+
+def test_a_monolith_is_a_pipeline_of_one_expert(parts: Path) -> None:
+    pipeline = assemble({0: parts / "trained_0"}, None, parts / "codec", parts / "mono")
+    drawn = pipeline(range(3), FULL.__class__(solver="euler", steps=2))
+    assert drawn.calls_per_step == 1
+    assert not (parts / "mono" / "router").exists()
+
+
+def test_parts_that_do_not_fit_leave_nothing_behind(parts: Path) -> None:
+    make_expert(parts / "trained_2", 2, num_classes=5)
+    with pytest.raises(PipelineError, match="expert 2 knows"):
+        put_together(parts)
+    assert not (parts / "pipeline").exists()
+
+
+@pytest.mark.parametrize("class_id", [2, -2])
+def test_unknown_classes_are_refused(class_id: int, parts: Path) -> None:
+    with pytest.raises(PipelineError, match="classes go from 0 to 1"):
+        put_together(parts)([1], FULL, [class_id])
+
+
+@pytest.mark.parametrize(
+    "broken", [{"_class_name": "Other"}, {"path": "../x"}, {"experts": ["one"]}, {"missing": None}]
+)
+def test_an_index_of_something_else_is_refused(broken: dict[str, object], parts: Path) -> None:
+    put_together(parts)
+    file = parts / "pipeline" / "model_index.json"
+    write_json(file, read_json(file) | broken)
+    with pytest.raises(CorruptArtifact, match="not the index"):
+        DDMPipeline.from_pretrained(parts / "pipeline")

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+
+from artifacts import CorruptArtifact, write_json
+from data_partition.shards import read_batches
+from experts.codec import CODECS, fit_codec, load_codec
+from experts.config import CodecConfig
+
+
+@pytest.fixture
+def images(shards):
+    return next(read_batches(shards, 40)).images
+
+
+def fitted(kind, shards, out, workspace, whitening=0.0, components=16):
+    config = CodecConfig(kind=kind, components=components, whitening=whitening)
+    return fit_codec(config, shards, out, workspace)
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_images_come_back(kind, shards, images, tmp_path, workspace):
+    """16 components are all there are of 4 x 4 pixels."""
+    codec = fitted(kind, shards, tmp_path / "codec", workspace)
+    latents = codec.encode(images)
+    assert latents.shape == (40, *codec.latent_shape)
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(codec.decode(latents), torch.from_numpy(images).float() / 255, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_what_is_saved_is_what_is_loaded(kind, shards, images, tmp_path, workspace):
+    codec = fitted(kind, shards, tmp_path / "codec", workspace, whitening=0.5, components=5)
+    loaded = load_codec(tmp_path / "codec")
+    assert loaded.latent_shape == codec.latent_shape
+    assert torch.equal(loaded.encode(images), codec.encode(images))
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.4, 1.0])
+def test_latents_have_unit_root_mean_square(whitening, shards, images, tmp_path, workspace):
+    codec = fitted("pca", shards, tmp_path / "codec", workspace, whitening, components=6)
+    latents = codec.encode(images)
+    assert latents.square().mean().item() == pytest.approx(1, rel=1e-3)
+    spread = latents.std(dim=0, correction=0)
+    ratio = codec.pca.variances[0] / codec.pca.variances[5]
+    assert (spread[0] / spread[5]).item() == pytest.approx(ratio ** ((1 - whitening) / 2), rel=1e-2)
+
+
+def test_decoded_images_are_clipped(shards, tmp_path, workspace):
+    for kind in CODECS:
+        codec = fitted(kind, shards, tmp_path / kind, workspace)
+        decoded = codec.decode(50 * torch.randn(3, *codec.latent_shape))
+        assert decoded.shape == (3, 4, 4, 1)
+        assert decoded.min() == 0
+        assert decoded.max() == 1
+
+
+def test_images_of_another_shape_are_refused(shards, tmp_path, workspace):
+    codec = fitted("pixels", shards, tmp_path / "codec", workspace)
+    with pytest.raises(ValueError, match="fitted on images of shape"):
+        codec.encode(np.zeros((1, 5, 4, 1), dtype=np.uint8))
+
+
+def test_more_components_than_pixels_are_refused(shards, tmp_path, workspace):
+    with pytest.raises(ValueError, match="at most 16"):
+        fitted("pca", shards, tmp_path / "codec", workspace, components=17)
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    write_json(tmp_path / "codec.json", {"kind": "wavelets"})
+    with pytest.raises(CorruptArtifact, match="wavelets"):
+        load_codec(tmp_path)

@@ -1,0 +1,107 @@
+import json
+
+import pytest
+import torch
+
+from artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, files_in, read_json, write_json
+from experts.codec import fit_codec, load_codec
+from experts.condition import Condition
+from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
+from experts.expert import Expert, train_expert
+from experts.latents import LatentError
+from experts.networks import NetworkError, call_network
+from experts.noise_path import COSINE, STRAIGHT
+from experts.residual_mlp import ResidualMLP
+
+TRAINING = TrainingConfig(steps=12, batch_size=100, warmup_steps=2, log_every=5)
+CONFIG = ExpertConfig(network=ResidualMLPConfig(width=16, depth=1), training=TRAINING)
+
+
+@pytest.fixture
+def codec(shards, tmp_path, workspace):
+    fit_codec(CodecConfig(components=8), shards, tmp_path / "codec", workspace)
+    return tmp_path / "codec"
+
+
+def expert(prediction="velocity", path=STRAIGHT):
+    torch.manual_seed(0)
+    model = ResidualMLP(latent_shape=[4], num_classes=3, width=16, depth=1).eval()
+    torch.nn.init.normal_(model.exit.weight)
+    return Expert(model=model, prediction=prediction, path=path, latent_shape=(4,), num_classes=3, cluster_id=2)
+
+
+def inputs():
+    return torch.randn(3, 4), torch.tensor([0.2, 0.5, 0.9]), Condition(torch.tensor([0, -1, 2]))
+
+
+def test_a_velocity_network_on_its_own_path_is_passed_on_bit_for_bit():
+    one, (noised, t, condition) = expert(path=COSINE), inputs()
+    predicted = call_network(one.model, noised, t, condition)
+    assert torch.equal(one.velocity(noised, t, condition), predicted)
+    assert torch.equal(one.velocity(noised, t, condition, COSINE), predicted)
+    assert not torch.allclose(one.velocity(noised, t, condition, STRAIGHT), predicted)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
+def test_what_is_saved_is_what_is_loaded(prediction, tmp_path):
+    one, (noised, t, condition) = expert(prediction, COSINE), inputs()
+    one.save(tmp_path)
+    loaded = Expert.load(tmp_path)
+    assert torch.equal(loaded.velocity(noised, t, condition, STRAIGHT), one.velocity(noised, t, condition, STRAIGHT))
+    for name in ("prediction", "path", "latent_shape", "num_classes", "cluster_id"):
+        assert getattr(loaded, name) == getattr(one, name)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_a_folder_that_is_no_expert_is_an_error(tmp_path):
+    with pytest.raises(UnfinishedArtifact, match=r"expert\.json"):
+        Expert.load(tmp_path)
+    expert().save(tmp_path)
+    write_json(tmp_path / "expert.json", read_json(tmp_path / "expert.json") | {"path": "spiral"})
+    with pytest.raises(CorruptArtifact, match="spiral"):
+        Expert.load(tmp_path)
+
+
+def test_a_trained_expert_is_a_whole_folder(shards, codec, tmp_path, workspace):
+    out = tmp_path / "expert"
+    summary = train_expert(CONFIG, [shards], codec, out, workspace, cluster_id=1)
+    assert {path.name for path in files_in(out)} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "expert.json",
+        "metrics.jsonl",
+        "training.json",
+    }
+    loaded = Expert.load(out)
+    assert (loaded.num_classes, loaded.cluster_id, loaded.latent_shape) == (3, 1, (8,))
+    assert (summary.images, summary.epochs) == (40, 30.0)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    assert summary.final_loss == rows[-1]["loss"]
+    linear = 64 * 128 + 128 * 128 + 128 * 48 + 8 * 16 + 2 * 16 * 16 + 16 * 8
+    assert summary.flops == 3 * 2 * linear * 100 * 12
+
+
+def test_the_same_training_gives_the_same_bytes_everywhere(shards, codec, tmp_path):
+    for name in ("a", "b"):
+        train_expert(CONFIG, [shards], codec, tmp_path / name, Workspace.at(tmp_path / f"work_{name}"))
+    for path in files_in(tmp_path / "a"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_classes_beyond_the_number_are_refused(shards, codec, tmp_path, workspace):
+    with pytest.raises(LatentError, match="class 2, but there are only 2 classes"):
+        train_expert(CONFIG, [shards], codec, tmp_path / "expert", workspace, num_classes=2)
+
+
+def test_a_network_for_other_latents_is_refused(shards, codec, tmp_path, workspace):
+    config = ExpertConfig(network=DiTConfig(), training=TRAINING)
+    with pytest.raises(NetworkError, match="codec pixels"):
+        train_expert(config, [shards], codec, tmp_path / "expert", workspace)
+
+
+def test_an_expert_trains_on_pixels_too(shards, tmp_path, workspace):
+    fit_codec(CodecConfig(kind="pixels"), shards, tmp_path / "codec", workspace)
+    config = ExpertConfig(network=DiTConfig(heads=1, head_width=8, depth=1), training=TRAINING)
+    train_expert(config, [shards], tmp_path / "codec", tmp_path / "expert", workspace)
+    assert Expert.load(tmp_path / "expert").latent_shape == load_codec(tmp_path / "codec").latent_shape

@@ -1,0 +1,129 @@
+"""Killed at any instant, a run continues, and its artifacts are those of a run that was never killed, byte for byte."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from artifacts import read_json, verify
+from orchestrator.lease import process_start
+from orchestrator.run_folder import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SMALL = (
+    "experiment=digits",
+    "data.limit=600",
+    "expert.training.steps=240",
+    "expert.training.checkpoint_every=20",
+    "router.training.steps=120",
+    "router.training.checkpoint_every=20",
+    "scores.num_samples=64",
+    "wandb.mode=disabled",
+    "compute.backoff_s=0",
+)
+
+
+def ddm(*words: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator", *words]
+
+
+def run(*words: str) -> str:
+    done = subprocess.run(ddm(*words), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of every artifact; a manifest also tells when and where, so only what it checks is compared."""
+    files = sorted(path for path in (folder / "artifacts").rglob("*") if path.is_file())
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "manifest.json"}
+    for path in files:
+        if path.name == "manifest.json":
+            verify(path.parent)
+            manifest = read_json(path)
+            kept = {key: manifest[key] for key in ("stage", "fingerprint", "config", "inputs", "checksums", "flops")}
+            found[str(path.relative_to(folder))] = repr(kept).encode()
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run that nobody has killed, on Ray."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run("run", *SMALL, f"folder={folder}")
+    return folder
+
+
+def test_both_backends_write_the_same_bytes(undisturbed, tmp_path):
+    run("run", *SMALL, f"folder={tmp_path}", "compute=inline")
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_a_second_run_submits_nothing(undisturbed):
+    before = (undisturbed / "journal.jsonl").read_text()
+    assert "nothing to do" in run("run", *SMALL, f"folder={undisturbed}")
+    assert (undisturbed / "journal.jsonl").read_text() == before
+
+
+def test_a_controller_killed_at_five_random_moments_loses_nothing(undisturbed, tmp_path):
+    moments = random.Random(0)
+    command, kills = ddm("run", *SMALL, f"folder={tmp_path}"), 0
+    while kills < 5:
+        controller = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            controller.wait(timeout=moments.uniform(2.0, 9.0))
+        except subprocess.TimeoutExpired:
+            controller.send_signal(signal.SIGKILL)
+            kills += 1
+        controller.wait()
+        assert kills == 5 or controller.returncode == -signal.SIGKILL, "the run ended before it was killed five times"
+        command = ddm("resume", str(tmp_path))
+    run("resume", str(tmp_path))
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint(undisturbed, tmp_path):
+    controller = subprocess.Popen(ddm("run", *SMALL, f"folder={tmp_path}"), stdout=subprocess.DEVNULL)
+    worker = _wait_for_checkpoint(tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    assert controller.wait(timeout=300) == 0
+    events = [event["event"] for event in RunFolder(tmp_path).events() if event.get("stage") == "expert_1"]
+    assert events == ["submitted", "lost", "submitted", "finished"]
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def _wait_for_checkpoint(folder: Path) -> int:
+    """The pid of expert 1's worker, once that has saved a checkpoint."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for scratch in (folder / "work").glob("expert_1-*"):
+            worker = scratch / "attempt_1" / "worker.json"
+            if any((scratch / "checkpoints").glob("*")) and process_start(read_json(worker)["pid"]):
+                return int(read_json(worker)["pid"])
+        time.sleep(0.01)
+    raise AssertionError("expert_1 wrote no checkpoint within two minutes")
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_continued(undisturbed, tmp_path):
+    controller = subprocess.Popen(ddm("run", *SMALL, f"folder={tmp_path}"), stdout=subprocess.PIPE, text=True)
+    _wait_for_checkpoint(tmp_path)
+    controller.send_signal(signal.SIGINT)
+    said, _ = controller.communicate(timeout=120)
+    assert controller.returncode == 130 and f"ddm resume {tmp_path}" in said
+    assert not (tmp_path / "controller.json").exists() and not (tmp_path / "stop").exists()
+    run("resume", str(tmp_path))
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+def test_a_changed_router_value_runs_the_router_and_what_holds_it(undisturbed):
+    run("run", *SMALL, f"folder={undisturbed}", "router.training.lr=0.002")
+    events = RunFolder(undisturbed).events()
+    last = max(number for number, event in enumerate(events) if event["event"] == "run_started")
+    submitted = {event["stage"] for event in events[last:] if event["event"] == "submitted"}
+    assert submitted == {"router", "ensemble", "score_sticky"}

@@ -1,0 +1,75 @@
+"""A backend with a script, and a graph small enough to reason about."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from artifacts import publish
+from data_partition.config import DataConfig
+from orchestrator.backend import Job, Outcome
+from orchestrator.run_folder import RunFolder
+from orchestrator.stage import Input, Stage
+
+
+@dataclass
+class ScriptedBackend:
+    """Ends every attempt as its script says, one word per attempt; without a script everything finishes."""
+
+    script: dict[str, list[str]] = field(default_factory=dict)
+    waiting: list[Job] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    attempts: defaultdict = field(default_factory=lambda: defaultdict(int))
+
+    def submit(self, job: Job) -> None:
+        self.waiting.append(job)
+        self.jobs.append(job)
+
+    def poll(self, timeout_s: float) -> list[Outcome]:
+        hanging = [job for job in self.waiting if self._word(job) == "hang" and job.stage not in self.killed]
+        ended = [job for job in self.waiting if job not in hanging]
+        self.waiting = hanging
+        return [self._end(job) for job in ended]
+
+    def kill(self, stage: str) -> None:
+        self.killed.append(stage)
+
+    def close(self) -> None:
+        self.waiting.clear()
+
+    def _word(self, job: Job) -> str:
+        words = self.script.get(job.stage, [])
+        return words[self.attempts[job.stage]] if self.attempts[job.stage] < len(words) else "finished"
+
+    def _end(self, job: Job) -> Outcome:
+        word = self._word(job)
+        self.attempts[job.stage] += 1
+        if word == "finished":
+            publish(Path(job.artifact), _write, stage=job.stage, config=job.config, inputs=job.input_fingerprints)
+        state = {"error": "failed", "hang": "lost"}.get(word, word)
+        return Outcome(stage=job.stage, attempt=job.attempt, state=state, error=word, transient=word != "error")
+
+
+def _write(folder: Path) -> float:
+    (folder / "content").write_text("done")
+    return 1.0
+
+
+def diamond(seed: int = 0) -> list[Stage]:
+    """data -> two optional experts -> ensemble -> score."""
+    data = Stage(name="data", kind="dataset", config=DataConfig(version=str(seed)))
+    experts = [
+        Stage(name=f"expert_{k}", kind="expert", config=k, inputs={"data": Input(stage=data)}, optional=True)
+        for k in range(2)
+    ]
+    ensemble = Stage(
+        name="ensemble", kind="ensemble", config="all", inputs={stage.name: Input(stage=stage) for stage in experts}
+    )
+    score = Stage(name="score", kind="score", config="all", inputs={"ensemble": Input(stage=ensemble)})
+    return [data, *experts, ensemble, score]
+
+
+def run_folder(folder: Path) -> RunFolder:
+    """An empty run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return RunFolder(folder)

@@ -1,0 +1,144 @@
+"""The runner against a scripted backend: what is retried, what is given up, what is kept."""
+
+import pytest
+
+from orchestrator.config import ComputeConfig
+from orchestrator.runner import Runner, RunResult, end_orphans
+from orchestrator.stage import without
+from tests.orchestrator.fakes import ScriptedBackend, diamond, run_folder
+
+QUICK = ComputeConfig(backoff_s=0.0, grace_s=0.0, retries=2)
+
+
+def walk(folder, backend: ScriptedBackend, policy: ComputeConfig = QUICK, graph=None) -> RunResult:
+    return Runner(run=run_folder(folder), graph=graph or diamond(), backend=backend, policy=policy).walk()
+
+
+def test_every_stage_runs_once_and_behind_its_inputs(tmp_path):
+    backend = ScriptedBackend()
+    result = walk(tmp_path, backend)
+    assert result == RunResult(
+        finished=("data", "expert_0", "expert_1", "ensemble", "score"), submitted=5, failed={}, stopped=False
+    )
+    order = [job.stage for job in backend.jobs]
+    assert order[0] == "data" and set(order[1:3]) == {"expert_0", "expert_1"} and order[3:] == ["ensemble", "score"]
+
+
+def test_a_second_walk_submits_nothing(tmp_path):
+    walk(tmp_path, ScriptedBackend())
+    again = walk(tmp_path, ScriptedBackend())
+    assert again.submitted == 0 and len(again.finished) == 5
+
+
+def test_a_changed_configuration_runs_only_what_depends_on_it(tmp_path):
+    walk(tmp_path, ScriptedBackend())
+    graph = diamond()
+    changed = without(graph, "expert_1")  # another ensemble, the same data and expert_0
+    assert [job.stage for job in _jobs_of(tmp_path, changed)] == ["ensemble", "score"]
+
+
+def _jobs_of(folder, graph):
+    backend = ScriptedBackend()
+    walk(folder, backend, graph=graph)
+    return backend.jobs
+
+
+def test_a_lost_worker_is_retried_under_a_new_attempt_number(tmp_path):
+    backend = ScriptedBackend({"data": ["lost", "lost"]})
+    result = walk(tmp_path, backend)
+    assert [job.attempt for job in backend.jobs if job.stage == "data"] == [1, 2, 3]
+    assert not result.failed
+
+
+def test_retries_end(tmp_path):
+    result = walk(tmp_path, ScriptedBackend({"data": ["lost"] * 9}))
+    assert result.submitted == 3 and result.failed == {"data": "lost"} and not result.stopped
+
+
+def test_an_error_of_the_code_is_not_tried_again(tmp_path):
+    result = walk(tmp_path, ScriptedBackend({"data": ["error"]}))
+    assert result.submitted == 1 and "data" in result.failed
+
+
+def test_the_ensemble_goes_on_without_a_lost_expert_and_takes_it_in_later(tmp_path):
+    result = walk(tmp_path, ScriptedBackend({"expert_1": ["error"]}))
+    assert "score" in result.finished and result.failed == {"expert_1": "error"}
+    later = walk(tmp_path, ScriptedBackend())
+    assert later.submitted == 3  # expert_1, and the ensemble and score that have it
+    assert len(list((tmp_path / "artifacts").glob("ensemble-*"))) == 2
+
+
+def test_without_any_expert_there_is_no_ensemble(tmp_path):
+    result = walk(tmp_path, ScriptedBackend({"expert_0": ["error"], "expert_1": ["error"]}))
+    assert set(result.failed) == {"expert_0", "expert_1"} and "ensemble" not in result.finished
+
+
+def test_preemption_uses_up_no_retry_and_a_stop_leaves_a_resumable_run(tmp_path):
+    backend = ScriptedBackend({"expert_0": ["hang"]})
+    run = run_folder(tmp_path)
+    run.stop.touch()
+    assert walk(tmp_path, backend).stopped and not backend.jobs
+    run.stop.unlink()
+    preempted = walk(tmp_path, ScriptedBackend({"data": ["preempted"] * 7}))
+    assert not preempted.failed and preempted.submitted == 7 + 5
+
+
+def test_an_attempt_without_end_is_asked_to_stop_then_killed_and_retried(tmp_path):
+    policy = ComputeConfig(backoff_s=0.0, grace_s=0.0, retries=1, timeout_s=0.05)
+    backend = ScriptedBackend({"data": ["hang"]})
+    result = walk(tmp_path, backend, policy)
+    assert not result.failed and backend.killed
+    run = run_folder(tmp_path)
+    assert (run.attempt(diamond()[0], 1) / "stop").exists()
+    assert "timeout_s = 0.05" in next(event["error"] for event in run.events() if event["event"] == "failed")
+
+
+def test_the_journal_tells_every_attempt(tmp_path):
+    walk(tmp_path, ScriptedBackend({"data": ["lost"]}))
+    told = [(event["event"], event["attempt"]) for event in run_folder(tmp_path).events() if event["stage"] == "data"]
+    assert told == [("submitted", 1), ("lost", 1), ("submitted", 2), ("finished", 2)]
+
+
+def test_a_backoff_doubles_and_is_waited_for(tmp_path, monkeypatch):
+    waits = []
+    runner = Runner(
+        run=run_folder(tmp_path),
+        graph=diamond(),
+        backend=ScriptedBackend({"data": ["lost", "lost"]}),
+        policy=ComputeConfig(backoff_s=0.01, retries=2),
+        on_event=lambda event, stage, text: waits.append(text) if event == "retry" else None,
+    )
+    assert not runner.walk().failed
+    assert [text.rpartition(" in ")[2] for text in waits] == ["0.01 s", "0.02 s"]
+
+
+def test_an_orphan_of_a_dead_controller_is_ended(tmp_path):
+    import subprocess
+    import sys
+
+    from artifacts import write_json
+    from orchestrator.lease import process_start, this_process
+
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    run, stage = run_folder(tmp_path), diamond()[0]
+    attempt = run.attempt(stage, 1)
+    write_json(attempt / "worker.json", this_process() | {"pid": orphan.pid, "started": process_start(orphan.pid)})
+    end_orphans(run, [stage])
+    assert orphan.wait(timeout=10) == -9
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_worker_that_has_ended_its_attempt_is_left_alone(tmp_path, ended):
+    import os
+
+    from artifacts import write_json
+    from orchestrator.lease import this_process
+
+    run, stage = run_folder(tmp_path), diamond()[0]
+    attempt = run.attempt(stage, 1)
+    other = this_process() | {"pid": os.getppid(), "started": "0"}  # a pid that was used again
+    write_json(attempt / "worker.json", other)
+    if ended:
+        write_json(attempt / "outcome.json", {})
+    end_orphans(run, [stage])
+    os.kill(os.getppid(), 0)

@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experts.condition import Condition
+from experts.latents import LatentDataset
+from experts.noise_path import STRAIGHT
+from router.quality import measure_quality
+from router.router import Router
+from tests.oracles import MixtureOfGaussians
+
+SHARES = (0.75, 0.25)
+MIXTURE = MixtureOfGaussians(SHARES, deviation=0.2)
+
+
+class ExactModel(nn.Module):
+    """The exact posterior, as a network that does not look at classes."""
+
+    def forward(self, noised: Tensor, t: Tensor, class_index: Tensor) -> Tensor:
+        return MIXTURE.router().logits(noised, t, Condition.null(len(noised))).float()
+
+
+def held_out(count: int) -> LatentDataset:
+    generator = torch.Generator().manual_seed(0)
+    cluster_id = (torch.arange(count) % 4 == 3).long()
+    clean = MIXTURE.means[cluster_id] + 0.2 * torch.randn(count, 2, generator=generator, dtype=torch.float64)
+    return LatentDataset(clean=clean.float(), class_id=cluster_id, cluster_id=cluster_id)
+
+
+COUNTS = torch.tensor([[30, 5], [0, 5], [30, 10]], dtype=torch.float64)
+ROUTER = Router(model=ExactModel(), path=STRAIGHT, prior_counts=COUNTS)
+
+
+def test_an_exact_router_meets_its_floors_at_both_ends() -> None:
+    quality = measure_quality(ROUTER, held_out(1000))
+    entropy = -sum(share * math.log(share) for share in SHARES)
+    assert quality.prior_entropy_null == pytest.approx(entropy)
+    assert quality.largest_share_null == 0.75
+    assert quality.bins[0].accuracy == 1
+    assert quality.bins[0].cross_entropy < 1e-3
+    assert quality.bins[-1].cross_entropy_null == pytest.approx(entropy, abs=0.03)
+    assert quality.bins[-1].accuracy_null == pytest.approx(0.75, abs=0.02)
+    entropies = [figures.cross_entropy for figures in quality.bins]
+    assert entropies == sorted(entropies)
+
+
+def test_floors_with_a_condition_worked_out_by_hand() -> None:
+    quality = measure_quality(ROUTER, held_out(40))
+    mixed = -(30 / 35 * math.log(30 / 35) + 5 / 35 * math.log(5 / 35))
+    assert quality.prior_entropy == pytest.approx(35 / 40 * mixed)
+    assert quality.largest_share == 35 / 40
+
+
+def test_the_same_numbers_at_every_call_and_bins_cover_all_t() -> None:
+    quality = measure_quality(ROUTER, held_out(40))
+    assert measure_quality(ROUTER, held_out(40)) == quality
+    edges = [figures.t_low for figures in quality.bins] + [quality.bins[-1].t_high]
+    assert edges == pytest.approx([index / 10 for index in range(11)])
+
+
+def test_a_large_holdout_is_thinned_out() -> None:
+    assert measure_quality(ROUTER, held_out(5000)).images <= 2048

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from artifacts import CorruptArtifact, UnfinishedArtifact, read_json, write_json
+from experts.condition import Condition
+from experts.noise_path import COSINE
+from router.config import RouterConfig
+from router.model import ROUTERS, build_router
+from router.router import Router, count_priors
+
+COUNTS = torch.tensor([[6, 2, 0], [0, 0, 0], [0, 0, 4], [10, 4, 6]], dtype=torch.float64)
+"""Three classes, of which the second has no sample, three clusters, and eight samples without a class."""
+
+
+def make(kind: str = "mlp") -> Router:
+    torch.manual_seed(0)
+    model = build_router(RouterConfig(kind=kind, width=16, heads=2, tokens=3), (5,), 3, 3)
+    torch.nn.init.normal_(model.head.weight)
+    return Router(model=model.eval(), path=COSINE, prior_counts=COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("class_id", "present", "expected"),
+    [
+        (-1, None, [0.5, 0.2, 0.3]),
+        (0, None, [0.75, 0.25, 0]),
+        (1, None, [0.5, 0.2, 0.3]),
+        (2, None, [0, 0, 1]),
+        (0, [False, True, True], [0, 1, 0]),
+        (2, [True, True, False], [10 / 14, 4 / 14, 0]),
+    ],
+)
+def test_prior_worked_out_by_hand(class_id: int, present: list[bool] | None, expected: list[float]) -> None:
+    mask = None if present is None else torch.tensor(present)
+    prior = make().prior_logits(Condition(torch.tensor([class_id])), mask).softmax(-1)
+    torch.testing.assert_close(prior, torch.tensor([expected], dtype=torch.float64))
+
+
+def test_counts_of_classes_and_clusters() -> None:
+    cluster_id, class_id = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 1, 0, -1, -1])
+    assert count_priors(cluster_id, class_id, 4, 2).tolist() == [[0, 1, 0, 0], [2, 0, 0, 0], [2, 2, 1, 0]]
+
+
+def test_null_is_the_row_behind_all_classes() -> None:
+    router, noised, t = make(), torch.randn(1, 5), torch.tensor([0.3])
+    assert torch.equal(router.logits(noised, t, Condition.null(1)), router.model(noised, t, torch.tensor([3])))
+
+
+@pytest.mark.parametrize("kind", list(ROUTERS))
+def test_saved_and_loaded_it_is_the_same(kind: str, tmp_path: Path) -> None:
+    router = make(kind)
+    router.save(tmp_path / "router")
+    loaded = Router.load(tmp_path / "router")
+    noised, t, condition = torch.randn(4, 5), torch.rand(4), Condition(torch.tensor([0, 1, 2, -1]))
+    assert torch.equal(loaded.logits(noised, t, condition), router.logits(noised, t, condition))
+    assert torch.equal(loaded.prior_logits(condition), router.prior_logits(condition))
+    assert (loaded.path.name, loaded.num_experts, loaded.num_classes) == ("cosine", 3, 3)
+
+
+def test_a_folder_without_settings_is_unfinished(tmp_path: Path) -> None:
+    with pytest.raises(UnfinishedArtifact, match=r"router\.json"):
+        Router.load(tmp_path)
+
+
+@pytest.mark.parametrize("broken", [{"kind": "oracle"}, {"path": "curly"}, {"prior_counts": "many"}])
+def test_settings_of_another_version_are_refused(broken: dict[str, str], tmp_path: Path) -> None:
+    make().save(tmp_path / "router")
+    file = tmp_path / "router" / "router.json"
+    write_json(file, read_json(file) | broken)
+    with pytest.raises(CorruptArtifact, match="another version"):
+        Router.load(tmp_path / "router")

@@ -1,0 +1,133 @@
+"""The house: arrows point down, heavy libraries stay behind one door, and the papers say what is there."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ["artifacts", "data_partition", "experts", "router", "ensemble", "orchestrator"]
+DOORS = {
+    "ray": {"orchestrator/ray_backend.py"},
+    "hydra": {"orchestrator/compose.py"},
+    "wandb": {"orchestrator/tracking.py"},
+    "matplotlib": {"orchestrator/report/charts.py"},
+    "faiss": {"data_partition/kmeans.py"},
+}
+FORBIDDEN = {"pickle", "dill", "shelve", "marshal"}
+
+
+def sources() -> list[Path]:
+    return [ROOT / "artifacts.py", *(path for room in ROOMS[1:] for path in sorted((ROOT / room).rglob("*.py")))]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of every import, also those inside functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_arrow_climbs(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    above = set(ROOMS[ROOMS.index(room) + 1 :])
+    assert not imports(path) & above
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_heavy_library_stays_behind_its_door(library):
+    found = {str(path.relative_to(ROOT)) for path in sources() if library in imports(path)}
+    assert found == DOORS[library]
+
+
+def test_nothing_pickles():
+    assert not [path for path in sources() if imports(path) & FORBIDDEN]
+
+
+def test_every_module_says_what_it_is():
+    assert not [path for path in sources() if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def test_no_room_is_called_utils():
+    assert not [path for path in sources() if "util" in path.stem]
+
+
+def python(code: str) -> str:
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return ran.stdout
+
+
+def test_the_configuration_imports_neither_torch_nor_ray():
+    code = (
+        "import sys, orchestrator.cli, orchestrator.config, orchestrator.graph\n"
+        "print([name for name in ('torch', 'ray', 'hydra', 'wandb', 'diffusers') if name in sys.modules])"
+    )
+    assert python(code) == "[]\n"
+
+
+def test_plan_imports_neither_torch_nor_ray():
+    code = (
+        "import sys; from orchestrator.cli import app\n"
+        "app(['plan', 'experiment=demo'], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'ray', 'wandb', 'diffusers') if name in sys.modules])"
+    )
+    assert python(code).endswith("[]\n")
+
+
+def test_help_answers_within_a_second():
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", "orchestrator", "--help"], check=True, capture_output=True, cwd=ROOT)
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1.0
+
+
+def commands_in(path: Path) -> list[str]:
+    blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", path.read_text(), flags=re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_readmes_first_command_is_near_its_top():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert next(number for number, line in enumerate(lines, start=1) if line.startswith("make demo")) <= 25
+
+
+def test_every_make_target_in_the_readme_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = {command.split()[1] for command in commands_in(ROOT / "README.md") if command.startswith("make ")}
+    assert used and used <= targets
+
+
+def test_every_ddm_command_in_the_readme_exists():
+    from orchestrator.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands}
+    used = {command.split()[1] for command in commands_in(ROOT / "README.md") if command.startswith("ddm ")}
+    assert used and used <= known
+
+
+def test_the_readme_composes():
+    from orchestrator.compose import compose
+    from orchestrator.config import parse_config
+
+    for command in commands_in(ROOT / "README.md"):
+        if command.startswith("ddm run") and " -m " not in command:
+            overrides = command.split(" #")[0].split()[2:]
+            parse_config(compose([override.strip("'\"") for override in overrides]))
+
+
+def test_links_in_the_papers_lead_somewhere():
+    papers = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    for paper in papers:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", paper.read_text()):
+            assert (paper.parent / target).exists(), f"{paper.relative_to(ROOT)} -> {target}"

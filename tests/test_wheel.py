@@ -1,0 +1,43 @@
+"""The wheel alone, in an empty environment and from another folder, can run the whole pipeline."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def call(*words: object, folder: Path) -> str:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=folder, timeout=800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    call(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, folder=folder)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_data_configuration_and_licences(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in ("cluster_configs/experiment/demo.yaml", "orchestrator/report/page.html", "artifacts.py"):
+        assert needed in names
+    assert [name for name in names if name.startswith("data_partition/fashion/") and name.endswith(".tar.gz")]
+    assert [name for name in names if name.endswith("LICENSE.fashion-mnist")]
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+def test_the_wheel_runs_the_pipeline_from_another_folder(wheel, tmp_path):
+    call(sys.executable, "-m", "venv", "env", folder=tmp_path)
+    binaries = tmp_path / "env" / "bin"
+    call(binaries / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, folder=tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    call(binaries / "ddm", "run", "experiment=digits", "wandb.mode=disabled", folder=elsewhere)
+    assert (elsewhere / "runs" / "digits" / "report.html").is_file()
