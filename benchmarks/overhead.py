@@ -24,7 +24,7 @@ import torch
 
 from artifacts import Workspace, plain, write_json
 from benchmarks.record import Claim, Listing, median_and_range, write_result
-from experts.codec import load_codec
+from experts.codecs import load_codec
 from experts.config import ExpertConfig, TrainingConfig
 from experts.ema import MovingAverage
 from experts.latents import LatentDataset, batch_of, encode_latents

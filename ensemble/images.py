@@ -18,8 +18,8 @@ def to_bytes(images: Images) -> UInt8[np.ndarray, "batch height width channel"]:
     return levels.cpu().numpy().astype(np.uint8)
 
 
-def grid(images: Images, columns: int = 8) -> Image.Image:
-    """The images side by side in reading order; empty places are black.
+def grid(images: Images, columns: int = 8, gap: int = 1) -> Image.Image:
+    """The images side by side in reading order, `gap` white pixels apart; empty places are black.
 
     Raises `ValueError` when there is nothing to show.
     """
@@ -29,9 +29,12 @@ def grid(images: Images, columns: int = 8) -> Image.Image:
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    empty = np.zeros((rows * columns - count, height, width, channels), np.uint8)
-    table = np.concatenate([tiles, empty]).reshape(rows, columns, height, width, channels)
-    canvas = table.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    table = np.zeros((rows * columns, height + gap, width + gap, channels), np.uint8)
+    table[:count, :height, :width] = tiles
+    table[:, height:] = table[:, :, width:] = 255
+    canvas = table.reshape(rows, columns, height + gap, width + gap, channels).transpose(0, 2, 1, 3, 4)
+    canvas = canvas.reshape(rows * (height + gap), columns * (width + gap), channels)
+    canvas = canvas[: len(canvas) - gap, : canvas.shape[1] - gap]
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 

@@ -20,7 +20,8 @@ from artifacts import MANIFEST, CorruptArtifact, read_json, replaced_folder, wri
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sample import Progress, Samples, sample
-from experts.codec import Codec, load_codec
+from experts.codec import Codec
+from experts.codecs import load_codec
 from experts.config import PathName
 from experts.expert import Expert
 from experts.noise_path import PATHS

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from artifacts import ArtifactError, Preempted, Workspace, fingerprint, publish
 from data_partition.errors import DataError
 from experts.checkpoint import CheckpointError
-from experts.codec import fit_codec
+from experts.codecs import fit_codec
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
 from experts.train import TrainingDiverged

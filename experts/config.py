@@ -12,20 +12,6 @@ PathName = Literal["straight", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CodecConfig:
-    """What a sample is to a network."""
-
-    kind: Literal["pixels", "pca"] = "pca"
-    """`pixels`: images in [-1, 1]. `pca`: principal components, fitted on the training images."""
-
-    components: Annotated[int, Field(ge=2)] = 96
-    """Principal components kept by `pca`."""
-
-    whitening: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Exponent that evens out the spectrum of `pca`: 0 keeps it, 1 gives every component unit variance."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ResidualMLPConfig:
     """A residual network of linear layers on flattened latents; by far the quickest on a CPU."""
 
@@ -103,6 +89,32 @@ class TrainingConfig:
     """Steps between two checkpoints."""
     seed: int = 0
     """Noise, t and sample order are functions of (seed, step, row)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CodecConfig:
+    """What a sample is to a network."""
+
+    kind: Literal["pixels", "pca", "pca_conv"] = "pca"
+    """`pixels`: images in [-1, 1]. `pca`: principal components, fitted on the training images. `pca_conv`: the same
+    latents, but a small convolutional network, trained on slightly noised ones, draws the image."""
+
+    components: Annotated[int, Field(ge=2)] = 96
+    """Principal components kept by `pca` and `pca_conv`."""
+
+    whitening: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Exponent that evens out the spectrum of `pca`: 0 keeps it, 1 gives every component unit variance."""
+
+    decoder_width: Annotated[int, Field(ge=8, multiple_of=4)] = 32
+    """Channels of the decoder of `pca_conv` before the last doubling of the side."""
+
+    decoder_noise: Annotated[float, Field(ge=0)] = 0.1
+    """Standard deviation of the noise on latents while that decoder is trained; samples are never quite clean."""
+
+    decoder_training: TrainingConfig = TrainingConfig(
+        steps=1000, batch_size=64, lr=2e-3, warmup_steps=50, weight_decay=1e-3
+    )
+    """How that decoder is trained."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from artifacts import CorruptArtifact, Workspace, read_json, write_json
 from data_partition.shards import read_index
-from experts.codec import load_codec
+from experts.codecs import load_codec
 from experts.condition import Condition
 from experts.config import ExpertConfig, Prediction
 from experts.flops import forward_flops, training_flops

@@ -1,6 +1,7 @@
 """One run from its configuration to its report: hold the lease, walk the graph, say what happened."""
 
 import contextlib
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from orchestrator.lease import hold
 from orchestrator.run_folder import RunFolder
 from orchestrator.runner import Runner, RunResult, end_orphans
 from orchestrator.tracking import Tracker
+
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for clusters of several machines, which it reads when it is imported: with "0" it listens on loopback
+alone, whatever the system's name."""
 
 
 def run_pipeline(config: RunConfig, console: Console) -> RunResult:
@@ -49,7 +54,7 @@ def _walk(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
     with (
         _backend(config.compute) as backend,
         _stop_on_signals(run, console),
-        Display(run, graph, console) as display,
+        Display(run, console) as display,
     ):
         runner = Runner(
             run=run,
@@ -86,6 +91,8 @@ def _backend(config: ComputeConfig) -> Iterator[Backend]:
     if config.backend == "inline":
         backend = InlineBackend()
     else:
+        if config.address is None:
+            os.environ.setdefault(LOOPBACK_ONLY, "0")
         from orchestrator.ray_backend import RayBackend
 
         backend = RayBackend(config)

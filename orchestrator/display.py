@@ -5,7 +5,6 @@ the same. On a terminal the lines stay in place; elsewhere (a log, CI) a line is
 """
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -52,11 +51,9 @@ def clock(seconds: float) -> str:
 class Display:
     """Shows a walk while the block lasts."""
 
-    def __init__(self, run: RunFolder, graph: Sequence[Stage], console: Console) -> None:
+    def __init__(self, run: RunFolder, console: Console) -> None:
         self.run, self.console = run, console
-        self.total = len(graph)
         self.running: list[Stage] = []
-        self.since: dict[str, float] = {}
         self._ended = threading.Event()
         self._live = Live(get_renderable=self._table, console=console, refresh_per_second=3, transient=True)
         self._printer = threading.Thread(target=self._print_lines, daemon=True, name="display")
@@ -79,15 +76,12 @@ class Display:
 
     def tick(self, running: Sequence[Stage]) -> None:
         """Say which stages are running now."""
-        for stage in running:
-            self.since.setdefault(stage.name, time.monotonic())
         self.running = list(running)
 
     def event(self, event: str, stage: Stage, text: str) -> None:
         """Print what has happened to a stage."""
-        took = time.monotonic() - self.since.pop(stage.name, time.monotonic())
         line = {
-            "finished": f"[green]✔[/] {stage.name:22} finished after {took:.1f} s",
+            "finished": f"[green]✔[/] {stage.name:22} finished {text}",
             "kept": f"[dim]✔ {stage.name:22} finished before[/]",
             "retry": f"[yellow]↻[/] {stage.name:22} {text}",
             "failed": f"[red]✘[/] {stage.name:22} {text}",

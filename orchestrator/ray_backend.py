@@ -11,7 +11,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from orchestrator.backend import Job, Outcome
 from orchestrator.config import ComputeConfig
@@ -68,8 +68,10 @@ class RayBackend:
         job = self._running.pop(reference)
         try:
             outcome: Outcome = ray.get(reference)
+        except RayTaskError as error:
+            return Outcome(stage=job.stage, attempt=job.attempt, state="failed", error=str(error).strip())
         except RayError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = f"its worker is gone ({type(error).__name__})"
             return Outcome(stage=job.stage, attempt=job.attempt, state="lost", error=reason, transient=True)
         return outcome
 
@@ -93,7 +95,6 @@ def _connect(config: ComputeConfig) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
             )
         except RuntimeError as error:
             if last:

@@ -149,7 +149,7 @@ class Runner:
         )
         if state == "finished":
             self.finished.add(outcome.stage)
-            self.on_event("finished", entry.stage, "")
+            self.on_event("finished", entry.stage, f"in {time.time() - outcome.started:.1f} s")
         elif state != "preempted":
             self._retry_or_give_up(entry.stage, error, transient=outcome.transient or timed_out)
 

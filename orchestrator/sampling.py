@@ -12,6 +12,9 @@ from orchestrator.graph import build_graph
 from orchestrator.run_folder import RunFolder
 from router.config import SelectionConfig, SelectionName
 
+READABLE_WIDTH = 800
+"""Pictures of small images are enlarged to about so many pixels."""
+
 
 def selection_named(name: str, config: RunConfig) -> SelectionConfig:
     """The run's own settings of a selection, or that selection with its defaults; empty is the run's default."""
@@ -58,6 +61,8 @@ def draw(
         guidance_scale=guidance_scale,
         steps=steps or config.ensemble.steps,
     )
+    from PIL.Image import Resampling
+
     from ensemble.images import grid
     from ensemble.pipeline import DDMPipeline
 
@@ -65,7 +70,9 @@ def draw(
     class_id = _class_id(label, pipeline.class_names)
     samples = pipeline(seeds, sampling, None if class_id is None else [class_id] * len(seeds))
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(samples.images, columns=max(1, round(len(seeds) ** 0.5))).save(out)
+    picture = grid(samples.images, columns=max(1, round(len(seeds) ** 0.5)))
+    enlargement = max(1, READABLE_WIDTH // picture.width)
+    picture.resize((picture.width * enlargement, picture.height * enlargement), Resampling.NEAREST).save(out)
     return f"{out}: {len(seeds)} images, {selection.name}, {samples.calls_per_step:.2f} expert calls a step"
 
 

@@ -19,7 +19,7 @@ from ensemble.config import EvaluationConfig
 from ensemble.evaluate import evaluate
 from ensemble.pipeline import assemble
 from ensemble.references import build_reference
-from experts.codec import fit_codec, load_codec
+from experts.codecs import fit_codec, load_codec
 from experts.config import CodecConfig
 from experts.expert import expert_flops, train_expert
 from orchestrator.graph import AssemblyStageConfig, ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
@@ -45,8 +45,7 @@ def run_dataset(config: DataConfig, inputs: Inputs, out: Path, workspace: Worksp
 
 def run_codec(config: CodecConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Fit what a sample is to a network."""
-    fit_codec(config, inputs["shards"], out, workspace)
-    return 0.0
+    return fit_codec(config, inputs["shards"], out, workspace)
 
 
 def run_features(config: PartitionConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

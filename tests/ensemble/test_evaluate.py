@@ -20,7 +20,7 @@ from ensemble.evaluate import evaluate
 from ensemble.pipeline import assemble
 from ensemble.references import EvaluationError, build_reference
 from ensemble.scoring import Reference, score_clusters
-from experts.codec import fit_codec
+from experts.codecs import fit_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.expert import train_expert
 from router.config import RouterConfig, SelectionConfig

@@ -21,12 +21,17 @@ def test_bytes_come_back() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_places_images_in_reading_order(channels: int) -> None:
     images = (torch.arange(5.0) / 255).reshape(5, 1, 1, 1).expand(5, 2, 3, channels)
-    table = np.asarray(grid(images, columns=3)).reshape(4, 9, channels)
+    table = np.asarray(grid(images, columns=3, gap=0)).reshape(4, 9, channels)
     assert table[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
 
 
 def test_grid_is_no_wider_than_its_images() -> None:
-    assert grid(torch.zeros(2, 4, 4, 1), columns=8).size == (8, 4)
+    assert grid(torch.zeros(2, 4, 4, 1), columns=8, gap=0).size == (8, 4)
+
+
+def test_a_gap_lies_between_images_and_not_around_them() -> None:
+    table = np.asarray(grid(torch.zeros(4, 2, 2, 1), columns=2, gap=1))
+    assert table.tolist() == [[0, 0, 255, 0, 0]] * 2 + [[255] * 5] + [[0, 0, 255, 0, 0]] * 2
 
 
 @pytest.mark.parametrize(("count", "columns"), [(0, 3), (3, 0)])

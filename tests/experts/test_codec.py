@@ -4,8 +4,8 @@ import torch
 
 from artifacts import CorruptArtifact, write_json
 from data_partition.shards import read_batches
-from experts.codec import CODECS, fit_codec, load_codec
-from experts.config import CodecConfig
+from experts.codecs import CODECS, fit_codec, load_codec
+from experts.config import CodecConfig, TrainingConfig
 
 
 @pytest.fixture
@@ -14,11 +14,13 @@ def images(shards):
 
 
 def fitted(kind, shards, out, workspace, whitening=0.0, components=16):
-    config = CodecConfig(kind=kind, components=components, whitening=whitening)
-    return fit_codec(config, shards, out, workspace)
+    brief = TrainingConfig(steps=4, batch_size=8, warmup_steps=1)
+    config = CodecConfig(kind=kind, components=components, whitening=whitening, decoder_training=brief)
+    fit_codec(config, shards, out, workspace)
+    return load_codec(out)
 
 
-@pytest.mark.parametrize("kind", CODECS)
+@pytest.mark.parametrize("kind", ["pixels", "pca"])
 def test_images_come_back(kind, shards, images, tmp_path, workspace):
     """16 components are all there are of 4 x 4 pixels."""
     codec = fitted(kind, shards, tmp_path / "codec", workspace)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, files_in, read_json, write_json
-from experts.codec import fit_codec, load_codec
+from experts.codecs import fit_codec, load_codec
 from experts.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.expert import Expert, train_expert

@@ -81,13 +81,14 @@ class TestOnAFinishedRun:
     def test_sample_draws_a_grid(self, run, tmp_path):
         said = ddm("sample", run, "--seeds", "0-15", "--select", "top_k", "--out", tmp_path / "grid.png")
         assert "16 images, top_k" in said
-        assert Image.open(tmp_path / "grid.png").width >= 32
+        assert 400 < Image.open(tmp_path / "grid.png").width <= 800
 
     def test_an_image_depends_on_its_seed_alone(self, run, tmp_path):
         ddm("sample", run, "--seeds", "7", "--label", "3", "--out", tmp_path / "one.png")
-        ddm("sample", run, "--seeds", "7,8", "--label", "3", "--out", tmp_path / "two.png")
-        one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
-        assert np.abs(one - two[: one.shape[0], : one.shape[1]]).max() <= 1
+        ddm("sample", run, "--seeds", "7,8,9,10", "--label", "3", "--out", tmp_path / "four.png")
+        one, four = (Image.open(tmp_path / name) for name in ("one.png", "four.png"))
+        one, four = one.resize((8, 8), 0), four.resize((17, 17), 0).crop((0, 0, 8, 8))
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(four)).max() <= 1
 
     def test_a_label_that_is_none_lists_the_classes(self, run, tmp_path):
         assert "known: 0 " in ddm("sample", run, "--label", "cat", "--out", tmp_path / "x.png", code=1)

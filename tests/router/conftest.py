@@ -3,7 +3,7 @@ import pytest
 
 from artifacts import Workspace
 from data_partition.shards import Sample, ShardWriter
-from experts.codec import fit_codec
+from experts.codecs import fit_codec
 from experts.config import CodecConfig
 
 CLASSES = ("dark", "bright")

@@ -1,0 +1,113 @@
+"""The embedded Ray cluster: loopback only, gone with the command, and honest about how an attempt ended."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.backend import Job
+from orchestrator.config import ComputeConfig, ResourcesConfig
+from orchestrator.controller import _backend
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def open_listeners() -> set[str]:
+    """Listening TCP sockets of this machine that are reachable from others."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            address = local.partition(":")[0]
+            loopback = address.endswith("0100007F") or address == "00000000000000000000000001000000"
+            if state == "0A" and not loopback:
+                found.add(local)
+    return found
+
+
+def job(folder: Path, config: dict, attempt: int = 1, kind: str = "dataset") -> Job:
+    (folder / f"attempt_{attempt}").mkdir(parents=True, exist_ok=True)
+    return Job(
+        stage="dataset",
+        kind=kind,
+        config=config,
+        inputs={},
+        input_fingerprints={},
+        artifact=str(folder / "artifact"),
+        scratch=str(folder),
+        attempt=attempt,
+        stop_files=(),
+        resources=ResourcesConfig(cpus=1),
+    )
+
+
+def wait(backend) -> list:
+    for _ in range(600):
+        if ended := backend.poll(0.2):
+            return ended
+    raise AssertionError("nothing ended within two minutes")
+
+
+@pytest.fixture(scope="module")
+def listeners_before():
+    return open_listeners()
+
+
+@pytest.fixture(scope="module")
+def backend(listeners_before):
+    with _backend(ComputeConfig(cpus=1)) as found:
+        yield found
+
+
+def test_it_listens_on_loopback_only(backend, listeners_before, tmp_path):
+    backend.submit(job(tmp_path, {"source": "digits", "image_size": 8}))
+    assert wait(backend)[0].state == "finished"
+    assert open_listeners() - listeners_before == set()
+
+
+def test_an_error_of_the_stage_is_not_a_lost_worker(backend, tmp_path):
+    backend.submit(job(tmp_path, {"source": "digits", "image_size": 9}))
+    outcome = wait(backend)[0]
+    assert (outcome.state, outcome.transient) == ("failed", False)
+    assert "MixedSizes" in outcome.error
+
+
+def test_an_unknown_kind_is_an_error_with_its_name(backend, tmp_path):
+    backend.submit(job(tmp_path, {}, kind="nonsense"))
+    outcome = wait(backend)[0]
+    assert outcome.state == "failed" and "nonsense" in outcome.error
+
+
+def test_a_killed_worker_is_lost(backend, tmp_path):
+    backend.submit(job(tmp_path, {"source": "fashion"}))
+    while not (tmp_path / "attempt_1" / "worker.json").exists():
+        assert not backend.poll(0.01)
+    backend.kill("dataset")
+    outcome = wait(backend)[0]
+    assert (outcome.state, outcome.transient) == ("lost", True)
+
+
+def test_it_is_gone_with_its_process():
+    code = (
+        "import os; from orchestrator.config import ComputeConfig; from orchestrator.controller import _backend\n"
+        "with _backend(ComputeConfig(cpus=1)): print('up', flush=True); os.kill(os.getpid(), 9)"
+    )
+    mark = f"ddm-test-{os.getpid()}"
+    environment = os.environ | {"DDM_MARK": mark}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert process.stdout == "up\n"
+    for _ in range(100):
+        left = [entry for entry in Path("/proc").glob("[0-9]*") if mark.encode() in _environment(entry)]
+        if not left:
+            return
+        subprocess.run(["sleep", "0.2"], check=True)
+    raise AssertionError(f"still running 20 s later: {left}")
+
+
+def _environment(process: Path) -> bytes:
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return b""
