@@ -55,7 +55,7 @@ class Turn:
 def main() -> None:
     """Measure both, write docs/benchmarks/overhead.json and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000, help="steps of every expert; a side takes about two minutes")
+    parser.add_argument("--steps", type=int, default=3300, help="steps of every expert; a side takes about two minutes")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     started = time.monotonic()

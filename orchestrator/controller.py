@@ -110,7 +110,8 @@ def _stop_on_signals(run: RunFolder, console: Console) -> Iterator[None]:
         if run.stop.exists():
             raise KeyboardInterrupt
         run.stop.touch()
-        console.print(f"Stopping; go on later with `ddm resume {run.root}`. Press Ctrl-C again to stop at once.")
+        said = f"Stopping; go on later with `ddm resume {run.root}`. Press Ctrl-C again to stop at once."
+        console.print(said, soft_wrap=True)
 
     earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
