@@ -2,7 +2,6 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
 

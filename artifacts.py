@@ -166,7 +166,7 @@ def publish(
     with replaced_folder(folder) as temporary:
         flops = fill(temporary)
         checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
-        if not may_commit():
+        if not may_commit() or is_finished(folder):
             raise Preempted(f"attempt {attempt} of {stage} lost its lease; a later attempt owns {folder.name}")
     manifest = Manifest(
         stage=stage,

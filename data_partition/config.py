@@ -1,8 +1,9 @@
 """What can be chosen about a data set and its partition; imports no torch."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from artifacts import STRICT
@@ -45,6 +46,12 @@ class DataConfig:
 
     version: str = ""
     """Any text; change it when the files behind `path` have changed, so that the data are read again."""
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        """The same files from whichever folder a run is resumed."""
+        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "DataConfig":

@@ -4,6 +4,7 @@ DataError
 ├── UrlRefused          a URL scheme that is not on the list
 ├── SourceMissing       nothing is where the images should be
 ├── DownloadFailed      a file could not be fetched, or is not the file that was meant
+├── SourceUnreachable   a tar could not be opened; trying again may help
 ├── ShardError          a tar is missing, truncated, corrupt or hostile
 ├── UnreadableImage     one image; counted, named and skipped up to a limit
 │   └── TooManyUnreadable   … and this is beyond the limit
@@ -12,6 +13,7 @@ DataError
 ├── MissingLabels       a sample has no class
 ├── TooManyFeatures     a covariance would not fit into memory
 ├── MissingExtra        an optional package is not installed
+├── UnknownExtractor    features of a kind that this version does not have
 ├── FeaturesMismatch    features were made from other samples
 ├── TooFewSamples       fewer samples than experts
 └── EmptyCluster        an expert would have nothing to learn from
@@ -32,6 +34,10 @@ class SourceMissing(DataError):
 
 class DownloadFailed(DataError):
     """A file could not be fetched, or is not the file that was meant."""
+
+
+class SourceUnreachable(DataError):
+    """A tar could not be opened: a network, a disk or a driver failed; trying again may help."""
 
 
 class ShardError(DataError):

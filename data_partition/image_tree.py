@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image
-
 from data_partition.errors import SourceMissing, UnreadableImage
-from data_partition.images import decode_image
+from data_partition.images import FORMATS, decode_image
 from data_partition.shards import Sample
 from data_partition.source import Unreadable
 
@@ -44,7 +42,7 @@ def read_tree(root: Path, class_names: tuple[str, ...]) -> Iterator[Sample | Unr
 
 def image_files(folder: Path, root: Path) -> Iterator[Path]:
     """Files with an image's extension, sorted; links that lead out of `root` are passed over and logged."""
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for kind in FORMATS.values() for suffix in kind}
     for path in visible(folder):
         if not path.resolve().is_relative_to(root):
             log.warning("%s leads out of the image folder and is not followed", path)

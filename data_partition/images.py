@@ -13,6 +13,17 @@ from data_partition.errors import MixedSizes, UnreadableImage
 
 Pixels = UInt8[np.ndarray, "height width channel"]
 
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm"),
+}
+"""What is decoded, by Pillow's names, and how such files are called; nothing that starts another program."""
+
 MAX_PIXELS = 64_000_000
 """An image that claims more is a decompression bomb or a mistake."""
 
@@ -32,7 +43,7 @@ BROKEN = (
 def decode_image(data: bytes) -> Pixels:
     """Pixels of an image file, grey or RGB, transparency on white, upright; raises `UnreadableImage`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(f"{image.width}x{image.height} are more than {MAX_PIXELS} pixels")
             return pixels_of(flatten(ImageOps.exif_transpose(image)))

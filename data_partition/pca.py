@@ -67,7 +67,7 @@ def _zeros(features: int) -> tuple[Float[np.ndarray, " feature"], Float[np.ndarr
     if features > MAX_FEATURES:
         raise TooManyFeatures(
             f"principal components of {features} values an image need more than the {MAX_FEATURES} that fit; "
-            "set a smaller data.image_size, or partition.features=random_conv"
+            "set a smaller data.image_size, or codec=pixels with expert=unet"
         )
     return np.zeros(features), np.zeros((features, features))
 

@@ -1,10 +1,12 @@
-"""Features that are principal components of the pixels."""
+"""Features that are principal components of the pixels, of large images after they have been made smaller."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float32, UInt8
+from torch.nn import functional
 
 from data_partition.pca import PCA, fit_pca
 from data_partition.shards import read_batches
@@ -12,11 +14,12 @@ from data_partition.unit_rows import unit_rows
 
 FILE = "pca.safetensors"
 FIT_BATCH = 512
+LARGEST_SIDE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class PixelFeatures:
-    """Principal components of flattened pixels in [0, 1]."""
+    """Principal components of flattened pixels in [0, 1]; images above `LARGEST_SIDE` are scaled down to it."""
 
     pca: PCA
 
@@ -56,4 +59,9 @@ class PixelFeatures:
 
 def flat(images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
     """Pixels as rows in [0, 1]."""
-    return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+    values = images.astype(np.float32) / np.float32(255)
+    if max(images.shape[1:3]) > LARGEST_SIDE:
+        pictures = torch.from_numpy(values).permute(0, 3, 1, 2)
+        small = functional.interpolate(pictures, (LARGEST_SIDE, LARGEST_SIDE), mode="bilinear", antialias=True)
+        values = small.permute(0, 2, 3, 1).numpy()
+    return values.reshape(len(images), -1)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import quote, urlsplit
 
-from data_partition.errors import ShardError, SourceMissing, UnreadableImage
-from data_partition.images import decode_image
+from data_partition.errors import SourceMissing, SourceUnreachable, UnreadableImage
+from data_partition.images import FORMATS, decode_image
 from data_partition.shards import Sample
 from data_partition.source import Unreadable
 from data_partition.tars import Encoded, expand_urls, read_tar
 from data_partition.urls import check_url, open_url
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for kind in FORMATS.values() for suffix in kind)
 
 MAX_CLASSES = 100_000
 """A larger class id is taken for a mistake."""
@@ -34,7 +34,8 @@ def read_url(url: str) -> Iterator[Encoded]:
         with open_url(url) as file:
             yield from read_tar(file, url)
     except (OSError, ImportError, ValueError) as error:
-        raise ShardError(f"shard {url} cannot be opened: {error}; correct data.path or its credentials") from error
+        reason = f"shard {url} cannot be opened: {error}; correct data.path or its credentials"
+        raise SourceUnreachable(reason) from error
 
 
 def read_foreign(encoded: Encoded, number: int, url: str) -> Sample | Unreadable:

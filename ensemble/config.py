@@ -35,14 +35,15 @@ class EvaluationConfig:
     """How samples are scored against held-out images."""
 
     num_samples: Annotated[int, Field(ge=16)] = 1000
-    """Images drawn for every table row."""
+    """Images drawn for every table row; never more than there are training images, which give the floor."""
     spaces: Annotated[tuple[FeatureSpace, ...], Field(min_length=1)] = ("pixels", "random_conv")
     """Feature spaces of the Fréchet distance, KID, precision and recall; a gain in one alone is not a gain."""
     components: Annotated[int, Field(ge=2)] = 64
-    """Principal components of a space in which the Fréchet distance is taken."""
+    """Principal components of a space in which the Fréchet distance is taken; never more than half as many as
+    there are held-out images or samples."""
     neighbours: Annotated[int, Field(ge=1)] = 3
     """k of precision and recall."""
     conditional: bool = False
     """Whether samples are drawn with the classes of the held-out images, or without a condition."""
     seed: int = 0
-    """The first of the samples' seeds."""
+    """0 draws the seeds 0, 1, 2 …; another number draws none of those again."""

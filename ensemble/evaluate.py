@@ -33,13 +33,14 @@ def evaluate(
     out: Path,
     workspace: Workspace,
 ) -> Scores:
-    """Draw `config.num_samples` images and score them.
+    """Draw `config.num_samples` images, or as many as there are training images, and score them.
 
     Writes `out/scores.json`, `out/images.npy`, `out/seeds.npy` and `out/grid.png`. Raises `EvaluationError` if
     the reference was made for another configuration, `ValueError` if the samples are too few for a metric.
     """
     real = Reference.load(reference, config)
-    seeds = range(config.seed, config.seed + config.num_samples)
+    config = real.config
+    seeds = range(config.seed * config.num_samples, (config.seed + 1) * config.num_samples)
     class_ids = _class_ids(reference, config) if config.conditional else None
     drawn = draw(pipeline_folder, seeds, class_ids, sampling, workspace)
     found = real.extract(drawn.images)

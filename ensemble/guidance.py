@@ -3,7 +3,8 @@
     u = u_unc + s (u_cond - u_unc)
     u_unc = sum_k p(k | x, t) u_k(x, t)        u_cond = sum_k p(k | x, t, c) u_k(x, t | c)
 
-Each branch has gates of its own. Both go through the experts in one call.
+Each branch has gates of its own, and both go through the experts in one call. A pinned selection has none but its
+pinned gates: there guidance happens inside the one expert that was drawn from p(k | c).
 """
 
 import torch

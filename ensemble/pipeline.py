@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from artifacts import MANIFEST, CorruptArtifact, read_json, replaced_folder, write_json, write_text
+from artifacts import MANIFEST, ArtifactError, CorruptArtifact, read_json, replaced_folder, write_json, write_text
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sample import Progress, Samples, sample
@@ -32,7 +32,7 @@ PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 NOT_COPIED = (MANIFEST, "metrics.jsonl")
 
 
-class PipelineError(ValueError):
+class PipelineError(ArtifactError):
     """A folder is not a pipeline that can be loaded, or a call asks it for what it does not have."""
 
 

@@ -9,7 +9,7 @@ what a perfect generator would score.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,10 @@ class ReferenceSummary:
 def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspace: Workspace) -> ReferenceSummary:
     """Write everything that scores need of the real images in `dataset/train` and `dataset/holdout`.
 
-    Raises `EvaluationError` if there are fewer training images than samples, for then there is no floor, or
-    too few held-out images.
+    Raises `EvaluationError` if there are too few held-out images.
     """
-    count = read_index(dataset / "train").count
-    _refuse_small(count, read_index(dataset / "holdout").count, config)
+    asked, count = config, read_index(dataset / "train").count
+    config = fitted_to(asked, count, read_index(dataset / "holdout").count)
     extractors = _fit_extractors(dataset, config, out)
     training, held_out = _read_both(dataset, extractors, config, workspace)
     spaces: dict[str, Any] = {}
@@ -84,7 +83,8 @@ def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspac
         + sum(count * extractor.fit_flops_per_image for extractor in extractors.values()),
     )
     found = {
-        "config": config,
+        "config": asked,
+        "fitted": config,
         "spaces": spaces,
         "nearest_distance": nearest,
         "probe": probe,
@@ -151,14 +151,12 @@ def _write_probe(
     }
 
 
-def _refuse_small(training: int, held_out: int, config: EvaluationConfig) -> None:
-    if training < config.num_samples:
-        raise EvaluationError(
-            f"the floor needs as many training images as samples: num_samples is {config.num_samples}, "
-            f"the data set has {training}; lower num_samples to {training} or add images"
-        )
+def fitted_to(config: EvaluationConfig, training: int, held_out: int) -> EvaluationConfig:
+    """The configuration with its upper bounds brought down to what a data set of this size can give."""
     if held_out < HELD_OUT_LEAST:
         raise EvaluationError(
             f"scores need {HELD_OUT_LEAST} held-out images, the data set has {held_out}; "
-            "raise `data.holdout` or add images"
+            "raise data.holdout or add images"
         )
+    num_samples = min(config.num_samples, training)
+    return replace(config, num_samples=num_samples, components=min(config.components, held_out // 2, num_samples // 2))

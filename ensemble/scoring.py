@@ -1,12 +1,13 @@
 """Scores of any images against a reference folder; sampling is `evaluate.py`'s business."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from pydantic import TypeAdapter
 
 from artifacts import plain, read_json
 from data_partition.features import load_extractor
@@ -40,6 +41,7 @@ class Reference:
 
     folder: Path
     config: EvaluationConfig
+    """What was asked for, fitted to the size of the data set."""
     found: dict[str, Any]
     """What `reference.json` says."""
 
@@ -55,7 +57,8 @@ class Reference:
                 + ", ".join(f"{key} is {asked[key]}, was {made_for.get(key)}" for key in differing)
                 + "; build the reference again"
             )
-        return cls(folder=folder, config=config, found=found)
+        fitted = TypeAdapter(EvaluationConfig).validate_python(found["fitted"])
+        return cls(folder=folder, config=replace(fitted, conditional=config.conditional), found=found)
 
     def score_space(self, name: str, features: Features) -> SpaceScores:
         """Distances in one feature space, with the floor beside them."""

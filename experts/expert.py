@@ -18,7 +18,7 @@ from experts.latents import Batch, LatentDataset, LatentError, encode_latents
 from experts.loss import expert_loss
 from experts.networks import build_network, call_network, load_network, save_network
 from experts.noise_path import PATHS, Latents, NoisePath, Times, matched
-from experts.predictions import parts_of
+from experts.predictions import parts_of, to_velocity
 from experts.train import fit, write_rows
 
 
@@ -43,8 +43,8 @@ class Expert:
         path = path or self.path
         own = matched(noised, t, path, self.path)
         predicted = call_network(self.model, own.noised, own.t, condition)
-        if self.prediction == "velocity" and path.name == self.path.name:
-            return predicted
+        if path.name == self.path.name:
+            return to_velocity(self.prediction, predicted, own.noised, own.t, self.path)
         parts = parts_of(self.prediction, predicted, own.noised, own.t, self.path)
         return path.velocity(parts.clean, parts.noise, t)
 

@@ -27,7 +27,6 @@ class Job:
     attempt: int
     stop_files: tuple[str, ...]
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    island: str = "local"
     commit: str = ""
 
 

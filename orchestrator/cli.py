@@ -1,7 +1,7 @@
 """The command `ddm`: parse first, import what is heavy afterwards.
 
-`run`, `plan` and `submit` take Hydra overrides such as `experiment=demo partition.num_experts=8`; all other commands
-take a run folder.
+`run` and `plan` take Hydra overrides such as `experiment=demo partition.num_experts=8`; all other commands take a
+run folder.
 """
 
 import sys
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.errors import ConfigError, OrchestratorError, RunFailed, RunFolderError
@@ -36,17 +37,24 @@ def run(
         _run(parse_config(compose(overrides or [])))
         return
     failures: list[str] = []
+    stopped: list[str] = []
 
-    def job(composed: dict[str, Any], own: list[str]) -> None:
-        label = ",".join(sorted(text for text in own if not text.startswith("experiment="))) or "default"
+    def job(composed: dict[str, Any], label: str) -> None:
+        if stopped:
+            return
         console.rule(label)
+        own = {"name": f"{composed['name']}-{label}", "folder": f"{composed['folder']}/{label}"}
         try:
-            _run(parse_config(composed | {"folder": f"{composed['folder']}/{label.replace('/', '_')}"}))
+            _run(parse_config(composed | own))
+        except typer.Exit:
+            stopped.append(label)
         except OrchestratorError as error:
-            console.print(f"[red]{error}[/]")
+            console.print(escape(str(error)), style="red", highlight=False)
             failures.append(label)
 
     sweep(overrides or [], job)
+    if stopped:
+        raise typer.Exit(130)
     if failures:
         raise RunFailed(f"{len(failures)} run(s) of the sweep failed: {'; '.join(failures)}")
 
@@ -118,14 +126,16 @@ def sample(
     label: Annotated[str, typer.Option(help="Class by name or number; empty draws without a condition")] = "",
     select: Select = "",
     out: Annotated[Path, typer.Option(help="The picture to write")] = Path("grid.png"),
-    steps: Annotated[int, typer.Option(help="Solver steps; 0 takes the run's")] = 0,
-    guidance_scale: Annotated[float, typer.Option(help="1 means none")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; empty takes the run's", min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 means none; empty takes the run's", min=0)] = None,
     monolith: Annotated[bool, typer.Option("--monolith", help="Draw from the baseline instead")] = False,
 ) -> None:
     """Draw images from a finished run into one picture."""
     from orchestrator.sampling import draw
 
     folder = _opened(run)
+    if monolith and select:
+        raise ConfigError("--monolith is one model, so there is nothing to select: leave out --select")
     drawn = draw(folder, parse_seeds(seeds), label, select, out, steps, guidance_scale, monolith=monolith)
     console.print(drawn, soft_wrap=True)
 
@@ -135,9 +145,11 @@ def evaluate(run: RunArgument, select: Select = "sticky") -> None:
     """Score a finished run with one more selection."""
     from dataclasses import replace
 
-    from orchestrator.sampling import selection_named
+    from orchestrator.sampling import pipeline_folder, selection_named
 
-    config = _opened(run).load_config()
+    folder = _opened(run)
+    config = folder.load_config()
+    pipeline_folder(folder, monolith=False)
     selections = tuple(dict.fromkeys((*config.scores.selections, selection_named(select, config))))
     _run(replace(config, folder=str(run), scores=replace(config.scores, selections=selections)))
 
@@ -164,8 +176,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def _run(config: Any) -> None:
     from orchestrator.controller import run_pipeline
-    from orchestrator.graph import build_graph
-    from orchestrator.results import score_rows, score_table
+    from orchestrator.results import score_rows, score_table, standing_graph
     from orchestrator.run_folder import RunFolder
 
     folder = RunFolder(Path(config.folder).expanduser())
@@ -174,7 +185,7 @@ def _run(config: Any) -> None:
         raise typer.Exit(130)
     if result.submitted or not folder.report.exists():
         _write_report(folder.root)
-    if rows := score_rows(folder, build_graph(config)):
+    if rows := score_rows(folder, standing_graph(folder, config)):
         console.print(score_table(rows))
     console.print(f"Report: {folder.report}", soft_wrap=True)
 
@@ -196,9 +207,10 @@ def _opened(run: Path) -> Any:
 def main() -> None:
     """Run the command; errors that a user can mend are one message and exit code 1."""
     from artifacts import ArtifactError
+    from data_partition.errors import DataError
 
     try:
         app()
-    except (OrchestratorError, ArtifactError) as error:
-        console.print(f"[red]Error:[/] {error}", soft_wrap=True, highlight=False)
+    except (OrchestratorError, ArtifactError, DataError) as error:
+        console.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,7 +34,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     _register_defaults()
     try:
         with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
-            return to_dictionary(hydra.compose("config", overrides=list(overrides)))
+            return to_dictionary(hydra.compose("config", overrides=[quoted(text) for text in overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(str(error), overrides)) from None
 
@@ -45,14 +47,33 @@ def to_dictionary(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], list[str]], None]) -> None:
-    """Call `job(configuration, its overrides)` for every combination, through Hydra's launcher and sweeper."""
+def quoted(override: str) -> str:
+    """An override whose value Hydra's grammar would refuse, such as a path with braces or a tilde, as a string."""
+    key, assigned, value = override.partition("=")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key}{assigned}"{escaped}"'
+    return override
+
+
+def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], str], None]) -> None:
+    """Call `job(configuration, label)` for every combination, through Hydra's launcher and sweeper.
+
+    The label names the swept values, such as `partition.num_experts=2`.
+    """
+    _register_defaults()
+    arguments = [quoted(text) for text in overrides]
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
 
     def one(composed: DictConfig) -> None:
-        job(to_dictionary(composed), list(HydraConfig.get().overrides.task))
+        task = HydraConfig.get().overrides.task
+        label = ",".join(sorted(text for text in task if text.partition("=")[0].lstrip("+") in swept))
+        job(to_dictionary(composed), re.sub(r"[^\w.=,+-]", "_", label) or "only")
 
-    _register_defaults()
-    sys.argv = ["ddm", "--multirun", *overrides]
+    sys.argv = ["ddm", "--multirun", *arguments]
     hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(one)()
 
 

@@ -32,6 +32,32 @@ class ResourcesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class StagesConfig:
+    """What each kind of stage asks for."""
+
+    dataset: ResourcesConfig = ResourcesConfig()
+    """Reading and shrinking the images."""
+    codec: ResourcesConfig = ResourcesConfig()
+    """Fitting the latent space."""
+    features: ResourcesConfig = ResourcesConfig()
+    """Features for the clustering."""
+    partition: ResourcesConfig = ResourcesConfig()
+    """Clustering, and writing the clusters' shards."""
+    reference: ResourcesConfig = ResourcesConfig()
+    """Features of real images for the scores."""
+    expert: ResourcesConfig = ResourcesConfig()
+    """One expert's training."""
+    router: ResourcesConfig = ResourcesConfig()
+    """The router's training."""
+    monolith: ResourcesConfig = ResourcesConfig()
+    """The baseline's training."""
+    ensemble: ResourcesConfig = ResourcesConfig()
+    """Putting trained models into one folder."""
+    score: ResourcesConfig = ResourcesConfig()
+    """Sampling and scoring."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ComputeConfig:
     """Where stages run, and what happens when they fail."""
 
@@ -43,18 +69,25 @@ class ComputeConfig:
     """GPUs of the embedded Ray cluster."""
     address: str | None = None
     """Address of a running Ray cluster; empty starts one on loopback that ends with the command."""
-    default: ResourcesConfig = ResourcesConfig()
-    """What a stage asks for unless `stages` says otherwise."""
-    stages: dict[str, ResourcesConfig] = Field(default_factory=dict)
-    """Resources by kind of stage, such as `expert`, `router`, `monolith`, `features`."""
+    stages: StagesConfig = StagesConfig()
+    """Resources by kind of stage."""
     retries: Annotated[int, Field(ge=0)] = 2
     """How often a stage is started again after its worker was lost or an operation failed."""
     backoff_s: Annotated[float, Field(ge=0)] = 1.0
     """Wait before the first retry; it doubles each time, up to a minute."""
     timeout_s: Annotated[float, Field(gt=0)] | None = None
-    """Longest time for one attempt of one stage; empty is unlimited."""
+    """Longest time for one attempt of one stage, waiting for a worker left out; empty is unlimited."""
     grace_s: Annotated[float, Field(ge=0)] = 20.0
     """How long a stage may take to save its work when it is asked to stop."""
+
+    @model_validator(mode="after")
+    def _can_time_out(self) -> Self:
+        """Check that a time limit is asked of a backend that can keep it."""
+        if self.timeout_s is not None and self.backend == "inline":
+            raise ValueError(
+                f"timeout_s={self.timeout_s:g} needs backend=ray: inline runs in this process and cannot be interrupted"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

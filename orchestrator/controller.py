@@ -34,6 +34,7 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
     with hold(run):
         run.mend_journal()
         run.stop.unlink(missing_ok=True)
+        run.clear_unfinished()
         run.save_config(config)
         result = _walk(config, run, console)
     if result.failed and not result.stopped:

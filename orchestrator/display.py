@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -80,6 +81,7 @@ class Display:
 
     def event(self, event: str, stage: Stage, text: str) -> None:
         """Print what has happened to a stage."""
+        text = escape(text)
         line = {
             "finished": f"[green]✔[/] {stage.name:22} finished {text}",
             "kept": f"[dim]✔ {stage.name:22} finished before[/]",

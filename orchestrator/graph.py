@@ -107,8 +107,7 @@ class _Graph:
     def _add(
         self, kind: str, config: object, inputs: dict[str, Input], name: str = "", *, optional: bool = False
     ) -> Stage:
-        compute = self.config.compute
-        resources: ResourcesConfig = compute.stages.get(kind, compute.default)
+        resources: ResourcesConfig = getattr(self.config.compute.stages, kind)
         stage = Stage(
             name=name or kind, kind=kind, config=config, inputs=inputs, resources=resources, optional=optional
         )

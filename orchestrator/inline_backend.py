@@ -10,6 +10,7 @@ class InlineBackend:
 
     def __init__(self) -> None:
         self._waiting: deque[Job] = deque()
+        self._killed: list[Outcome] = []
 
     def submit(self, job: Job) -> None:
         """Put the job at the end of the queue."""
@@ -17,15 +18,18 @@ class InlineBackend:
 
     def poll(self, timeout_s: float) -> list[Outcome]:
         """Run one job to its end; `timeout_s` does not matter here."""
-        if not self._waiting:
-            return []
+        if self._killed or not self._waiting:
+            killed, self._killed = self._killed, []
+            return killed
         from orchestrator.worker import execute  # torch is imported only where a stage runs
 
         return [execute(self._waiting.popleft())]
 
     def kill(self, stage: str) -> None:
-        """Forget a waiting job; a running one can only be asked to stop, as it runs in this very process."""
-        self._waiting = deque(job for job in self._waiting if job.stage != stage)
+        """Take a waiting job out; a running one can only be asked to stop, as it runs in this very process."""
+        for job in [job for job in self._waiting if job.stage == stage]:
+            self._waiting.remove(job)
+            self._killed.append(Outcome(stage=stage, attempt=job.attempt, state="lost", transient=True))
 
     def close(self) -> None:
         """Nothing was started."""

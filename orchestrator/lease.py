@@ -47,15 +47,7 @@ def is_alive(process: dict[str, Any], heartbeat_s: float) -> bool:
 @contextlib.contextmanager
 def hold(run: RunFolder) -> Iterator[None]:
     """Be the run's only controller while the block lasts; raises `RunIsLocked` naming the other one."""
-    if run.lease.exists():
-        other = read_json(run.lease)
-        age_s = time.time() - run.lease.stat().st_mtime
-        if is_alive(other, age_s):
-            raise RunIsLocked(
-                f"{run.root} is walked by process {other['pid']} on {other['host']} (heartbeat {age_s:.0f} s ago); "
-                f"wait for it, or stop it with `ddm stop {run.root}`"
-            )
-    write_json(run.lease, this_process())
+    _take(run)
     ended = threading.Event()
     pulse = threading.Thread(target=_beat, args=(run.lease, ended), daemon=True, name="lease")
     pulse.start()
@@ -64,9 +56,42 @@ def hold(run: RunFolder) -> Iterator[None]:
     finally:
         ended.set()
         pulse.join()
-        run.lease.unlink(missing_ok=True)
+        if _is_ours(run.lease):
+            run.lease.unlink()
+
+
+def _take(run: RunFolder) -> None:
+    """Put our name into the lease, by a link, which only one of two controllers can make."""
+    own = run.root / f".controller.{os.getpid()}"
+    write_json(own, this_process())
+    try:
+        while True:
+            try:
+                os.link(own, run.lease)
+            except FileExistsError:
+                _refuse_if_alive(run)
+                run.lease.unlink(missing_ok=True)
+            else:
+                return
+    finally:
+        own.unlink()
+
+
+def _refuse_if_alive(run: RunFolder) -> None:
+    other = read_json(run.lease)
+    age_s = time.time() - run.lease.stat().st_mtime
+    if is_alive(other, age_s):
+        raise RunIsLocked(
+            f"{run.root} is walked by process {other['pid']} on {other['host']} (heartbeat {age_s:.0f} s ago); "
+            f"wait for it, or stop it with `ddm stop {run.root}`"
+        )
+
+
+def _is_ours(lease: Path) -> bool:
+    return lease.exists() and bool(read_json(lease) == this_process())
 
 
 def _beat(lease: Path, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
-        lease.touch()
+        if _is_ours(lease):
+            lease.touch()

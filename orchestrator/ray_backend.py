@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from orchestrator.backend import Job, Outcome
 from orchestrator.config import ComputeConfig
+from orchestrator.errors import ConfigError, OrchestratorError
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,13 @@ class RayBackend:
 
     def __init__(self, config: ComputeConfig) -> None:
         _connect(config)
+        self._is_embedded = config.address is None
         self._running: dict[ray.ObjectRef, Job] = {}
 
     def submit(self, job: Job) -> None:
         """Queue the job; Ray starts it where its resources are free."""
         asked = job.resources
+        self._refuse_impossible(job)
         task = ray.remote(_execute).options(
             name=job.stage,
             num_cpus=asked.cpus,
@@ -64,6 +67,18 @@ class RayBackend:
         """Leave the cluster; an embedded one ends."""
         ray.shutdown()
 
+    def _refuse_impossible(self, job: Job) -> None:
+        """Raise `ConfigError` for what an embedded cluster will never have; a job would wait for it for ever."""
+        has, asked = ray.cluster_resources(), job.resources
+        wanted = {"CPU": asked.cpus, "GPU": asked.gpus, "memory": asked.memory_gb * 2**30}
+        lacking = [f"{amount:g} {name}" for name, amount in wanted.items() if amount > has.get(name, 0.0)]
+        if self._is_embedded and lacking:
+            raise ConfigError(
+                f"stage {job.stage} asks for {', '.join(lacking)} and this machine gives Ray "
+                f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0):g} memory; "
+                f"change compute.stages.{job.kind}, compute.cpus or compute.gpus"
+            )
+
     def _outcome(self, reference: ray.ObjectRef) -> Outcome:
         job = self._running.pop(reference)
         try:
@@ -83,13 +98,19 @@ def _connect(config: ComputeConfig) -> None:
     cold disk, so an embedded cluster is tried twice.
     """
     if config.address:
-        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise OrchestratorError(
+                f"no Ray cluster answers at compute.address={config.address} ({error}); start it, correct the address, "
+                "or leave it empty for an embedded one"
+            ) from error
         return
     for last in (False, True):
         try:
             ray.init(
                 address="local",
-                num_cpus=config.cpus or os.cpu_count(),
+                num_cpus=config.cpus or len(os.sched_getaffinity(0)),
                 num_gpus=config.gpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
@@ -98,7 +119,7 @@ def _connect(config: ComputeConfig) -> None:
             )
         except RuntimeError as error:
             if last:
-                raise
+                raise OrchestratorError(f"Ray did not start here: {error}; compute=inline does without") from error
             log.warning("Ray did not start (%s); trying once more", error)
             ray.shutdown()
         else:

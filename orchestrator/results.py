@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from rich.table import Table
 
 from artifacts import read_json, read_manifest
+from orchestrator.config import RunConfig
+from orchestrator.graph import build_graph
 from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
+from orchestrator.stage import Stage, without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,15 @@ class ScoreRow:
     """`scores.json` of the stage."""
     is_default: bool
     """Whether this is what `ddm sample` draws with."""
+
+
+def standing_graph(run: RunFolder, config: RunConfig) -> list[Stage]:
+    """The graph of what there is: without the experts that a finished ensemble had to do without."""
+    whole = build_graph(config)
+    lost = [stage.name for stage in whole if stage.optional and not run.finished(stage)]
+    reduced = reduce(without, lost, whole) if len(lost) < config.partition.num_experts else whole
+    stands = any(stage.name == "ensemble" and run.finished(stage) for stage in reduced)
+    return reduced if stands else whole
 
 
 def score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:

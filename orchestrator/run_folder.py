@@ -11,6 +11,7 @@ work/<stage>-<fingerprint>/       scratch that outlives attempts; attempt_<n>/ w
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,11 @@ class RunFolder:
     def finished(self, stage: Stage) -> bool:
         """Whether the stage's artifact is whole."""
         return is_finished(self.artifact(stage))
+
+    def clear_unfinished(self) -> None:
+        """Delete the temporary folders of attempts that were killed while they published."""
+        for folder in self.root.glob("artifacts/.*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save_config(self, config: RunConfig) -> None:
         """Write `config.yaml`."""

@@ -3,11 +3,14 @@
 The runner keeps nothing that the run folder does not: started again after any crash, it comes to the same artifacts.
 """
 
+import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from artifacts import plain, read_json
 from orchestrator.backend import Backend, Job, Outcome
@@ -116,12 +119,12 @@ class Runner:
                 stage=stage.name,
                 kind=stage.kind,
                 config=plain(stage.config),
-                inputs={role: str(self.run.input(given)) for role, given in stage.inputs.items()},
+                inputs={role: str(self.run.input(given).absolute()) for role, given in stage.inputs.items()},
                 input_fingerprints=stage.input_fingerprints,
-                artifact=str(self.run.artifact(stage)),
-                scratch=str(self.run.scratch(stage)),
+                artifact=str(self.run.artifact(stage).absolute()),
+                scratch=str(self.run.scratch(stage).absolute()),
                 attempt=attempt,
-                stop_files=(str(self.run.stop), str(folder / "stop")),
+                stop_files=(str(self.run.stop.absolute()), str((folder / "stop").absolute())),
                 resources=stage.resources,
                 commit=self.commit,
             )
@@ -137,7 +140,8 @@ class Runner:
     def _settle(self, outcome: Outcome) -> None:
         entry = self.running.pop(outcome.stage)
         timed_out = entry.timed_out and outcome.state != "finished"
-        state = "failed" if timed_out else outcome.state
+        stopped = entry.asked_to_stop is not None and not timed_out and outcome.state == "lost"
+        state = "failed" if timed_out else "preempted" if stopped else outcome.state
         error = f"no end within compute.timeout_s = {self.policy.timeout_s:g} s" if timed_out else outcome.error
         self.run.record(
             state,
@@ -163,6 +167,7 @@ class Runner:
         self.on_event("failed", stage, error)
         if stage.optional and self._has_sibling(stage):
             self.graph = without(self.graph, stage.name)
+            self.run.record("left_out", stage=stage.name, fingerprint=stage.fingerprint)
             self.on_event("left_out", stage, error)
         self.failed[stage.name] = error
 
@@ -174,23 +179,32 @@ class Runner:
         """Ask attempts that are out of time to stop, and kill those that do not."""
         now = time.time()
         for entry in self.running.values():
-            limit = self.policy.timeout_s
-            if limit is not None and now - entry.submitted > limit and not entry.timed_out:
+            folder = self.run.attempt(entry.stage, entry.attempt)
+            if not entry.timed_out and self._is_out_of_time(folder / "worker.json", now):
                 entry.timed_out = True
-                (self.run.attempt(entry.stage, entry.attempt) / "stop").touch()
+                (folder / "stop").touch()
             if (stopping or entry.timed_out) and entry.asked_to_stop is None:
                 entry.asked_to_stop = now
             if entry.asked_to_stop is not None and now - entry.asked_to_stop > self.policy.grace_s:
                 self.backend.kill(entry.stage.name)
 
+    def _is_out_of_time(self, worker: Path, now: float) -> bool:
+        """Whether the attempt's worker, which writes that file first of all, has had `timeout_s`; queueing is free."""
+        limit = self.policy.timeout_s
+        return limit is not None and worker.is_file() and now - worker.stat().st_mtime > limit
+
 
 def end_orphans(run: RunFolder, graph: Sequence[Stage]) -> None:
-    """Kill workers of unfinished attempts that a dead controller left running; what they had saved is kept."""
+    """Kill workers on this machine that a dead controller left at unfinished attempts; what they saved is kept.
+
+    One on another machine is left alone: its attempt is fenced off by the next one's number.
+    """
     for stage in graph:
         for attempt in run.attempts(stage):
             written = attempt / "worker.json"
             if not written.is_file() or (attempt / "outcome.json").is_file():
                 continue
             worker = read_json(written)
-            if worker["pid"] != os.getpid() and is_alive(worker, time.time() - written.stat().st_mtime):
-                os.kill(int(worker["pid"]), signal.SIGKILL)
+            if worker["host"] == socket.gethostname() and worker["pid"] != os.getpid() and is_alive(worker, 0.0):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(worker["pid"]), signal.SIGKILL)

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from artifacts import ArtifactError
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.graph import build_graph
+from orchestrator.results import standing_graph
 from orchestrator.run_folder import RunFolder
 from router.config import SelectionConfig, SelectionName
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".webp")
 
 READABLE_WIDTH = 800
 """Pictures of small images are enlarged to about so many pixels."""
@@ -34,7 +35,8 @@ def _default(name: SelectionName) -> SelectionConfig:
 def pipeline_folder(run: RunFolder, *, monolith: bool) -> Path:
     """The finished pipeline folder of the ensemble or of the monolith."""
     name = "monolith_ensemble" if monolith else "ensemble"
-    stage = next((stage for stage in build_graph(run.load_config()) if stage.name == name), None)
+    graph = standing_graph(run, run.load_config())
+    stage = next((stage for stage in graph if stage.name == name), None)
     if stage is None or not run.finished(stage):
         raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
     return run.artifact(stage)
@@ -46,20 +48,23 @@ def draw(
     label: str,
     select: str,
     out: Path,
-    steps: int,
-    guidance_scale: float,
+    steps: int | None,
+    guidance_scale: float | None,
     *,
     monolith: bool,
 ) -> str:
     """Sample, write the picture, and say in a sentence what was drawn."""
+    if out.suffix.lower() not in PICTURE_SUFFIXES:
+        raise ConfigError(f"--out {out} must end in one of {', '.join(PICTURE_SUFFIXES)}")
     config = run.load_config()
     folder = pipeline_folder(run, monolith=monolith)
     selection = SelectionConfig(name="full") if monolith else selection_named(select, config)
+    own = config.ensemble
     sampling = replace(
-        config.ensemble,
+        own,
         selection=selection,
-        guidance_scale=guidance_scale,
-        steps=steps or config.ensemble.steps,
+        steps=own.steps if steps is None else steps,
+        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
     )
     from PIL.Image import Resampling
 
@@ -84,4 +89,4 @@ def _class_id(label: str, class_names: Sequence[str]) -> int | None:
     if label.isdigit() and int(label) < len(class_names):
         return int(label)
     known = ", ".join(f"{number} {name}" for number, name in enumerate(class_names)) or "none: the run has no labels"
-    raise ArtifactError(f"--label {label!r} is not a class of this run; known: {known}")
+    raise ConfigError(f"--label {label!r} is not a class of this run; known: {known}")

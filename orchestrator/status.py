@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from artifacts import read_json, read_manifest
@@ -44,7 +45,7 @@ def _state(run: RunFolder, stage: Stage) -> tuple[str, str]:
         return "[dim]waiting[/]", ""
     if (attempts[-1] / "outcome.json").is_file():
         outcome = read_json(attempts[-1] / "outcome.json")
-        return f"[yellow]{outcome['state']}[/]", outcome["error"]
+        return f"[yellow]{outcome['state']}[/]", escape(outcome["error"])
     worker = attempts[-1] / "worker.json"
     if worker.is_file() and not is_alive(read_json(worker), time.time() - worker.stat().st_mtime):
         return "[red]lost[/]", describe(progress_of(attempts[-1]))

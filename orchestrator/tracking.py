@@ -6,14 +6,17 @@ run logs no step twice. Nothing here ever asks for an account: `offline` writes 
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from artifacts import read_json, write_json
 from orchestrator.config import TrackingConfig
+from orchestrator.errors import ConfigError
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
 
+FOLLOW_EVERY_S = 2.0
 TRAINED = ("expert", "router", "monolith")
 
 
@@ -23,10 +26,14 @@ class Tracker:
     def __init__(self, run: RunFolder, config: TrackingConfig, group: str) -> None:
         self.run, self.config, self.group = run, config, group
         self._runs: dict[str, Any] = {}
+        self._looked = 0.0
+        if config.mode == "online":
+            _refuse_without_account()
 
     def follow(self, running: Sequence[Stage]) -> None:
         """Log the new rows of all running stages."""
-        if self.config.mode != "disabled":
+        if self.config.mode != "disabled" and time.monotonic() - self._looked > FOLLOW_EVERY_S:
+            self._looked = time.monotonic()
             for stage in running:
                 if stage.kind in TRAINED:
                     self._log_rows(stage)
@@ -94,6 +101,14 @@ class Tracker:
 
     def _remember(self, stage: Stage, step: int) -> None:
         write_json(self.run.tracking / f"{stage.folder_name}.json", {"step": step})
+
+
+def _refuse_without_account() -> None:
+    """Say before anything runs that there is no key; wandb would ask for one in the middle of the run."""
+    import wandb
+
+    if not wandb.api.api_key:
+        raise ConfigError("wandb.mode=online needs an account: run `wandb login`, or take wandb.mode=offline")
 
 
 def _numbers(scores: dict[str, Any], prefix: str = "") -> dict[str, float]:

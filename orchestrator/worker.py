@@ -6,6 +6,8 @@ ended is its return value, and the traceback is in its log.
 
 import contextlib
 import logging
+import shutil
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,12 +18,13 @@ import torch
 from pydantic import TypeAdapter
 from threadpoolctl import threadpool_limits
 
-from artifacts import Preempted, Workspace, publish, write_json
+from artifacts import MANIFEST, Preempted, Workspace, publish, read_manifest, verify, write_json
+from data_partition.errors import DownloadFailed, SourceUnreachable
 from orchestrator.backend import Job, Outcome, attempt_folder
 from orchestrator.lease import this_process
 from orchestrator.stage_functions import KINDS
 
-TRANSIENT = (OSError, MemoryError, TimeoutError)
+TRANSIENT = (OSError, MemoryError, DownloadFailed, SourceUnreachable)
 """Errors of the machine; all others come from configuration, data or code, and would come again."""
 
 
@@ -56,17 +59,34 @@ def _run(job: Job) -> None:
     if workspace.stop_requested():
         raise Preempted(f"{job.stage} was asked to stop before it began")
     inputs = {role: Path(folder) for role, folder in job.inputs.items()}
+    for folder in inputs.values():
+        _verify_foreign(folder)
     publish(
         Path(job.artifact),
         lambda out: kind.run(config, inputs, out, workspace),
         stage=job.stage,
         config=config,
         inputs=job.input_fingerprints,
-        island=job.island,
+        island=socket.gethostname(),
         attempt=job.attempt,
         commit=job.commit,
         may_commit=lambda: not attempt_folder(replace(job, attempt=job.attempt + 1)).exists(),
     )
+    _clear(workspace.scratch)
+
+
+def _verify_foreign(folder: Path) -> None:
+    """Compare an input with its checksums if another machine has written it."""
+    artifact = next(place for place in (folder, *folder.parents) if (place / MANIFEST).is_file())
+    if read_manifest(artifact).island != socket.gethostname():
+        verify(artifact)
+
+
+def _clear(scratch: Path) -> None:
+    """Delete what only served to continue; the attempts' own folders tell what happened and are kept."""
+    for path in scratch.iterdir():
+        if not path.name.startswith("attempt_"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

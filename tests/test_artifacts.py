@@ -69,6 +69,18 @@ def test_a_worker_without_its_lease_does_not_commit(tmp_path):
     assert not is_finished(tmp_path / "a") and list(tmp_path.iterdir()) == []
 
 
+def test_what_another_attempt_has_published_meanwhile_is_kept(tmp_path):
+    def slow(out: Path) -> float:
+        made(tmp_path / "b", attempt=2)
+        (tmp_path / "b").rename(tmp_path / "a")
+        return fill(out)
+
+    with pytest.raises(Preempted):
+        publish(tmp_path / "a", slow, stage="s", config={"a": 1}, inputs={"data": "f"})
+    assert read_manifest(tmp_path / "a").attempt == 2
+    verify(tmp_path / "a")
+
+
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_damage_is_found_and_named(tmp_path, damage):
     made(tmp_path / "a")

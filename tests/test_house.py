@@ -1,7 +1,9 @@
 """The house: arrows point down, heavy libraries stay behind one door, and the papers say what is there."""
 
 import ast
+import itertools
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -94,7 +96,8 @@ def test_help_answers_within_a_second():
 
 def commands_in(path: Path) -> list[str]:
     blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", path.read_text(), flags=re.DOTALL)
-    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
 
 
 def test_the_readmes_first_command_is_near_its_top():
@@ -120,10 +123,17 @@ def test_the_readme_composes():
     from orchestrator.compose import compose
     from orchestrator.config import parse_config
 
-    for command in commands_in(ROOT / "README.md"):
-        if command.startswith("ddm run") and " -m " not in command:
-            overrides = command.split(" #")[0].split()[2:]
-            parse_config(compose([override.strip("'\"") for override in overrides]))
+    table = re.findall(r"`((?:data|experiment)=[^`]+)`", (ROOT / "README.md").read_text())
+    commands = [command for command in commands_in(ROOT / "README.md") if command.startswith("ddm run")]
+    composed = 0
+    for command in [*commands, *(f"ddm run {overrides}" for overrides in table)]:
+        words = [word for word in shlex.split(command, comments=True)[2:] if word != "-m"]
+        choices = [word.partition("=")[2].split(",") if re.search(r"=\d+,\d", word) else [""] for word in words]
+        for chosen in itertools.product(*choices):
+            overrides = [f"{w.partition('=')[0]}={c}" if c else w for w, c in zip(words, chosen, strict=True)]
+            parse_config(compose(overrides))
+            composed += 1
+    assert composed >= 7
 
 
 def test_links_in_the_papers_lead_somewhere():

@@ -39,7 +39,8 @@ class AttemptFacts:
 
     stage: str
     attempt: int
-    island: str
+    place: str
+    """Host and process."""
     start: float
     """Seconds since the epoch."""
     end: float
@@ -97,22 +98,25 @@ def router_quality(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | N
 
 
 def attempt_facts(run: RunFolder, graph: Sequence[Stage]) -> list[AttemptFacts]:
-    """Every attempt at the stages of this graph that the journal saw the end of, in the order of their starts."""
-    known = {stage.fingerprint: stage for stage in graph}
-    found = []
-    for event in run.events():
-        if event["event"] in ("finished", "failed", "lost", "preempted") and event["fingerprint"] in known:
-            stage = known[event["fingerprint"]]
-            island = read_manifest(run.artifact(stage)).island if run.finished(stage) else ""
-            found.append(
-                AttemptFacts(
-                    stage=event["stage"],
-                    attempt=event["attempt"],
-                    island=island or "local",
-                    start=event["started"],
-                    end=event["time"],
-                    state=event["event"],
-                    error=event["error"],
-                )
-            )
-    return sorted(found, key=lambda fact: fact.start)
+    """Every attempt at the stages of this graph that a worker began, in the order of their starts."""
+    found = [_attempt(run, stage, folder) for stage in graph for folder in run.attempts(stage)]
+    return sorted((fact for fact in found if fact is not None), key=lambda fact: fact.start)
+
+
+def _attempt(run: RunFolder, stage: Stage, folder: Path) -> AttemptFacts | None:
+    """One attempt, from the files it wrote; one that was cut short ends with its last word."""
+    if not (folder / "worker.json").is_file():
+        return None
+    worker, number = read_json(folder / "worker.json"), int(folder.name.removeprefix("attempt_"))
+    ended = folder / "outcome.json"
+    published = run.finished(stage) and read_manifest(run.artifact(stage)).attempt == number
+    outcome = read_json(ended) if ended.is_file() else {"state": "finished" if published else "lost", "error": ""}
+    return AttemptFacts(
+        stage=stage.name,
+        attempt=number,
+        place=f"{worker['host']}:{worker['pid']}",
+        start=(folder / "worker.json").stat().st_mtime,
+        end=max(path.stat().st_mtime for path in folder.iterdir()),
+        state=outcome["state"],
+        error=outcome["error"],
+    )

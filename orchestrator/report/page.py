@@ -10,10 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from artifacts import plain, write_text
 from orchestrator.config import RunConfig
 from orchestrator.controller import project_version
-from orchestrator.display import clock
-from orchestrator.graph import build_graph, row_name
+from orchestrator.graph import build_graph
 from orchestrator.report import charts, facts
-from orchestrator.results import ScoreRow, score_rows, training_flops
+from orchestrator.results import ScoreRow, score_rows, standing_graph, training_flops
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
 
@@ -21,11 +20,11 @@ from orchestrator.stage import Stage
 def write_report(run: RunFolder) -> Path:
     """Write `report.html` from whatever is finished, and return its path."""
     config = run.load_config()
-    graph = build_graph(config)
+    graph = standing_graph(run, config)
     templates = Environment(
         loader=PackageLoader("orchestrator.report", "."), autoescape=True, undefined=StrictUndefined
     )
-    templates.filters |= {"data_url": _data_url, "clock": clock, "si": _si}
+    templates.filters |= {"data_url": _data_url, "si": _si}
     page = templates.get_template("page.html").render(**_page_facts(run, config, graph))
     write_text(run.report, page)
     return run.report
@@ -36,7 +35,8 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
     rows = score_rows(run, graph)
     attempts = facts.attempt_facts(run, graph)
     quality = facts.router_quality(run, graph)
-    missing = [stage.name for stage in graph if stage.optional and stage.name not in finished]
+    standing = {stage.name for stage in graph}
+    missing = [stage.name for stage in build_graph(config) if stage.name not in standing]
     return {
         "config": config,
         "yaml": yaml.safe_dump(plain(config), sort_keys=False),
@@ -44,7 +44,6 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "unfinished": [stage.name for stage in graph if stage.name not in finished],
         "missing": missing,
         "rows": rows,
-        "default_name": row_name(config.ensemble.selection),
         "why": explain_default(rows),
         "grids": _grids(run, graph, rows),
         "clusters": facts.cluster_facts(run, graph) if "partition" in finished else [],
@@ -126,7 +125,7 @@ def _timeline(attempts: list[facts.AttemptFacts]) -> str:
     return charts.timeline(
         [
             (
-                f"{fact.stage} #{fact.attempt} · {fact.island}",
+                f"{fact.stage} #{fact.attempt} · {fact.place}",
                 fact.stage,
                 fact.start - first,
                 fact.end - first,

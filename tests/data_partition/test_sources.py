@@ -14,6 +14,7 @@ def test_every_name_of_the_config_has_a_source():
     assert set(SOURCES) == set(get_args(get_type_hints(DataConfig)["source"]))
 
 
+@pytest.mark.slow
 def test_packaged_fashion_is_8000_images_of_ten_equal_classes():
     source = SOURCES["fashion"](DataConfig())
     labels, keys = Counter[int](), set[str]()

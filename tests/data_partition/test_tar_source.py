@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_partition.errors import ShardError, SourceMissing, UrlRefused
+from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UrlRefused
 from data_partition.images import encode_png
 from data_partition.shards import Sample
 from data_partition.source import Unreadable
@@ -89,7 +89,7 @@ def test_missing_refused_and_corrupt_are_clear(tmp_path: Path):
         list(read_urls(None))
     with pytest.raises(UrlRefused):
         list(read_urls("{a,pipe:ls}.tar"))
-    with pytest.raises(ShardError, match="none.tar cannot be opened"):
+    with pytest.raises(SourceUnreachable, match="none.tar cannot be opened"):
         list(read_urls(str(tmp_path / "none.tar")))
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
     with pytest.raises(ShardError, match="a.tar cannot be read"):

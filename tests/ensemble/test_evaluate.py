@@ -18,7 +18,7 @@ from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.draws import draw
 from ensemble.evaluate import evaluate
 from ensemble.pipeline import assemble
-from ensemble.references import EvaluationError, build_reference
+from ensemble.references import EvaluationError, build_reference, fitted_to
 from ensemble.scoring import Reference, score_clusters
 from experts.codecs import fit_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
@@ -100,6 +100,7 @@ def score(reference: Path, images):
 # The real side
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_same_twice(dataset, reference, tmp_path):
     build_reference(dataset, CONFIG, tmp_path / "again", Workspace.at(tmp_path / "work"))
     assert contents(tmp_path / "again") == contents(reference)
@@ -174,8 +175,6 @@ def test_a_reference_of_another_configuration_is_refused(reference):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (EvaluationConfig(num_samples=5000), "num_samples to 1602"),
-        (EvaluationConfig(num_samples=40, spaces=("pixels",)), "components needs more than .* samples, not 40"),
         (EvaluationConfig(num_samples=300, spaces=("pixels",), neighbours=200), "more than 200 rows, not 195"),
     ],
 )
@@ -184,6 +183,21 @@ def test_too_few_images_say_the_way_out(dataset, tmp_path, config, message):
         build_reference(dataset, config, tmp_path / "out", Workspace.at(tmp_path / "work"))
 
 
+@pytest.mark.parametrize(
+    ("training", "held_out", "samples", "components"),
+    [(10_000, 10_000, 5000, 64), (1602, 195, 1602, 64), (600, 60, 600, 30), (40, 1000, 40, 20)],
+)
+def test_bounds_come_down_to_what_a_small_data_set_gives(training, held_out, samples, components):
+    fitted = fitted_to(EvaluationConfig(num_samples=5000, components=64), training, held_out)
+    assert (fitted.num_samples, fitted.components) == (samples, components)
+
+
+def test_too_few_held_out_images_say_the_way_out():
+    with pytest.raises(EvaluationError, match="raise data.holdout"):
+        fitted_to(EvaluationConfig(), 100, 15)
+
+
+@pytest.mark.slow
 def test_data_without_labels_have_no_class_scores(dataset, tmp_path):
     for name in ("train", "holdout"):
         writer = ShardWriter(tmp_path / "data" / name)
@@ -200,6 +214,7 @@ def test_data_without_labels_have_no_class_scores(dataset, tmp_path):
 # A pipeline
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_the_same_byte_for_byte(pipeline, reference, partition, tmp_path):
     for name in ("first", "second"):
         work = Workspace.at(tmp_path / f"work_{name}")
@@ -221,7 +236,7 @@ def test_scores_of_a_pipeline(pipeline, reference, partition, tmp_path):
     images = np.load(tmp_path / "images.npy", allow_pickle=False)
     assert (images.shape, images.dtype) == ((150, 8, 8, 1), np.uint8)
     assert np.load(tmp_path / "seeds.npy", allow_pickle=False).tolist() == list(range(150))
-    assert Image.open(tmp_path / "grid.png").size == (64, 64)
+    assert Image.open(tmp_path / "grid.png").size == (71, 71)
 
 
 def test_calls_and_flops_follow_the_selection(pipeline, tmp_path):

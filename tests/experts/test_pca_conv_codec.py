@@ -32,6 +32,7 @@ def error(codec, images):
     return (codec.decode(codec.encode(images)) - torch.from_numpy(images).float() / 255).abs().mean()
 
 
+@pytest.mark.slow
 def test_it_has_the_latents_of_pca_and_draws_unseen_images_better(digits, tmp_path):
     for kind in ("pca", "pca_conv"):
         fit_codec(replace(CONFIG, kind=kind), digits / "train", tmp_path / kind, Workspace.at(tmp_path / "work" / kind))
@@ -41,6 +42,7 @@ def test_it_has_the_latents_of_pca_and_draws_unseen_images_better(digits, tmp_pa
     assert error(drawn, unseen) < error(linear, unseen)
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_equals_uninterrupted(digits, tmp_path):
     brief = replace(CONFIG, decoder_training=replace(CONFIG.decoder_training, steps=60))
     fit_codec(brief, digits / "train", tmp_path / "whole", Workspace.at(tmp_path / "work"))

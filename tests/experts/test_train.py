@@ -78,6 +78,7 @@ def test_stopped_and_continued_equals_uninterrupted(kind, make_dataset, tmp_path
         assert result(kind, make_dataset, Workspace.at(tmp_path / f"{step}")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_killed_and_continued_equals_uninterrupted(kind, make_dataset, tmp_path):
     expected = result(kind, make_dataset, Workspace.at(tmp_path / "whole"))

@@ -47,6 +47,7 @@ def test_every_sample_is_in_exactly_one_cluster(tmp_path: Path, balanced: bool, 
         assert set(whole.values()) == {1}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_before(tmp_path: Path):
     dataset = digits(tmp_path)
     first = files_of(divide(CONFIG, dataset, tmp_path / "first"))
@@ -55,6 +56,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_before(tmp_path: 
     assert files_of(divide(CONFIG, digits(tmp_path / "again"), tmp_path / "second")) == first
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_partition(tmp_path: Path):
     dataset = digits(tmp_path)
     one = divide(CONFIG, dataset, tmp_path / "one")

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,20 @@ def test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint(undisturbe
     assert contents(tmp_path) == contents(undisturbed)
 
 
+def test_an_expert_that_fails_for_good_does_not_sink_the_run(undisturbed, tmp_path):
+    words = ("run", *SMALL, f"folder={tmp_path}", "compute.retries=0")
+    controller = subprocess.Popen(ddm(*words), stdout=subprocess.PIPE, text=True)
+    os.kill(_wait_for_checkpoint(tmp_path), signal.SIGKILL)
+    said, _ = controller.communicate(timeout=300)
+    assert controller.returncode == 0 and "assembled without it" in said
+    assert "The ensemble stands without expert_1" in (tmp_path / "report.html").read_text()
+    run("sample", str(tmp_path), "--out", str(tmp_path / "grid.png"))
+    run("resume", str(tmp_path))
+    assert "stands without" not in (tmp_path / "report.html").read_text()
+    whole = contents(undisturbed)
+    assert {name: data for name, data in contents(tmp_path).items() if name in whole} == whole
+
+
 def _wait_for_checkpoint(folder: Path) -> int:
     """The pid of expert 1's worker, once that has saved a checkpoint."""
     deadline = time.monotonic() + 120
@@ -121,9 +136,10 @@ def test_ctrl_c_leaves_a_run_that_can_be_continued(undisturbed, tmp_path):
     assert contents(tmp_path) == contents(undisturbed)
 
 
-def test_a_changed_router_value_runs_the_router_and_what_holds_it(undisturbed):
-    run("run", *SMALL, f"folder={undisturbed}", "router.training.lr=0.002")
-    events = RunFolder(undisturbed).events()
+def test_a_changed_router_value_runs_the_router_and_what_holds_it(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    run("run", *SMALL, f"folder={folder}", "router.training.lr=0.002")
+    events = RunFolder(folder).events()
     last = max(number for number, event in enumerate(events) if event["event"] == "run_started")
     submitted = {event["stage"] for event in events[last:] if event["event"] == "submitted"}
     assert submitted == {"router", "ensemble", "score_sticky"}

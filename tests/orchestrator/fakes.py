@@ -4,9 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts import publish
+from artifacts import publish, write_json
 from data_partition.config import DataConfig
-from orchestrator.backend import Job, Outcome
+from orchestrator.backend import Job, Outcome, attempt_folder
+from orchestrator.lease import this_process
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Input, Stage
 
@@ -22,6 +23,7 @@ class ScriptedBackend:
     attempts: defaultdict = field(default_factory=lambda: defaultdict(int))
 
     def submit(self, job: Job) -> None:
+        write_json(attempt_folder(job) / "worker.json", this_process())
         self.waiting.append(job)
         self.jobs.append(job)
 

@@ -7,6 +7,7 @@ import pytest
 from orchestrator.compose import compose, config_folder
 from orchestrator.config import RunConfig, known_keys, parse_config
 from orchestrator.errors import ConfigError
+from orchestrator.graph import build_graph
 
 GROUPS = sorted(path.relative_to(config_folder()) for path in Path(config_folder()).glob("*/*.yaml"))
 NEEDED = {"image_folder": ["data.path=pictures"], "webdataset": ["data.path=a.tar"]}
@@ -49,6 +50,31 @@ def test_an_unknown_key_is_an_error_that_lists_the_known(override, words):
     with pytest.raises(ConfigError) as caught:
         parse_config(compose([override]))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("~/pictures", str(Path("~/pictures").expanduser())),
+        ("/a folder/with (brackets)", "/a folder/with (brackets)"),
+        ("/shards/{000..099}.tar", "/shards/{000..099}.tar"),
+        ("s3://bucket/{000..099}.tar", "s3://bucket/{000..099}.tar"),
+        ("here", str(Path("here").absolute())),
+    ],
+)
+def test_a_path_is_what_a_person_types(given, meant):
+    assert parse_config(compose(["data=image_folder", f"data.path={given}"])).data.path == meant
+
+
+def test_resources_by_kind_of_stage_can_be_overridden():
+    config = parse_config(compose(["compute.stages.expert.cpus=2"]))
+    resources = {stage.name: stage.resources.cpus for stage in build_graph(config)}
+    assert resources["expert_0"] == 2 and resources["router"] == 1
+
+
+def test_inline_cannot_keep_a_time_limit():
+    with pytest.raises(ConfigError, match="timeout_s=3 needs backend=ray"):
+        parse_config(compose(["compute=inline", "compute.timeout_s=3"]))
 
 
 def test_all_mistakes_are_reported_at_once():

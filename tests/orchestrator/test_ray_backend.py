@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from orchestrator.backend import Job
 from orchestrator.config import ComputeConfig, ResourcesConfig
 from orchestrator.controller import _backend
+from orchestrator.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -78,6 +80,12 @@ def test_an_unknown_kind_is_an_error_with_its_name(backend, tmp_path):
     backend.submit(job(tmp_path, {}, kind="nonsense"))
     outcome = wait(backend)[0]
     assert outcome.state == "failed" and "nonsense" in outcome.error
+
+
+def test_what_the_machine_does_not_have_is_refused(backend, tmp_path):
+    greedy = replace(job(tmp_path, {}), resources=ResourcesConfig(gpus=3))
+    with pytest.raises(ConfigError, match="asks for 3 GPU.*compute.gpus"):
+        backend.submit(greedy)
 
 
 def test_a_killed_worker_is_lost(backend, tmp_path):

@@ -77,6 +77,21 @@ def test_the_lease_of_a_killed_controller_is_free(run):
         assert json.loads(run.lease.read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.slow
+def test_of_many_controllers_at_once_one_gets_the_lease(run):
+    code = (
+        "import sys, time; from pathlib import Path; from orchestrator.errors import RunIsLocked\n"
+        "from orchestrator.lease import hold; from orchestrator.run_folder import RunFolder\n"
+        "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
+        "try:\n"
+        "    with hold(RunFolder(Path(sys.argv[1]))): print('held', flush=True); time.sleep(2)\n"
+        "except RunIsLocked: print('refused')\n"
+    )
+    command = [sys.executable, "-c", code, str(run.root), str(time.time() + 2)]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert sorted(racer.communicate()[0] for racer in racers) == ["held\n", "refused\n", "refused\n", "refused\n"]
+
+
 def test_a_controller_elsewhere_is_dead_only_after_its_lease(run):
     elsewhere = this_process() | {"host": "another-host"}
     assert is_alive(elsewhere, heartbeat_s=LEASE_S - 1)

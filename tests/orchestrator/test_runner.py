@@ -1,8 +1,17 @@
 """The runner against a scripted backend: what is retried, what is given up, what is kept."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 
+from artifacts import write_json
+from orchestrator.backend import Job, attempt_folder
 from orchestrator.config import ComputeConfig
+from orchestrator.inline_backend import InlineBackend
+from orchestrator.lease import process_start, this_process
 from orchestrator.runner import Runner, RunResult, end_orphans
 from orchestrator.stage import without
 from tests.orchestrator.fakes import ScriptedBackend, diamond, run_folder
@@ -93,6 +102,31 @@ def test_an_attempt_without_end_is_asked_to_stop_then_killed_and_retried(tmp_pat
     assert "timeout_s = 0.05" in next(event["error"] for event in run.events() if event["event"] == "failed")
 
 
+def test_an_attempt_that_waits_for_a_worker_is_not_out_of_time(tmp_path):
+    class Queue(ScriptedBackend):
+        def submit(self, job):
+            super().submit(job)
+            (attempt_folder(job) / "worker.json").unlink()
+
+        def poll(self, timeout_s):
+            time.sleep(0.1)
+            return super().poll(timeout_s)
+
+    policy = ComputeConfig(backoff_s=0.0, grace_s=0.0, retries=0, timeout_s=0.05)
+    assert not walk(tmp_path, Queue(), policy).failed
+
+
+def test_an_attempt_that_ignores_a_stop_is_killed_and_uses_up_no_retry(tmp_path):
+    class Stopping(ScriptedBackend):
+        def poll(self, timeout_s):
+            run_folder(tmp_path).stop.touch()
+            return super().poll(timeout_s)
+
+    result = walk(tmp_path, Stopping({"data": ["hang"]}), ComputeConfig(grace_s=0.0, retries=0))
+    assert result.stopped and not result.failed
+    assert [event["event"] for event in run_folder(tmp_path).events()] == ["submitted", "preempted"]
+
+
 def test_the_journal_tells_every_attempt(tmp_path):
     walk(tmp_path, ScriptedBackend({"data": ["lost"]}))
     told = [(event["event"], event["attempt"]) for event in run_folder(tmp_path).events() if event["stage"] == "data"]
@@ -113,12 +147,6 @@ def test_a_backoff_doubles_and_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_an_orphan_of_a_dead_controller_is_ended(tmp_path):
-    import subprocess
-    import sys
-
-    from artifacts import write_json
-    from orchestrator.lease import process_start, this_process
-
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     run, stage = run_folder(tmp_path), diamond()[0]
     attempt = run.attempt(stage, 1)
@@ -127,13 +155,38 @@ def test_an_orphan_of_a_dead_controller_is_ended(tmp_path):
     assert orphan.wait(timeout=10) == -9
 
 
+def test_a_process_with_the_pid_of_a_worker_elsewhere_is_left_alone(tmp_path):
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    run, stage = run_folder(tmp_path), diamond()[0]
+    worker = this_process() | {"host": "another-host", "pid": stranger.pid}
+    write_json(run.attempt(stage, 1) / "worker.json", worker)
+    end_orphans(run, [stage])
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+
+
+def test_a_killed_job_that_waits_inline_is_reported_as_lost(tmp_path):
+    backend = InlineBackend()
+    job = Job(
+        stage="data",
+        kind="dataset",
+        config={},
+        inputs={},
+        input_fingerprints={},
+        artifact="",
+        scratch="",
+        attempt=1,
+        stop_files=(),
+    )
+    backend.submit(job)
+    backend.kill("data")
+    assert [outcome.state for outcome in backend.poll(0.0)] == ["lost"]
+    assert backend.poll(0.0) == []
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_worker_that_has_ended_its_attempt_is_left_alone(tmp_path, ended):
-    import os
-
-    from artifacts import write_json
-    from orchestrator.lease import this_process
-
     run, stage = run_folder(tmp_path), diamond()[0]
     attempt = run.attempt(stage, 1)
     other = this_process() | {"pid": os.getppid(), "started": "0"}  # a pid that was used again
