@@ -134,7 +134,7 @@ def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, wor
     if not sum(counts):
         raise LatentError(f"there are no samples in {', '.join(map(str, shards))}; leave this cluster out")
     source = {
-        "shards": {str(path): {file.name: file.stat().st_size for file in files_in(path)} for path in shards},
+        "shards": [[str(path), {file.name: file.stat().st_size for file in files_in(path)}] for path in shards],
         "codec": {str(path.relative_to(codec_folder)): checksum(path) for path in files_in(codec_folder)},
     }
     if not ((folder / "source.json").is_file() and read_json(folder / "source.json") == source):
@@ -174,7 +174,7 @@ def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Code
             maps["cluster_id"][rows] = cluster_id
             row = rows.stop
             workspace.report(row, count, unit="images encoded")
-            if workspace.stop_requested():
+            if row < count and workspace.stop_requested():
                 raise Preempted(f"stopped after {row} of {count} images were encoded; encoding begins again")
     for written in maps.values():
         written.flush()
