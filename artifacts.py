@@ -220,7 +220,7 @@ class Workspace:
     """Belongs to this attempt alone: `progress.json`, `metrics.jsonl`, `log.txt`."""
     stop_files: tuple[Path, ...] = ()
     """The stage saves its work and raises `Preempted` once one of these files exists."""
-    _clock: dict[str, float] = field(default_factory=lambda: {"started": time.monotonic()}, repr=False)
+    _clock: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def at(cls, folder: Path) -> Self:
@@ -228,16 +228,21 @@ class Workspace:
         (folder / "attempt_1").mkdir(parents=True, exist_ok=True)
         return cls(folder, folder / "attempt_1", (folder / "stop",))
 
-    def report(self, done: int, total: int, figures: Mapping[str, float] | None = None, *, unit: str = "") -> None:
-        """Say how far the work is; at most two files a second are written, so it may be called at every step."""
+    def report(
+        self, done: int, total: int | None, figures: Mapping[str, float] | None = None, *, unit: str = ""
+    ) -> None:
+        """Say how far the work is; `total` None is unknown, another unit is another piece of work.
+
+        At most two files a second are written, so it may be called at every step.
+        """
         now = time.monotonic()
-        if done < total and now - self._clock.get("reported", 0.0) < 0.5:
+        if done != total and now - self._clock.get("reported", 0.0) < 0.5:
             return
         self._clock["reported"] = now
-        if "first" not in self._clock:
-            self._clock.update(first=now, first_done=done)
+        if self._clock.get("unit") != unit:
+            self._clock.update(unit=unit, first=now, first_done=done)
         pace = (done - self._clock["first_done"]) / (now - self._clock["first"] or 1.0)
-        left_s = (total - done) / pace if pace > 0 else None
+        left_s = (total - done) / pace if total is not None and pace > 0 else None
         progress = {
             "done": done,
             "total": total,

@@ -88,7 +88,7 @@ class _Build:
         if writer is self.train:
             self.labels[label] += 1
         done = self.train.count + self.holdout.count
-        self.workspace.report(done, max(done + 1, self.config.limit or 0), unit="images")
+        self.workspace.report(done, None, unit="images")
         if self.workspace.stop_requested():
             raise Preempted(f"stopped after {done} images; reading starts again")
 

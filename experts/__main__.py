@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from artifacts import ArtifactError, Preempted, Workspace, fingerprint, publish
+from artifacts import ArtifactError, Preempted, Workspace, checksum, files_in, fingerprint, publish
 from data_partition.errors import DataError
 from experts.checkpoint import CheckpointError
 from experts.codecs import fit_codec
@@ -79,9 +79,22 @@ def train(arguments: argparse.Namespace, config: ExpertConfig) -> None:
         )
         return summary.flops
 
-    made = publish(arguments.out, fill, stage="expert", config=config, inputs={})
-    if made.fingerprint != fingerprint("expert", config, {}):
-        raise ValueError(f"{arguments.out} holds an expert of another configuration; delete it or choose another --out")
+    inputs = identities(arguments)
+    made = publish(arguments.out, fill, stage="expert", config=config, inputs=inputs)
+    if made.fingerprint != fingerprint("expert", config, inputs):
+        raise ValueError(
+            f"{arguments.out} holds an expert of another configuration or other data; delete it or choose another --out"
+        )
+
+
+def identities(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the expert learns from, as checksums of every file."""
+    folders = {"codec": arguments.codec} | {f"shards_{number}": path for number, path in enumerate(arguments.shards)}
+    found = {
+        role: fingerprint(role, {str(file.relative_to(path)): checksum(file) for file in files_in(path)}, {})
+        for role, path in folders.items()
+    }
+    return found | {"cluster_id": str(arguments.cluster_id), "num_classes": str(arguments.num_classes)}
 
 
 if __name__ == "__main__":

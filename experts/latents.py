@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from artifacts import Workspace, checksum, files_in, read_json, replaced_folder, write_json
+from artifacts import Preempted, Workspace, checksum, files_in, read_json, replaced_folder, write_json
 from data_partition.shards import read_batches, read_index
 from experts.codec import Codec
 from experts.condition import Condition
@@ -125,20 +125,22 @@ def mixed_seed(purpose: int, seed: int, index: int) -> int:
 
 
 def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, workspace: Workspace) -> LatentDataset:
-    """Encode every sample of the shard folders once; a later attempt finds them in the scratch folder."""
+    """Encode every sample of the shard folders once; a later attempt finds them in the scratch folder.
+
+    Raises `Preempted` if it is asked to stop; encoding then begins again.
+    """
     folder = workspace.scratch / "latents"
     counts = [read_index(path).count for path in shards]
     if not sum(counts):
         raise LatentError(f"there are no samples in {', '.join(map(str, shards))}; leave this cluster out")
     source = {
-        "shards": [str(path) for path in shards],
-        "counts": counts,
+        "shards": [[str(path), {file.name: file.stat().st_size for file in files_in(path)}] for path in shards],
         "codec": {str(path.relative_to(codec_folder)): checksum(path) for path in files_in(codec_folder)},
     }
     if not ((folder / "source.json").is_file() and read_json(folder / "source.json") == source):
         logger.info("encoding %d samples of %d folders", sum(counts), len(shards))
         with replaced_folder(folder) as temporary:
-            _write_latents(temporary, shards, sum(counts), codec)
+            _write_latents(temporary, shards, sum(counts), codec, workspace)
             write_json(temporary / "source.json", source)
     return read_latents(folder)
 
@@ -152,7 +154,7 @@ def read_latents(folder: Path) -> LatentDataset:
 _FIELDS = ("clean", "class_id", "cluster_id")
 
 
-def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Codec) -> None:
+def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Codec, workspace: Workspace) -> None:
     shapes = {"clean": codec.latent_shape, "class_id": (), "cluster_id": ()}
     maps = {
         name: np.lib.format.open_memmap(
@@ -171,5 +173,8 @@ def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Code
             maps["class_id"][rows] = batch.labels
             maps["cluster_id"][rows] = cluster_id
             row = rows.stop
+            workspace.report(row, count, unit="images encoded")
+            if row < count and workspace.stop_requested():
+                raise Preempted(f"stopped after {row} of {count} images were encoded; encoding begins again")
     for written in maps.values():
         written.flush()

@@ -32,12 +32,12 @@ def describe(progress: dict[str, Any]) -> str:
     """Progress in words: share, figures, time left."""
     if not progress:
         return "waiting for a worker"
-    share = progress["done"] / max(progress["total"], 1)
+    done, total, unit = progress["done"], progress["total"], progress["unit"]
     words = [
-        f"{share:4.0%}",
+        f"{done:,} {unit}" if total is None else f"{done / max(total, 1):4.0%}",
         *(f"{name.replace('_per_s', '/s')} {value:,.4g}" for name, value in progress["figures"].items()),
     ]
-    if progress["left_s"] is not None and share < 1:
+    if progress["left_s"] is not None and done != total:
         words.append(f"{clock(progress['left_s'])} left")
     return "  ".join(words)
 
@@ -96,7 +96,8 @@ class Display:
         for stage in self.running:
             attempts = self.run.attempts(stage)
             progress = progress_of(attempts[-1]) if attempts else {}
-            bar = ProgressBar(total=progress.get("total", 1), completed=progress.get("done", 0), width=24)
+            total, done = progress.get("total", 1), progress.get("done", 0)
+            bar = ProgressBar(total=total or 1, completed=done, width=24, pulse=total is None)
             table.add_row(f"  {stage.name:22}", bar, describe(progress))
         return table
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,10 +150,21 @@ def test_a_workspace_reports_and_hears(tmp_path):
     assert read_json(workspace.attempt / "progress.json")["figures"] == {"loss": 0.5}
     assert not workspace.stop_requested()
     (tmp_path / "stop").touch()
-    import time
-
     time.sleep(0.25)
     assert workspace.stop_requested()
+
+
+def test_work_of_another_unit_starts_its_own_clock(tmp_path):
+    workspace = Workspace.at(tmp_path)
+    workspace.report(1000, 1000, unit="images")
+    time.sleep(0.1)
+    workspace.report(3, 3, unit="steps")
+    assert read_json(workspace.attempt / "progress.json")["left_s"] is None
+    workspace.report(7, None, unit="rows")
+    time.sleep(0.6)
+    workspace.report(9, None, unit="rows")
+    progress = read_json(workspace.attempt / "progress.json")
+    assert (progress["done"], progress["total"], progress["left_s"]) == (9, None, None)
 
 
 def test_json_is_written_whole(tmp_path):

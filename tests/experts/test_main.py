@@ -98,6 +98,8 @@ def test_a_finished_expert_is_kept_and_never_mistaken_for_another(shards, tmp_pa
     code, errors = finished(command(shards, tmp_path, tmp_path / "expert", {**short, "prediction": "noise"}))
     assert code == 1
     assert "another configuration" in errors
+    code, errors = finished([*arguments, "--cluster-id", "1"])
+    assert code == 1 and "other data" in errors
     assert content(tmp_path / "expert") == before
 
 

@@ -78,7 +78,7 @@ def test_a_controller_killed_at_five_random_moments_loses_nothing(undisturbed, t
     while kills < 5:
         controller = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            controller.wait(timeout=moments.uniform(2.0, 9.0))
+            controller.wait(timeout=moments.uniform(2.0, 7.0))
         except subprocess.TimeoutExpired:
             controller.send_signal(signal.SIGKILL)
             kills += 1
