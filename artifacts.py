@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict
+from safetensors.numpy import save_file
 
 STRICT = ConfigDict(extra="forbid")
 """For every configuration dataclass: an unknown key is an error, never ignored."""
@@ -119,6 +122,14 @@ def read_json(path: Path) -> Any:
         raise UnfinishedArtifact(f"{path} does not exist; run the stage that writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptArtifact(f"{path} is not valid JSON ({error}); delete its folder and run again") from error
+
+
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays as safetensors, each in the order of its axes.
+
+    `safetensors.numpy` writes the memory as it lies, so a transposed or strided array comes back as another one.
+    """
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int64, Integer, UInt8
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from artifacts import Workspace, read_json, write_json
+from artifacts import Workspace, read_json, save_arrays, write_json
 from data_partition.assignment import AssignmentTable, count_ids, store_ids
 from data_partition.balance import Balance, evenness
 from data_partition.clusters import write_clusters
@@ -66,7 +66,7 @@ class Partition:
         }
         if self.class_counts is not None:
             tensors["class_counts"] = self.class_counts
-        save_file(tensors, folder / TENSORS)
+        save_arrays(folder / TENSORS, tensors)
         fine, dimension = self.fine_centroids.shape
         write_json(folder / FACTS, {"num_clusters": self.num_clusters, "num_fine": fine, "dimension": dimension})
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from artifacts import save_arrays
 from data_partition.errors import NoSamples, TooManyFeatures
 
 MAX_FEATURES = 8192
@@ -35,7 +36,7 @@ class PCA:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
-        save_file({"mean": self.mean, "components": self.components, "variances": self.variances}, path)
+        save_arrays(path, {"mean": self.mean, "components": self.components, "variances": self.variances})
 
     @classmethod
     def load(cls, path: Path) -> "PCA":

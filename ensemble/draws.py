@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from artifacts import Preempted, Workspace, checksum, files_in, fingerprint
+from artifacts import Preempted, Workspace, checksum, files_in, fingerprint, save_arrays
 from ensemble.config import SamplingConfig
 from ensemble.images import to_bytes
 from ensemble.pipeline import DDMPipeline
@@ -108,7 +108,7 @@ def _write(file: Path, drawn: Samples) -> None:
         "evaluations": np.array([drawn.calls.evaluations], np.int64),
     }
     temporary = file.with_name(f".{file.name}")
-    save_file(arrays, temporary)
+    save_arrays(temporary, arrays)
     temporary.replace(file)
 
 

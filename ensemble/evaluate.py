@@ -16,7 +16,7 @@ from artifacts import Workspace, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.draws import draw
 from ensemble.images import grid, png
-from ensemble.references import PIXELS, EvaluationError, probe_space
+from ensemble.references import PIXELS, EvaluationError
 from ensemble.scores import Scores
 from ensemble.scoring import Reference, score_clusters
 
@@ -44,7 +44,7 @@ def evaluate(
     class_ids = _class_ids(reference, config) if config.conditional else None
     drawn = draw(pipeline_folder, seeds, class_ids, sampling, workspace)
     found = real.extract(drawn.images)
-    classes = real.score_classes(found.spaces[probe_space(config)])
+    classes = real.score_classes(found.spaces[PIXELS])
     clusters = score_clusters(partition, drawn.images)
     scores = Scores(
         num_samples=config.num_samples,

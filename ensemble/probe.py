@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+
+from artifacts import save_arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,7 @@ class Probe:
 
     def save(self, file: Path) -> None:
         """Write the probe as safetensors."""
-        save_file({"slopes": self.slopes, "offsets": self.offsets, "classes": self.classes}, file)
+        save_arrays(file, {"slopes": self.slopes, "offsets": self.offsets, "classes": self.classes})
 
     @classmethod
     def load(cls, file: Path) -> "Probe":

@@ -26,7 +26,7 @@ from ensemble.real_images import RealImages, read_real_images
 from ensemble.spaces import RealSpace
 
 PIXELS = "pixels"
-"""The space in which nearest neighbours are looked for: what a copy looks like, not what it shows."""
+"""The space of nearest neighbours (what a copy looks like, not what it shows) and of the class probe."""
 HELD_OUT_LEAST = 16
 """Held-out images without which a metric has no meaning."""
 HELD_OUT_LIMIT = 10_000
@@ -73,7 +73,7 @@ def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspac
     np.save(out / "neighbours.npy", training.features[PIXELS], allow_pickle=False)
     np.save(out / "labels.npy", held_out.labels, allow_pickle=False)
     classes = len(read_index(dataset / "train").class_names)
-    probe = _write_probe(training, held_out, classes, config, out) if classes > 1 else None
+    probe = _write_probe(training, held_out, classes, out) if classes > 1 else None
     summary = ReferenceSummary(
         held_out=len(held_out.labels),
         neighbours=len(training.features[PIXELS]),
@@ -94,11 +94,6 @@ def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspac
     return summary
 
 
-def probe_space(config: EvaluationConfig) -> str:
-    """The space of the class probe: the first that is not pixels, if any is."""
-    return next((name for name in config.spaces if name != PIXELS), PIXELS)
-
-
 def _fit_extractors(dataset: Path, config: EvaluationConfig, out: Path) -> dict[str, FeatureExtractor]:
     """Fit and write the extractors of all spaces; they see training images only."""
     extractors: dict[str, FeatureExtractor] = {}
@@ -113,7 +108,6 @@ def _read_both(
 ) -> tuple[RealImages, RealImages]:
     """Training and held-out images: the former as many as each use of a space needs."""
     counts = dict.fromkeys(extractors, config.num_samples) | {PIXELS: NEIGHBOUR_LIMIT}
-    counts[probe_space(config)] = max(counts[probe_space(config)], PROBE_LIMIT)
     progress = _progress(workspace, read_index(dataset / "train").count, read_index(dataset / "holdout").count)
     training = read_real_images(dataset / "train", extractors, counts, config.seed, progress[0])
     limits = dict.fromkeys(extractors, HELD_OUT_LIMIT)
@@ -135,17 +129,13 @@ def _progress(workspace: Workspace, *counts: int) -> list[Callable[[int], None]]
     return [reporter(sum(counts[:number])) for number in range(len(counts))]
 
 
-def _write_probe(
-    training: RealImages, held_out: RealImages, classes: int, config: EvaluationConfig, out: Path
-) -> dict[str, Any]:
+def _write_probe(training: RealImages, held_out: RealImages, classes: int, out: Path) -> dict[str, Any]:
     """Fit and write the class probe; what it says about the held-out images."""
-    space = probe_space(config)
-    features = training.features[space][:PROBE_LIMIT]
+    features = training.features[PIXELS][:PROBE_LIMIT]
     probe = fit_probe(features, training.labels[: len(features)])
     probe.save(out / "probe.safetensors")
-    said: Int[np.ndarray, " held_out"] = probe.predict(held_out.features[space])
+    said: Int[np.ndarray, " held_out"] = probe.predict(held_out.features[PIXELS])
     return {
-        "space": space,
         "accuracy": float((said == held_out.labels).mean()),
         "counts": np.bincount(said, minlength=classes).tolist(),
     }

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from artifacts import save_arrays
 from ensemble.metrics import (
     frechet_distance,
     kernel_between,
@@ -66,7 +67,7 @@ class RealSpace:
     def save(self, file: Path) -> None:
         """Write the space as safetensors."""
         kernel = np.array([self.kernel])
-        save_file({"features": self.features, "radii": self.radii, "axes": self.axes, "kernel": kernel}, file)
+        save_arrays(file, {"features": self.features, "radii": self.radii, "axes": self.axes, "kernel": kernel})
 
     @classmethod
     def load(cls, file: Path) -> "RealSpace":

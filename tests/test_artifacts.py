@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from artifacts import (
     CorruptArtifact,
@@ -22,6 +24,7 @@ from artifacts import (
     publish,
     read_json,
     read_manifest,
+    save_arrays,
     verify,
     write_json,
 )
@@ -128,6 +131,21 @@ def test_killed_at_any_instant_the_folder_is_whole_or_unfinished(tmp_path):
 def test_fingerprints_differ_exactly_when_configurations_do(one, other):
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     assert (fingerprint("s", one, {}) == fingerprint("s", other, {})) == same
+
+
+@given(st.sampled_from(["C", "F", "transposed", "reversed", "strided"]), st.integers(1, 4), st.integers(1, 5))
+def test_arrays_come_back_whatever_their_layout(tmp_path_factory, layout, rows, columns):
+    plain_array = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
+    array = {
+        "C": plain_array,
+        "F": np.asfortranarray(plain_array),
+        "transposed": plain_array.T,
+        "reversed": plain_array[:, ::-1],
+        "strided": np.repeat(plain_array, 2, axis=1)[:, ::2],
+    }[layout]
+    path = tmp_path_factory.mktemp("arrays") / "a.safetensors"
+    save_arrays(path, {"a": array})
+    assert np.array_equal(load_file(path)["a"], array)
 
 
 def test_the_order_of_keys_does_not_matter():
