@@ -1,7 +1,7 @@
 """Ensemble against FLOP-matched monolith, every selection, several seeds (`make bench-quality`).
 
-Every seed is one whole run of the demo: its own partition, experts, router, monolith and samples. The only bar is
-that the table is complete; what it says is whatever it says.
+Every seed is one whole run of the demo: its own partition, experts, router, monolith and unconditional samples. The
+only bar is that the table is complete; what it says is whatever it says.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 def run_seed(seed: int, folder: Path, overrides: list[str]) -> tuple[dict[str, dict[str, Any]], float]:
     """Scores by row, and our training FLOPs over the monolith's."""
     spaces = f"scores.spaces=[{','.join(SPACES)}]"
-    own = [f"seed={seed}", f"folder={folder}", spaces, "wandb.mode=disabled", *overrides]
+    own = [f"seed={seed}", f"folder={folder}", spaces, "scores.conditional=false", "wandb.mode=disabled", *overrides]
     config = parse_config(compose(["experiment=demo", *own]))
     run_pipeline(config, Console())
     run, graph = RunFolder(folder), build_graph(config)
