@@ -35,11 +35,16 @@ def describe(progress: dict[str, Any]) -> str:
     done, total, unit = progress["done"], progress["total"], progress["unit"]
     words = [
         f"{done:,} {unit}" if total is None else f"{done / max(total, 1):4.0%}",
-        *(f"{name.replace('_per_s', '/s')} {value:,.4g}" for name, value in progress["figures"].items()),
+        *(f"{name.replace('_per_s', '/s')} {figure(value)}" for name, value in progress["figures"].items()),
     ]
     if progress["left_s"] is not None and done != total:
         words.append(f"{clock(progress['left_s'])} left")
     return "  ".join(words)
+
+
+def figure(value: float) -> str:
+    """A number in four digits, a large one in as many as it has."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def clock(seconds: float) -> str:
