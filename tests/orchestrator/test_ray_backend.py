@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,12 +107,13 @@ def test_it_is_gone_with_its_process():
     environment = os.environ | {"DDM_MARK": mark}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert process.stdout == "up\n"
-    for _ in range(100):
+    deadline = time.monotonic() + 120  # Ray's agents look for their raylet from time to time, later on a busy machine
+    while time.monotonic() < deadline:
         left = [entry for entry in Path("/proc").glob("[0-9]*") if mark.encode() in _environment(entry)]
         if not left:
             return
-        subprocess.run(["sleep", "0.2"], check=True)
-    raise AssertionError(f"still running 20 s later: {left}")
+        time.sleep(0.2)
+    raise AssertionError(f"still running two minutes later: {left}")
 
 
 def _environment(process: Path) -> bytes:
