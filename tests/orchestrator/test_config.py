@@ -66,6 +66,13 @@ def test_a_path_is_what_a_person_types(given, meant):
     assert parse_config(compose(["data=image_folder", f"data.path={given}"])).data.path == meant
 
 
+@pytest.mark.parametrize("experiment", ["digits", "demo"])
+@pytest.mark.parametrize("network", ["unet", "dit", "residual_mlp"])
+def test_an_experiment_takes_another_network(experiment, network):
+    config = parse_config(compose([f"experiment={experiment}", f"expert={network}", "codec=pixels"]))
+    assert config.expert.network.kind == network
+
+
 def test_resources_by_kind_of_stage_can_be_overridden():
     config = parse_config(compose(["compute.stages.expert.cpus=2"]))
     resources = {stage.name: stage.resources.cpus for stage in build_graph(config)}
