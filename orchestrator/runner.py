@@ -110,7 +110,7 @@ class Runner:
 
     def _submit(self, stage: Stage) -> None:
         attempt = self._reserve_attempt(stage)
-        folder = self.run.attempt(stage, attempt)
+        run = RunFolder(self.run.root.absolute())  # a worker may have another working folder
         self.run.record("submitted", stage=stage.name, fingerprint=stage.fingerprint, attempt=attempt)
         self.running[stage.name] = _Running(stage, attempt, time.time())
         self.submitted += 1
@@ -119,12 +119,12 @@ class Runner:
                 stage=stage.name,
                 kind=stage.kind,
                 config=plain(stage.config),
-                inputs={role: str(self.run.input(given).absolute()) for role, given in stage.inputs.items()},
+                inputs={role: str(run.input(given)) for role, given in stage.inputs.items()},
                 input_fingerprints=stage.input_fingerprints,
-                artifact=str(self.run.artifact(stage).absolute()),
-                scratch=str(self.run.scratch(stage).absolute()),
+                artifact=str(run.artifact(stage)),
+                scratch=str(run.scratch(stage)),
                 attempt=attempt,
-                stop_files=(str(self.run.stop.absolute()), str((folder / "stop").absolute())),
+                stop_files=(str(run.stop), str(run.attempt(stage, attempt) / "stop")),
                 resources=stage.resources,
                 commit=self.commit,
             )
