@@ -22,6 +22,13 @@ install: $(VENV)/installed ## Set up .venv (CPU build of torch)
 demo: install ## Run the whole pipeline on real images (a few minutes), then show where the report is
 	$(BIN)/ddm run experiment=demo
 
+.PHONY: islands
+islands: install ## Start two islands on this machine, check them, run a small pipeline on them, stop them
+	@rm -rf runs/islands; $(BIN)/ddm islands up || exit 1; \
+	trap '$(BIN)/ddm islands down' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/ddm islands check compute=islands_local && \
+	$(BIN)/ddm run experiment=digits compute=islands_local name=islands
+
 .PHONY: test
 test: install ## Run all tests (at most 10 minutes on two cores)
 	$(BIN)/python -m pytest -q
@@ -41,8 +48,8 @@ style: install ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-overhead bench-quality
-bench: bench-overhead bench-quality ## Run every benchmark and write docs/benchmarks.md
+.PHONY: bench bench-overhead bench-quality bench-scale chaos
+bench: bench-overhead bench-quality bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-overhead: install ## What the orchestrator costs, against the same loops by hand
 	$(BIN)/python -m benchmarks.overhead
@@ -50,6 +57,14 @@ bench-overhead: install ## What the orchestrator costs, against the same loops b
 
 bench-quality: install ## Ensemble against FLOP-matched monolith, every selection, three seeds
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.page
+
+bench-scale: install ## What the controller costs with up to 10,000 stages, and 1,000 islands in simulation
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.page
+
+chaos: install ## Kill everything that can be killed, on two real Ray clusters (about half an hour; networks need root)
+	$(BIN)/python -m benchmarks.reliability
 	$(BIN)/python -m benchmarks.page
 
 .PHONY: wheel

@@ -26,6 +26,12 @@ STRICT = ConfigDict(extra="forbid")
 
 MANIFEST = "manifest.json"
 
+SEAL = "sha256_of_the_rest"
+"""The key under which a sealed JSON file carries its own checksum."""
+
+CACHE = "cache"
+"""Below this name in a scratch folder lies what is quickly made again; it never leaves its machine."""
+
 
 class ArtifactError(Exception):
     """A folder is not the artifact that was asked for."""
@@ -86,9 +92,11 @@ def checksum(path: Path) -> str:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Every file below `folder` except its manifest, in a fixed order."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if path.relative_to(folder) != Path(MANIFEST))
+    """Every file below `folder` except its manifest, in a fixed order; raises `CorruptArtifact` for a link."""
+    found = sorted(folder.rglob("*"))
+    if links := [path for path in found if path.is_symlink()]:
+        raise CorruptArtifact(f"{links[0]} is a link, which may lead anywhere; put what it stands for in its place")
+    return [path for path in found if path.is_file() and path.relative_to(folder) != Path(MANIFEST)]
 
 
 def sync(path: Path) -> None:
@@ -104,14 +112,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def as_json(value: object) -> str:
+    """`value` as JSON, the same text for the same content."""
+    return json.dumps(plain(value), indent=1, sort_keys=True) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, whole or not at all."""
-    write_text(path, json.dumps(plain(value), indent=1, sort_keys=True) + "\n")
+    write_text(path, as_json(value))
 
 
 def read_json(path: Path) -> Any:
@@ -120,8 +136,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnfinishedArtifact(f"{path} does not exist; run the stage that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptArtifact(f"{path} is not valid JSON ({error}); delete its folder and run again") from error
+
+
+def sealed(value: object) -> str:
+    """A JSON object that carries its own checksum."""
+    content = plain(value)
+    return as_json(content | {SEAL: hashlib.sha256(as_json(content).encode()).hexdigest()})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what was `sealed`; raises what `read_json` does, and `CorruptArtifact` for a single changed bit."""
+    found = read_json(path)
+    rest = {name: value for name, value in found.items() if name != SEAL} if isinstance(found, dict) else {}
+    if path.read_bytes() != sealed(rest).encode():
+        raise CorruptArtifact(f"{path} is not as it was written, by its own checksum; delete its folder and run again")
+    return rest
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -191,7 +222,7 @@ def publish(
         island=island,
         attempt=attempt,
     )
-    write_json(folder / MANIFEST, manifest)
+    write_text(folder / MANIFEST, sealed(manifest))
     return manifest
 
 
@@ -202,22 +233,21 @@ def is_finished(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished artifact; raises `UnfinishedArtifact` or `CorruptArtifact`."""
-    found = read_json(folder / MANIFEST)
+    found = read_sealed(folder / MANIFEST)
     try:
         return Manifest(**found)
     except TypeError as error:
         raise CorruptArtifact(f"{folder / MANIFEST} was written by another version: {error}") from error
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with its checksum; raises `CorruptArtifact` naming all that differ."""
-    recorded = read_manifest(folder).checksums
-    present = {str(path.relative_to(folder)): path for path in files_in(folder)}
-    broken = [name for name, digest in recorded.items() if name not in present or checksum(present[name]) != digest]
-    if broken:
+def verify(folder: Path, part: str = "") -> None:
+    """Compare an artifact's files, or those of a part, with their checksums; `CorruptArtifact` names what differs."""
+    digests = {name: hex for name, hex in read_manifest(folder).checksums.items() if Path(name).is_relative_to(part)}
+    broken = [name for name in digests if not (folder / name).is_file() or checksum(folder / name) != digests[name]]
+    if broken or not digests:
         raise CorruptArtifact(
-            f"{folder}: {len(broken)} of {len(recorded)} files are missing or changed: {', '.join(broken[:5])}; "
-            "delete the folder and run again"
+            f"{folder / part}: {len(broken)} of {len(digests)} files are missing or changed: {', '.join(broken[:5])}; "
+            f"delete {folder} and run again"
         )
 
 
@@ -230,7 +260,9 @@ class Workspace:
     attempt: Path
     """Belongs to this attempt alone: `progress.json`, `metrics.jsonl`, `log.txt`."""
     stop_files: tuple[Path, ...] = ()
-    """The stage saves its work and raises `Preempted` once one of these files exists."""
+    """The stage saves its work and raises `Preempted` once one of these files exists,"""
+    stopping: Callable[[], bool] = lambda: False
+    """or once this says so: a SIGTERM has come."""
     _clock: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -254,17 +286,13 @@ class Workspace:
             self._clock.update(unit=unit, first=now, first_done=done)
         pace = (done - self._clock["first_done"]) / (now - self._clock["first"] or 1.0)
         left_s = (total - done) / pace if total is not None and pace > 0 else None
-        progress = {
-            "done": done,
-            "total": total,
-            "unit": unit,
-            "left_s": left_s,
-            "figures": dict(figures or {}),
-        }
-        write_json(self.attempt / "progress.json", progress)
+        progress = {"done": done, "total": total, "unit": unit, "left_s": left_s, "pace": pace, "time": time.time()}
+        write_json(self.attempt / "progress.json", progress | {"figures": dict(figures or {})})
 
     def stop_requested(self) -> bool:
         """Whether the work should be saved now; looks at the disk at most five times a second."""
+        if self.stopping():
+            return True
         now = time.monotonic()
         if now - self._clock.get("looked", 0.0) < 0.2:
             return False

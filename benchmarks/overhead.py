@@ -33,7 +33,8 @@ from experts.networks import build_network
 from experts.noise_path import PATHS
 from experts.train import fit, learning_rate
 from orchestrator.compose import compose
-from orchestrator.config import ComputeConfig, RunConfig, parse_config
+from orchestrator.compute_config import ComputeConfig
+from orchestrator.config import RunConfig, parse_config
 from orchestrator.graph import build_graph
 from orchestrator.inline_backend import InlineBackend
 from orchestrator.run_folder import RunFolder

@@ -8,6 +8,7 @@ from types import TracebackType
 import numpy as np
 from jaxtyping import Integer
 
+from data_partition.arrays import new_array
 from data_partition.errors import FeaturesMismatch
 from data_partition.shards import encoded_label
 from data_partition.tars import Encoded
@@ -55,7 +56,7 @@ def store_ids(
     if count == 0:
         return np.zeros(0, dtype=np.int32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(count,))
+    stored = new_array(path, np.int32, (count,))
     start = 0
     for ids in batches:
         stored[start : start + len(ids)] = ids

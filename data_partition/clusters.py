@@ -1,5 +1,6 @@
 """Samples sorted into one folder of shards for each cluster, as a stream."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,13 +25,15 @@ def write_clusters(
     indices: list[ShardIndex] = []
     for first in range(0, num_clusters, OPEN_CLUSTERS):
         writers = _writers(shards, range(first, min(first + OPEN_CLUSTERS, num_clusters)), out)
-        for row, encoded in enumerate(read_encoded(shards)):
-            if first == 0:
-                on_sample(row, encoded)
-            writer = writers.get(cluster_of(row))
-            if writer is not None:
-                writer.add_encoded(encoded)
-        indices += [writer.close() for writer in writers.values()]
+        with contextlib.ExitStack() as stack:
+            for writer in writers.values():
+                stack.enter_context(writer)
+            for row, encoded in enumerate(read_encoded(shards)):
+                if first == 0:
+                    on_sample(row, encoded)
+                if cluster_of(row) in writers:
+                    writers[cluster_of(row)].add_encoded(encoded)
+            indices += [writer.close() for writer in writers.values()]
     return indices
 
 

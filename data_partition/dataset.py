@@ -38,14 +38,15 @@ def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> Datase
     """
     source = SOURCES[config.source](config)
     build = _Build(config, source, out, workspace)
-    for sample in build.readable(source.train()):
-        held_out = source.test is None and is_held_out(sample.key, config.holdout)
-        build.add(sample, build.holdout if held_out else build.train)
-        if build.train.count == config.limit:
-            break
-    for sample in build.readable(source.test() if source.test else iter(())):
-        build.add(sample, build.holdout)
-    return build.finish()
+    with build.train, build.holdout:
+        for sample in build.readable(source.train()):
+            held_out = source.test is None and is_held_out(sample.key, config.holdout)
+            build.add(sample, build.holdout if held_out else build.train)
+            if build.train.count == config.limit:
+                break
+        for sample in build.readable(source.test() if source.test else iter(())):
+            build.add(sample, build.holdout)
+        return build.finish()
 
 
 def is_held_out(key: str, share: float) -> bool:

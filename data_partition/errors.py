@@ -6,6 +6,7 @@ DataError
 ├── DownloadFailed      a file could not be fetched, or is not the file that was meant
 ├── SourceUnreachable   a tar could not be opened; trying again may help
 ├── ShardError          a tar is missing, truncated, corrupt or hostile
+├── UnprintableName     a class that no table could show
 ├── UnreadableImage     one image; counted, named and skipped up to a limit
 │   └── TooManyUnreadable   … and this is beyond the limit
 ├── NoSamples           nothing is left to learn from, or to compare with
@@ -42,6 +43,10 @@ class SourceUnreachable(DataError):
 
 class ShardError(DataError):
     """A tar is missing, truncated, corrupt, or holds what it must not hold."""
+
+
+class UnprintableName(DataError):
+    """A class whose name has characters that would act on a terminal instead of being shown."""
 
 
 class UnreadableImage(DataError):

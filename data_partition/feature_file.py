@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from artifacts import read_json, write_json
+from data_partition.arrays import new_array
 
 FEATURES, KEYS, PROGRESS = "features.npy", "keys.txt", "progress.json"
 
@@ -21,11 +22,11 @@ class FeatureFile:
         self.folder = folder
         kept = read_json(folder / PROGRESS) if (folder / PROGRESS).exists() else {"rows": 0, "key_bytes": 0}
         self.rows: int = kept["rows"]
-        mode = "r+" if self.rows else "w+"
-        self._features = np.lib.format.open_memmap(
-            folder / FEATURES, mode=mode, dtype=np.float32, shape=None if self.rows else (count, dimension)
-        )
-        self._keys = (folder / KEYS).open(mode + "b")
+        if self.rows:
+            self._features = np.lib.format.open_memmap(folder / FEATURES, mode="r+")
+        else:
+            self._features = new_array(folder / FEATURES, np.float32, (count, dimension))
+        self._keys = (folder / KEYS).open("r+b" if self.rows else "w+b")
         self._keys.truncate(kept["key_bytes"])
         self._keys.seek(0, os.SEEK_END)
 

@@ -30,12 +30,14 @@ MAX_PIXELS = 64_000_000
 BROKEN = (
     OSError,
     ValueError,
+    TypeError,
     SyntaxError,
     EOFError,
     IndexError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
 """What Pillow raises for bytes that are not an image."""
 

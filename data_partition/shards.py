@@ -1,19 +1,22 @@
 """Samples in shards: a folder of tars of PNG images and an `index.json` that says what is in them.
 
     folder/shard-00000.tar     <key>.png, <key>.cls if it has a class, <key>.txt if it has a caption
-    folder/index.json          how many, of what shape, of which classes, in which tars
+    folder/index.json          how many, of what shape, of which classes, in which tars, with their checksums
 
-The same samples always give the same bytes.
+The same samples always give the same bytes. A tar is compared with its checksum each time it is opened, and the index
+carries its own, so that a changed bit anywhere is an error, wherever the folder has been copied to.
 """
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from artifacts import CorruptArtifact, UnfinishedArtifact, read_json, write_json
+from artifacts import CorruptArtifact, UnfinishedArtifact, checksum, read_sealed, sealed, write_text
 from data_partition.errors import ShardError, UnreadableImage
 from data_partition.images import decode_image, encode_png
 from data_partition.tars import Encoded, TarWriter, read_tar
@@ -53,10 +56,15 @@ class ShardIndex:
     shards: tuple[str, ...]
     shard_counts: tuple[int, ...]
     """Samples in each shard."""
+    checksums: tuple[str, ...]
+    """SHA-256 of each shard."""
 
 
 class ShardWriter:
-    """Writes samples into numbered shards; `close` writes the index, without which a folder is unfinished."""
+    """Writes samples into numbered shards; `close` writes the index, without which a folder is unfinished.
+
+    As a context it only lets go of its file when the block ends with an error.
+    """
 
     def __init__(
         self,
@@ -72,6 +80,16 @@ class ShardWriter:
         self.image_shape = image_shape
         self.shard_counts: list[int] = []
         self._tar: TarWriter | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with contextlib.suppress(OSError):
+                self._close_tar()
 
     @property
     def count(self) -> int:
@@ -99,20 +117,22 @@ class ShardWriter:
     def close(self) -> ShardIndex:
         """Finish the last shard and write the index."""
         self._close_tar()
+        shards = tuple(shard_name(number) for number in range(len(self.shard_counts)))
         index = ShardIndex(
             count=self.count,
             image_shape=self.image_shape,
             class_names=self.class_names,
-            shards=tuple(shard_name(number) for number in range(len(self.shard_counts))),
+            shards=shards,
             shard_counts=tuple(self.shard_counts),
+            checksums=tuple(checksum(self.folder / name) for name in shards),
         )
-        write_json(self.folder / INDEX, asdict(index))
+        write_text(self.folder / INDEX, sealed(index))
         return index
 
     def _close_tar(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
+        tar, self._tar = self._tar, None
+        if tar is not None:
+            tar.close()
 
 
 def shard_name(number: int) -> str:
@@ -149,9 +169,9 @@ def encoded_label(encoded: Encoded) -> int:
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """What `folder` holds; raises `ShardError` if it has no readable index or names files outside itself."""
+    """What `folder` holds; raises `ShardError` if its index is missing, changed, or names files outside the folder."""
     try:
-        found = read_json(folder / INDEX)
+        found = read_sealed(folder / INDEX)
         height, width, channels = found["image_shape"]
         index = ShardIndex(
             count=found["count"],
@@ -159,6 +179,7 @@ def read_index(folder: Path) -> ShardIndex:
             class_names=tuple(found["class_names"]),
             shards=tuple(found["shards"]),
             shard_counts=tuple(found["shard_counts"]),
+            checksums=tuple(found["checksums"]),
         )
     except (UnfinishedArtifact, CorruptArtifact, KeyError, TypeError, ValueError) as error:
         raise ShardError(f"{folder} is not a folder of shards: {error}; make the shards again") from error
@@ -202,22 +223,28 @@ def batch_of(samples: list[Sample]) -> ImageBatch:
 
 def _read_shards(folder: Path, start: int) -> Iterator[tuple[str, Encoded]]:
     index = read_index(folder)
-    for name, count in zip(index.shards, index.shard_counts, strict=True):
+    for name, count, digest in zip(index.shards, index.shard_counts, index.checksums, strict=True):
         if start < count:
+            _check_shard(folder / name, digest)
             for number, encoded in enumerate(_read_shard(folder / name, count)):
                 if number >= start:
                     yield str(folder / name), encoded
         start = max(start - count, 0)
 
 
+def _check_shard(path: Path, digest: str) -> None:
+    """Raise `ShardError` unless the shard is as it was written."""
+    if not path.is_file():
+        raise ShardError(f"shard {path} is missing; make the shards again")
+    if checksum(path) != digest:
+        raise ShardError(f"shard {path} is truncated or changed, by its checksum; make the shards again")
+
+
 def _read_shard(path: Path, count: int) -> Iterator[Encoded]:
     found = 0
-    try:
-        with path.open("rb") as file:
-            for encoded in read_tar(file, str(path)):
-                found += 1
-                yield encoded
-    except FileNotFoundError:
-        raise ShardError(f"shard {path} is missing; make the shards again") from None
+    with path.open("rb") as file:
+        for encoded in read_tar(file, str(path)):
+            found += 1
+            yield encoded
     if found != count:
         raise ShardError(f"shard {path} holds {found} samples where its index says {count}; make the shards again")

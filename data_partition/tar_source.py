@@ -1,6 +1,7 @@
 """Images in somebody else's tars, local or remote, with a class, a caption, or neither."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import quote, urlsplit
@@ -10,12 +11,19 @@ from data_partition.images import FORMATS, decode_image
 from data_partition.shards import Sample
 from data_partition.source import Unreadable
 from data_partition.tars import Encoded, expand_urls, read_tar
+from data_partition.texts import is_showable
 from data_partition.urls import check_url, open_url
 
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for kind in FORMATS.values() for suffix in kind)
 
 MAX_CLASSES = 100_000
 """A larger class id is taken for a mistake."""
+
+MAX_ANNOTATION_BYTES = 2**20
+"""A class, a caption or a `.json` in a larger file is taken for a mistake."""
+
+MAX_CAPTION = 10_000
+"""A caption of more characters is taken for a mistake."""
 
 
 def read_urls(path: str | None) -> Iterator[Sample | Unreadable]:
@@ -48,12 +56,14 @@ def read_foreign(encoded: Encoded, number: int, url: str) -> Sample | Unreadable
     try:
         label, caption = annotation(encoded.files)
         return Sample(key=key, image=decode_image(encoded.files[extension]), label=label, caption=caption)
-    except (UnreadableImage, ValueError) as error:
+    except (UnreadableImage, ValueError, RecursionError) as error:
         return Unreadable(key=key, reason=str(error))
 
 
 def annotation(files: dict[str, bytes]) -> tuple[int, str]:
     """Class (-1: none) and caption: `.cls` and `.txt` where they are there, else what `.json` says."""
+    if large := [name for name in ("cls", "json", "txt") if len(files.get(name, b"")) > MAX_ANNOTATION_BYTES]:
+        raise ValueError(f"its .{large[0]} has {len(files[large[0]])} bytes, at most {MAX_ANNOTATION_BYTES} are read")
     found = json.loads(files["json"]) if "json" in files else {}
     if not isinstance(found, dict):
         raise ValueError("its .json is not an object")
@@ -61,4 +71,14 @@ def annotation(files: dict[str, bytes]) -> tuple[int, str]:
     caption = files["txt"].decode() if "txt" in files else str(found.get("caption", ""))
     if not -1 <= label < MAX_CLASSES:
         raise ValueError(f"class {label} is not a number from 0 to {MAX_CLASSES - 1}")
-    return label, caption.strip()
+    return label, checked_caption(caption)
+
+
+def checked_caption(text: str) -> str:
+    """The caption on one line; raises `ValueError` if it is too long or holds characters that are not text."""
+    caption = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
+    if not is_showable(caption):
+        raise ValueError(f"its caption {caption[:50]!r} has control characters or halves of characters")
+    if len(caption) > MAX_CAPTION:
+        raise ValueError(f"its caption has {len(caption)} characters, at most {MAX_CAPTION} are read")
+    return caption

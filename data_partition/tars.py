@@ -1,6 +1,6 @@
 """Samples in tar files, as webdataset lays them out: the one file that knows webdataset and tarfile.
 
-Nothing is ever extracted: members are read into memory one at a time, none larger than `MAX_MEMBER_BYTES`.
+Nothing is ever extracted: samples are read into memory one at a time, none larger than `MAX_SAMPLE_BYTES`.
 webdataset's own openers and decoders, which run commands and pickles, are never called.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from data_partition.errors import ShardError
+from data_partition.texts import is_showable, printable
 from data_partition.urls import ByteStream
 
 os.environ["WDS_SECURE"] = "1"
@@ -22,8 +23,11 @@ import webdataset  # noqa: E402 - reads WDS_SECURE while it is imported
 DAMAGE = (ShardError, tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 """What reading a broken tar can raise."""
 
-MAX_MEMBER_BYTES = 256 * 2**20
-"""A larger member is refused before it is read."""
+MAX_SAMPLE_BYTES = 256 * 2**20
+"""A sample whose files are larger together is refused before they are read."""
+
+MAX_NAME = 4096
+"""A member with a longer name is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +50,7 @@ class StrictTarInfo(tarfile.TarInfo):
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise
             raise ShardError(f"it ends too early or a header is damaged ({error})") from error
-        if header.size > MAX_MEMBER_BYTES:
-            raise ShardError(f"member {header.name!r} has {header.size} bytes, at most {MAX_MEMBER_BYTES} are read")
+        check_size(header.name, header.size)
         return header
 
 
@@ -66,8 +69,8 @@ class TarWriter:
 
     def close(self) -> None:
         """Write the mark at the end and close the file."""
-        self.tar.close()
-        self.file.close()
+        with self.file:
+            self.tar.close()
 
 
 def read_tar(file: ByteStream, name: str) -> Iterator[Encoded]:
@@ -83,16 +86,39 @@ def read_tar(file: ByteStream, name: str) -> Iterator[Encoded]:
 
 
 def members(file: ByteStream, name: str) -> Iterator[dict[str, str | bytes]]:
-    """Every regular file of a tar in webdataset's form; directories and links are passed over."""
+    """Every file of a sample in webdataset's form; folders and files that belong to no sample are passed over."""
+    current, total = "", 0
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|*", tarinfo=StrictTarInfo) as tar:
         for member in tar:
-            path = PurePosixPath(member.name)
-            if path.is_absolute() or ".." in path.parts:
-                raise ShardError(f"member {member.name!r} points out of its folder")
-            content = tar.extractfile(member) if member.isreg() else None
+            check_member(member)
+            path = printable(str(PurePosixPath(member.name)))
+            key = webdataset.tariterators.base_plus_ext(path)[0]
+            content = tar.extractfile(member) if member.isreg() and key is not None else None
             if content is not None:
-                yield {"fname": str(path), "data": content.read(), "__url__": name}
+                total = member.size + tarfile.BLOCKSIZE + (total if key == current else 0)
+                current = key
+                check_size(path, total)
+                yield {"fname": path, "data": content.read(), "__url__": name}
             tar.members = []  # type: ignore[attr-defined] # or it keeps every header
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """Raise `ShardError` for whatever is neither a plain file nor a folder, or has a name that leads elsewhere."""
+    path = PurePosixPath(member.name)
+    if len(member.name) > MAX_NAME:
+        raise ShardError(f"a member's name has {len(member.name)} characters, at most {MAX_NAME} are read")
+    if path.is_absolute() or ".." in path.parts:
+        raise ShardError(f"member {member.name!r} points out of its folder")
+    if not is_showable(printable(member.name)):
+        raise ShardError(f"the name of member {member.name!r} has control characters")
+    if member.issparse() or not (member.isreg() or member.isdir()):
+        raise ShardError(f"member {member.name!r} is a link, a device or a file with holes; only plain files are read")
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise `ShardError` if so many bytes under one name are more than a sample can have."""
+    if not 0 <= size <= MAX_SAMPLE_BYTES:
+        raise ShardError(f"{name[:MAX_NAME]!r} claims {size} bytes, at most {MAX_SAMPLE_BYTES} a sample are read")
 
 
 def expand_urls(urls: str) -> list[str]:

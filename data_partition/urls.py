@@ -1,4 +1,4 @@
-"""Which addresses may be opened, and how: the one file that knows fsspec."""
+"""Which addresses may be opened, and how: the one file of the rooms below that knows fsspec."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

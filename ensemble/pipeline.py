@@ -7,7 +7,6 @@ codec/              latents to images
 scheduler/          a diffusers scheduler for tools that look for one; ours are chosen by `SamplingConfig`
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from artifacts import MANIFEST, ArtifactError, CorruptArtifact, read_json, replaced_folder, write_json, write_text
+from artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, read_json, replaced_folder, write_json
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sample import Progress, Samples, sample
@@ -71,7 +70,6 @@ class DDMPipeline:
             if self.ensemble.router is not None:
                 self.ensemble.router.save(temporary / "router")
             self.codec.save(_made(temporary / "codec"))
-            _forget_origins(temporary)
             index = _Index(
                 path=self.ensemble.path.name,
                 expert_ids=tuple(sorted(self.ensemble.experts)),
@@ -133,7 +131,7 @@ def assemble(
     )
     with replaced_folder(out) as temporary:
         for name, folder in parts.items():
-            shutil.copytree(folder, temporary / name, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            _copy(folder, temporary / name)
         index.write(temporary)
         return DDMPipeline.from_pretrained(temporary)
 
@@ -186,12 +184,13 @@ class _Index:
             ) from error
 
 
-def _forget_origins(folder: Path) -> None:
-    """Take out of diffusers' configs where a model was once loaded from: a copy has the bytes of its original."""
-    for path in sorted(folder.glob("*/config.json")):
-        found = read_json(path)
-        if found.pop("_name_or_path", None) is not None:
-            write_text(path, json.dumps(found, indent=2, sort_keys=True) + "\n")
+def _copy(folder: Path, target: Path) -> None:
+    """Copy a part's files; `CorruptArtifact` for a link, which could bring in any file of this machine."""
+    for file in files_in(folder):
+        if file.name not in NOT_COPIED:
+            copy = target / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _made(folder: Path) -> Path:

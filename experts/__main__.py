@@ -1,12 +1,14 @@
 """Train one expert by hand: `python -m experts --shards DIR --codec DIR --out DIR [--config FILE.json]`.
 
 Needs no orchestrator. Started again with the same arguments it continues from its last checkpoint. A missing
-codec is fitted on the shards first.
+codec is fitted on the shards first. SIGTERM makes it save its work and exit with code 75.
 """
 
 import argparse
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,6 +19,7 @@ from experts.checkpoint import CheckpointError
 from experts.codecs import fit_codec
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
+from experts.signals import stopping_on_sigterm
 from experts.train import TrainingDiverged
 
 PREEMPTED = 75
@@ -29,7 +32,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = read_config(arguments.config)
-        train(arguments, config)
+        with stopping_on_sigterm() as stopping:
+            train(arguments, config, stopping)
     except Preempted as stopped:
         sys.stderr.write(f"{stopped}\n")
         return PREEMPTED
@@ -61,9 +65,9 @@ def read_config(path: Path | None) -> ExpertConfig:
         raise ValueError(f"{path} is not a configuration of an expert: {error}") from error
 
 
-def train(arguments: argparse.Namespace, config: ExpertConfig) -> None:
-    """Fit the codec if it is missing, then train and publish the expert."""
-    workspace = Workspace.at(arguments.out.with_name(f"{arguments.out.name}.work"))
+def train(arguments: argparse.Namespace, config: ExpertConfig, stopping: Callable[[], bool]) -> None:
+    """Fit the codec if it is missing, then train and publish the expert; raises `Preempted` once `stopping` says so."""
+    workspace = replace(Workspace.at(arguments.out.with_name(f"{arguments.out.name}.work")), stopping=stopping)
     if not (arguments.codec / "codec.json").exists():
         fit_codec(CodecConfig(), arguments.shards[0], arguments.codec, workspace)
 

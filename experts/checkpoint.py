@@ -1,22 +1,24 @@
 """Everything that is needed to continue a training bit for bit, and nothing that can be derived.
 
     checkpoints/step-00000500/state.safetensors   parameters, average, optimiser, sums since the last row
-                              state.json          step, metrics rows, configuration, checksum; written last
+                              state.json          step, metrics rows, configuration, checksums; written last
 
-A new checkpoint is whole before the one before it goes, and at most one is kept.
+A new checkpoint is whole before the one before it goes, and at most one is kept. One that was damaged on the disk is
+set aside and reported; the training then begins anew and comes to the same bits.
 """
 
+import contextlib
 import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from artifacts import ArtifactError, checksum, plain, read_json, replaced_folder, write_json
+from artifacts import ArtifactError, checksum, plain, read_sealed, replaced_folder, sealed, write_text
 from experts.config import TrainingConfig
 from experts.ema import MovingAverage
 
@@ -24,9 +26,15 @@ logger = logging.getLogger(__name__)
 
 MetricsRow = dict[str, int | float]
 
+STATE, TENSORS = "state.json", "state.safetensors"
+
 
 class CheckpointError(Exception):
     """A checkpoint cannot be continued from."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint was not as it was written, and has been set aside: started again, the training begins anew."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,15 +57,15 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
     """Write the state under `folder`, whole or not at all, and remove what was there before."""
     new = folder / f"step-{state.step:08d}"
     with replaced_folder(new) as temporary:
-        save_file(_tensors_of(state), temporary / "state.safetensors")
+        save_file(_tensors_of(state), temporary / TENSORS)
         described = {
             "step": state.step,
             "config": _identity(state.config),
             "rows": state.rows,
             "scaler": state.scaler.state_dict(),
-            "sha256": checksum(temporary / "state.safetensors"),
+            "sha256": checksum(temporary / TENSORS),
         }
-        write_json(temporary / "state.json", described)
+        write_text(temporary / STATE, sealed(described))
     for path in folder.iterdir():
         if path != new:
             shutil.rmtree(path)
@@ -66,28 +74,45 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
 def restore_checkpoint(folder: Path, state: TrainingState) -> bool:
     """Overwrite a freshly started state with the newest checkpoint, and say whether there was one.
 
-    Raises `CheckpointError` if it is truncated, changed, or of another network or configuration.
+    Raises `DamagedCheckpoint` if it is truncated or changed, `CheckpointError` if it is of another network or
+    configuration.
     """
     found = sorted(folder.glob("step-*"))
     if not found:
         return False
     newest = found[-1]
     way_out = f"delete {folder} to start this training over"
+    described = _read_whole(newest)
     try:
-        described = read_json(newest / "state.json")
         if described["config"] != _identity(state.config):
             raise CheckpointError(f"{newest} is of another training configuration; restore that, or {way_out}")
-        if checksum(newest / "state.safetensors") != described["sha256"]:
-            raise CheckpointError(f"{newest / 'state.safetensors'} is truncated or changed; {way_out}")
-        _restore(state, load_file(newest / "state.safetensors"))
+        _restore(state, load_file(newest / TENSORS))
         state.step, state.rows = described["step"], described["rows"]
         state.scaler.load_state_dict(described["scaler"])
-    except (ArtifactError, SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{newest} cannot be read ({error}); {way_out}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{newest} is of another version, without {error}; {way_out}") from error
     except RuntimeError as error:
         raise CheckpointError(f"{newest} is of another network ({error}); {way_out}") from error
     logger.info("continuing from step %d", state.step)
     return True
+
+
+def _read_whole(newest: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; one that is not as it was written is set aside, with `DamagedCheckpoint`."""
+    try:
+        described = read_sealed(newest / STATE)
+        if checksum(newest / TENSORS) == described["sha256"]:
+            return described
+        reason = f"{TENSORS} is truncated or changed"
+    except (ArtifactError, FileNotFoundError) as error:
+        reason = str(error)
+    aside = newest.with_name(f"damaged-{newest.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        newest.rename(aside)
+    raise DamagedCheckpoint(
+        f"{newest} is damaged ({reason}); it was renamed to {aside.name}, so start again: the training begins anew"
+    )
 
 
 def _identity(config: TrainingConfig) -> dict[str, object]:

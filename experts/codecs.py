@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from artifacts import CorruptArtifact, Workspace, read_json
 from data_partition.shards import read_index
 from experts.codec import Codec, PixelCodec
@@ -35,10 +37,13 @@ def fit_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace
 def load_codec(folder: Path) -> Codec:
     """Read what `fit_codec` wrote; raises an `ArtifactError` if a file is missing or broken."""
     described = read_json(folder / "codec.json")
-    kind = described.get("kind")
-    if kind not in CODECS:
+    kind = described.get("kind") if isinstance(described, dict) else None
+    if not isinstance(kind, str) or kind not in CODECS:
         raise CorruptArtifact(f"{folder / 'codec.json'} is of kind {kind!r}; known are {', '.join(CODECS)}")
-    return CODECS[kind].load(folder, described)
+    try:
+        return CODECS[kind].load(folder, described)
+    except (KeyError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
+        raise CorruptArtifact(f"{folder} does not hold a whole codec ({error}); fit it again") from error
 
 
 def _fit_pixels(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:

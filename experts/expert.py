@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,8 @@ from experts.config import ExpertConfig, Prediction
 from experts.flops import forward_flops, training_flops
 from experts.latents import Batch, LatentDataset, LatentError, encode_latents
 from experts.loss import expert_loss
-from experts.networks import build_network, call_network, load_network, save_network
+from experts.model_folder import save_model
+from experts.networks import build_network, call_network, load_network
 from experts.noise_path import PATHS, Latents, NoisePath, Times, matched
 from experts.predictions import parts_of, to_velocity
 from experts.train import fit, write_rows
@@ -56,7 +58,7 @@ class Expert:
     def save(self, folder: Path) -> None:
         """Write the network as diffusers does, and `expert.json` beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_network(self.model, folder)
+        save_model(self.model, folder)
         described = {
             "prediction": self.prediction,
             "path": self.path.name,
@@ -69,17 +71,19 @@ class Expert:
     @classmethod
     def load(cls, folder: Path) -> "Expert":
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing or broken."""
-        described = read_json(folder / "expert.json")
+        described, model = read_json(folder / "expert.json"), load_network(folder)
         try:
+            if described["prediction"] not in get_args(Prediction):
+                raise ValueError(f"prediction {described['prediction']!r}")
             return cls(
-                model=load_network(folder),
+                model=model,
                 prediction=described["prediction"],
                 path=PATHS[described["path"]],
                 latent_shape=tuple(described["latent_shape"]),
                 num_classes=described["num_classes"],
                 cluster_id=described["cluster_id"],
             )
-        except KeyError as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / 'expert.json'} lacks or does not know {error}; train it again") from error
 
 

@@ -15,11 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from artifacts import Preempted, Workspace, checksum, files_in, read_json, replaced_folder, write_json
+from artifacts import CACHE, Preempted, Workspace, checksum, files_in, read_json, replaced_folder, write_json
+from data_partition.arrays import new_array
 from data_partition.shards import read_batches, read_index
 from experts.codec import Codec
 from experts.condition import Condition
 from experts.config import TrainingConfig
+from experts.group import Group
 from experts.noise_path import Latents
 
 logger = logging.getLogger(__name__)
@@ -75,23 +77,23 @@ class Batch:
         )
 
 
-def batch_of(dataset: LatentDataset, config: TrainingConfig, step: int) -> Batch:
+def batch_of(dataset: LatentDataset, config: TrainingConfig, step: int, share: slice = slice(None)) -> Batch:
     """The batch of a step, counted from 0: a new order each epoch, logit-normal t, some conditions dropped.
 
     Every sample comes once an epoch; a batch may lie across epochs. t = sigmoid(mean + std * normal)
-    (Esser et al. 2024, arXiv:2403.03206, section 3.1).
+    (Esser et al. 2024, arXiv:2403.03206, section 3.1). `share` gives those of its rows alone.
     """
-    rows = rows_of(len(dataset), config.batch_size, config.seed, step)
-    clean = dataset.clean.index_select(0, rows)
+    every = rows_of(len(dataset), config.batch_size, config.seed, step)
+    rows = every[share]
     generator = torch.Generator().manual_seed(mixed_seed(_NOISE, config.seed, step))
-    noise = torch.randn(clean.shape, generator=generator)
-    t = torch.randn(len(rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
-    dropped = torch.rand(len(rows), generator=generator) < config.condition_dropout
+    noise = torch.randn(len(every), *dataset.latent_shape, generator=generator)
+    t = torch.randn(len(every), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
+    dropped = torch.rand(len(every), generator=generator) < config.condition_dropout
     return Batch(
-        clean=clean,
-        noise=noise,
-        t=t,
-        condition=Condition(dataset.class_id.index_select(0, rows)).dropped(dropped),
+        clean=dataset.clean.index_select(0, rows),
+        noise=noise[share],
+        t=t[share],
+        condition=Condition(dataset.class_id.index_select(0, rows)).dropped(dropped[share]),
         cluster_id=dataset.cluster_id.index_select(0, rows),
     )
 
@@ -127,9 +129,9 @@ def mixed_seed(purpose: int, seed: int, index: int) -> int:
 def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, workspace: Workspace) -> LatentDataset:
     """Encode every sample of the shard folders once; a later attempt finds them in the scratch folder.
 
-    Raises `Preempted` if it is asked to stop; encoding then begins again.
+    Raises `Preempted` if it is asked to stop; encoding then begins again. In a group the first worker alone encodes.
     """
-    folder = workspace.scratch / "latents"
+    folder = workspace.scratch / CACHE / "latents"
     counts = [read_index(path).count for path in shards]
     if not sum(counts):
         raise LatentError(f"there are no samples in {', '.join(map(str, shards))}; leave this cluster out")
@@ -137,11 +139,16 @@ def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, wor
         "shards": [[str(path), {file.name: file.stat().st_size for file in files_in(path)}] for path in shards],
         "codec": {str(path.relative_to(codec_folder)): checksum(path) for path in files_in(codec_folder)},
     }
-    if not ((folder / "source.json").is_file() and read_json(folder / "source.json") == source):
+
+    def encode() -> None:
+        if (folder / "source.json").is_file() and read_json(folder / "source.json") == source:
+            return
         logger.info("encoding %d samples of %d folders", sum(counts), len(shards))
         with replaced_folder(folder) as temporary:
             _write_latents(temporary, shards, sum(counts), codec, workspace)
             write_json(temporary / "source.json", source)
+
+    Group.joined().done_once(encode)
     return read_latents(folder)
 
 
@@ -157,12 +164,7 @@ _FIELDS = ("clean", "class_id", "cluster_id")
 def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Codec, workspace: Workspace) -> None:
     shapes = {"clean": codec.latent_shape, "class_id": (), "cluster_id": ()}
     maps = {
-        name: np.lib.format.open_memmap(
-            folder / f"{name}.npy",
-            mode="w+",
-            dtype=np.float32 if name == "clean" else np.int64,
-            shape=(count, *shape),
-        )
+        name: new_array(folder / f"{name}.npy", np.float32 if name == "clean" else np.int64, (count, *shape))
         for name, shape in shapes.items()
     }
     row = 0

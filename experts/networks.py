@@ -14,9 +14,9 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from artifacts import CorruptArtifact, read_json
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
+from experts.model_folder import load_model
 from experts.noise_path import Latents, Times
 from experts.residual_mlp import ResidualMLP
 
@@ -134,23 +134,10 @@ def call_network(model: nn.Module, noised: Latents, t: Times, condition: Conditi
     return _CALLS[type(model)](model, noised, t.expand(len(noised)), condition)
 
 
-def save_network(model: nn.Module, folder: Path) -> None:
-    """Write the model as diffusers does: `config.json` and safetensors."""
-    saver: Any = model
-    saver.save_pretrained(folder, safe_serialization=True)
-
-
 def load_network(folder: Path) -> nn.Module:
-    """Load what `save_pretrained` wrote, from safetensors only, ready for inference."""
-    name = read_json(folder / "config.json").get("_class_name")
-    known = {network.model_class.__name__: network.model_class for network in NETWORKS.values()}
-    if name not in known:
-        raise CorruptArtifact(f"{folder} holds a network of class {name}; known are {', '.join(known)}")
-    loader: Any = known[name]
-    model: nn.Module = loader.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-    )
-    return _without_label_dropout(model).eval()
+    """The network in a folder, ready for inference; raises an `ArtifactError` if it is broken or of another kind."""
+    classes = tuple(network.model_class for network in NETWORKS.values())
+    return _without_label_dropout(load_model(classes, folder))
 
 
 def _without_label_dropout(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from experts.config import CodecConfig
 from experts.conv_decoder import ConvDecoder, Pictures, drawing_loss
 from experts.flops import forward_flops, training_flops
 from experts.latents import Batch, encode_latents
+from experts.model_folder import load_model, save_model
 from experts.noise_path import Latents
 from experts.pca_codec import PCACodec, fit_pca_codec, load_pca_codec
 from experts.train import fit, write_rows
@@ -49,7 +50,7 @@ class PCAConvCodec:
         self.linear.save(folder)
         described = {"kind": "pca_conv", "image_shape": self.linear.image_shape, "whitening": self.linear.whitening}
         write_json(folder / "codec.json", described)
-        self.decoder.save_pretrained(folder / "decoder")
+        save_model(self.decoder, folder / "decoder")
 
 
 def fit_pca_conv(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
@@ -77,9 +78,7 @@ def fit_pca_conv(config: CodecConfig, shards: Path, out: Path, workspace: Worksp
 
 def load_pca_conv(folder: Path, described: dict[str, Any]) -> PCAConvCodec:
     """Read what `PCAConvCodec.save` wrote; `described` is its `codec.json`."""
-    decoder = ConvDecoder.from_pretrained(
-        folder / "decoder", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-    )
+    decoder = load_model((ConvDecoder,), folder / "decoder")
     return PCAConvCodec(linear=load_pca_codec(folder, described), decoder=_ready(decoder))
 
 

@@ -16,6 +16,7 @@ from artifacts import Preempted, Workspace, write_text
 from experts.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
 from experts.config import TrainingConfig
 from experts.ema import MovingAverage
+from experts.group import Group
 from experts.latents import Batch, LatentDataset, batch_of, step_seed
 
 logger = logging.getLogger(__name__)
@@ -46,23 +47,26 @@ def fit(model: nn.Module, loss: Loss, dataset: LatentDataset, config: TrainingCo
     """Train `model` in place, from the newest checkpoint in the scratch folder if there is one.
 
     Interrupted and continued, it gives the same bits as uninterrupted. Raises `Preempted` (after saving),
-    `TrainingDiverged`, `CheckpointError` or `DeviceError`.
+    `TrainingDiverged`, `CheckpointError` or `DeviceError`; in a group of several workers, each of which calls it,
+    `GroupError` or `GroupBroken` too.
     """
-    checkpoints = workspace.scratch / "checkpoints"
+    group, checkpoints = Group.joined(), workspace.scratch / "checkpoints"
+    share = group.share(config.batch_size)
     device = usable_device(config.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with group.united(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         state = _started(model.to(device), config)
         restore_checkpoint(checkpoints, state)
-        journal = _Journal(workspace, state)
+        group.check_equal(state.step)
+        losses, journal = group.parallel(model, loss), _Journal(workspace, state, group)
         while state.step < config.steps:
-            if workspace.stop_requested():
-                _save(checkpoints, state)
+            if group.any(workspace.stop_requested()):
+                _save(checkpoints, state, group)
                 raise Preempted(f"stopped at step {state.step} of {config.steps}; start it again to continue")
-            _step(state, loss, batch_of(dataset, config, state.step).to(device))
+            _step(state, losses, batch_of(dataset, config, state.step, share).to(device), group)
             if state.step % config.log_every == 0 or state.step == config.steps:
                 journal.write(_closed_row(state))
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
-                _save(checkpoints, state)
+                _save(checkpoints, state, group)
     averaged = deepcopy(model)
     state.average.copy_to(averaged)
     return Fitted(model=averaged.to("cpu").eval(), rows=state.rows)
@@ -107,16 +111,17 @@ def _started(model: nn.Module, config: TrainingConfig) -> TrainingState:
     )
 
 
-def _step(state: TrainingState, loss: Loss, batch: Batch) -> None:
+def _step(state: TrainingState, losses: Callable[[Batch], dict[str, Tensor]], batch: Batch, group: Group) -> None:
     """One step of the optimiser; nothing in it waits for the device."""
     config = state.config
-    _seed(step_seed(config.seed, state.step), batch.t.device)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, config)
+    _seed(step_seed(config.seed, state.step) + group.rank, batch.t.device)
+    for parameters in state.optimizer.param_groups:
+        parameters["lr"] = learning_rate(state.step, config)
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.t.device.type, _PRECISIONS[config.autocast], enabled=config.autocast != "none"):
-        values = loss(state.model, batch)
+        values = losses(batch)
     torch.autograd.backward(state.scaler.scale(values["loss"]))
+    values = group.mean(values)
     state.scaler.unscale_(state.optimizer)
     values["grad_norm"] = nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm)
     state.scaler.step(state.optimizer)
@@ -159,23 +164,26 @@ def _check_finite(state: TrainingState) -> None:
         )
 
 
-def _save(folder: Path, state: TrainingState) -> None:
-    """Save a checkpoint, unless the parameters are past saving."""
+def _save(folder: Path, state: TrainingState, group: Group) -> None:
+    """Save a checkpoint, unless the parameters are past saving; all workers of a group have the same."""
     _check_finite(state)
-    save_checkpoint(folder, state)
+    group.done_once(lambda: save_checkpoint(folder, state))
 
 
 class _Journal:
     """Says how far the training is: live metrics rows and progress, neither of which enters an artifact."""
 
-    def __init__(self, workspace: Workspace, state: TrainingState) -> None:
-        self.workspace, self.config = workspace, state.config
+    def __init__(self, workspace: Workspace, state: TrainingState, group: Group) -> None:
+        self.workspace, self.config, self.is_silent = workspace, state.config, not group.is_first
         self.path = workspace.attempt / "metrics.jsonl"
         self.started, self.first_step = time.monotonic(), state.step
-        write_rows(self.path, state.rows)
+        if not self.is_silent:
+            write_rows(self.path, state.rows)
 
     def write(self, row: MetricsRow) -> None:
         """Append a row, report the progress."""
+        if self.is_silent:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
         images = (row["step"] - self.first_step) * self.config.batch_size

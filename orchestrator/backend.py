@@ -1,14 +1,14 @@
 """Where stages run: the whole of what the runner knows about execution.
 
-`inline` runs them here, one after the other; `ray` on the workers of a Ray cluster. Both hand a `Job` to
-`worker.execute`, so a stage cannot tell the difference.
+`inline` runs them here, one after the other; `ray` on the workers of a Ray cluster; `islands` on Ray clusters of their
+own; `slurm` as Slurm jobs. All of them hand a `Job` to `worker.execute`, so a stage cannot tell the difference.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from orchestrator.config import ResourcesConfig
+from orchestrator.compute_config import ResourcesConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,30 +28,45 @@ class Job:
     stop_files: tuple[str, ...]
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     commit: str = ""
+    island: str = ""
+    """Where it runs; empty for backends that are one place."""
+    losses: int = 0
+    """How many of its attempts were lost on preemptible islands."""
+
+
+State = Literal["finished", "preempted", "lost", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How an attempt ended.
 
-    `finished`: the artifact is published. `preempted`: stopped on request, its work is saved. `lost`: its worker
+    `finished`: the artifact is published. `preempted`: asked to stop, its work is saved. `lost`: its worker
     vanished. `failed`: it raised; trying again helps only if the error is `transient`.
     """
 
     stage: str
     attempt: int
-    state: Literal["finished", "preempted", "lost", "failed"]
+    state: State
     error: str = ""
     transient: bool = False
     started: float = 0.0
     """Seconds since the epoch; 0 if it never started."""
+    ended: float = 0.0
+    """The same for its end; 0 if its worker did not live to say so."""
 
 
 class Backend(Protocol):
     """Runs jobs, each in a process that has the CPUs it asked for."""
 
+    def place(self, job: Job) -> str | None:
+        """The island that should run the job now, empty for a backend that is one place; None: none has room."""
+
     def submit(self, job: Job) -> None:
         """Take a job and return at once."""
+
+    def attach(self, job: Job) -> bool:
+        """Take over an attempt that an earlier controller submitted; False if it cannot have outlived that."""
 
     def poll(self, timeout_s: float) -> list[Outcome]:
         """The attempts that have ended since the last call, waiting up to `timeout_s` for one."""
@@ -65,4 +80,4 @@ class Backend(Protocol):
 
 def attempt_folder(job: Job) -> Path:
     """Where the attempt writes its log and its progress."""
-    return Path(job.scratch) / f"attempt_{job.attempt}"
+    return Path(job.scratch).parent / f"attempt_{job.attempt}"

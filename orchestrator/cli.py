@@ -11,11 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from orchestrator.errors import ConfigError, OrchestratorError, RunFailed, RunFolderError
+from orchestrator.islands.commands import app as islands_app
+from orchestrator.pools.commands import app as pool_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(islands_app, name="islands")
+app.add_typer(pool_app, name="pool")
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]
@@ -30,54 +33,67 @@ def run(
     multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Sweep: key=a,b runs every combination")] = False,
 ) -> None:
     """Run the whole pipeline: partition, experts, router, monolith, ensemble, scores, report."""
-    from orchestrator.compose import compose, sweep
+    if multirun:
+        _sweep(overrides or [])
+        return
+    from orchestrator.compose import compose
     from orchestrator.config import parse_config
 
-    if not multirun:
-        _run(parse_config(compose(overrides or [])))
-        return
-    failures: list[str] = []
-    stopped: list[str] = []
-
-    def job(composed: dict[str, Any], label: str) -> None:
-        if stopped:
-            return
-        console.rule(label)
-        own = {"name": f"{composed['name']}-{label}", "folder": f"{composed['folder']}/{label}"}
-        try:
-            _run(parse_config(composed | own))
-        except typer.Exit:
-            stopped.append(label)
-        except OrchestratorError as error:
-            console.print(escape(str(error)), style="red", highlight=False)
-            failures.append(label)
-
-    sweep(overrides or [], job)
-    if stopped:
-        raise typer.Exit(130)
-    if failures:
-        raise RunFailed(f"{len(failures)} run(s) of the sweep failed: {'; '.join(failures)}")
+    if misplaced := [text for text in overrides or [] if text.startswith(("hydra/launcher", "hydra/sweeper"))]:
+        raise ConfigError(f"{misplaced[0]} belongs to a sweep: add -m, and a key with several values")
+    _run(parse_config(compose(overrides or [])))
 
 
 @app.command()
-def plan(overrides: Overrides = None) -> None:
-    """Show which stages would run and which are finished already; runs nothing."""
+def plan(
+    overrides: Overrides = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="First measure speeds, here and on islands")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
+) -> None:
+    """Show what would run, where, for how long and at what price; runs nothing."""
+    import json
+
+    from artifacts import plain
     from orchestrator.compose import compose
     from orchestrator.config import parse_config
-    from orchestrator.graph import build_graph
+    from orchestrator.planning.calibration import calibrate as measure
+    from orchestrator.planning.plan import plan as planned
+    from orchestrator.planning.tables import plan_tables
     from orchestrator.run_folder import RunFolder
 
     config = parse_config(compose(overrides or []))
-    folder = RunFolder(Path(config.folder).expanduser())
-    table = Table(title=f"{config.name} in {folder.root}, backend {config.compute.backend}")
-    for heading in ("stage", "state", "reads", "CPUs", "GPUs", "fingerprint"):
-        table.add_column(heading)
-    for stage in build_graph(config):
-        reads = ", ".join(f"{given.stage.name}/{given.part}".rstrip("/") for given in stage.inputs.values())
-        state = "[green]finished[/]" if folder.finished(stage) else "would run"
-        asked = stage.resources
-        table.add_row(stage.name, state, reads, str(asked.cpus), f"{asked.gpus:g}", stage.fingerprint[:12])
-    console.print(table)
+    if calibrate:
+        with Console(stderr=True).status("Measuring for a few seconds …"):
+            measure(config)
+    found = planned(config, RunFolder(Path(config.folder).expanduser()))
+    if as_json:
+        typer.echo(json.dumps(plain(found), indent=1, allow_nan=False))
+        return
+    for part in plan_tables(found):
+        console.print(part)
+
+
+@app.command()
+def submit(
+    address: Annotated[str, typer.Option(help="The Ray cluster's dashboard, such as http://127.0.0.1:8265")],
+    token_file: Annotated[str, typer.Option(help="File with its token, mode 600")],
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until its job has found the run folder")] = False,
+) -> None:
+    """Put the controller itself onto a Ray cluster that sees the run folder, and return at once."""
+    from orchestrator.compose import compose
+    from orchestrator.config import parse_config
+    from orchestrator.submission import SEEN_AFTER_S, reachable_from, submit_run, wait_until_seen
+
+    config, client = reachable_from(parse_config(compose(overrides or [])), address, token_file)
+    sent = submit_run(config, client)
+    if sent.earlier:
+        console.print(f"Before it, {escape(sent.earlier)}", highlight=False)
+    if wait:
+        wait_until_seen(sent, client, SEEN_AFTER_S)
+    said = f"Submitted {sent.id} to {address}" if sent.is_new else f"{sent.id} walks this run already; nothing was sent"
+    commands = [f"  ddm {word} {sent.folder}" for word in ("status", "logs", "stop", "resume")]
+    console.print("\n".join([said, *commands]), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -172,6 +188,41 @@ def parse_seeds(text: str) -> list[int]:
     if not seeds:
         raise ConfigError(f"--seeds {text!r} names no seed; write the smaller number first")
     return seeds
+
+
+def _sweep(overrides: list[str]) -> None:
+    """Every combination, one after the other in this process; with a launcher of ours, at once and elsewhere."""
+    from artifacts import ArtifactError
+    from data_partition.errors import DataError
+    from orchestrator.compose import sweep
+    from orchestrator.sweeps.trial import SweepStopped, trial_config, trial_label
+
+    failures: dict[str, str] = {}
+    stopped: list[str] = []
+
+    def job(composed: dict[str, Any], parameters: dict[str, str]) -> None:
+        if stopped:
+            return  # Hydra calls for every trial, whatever came of those before
+        label = trial_label(parameters)
+        console.rule(label)
+        try:
+            _run(trial_config(composed, label))
+        except typer.Exit:
+            stopped.append(label)
+        except (OrchestratorError, ArtifactError, DataError) as error:
+            console.print(escape(str(error)), style="red", highlight=False, soft_wrap=True)
+            failures[label] = str(error)
+
+    try:
+        sweep(overrides, job)
+    except SweepStopped as notice:
+        console.print(escape(str(notice)), soft_wrap=True, highlight=False)
+        raise typer.Exit(130) from None
+    if stopped:
+        raise typer.Exit(130)
+    if failures:
+        lines = "".join(f"\n  {label}: {error}" for label, error in failures.items())
+        raise RunFailed(f"{len(failures)} run(s) of the sweep failed; the same command tries them again{lines}")
 
 
 def _run(config: Any) -> None:

@@ -1,10 +1,11 @@
-"""From YAML files and overrides to nested dictionaries; the one file that imports Hydra."""
+"""From YAML files and overrides to nested dictionaries: by Hydra, which calls us back for a sweep."""
 
+import contextlib
 import difflib
 import importlib.util
-import re
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from artifacts import plain
 from orchestrator.config import RunConfig, known_keys
 from orchestrator.errors import ConfigError
+from orchestrator.foreign import check_composed, check_overrides
+from orchestrator.sweeps.trial import swept_parameters
+
+OUR_LAUNCHER, OUR_SWEEPER = "hydra/launcher=ddm_ray", "hydra/sweeper=ddm_optuna"
 
 
 def config_folder() -> str:
@@ -30,7 +35,8 @@ def config_folder() -> str:
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration as nested dictionaries; raises `ConfigError` for what Hydra does not accept."""
+    """The configuration as nested dictionaries; raises `ConfigError` for what Hydra does not accept, or must not."""
+    check_overrides(overrides)
     _register_defaults()
     try:
         with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
@@ -41,6 +47,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 def to_dictionary(composed: DictConfig) -> dict[str, Any]:
     """Resolve interpolations and leave Hydra's types behind."""
+    check_composed(OmegaConf.to_container(composed, resolve=False))
     values = OmegaConf.to_container(composed, resolve=True)
     if not isinstance(values, dict):
         raise ConfigError(f"a configuration is a mapping, not a {type(values).__name__}")
@@ -58,23 +65,63 @@ def quoted(override: str) -> str:
     return override
 
 
-def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], str], None]) -> None:
-    """Call `job(configuration, label)` for every combination, through Hydra's launcher and sweeper.
+def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str, str]], None]) -> None:
+    """Walk all combinations through Hydra's sweeper and launcher.
 
-    The label names the swept values, such as `partition.num_experts=2`.
+    Hydra's own launcher calls `job(configuration, swept values)` for one after the other; ours run them at once.
     """
+    check_overrides(overrides)
     _register_defaults()
-    arguments = [quoted(text) for text in overrides]
-    parsed = OverridesParser.create().parse_overrides(arguments)
-    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    _register_plugins()
+    arguments = _with_our_launcher([quoted(text) for text in overrides])
 
     def one(composed: DictConfig) -> None:
-        task = HydraConfig.get().overrides.task
-        label = ",".join(sorted(text for text in task if text.partition("=")[0].lstrip("+") in swept))
-        job(to_dictionary(composed), re.sub(r"[^\w.=,+-]", "_", label) or "only")
+        settings = HydraConfig.get()
+        swept = swept_keys(arguments) | set(settings.sweeper.get("params") or ())
+        job(to_dictionary(composed), swept_parameters(settings.overrides.task, swept))
 
     sys.argv = ["ddm", "--multirun", *arguments]
-    hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(one)()
+    try:
+        with _plain_errors():
+            hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(one)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(str(error), overrides)) from None
+
+
+def swept_keys(overrides: Sequence[str]) -> set[str]:
+    """The keys of the overrides that have more than one value."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()}
+
+
+def _with_our_launcher(arguments: list[str]) -> list[str]:
+    """Our sweeper needs our launcher, so choosing the one chooses the other."""
+    has_launcher = any(text.startswith("hydra/launcher=") for text in arguments)
+    return arguments if has_launcher or OUR_SWEEPER not in arguments else [*arguments, OUR_LAUNCHER]
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Let errors through to us; by itself Hydra prints them, traceback included, and exits."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _register_plugins() -> None:
+    from orchestrator.sweeps.config import LauncherConfig, OptunaConfig
+    from orchestrator.sweeps.launcher import TrialLauncher
+    from orchestrator.sweeps.plugins import register
+    from orchestrator.sweeps.sweeper import OptunaSweeper
+
+    register(TrialLauncher, OUR_LAUNCHER, LauncherConfig())
+    register(OptunaSweeper, OUR_SWEEPER, OptunaConfig())
 
 
 def _register_defaults() -> None:
@@ -89,12 +136,12 @@ def _register_defaults() -> None:
 
 def _explain(message: str, overrides: Sequence[str]) -> str:
     """Hydra's message, with the known keys for an override that names an unknown one."""
-    first = message.splitlines()[0]
+    first = " ".join(message.partition("Config search path")[0].split())
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         *parents, leaf = key.split(".")
         known = known_keys(tuple(parents))
-        if f"'{key}'" in message and leaf not in known:
+        if "/" not in key and f"'{key}'" in message and leaf not in known:
             close = difflib.get_close_matches(leaf, known, n=1)
             hint = f"; did you mean {'.'.join([*parents, close[0]])}?" if close else ""
             return f"{key}: unknown key{hint}\n  known here: {', '.join(known) or 'nothing'}"

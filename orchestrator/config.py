@@ -15,79 +15,9 @@ from artifacts import STRICT
 from data_partition.config import DataConfig, PartitionConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
 from experts.config import CodecConfig, ExpertConfig
+from orchestrator.compute_config import ComputeConfig
 from orchestrator.errors import ConfigError
 from router.config import RouterConfig, SelectionConfig
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ResourcesConfig:
-    """What one stage asks of one worker."""
-
-    cpus: Annotated[int, Field(ge=1)] = 1
-    """CPUs, and so torch threads."""
-    gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs, fractions allowed."""
-    memory_gb: Annotated[float, Field(ge=0)] = 0.0
-    """Memory that must be free on the node; 0 asks for nothing."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class StagesConfig:
-    """What each kind of stage asks for."""
-
-    dataset: ResourcesConfig = ResourcesConfig()
-    """Reading and shrinking the images."""
-    codec: ResourcesConfig = ResourcesConfig()
-    """Fitting the latent space."""
-    features: ResourcesConfig = ResourcesConfig()
-    """Features for the clustering."""
-    partition: ResourcesConfig = ResourcesConfig()
-    """Clustering, and writing the clusters' shards."""
-    reference: ResourcesConfig = ResourcesConfig()
-    """Features of real images for the scores."""
-    expert: ResourcesConfig = ResourcesConfig()
-    """One expert's training."""
-    router: ResourcesConfig = ResourcesConfig()
-    """The router's training."""
-    monolith: ResourcesConfig = ResourcesConfig()
-    """The baseline's training."""
-    ensemble: ResourcesConfig = ResourcesConfig()
-    """Putting trained models into one folder."""
-    score: ResourcesConfig = ResourcesConfig()
-    """Sampling and scoring."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ComputeConfig:
-    """Where stages run, and what happens when they fail."""
-
-    backend: Literal["inline", "ray"] = "ray"
-    """`inline`: one after the other in this process. `ray`: on the workers of a Ray cluster."""
-    cpus: Annotated[int, Field(ge=1)] | None = None
-    """CPUs of the embedded Ray cluster; all of this machine when empty."""
-    gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs of the embedded Ray cluster."""
-    address: str | None = None
-    """Address of a running Ray cluster; empty starts one on loopback that ends with the command."""
-    stages: StagesConfig = StagesConfig()
-    """Resources by kind of stage."""
-    retries: Annotated[int, Field(ge=0)] = 2
-    """How often a stage is started again after its worker was lost or an operation failed."""
-    backoff_s: Annotated[float, Field(ge=0)] = 1.0
-    """Wait before the first retry; it doubles each time, up to a minute."""
-    timeout_s: Annotated[float, Field(gt=0)] | None = None
-    """Longest time for one attempt of one stage, waiting for a worker left out; empty is unlimited."""
-    grace_s: Annotated[float, Field(ge=0)] = 20.0
-    """How long a stage may take to save its work when it is asked to stop."""
-
-    @model_validator(mode="after")
-    def _can_time_out(self) -> Self:
-        """Check that a time limit is asked of a backend that can keep it."""
-        if self.timeout_s is not None and self.backend == "inline":
-            raise ValueError(
-                f"timeout_s={self.timeout_s:g} needs backend=ray: inline runs in this process and cannot be interrupted"
-            )
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,6 +78,13 @@ class RunConfig:
                 f"expert.training.batch_size is the global batch and must be divisible by "
                 f"partition.num_experts: {batch} / {experts} is not whole; try {-(-batch // experts) * experts}"
             )
+        batches = {"expert": batch // experts, "monolith": batch, "router": self.router.training.batch_size}
+        for kind, rows in batches.items():
+            if rows % (workers := getattr(self.compute.stages, kind).workers):
+                raise ValueError(
+                    f"a batch of {rows} samples cannot be shared equally by the {workers} workers of {kind}; "
+                    f"change the batch_size or compute.stages.{kind}.workers"
+                )
         if self.router.path != self.expert.path:
             raise ValueError(
                 f"router.path is {self.router.path} and expert.path is {self.expert.path}; the router must see "

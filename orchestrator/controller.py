@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -12,7 +13,9 @@ from types import FrameType
 from rich.console import Console
 
 from orchestrator.backend import Backend
-from orchestrator.config import ComputeConfig, RunConfig
+from orchestrator.compute_config import ComputeConfig
+from orchestrator.config import RunConfig
+from orchestrator.disk import refusals_named
 from orchestrator.display import Display
 from orchestrator.errors import RunFailed
 from orchestrator.graph import build_graph
@@ -26,20 +29,29 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several machines, which it reads when it is imported: with "0" it listens on loopback
 alone, whatever the system's name."""
 
+SUBMITTED_TO = "DDM_SUBMITTED_TO"
+"""Environment variable of a controller that `ddm submit` has sent: the Ray cluster that it is on, for its stages. It is
+no part of the configuration, since a run folder outlives the Ray cluster on which it was begun."""
+
 
 def run_pipeline(config: RunConfig, console: Console) -> RunResult:
     """Bring the run to its end, or as far as it comes; raises `RunFailed` if a stage that is needed failed."""
     run = RunFolder(Path(config.folder).expanduser())
-    run.root.mkdir(parents=True, exist_ok=True)
+    with refusals_named(run.root):
+        run.root.mkdir(parents=True, exist_ok=True)
+        result = _held(config, run, console)
+    if result.failed and not result.stopped:
+        _raise_if_needed(config, run, result)
+    return result
+
+
+def _held(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
     with hold(run):
         run.mend_journal()
         run.stop.unlink(missing_ok=True)
         run.clear_unfinished()
         run.save_config(config)
-        result = _walk(config, run, console)
-    if result.failed and not result.stopped:
-        _raise_if_needed(config, run, result)
-    return result
+        return _walk(config, run, console)
 
 
 def _walk(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
@@ -53,7 +65,7 @@ def _walk(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
     run.record("run_started", stages=len(graph), unfinished=len(unfinished), commit=commit)
     tracker = Tracker(run, config.wandb, config.name)
     with (
-        _backend(config.compute) as backend,
+        _backend(config.compute, run) as backend,
         _stop_on_signals(run, console),
         Display(run, console) as display,
     ):
@@ -86,21 +98,42 @@ def _raise_if_needed(config: RunConfig, run: RunFolder, result: RunResult) -> No
 
 
 @contextlib.contextmanager
-def _backend(config: ComputeConfig) -> Iterator[Backend]:
-    """The backend that the configuration names; Ray is imported only if it is wanted."""
-    backend: Backend
-    if config.backend == "inline":
-        backend = InlineBackend()
-    else:
-        if config.address is None:
-            os.environ.setdefault(LOOPBACK_ONLY, "0")
-        from orchestrator.ray_backend import RayBackend
-
-        backend = RayBackend(config)
+def _backend(config: ComputeConfig, run: RunFolder) -> Iterator[Backend]:
+    """The backend that the configuration names."""
+    backend = BACKENDS[config.backend](config, run)
     try:
         yield backend
     finally:
         backend.close()
+
+
+def _inline(config: ComputeConfig, run: RunFolder) -> Backend:
+    return InlineBackend()
+
+
+def _ray(config: ComputeConfig, run: RunFolder) -> Backend:
+    address = config.address or os.environ.get(SUBMITTED_TO)
+    if address is None or address.startswith("127."):
+        os.environ.setdefault(LOOPBACK_ONLY, "0")
+    from orchestrator.ray_backend import RayBackend
+
+    return RayBackend(replace(config, address=address))
+
+
+def _islands(config: ComputeConfig, run: RunFolder) -> Backend:
+    from orchestrator.islands.backend import IslandsBackend
+
+    return IslandsBackend(config, run, lambda: _ray(config, run))
+
+
+def _slurm(config: ComputeConfig, run: RunFolder) -> Backend:
+    from orchestrator.slurm_backend import SlurmBackend
+
+    return SlurmBackend(config, run)
+
+
+BACKENDS = {"inline": _inline, "ray": _ray, "islands": _islands, "slurm": _slurm}
+"""What `compute.backend` may be; each imports what it needs only when it is wanted."""
 
 
 @contextlib.contextmanager

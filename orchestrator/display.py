@@ -89,6 +89,7 @@ class Display:
         text = escape(text)
         line = {
             "finished": f"[green]✔[/] {stage.name:22} finished {text}",
+            "attached": f"[cyan]→[/] {stage.name:22} taken over: {text}",
             "kept": f"[dim]✔ {stage.name:22} finished before[/]",
             "retry": f"[yellow]↻[/] {stage.name:22} {text}",
             "failed": f"[red]✘[/] {stage.name:22} {text}",

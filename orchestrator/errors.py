@@ -4,6 +4,11 @@ OrchestratorError
 ├── ConfigError        the configuration is wrong; nothing has run
 ├── RunFolderError     the folder is not a run, or it lacks what was asked for
 ├── RunIsLocked        another controller walks this run
+├── IslandError        an island refuses us, or is not what the configuration says
+│   └── Unreachable    an island does not answer, which says nothing about the jobs on it
+├── StorageError       a storage refuses us or lacks what was asked for (islands/storage_errors.py)
+│   ├── StorageUnreachable   a storage does not answer
+│   └── CorruptTransfer      what came is not what was sent
 └── RunFailed          at least one stage failed for good; the others are finished and kept
 """
 
@@ -22,6 +27,14 @@ class RunFolderError(OrchestratorError):
 
 class RunIsLocked(OrchestratorError):
     """Another controller walks this run."""
+
+
+class IslandError(OrchestratorError):
+    """An island refuses us, or is not what the configuration says; trying again does not help."""
+
+
+class Unreachable(IslandError):
+    """An island does not answer, which says nothing about the jobs on it."""
 
 
 class RunFailed(OrchestratorError):

@@ -16,7 +16,8 @@ from artifacts import STRICT
 from data_partition.config import PartitionConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
 from experts.config import ExpertConfig, TrainingConfig
-from orchestrator.config import ResourcesConfig, RunConfig
+from orchestrator.compute_config import ResourcesConfig
+from orchestrator.config import RunConfig
 from orchestrator.stage import Input, Stage
 from router.config import RouterConfig, SelectionConfig
 
@@ -59,6 +60,14 @@ class ScoreStageConfig:
     """How many samples, which spaces."""
     sampling: SamplingConfig
     """How they are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NothingConfig:
+    """A stage of no work, by which the orchestrator's own cost is measured."""
+
+    number: int = 0
+    """Tells one from another."""
 
 
 def build_graph(config: RunConfig) -> list[Stage]:

@@ -3,6 +3,7 @@
 from collections import deque
 
 from orchestrator.backend import Job, Outcome
+from orchestrator.errors import ConfigError
 
 
 class InlineBackend:
@@ -12,8 +13,21 @@ class InlineBackend:
         self._waiting: deque[Job] = deque()
         self._killed: list[Outcome] = []
 
+    def place(self, job: Job) -> str | None:
+        """Here, one at a time."""
+        return None if self._waiting else ""
+
+    def attach(self, job: Job) -> bool:
+        """What ran in this process has ended with it."""
+        return False
+
     def submit(self, job: Job) -> None:
-        """Put the job at the end of the queue."""
+        """Put the job at the end of the queue; `ConfigError` if it asks for more than this one process."""
+        if job.resources.workers > 1:
+            raise ConfigError(
+                f"stage {job.stage} asks for {job.resources.workers} workers, and compute.backend=inline has one; "
+                f"set compute.backend=ray, or compute.stages.{job.kind}.workers=1"
+            )
         self._waiting.append(job)
 
     def poll(self, timeout_s: float) -> list[Outcome]:

@@ -42,7 +42,7 @@ def score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:
     rows = [
         ScoreRow(
             name=stage.name.removeprefix("score_"),
-            scores=read_json(run.artifact(stage) / "scores.json"),
+            scores=read_json(run.checked(stage, "scores.json")),
             is_default=stage.name == default,
         )
         for stage in stages

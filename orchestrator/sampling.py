@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from artifacts import verify
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.results import standing_graph
@@ -33,12 +34,13 @@ def _default(name: SelectionName) -> SelectionConfig:
 
 
 def pipeline_folder(run: RunFolder, *, monolith: bool) -> Path:
-    """The finished pipeline folder of the ensemble or of the monolith."""
+    """The finished pipeline folder of the ensemble or of the monolith, compared with its checksums."""
     name = "monolith_ensemble" if monolith else "ensemble"
     graph = standing_graph(run, run.load_config())
     stage = next((stage for stage in graph if stage.name == name), None)
     if stage is None or not run.finished(stage):
         raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
+    verify(run.artifact(stage))
     return run.artifact(stage)
 
 

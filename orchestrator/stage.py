@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from artifacts import fingerprint
-from orchestrator.config import ResourcesConfig
+from orchestrator.compute_config import ResourcesConfig
 
 
 @dataclass(frozen=True, kw_only=True)

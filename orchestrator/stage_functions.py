@@ -22,7 +22,13 @@ from ensemble.references import build_reference
 from experts.codecs import fit_codec, load_codec
 from experts.config import CodecConfig
 from experts.expert import expert_flops, train_expert
-from orchestrator.graph import AssemblyStageConfig, ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
+from orchestrator.graph import (
+    AssemblyStageConfig,
+    ExpertStageConfig,
+    MonolithStageConfig,
+    NothingConfig,
+    ScoreStageConfig,
+)
 from router.config import RouterConfig
 from router.train import router_flops, train_router
 
@@ -105,6 +111,11 @@ def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Wo
     return evaluate(*folders, config.evaluation, config.sampling, out, workspace).flops
 
 
+def run_nothing(config: NothingConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """No work: what is left is what the orchestrator itself costs."""
+    return 0.0
+
+
 def by_cluster(folder: Path) -> list[Path]:
     """The clusters' folders below `folder`, in the order of their ids."""
     return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name))
@@ -121,4 +132,5 @@ KINDS: dict[str, Kind] = {
     "ensemble": Kind(AssemblyStageConfig, run_ensemble),
     "reference": Kind(EvaluationConfig, run_reference),
     "score": Kind(ScoreStageConfig, run_score),
+    "nothing": Kind(NothingConfig, run_nothing),
 }

@@ -2,29 +2,71 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from rich.markup import escape
 from rich.table import Table
 
 from artifacts import read_json, read_manifest
-from orchestrator.display import describe, progress_of
+from orchestrator.compute_config import HOME
+from orchestrator.costs import cost_line
+from orchestrator.display import clock, describe, progress_of
 from orchestrator.errors import RunFolderError
 from orchestrator.graph import build_graph
 from orchestrator.lease import is_alive
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
 
+STRAGGLER = 1.5
+"""An expert that has taken so many times the median of its finished siblings is pointed out."""
+
 
 def status_table(run: RunFolder) -> Table:
-    """One line per stage: state, attempts, progress."""
+    """One line per stage: where it is, its state, attempts, progress."""
+    graph = build_graph(run.load_config())
+    silent = silent_islands(run)
+    slow = stragglers(run, graph)
     table = Table(title=f"{run.root}: {_controller(run)}")
-    for heading in ("stage", "state", "attempts", "progress"):
+    for heading in ("stage", "island", "state", "attempts", "progress"):
         table.add_column(heading)
-    for stage in build_graph(run.load_config()):
+    for stage in graph:
         state, progress = _state(run, stage)
-        table.add_row(stage.name, state, str(len(run.attempts(stage))), progress)
+        island = _island(run, stage)
+        if state == "running" and island in silent:
+            state = f"[yellow]unreachable[/] for {clock(time.time() - silent[island])}"
+        if stage.name in slow:
+            progress += f"  [yellow]straggler: {slow[stage.name]:.1f} x the median[/]"
+        table.add_row(stage.name, island, state, str(len(run.attempts(stage))), progress)
+    table.caption = cost_line(run)
     return table
+
+
+def silent_islands(run: RunFolder) -> dict[str, float]:
+    """Islands that do not answer the run's controller, and since when (seconds since the epoch)."""
+    if not run.islands.is_file() or not run.lease.exists():
+        return {}
+    told = read_json(run.islands)
+    return {name: facts["unreachable_since"] for name, facts in told.items() if facts["unreachable_since"] is not None}
+
+
+def stragglers(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
+    """Running experts that have taken much longer than their finished siblings, as multiples of the median."""
+    experts = [stage for stage in graph if stage.kind == "expert" and run.attempts(stage)]
+    took = [read_manifest(run.artifact(stage)).seconds for stage in experts if run.finished(stage)]
+    if not took or median(took) <= 0:
+        return {}
+    begun = {stage.name: run.attempts(stage)[0].stat().st_mtime for stage in experts if not run.finished(stage)}
+    times = {name: (time.time() - start) / median(took) for name, start in begun.items()}
+    return {name: factor for name, factor in times.items() if factor > STRAGGLER}
+
+
+def _island(run: RunFolder, stage: Stage) -> str:
+    """Where the latest attempt was sent; empty for backends that are one place."""
+    attempts = run.attempts(stage)
+    given = attempts[-1] / "job.json" if attempts else None
+    return str(read_json(given)["island"]) if given and given.is_file() else ""
 
 
 def _controller(run: RunFolder) -> str:
@@ -47,7 +89,8 @@ def _state(run: RunFolder, stage: Stage) -> tuple[str, str]:
         outcome = read_json(attempts[-1] / "outcome.json")
         return f"[yellow]{outcome['state']}[/]", escape(outcome["error"])
     worker = attempts[-1] / "worker.json"
-    if worker.is_file() and not is_alive(read_json(worker), time.time() - worker.stat().st_mtime):
+    at_home = _island(run, stage) in ("", HOME)
+    if at_home and worker.is_file() and not is_alive(read_json(worker), time.time() - worker.stat().st_mtime):
         return "[red]lost[/]", describe(progress_of(attempts[-1]))
     return "running", describe(progress_of(attempts[-1]))
 

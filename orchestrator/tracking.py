@@ -8,10 +8,12 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from artifacts import read_json, write_json
 from orchestrator.config import TrackingConfig
+from orchestrator.costs import cost_rows
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
@@ -39,7 +41,7 @@ class Tracker:
                     self._log_rows(stage)
 
     def close(self, graph: Sequence[Stage]) -> None:
-        """Log what is left, the pictures and the scores, and end every wandb run."""
+        """Log what is left, the pictures, the scores and the costs, and end every wandb run."""
         if self.config.mode == "disabled":
             return
         for stage in graph:
@@ -47,8 +49,17 @@ class Tracker:
                 self._log_rows(stage)
             if stage.kind == "score" and self.run.finished(stage) and not self._told(stage):
                 self._log_score(stage)
+        self._log_costs()
         for run in self._runs.values():
             run.finish()
+
+    def _log_costs(self) -> None:
+        """Put what every stage has cost so far into its wandb run's summary."""
+        for row in cost_rows(self.run) if self._runs else []:
+            if row.stage in self._runs:
+                figures = asdict(row) | {"goodput": row.goodput}
+                del figures["stage"]
+                self._runs[row.stage].summary.update({f"cost/{name}": value for name, value in figures.items()})
 
     def _log_rows(self, stage: Stage) -> None:
         last = self._told(stage)

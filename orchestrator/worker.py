@@ -10,83 +10,127 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
 from threadpoolctl import threadpool_limits
 
-from artifacts import MANIFEST, Preempted, Workspace, publish, read_manifest, verify, write_json
+from artifacts import Preempted, Workspace, is_finished, publish, verify, write_json
 from data_partition.errors import DownloadFailed, SourceUnreachable
+from experts.checkpoint import DamagedCheckpoint
+from experts.group import Group, GroupBroken
 from orchestrator.backend import Job, Outcome, attempt_folder
+from orchestrator.compute_config import HOME
+from orchestrator.disk import error_number, explained
 from orchestrator.lease import this_process
 from orchestrator.stage_functions import KINDS
 
-TRANSIENT = (OSError, MemoryError, DownloadFailed, SourceUnreachable)
+Fill = Callable[[Path], float]
+"""Writes an artifact into a folder and returns its FLOPs."""
+
+TRANSIENT = (OSError, MemoryError, DownloadFailed, SourceUnreachable, DamagedCheckpoint)
 """Errors of the machine; all others come from configuration, data or code, and would come again."""
 
+log = logging.getLogger(__name__)
 
-def execute(job: Job) -> Outcome:
-    """Run the job to its end and say how it ended, in `outcome.json` too for a controller that comes back later."""
+
+def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> Outcome:
+    """Run the job to its end and say how it ended, in `outcome.json` too for a controller that comes back later.
+
+    Asked to stop by `stopping`, or by one of the job's stop files, it saves its work and ends as preempted.
+    """
     folder = attempt_folder(job)
-    write_json(folder / "worker.json", this_process())
-    outcome = _attempt(job, folder)
-    write_json(folder / "outcome.json", outcome)
+    try:
+        write_json(folder / "worker.json", this_process() | {"time": time.time()})
+        outcome = _attempt(job, _workspace(job, folder, stopping), partial(_publish, job))
+    except OSError as error:
+        outcome = _failed(Outcome(stage=job.stage, attempt=job.attempt, state="failed"), error, folder)
+    if outcome.state == "finished":
+        shutil.rmtree(job.scratch, ignore_errors=True)
+    try:
+        write_json(folder / "outcome.json", outcome)
+    except OSError as error:
+        log.warning("how %s ended is not written down: %s", job.stage, explained(error, folder))
     return outcome
 
 
-def _attempt(job: Job, folder: Path) -> Outcome:
-    started = time.time()
-    with _logging_to(folder / "log.txt"), _limited_threads(job.resources.cpus):
-        outcome = Outcome(stage=job.stage, attempt=job.attempt, state="finished", started=started)
+def take_part(job: Job, rank: int, aside: Path, stopping: Callable[[], bool] = lambda: False) -> Outcome:
+    """Run the job as one worker of the group that this process has joined; whoever started the group says the outcome.
+
+    The first worker publishes and reports. The others do their share of the training, write their log below the
+    attempt's folder, and what the stage writes into `aside`.
+    """
+    folder = attempt_folder(job) / (f"worker_{rank}" if rank else "")
+    aside.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "worker.json", this_process() | {"time": time.time()})
+    write = (lambda config, fill: fill(aside)) if rank else partial(_publish, job)
+    return _attempt(job, _workspace(job, folder, stopping), write)
+
+
+def _workspace(job: Job, folder: Path, stopping: Callable[[], bool]) -> Workspace:
+    return Workspace(Path(job.scratch), folder, tuple(Path(path) for path in job.stop_files), stopping)
+
+
+def _attempt(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> Outcome:
+    """Run the stage with its log, and turn whatever it raises into an outcome."""
+    outcome = Outcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
+    with _logging_to(workspace.attempt / "log.txt"), _limited_threads(job.resources.cpus):
         try:
-            _run(job)
+            _run(job, workspace, write)
         except Preempted as notice:
-            return replace(outcome, state="preempted", error=str(notice))
+            outcome = replace(outcome, state="preempted", error=str(notice))
+        except GroupBroken as error:
+            outcome = replace(outcome, state="lost", error=str(error), transient=True)
         except Exception as error:  # noqa: BLE001 - the border between a stage and whoever runs it
-            logging.getLogger(__name__).error("%s", traceback.format_exc())
-            text = f"{type(error).__name__}: {error}"
-            return replace(outcome, state="failed", error=text, transient=isinstance(error, TRANSIENT))
-        return outcome
+            log.error("%s", traceback.format_exc())
+            outcome = _failed(outcome, error, workspace.scratch)
+    return replace(outcome, ended=time.time())
 
 
-def _run(job: Job) -> None:
+def _failed(outcome: Outcome, error: Exception, place: Path) -> Outcome:
+    is_transient = isinstance(error, TRANSIENT) or error_number(error) is not None
+    return replace(outcome, state="failed", error=explained(error, place), transient=is_transient)
+
+
+def _run(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> None:
     kind = KINDS[job.kind]
     config = TypeAdapter(kind.config).validate_python(job.config)
-    workspace = Workspace(Path(job.scratch), attempt_folder(job), tuple(Path(path) for path in job.stop_files))
-    if workspace.stop_requested():
+    workspace.scratch.mkdir(parents=True, exist_ok=True)
+    if Group.joined().any(workspace.stop_requested()):
         raise Preempted(f"{job.stage} was asked to stop before it began")
     inputs = {role: Path(folder) for role, folder in job.inputs.items()}
     for folder in inputs.values():
-        _verify_foreign(folder)
+        _verify(folder)
+    write(config, lambda out: kind.run(config, inputs, out, workspace))
+
+
+def _publish(job: Job, config: object, fill: Fill) -> None:
+    """Give what the stage writes its final name, unless a later attempt has begun."""
     publish(
         Path(job.artifact),
-        lambda out: kind.run(config, inputs, out, workspace),
+        fill,
         stage=job.stage,
         config=config,
         inputs=job.input_fingerprints,
-        island=socket.gethostname(),
+        island=socket.gethostname() if job.island in ("", HOME) else job.island,
         attempt=job.attempt,
         commit=job.commit,
         may_commit=lambda: not attempt_folder(replace(job, attempt=job.attempt + 1)).exists(),
     )
-    _clear(workspace.scratch)
 
 
-def _verify_foreign(folder: Path) -> None:
-    """Compare an input with its checksums if another machine has written it."""
-    artifact = next(place for place in (folder, *folder.parents) if (place / MANIFEST).is_file())
-    if read_manifest(artifact).island != socket.gethostname():
-        verify(artifact)
+def _verify(folder: Path) -> None:
+    """Compare an input, or the part of an artifact that it is, with its checksums.
 
-
-def _clear(scratch: Path) -> None:
-    """Delete what only served to continue; the attempts' own folders tell what happened and are kept."""
-    for path in scratch.iterdir():
-        if not path.name.startswith("attempt_"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    A part that came without its manifest was compared on its way to this island.
+    """
+    artifact = next((place for place in (folder, *folder.parents) if is_finished(place)), None)
+    if artifact is not None:
+        verify(artifact, str(folder.relative_to(artifact)))
 
 
 @contextlib.contextmanager

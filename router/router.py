@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from artifacts import CorruptArtifact, read_json, write_json
 from experts.condition import Condition
+from experts.model_folder import load_model, save_model
 from experts.noise_path import PATHS, NoisePath
 from router.model import ROUTERS
 
@@ -65,22 +65,22 @@ class Router:
     def save(self, folder: Path) -> None:
         """Write the network as diffusers does, and `router.json`."""
         kind = next(name for name, network in ROUTERS.items() if isinstance(self.model, network))
-        saver: Any = self.model
-        saver.save_pretrained(folder, safe_serialization=True)
+        save_model(self.model, folder)
         settings = {"kind": kind, "path": self.path.name, "prior_counts": self.prior_counts.tolist()}
         write_json(folder / SETTINGS, settings)
 
     @classmethod
     def load(cls, folder: Path) -> "Router":
-        """Read what `save` wrote; raises `CorruptArtifact` if `router.json` is not of this version."""
+        """Read what `save` wrote; raises an `ArtifactError` if a file is missing, broken or of another version."""
         found = read_json(folder / SETTINGS)
         try:
             network, path = ROUTERS[found["kind"]], PATHS[found["path"]]
             counts = torch.tensor(found["prior_counts"], dtype=torch.float64)
+            if counts.ndim != 2:
+                raise ValueError(f"prior_counts of shape {tuple(counts.shape)}")
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / SETTINGS} was written by another version: {error}") from error
-        model = network.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
-        return cls(model=model.eval(), path=path, prior_counts=counts)
+        return cls(model=load_model((network,), folder), path=path, prior_counts=counts)
 
 
 def count_priors(

@@ -14,8 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ["artifacts", "data_partition", "experts", "router", "ensemble", "orchestrator"]
 DOORS = {
-    "ray": {"orchestrator/ray_backend.py"},
-    "hydra": {"orchestrator/compose.py"},
+    "ray": {"orchestrator/ray_backend.py", "orchestrator/train_group.py", "orchestrator/islands/client.py"},
+    "hydra": {
+        "orchestrator/compose.py",
+        "orchestrator/sweeps/launcher.py",
+        "orchestrator/sweeps/plugins.py",
+        "orchestrator/sweeps/sweeper.py",
+    },
+    "fsspec": {"data_partition/urls.py", "orchestrator/islands/remote_objects.py"},
     "wandb": {"orchestrator/tracking.py"},
     "matplotlib": {"orchestrator/report/charts.py"},
     "faiss": {"data_partition/kmeans.py"},

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -76,6 +77,19 @@ def timeline(bars: Sequence[tuple[str, str, float, float, str]]) -> str:
         axes.margins(x=0.1)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("seconds since the first attempt")
+    return svg.getvalue()
+
+
+def trial_chart(scores: Sequence[tuple[float, float]], metric: str, *, maximize: bool) -> str:
+    """A sweep's (trial number, score) as dots, and the best one so far as steps."""
+    numbers, values = zip(*scores, strict=True)
+    best = list(accumulate(values, max if maximize else min))
+    with _figure(7.0, 3.0) as (axes, svg):
+        axes.plot(numbers, values, "o", color=COLOURS[0], markersize=4, label="trial")
+        axes.step(numbers, best, where="post", color=COLOURS[2], linewidth=1.4, label="best so far")
+        axes.set_xlabel("trial")
+        axes.set_ylabel(metric)
+        axes.legend(fontsize=8)
     return svg.getvalue()
 
 

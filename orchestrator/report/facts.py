@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from artifacts import read_json, read_manifest
+from artifacts import read_json
 from data_partition.shards import read_index, read_samples
 from ensemble.images import grid, png
 from orchestrator.run_folder import RunFolder
@@ -33,21 +33,6 @@ class ClusterFacts:
     """PNG of some of its images."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptFacts:
-    """One attempt of one stage."""
-
-    stage: str
-    attempt: int
-    place: str
-    """Host and process."""
-    start: float
-    """Seconds since the epoch."""
-    end: float
-    state: str
-    error: str
-
-
 def cluster_facts(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
     """Every cluster of the partition."""
     by_name = {stage.name: stage for stage in graph}
@@ -68,7 +53,7 @@ def cluster_facts(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
 def _epochs(run: RunFolder, expert: Stage | None) -> float | None:
     if expert is None or not run.finished(expert):
         return None
-    return float(read_json(run.artifact(expert) / "training.json")["epochs"])
+    return float(read_json(run.checked(expert, "training.json"))["epochs"])
 
 
 def _picture(shards: Path, count: int) -> bytes:
@@ -80,7 +65,7 @@ def _picture(shards: Path, count: int) -> bytes:
 def loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
     """(step, loss) of every finished training of the given kinds."""
     return {
-        stage.name: [(row["step"], row["loss"]) for row in _rows(run.artifact(stage) / "metrics.jsonl")]
+        stage.name: [(row["step"], row["loss"]) for row in _rows(run.checked(stage, "metrics.jsonl"))]
         for stage in graph
         if stage.kind in kinds and run.finished(stage)
     }
@@ -94,29 +79,4 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def router_quality(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
     """The router's held-out figures by t; None if the run has no finished router."""
     router = next((stage for stage in graph if stage.kind == "router" and run.finished(stage)), None)
-    return None if router is None else dict(read_json(run.artifact(router) / "quality.json"))
-
-
-def attempt_facts(run: RunFolder, graph: Sequence[Stage]) -> list[AttemptFacts]:
-    """Every attempt at the stages of this graph that a worker began, in the order of their starts."""
-    found = [_attempt(run, stage, folder) for stage in graph for folder in run.attempts(stage)]
-    return sorted((fact for fact in found if fact is not None), key=lambda fact: fact.start)
-
-
-def _attempt(run: RunFolder, stage: Stage, folder: Path) -> AttemptFacts | None:
-    """One attempt, from the files it wrote; one that was cut short ends with its last word."""
-    if not (folder / "worker.json").is_file():
-        return None
-    worker, number = read_json(folder / "worker.json"), int(folder.name.removeprefix("attempt_"))
-    ended = folder / "outcome.json"
-    published = run.finished(stage) and read_manifest(run.artifact(stage)).attempt == number
-    outcome = read_json(ended) if ended.is_file() else {"state": "finished" if published else "lost", "error": ""}
-    return AttemptFacts(
-        stage=stage.name,
-        attempt=number,
-        place=f"{worker['host']}:{worker['pid']}",
-        start=(folder / "worker.json").stat().st_mtime,
-        end=max(path.stat().st_mtime for path in folder.iterdir()),
-        state=outcome["state"],
-        error=outcome["error"],
-    )
+    return None if router is None else dict(read_json(run.checked(router, "quality.json")))

@@ -8,8 +8,12 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from artifacts import plain, write_text
+from orchestrator.attempts import Attempt, attempts_of
 from orchestrator.config import RunConfig
 from orchestrator.controller import project_version
+from orchestrator.costs import cost_rows, size, total
+from orchestrator.disk import refusals_named
+from orchestrator.display import clock
 from orchestrator.graph import build_graph
 from orchestrator.report import charts, facts
 from orchestrator.results import ScoreRow, score_rows, standing_graph, training_flops
@@ -24,16 +28,17 @@ def write_report(run: RunFolder) -> Path:
     templates = Environment(
         loader=PackageLoader("orchestrator.report", "."), autoescape=True, undefined=StrictUndefined
     )
-    templates.filters |= {"data_url": _data_url, "si": _si}
+    templates.filters |= {"data_url": _data_url, "si": _si, "clock": clock, "size": size}
     page = templates.get_template("page.html").render(**_page_facts(run, config, graph))
-    write_text(run.report, page)
+    with refusals_named(run.root):
+        write_text(run.report, page)
     return run.report
 
 
 def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[str, Any]:
     finished = {stage.name for stage in graph if run.finished(stage)}
     rows = score_rows(run, graph)
-    attempts = facts.attempt_facts(run, graph)
+    attempts, costs = attempts_of(run, graph), cost_rows(run)
     quality = facts.router_quality(run, graph)
     standing = {stage.name for stage in graph}
     missing = [stage.name for stage in build_graph(config) if stage.name not in standing]
@@ -52,6 +57,8 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "router_charts": _router_charts(quality) if quality else [],
         "attempts": attempts,
         "timeline": _timeline(attempts) if attempts else "",
+        "costs": costs,
+        "total": total(costs, "everything"),
         "flops": _flops_table(training_flops(run, graph)),
     }
 
@@ -86,7 +93,7 @@ def _grids(run: RunFolder, graph: list[Stage], rows: list[ScoreRow]) -> list[tup
     return [
         (
             titles.get(row.name, f"ensemble, {row.name}"),
-            (run.artifact(by_name[f"score_{row.name}"]) / "grid.png").read_bytes(),
+            run.checked(by_name[f"score_{row.name}"], "grid.png").read_bytes(),
         )
         for row in shown
     ]
@@ -120,20 +127,24 @@ def _over_t(bins: list[dict[str, float]], name: str) -> list[tuple[float, float]
     return [((row["t_low"] + row["t_high"]) / 2, row[name]) for row in bins]
 
 
-def _timeline(attempts: list[facts.AttemptFacts]) -> str:
-    first = min(fact.start for fact in attempts)
+def _timeline(attempts: list[Attempt]) -> str:
+    first = min(attempt.start for attempt in attempts)
     return charts.timeline(
         [
             (
-                f"{fact.stage} #{fact.attempt} · {fact.place}",
-                fact.stage,
-                fact.start - first,
-                fact.end - first,
-                fact.state,
+                f"{attempt.stage} #{attempt.attempt} · {_place(attempt)}",
+                attempt.stage,
+                attempt.start - first,
+                attempt.end - first,
+                attempt.state,
             )
-            for fact in attempts
+            for attempt in attempts
         ]
     )
+
+
+def _place(attempt: Attempt) -> str:
+    return f"{attempt.island} · {attempt.place}" if attempt.island else attempt.place
 
 
 def _flops_table(flops: dict[str, float]) -> dict[str, Any]:

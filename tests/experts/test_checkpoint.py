@@ -1,8 +1,10 @@
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from experts.checkpoint import CheckpointError, TrainingState, restore_checkpoint, save_checkpoint
+from experts.checkpoint import CheckpointError, DamagedCheckpoint, TrainingState, restore_checkpoint, save_checkpoint
 from experts.config import TrainingConfig
 from experts.ema import MovingAverage
 from experts.residual_mlp import ResidualMLP
@@ -70,7 +72,7 @@ def test_an_unfinished_copy_is_never_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
-def test_a_broken_checkpoint_says_to_delete_it(name, damage, tmp_path):
+def test_a_broken_checkpoint_is_set_aside_and_the_training_begins_anew(name, damage, tmp_path):
     save_checkpoint(tmp_path, trained())
     path = tmp_path / "step-00000003" / name
     content = path.read_bytes()
@@ -78,8 +80,23 @@ def test_a_broken_checkpoint_says_to_delete_it(name, damage, tmp_path):
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2] + (b"" if damage == "truncated" else b"\xff" * 300))
-    with pytest.raises(CheckpointError, match="delete .* to start this training over"):
+    with pytest.raises(DamagedCheckpoint, match="renamed to damaged-step-00000003"):
         restore_checkpoint(tmp_path, started())
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged-step-00000003"]
+    state = started()
+    assert not restore_checkpoint(tmp_path, state)
+    save_checkpoint(tmp_path, trained(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_checkpoint_that_is_damaged_twice_is_set_aside_twice(tmp_path):
+    for _ in range(2):
+        save_checkpoint(tmp_path / "new", trained())
+        shutil.copytree(tmp_path / "new", tmp_path / "all", dirs_exist_ok=True)
+        (tmp_path / "all" / "step-00000003" / "state.json").write_text("{}")
+        with pytest.raises(DamagedCheckpoint):
+            restore_checkpoint(tmp_path / "all", started())
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["damaged-step-00000003"]
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

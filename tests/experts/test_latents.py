@@ -6,9 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from artifacts import CACHE
 from data_partition.shards import ShardWriter
 from experts.codec import PixelCodec
 from experts.config import TrainingConfig
+from experts.group import Group
 from experts.latents import LatentDataset, LatentError, batch_of, encode_latents, rows_of
 
 
@@ -19,6 +21,17 @@ def test_every_sample_comes_once_an_epoch(count, batch_size, seed, epochs):
     seen = torch.cat([rows_of(count, batch_size, seed, step) for step in range(steps)])
     for epoch in range(epochs):
         assert sorted(seen[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_shares_of_a_batch_are_its_rows(size, make_dataset):
+    dataset, config = make_dataset(shape=(1, 3, 3)), TrainingConfig(batch_size=8, condition_dropout=0.5)
+    whole = batch_of(dataset, config, 5)
+    parts = [batch_of(dataset, config, 5, Group(rank, size).share(8)) for rank in range(size)]
+    assert [len(part.t) for part in parts] == [8 // size] * size
+    for field in ("clean", "noise", "t", "cluster_id"):
+        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
+    assert torch.equal(torch.cat([part.condition.class_id for part in parts]), whole.condition.class_id)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(make_dataset):
@@ -84,7 +97,7 @@ def test_latents_are_encoded_in_order_with_class_and_cluster(shards, workspace):
 
 def test_latents_are_encoded_once_but_again_for_other_shards(shards, workspace):
     encoded([shards], workspace)
-    written = workspace.scratch / "latents" / "clean.npy"
+    written = workspace.scratch / CACHE / "latents" / "clean.npy"
     before = written.stat().st_mtime_ns
     encoded([shards], workspace)
     assert written.stat().st_mtime_ns == before
@@ -100,4 +113,4 @@ def test_no_samples_is_an_error(tmp_path, workspace):
 
 def test_latents_stay_on_the_disk(shards, workspace):
     encoded([shards], workspace)
-    assert isinstance(np.load(workspace.scratch / "latents" / "clean.npy", mmap_mode="r"), np.memmap)
+    assert isinstance(np.load(workspace.scratch / CACHE / "latents" / "clean.npy", mmap_mode="r"), np.memmap)

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import artifacts
 from artifacts import files_in, read_manifest, write_json
+from experts.__main__ import main
 
 CONFIG = {
     "network": {"kind": "residual_mlp", "width": 64, "depth": 2},
@@ -41,6 +44,15 @@ def pixels(tmp_path):
     write_json(tmp_path / "codec" / "codec.json", {"kind": "pixels", "image_shape": [4, 4, 1]})
 
 
+@pytest.fixture
+def one_thread():
+    """What OMP_NUM_THREADS=1 gives a process of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in files_in(folder)}
 
@@ -69,6 +81,62 @@ def test_killed_and_started_again_gives_the_same_bytes(shards, tmp_path, pixels)
 
 def newest(checkpoints):
     return max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+
+
+MOMENTS = {
+    "importing": lambda work: True,
+    "encoding": lambda work: (work / "attempt_1").exists(),
+    "saving": lambda work: any((work / "checkpoints").glob(".step-*")),
+}
+"""When SIGTERM comes: as soon as this is true of the work folder."""
+
+
+@pytest.mark.slow
+def test_sigterm_at_any_moment_costs_no_step_and_no_byte(shards, tmp_path, pixels, monkeypatch, one_thread):
+    """Three trainings at once, so that the signals also come at moments that no predicate names."""
+    config = {**CONFIG, "training": {**CONFIG["training"], "steps": 500, "checkpoint_every": 20}}
+    commands = {moment: command(shards, tmp_path, tmp_path / moment, config) for moment in MOMENTS}
+    processes = {moment: started(arguments) for moment, arguments in commands.items()}
+    signal_each(processes, tmp_path)
+    for moment in MOMENTS:
+        _, said = processes[moment].communicate(timeout=60)
+        killed = moment == "importing" and processes[moment].returncode == -signal.SIGTERM
+        assert killed or processes[moment].returncode == 75, f"{moment}: {processes[moment].returncode} {said}"
+        check_nothing_is_lost(tmp_path / f"{moment}.work", said)
+        assert not (tmp_path / moment).exists()
+    commands["undisturbed"] = command(shards, tmp_path, tmp_path / "undisturbed", config)
+    for moment, arguments in reversed(commands.items()):
+        monkeypatch.setattr(sys, "argv", arguments[2:])
+        assert main() == 0
+        assert content(tmp_path / moment) == content(tmp_path / "undisturbed"), moment
+
+
+def signal_each(processes, folder):
+    """Send SIGTERM to every process at its moment, and twice to one of them."""
+    waiting, draws = dict(MOMENTS), random.Random(0)
+    time.sleep(draws.uniform(0.1, 1.0))
+    while waiting:
+        for moment, has_come in list(waiting.items()):
+            assert processes[moment].poll() is None, f"{moment}: it ended before its signal"
+            if has_come(folder / f"{moment}.work"):
+                processes[moment].send_signal(signal.SIGTERM)
+                if moment == "saving":
+                    time.sleep(draws.uniform(0, 0.01))
+                    processes[moment].send_signal(signal.SIGTERM)
+                del waiting[moment]
+
+
+def check_nothing_is_lost(work, said):
+    """The only checkpoint is whole, and of the very step at which the training says it stopped."""
+    found = list((work / "checkpoints").glob("*"))
+    if "stopped at step" not in said:
+        assert not found
+        return
+    assert [path.name for path in found] == [f"step-{int(said.split('stopped at step ')[1].split()[0]):08d}"]
+    state = artifacts.read_sealed(found[0] / "state.json")
+    assert state["sha256"] == artifacts.checksum(found[0] / "state.safetensors")
+    rows = (work / "attempt_1" / "metrics.jsonl").read_text().splitlines()
+    assert state["step"] >= max((json.loads(row)["step"] for row in rows), default=0)
 
 
 @pytest.mark.slow

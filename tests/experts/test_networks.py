@@ -5,7 +5,8 @@ import torch
 from artifacts import CorruptArtifact, write_json
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
-from experts.networks import NETWORKS, NetworkError, build_network, call_network, load_network, save_network
+from experts.model_folder import save_model
+from experts.networks import NETWORKS, NetworkError, build_network, call_network, load_network
 
 TINY = {
     "residual_mlp": (ResidualMLPConfig(width=16, depth=2), (6,)),
@@ -33,7 +34,7 @@ def test_every_network_is_tried_here():
 def test_what_is_saved_is_what_is_loaded(kind, tmp_path):
     model, noised, t = built(kind)
     condition = Condition(torch.tensor([0, 1, 2, -1]))
-    save_network(model, tmp_path)
+    save_model(model, tmp_path)
     loaded = load_network(tmp_path)
     assert type(loaded) is NETWORKS[kind].model_class
     assert not loaded.training
@@ -45,7 +46,7 @@ def test_what_is_saved_is_what_is_loaded(kind, tmp_path):
 @pytest.mark.parametrize(("kind", "name"), [("unet", "UNet2DModel"), ("dit", "DiTTransformer2DModel")])
 def test_diffusers_itself_can_load_what_is_saved(kind, name, tmp_path):
     model, noised, t = built(kind)
-    save_network(model, tmp_path)
+    save_model(model, tmp_path)
     theirs = getattr(diffusers, name).from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
     labels = torch.tensor([0, 1, 2, 3])
     expected = theirs(noised, t * 1000, labels, return_dict=False)[0]
@@ -57,7 +58,7 @@ def test_diffusers_itself_can_load_what_is_saved(kind, name, tmp_path):
 def test_saving_twice_gives_the_same_bytes(kind, tmp_path):
     model, _, _ = built(kind)
     for name in ("a", "b"):
-        save_network(model, tmp_path / name)
+        save_model(model, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -76,7 +77,7 @@ def test_t_class_and_null_all_matter(kind):
 @pytest.mark.parametrize("kind", TINY)
 def test_no_network_drops_labels_by_itself(kind, tmp_path):
     model, noised, t = built(kind)
-    save_network(model, tmp_path)
+    save_model(model, tmp_path)
     condition = Condition(torch.tensor([0, 1, 2, 1]))
     for network in (model, load_network(tmp_path)):
         calls = [call_network(network.train(), noised, t, condition) for _ in range(30)]

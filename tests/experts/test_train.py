@@ -9,7 +9,8 @@ from artifacts import Preempted, Workspace
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.loss import expert_loss
-from experts.networks import build_network, call_network, save_network
+from experts.model_folder import save_model
+from experts.networks import build_network, call_network
 from experts.noise_path import STRAIGHT
 from experts.train import DeviceError, TrainingDiverged, fit, learning_rate, usable_device, write_rows
 
@@ -64,7 +65,7 @@ def fresh(kind):
 def result(kind, make_dataset, workspace, config=SHORT, loss=velocity_loss):
     """Every byte of a trained model and its metrics, and the metrics."""
     fitted = fit(fresh(kind), loss, make_dataset(shape=NETWORKS[kind][1]), config, workspace)
-    save_network(fitted.model, workspace.scratch / "saved")
+    save_model(fitted.model, workspace.scratch / "saved")
     write_rows(workspace.scratch / "saved" / "metrics.jsonl", fitted.rows)
     return content(workspace.scratch / "saved"), fitted.rows
 

@@ -22,6 +22,12 @@ class ScriptedBackend:
     killed: list[str] = field(default_factory=list)
     attempts: defaultdict = field(default_factory=lambda: defaultdict(int))
 
+    def place(self, job: Job) -> str | None:
+        return ""
+
+    def attach(self, job: Job) -> bool:
+        return False
+
     def submit(self, job: Job) -> None:
         write_json(attempt_folder(job) / "worker.json", this_process())
         self.waiting.append(job)

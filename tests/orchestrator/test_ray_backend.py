@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.backend import Job
-from orchestrator.config import ComputeConfig, ResourcesConfig
+from orchestrator.compute_config import ComputeConfig, ResourcesConfig
 from orchestrator.controller import _backend
 from orchestrator.errors import ConfigError
 
@@ -100,8 +100,9 @@ def test_a_killed_worker_is_lost(backend, tmp_path):
 
 def test_it_is_gone_with_its_process():
     code = (
-        "import os; from orchestrator.config import ComputeConfig; from orchestrator.controller import _backend\n"
-        "with _backend(ComputeConfig(cpus=1)): print('up', flush=True); os.kill(os.getpid(), 9)"
+        "import os; from pathlib import Path; from orchestrator.compute_config import ComputeConfig\n"
+        "from orchestrator.controller import _backend; from orchestrator.run_folder import RunFolder\n"
+        "with _backend(ComputeConfig(cpus=1), RunFolder(Path())): print('up', flush=True); os.kill(os.getpid(), 9)"
     )
     mark = f"ddm-test-{os.getpid()}"
     environment = os.environ | {"DDM_MARK": mark}

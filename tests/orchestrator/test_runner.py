@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from artifacts import write_json
+from artifacts import read_json, write_json
 from orchestrator.backend import Job, attempt_folder
-from orchestrator.config import ComputeConfig
+from orchestrator.compute_config import ComputeConfig, IslandConfig
 from orchestrator.inline_backend import InlineBackend
 from orchestrator.lease import process_start, this_process
 from orchestrator.runner import Runner, RunResult, end_orphans
@@ -133,17 +133,89 @@ def test_the_journal_tells_every_attempt(tmp_path):
     assert told == [("submitted", 1), ("lost", 1), ("submitted", 2), ("finished", 2)]
 
 
-def test_a_backoff_doubles_and_is_waited_for(tmp_path, monkeypatch):
+def test_a_backoff_doubles_give_or_take_half_and_is_waited_for(tmp_path):
     waits = []
     runner = Runner(
         run=run_folder(tmp_path),
         graph=diamond(),
-        backend=ScriptedBackend({"data": ["lost", "lost"]}),
-        policy=ComputeConfig(backoff_s=0.01, retries=2),
+        backend=ScriptedBackend({"data": ["lost", "lost", "lost"]}),
+        policy=ComputeConfig(backoff_s=0.4, retries=3),
         on_event=lambda event, stage, text: waits.append(text) if event == "retry" else None,
     )
+    started = time.time()
     assert not runner.walk().failed
-    assert [text.rpartition(" in ")[2] for text in waits] == ["0.01 s", "0.02 s"]
+    seconds = [float(text.rpartition(" in ")[2].removesuffix(" s")) for text in waits]
+    for number, waited in enumerate(seconds):
+        assert 0.5 * 0.4 * 2**number - 0.06 <= waited <= 1.5 * 0.4 * 2**number + 0.06
+    assert time.time() - started >= sum(seconds) - 0.2
+
+
+class Surviving(ScriptedBackend):
+    """Says that it still runs whatever an earlier controller gave it."""
+
+    def place(self, job):
+        return "west"
+
+    def attach(self, job):
+        self.submit(job)
+        return True
+
+
+def test_an_attempt_that_outlived_its_controller_is_taken_over_and_not_submitted_again(tmp_path):
+    first = Surviving({"data": ["hang"]})
+    dying = Runner(run=run_folder(tmp_path), graph=diamond(), backend=first, policy=QUICK, on_tick=[_die_at_first_job])
+    with pytest.raises(KeyboardInterrupt):
+        dying.walk()
+    second = Surviving()
+    result = walk(tmp_path, second)
+    assert [(job.stage, job.attempt, job.island) for job in second.jobs][0] == ("data", 1, "west")
+    assert result.submitted == 4 and len(result.finished) == 5
+    events = [
+        (event["event"], event.get("attempt")) for event in run_folder(tmp_path).events() if event["stage"] == "data"
+    ]
+    assert events == [("submitted", 1), ("attached", 1), ("finished", 1)]
+
+
+def _die_at_first_job(running):
+    if running:
+        raise KeyboardInterrupt
+
+
+def test_an_attempt_that_died_with_its_controller_is_started_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Runner(
+            run=run_folder(tmp_path),
+            graph=diamond(),
+            backend=ScriptedBackend({"data": ["hang"]}),
+            policy=QUICK,
+            on_tick=[_die_at_first_job],
+        ).walk()
+    backend = ScriptedBackend()
+    assert walk(tmp_path, backend).submitted == 5 and backend.jobs[0].attempt == 2
+
+
+def test_losses_on_preemptible_islands_are_counted_in_the_job(tmp_path):
+    island = {"address": "http://127.0.0.1:1", "token_file": "t", "storage": "/s"}
+    policy = ComputeConfig(
+        backend="islands", backoff_s=0.0, retries=9, islands={"west": IslandConfig(**island, preemptible=True)}
+    )
+    backend = Surviving({"data": ["lost", "preempted", "lost"]})
+    assert not walk(tmp_path, backend, policy).failed
+    assert [job.losses for job in backend.jobs if job.stage == "data"] == [0, 1, 2, 3]
+
+
+def test_an_expert_that_misses_its_deadline_is_cut_and_the_ensemble_goes_on(tmp_path):
+    policy = ComputeConfig(backoff_s=0.0, grace_s=0.0, retries=5, deadline_s=0.3)
+    backend = ScriptedBackend({"expert_1": ["hang"] * 9})
+    result = walk(tmp_path, backend, policy)
+    assert "score" in result.finished and "deadline_s = 0.3" in result.failed["expert_1"]
+    assert sum(job.stage == "expert_1" for job in backend.jobs) == 1
+
+
+def test_an_attempt_that_ends_without_a_word_gets_one(tmp_path):
+    walk(tmp_path, ScriptedBackend({"data": ["lost"]}))
+    run = run_folder(tmp_path)
+    assert read_json(run.attempt(diamond()[0], 1) / "outcome.json")["state"] == "lost"
 
 
 def test_an_orphan_of_a_dead_controller_is_ended(tmp_path):

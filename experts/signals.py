@@ -1,0 +1,29 @@
+"""A notice that this process must go (SIGTERM) becomes a flag, which the work looks at between two steps."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether SIGTERM has come; the handler sets a flag and nothing else.
+
+    Once it has come, this process is ending: a later one is ignored, so that it cannot change the exit code.
+    Only the main thread can hear signals: elsewhere the function always says no.
+    """
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.set()
+
+    earlier = signal.signal(signal.SIGTERM, note)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if came.is_set() else earlier)

@@ -1,0 +1,104 @@
+"""Trainings on several workers, each begun by a process of its own on the Ray cluster that this one is on.
+
+That process is a driver of Ray, so Ray takes back all that it holds as soon as it is gone, whatever has killed it. It
+is `python -m orchestrator.group_processes`, gets its job through a pipe, and ends when that closes: with the process
+that has started it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from artifacts import plain, read_json
+from experts.signals import stopping_on_sigterm
+from orchestrator.backend import Job, Outcome, attempt_folder
+
+
+class GroupProcesses:
+    """The trainings that run, by the name of their stage."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, job: Job, address: str) -> None:
+        """Begin a job on the Ray cluster at `address`; what the process says goes to `group.log` of the attempt."""
+        with _log_of(job).open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "orchestrator.group_processes"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"RAY_ADDRESS": address},
+                start_new_session=True,
+            )
+        if process.stdin is not None:
+            process.stdin.write(json.dumps(plain(job)).encode() + b"\n")
+            process.stdin.flush()
+        self._running[job.stage] = (job, process)
+
+    def ended(self) -> list[Outcome]:
+        """The outcomes of those that have ended since the last call."""
+        gone = [stage for stage, (_, process) in self._running.items() if process.poll() is not None]
+        return [_outcome(*self._running.pop(stage)) for stage in gone]
+
+    def kill(self, stage: str) -> None:
+        """Kill a training at once, if it runs."""
+        if stage in self._running:
+            self._running[stage][1].kill()
+
+    def close(self) -> None:
+        """Kill whatever still runs."""
+        for _, process in self._running.values():
+            process.kill()
+            process.wait()
+        self._running.clear()
+
+
+def _outcome(job: Job, process: subprocess.Popen[bytes]) -> Outcome:
+    """What the process wrote down, or how it ended if it could not."""
+    if process.stdin is not None:
+        process.stdin.close()
+    written = attempt_folder(job) / "outcome.json"
+    if written.is_file():
+        outcome: Outcome = TypeAdapter(Outcome).validate_python(read_json(written))
+        return outcome
+    if process.returncode < 0:
+        error = f"the process that started its workers got signal {-process.returncode}"
+        return Outcome(stage=job.stage, attempt=job.attempt, state="lost", error=error, transient=True)
+    lines = _log_of(job).read_text(errors="replace").strip().splitlines()
+    return Outcome(
+        stage=job.stage, attempt=job.attempt, state="failed", error=lines[-1] if lines else "it said nothing"
+    )
+
+
+def _log_of(job: Job) -> Path:
+    return attempt_folder(job) / "group.log"
+
+
+def main() -> None:
+    """Run the job that comes in; a SIGTERM makes its workers save their work."""
+    job = TypeAdapter(Job).validate_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, daemon=True, name="input").start()
+    with stopping_on_sigterm() as stopping:
+        from orchestrator.train_group import run_in_group  # Ray Train takes seconds to import
+
+        run_in_group(job, stopping)
+
+
+def _end_with_input() -> None:
+    """Whoever started this process is gone; Ray ends the workers when this one is too."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""One island as the controller sees it: a thread that sends inputs, submits, watches and brings home.
+
+Each island has a line of its own, so that one that does not answer delays no other. What the island says decides, as
+long as it answers: a job that has ended has ended. While it does not answer, its jobs are *unknown*, and they are given
+up only when neither the island nor the storage has shown a sign of life for the lease.
+"""
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from artifacts import CACHE, MANIFEST, is_finished, read_json
+from orchestrator.backend import Job, Outcome, State, attempt_folder
+from orchestrator.compute_config import IslandConfig
+from orchestrator.errors import IslandError, OrchestratorError, Unreachable
+from orchestrator.islands.client import IslandClient, JobState
+from orchestrator.islands.layout import Names, digest, names_of, relocated, spec_of
+from orchestrator.islands.storage import Moved, Storage, StorageError, StorageUnreachable
+from orchestrator.islands.worker import SENT_ROOT
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""How often an island is asked."""
+
+Event = Callable[..., None]
+"""`event(name, **facts)`, into the journal."""
+
+
+@dataclass(slots=True)
+class Track:
+    """An attempt on an island, as far as the controller knows."""
+
+    job: Job
+    submission_id: str
+    sign_of_life: float
+    """When the island or the storage last showed that it may be alive (monotonic clock)."""
+    is_submitted: bool = False
+    stop_was_sent: bool = False
+    is_ending: bool = False
+    beats: int = 0
+    status: str = "sending inputs"
+
+    @property
+    def names(self) -> Names:
+        """Where its things are in the storage."""
+        return names_of(self.job)
+
+
+@dataclass
+class Line:
+    """The controller's side of one island."""
+
+    name: str
+    config: IslandConfig
+    run_root: Path
+    run_id: str
+    wheel: Path
+    event: Event
+    lease_s: float
+    grace_s: float
+    outcomes: "queue.Queue[Outcome]"
+    client: IslandClient = field(init=False)
+    storage: Storage = field(init=False)
+    tracks: dict[str, Track] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    """Stages that have been on this island."""
+    unreachable_since: float | None = None
+    """Seconds since the epoch."""
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.client = IslandClient(self.name, self.config)
+        self.storage = Storage(f"{self.config.storage.rstrip('/')}/{self.run_id}", self.config.storage_options)
+        self._ended, self._may_reap = threading.Event(), threading.Event()
+        self._movers = ThreadPoolExecutor(max_workers=2, thread_name_prefix=f"{self.name}-mover")
+        self._thread = threading.Thread(target=self._follow, daemon=True, name=f"{self.name}-line")
+
+    def introduce(self) -> None:
+        """Check that the island takes us, if it answers; raises `IslandError` if it refuses."""
+        try:
+            self.client.reach()
+        except Unreachable as error:
+            self._note_silence(error)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def close(self) -> None:
+        """Leave the island alone; what runs there goes on."""
+        self._ended.set()
+        self._movers.shutdown(wait=True, cancel_futures=True)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def add(self, job: Job) -> None:
+        """Send a job to the island, or find it there if it was sent before."""
+        submission_id = f"ddm-{self.run_id}-{names_of(job).stage}-a{job.attempt}"
+        track = Track(job, submission_id, time.monotonic())
+        self.tracks[job.stage] = track
+        self.held.add(job.stage)
+        self.start()
+        self._movers.submit(self._guarded, track, self._send)
+
+    def allow_reaping(self) -> None:
+        """From now on whatever runs there for this run without being watched is stopped: nobody waits for it."""
+        self._may_reap.set()
+
+    def stop(self, stage: str) -> None:
+        """Stop an attempt now, with the island's grace."""
+        if (track := self.tracks.get(stage)) and track.is_submitted:
+            self._movers.submit(self._guarded, track, self._send_stop)
+
+    # ---- sending
+
+    def _send(self, track: Track) -> None:
+        """Inputs, checkpoint, job, submission, in this order; each of them a second time changes nothing."""
+        job, names = track.job, track.names
+        if self.storage.get_json(names.job) is None:
+            for path in {Path(path) for path in job.inputs.values()}:
+                name = str(path.relative_to(self.run_root))
+                if not self.storage.has_tree(name):
+                    self._moved(track, self.storage.put_tree(path, name), "out")
+            if Path(job.scratch).is_dir():
+                self._moved(track, self.storage.put_tree(Path(job.scratch), names.state, skip=(CACHE,)), "out")
+        spec = spec_of(relocated(job, self.run_root, SENT_ROOT))
+        self.storage.put_json(names.job, spec)
+        self.client.reach()
+        self.client.submit(
+            track.submission_id,
+            self._command(names, digest(spec)),
+            wheel=self.wheel,
+            resources=job.resources,
+            env={},
+            grace_s=self.grace_s,
+        )
+        track.is_submitted, track.status, track.sign_of_life = True, "submitted", time.monotonic()
+
+    def _command(self, names: Names, checksum: str) -> list[str]:
+        options = json.dumps(self.config.storage_options)
+        given = ["--storage", self.storage.url, "--options", options, "--job", names.job, "--digest", checksum]
+        return ["python", "-m", "orchestrator.islands.worker", *given]
+
+    def _send_stop(self, track: Track) -> None:
+        self.client.stop(track.submission_id)
+
+    def _guarded(self, track: Track, act: Callable[[Track], None]) -> None:
+        """Do something for an attempt, again while the island or its storage does not answer; a refusal ends it."""
+        while not self._ended.is_set():
+            try:
+                act(track)
+            except (Unreachable, StorageUnreachable) as error:
+                track.status = str(error)
+                if time.monotonic() - track.sign_of_life > self.lease_s:
+                    self._end(track, "lost", str(error), transient=True)
+                    return
+                self._ended.wait(LOOK_S)
+            except (OrchestratorError, OSError) as error:
+                text = f"{type(error).__name__}: {error}"
+                self._end(track, "failed", text, transient=isinstance(error, IslandError | StorageError | OSError))
+                return
+            else:
+                return
+
+    # ---- watching
+
+    def _follow(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            states = self._ask()
+            for track in list(self.tracks.values()):
+                if track.is_submitted and not track.is_ending:
+                    self._look(track, states)
+            if states is not None and self._may_reap.is_set():
+                self._reap(states)
+
+    def _ask(self) -> dict[str, JobState] | None:
+        """What the island says; None while it does not answer."""
+        try:
+            states = self.client.states()
+        except IslandError as error:
+            self._note_silence(error)
+            return None
+        if self.unreachable_since is not None:
+            self.event("recovered", island=self.name, seconds=round(time.time() - self.unreachable_since, 1))
+            self.unreachable_since, self.reason = None, ""
+        return states
+
+    def _note_silence(self, error: IslandError) -> None:
+        if self.unreachable_since is None:
+            self.unreachable_since, self.reason = time.time(), str(error)
+            self.event("unreachable", island=self.name, error=str(error))
+
+    def _look(self, track: Track, states: dict[str, JobState] | None) -> None:
+        """What has become of one attempt."""
+        now = time.monotonic()
+        if self._has_news(track):
+            track.sign_of_life = now
+        state = states.get(track.submission_id) if states is not None else None
+        if state is not None and not state.has_ended:
+            track.status, track.sign_of_life = state.status.lower(), now
+            self._pass_on_stop(track)
+            return
+        if state is not None or (attempt_folder(track.job) / "outcome.json").exists():
+            track.is_ending = True
+            self._movers.submit(self._guarded, track, lambda track: self._bring_home(track, state))
+        elif now - track.sign_of_life > self.lease_s:
+            what = "has forgotten the attempt" if states is not None else "does not answer"
+            reason = f"island {self.name} {what} and gave no sign of life for {self.lease_s:g} s (compute.lease_s)"
+            self._movers.submit(self._guarded, track, lambda track: self._give_up(track, reason))
+            track.is_ending = True
+
+    def _has_news(self, track: Track) -> bool:
+        """Fetch what the attempt has written about itself; whether there is a new beat."""
+        try:
+            self.storage.follow_tree(track.names.folder, attempt_folder(track.job))
+            beat = self.storage.get_json(track.names.beat)
+        except (StorageError, OSError) as error:
+            log.warning("%s: %s", self.name, error)
+            return False
+        beats = int(beat["beats"]) if beat else 0
+        grown, track.beats = beats != track.beats, beats
+        return grown
+
+    def _pass_on_stop(self, track: Track) -> None:
+        """Tell the island once that the attempt is to stop."""
+        if not track.stop_was_sent and any(Path(path).exists() for path in track.job.stop_files):
+            track.stop_was_sent = True
+            self._movers.submit(self._guarded, track, self._send_stop)
+
+    def _reap(self, states: dict[str, JobState]) -> None:
+        """Stop what runs there for this run and nobody waits for: attempts that were given up."""
+        watched = {track.submission_id for track in self.tracks.values()}
+        for submission_id, state in states.items():
+            if submission_id.startswith(f"ddm-{self.run_id}-") and submission_id not in watched and not state.has_ended:
+                try:
+                    self.client.stop(submission_id)
+                    self.event("reaped", island=self.name, submission=submission_id)
+                except IslandError as error:
+                    log.warning("%s: %s", self.name, error)
+
+    # ---- bringing home
+
+    def _bring_home(self, track: Track, state: JobState | None) -> None:
+        """Copy what an ended attempt has left, and say how it ended."""
+        folder = attempt_folder(track.job)
+        self.storage.follow_tree(track.names.folder, folder)
+        written = folder / "outcome.json"
+        outcome = Outcome(**read_json(written)) if written.exists() else _without_word(track.job, state)
+        if not written.exists() and state is not None:
+            self._save_driver_log(track)
+        if outcome.state == "finished":
+            self._fetch_artifact(track)
+        else:
+            self._fetch_state(track)
+        self._end(track, outcome.state, outcome.error, transient=outcome.transient, started=outcome.started)
+
+    def _fetch_artifact(self, track: Track) -> None:
+        target = Path(track.job.artifact)
+        if not is_finished(target):
+            self._moved(track, self.storage.get_tree(track.names.artifact, target), "in")
+        if not is_finished(target):
+            raise StorageError(f"{track.names.artifact} came from {self.name} without its {MANIFEST}; it is run again")
+
+    def _fetch_state(self, track: Track) -> None:
+        if self.storage.has_tree(track.names.state):
+            self._moved(track, self.storage.get_tree(track.names.state, Path(track.job.scratch)), "in")
+
+    def _give_up(self, track: Track, reason: str) -> None:
+        """Take the checkpoints home if the storage still answers, and let the stage go elsewhere."""
+        try:
+            self._fetch_state(track)
+        except StorageError as error:
+            log.warning("%s: its checkpoints stay there: %s", self.name, error)
+        self._end(track, "lost", reason, transient=True)
+
+    def _save_driver_log(self, track: Track) -> None:
+        """Keep what a process printed that did not live to say how it ended."""
+        try:
+            text = self.client.log(track.submission_id)
+        except IslandError as error:
+            text = f"its output could not be fetched: {error}\n"
+        (attempt_folder(track.job) / "driver.txt").write_text(text, encoding="utf-8")
+
+    def _moved(self, track: Track, moved: Moved, direction: str) -> None:
+        if moved.bytes:
+            facts: dict[str, Any] = {"stage": track.job.stage, "attempt": track.job.attempt, "direction": direction}
+            self.event("moved", island=self.name, bytes=moved.bytes, files=moved.files, **facts)
+
+    def _end(self, track: Track, state: State, error: str, *, transient: bool, started: float = 0.0) -> None:
+        if self.tracks.get(track.job.stage) is track:
+            del self.tracks[track.job.stage]
+        job = track.job
+        outcome = Outcome(stage=job.stage, attempt=job.attempt, state=state, error=error, transient=transient)
+        self.outcomes.put(replace(outcome, started=started))
+
+
+def _without_word(job: Job, state: JobState | None) -> Outcome:
+    """How an attempt ended that left no outcome: its process, node or environment is gone."""
+    outcome = Outcome(stage=job.stage, attempt=job.attempt, state="lost", transient=True)
+    if state is None:
+        return outcome
+    if state.error_type == "RUNTIME_ENV_SETUP_FAILURE":
+        return replace(outcome, state="failed", transient=False, error=f"its environment: {state.message}")
+    code = "" if state.exit_code is None else f", exit code {state.exit_code}"
+    return replace(outcome, error=f"{state.error_type or state.status}{code}: {state.message[:200]}")

@@ -1,0 +1,82 @@
+"""One stage at one place: how long, how risky, how dear; closed forms over a calibration."""
+
+from dataclasses import dataclass
+
+from experts.config import TrainingConfig
+from orchestrator.compute_config import HOME, ComputeConfig
+from orchestrator.costs import price_of
+from orchestrator.planning.calibration import Calibration, Place, Work
+from orchestrator.planning.risk import best_interval_s, expected_seconds, loss_probability
+from orchestrator.stage import Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a stage would take at a place."""
+
+    seconds: float
+    """Undisturbed, checkpoints included, the start of a process left out."""
+    extra_s: float = 0.0
+    """What losses are expected to add."""
+    loss_probability: float = 0.0
+    """Of at least one loss in the undisturbed time."""
+    interval_s: float | None = None
+    """Between two checkpoints; None for what is no training."""
+    best_interval_s: float | None = None
+    """By Young's formula; None where nothing is lost."""
+    price: float = 0.0
+    """For the expected time, of the part of the island that the stage holds."""
+
+
+def training_of(stage: Stage) -> TrainingConfig | None:
+    """How a stage trains; None if it does not."""
+    found = {
+        "expert": lambda: stage.config.expert.training,
+        "monolith": lambda: stage.config.expert.training,
+        "router": lambda: stage.config.training,
+    }.get(stage.kind)
+    training: TrainingConfig | None = found() if found else None
+    return training
+
+
+def estimate(stage: Stage, name: str, compute: ComputeConfig, calibration: Calibration) -> Estimate | None:
+    """None where a number of images or a speed is not known."""
+    place = calibration.places.get(name, Place())
+    work_s = work_seconds(calibration.work[stage.name], stage, name, calibration)
+    if work_s is None:
+        return None
+    island, training = compute.islands.get(name), training_of(stage)
+    seconds, interval_s = work_s, None
+    if training is not None:
+        step_s = training.batch_size * place.speeds[stage.kind].unit_s / stage.resources.workers
+        interval_s = training.checkpoint_every * step_s + place.checkpoint_s
+        seconds += (training.steps - 1) // training.checkpoint_every * place.checkpoint_s
+    if island is None:
+        return Estimate(seconds=seconds, interval_s=interval_s)
+    losses = island.losses_per_hour * stage.resources.workers
+    restart_s = place.start_s + compute.backoff_s
+    expected_s = expected_seconds(seconds, min(interval_s or seconds, seconds), losses, restart_s)
+    return Estimate(
+        seconds=seconds,
+        extra_s=expected_s - seconds,
+        loss_probability=loss_probability(losses, seconds),
+        interval_s=interval_s,
+        best_interval_s=best_interval_s(place.checkpoint_s, losses) if losses and training else None,
+        price=price_of(island, stage.resources, expected_s),
+    )
+
+
+def work_seconds(work: Work, stage: Stage, name: str, calibration: Calibration) -> float | None:
+    """All parts at a place's speeds, those of home for what was not measured there; workers share a training."""
+    own = calibration.places.get(name, Place()).speeds
+    if work.parts is None or not own:
+        return None
+    speeds = calibration.places[HOME].speeds | own
+    total = 0.0
+    for part in work.parts:
+        if part.count and part.speed not in speeds:
+            return None
+        shared = stage.resources.workers if part.speed == stage.kind else 1
+        if part.count:
+            total += part.count * speeds[part.speed].unit_s / shared + speeds[part.speed].once_s
+    return total

@@ -1,0 +1,205 @@
+"""What every stage of a graph has to do, by the stages' own formulas: floating point operations, images, rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_partition.config import DataConfig, PartitionConfig
+from data_partition.fashion_files import HELD_OUT_ROWS
+from data_partition.image_tree import image_files, tree_root
+from data_partition.kmeans import num_fine, training_rows
+from ensemble.config import EvaluationConfig
+from ensemble.references import HELD_OUT_LIMIT, NEIGHBOUR_LIMIT
+from experts.config import CodecConfig
+from experts.flops import training_flops
+from orchestrator.graph import ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
+from orchestrator.planning.calibration import Part, Work
+from orchestrator.planning.calls import calls_per_image
+from orchestrator.planning.rehearsal import Extractor
+from orchestrator.stage import Stage
+from router.config import RouterConfig
+from router.quality import BINS, DRAWS, MAX_IMAGES
+
+UNKNOWN = Work(flops=None, parts=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the work of all stages follows from."""
+
+    images: int | None
+    """To learn from; None if nobody can tell before they are read."""
+    held_out: int | None
+    row_flops: Mapping[str, float]
+    """One row through an `expert`, the `router` and the codec's `decoder`."""
+    extractors: Mapping[str, Extractor]
+    """Of the `partition`, and of each space of the scores as `score/<name>`."""
+    num_experts: int
+    partition: PartitionConfig
+
+
+def work_of(graph: Sequence[Stage], facts: Facts) -> dict[str, Work]:
+    """The work of every stage, by its name."""
+    found: dict[str, Work] = {}
+    for stage in graph:
+        found[stage.name] = WORK[stage.kind](stage, facts, found)
+    return found
+
+
+def count_images(config: DataConfig) -> tuple[int | None, int | None]:
+    """How many images there will be to learn from and to compare with; None where only reading tells."""
+    total = COUNTS[config.source](config)
+    if config.source == "fashion_full" and total is not None:
+        return min(total, config.limit or total), HELD_OUT_ROWS
+    learnable = None if total is None else round(total * (1 - config.holdout))
+    known = [count for count in (learnable, config.limit) if count is not None]
+    if not known:
+        return None, None
+    return min(known), round(min(known) * config.holdout / (1 - config.holdout))
+
+
+def _files(root: Path) -> int:
+    return sum(1 for _ in image_files(root, root.resolve()))
+
+
+def _dataset(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    if facts.images is None or facts.held_out is None:
+        return Work(flops=0.0, parts=None)
+    return Work(flops=0.0, parts=(Part(speed="dataset", count=facts.images + facts.held_out),))
+
+
+def _codec(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    config: CodecConfig = stage.config
+    if facts.images is None:
+        return UNKNOWN
+    parts, flops = [Part(speed="codec", count=facts.images)], 0.0
+    if config.kind == "pca_conv":
+        training = config.decoder_training
+        flops = training_flops(facts.row_flops["decoder"], training.batch_size, training.steps)
+        parts.append(Part(speed="decoder", count=training.batch_size * training.steps))
+    return Work(flops=flops, parts=tuple(parts))
+
+
+def _features(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    if facts.images is None:
+        return UNKNOWN
+    one = facts.extractors["partition"]
+    return Work(flops=facts.images * (one.flops + one.fit_flops), parts=(Part(speed="features", count=facts.images),))
+
+
+def _partition(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """As `data_partition/partition.py` counts them."""
+    config, one = facts.partition, facts.extractors["partition"]
+    if facts.images is None or facts.held_out is None:
+        return UNKNOWN
+    fine = num_fine(config.num_fine, facts.images, config.num_experts)
+    rows = len(training_rows(facts.images, fine, config.seed)) * config.iterations + facts.images + facts.held_out
+    flops = 2 * rows * fine * one.dimension + facts.held_out * one.flops
+    return Work(flops=flops, parts=(Part(speed="partition", count=facts.images),))
+
+
+def _reference(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """As `ensemble/references.py` counts them: each space on as many images as are drawn, pixels on all."""
+    config: EvaluationConfig = stage.config
+    if facts.images is None or facts.held_out is None:
+        return UNKNOWN
+    flops = 0.0
+    for name, one in _spaces(facts):
+        most = NEIGHBOUR_LIMIT if name == "pixels" else config.num_samples
+        used = min(most, facts.images) + min(HELD_OUT_LIMIT, facts.held_out)
+        flops += used * one.flops + facts.images * one.fit_flops
+    return Work(flops=flops, parts=(Part(speed="reference", count=facts.images + facts.held_out),))
+
+
+def _expert(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    config: ExpertStageConfig = stage.config
+    training = config.expert.training
+    flops = training_flops(facts.row_flops["expert"], training.batch_size, training.steps)
+    share = None if facts.images is None else facts.images / facts.num_experts
+    return Work(flops=flops, parts=_trained("expert", training.batch_size * training.steps, share))
+
+
+def _router(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """Training, and the look at its quality with and without the class."""
+    config: RouterConfig = stage.config
+    training = config.training
+    flops = training_flops(facts.row_flops["router"], training.batch_size, training.steps)
+    if facts.images is None or facts.held_out is None:
+        return Work(flops=flops, parts=_trained("router", training.batch_size * training.steps, None))
+    looked_at = 2 * BINS * DRAWS * min(facts.held_out, MAX_IMAGES)
+    trained = _trained("router", training.batch_size * training.steps, facts.images + facts.held_out)
+    return Work(flops=flops, parts=(*trained, Part(speed="router_row", count=looked_at)))
+
+
+def _monolith(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """With extra steps worth the router and the clustering, as in `orchestrator/stage_functions.py`."""
+    config: MonolithStageConfig = stage.config
+    training, row = config.expert.training, facts.row_flops["expert"]
+    needed = [found[name].flops for name in ("features", "partition")]
+    if config.router is not None:
+        router = config.router.training
+        needed.append(training_flops(facts.row_flops["router"], router.batch_size, router.steps))
+    overhead = sum(flops or 0.0 for flops in needed)
+    steps = training.steps + round(overhead / training_flops(row, training.batch_size, 1))
+    return Work(
+        flops=training_flops(row, training.batch_size, steps),
+        parts=_trained("monolith", training.batch_size * steps, facts.images),
+    )
+
+
+def _trained(speed: str, units: int, images: float | None) -> tuple[Part, ...]:
+    """Encoding, where the number of images is known, then training."""
+    encoded = () if images is None else (Part(speed="encode", count=images),)
+    return (*encoded, Part(speed=speed, count=units))
+
+
+def _ensemble(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    return Work(flops=0.0, parts=())
+
+
+def _score(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """Images times velocities times calls times a forward pass, and the features of the samples."""
+    config: ScoreStageConfig = stage.config
+    ensemble = stage.inputs["ensemble"].stage
+    samples = min(config.evaluation.num_samples, facts.images or config.evaluation.num_samples)
+    calls = calls_per_image(
+        config.sampling,
+        len(ensemble.config.expert_ids),
+        has_router="router" in ensemble.inputs,
+        is_conditional=config.evaluation.conditional,
+    )
+    spaces = sum(one.flops for _, one in _spaces(facts))
+    drawn = calls.expert * facts.row_flops["expert"] + calls.router * facts.row_flops["router"]
+    parts = (
+        Part(speed="expert_row", count=samples * calls.expert),
+        Part(speed="router_row", count=samples * calls.router),
+        Part(speed="score", count=samples),
+    )
+    return Work(flops=samples * (drawn + spaces), parts=parts, is_upper_bound=calls.is_upper_bound)
+
+
+def _spaces(facts: Facts) -> list[tuple[str, Extractor]]:
+    return [(name.removeprefix("score/"), one) for name, one in facts.extractors.items() if name.startswith("score/")]
+
+
+COUNTS: dict[str, Callable[[DataConfig], int | None]] = {
+    "fashion": lambda config: 8000,
+    "fashion_full": lambda config: 60_000,
+    "digits": lambda config: 1797,
+    "image_folder": lambda config: _files(tree_root(config.path)),
+    "webdataset": lambda config: None,
+}
+"""Images of each source before any is held out."""
+
+WORK: dict[str, Callable[[Stage, Facts, Mapping[str, Work]], Work]] = {
+    "dataset": _dataset,
+    "codec": _codec,
+    "features": _features,
+    "partition": _partition,
+    "reference": _reference,
+    "expert": _expert,
+    "router": _router,
+    "monolith": _monolith,
+    "ensemble": _ensemble,
+    "score": _score,
+}

@@ -1,0 +1,98 @@
+"""A Ray cluster with autoscaling on loopback, started and ended without touching any other on this machine."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from artifacts import read_json, write_json
+from orchestrator.errors import IslandError
+from orchestrator.islands.client import IslandClient
+from orchestrator.islands.head import Head, free_blocks, new_scratch
+from orchestrator.islands.marked import kill_marked, marked_processes
+from orchestrator.pools.config import PoolConfig
+from orchestrator.pools.islands import islands
+from orchestrator.pools.tools import PoolError
+
+STATE = "local.json"
+"""In the pool's folder while it has processes or temporary files: where they are."""
+LOG = "head.log"
+START_S = 120.0
+"""Longest wait for a head that answers; a cold disk is slow."""
+
+
+def check(config: PoolConfig, folder: Path) -> None:
+    """Raise `PoolError` or `IslandError` if the pool cannot start here."""
+    if left(config, folder):
+        raise PoolError(f"pool {config.name} is up already; end it first with `ddm pool down {config.name}`")
+    free_blocks(1, config.first_port)
+
+
+def up(config: PoolConfig, folder: Path) -> None:
+    """Start the head, whose autoscaler reads `pool.yaml` in `folder`; returns when its Jobs API answers."""
+    head = _head(config, folder)
+    head.make_folders()
+    write_json(folder / STATE, {"scratch": str(head.scratch)})
+    with (folder / LOG).open("wb") as log:
+        started = subprocess.Popen(
+            head.command(),
+            cwd=head.working_directory,
+            env=head.whole_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_for_answer(config, folder, started)
+    except PoolError:
+        down(config, folder)
+        raise
+
+
+def down(config: PoolConfig, folder: Path) -> None:
+    """Kill every process of the pool, jobs on it included, and remove its temporary files."""
+    kill_marked(str(folder))
+    if (folder / STATE).exists():
+        shutil.rmtree(read_json(folder / STATE)["scratch"], ignore_errors=True)
+        (folder / STATE).unlink()
+
+
+def left(config: PoolConfig, folder: Path) -> list[str]:
+    """Processes of the pool, jobs on it included."""
+    return [f"process {process}" for process in marked_processes(str(folder))]
+
+
+def _head(config: PoolConfig, folder: Path) -> Head:
+    environment = {
+        "RAY_AUTH_TOKEN_PATH": str(config.token),
+        "RAY_JOB_START_TIMEOUT_SECONDS": f"{config.start_timeout_s:.0f}",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "0",  # looks for a file that Ray's wheel lacks
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_METRIC_PORT": "-1",  # would answer without a token: there is no such port
+    }
+    return Head(
+        folder=folder,
+        scratch=new_scratch(),
+        first_port=config.first_port,
+        cpus=0,
+        is_durable=False,
+        environment=environment,
+        autoscaling=folder / "pool.yaml",
+    )
+
+
+def _wait_for_answer(config: PoolConfig, folder: Path, started: subprocess.Popen[bytes]) -> None:
+    name, island = next(iter(islands(config).items()))
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            IslandClient(name, island).reach()
+        except IslandError as error:
+            if started.poll() is not None or time.monotonic() > deadline:
+                last = " / ".join((folder / LOG).read_text(errors="replace").splitlines()[-3:])
+                raise PoolError(f"the pool's head does not answer ({error}): {last}; see {folder / LOG}") from error
+            time.sleep(0.2)
+        else:
+            return

@@ -1,0 +1,106 @@
+"""Hydra's launcher `ddm_ray`: the trials of a sweep at once, under one budget.
+
+It also is what our own sweeper asks for trials.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from orchestrator.compose import swept_keys, to_dictionary
+from orchestrator.compute_config import ComputeConfig
+from orchestrator.config import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.sweeps.budget import shared_budget
+from orchestrator.sweeps.config import LauncherConfig, settings
+from orchestrator.sweeps.display import SweepDisplay
+from orchestrator.sweeps.drive import conclude, drive, only_sweep
+from orchestrator.sweeps.plugins import HYDRA_MODULE
+from orchestrator.sweeps.pool import TrialPool
+from orchestrator.sweeps.scores import default_metric
+from orchestrator.sweeps.summary import show_summary
+from orchestrator.sweeps.trial import Trial, TrialEnd, swept_parameters, trial_config, trial_label
+
+
+class TrialLauncher(Launcher):
+    """Runs trials at once, each as a process of its own."""
+
+    __module__ = HYDRA_MODULE
+
+    def __init__(self, parallel: object) -> None:
+        """Hydra gives the values of its group here, and the whole configuration to `setup`, which checks them."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra has composed; the task function is for launchers that run trials in this process."""
+        self.context, self.master = hydra_context, config
+        self.settings = settings(LauncherConfig, config.hydra.launcher, "hydra.launcher")
+        self.folder = Path(str(config.hydra.sweep.dir)).expanduser()
+        self.console = Console()
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run every trial of a grid; raises `RunFailed` or `SweepStopped` once all have ended."""
+        hydra = self.master.hydra
+        swept = swept_keys(hydra.overrides.task) | set(hydra.sweeper.get("params") or ())
+        every = [
+            self.trial(number, overrides, swept_parameters(overrides, swept))
+            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
+        ]
+        trials = list({trial.label: trial for trial in reversed(every)}.values())[::-1]  # equal values are one run
+        config = next((trial.config for trial in trials if trial.config), None)
+        metric = "" if config is None else default_metric(config)
+        ends: list[TrialEnd] = []
+        with only_sweep(self.folder):
+            self._walk(trials, ends, metric)
+            show_summary(self.console, self.folder, ends, metric, maximize=False)
+        conclude(ends, unstarted=len(trials) - len(ends))
+        return [JobReturn(overrides=overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
+
+    def _walk(self, trials: Sequence[Trial], ends: list[TrialEnd], metric: str) -> None:
+        display = SweepDisplay(self.console, len(trials), metric)
+        following = iter(trials)
+        is_needed = not all(trial.is_finished for trial in trials)
+        with self.pool("", len(trials), needs_budget=is_needed) as pool, display.showing(pool.members):
+            drive(pool, lambda: next(following, None), ends.append, display)
+
+    def trial(self, number: int, overrides: Sequence[str], parameters: Mapping[str, str]) -> Trial:
+        """A trial from its overrides; what Hydra or the configuration refuses becomes its error."""
+        label = trial_label(parameters)
+        try:
+            config, error = self.config(overrides, label), ""
+        except ConfigError as refused:
+            config, error = None, str(refused)
+        return Trial(number=number, label=label, config=config, parameters=dict(parameters), error=error)
+
+    def config(self, overrides: Sequence[str], label: str) -> RunConfig:
+        """The configuration of a trial; raises `ConfigError`."""
+        try:
+            composed = self.context.config_loader.load_sweep_config(self.master, list(overrides))
+            with open_dict(composed):
+                del composed["hydra"]
+            return trial_config(to_dictionary(composed), label)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(str(error).splitlines()[0]) from None
+
+    @contextmanager
+    def pool(self, metric: str, most: int, *, needs_budget: bool) -> Iterator[TrialPool]:
+        """A pool of at most `most` trials; without a need for it, nothing is started for them to share."""
+        if not needs_budget:
+            yield TrialPool(1, {}, metric)
+            return
+        with shared_budget(self._compute()) as budget:
+            yield TrialPool(min(most, self.settings.parallel or budget.cpus), budget.environment, metric)
+
+    def _compute(self) -> ComputeConfig:
+        """Where all trials run; what is swept below `compute` is not seen here."""
+        composed: Any = OmegaConf.to_container(self.master.compute, resolve=True)
+        return TypeAdapter(ComputeConfig).validate_python(composed)

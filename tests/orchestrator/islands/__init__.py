@@ -1,0 +1,1 @@
+"""Islands: storage, client, placement, and real Ray clusters on loopback."""

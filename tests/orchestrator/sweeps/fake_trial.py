@@ -1,0 +1,69 @@
+"""A small fake of a trial's controller: the same lease, journal, artifacts and exit codes, and no training.
+
+`python -m tests.orchestrator.sweeps.fake_trial FOLDER` publishes every stage of the run, slowly enough to be killed.
+The configuration's seed says how it goes: 1 fails, 2 never ends, all others are scored with their learning rate.
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from artifacts import publish
+from orchestrator.controller import _stop_on_signals
+from orchestrator.graph import build_graph
+from orchestrator.lease import hold
+from orchestrator.run_folder import RunFolder
+from orchestrator.sweeps.child import end_with_the_sweep
+
+FAILS, NEVER_ENDS = 1, 2
+
+
+def score(config) -> float:
+    """The Fréchet distance that a configuration is scored with."""
+    return config.expert.training.lr
+
+
+def walk(run: RunFolder, score=score) -> int:
+    """Publish what is missing; the exit code of a controller."""
+    config = run.load_config()
+    run.record("run_started")
+    for stage in build_graph(config):
+        while config.seed == NEVER_ENDS and not run.stop.exists():
+            time.sleep(0.02)
+        if run.stop.exists():
+            run.stop.unlink()
+            return 130
+        if config.seed == FAILS and stage.kind == "expert":
+            Console().print("Error: the disk is full\n  and so is the other one")
+            return 1
+        if run.finished(stage):
+            continue
+        run.record("submitted", stage=stage.name)
+        time.sleep(0.02)
+        publish(
+            run.artifact(stage),
+            lambda folder: _fill(folder, score(config)),
+            stage=stage.name,
+            config=stage.config,
+            inputs=stage.input_fingerprints,
+        )
+        run.record("finished", stage=stage.name)
+    run.report.write_text("a report")
+    return 0
+
+
+def _fill(folder: Path, value: float) -> float:
+    (folder / "scores.json").write_text(json.dumps({"spaces": {"pixels": {"fd": value}}, "nn_ratio": 1.0}))
+    return 1.0
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_the_sweep, daemon=True).start()
+    folder = RunFolder(Path(sys.argv[1]))
+    with hold(folder), _stop_on_signals(folder, Console()):
+        code = walk(folder)
+    sys.exit(code)
