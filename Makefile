@@ -30,12 +30,16 @@ islands: install ## Start two islands on this machine, check them, run a small p
 	$(BIN)/ddm run experiment=digits compute=islands_local name=islands
 
 .PHONY: test
-test: install ## Run all tests (at most 10 minutes on two cores)
-	$(BIN)/python -m pytest -q
+test: install ## Run the tests (at most 10 minutes on two cores)
+	$(BIN)/python -m pytest -q -m 'not proof'
+
+.PHONY: proof
+proof: install ## Run the tests that take long: real Ray clusters, killed again and again
+	$(BIN)/python -m pytest -q -m proof
 
 .PHONY: test-quick
 test-quick: install ## Run the quick tier (at most a minute)
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow and not proof'
 
 .PHONY: check
 check: install ## Format, lint and types; changes nothing

@@ -51,12 +51,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
 ) -> None:
     """Show what would run, where, for how long and at what price; runs nothing."""
-    import json
-
-    from artifacts import plain
     from orchestrator.compose import compose
     from orchestrator.config import parse_config
     from orchestrator.planning.calibration import calibrate as measure
+    from orchestrator.planning.plan import as_json as plan_json
     from orchestrator.planning.plan import plan as planned
     from orchestrator.planning.tables import plan_tables
     from orchestrator.run_folder import RunFolder
@@ -67,7 +65,7 @@ def plan(
             measure(config)
     found = planned(config, RunFolder(Path(config.folder).expanduser()))
     if as_json:
-        typer.echo(json.dumps(plain(found), indent=1, allow_nan=False))
+        typer.echo(plan_json(found))
         return
     for part in plan_tables(found):
         console.print(part)

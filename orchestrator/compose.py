@@ -23,6 +23,9 @@ from orchestrator.errors import ConfigError
 from orchestrator.foreign import check_composed, check_overrides
 from orchestrator.sweeps.trial import swept_parameters
 
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Environment variable that makes Hydra raise its errors; it is set while a sweep is on, for this process alone."""
+
 OUR_LAUNCHER, OUR_SWEEPER = "hydra/launcher=ddm_ray", "hydra/sweeper=ddm_optuna"
 
 
@@ -38,9 +41,11 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration as nested dictionaries; raises `ConfigError` for what Hydra does not accept, or must not."""
     check_overrides(overrides)
     _register_defaults()
+    arguments = [quoted(text) for text in overrides]
+    _refuse_unknown_experiments(arguments)
     try:
         with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
-            return to_dictionary(hydra.compose("config", overrides=[quoted(text) for text in overrides]))
+            return to_dictionary(hydra.compose("config", overrides=arguments))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(str(error), overrides)) from None
 
@@ -74,6 +79,7 @@ def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str, str
     _register_defaults()
     _register_plugins()
     arguments = _with_our_launcher([quoted(text) for text in overrides])
+    _refuse_unknown_experiments(arguments)
 
     def one(composed: DictConfig) -> None:
         settings = HydraConfig.get()
@@ -103,15 +109,15 @@ def _with_our_launcher(arguments: list[str]) -> list[str]:
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
     """Let errors through to us; by itself Hydra prints them, traceback included, and exits."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    before = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"
     try:
         yield
     finally:
         if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+            del os.environ[FULL_ERROR]
         else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+            os.environ[FULL_ERROR] = before
 
 
 def _register_plugins() -> None:
@@ -132,6 +138,17 @@ def _register_defaults() -> None:
     defaults = plain(RunConfig())
     del defaults["expert"]["network"]
     ConfigStore.instance().store("dataclass_defaults", defaults)
+
+
+def _refuse_unknown_experiments(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for an experiment without a file, which Hydra would leave out without a word."""
+    known = sorted(path.stem for path in Path(config_folder(), "experiment").glob("*.yaml"))
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group == "experiment":
+            chosen = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+            for name in chosen:
+                if name not in known:
+                    raise ConfigError(f"experiment={name}: there is no such experiment; known: {', '.join(known)}")
 
 
 def _explain(message: str, overrides: Sequence[str]) -> str:

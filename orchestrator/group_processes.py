@@ -7,6 +7,7 @@ that has started it.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def _outcome(job: Job, process: subprocess.Popen[bytes]) -> Outcome:
         outcome: Outcome = TypeAdapter(Outcome).validate_python(read_json(written))
         return outcome
     if process.returncode < 0:
+        shutil.rmtree(attempt_folder(job) / "group", ignore_errors=True)
         error = f"the process that started its workers got signal {-process.returncode}"
         return Outcome(stage=job.stage, attempt=job.attempt, state="lost", error=error, transient=True)
     lines = _log_of(job).read_text(errors="replace").strip().splitlines()

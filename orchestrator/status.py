@@ -90,9 +90,14 @@ def _state(run: RunFolder, stage: Stage) -> tuple[str, str]:
         return f"[yellow]{outcome['state']}[/]", escape(outcome["error"])
     worker = attempts[-1] / "worker.json"
     at_home = _island(run, stage) in ("", HOME)
-    if at_home and worker.is_file() and not is_alive(read_json(worker), time.time() - worker.stat().st_mtime):
+    if at_home and worker.is_file() and not is_alive(read_json(worker), _silence_s(attempts[-1])):
         return "[red]lost[/]", describe(progress_of(attempts[-1]))
     return "running", describe(progress_of(attempts[-1]))
+
+
+def _silence_s(attempt: Path) -> float:
+    """Seconds since the attempt last wrote anything."""
+    return time.time() - max(path.stat().st_mtime for path in attempt.iterdir())
 
 
 def log_file(run: RunFolder, stage_name: str, attempt: int) -> Path:

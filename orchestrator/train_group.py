@@ -28,12 +28,13 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(10 * 365 * 8
 
 import ray
 import ray.train
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from artifacts import write_json
+from experts.group import GroupError
 from orchestrator.backend import Job, Outcome, attempt_folder
 from orchestrator.disk import explained
 
@@ -142,6 +143,12 @@ def _outcome(job: Job, run: Callable[[], Result]) -> Outcome:
             return failed[0]
         dead = sorted(rank for rank, found in error.worker_failures.items() if not isinstance(found, StageEnded))
         return replace(lost, error=f"worker(s) {', '.join(map(str, dead)) or 'of the group'} vanished")
+    except ray.train.ControllerError as error:
+        failure = error.controller_failure
+        cause = failure.cause if isinstance(failure, RayTaskError) else failure
+        if isinstance(cause, GroupError):
+            return replace(lost, state="failed", error=f"GroupError: {cause}", transient=False)
+        return replace(lost, error=f"the group of workers did not start ({cause})")
     except (ray.train.TrainingFailedError, RayError) as error:
         return replace(lost, error=f"the group of workers broke ({error})")
     return ended_well
@@ -180,7 +187,7 @@ def _meet(folder: Path, kind: str, rank: int, size: int) -> None:
     from torch import distributed
 
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise GroupError(
             f"worker {rank} on {socket.gethostname()} cannot see {folder}; workers of one stage need a disk that they "
             "share: keep the run there, or give compute.stages.<kind>.workers that one node has room for"
         )

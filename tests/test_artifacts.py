@@ -112,7 +112,7 @@ def test_killed_at_any_instant_the_folder_is_whole_or_unfinished(tmp_path):
         "print('go', flush=True)\n"
         "for k in range(10**6): publish(Path(sys.argv[1]) / str(k), fill, stage='s', config=k, inputs={})\n"
     )
-    for pause_ms in range(0, 60, 6):
+    for pause_ms in (*range(0, 60, 6), 2000):
         child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         child.stdout.readline()
         try:

@@ -21,6 +21,8 @@ DOORS = {
         "orchestrator/sweeps/plugins.py",
         "orchestrator/sweeps/sweeper.py",
     },
+    "submitit": {"orchestrator/slurm_backend.py"},
+    "optuna": {"orchestrator/sweeps/study.py"},
     "fsspec": {"data_partition/urls.py", "orchestrator/islands/remote_objects.py"},
     "wandb": {"orchestrator/tracking.py"},
     "matplotlib": {"orchestrator/report/charts.py"},

@@ -33,7 +33,7 @@ START_S = 120.0
 class LocalIslands:
     """As many islands as asked for, named island_1, island_2, …; they end with the block, or with this process.
 
-    `up` and `down` do the same by hand: islands that outlive whoever started them.
+    `up` alone starts islands that outlive whoever started them, until `keeper.take_down`.
     """
 
     folder: Path
@@ -55,7 +55,8 @@ class LocalIslands:
         self.folder = self.folder.expanduser().resolve()
 
     def __enter__(self) -> Self:
-        """Start them all and wait until they take jobs."""
+        """Start them all and wait until they take jobs; raises `IslandError` if the folder has running ones."""
+        self._refuse_running()
         self.folder.mkdir(parents=True, exist_ok=True)
         keeper = [sys.executable, "-m", "orchestrator.islands.keeper", str(self.folder)]
         path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -81,12 +82,11 @@ class LocalIslands:
         """Start them all and wait until they take jobs; raises `IslandError` if the folder has running ones."""
         self._refuse_running()
         take_down(self.folder)
-        for number, block in enumerate(free_blocks(self.count, self.first_port), start=1):
-            self._heads[f"island_{number}"] = self._new_head(f"island_{number}", block)
-        for name in self._heads:
-            self._launch(name)
-        for name in self._heads:
-            self._wait(name)
+        try:
+            self._start_all()
+        except BaseException:
+            take_down(self.folder)
+            raise
         return self
 
     @property
@@ -125,6 +125,14 @@ class LocalIslands:
     def thaw(self, name: str) -> None:
         """Let everything that was frozen go on."""
         send(self.processes(name), SIGCONT)
+
+    def _start_all(self) -> None:
+        for number, block in enumerate(free_blocks(self.count, self.first_port), start=1):
+            self._heads[f"island_{number}"] = self._new_head(f"island_{number}", block)
+        for name in self._heads:
+            self._launch(name)
+        for name in self._heads:
+            self._wait(name)
 
     def _new_head(self, name: str, block: int) -> Head:
         head = Head(

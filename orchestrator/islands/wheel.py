@@ -58,9 +58,7 @@ def _files() -> Iterator[tuple[str, Path]]:
         root = _folder(package)
         for path in root.rglob("*"):
             name = path.relative_to(root.parent)
-            is_left_behind = (
-                "__pycache__" in name.parts or path.name.startswith(".") or path.name.endswith((".pyc", "~"))
-            )
+            is_left_behind = "__pycache__" in name.parts or path.name.startswith(".") or path.name.endswith("~")
             if path.is_file() and not is_left_behind:
                 yield name.as_posix(), path
 

@@ -53,10 +53,19 @@ class Node:
         base = Path(os.environ.get(WORKDIR, default)) / run_id
         return cls(base, base / "attempts" / f"{names.stage}-a{names.attempt}")
 
+    def input(self, sent: str) -> Path:
+        """Where an input is here; an artifact and a part of it lie apart, so that one can be replaced alone."""
+        return self.shared / "inputs" / tree_name(sent).replace("/", "..")
+
     def localized(self, job: Job) -> Job:
         """The job with this node's paths."""
-        inputs = relocated(job, SENT_ROOT, self.shared).inputs
+        inputs = {role: str(self.input(sent)) for role, sent in job.inputs.items()}
         return replace(relocated(job, SENT_ROOT, self.own), inputs=inputs)
+
+
+def tree_name(sent: str) -> str:
+    """The name in the storage of a path in a job that was sent."""
+    return str(Path(sent).relative_to(SENT_ROOT))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +91,7 @@ def run(storage: Storage, sent: Job, node: Node, stopping: Callable[[], bool]) -
     folder = attempt_folder(job)
     folder.mkdir(parents=True, exist_ok=True)
     with Mirror(storage, names, folder, Path(job.scratch)) as mirror:
-        outcome = _fetched(storage, names, job, node) or _execute(job, stopping)
+        outcome = _fetched(storage, names, sent, job, node) or _execute(job, stopping)
         mirror.push_state()
         if outcome.state == "finished":
             outcome = _published(storage, names, job, mirror, outcome)
@@ -101,22 +110,31 @@ def _execute(job: Job, stopping: Callable[[], bool]) -> Outcome:
     return execute(job, stopping)
 
 
-def _fetched(storage: Storage, names: Names, job: Job, node: Node) -> Outcome | None:
+def _fetched(storage: Storage, names: Names, sent: Job, job: Job, node: Node) -> Outcome | None:
     """Bring inputs and the latest checkpoint here; an outcome if that cannot be done."""
     outcome = Outcome(stage=job.stage, attempt=job.attempt, state="failed", started=time.time())
     try:
-        for folder in {Path(path) for path in job.inputs.values()}:
-            with _locked(folder):
-                if not folder.exists():
-                    storage.get_tree(str(folder.relative_to(node.shared)), folder)
-        if storage.has_tree(names.state):
-            storage.get_tree(names.state, Path(job.scratch))
+        for given in set(sent.inputs.values()):
+            with _locked(node.input(given)):
+                storage.get_tree(tree_name(given), node.input(given))
+        _fetch_state(storage, names, Path(job.scratch))
     except StorageError as error:
         transient = isinstance(error, StorageUnreachable | CorruptTransfer)
         return replace(outcome, error=f"{type(error).__name__}: {error}", transient=transient)
     except OSError as error:
         return replace(outcome, error=f"{type(error).__name__}: {error}", transient=True)
     return None
+
+
+def _fetch_state(storage: Storage, names: Names, scratch: Path) -> None:
+    """Bring the latest checkpoint here; one that is damaged in the storage is deleted, so that a retry helps."""
+    if not storage.has_tree(names.state):
+        return
+    try:
+        storage.get_tree(names.state, scratch)
+    except CorruptTransfer as error:
+        storage.delete(names.state)
+        raise CorruptTransfer(f"{error}; it was deleted, so the next attempt begins anew") from error
 
 
 @contextlib.contextmanager

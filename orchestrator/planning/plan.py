@@ -7,6 +7,8 @@ losses included, walked through the run's own placement on a virtual clock. Movi
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from pydantic import TypeAdapter
+
 from artifacts import read_manifest
 from orchestrator.compute_config import HOME
 from orchestrator.config import RunConfig
@@ -94,6 +96,11 @@ def plan(config: RunConfig, run: RunFolder) -> Plan:
         comparison=compare(config, calibration, guess.seconds, guess.start_s()) if calibration else None,
         calibration=said,
     )
+
+
+def as_json(found: Plan) -> str:
+    """The plan for other programs; what would never end is null."""
+    return TypeAdapter(Plan).dump_json(found, indent=1).decode()
 
 
 class _Guess:

@@ -57,7 +57,7 @@ class PoolConfig:
     """File with the pool's token, made if absent; empty is `token` in the pool's folder below ~/.ddm/pools."""
     storage: Annotated[str, Field(pattern=r"^(/|file://|s3://|gs://|gcs://|memory://)")] | None = None
     """The islands' storage as an fsspec URL; empty is a folder beside the token, which only local can reach."""
-    first_port: Annotated[int, Field(ge=1024, le=65435)] = 19_000
+    first_port: Annotated[int, Field(ge=1024, le=65435)] = 18_900
     """First of a hundred ports on loopback that the pool uses; local only."""
     tunnel_port: Annotated[int, Field(ge=1024, le=65535)] = 8265
     """Port on loopback at which your tunnel reaches the Jobs API; all but local."""

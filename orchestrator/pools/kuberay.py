@@ -61,7 +61,7 @@ def _cluster(config: PoolConfig) -> dict[str, Any]:
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token", "secretName": secret_name(config)},
         "enableInTreeAutoscaling": True,
-        "autoscalerOptions": {"idleTimeoutSeconds": round(config.idle_minutes * 60), "upscaling": "Default"},
+        "autoscalerOptions": {"idleTimeoutSeconds": round(config.idle_minutes * 60), "upscalingMode": "Default"},
         "headGroupSpec": head,
         "workerGroupSpecs": [_group(config, name, node) for name, node in config.nodes.items()],
     }

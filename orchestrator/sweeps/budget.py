@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from orchestrator.compose import FULL_ERROR
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.controller import LOOPBACK_ONLY
 
@@ -34,7 +35,8 @@ class Budget:
 @contextlib.contextmanager
 def shared_budget(compute: ComputeConfig) -> Iterator[Budget]:
     """Start what the trials share, for as long as the block lasts."""
-    environment = dict(os.environ)  # of before: Ray changes its own process's environment as it starts
+    # A copy of before: Ray changes its own process's environment as it starts.
+    environment = {name: value for name, value in os.environ.items() if name != FULL_ERROR}
     if compute.backend not in ("ray", "islands"):
         yield Budget(cpus=cpus_here(), environment=environment)
     elif compute.address is not None:

@@ -69,5 +69,14 @@ def test_a_tar_without_its_end_mark_is_an_error():
         list(read_tar(io.BytesIO(data[:1024]), "t"))
 
 
+def test_every_damaged_header_is_an_error():
+    """tarfile itself would take it for the end of the file."""
+    whole = tar_of({f"{number}.png": b"1" for number in range(4)}).getvalue()
+    for block in range(0, 4 * 1024, 1024):
+        damaged = whole[:block] + b"\xff" * 20 + whole[block + 20 :]
+        with pytest.raises(ShardError, match="shard t cannot be read"):
+            list(read_tar(io.BytesIO(damaged), "t"))
+
+
 def test_braces_expand():
     assert expand_urls("s3://b/a-{08..10}.tar") == ["s3://b/a-08.tar", "s3://b/a-09.tar", "s3://b/a-10.tar"]

@@ -118,6 +118,7 @@ def test_a_run_folder_on_a_disk_without_any_room_is_named(disk):
         walk(disk.path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_folder_on_a_read_only_disk_is_named(tiny_run, disk):
     shutil.copytree(tiny_run, disk.path / "run")
     before = {path: path.read_bytes() for path in files_in(disk.path / "run")}
@@ -131,6 +132,7 @@ def test_a_run_folder_on_a_read_only_disk_is_named(tiny_run, disk):
     assert {path: path.read_bytes() for path in files_in(disk.path / "run")} == before
 
 
+@pytest.mark.slow
 def test_a_stage_on_a_read_only_disk_says_so_without_raising(tiny_run, disk):
     made = job(RunFolder(tiny_run), stage_of(tiny_run, "codec"), disk.path / "out")
     disk.remount("ro")

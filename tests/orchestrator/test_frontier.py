@@ -51,3 +51,12 @@ def test_a_stage_that_was_given_back_comes_again_when_its_time_has_come():
     time.sleep(0.06)
     frontier.take(lambda stage: offered.append(stage) or True)
     assert offered == [stage] and frontier.is_exhausted()
+
+
+def test_a_stage_that_was_taken_over_is_not_offered_when_its_inputs_are_found_finished():
+    data = Stage(name="data", kind="a", config=0)
+    expert = Stage(name="expert", kind="a", config=0, inputs={"data": Input(stage=data)})
+    frontier, offered = Frontier([data, expert], taken={"expert"}), []
+    frontier.finish("data")
+    frontier.take(lambda stage: offered.append(stage.name) or True)
+    assert "expert" not in offered

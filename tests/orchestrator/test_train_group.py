@@ -18,6 +18,7 @@ from torch import distributed
 from artifacts import Workspace, files_in, read_json
 from experts.config import ExpertConfig
 from experts.expert import train_expert
+from experts.group import GroupError
 from orchestrator.backend import Job, Outcome, attempt_folder
 from orchestrator.compose import compose
 from orchestrator.compute_config import ComputeConfig, ResourcesConfig
@@ -72,13 +73,13 @@ def backend():
 
 def wait(backend, until=lambda: False) -> Outcome | None:
     """The outcome of the only job, or None as soon as `until` says so."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if ended := backend.poll(0.005):
             return ended[0]
         if until():
             return None
-    raise AssertionError("nothing ended within two minutes")
+    raise AssertionError("nothing ended within four minutes")
 
 
 def has_saved(training: Job, step: int) -> bool:
@@ -138,6 +139,7 @@ def undisturbed(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 def test_two_workers_that_are_killed_and_stopped_end_with_the_same_bytes(backend, folder, undisturbed):
     check_nearly_equal(undisturbed, folder / "alone")
@@ -167,6 +169,23 @@ def test_two_workers_that_are_killed_and_stopped_end_with_the_same_bytes(backend
     assert not Path(noticed.scratch).exists() and not (attempt_folder(noticed) / "group").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_one_that_is_killed_while_it_begins_gives_everything_back(backend, folder):
+    import ray
+
+    early = job(folder, "early")
+    backend.submit(early)
+    assert wait(backend, lambda: not ray.available_resources().get("CPU")) is None
+    backend.kill("early")
+    outcome = wait(backend)
+    assert (outcome.state, outcome.transient) == ("lost", True) and "signal 9" in outcome.error
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, "its CPUs are still taken"
+        time.sleep(0.05)
+
+
 def check_nearly_equal(ours: Path, theirs: Path) -> None:
     """Equal networks up to rounding: no number of a tensor differs by more than 2e-5 of its largest."""
     left, right = (load_file(next(folder.glob("*.safetensors"))) for folder in (ours, theirs))
@@ -177,7 +196,7 @@ def check_nearly_equal(ours: Path, theirs: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayTaskError
     from ray.train import ControllerError, WorkerGroupError
 
     from orchestrator.train_group import StageEnded, _outcome
@@ -198,8 +217,10 @@ def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
     dead = {0: StageEnded(broken), 1: RayActorError()}
     assert told(WorkerGroupError("", dead)) == ("lost", True, "worker(s) 1 vanished")
     assert told(WorkerGroupError("", {0: StageEnded(broken)})) == ("lost", True, "worker(s) of the group vanished")
-    state, transient, error = told(ControllerError(FileNotFoundError("worker 1 on host-7 cannot see /runs/a")))
-    assert (state, transient) == ("lost", True) and "worker 1 on host-7 cannot see /runs/a" in error
+    blind = RayTaskError("_meet", "its traceback", GroupError("worker 1 cannot see /runs/a")).as_instanceof_cause()
+    assert told(ControllerError(blind)) == ("failed", False, "GroupError: worker 1 cannot see /runs/a")
+    state, transient, error = told(ControllerError(ConnectionError("no route")))
+    assert (state, transient) == ("lost", True) and "no route" in error
 
 
 @pytest.mark.slow
@@ -207,7 +228,7 @@ def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
 def test_a_worker_that_does_not_see_the_folder_names_it(tmp_path):
     from orchestrator.train_group import _meet
 
-    with pytest.raises(FileNotFoundError, match=rf"worker 1 on .* cannot see {tmp_path}/elsewhere; .*share"):
+    with pytest.raises(GroupError, match=rf"worker 1 on .* cannot see {tmp_path}/elsewhere; .*share"):
         _meet(tmp_path / "elsewhere", "gloo", 1, 2)
 
 

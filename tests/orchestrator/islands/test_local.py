@@ -89,6 +89,13 @@ def test_they_listen_on_loopback_only_and_share_no_port(islands):
     assert not one & two
 
 
+def test_every_process_carries_the_mark_so_that_orphans_are_found(islands):
+    marked = f"{MARK}={islands.folder / 'island_1'}\0".encode()
+    processes = islands.processes("island_1")
+    assert len(processes) > 10
+    assert [command_of(pid) for pid in processes if marked not in Path(f"/proc/{pid}/environ").read_bytes()] == []
+
+
 def test_a_killed_island_is_gone_with_its_jobs_and_comes_back_as_it_was(islands, wheel):
     detached = "subprocess.Popen(['sleep', '900'], start_new_session=True)"
     client = run(islands, "island_1", wheel, f"import subprocess; {detached}; print('up'); input()", "victim")
@@ -155,6 +162,8 @@ def test_islands_outlive_their_starter_remember_and_are_stopped_by_command(tmp_p
         ports = [listener.port for listener in listeners(processes)]
         refused = command.invoke(app, ["up", "--folder", str(tmp_path)])
         assert isinstance(refused.exception, IslandError) and "ddm islands down --folder" in str(refused.exception)
+        with pytest.raises(IslandError, match="island_1 in .* running already"), LocalIslands(tmp_path):
+            pass
         assert marked_processes(str(tmp_path / "island_1")) == processes
     finally:
         ended = command.invoke(app, ["down", "--folder", str(tmp_path)])
@@ -170,7 +179,7 @@ def assert_gone(folder: Path, processes: list[int], scratch: Path):
     assert not alive(processes)
     assert not scratch.exists()
     assert sorted(path.name for path in (folder / "island_1").iterdir()) == ["head.log", "storage"]
-    assert not [path for path in Path("/dev/shm").glob("*") if path.stat().st_mtime > folder.stat().st_mtime]
+    assert not [path for path in Path("/dev/shm").glob("*plasma*") if path.stat().st_mtime > folder.stat().st_mtime]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -198,7 +207,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     dies = [sys.executable, "-c", "print('the object store is too small'); raise SystemExit(1)"]
     monkeypatch.setattr(Head, "command", lambda head: dies)
     with pytest.raises(IslandError, match="island_1 has not started.*object store is too small"):
-        LocalIslands(tmp_path, count=1).__enter__()
+        LocalIslands(tmp_path, count=1).up()
     assert [path.name for path in (tmp_path / "island_1").iterdir() if path.name not in ("head.log", "storage")] == []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.islands import wheel as wheels
-from orchestrator.islands.wheel import PACKAGES, build_wheel
+from orchestrator.islands.wheel import EPOCH, PACKAGES, build_wheel
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,20 +29,23 @@ def checkout(tmp_path, monkeypatch):
     return folder
 
 
-def names(path):
-    return zipfile.ZipFile(path).namelist()
+def entries(path):
+    return zipfile.ZipFile(path).infolist()
 
 
 def test_the_same_code_gives_the_same_bytes(checkout, tmp_path):
     first, second = build_wheel(tmp_path / "a"), build_wheel(tmp_path / "b")
     assert (first.name, first.read_bytes()) == (second.name, second.read_bytes())
+    assert {(entry.date_time, entry.external_attr >> 16) for entry in entries(first)} == {(EPOCH, 0o644)}
 
 
 def test_what_python_leaves_behind_changes_nothing(checkout, tmp_path):
     before = build_wheel(tmp_path / "a")
     (checkout / "experts" / "__pycache__").mkdir()
     (checkout / "experts" / "__pycache__" / "train.cpython-311.pyc").write_bytes(b"compiled")
+    (checkout / "experts" / "__pycache__" / "train.cpython-311.pyc.140").write_bytes(b"half compiled")
     (checkout / "experts" / ".train.py.swp").write_bytes(b"edited")
+    (checkout / "experts" / "train.py~").write_bytes(b"edited")
     assert build_wheel(tmp_path / "b").read_bytes() == before.read_bytes()
 
 
@@ -73,7 +76,7 @@ def test_the_record_names_every_file(wheel):
 
 
 def test_the_wheel_has_code_and_data_and_nothing_else(wheel):
-    found = names(wheel)
+    found = [entry.filename for entry in entries(wheel)]
     for needed in ("artifacts.py", "orchestrator/islands/worker.py", "cluster_configs/experiment/digits.yaml"):
         assert needed in found
     assert [name for name in found if name.startswith("data_partition/fashion/") and name.endswith(".tar.gz")]

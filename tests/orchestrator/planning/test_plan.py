@@ -22,7 +22,7 @@ from orchestrator.planning.calibration import (
     find_calibration,
     identity,
 )
-from orchestrator.planning.plan import plan
+from orchestrator.planning.plan import as_json, plan
 from orchestrator.planning.probes import read_place
 from orchestrator.planning.risk import best_interval_s, expected_seconds, loss_probability
 from orchestrator.planning.tables import duration, metric, plan_tables
@@ -177,9 +177,19 @@ def test_the_monolith_gets_the_machines_of_the_experts(tmp_path):
     assert 0 < found.experts_price < found.experts_s
 
 
-def test_a_plan_is_json(tmp_path):
-    told = json.loads(json.dumps(plain(planned(tmp_path)), allow_nan=False))
+def test_a_plan_is_json_also_if_it_would_never_end(tmp_path):
+    doomed = {"spot": island(cpus=2, losses_per_hour=1e7)}
+    config = configured(tmp_path, islands=doomed)
+    told = json.loads(as_json(planned(tmp_path, config)), parse_constant=lambda name: pytest.fail(name))
     assert told["backend"] == "islands" and len(told["stages"]) == 15
+    experts = [stage for stage in told["stages"] if stage["kind"] == "expert"]
+    assert all(stage["estimate"]["extra_s"] is None and stage["estimate"]["loss_probability"] == 1 for stage in experts)
+    assert any("for ever" in str(cell) for cell in _cells(planned(tmp_path, config)))
+
+
+def _cells(found):
+    tables = [part for part in plan_tables(found) if hasattr(part, "columns")]
+    return [cell for table in tables for column in table.columns for cell in column.cells]
 
 
 def test_the_tables_say_it_in_eighty_columns(tmp_path):
