@@ -388,7 +388,7 @@ def measure(folder: Path, given: argparse.Namespace) -> tuple[list[Claim], list[
 
 NOTES = (
     "Both islands, their storage and the controller are on one machine with two cores; an island is a Ray cluster of "
-    "its own with one CPU, its own loopback address and its own token.",
+    "its own with one CPU, its own ports and its own token.",
 )
 
 

@@ -6,6 +6,7 @@ controller.json                   which controller walks the run, with a heartbe
 run_id                            eight hex digits that name this run on islands
 islands.json                      which islands do not answer, while that is so
 submission.json                   the latest `ddm submit`, and that its job has found this folder
+wheels/                           the code as it was sent to islands
 stop                              a request to stop; the controller removes it
 calibration.json                  how quick this machine and the islands are, written by `ddm plan --calibrate`
 report.html                       written at the end of every run

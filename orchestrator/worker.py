@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from artifacts import Preempted, Workspace, is_finished, publish, verify, write_json
 from data_partition.errors import DownloadFailed, SourceUnreachable
@@ -150,12 +150,16 @@ def _logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
+POOLS = ThreadpoolController()
+"""The thread pools of all libraries that the rooms have loaded; looking for them takes a millisecond."""
+
+
 @contextlib.contextmanager
 def _limited_threads(cpus: int) -> Iterator[None]:
     """One thread per CPU that was given, in torch and in every BLAS; results depend on this number."""
     before = torch.get_num_threads()
     torch.set_num_threads(cpus)
-    with threadpool_limits(cpus):
+    with POOLS.limit(limits=cpus):
         try:
             yield
         finally:

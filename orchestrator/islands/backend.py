@@ -2,11 +2,9 @@
 
 import functools
 import queue
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from artifacts import write_json
@@ -27,10 +25,9 @@ class IslandsBackend:
     def __init__(self, config: ComputeConfig, run: RunFolder, home: Callable[[], Backend]) -> None:
         self.config, self.run = config, run
         self._outcomes: queue.Queue[Outcome] = queue.Queue()
-        self._built = tempfile.TemporaryDirectory(prefix="ddm-wheel-")
         self._open_home = functools.cache(home)
         self._at_home: set[str] = set()
-        wheel = build_wheel(Path(self._built.name))
+        wheel = build_wheel(run.root / "wheels")
         self.lines = {
             name: Line(
                 name=name,
@@ -103,7 +100,6 @@ class IslandsBackend:
             line.close()
         if self._open_home.cache_info().currsize:
             self._open_home().close()
-        self._built.cleanup()
 
     def _record(self, event: str, **facts: Any) -> None:
         """Write an event into the journal, and who answers into a file that `ddm status` reads."""

@@ -25,6 +25,9 @@ logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNIN
 TIMEOUT_S = (3.0, 10.0)
 """Longest wait for a connection, and between two bytes of an answer."""
 
+ISLAND = "ddm-island"
+"""Key of a submission's metadata that says which island it was given to."""
+
 Status = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 T = TypeVar("T")
 
@@ -80,6 +83,7 @@ class IslandClient:
                 lambda client: client.submit_job(
                     entrypoint=shlex.join(command),
                     submission_id=submission_id,
+                    metadata={ISLAND: self.name},
                     runtime_env={"py_modules": [str(wheel)], "env_vars": environment},
                     entrypoint_num_cpus=0 if group else resources.cpus,
                     entrypoint_num_gpus=0 if group else resources.gpus,
@@ -94,7 +98,10 @@ class IslandClient:
         return True
 
     def states(self) -> dict[str, JobState]:
-        """Everything that was submitted to the island, by submission id."""
+        """Everything that was submitted to the island, by submission id.
+
+        Several islands may be types of nodes of one Ray cluster: what another of them was given is not counted.
+        """
         found = self._ask(lambda client: client.list_jobs())
         return {
             job.submission_id: JobState(
@@ -104,7 +111,7 @@ class IslandClient:
                 exit_code=job.driver_exit_code,
             )
             for job in found
-            if job.submission_id
+            if job.submission_id and (job.metadata or {}).get(ISLAND, self.name) == self.name
         }
 
     def stop(self, submission_id: str) -> None:

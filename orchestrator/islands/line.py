@@ -1,8 +1,8 @@
 """One island as the controller sees it: a thread that sends inputs, submits, watches and brings home.
 
-Each island has a line of its own, so that one that does not answer delays no other. What the island says decides, as
-long as it answers: a job that has ended has ended. While it does not answer, its jobs are *unknown*, and they are given
-up only when neither the island nor the storage has shown a sign of life for the lease.
+Each island has a line of its own, so that one that does not answer delays no other. A job that the island says has ended
+has ended. That it runs is believed only as long as it shows signs of life: an island that was restarted may remember jobs
+that died with it. While it does not answer, its jobs are *unknown*; they are given up when the lease has passed.
 """
 
 import json
@@ -202,30 +202,34 @@ class Line:
     def _look(self, track: Track, states: dict[str, JobState] | None) -> None:
         """What has become of one attempt."""
         now = time.monotonic()
-        if self._has_news(track):
+        news = self._has_news(track)
+        if news:
             track.sign_of_life = now
         state = states.get(track.submission_id) if states is not None else None
         if state is not None and not state.has_ended:
-            track.status, track.sign_of_life = state.status.lower(), now
+            track.status = state.status.lower()
+            if state.status == "PENDING" or not track.beats or news is None:
+                track.sign_of_life = now
             self._pass_on_stop(track)
+        if state is not None and not state.has_ended and now - track.sign_of_life <= self.lease_s:
             return
-        if state is not None or (attempt_folder(track.job) / "outcome.json").exists():
+        if (state is not None and state.has_ended) or (attempt_folder(track.job) / "outcome.json").exists():
             track.is_ending = True
             self._movers.submit(self._guarded, track, lambda track: self._bring_home(track, state))
         elif now - track.sign_of_life > self.lease_s:
-            what = "has forgotten the attempt" if states is not None else "does not answer"
+            what = "does not answer" if states is None else f"calls the attempt {state.status if state else 'unknown'}"
             reason = f"island {self.name} {what} and gave no sign of life for {self.lease_s:g} s (compute.lease_s)"
             self._movers.submit(self._guarded, track, lambda track: self._give_up(track, reason))
             track.is_ending = True
 
-    def _has_news(self, track: Track) -> bool:
-        """Fetch what the attempt has written about itself; whether there is a new beat."""
+    def _has_news(self, track: Track) -> bool | None:
+        """Fetch what the attempt has written about itself; whether there is a new beat, None if nobody can tell."""
         try:
             self.storage.follow_tree(track.names.folder, attempt_folder(track.job))
             beat = self.storage.get_json(track.names.beat)
         except (StorageError, OSError) as error:
             log.warning("%s: %s", self.name, error)
-            return False
+            return None
         beats = int(beat["beats"]) if beat else 0
         grown, track.beats = beats != track.beats, beats
         return grown

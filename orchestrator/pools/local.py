@@ -9,6 +9,8 @@ from orchestrator.pools.launcher import resource
 from orchestrator.pools.machines import NodeConfig
 
 HEAD_TYPE = "ray.head.default"
+PROVIDER = "ddm_local_nodes.LocalNodes"
+"""The autoscaler's import path of `local_nodes.py`, whose copy is all that it sees of our code."""
 
 
 def render_local(config: PoolConfig) -> dict[str, str]:
@@ -26,7 +28,8 @@ def render_local(config: PoolConfig) -> dict[str, str]:
         "idle_timeout_minutes": config.idle_minutes,
         "docker": {},
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": PROVIDER,
             "gcs_address": f"{ADDRESS}:{config.first_port + PORTS['--port']}",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,

@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import requests
+
 from artifacts import read_json, write_json
 from orchestrator.errors import IslandError
 from orchestrator.islands.client import IslandClient
@@ -12,11 +14,13 @@ from orchestrator.islands.head import Head, free_blocks, new_scratch
 from orchestrator.islands.marked import kill_marked, marked_processes
 from orchestrator.pools.config import PoolConfig
 from orchestrator.pools.islands import islands
+from orchestrator.pools.local import PROVIDER
 from orchestrator.pools.tools import PoolError
 
 STATE = "local.json"
 """In the pool's folder while it has processes or temporary files: where they are."""
 LOG = "head.log"
+CODE = "code"
 START_S = 120.0
 """Longest wait for a head that answers; a cold disk is slow."""
 
@@ -29,9 +33,10 @@ def check(config: PoolConfig, folder: Path) -> None:
 
 
 def up(config: PoolConfig, folder: Path) -> None:
-    """Start the head, whose autoscaler reads `pool.yaml` in `folder`; returns when its Jobs API answers."""
+    """Start the head, whose autoscaler reads `pool.yaml` in `folder`; returns when it takes jobs."""
     head = _head(config, folder)
     head.make_folders()
+    _copy_provider(head.scratch)
     write_json(folder / STATE, {"scratch": str(head.scratch)})
     with (folder / LOG).open("wb") as log:
         started = subprocess.Popen(
@@ -44,7 +49,7 @@ def up(config: PoolConfig, folder: Path) -> None:
             start_new_session=True,
         )
     try:
-        _wait_for_answer(config, folder, started)
+        _wait_for_jobs(config, head, started)
     except PoolError:
         down(config, folder)
         raise
@@ -63,8 +68,16 @@ def left(config: PoolConfig, folder: Path) -> list[str]:
     return [f"process {process}" for process in marked_processes(str(folder))]
 
 
+def _copy_provider(scratch: Path) -> None:
+    copy = scratch / CODE / f"{PROVIDER.partition('.')[0]}.py"
+    copy.parent.mkdir()
+    shutil.copyfile(Path(__file__).with_name("local_nodes.py"), copy)
+
+
 def _head(config: PoolConfig, folder: Path) -> Head:
+    scratch = new_scratch()
     environment = {
+        "PYTHONPATH": str(scratch / CODE),
         "RAY_AUTH_TOKEN_PATH": str(config.token),
         "RAY_JOB_START_TIMEOUT_SECONDS": f"{config.start_timeout_s:.0f}",
         "RAY_FAKE_CLUSTER": "1",
@@ -74,7 +87,7 @@ def _head(config: PoolConfig, folder: Path) -> Head:
     }
     return Head(
         folder=folder,
-        scratch=new_scratch(),
+        scratch=scratch,
         first_port=config.first_port,
         cpus=0,
         is_durable=False,
@@ -83,16 +96,21 @@ def _head(config: PoolConfig, folder: Path) -> Head:
     )
 
 
-def _wait_for_answer(config: PoolConfig, folder: Path, started: subprocess.Popen[bytes]) -> None:
+def _wait_for_jobs(config: PoolConfig, head: Head, started: subprocess.Popen[bytes]) -> None:
+    """Wait until the Jobs API answers, and the agent that starts jobs, which comes last."""
     name, island = next(iter(islands(config).items()))
     deadline = time.monotonic() + START_S
     while True:
         try:
             IslandClient(name, island).reach()
-        except IslandError as error:
+            token = config.token.read_text(encoding="utf-8")
+            asked = f"{head.agent}/api/local_raylet_healthz"
+            requests.get(asked, headers={"Authorization": f"Bearer {token}"}, timeout=5).raise_for_status()
+        except (IslandError, requests.RequestException) as error:
             if started.poll() is not None or time.monotonic() > deadline:
-                last = " / ".join((folder / LOG).read_text(errors="replace").splitlines()[-3:])
-                raise PoolError(f"the pool's head does not answer ({error}): {last}; see {folder / LOG}") from error
+                log = head.folder / LOG
+                last = " / ".join(log.read_text(errors="replace").splitlines()[-3:])
+                raise PoolError(f"the pool's head does not answer ({error}): {last}; see {log}") from error
             time.sleep(0.2)
         else:
             return

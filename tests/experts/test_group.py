@@ -99,6 +99,18 @@ def apart(rank, folder):
     return ended(lambda: trained("residual_mlp", Workspace.at(found)))
 
 
+def drawing(rank, folder):
+    """What a network itself draws, such as its dropout."""
+    drawn = []
+
+    def loss(model, batch):
+        drawn.append(float(torch.rand(())))
+        return velocity_loss(model, batch)
+
+    trained("residual_mlp", own(folder / "drawing", rank), loss=loss)
+    return drawn
+
+
 def indivisible(rank, folder):
     return ended(lambda: trained("residual_mlp", own(folder / "odd", rank), replace(TRAINING, batch_size=7)))
 
@@ -142,6 +154,7 @@ SCENARIOS = {
     "killed": killed_everywhere,
     "diverged": diverged_in_the_last,
     "apart": apart,
+    "drawing": drawing,
     "indivisible": indivisible,
     "encoded": encoded,
     "halted": stopped_while_encoding,
@@ -246,6 +259,12 @@ def test_a_loss_that_is_not_finite_anywhere_ends_all(folder):
 def test_workers_that_do_not_share_a_scratch_folder_are_told_so(folder):
     for said in told(folder, "apart"):
         assert said.startswith("GroupError: the workers found checkpoints of the steps 6, 0, 0")
+
+
+@pytest.mark.slow
+def test_what_a_network_draws_is_another_on_every_worker(folder):
+    drawn = [number for numbers in told(folder, "drawing") for number in numbers]
+    assert len(set(drawn)) == SIZE * TRAINING.steps
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """A pool as islands: what is printed is what `ddm run` takes, one island for each type."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 from pydantic import TypeAdapter
@@ -7,7 +9,7 @@ from pydantic import TypeAdapter
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.pools.islands import islands
 from orchestrator.pools.rendering import render
-from tests.orchestrator.pools.pools import SHIPPED, shipped
+from tests.orchestrator.pools.pools import FOLDER, SHIPPED, shipped
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -34,3 +36,10 @@ def test_a_withdrawn_type_is_no_island():
 
 def test_skypilot_falls_back_inside_one_island():
     assert list(islands(shipped("skypilot"))) == ["skypilot_l4_spot"]
+
+
+def test_the_pool_on_this_machine_ships_as_compute_pool_local():
+    own = {"token_file": "~/.ddm/pools/local/token", "storage": "~/.ddm/pools/local/storage", "memory_gb": 0.0}
+    expected = {name: replace(island, **own) for name, island in islands(shipped("local")).items()}
+    written = yaml.safe_load((FOLDER.parent / "compute" / "pool_local.yaml").read_text())
+    assert TypeAdapter(ComputeConfig).validate_python(written).islands == expected

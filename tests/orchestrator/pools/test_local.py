@@ -11,10 +11,12 @@ import ray
 import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from orchestrator.compute_config import ResourcesConfig
 from orchestrator.errors import IslandError
 from orchestrator.islands.client import IslandClient
 from orchestrator.islands.head import ADDRESS, free_blocks
 from orchestrator.islands.marked import marked_processes
+from orchestrator.islands.wheel import build_wheel
 from orchestrator.pools import lifecycle
 from orchestrator.pools.config import PoolConfig
 from orchestrator.pools.islands import islands
@@ -106,12 +108,26 @@ def test_without_spot_work_waits_on_demand_works_and_when_spot_is_back_it_goes_o
 
 
 def test_nodes_come_for_each_job_that_waits_and_go_when_idle(pool, tmp_path):
-    def meets(mine: str, other: str) -> str:
-        return f"touch {tmp_path}/{mine}; while [ ! -e {tmp_path}/{other} ]; do sleep 0.1; done"
+    """The jobs meet, so each has a node of its own, and both nodes install our wheel at the same time."""
+    wheel = build_wheel(tmp_path)
+    spot, firm = (IslandClient(name, islands(pool.config)[name]) for name in ("local_spot", "local_on_demand"))
 
-    both = pool.submit("local_spot", meets("a", "b")), pool.submit("local_spot", meets("b", "a"))
-    wait(lambda: pool.has_succeeded(*both), "two nodes at once")
+    def submit(mine: str, other: str) -> None:
+        meet = f"touch {tmp_path}/{mine}; while [ ! -e {tmp_path}/{other} ]; do sleep 0.1; done"
+        command = ["sh", "-c", f"python -c 'import artifacts' && {meet}"]
+        assert spot.submit(mine, command, wheel=wheel, resources=ResourcesConfig(), env={}, grace_s=1)
+
+    submit("one", "two")
+    submit("two", "one")
+    wait(lambda: ended(spot, "one", "two"), "two nodes at once")
+    assert {name: spot.states()[name].status for name in ("one", "two")} == dict.fromkeys(("one", "two"), "SUCCEEDED")
+    assert not {"one", "two"} & firm.states().keys()
     wait(lambda: pool.nodes() == 0, "the end of idle nodes")
+
+
+def ended(island: IslandClient, *jobs: str) -> bool:
+    states = island.states()
+    return all(states[job].has_ended for job in jobs)
 
 
 def test_down_ends_everything_even_what_does_not_want_to(pool):

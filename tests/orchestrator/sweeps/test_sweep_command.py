@@ -95,8 +95,8 @@ def test_optuna_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(tmp_path):
         "hydra.sweeper.n_trials=2",
         "hydra.sweeper.n_jobs=1",
         "expert.training.lr=tag(log,interval(1e-4,1e-2))",
-        "compute.cpus=2",
-        "expert.training.steps=600",
+        "compute.cpus=1",
+        "expert.training.steps=400",
         "expert.training.checkpoint_every=50",
     )
     running = start(*words, DDM_MARK=str(tmp_path))
