@@ -14,7 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ["artifacts", "data_partition", "experts", "router", "ensemble", "orchestrator"]
 DOORS = {
-    "ray": {"orchestrator/ray_backend.py", "orchestrator/train_group.py", "orchestrator/islands/client.py"},
+    "ray": {
+        "orchestrator/ray_backend.py",
+        "orchestrator/train_group.py",
+        "orchestrator/islands/client.py",
+        "orchestrator/pools/local_nodes.py",
+    },
     "hydra": {
         "orchestrator/compose.py",
         "orchestrator/sweeps/launcher.py",

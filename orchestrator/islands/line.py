@@ -1,8 +1,9 @@
 """One island as the controller sees it: a thread that sends inputs, submits, watches and brings home.
 
-Each island has a line of its own, so that one that does not answer delays no other. A job that the island says has ended
-has ended. That it runs is believed only as long as it shows signs of life: an island that was restarted may remember jobs
-that died with it. While it does not answer, its jobs are *unknown*; they are given up when the lease has passed.
+Each island has a line of its own, so that one that does not answer delays no other. A job that the island says has
+ended has ended. That it runs is believed only as long as it shows signs of life: an island that was restarted may
+remember jobs that died with it. While it does not answer, its jobs are *unknown*; they are given up when the lease has
+passed.
 """
 
 import json

@@ -17,7 +17,7 @@ FINISH = """\
 idle=0
 while [ "$idle" -lt {looks} ] && kill -0 "$head"; do
   sleep {look_s}
-  if ray job list --address=http://127.0.0.1:8265 | grep -Eq "PENDING|RUNNING"; then idle=0; else idle=$((idle + 1)); fi
+  if ray job list --address=http://127.0.0.1:8265 | grep -Eq "JobStatus.(PENDING|RUNNING)"; then idle=0; else idle=$((idle + 1)); fi
 done
 kill "$head"
 """

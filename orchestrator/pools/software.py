@@ -25,6 +25,7 @@ PACKAGES = (
     "pillow>=10.3",
     "pydantic>=2.8",
     "pyyaml>=6",
+    "requests>=2.31",
     "rich>=13",
     "safetensors>=0.4.5",
     "scikit-learn>=1.4",

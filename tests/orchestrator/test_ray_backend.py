@@ -13,6 +13,7 @@ from orchestrator.backend import Job
 from orchestrator.compute_config import ComputeConfig, ResourcesConfig
 from orchestrator.controller import _backend
 from orchestrator.errors import ConfigError
+from orchestrator.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -39,7 +40,7 @@ def job(folder: Path, config: dict, attempt: int = 1, kind: str = "dataset") -> 
         inputs={},
         input_fingerprints={},
         artifact=str(folder / "artifact"),
-        scratch=str(folder),
+        scratch=str(folder / "state"),
         attempt=attempt,
         stop_files=(),
         resources=ResourcesConfig(cpus=1),
@@ -60,7 +61,7 @@ def listeners_before():
 
 @pytest.fixture(scope="module")
 def backend(listeners_before):
-    with _backend(ComputeConfig(cpus=1)) as found:
+    with _backend(ComputeConfig(cpus=1), RunFolder(Path())) as found:
         yield found
 
 

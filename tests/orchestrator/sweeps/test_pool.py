@@ -31,10 +31,10 @@ def trial(folder, number=0, seed=0):
     return trial_in(folder, number, {"expert.training.lr": f"0.00{number + 1}"}, seed)
 
 
-def wait_until(true, what="it"):
-    deadline = time.monotonic() + 60
+def wait_until(true, what="it", limit_s=60):
+    deadline = time.monotonic() + limit_s
     while not true():
-        assert time.monotonic() < deadline, f"{what} took a minute"
+        assert time.monotonic() < deadline, f"{what} took more than {limit_s} s"
         time.sleep(0.02)
 
 

@@ -100,8 +100,8 @@ def test_optuna_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(tmp_path):
         "expert.training.checkpoint_every=50",
     )
     running = start(*words, DDM_MARK=str(tmp_path))
-    first = wait_for(folder, "*/report.html")
-    second = wait_for(folder, "*/work/expert_0-*/state/checkpoints/step-*", without=first)
+    first = await_new(folder, "*/report.html")
+    second = await_new(folder, "**/expert_0-*/state/checkpoints/step-*", without=first)
     added = environment_of(json.loads((second / "controller.json").read_text())["pid"])
     running.kill()
     running.communicate()
@@ -129,8 +129,8 @@ def test_optuna_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(tmp_path):
 def test_a_grid_killed_at_its_second_trial_goes_on_there(tmp_path):
     words = ("compute=inline", f"folder={tmp_path}", "expert.training.steps=30")
     running = start(*words, "seed=1,2")
-    first = wait_for(tmp_path, "*/report.html")
-    second = wait_for(tmp_path, "*/artifacts/dataset-*/manifest.json", without=first)
+    first = await_new(tmp_path, "*/report.html")
+    second = await_new(tmp_path, "*/artifacts/dataset-*/manifest.json", without=first)
     running.kill()
     running.communicate()
     assert {first.name, second.name} == {"seed=1", "seed=2"}
@@ -145,14 +145,14 @@ def test_a_grid_killed_at_its_second_trial_goes_on_there(tmp_path):
     assert (first / "journal.jsonl").read_bytes() == before
 
 
-def wait_for(folder: Path, pattern: str, without: Path | None = None) -> Path:
+def await_new(folder: Path, pattern: str, without: Path | None = None) -> Path:
     """The run folder in which a path like that has come to be."""
 
     def found() -> list[Path]:
         paths = (path.relative_to(folder).parts[0] for path in folder.glob(pattern))
         return [folder / name for name in paths if without is None or name != without.name]
 
-    wait_until(found, pattern)
+    wait_until(found, pattern, limit_s=200)
     return found()[0]
 
 
