@@ -12,12 +12,16 @@ from orchestrator.pools.machines import NodeConfig
 from orchestrator.pools.software import PYTHON_VERSION, environment, guard_token, install, start_ray
 
 LOOK_S = 60
+AGENT = "--dashboard-agent-listen-port=52375"
+CLIENTS = "--ray-client-server-port=10101"
+"""Ports at which SkyPilot's own Ray listens otherwise, and would be given our jobs."""
 
 FINISH = """\
 idle=0
 while [ "$idle" -lt {looks} ] && kill -0 "$head"; do
   sleep {look_s}
-  if ray job list --address=http://127.0.0.1:8265 | grep -Eq "JobStatus.(PENDING|RUNNING)"; then idle=0; else idle=$((idle + 1)); fi
+  idle=$((idle + 1))
+  if ray job list --address=http://127.0.0.1:8265 | grep -Eq "JobStatus.(PENDING|RUNNING)"; then idle=0; fi
 done
 kill "$head"
 """
@@ -90,8 +94,17 @@ def _python() -> list[str]:
 def _run(config: PoolConfig, name: str, node: NodeConfig) -> str:
     """The head works too; it ends, and with it the pool, when no job has been there for `idle_minutes`."""
     own = f"""--resources='{{"{resource(name)}": {node.slots}}}'"""
-    head = ("--head", f"--port={GCS_PORT}", "--dashboard-host=127.0.0.1", "--dashboard-port=8265", own, "--block")
-    worker = (f'--address="$(echo "$SKYPILOT_NODE_IPS" | head -n1):{GCS_PORT}"', own, "--block")
+    head = (
+        "--head",
+        f"--port={GCS_PORT}",
+        "--dashboard-host=127.0.0.1",
+        "--dashboard-port=8265",
+        AGENT,
+        CLIENTS,
+        own,
+        "--block",
+    )
+    worker = (f'--address="$(echo "$SKYPILOT_NODE_IPS" | head -n1):{GCS_PORT}"', AGENT, own, "--block")
     looks = max(1, round(config.idle_minutes * 60 / LOOK_S))
     return "\n".join(
         [

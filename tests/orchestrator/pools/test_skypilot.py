@@ -76,6 +76,8 @@ def test_the_token_travels_as_a_file_and_skypilots_own_ray_is_left_alone():
     task = document(shipped("skypilot", "token_file=/t/token"), "l4_spot.yaml")
     assert task["file_mounts"] == {"~/.ray/auth_token": "/t/token"}
     assert "RAY_AUTH_MODE=token" in task["run"] and "ray stop" not in task["run"]
+    starts = [line for line in task["run"].splitlines() if "ray start" in line]
+    assert len(starts) == 2 and all("--dashboard-agent-listen-port=52375" in line for line in starts)
 
 
 def test_when_spot_is_withdrawn_its_fallback_is_launched_by_itself():

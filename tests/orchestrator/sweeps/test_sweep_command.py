@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,8 @@ def test_optuna_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(tmp_path):
     running = start(*words, DDM_MARK=str(tmp_path))
     first = await_new(folder, "*/report.html")
     second = await_new(folder, "**/expert_0-*/state/checkpoints/step-*", without=first)
+    worker = json.loads(next(second.glob("work/expert_0-*/attempt_1/worker.json")).read_text())["pid"]
+    os.kill(worker, signal.SIGSTOP)  # or it would be done before Ray has noticed that its controller is gone
     added = environment_of(json.loads((second / "controller.json").read_text())["pid"])
     running.kill()
     running.communicate()
