@@ -119,7 +119,7 @@ def _wait_for_checkpoint(folder: Path) -> int:
     while time.monotonic() < deadline:
         for scratch in (folder / "work").glob("expert_1-*"):
             worker = scratch / "attempt_1" / "worker.json"
-            if any((scratch / "checkpoints").glob("*")) and process_start(read_json(worker)["pid"]):
+            if any((scratch / "state" / "checkpoints").glob("*")) and process_start(read_json(worker)["pid"]):
                 return int(read_json(worker)["pid"])
         time.sleep(0.01)
     raise AssertionError("expert_1 wrote no checkpoint within two minutes")
