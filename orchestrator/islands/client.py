@@ -31,6 +31,9 @@ ISLAND = "ddm-island"
 Status = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 T = TypeVar("T")
 
+TAKEN = "already exists"
+"""What Ray's answer says somewhere, below a traceback, when a submission id is used a second time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
@@ -92,7 +95,7 @@ class IslandClient:
                 )
             )
         except IslandError as error:
-            if "already exists" not in str(error):
+            if TAKEN not in str(error):
                 raise
             return False
         return True
@@ -143,7 +146,9 @@ class IslandClient:
             ) from error
         except (RuntimeError, requests.RequestException, ValueError) as error:
             text = _short(error)
-            if "already exists" not in text and any(sign in text for sign in _PASSING):
+            if TAKEN in str(error):
+                raise IslandError(f"island {self.name}: a job of that name {TAKEN}") from error
+            if any(sign in text for sign in _PASSING):
                 raise Unreachable(f"island {self.name} cannot answer now ({text})") from error
             raise IslandError(f"island {self.name} refuses: {text}") from error
 

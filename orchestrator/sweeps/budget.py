@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 
 from orchestrator.compose import FULL_ERROR
 from orchestrator.compute_config import ComputeConfig
@@ -22,29 +22,35 @@ would have to import torch again."""
 AUTH_MODE, AUTH_TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What trials may use together."""
+    """What trials may use together; nothing is started before one of them asks for it."""
 
-    cpus: int
-    """CPUs in all; as many trials run at once unless `hydra.launcher.parallel` says otherwise."""
-    environment: dict[str, str]
-    """The environment of every trial's controller."""
+    def __init__(self, compute: ComputeConfig, stack: contextlib.ExitStack) -> None:
+        self._compute, self._stack = compute, stack
+
+    @cached_property
+    def cpus(self) -> int:
+        """CPUs in all; as many trials run at once unless `hydra.launcher.parallel` says otherwise."""
+        if self._compute.backend == "ray" and self._compute.address is not None:
+            return _cpus_at(self._compute, self._compute.address)
+        islands = sum(island.cpus for island in self._compute.islands.values())
+        return islands or self._compute.cpus or cpus_here()
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """The environment of every trial's controller: ours, and what it needs to join the Ray cluster."""
+        # A copy of before: Ray changes its own process's environment as it starts.
+        ours = {name: value for name, value in os.environ.items() if name != FULL_ERROR}
+        if self._compute.backend not in ("ray", "islands") or self._compute.address is not None:
+            return ours
+        return ours | self._stack.enter_context(_embedded(self._compute))
 
 
 @contextlib.contextmanager
 def shared_budget(compute: ComputeConfig) -> Iterator[Budget]:
-    """Start what the trials share, for as long as the block lasts."""
-    # A copy of before: Ray changes its own process's environment as it starts.
-    environment = {name: value for name, value in os.environ.items() if name != FULL_ERROR}
-    if compute.backend not in ("ray", "islands"):
-        yield Budget(cpus=cpus_here(), environment=environment)
-    elif compute.address is not None:
-        yield Budget(cpus=_cpus_at(compute), environment=environment)
-    else:
-        with _embedded(compute) as (cpus, added):
-            islands = sum(island.cpus for island in compute.islands.values())
-            yield Budget(cpus=islands or cpus, environment=environment | added)
+    """What the trials share; it ends with the block."""
+    with contextlib.ExitStack() as stack:
+        yield Budget(compute, stack)
 
 
 def cpus_here() -> int:
@@ -52,8 +58,9 @@ def cpus_here() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _cpus_at(compute: ComputeConfig) -> int:
-    if (compute.address or "").startswith("127."):
+def _cpus_at(compute: ComputeConfig, address: str) -> int:
+    """CPUs of a running Ray cluster."""
+    if address.startswith("127."):
         os.environ.setdefault(LOOPBACK_ONLY, "0")
     from orchestrator.ray_backend import joined_cluster
 
@@ -62,8 +69,8 @@ def _cpus_at(compute: ComputeConfig) -> int:
 
 
 @contextlib.contextmanager
-def _embedded(compute: ComputeConfig) -> Iterator[tuple[int, dict[str, str]]]:
-    """Start the cluster; yields its CPUs, and what a controller's environment needs to join it."""
+def _embedded(compute: ComputeConfig) -> Iterator[dict[str, str]]:
+    """Start the cluster; yields what a controller's environment needs to join it."""
     os.environ.setdefault(LOOPBACK_ONLY, "0")
     os.environ.setdefault(*IDLE_MS)
     if AUTH_MODE not in os.environ:
@@ -72,4 +79,4 @@ def _embedded(compute: ComputeConfig) -> Iterator[tuple[int, dict[str, str]]]:
     from orchestrator.ray_backend import SHARED_ADDRESS, joined_cluster  # Ray reads all that when it is imported
 
     with joined_cluster(compute) as cluster:
-        yield cluster.cpus, {**added, SHARED_ADDRESS: cluster.address}
+        yield {**added, SHARED_ADDRESS: cluster.address}

@@ -68,8 +68,7 @@ class TrialLauncher(Launcher):
     def _walk(self, trials: Sequence[Trial], ends: list[TrialEnd], metric: str) -> None:
         display = SweepDisplay(self.console, len(trials), metric)
         following = iter(trials)
-        is_needed = not all(trial.is_finished for trial in trials)
-        with self.pool("", len(trials), needs_budget=is_needed) as pool, display.showing(pool.members):
+        with self.pool("") as pool, display.showing(pool.members):
             drive(pool, lambda: next(following, None), ends.append, display)
 
     def trial(self, number: int, overrides: Sequence[str], parameters: Mapping[str, str]) -> Trial:
@@ -92,13 +91,15 @@ class TrialLauncher(Launcher):
             raise ConfigError(str(error).splitlines()[0]) from None
 
     @contextmanager
-    def pool(self, metric: str, most: int, *, needs_budget: bool) -> Iterator[TrialPool]:
-        """A pool of at most `most` trials; without a need for it, nothing is started for them to share."""
-        if not needs_budget:
-            yield TrialPool(1, {}, metric)
-            return
+    def pool(self, metric: str, at_once: int | None = None) -> Iterator[TrialPool]:
+        """A pool of trials under one budget, `at_once` of them if that is less than the launcher allows."""
         with shared_budget(self._compute()) as budget:
-            yield TrialPool(min(most, self.settings.parallel or budget.cpus), budget.environment, metric)
+
+            def limit() -> int:
+                allowed = self.settings.parallel or budget.cpus
+                return min(allowed, at_once or allowed)
+
+            yield TrialPool(limit, lambda: budget.environment, metric)
 
     def _compute(self) -> ComputeConfig:
         """Where all trials run; what is swept below `compute` is not seen here."""

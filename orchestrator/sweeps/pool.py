@@ -38,17 +38,20 @@ class Member:
 
 
 class TrialPool:
-    """Starts trials, and says how they ended."""
+    """Starts trials, and says how they ended.
+
+    `limit` is how many at once and `environment` what each is given; neither is asked for before a trial has to run.
+    """
 
     def __init__(
         self,
-        parallel: int,
-        environment: Mapping[str, str],
+        limit: Callable[[], int],
+        environment: Callable[[], Mapping[str, str]],
         metric: str = "",
         command: Callable[[Trial], Sequence[str]] = resume_command,
     ) -> None:
         self.members: dict[str, Member] = {}
-        self._parallel, self._environment = parallel, dict(environment)
+        self._limit, self._environment = limit, environment
         self._metric, self._command = metric, command
         self._at_once: list[TrialEnd] = []
         self._stopping = False
@@ -56,7 +59,9 @@ class TrialPool:
     @property
     def has_room(self) -> bool:
         """Whether one more may be started."""
-        return len(self.members) + len(self._at_once) < self._parallel and not self._stopping
+        if not self.members:
+            return not self._at_once and not self._stopping
+        return len(self.members) + len(self._at_once) < self._limit() and not self._stopping
 
     @property
     def is_idle(self) -> bool:
@@ -118,7 +123,7 @@ class TrialPool:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env=dict(self._environment()),
                 start_new_session=True,
             )
 

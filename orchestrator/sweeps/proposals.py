@@ -36,11 +36,6 @@ class Proposals:
         """Trials that no run was started for in this call: only a sweep that was stopped has any."""
         return self.unproposed + len(self._open)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is open and there is nothing to propose."""
-        return not self._open and not self.unproposed
-
     def following(self) -> Trial | None:
         """The next trial to run; None if there is none."""
         while self._open or self.unproposed:

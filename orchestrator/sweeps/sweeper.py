@@ -66,11 +66,10 @@ class OptunaSweeper(Sweeper):
         axes, fixed = self._space(arguments)
         metric = self._checked_metric(axes, fixed)
         launcher, folder = self.launcher, self.launcher.folder
-        jobs = self.settings.n_jobs or self.settings.n_trials
         with only_sweep(folder):
-            proposals = self._proposals(axes, fixed, metric, is_parallel=jobs > 1)
+            proposals = self._proposals(axes, fixed, metric, is_parallel=self.settings.n_jobs != 1)
             display = SweepDisplay(launcher.console, self.settings.n_trials, metric)
-            with launcher.pool(metric, jobs, needs_budget=not proposals.is_done) as pool, display.showing(pool.members):
+            with launcher.pool(metric, self.settings.n_jobs) as pool, display.showing(pool.members):
                 drive(pool, proposals.following, proposals.ended, display)
             maximize = self.settings.direction == "maximize"
             show_summary(launcher.console, folder, proposals.every_end(), metric, maximize=maximize)

@@ -62,7 +62,7 @@ def sweep(folder: Path, n_trials: int, parallel: int) -> None:
         config = OptunaConfig(startup=2)
         study = Study(folder / "sweep" / "optuna.jsonl", AXES, config, is_parallel=parallel > 1)
         proposals = Proposals(study, trial_of, n_trials, METRIC)
-        pool = TrialPool(parallel, os.environ, METRIC, command)
+        pool = TrialPool(lambda: parallel, lambda: os.environ, METRIC, command)
         drive(pool, proposals.following, proposals.ended, SweepDisplay(console, n_trials, METRIC))
         show_summary(console, folder / "sweep", proposals.every_end(), METRIC, maximize=False)
     conclude(proposals.ends, unstarted=proposals.unstarted)

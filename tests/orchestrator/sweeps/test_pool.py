@@ -15,8 +15,8 @@ from tests.orchestrator.sweeps.fake_sweep import METRIC, command, trial_in
 from tests.orchestrator.sweeps.fake_trial import FAILS, NEVER_ENDS
 
 
-def pool(parallel=2, run=command, **environment) -> TrialPool:
-    return TrialPool(parallel, dict(os.environ) | environment, METRIC, run)
+def pool(parallel=2) -> TrialPool:
+    return TrialPool(lambda: parallel, lambda: os.environ, METRIC, command)
 
 
 def end_of(pool, count=1):
@@ -123,7 +123,7 @@ def test_a_run_that_another_controller_has_finished_is_not_run_again(tmp_path):
 def test_a_trial_has_the_environment_that_it_was_given(tmp_path):
     seen = tmp_path / "seen"
     code = f"import json, os; open({str(seen)!r}, 'w').write(json.dumps(dict(os.environ)))"
-    trials = TrialPool(1, {"ONLY": "this"}, METRIC, lambda trial: [sys.executable, "-I", "-c", code])
+    trials = TrialPool(lambda: 1, lambda: {"ONLY": "this"}, METRIC, lambda trial: [sys.executable, "-I", "-c", code])
     trials.start(trial(tmp_path))
     end_of(trials)
     assert set(json.loads(seen.read_text())) <= {"ONLY", "LC_CTYPE"}
@@ -133,7 +133,7 @@ def test_no_trial_outlives_a_killed_sweep(tmp_path):
     code = (
         "import os, sys, time; from pathlib import Path\n"
         "from tests.orchestrator.sweeps.fake_sweep import *\n"
-        "pool = TrialPool(1, os.environ, METRIC, command)\n"
+        "pool = TrialPool(lambda: 1, lambda: os.environ, METRIC, command)\n"
         "pool.start(trial_in(Path(sys.argv[1]), 0, {'expert.training.lr': '0.001'}, 2))\n"
         "time.sleep(600)"
     )

@@ -2,10 +2,10 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -88,72 +88,78 @@ def test_a_launcher_without_a_sweep_is_refused():
 
 
 @pytest.mark.slow
-def test_optuna_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(tmp_path):
-    folder = tmp_path / "sweep"
-    words = (
-        f"folder={folder}",
-        "hydra/sweeper=ddm_optuna",
-        "hydra.sweeper.n_trials=2",
-        "hydra.sweeper.n_jobs=1",
-        "expert.training.lr=tag(log,interval(1e-4,1e-2))",
-        "compute.cpus=1",
-        "expert.training.steps=400",
-        "expert.training.checkpoint_every=50",
-    )
-    running = start(*words, DDM_MARK=str(tmp_path))
-    first = await_new(folder, "*/report.html")
-    second = await_new(folder, "**/expert_0-*/state/checkpoints/step-*", without=first)
-    worker = json.loads(next(second.glob("work/expert_0-*/attempt_1/worker.json")).read_text())["pid"]
-    os.kill(worker, signal.SIGSTOP)  # or it would be done before Ray has noticed that its controller is gone
-    added = environment_of(json.loads((second / "controller.json").read_text())["pid"])
-    running.kill()
-    running.communicate()
-    wait_until(lambda: not left_with(str(tmp_path)), "the end of the trials")
-    before = (first / "journal.jsonl").read_bytes()
-
-    said = sweep(*words)
-    assert "finished in" in said and "2 finished trial(s)" in said
-    assert (first / "journal.jsonl").read_bytes() == before
-    assert attempts(second) == [1, 2]
-    assert len(finished(second)) == len(set(finished(second))) == len(finished(first))
-    assert "continuing from step" in next(second.glob("work/expert_0-*/attempt_2/log.txt")).read_text()
-    found = json.loads((folder / "sweep" / "sweep.json").read_text())
-    assert [entry["number"] for entry in found["trials"]] == [0, 1]
-    assert {entry["label"] for entry in found["trials"]} == {first.name, second.name}
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["sweep", first.name, second.name])
-
-    only_ours = added.keys() - os.environ.keys() - {"DDM_MARK"}
-    assert only_ours == {"DDM_RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-    token = added["RAY_AUTH_TOKEN"].encode()
-    assert not [path for path in folder.rglob("*") if path.is_file() and token in path.read_bytes()]
+def test_a_grid_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(swept):
+    first, second = swept.killed, swept.other
+    assert attempts(first) == [1, 2]
+    assert "continuing from step" in next(first.glob("work/expert_0-*/attempt_2/log.txt")).read_text()
+    assert len(finished(first)) == len(set(finished(first))) == len(set(finished(second))) == len(finished(second))
 
 
 @pytest.mark.slow
-def test_a_grid_killed_at_its_second_trial_goes_on_there(tmp_path):
-    words = ("compute=inline", f"folder={tmp_path}", "expert.training.steps=30")
-    running = start(*words, "seed=1,2")
-    first = await_new(tmp_path, "*/report.html")
-    second = await_new(tmp_path, "*/artifacts/dataset-*/manifest.json", without=first)
+def test_trials_join_one_ray_cluster_and_are_told_so_by_their_environment_alone(swept):
+    added, others = swept.added
+    names = {"DDM_RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    assert added == others and added.keys() == names
+    token = added["RAY_AUTH_TOKEN"].encode()
+    assert not [path for path in swept.folder.rglob("*") if path.is_file() and token in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_once_more_nothing_runs_with_either_sweeper(swept):
+    before = {path: path.read_bytes() for path in swept.folder.glob("*/journal.jsonl")}
+    assert sweep(*swept.words, "seed=1,2", "compute=inline").count("nothing to do") == 2
+    said = sweep(*swept.words, "seed=1,2", "hydra/launcher=ddm_ray")
+    assert said.count("finished before") == 2 and "▶" not in said
+
+    optuna = ("seed=1,2", "hydra/sweeper=ddm_optuna", "hydra.sweeper.startup=2", "hydra.sweeper.n_jobs=2")
+    for n_trials in (3, 5):
+        assert "▶" not in sweep(*swept.words, *optuna, f"hydra.sweeper.n_trials={n_trials}")
+        found = json.loads((swept.folder / "sweep" / "sweep.json").read_text())
+        assert [entry["number"] for entry in found["trials"]] == list(range(n_trials))
+    best = min(found["trials"], key=lambda entry: entry["score"])
+    assert found["best"]["score"] == best["score"] and best["label"] == f"seed={best['values']['seed']}"
+    assert {path: path.read_bytes() for path in swept.folder.glob("*/journal.jsonl")} == before
+
+
+@dataclass
+class Swept:
+    folder: Path
+    words: tuple[str, ...]
+    killed: Path
+    """The run whose training was killed."""
+    other: Path
+    added: list[dict[str, str]]
+    """What the sweep has put into the environments of the two controllers that were at work at once."""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Two trials at once on a Ray cluster, killed; then gone on with by Hydra's own launcher."""
+    folder = tmp_path_factory.mktemp("sweep")
+    words = (f"folder={folder}", "expert.training.steps=300", "expert.training.checkpoint_every=50")
+    before, mark = dict(os.environ), str(folder)
+    at_once = ("hydra/launcher=ddm_ray", "hydra.launcher.parallel=2", "compute.cpus=1")
+    running = start(*words, "seed=1,2", *at_once, DDM_MARK=mark)
+    killed = await_new(folder, "**/expert_0-*/state/checkpoints/step-*")
+    worker = json.loads(next(killed.glob("work/expert_0-*/attempt_1/worker.json")).read_text())["pid"]
+    os.kill(worker, signal.SIGSTOP)  # or it would be done before Ray has noticed that its controller is gone
+    leases = [json.loads(lease.read_text()) for lease in folder.glob("seed=*/controller.json")]
+    environments = [environment_of(lease["pid"]) for lease in leases]
+    added = [dict(environment.items() - before.items() - {("DDM_MARK", mark)}) for environment in environments]
     running.kill()
     running.communicate()
-    assert {first.name, second.name} == {"seed=1", "seed=2"}
-    before = (first / "journal.jsonl").read_bytes()
+    wait_until(lambda: not left_with(mark), "the end of the trials")
 
-    assert "nothing to do" in sweep(*words, "seed=1,2")
-    assert (first / "journal.jsonl").read_bytes() == before
-    assert len(finished(second)) == len(set(finished(second))) == len(finished(first))
-
-    said = sweep(*words, "seed=1,2,3", "partition.num_experts=1", "hydra/launcher=ddm_ray", "hydra.launcher.parallel=2")
-    assert said.count("finished before") == 2 and len(re.findall(r"seed=3 finished in", said)) == 1
-    assert (first / "journal.jsonl").read_bytes() == before
+    sweep(*words, "seed=1,2", "compute=inline")
+    other = next(run for run in (folder / "seed=1", folder / "seed=2") if run != killed)
+    return Swept(folder, words, killed, other, added)
 
 
-def await_new(folder: Path, pattern: str, without: Path | None = None) -> Path:
+def await_new(folder: Path, pattern: str) -> Path:
     """The run folder in which a path like that has come to be."""
 
     def found() -> list[Path]:
-        paths = (path.relative_to(folder).parts[0] for path in folder.glob(pattern))
-        return [folder / name for name in paths if without is None or name != without.name]
+        return [folder / path.relative_to(folder).parts[0] for path in folder.glob(pattern)]
 
     wait_until(found, pattern, limit_s=200)
     return found()[0]
