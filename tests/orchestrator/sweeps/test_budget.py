@@ -10,6 +10,7 @@ import time
 import pytest
 
 from orchestrator.compute_config import ComputeConfig
+from orchestrator.controller import LOOPBACK_ONLY
 from orchestrator.errors import OrchestratorError
 from orchestrator.sweeps.budget import cpus_here, shared_budget
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.config import RunConfig
 from orchestrator.controller import _backend
+from orchestrator.controller import LOOPBACK_ONLY
 from orchestrator.errors import OrchestratorError
 from orchestrator.run_folder import RunFolder
 from orchestrator.sweeps.budget import shared_budget
@@ -46,7 +48,8 @@ def test_without_ray_the_environment_is_that_of_the_sweep(monkeypatch):
     assert dict(os.environ) == before
 
 
-def test_where_nobody_listens_is_known_at_once():
+def test_where_nobody_listens_is_known_at_once(monkeypatch):
+    monkeypatch.setenv(LOOPBACK_ONLY, "0")
     started = time.monotonic()
     nobody = shared_budget(ComputeConfig(address="127.0.1.93:1"))
     with nobody as budget, pytest.raises(OrchestratorError, match=r"127\.0\.1\.93:1 .*RAY_AUTH_TOKEN_PATH"):

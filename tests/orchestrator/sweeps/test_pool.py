@@ -1,5 +1,6 @@
 """Trials at once: how many, how they end, and who is left when the sweep is killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -143,7 +144,11 @@ def test_no_trial_outlives_a_killed_sweep(tmp_path):
     child = json.loads(lease.read_text())["pid"]
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
-    wait_until(lambda: not _runs(child), "the end of the trial")
+    try:
+        wait_until(lambda: not _runs(child), "the end of the trial", limit_s=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def _runs(pid) -> bool:

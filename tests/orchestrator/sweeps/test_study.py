@@ -80,6 +80,10 @@ def test_values_come_back_as_they_are_written(tmp_path):
         assert int(values["width"]) % 8 == 0 and 1e-4 <= float(values["lr"]) <= 1e-2
 
 
+def test_no_two_trials_are_drawn_alike(journal):
+    assert len({parameters["lr"] for parameters in journal[1]}) == N
+
+
 def test_another_seed_proposes_something_else(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

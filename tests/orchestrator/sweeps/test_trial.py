@@ -3,14 +3,15 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.trial import LONGEST_LABEL, Trial, swept_parameters, trial_config, trial_label
 
-TEXTS = st.dictionaries(st.from_regex(r"[a-z_.]{1,12}", fullmatch=True), st.text(max_size=80), min_size=1, max_size=3)
+VALUES = st.text(max_size=80) | st.text(alphabet="a_/é ", min_size=1, max_size=3) | st.text(alphabet="ab", min_size=150)
+TEXTS = st.dictionaries(st.sampled_from(["seed", "expert.lr", "data"]), VALUES, min_size=1, max_size=3)
 
 
 def test_plain_values_are_the_name():
@@ -27,6 +28,8 @@ def test_every_name_is_a_folder_and_a_run(parameters):
 
 
 @given(TEXTS, TEXTS)
+@example({"seed": "a/b"}, {"seed": "a_b"})
+@example({"seed": "a" * 200}, {"seed": "a" * 201})
 def test_other_values_have_another_name(one, other):
     def written(parameters):
         return ",".join(sorted(f"{key}={value}" for key, value in parameters.items()))
