@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pydantic import TypeAdapter
+
+from artifacts import read_json
 from orchestrator.compute_config import ResourcesConfig
 
 
@@ -35,6 +38,9 @@ class Job:
 
 
 State = Literal["finished", "preempted", "lost", "failed"]
+
+EXIT_CODES: dict[State, int] = {"finished": 0, "preempted": 75, "lost": 1, "failed": 1}
+"""Of a process that runs one attempt; the runner reads `outcome.json` instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +82,17 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back whatever was started."""
+
+
+def submission_name(run_id: str, job: Job) -> str:
+    """What an attempt is called wherever it is submitted; no other attempt of any run has that name."""
+    return f"ddm-{run_id}-{Path(job.artifact).name}-a{job.attempt}"
+
+
+def read_outcome(job: Job) -> Outcome | None:
+    """What the attempt says of its end; None if it has not, or did not live to."""
+    written = attempt_folder(job) / "outcome.json"
+    return TypeAdapter(Outcome).validate_python(read_json(written)) if written.is_file() else None
 
 
 def attempt_folder(job: Job) -> Path:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from artifacts import plain, read_json
+from artifacts import plain
 from experts.signals import stopping_on_sigterm
-from orchestrator.backend import Job, Outcome, attempt_folder
+from orchestrator.backend import Job, Outcome, attempt_folder, read_outcome
 
 
 class GroupProcesses:
@@ -68,10 +68,8 @@ def _outcome(job: Job, process: subprocess.Popen[bytes]) -> Outcome:
     """What the process wrote down, or how it ended if it could not."""
     if process.stdin is not None:
         process.stdin.close()
-    written = attempt_folder(job) / "outcome.json"
-    if written.is_file():
-        outcome: Outcome = TypeAdapter(Outcome).validate_python(read_json(written))
-        return outcome
+    if written := read_outcome(job):
+        return written
     if process.returncode < 0:
         shutil.rmtree(attempt_folder(job) / "group", ignore_errors=True)
         error = f"the process that started its workers got signal {-process.returncode}"

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from artifacts import read_json
-from orchestrator.backend import Job, Outcome, attempt_folder
+from orchestrator.backend import Job, Outcome, attempt_folder, read_outcome, submission_name
 from orchestrator.compute_config import ComputeConfig, ResourcesConfig
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import RunFolder
@@ -87,7 +84,7 @@ class SlurmBackend:
 
     def submit(self, job: Job) -> None:
         """Queue the job; if that fails and Slurm does not know of it, it is given up and reported as failed."""
-        name, folder = self._name(job), attempt_folder(job)
+        name, folder = submission_name(self._run_id, job), attempt_folder(job)
         (folder / "slurm").mkdir()
         command = [sys.executable, "-m", "orchestrator.slurm_worker", str(folder)]
         try:
@@ -104,7 +101,7 @@ class SlurmBackend:
 
     def attach(self, job: Job) -> bool:
         """Watch an attempt that may be queued or running; False if it is neither, and then it never will be."""
-        entry = _Watched(job, self._name(job), attempt_folder(job))
+        entry = _Watched(job, submission_name(self._run_id, job), attempt_folder(job))
         is_gone = self._queue.end_of(entry.name, entry.folder, now=True)
         if is_gone and (claim_file(entry.folder).exists() or claim(entry.folder)):
             return False
@@ -142,14 +139,14 @@ class SlurmBackend:
 
     def _outcome(self, entry: _Watched) -> Outcome | None:
         """How the attempt ended, if it has; looked for in its folder before and after Slurm is asked."""
-        if written := _written(entry):
+        if written := read_outcome(entry.job):
             return written
         end = "cancelled before it began" if entry.given_up else self._queue.end_of(entry.name, entry.folder)
         if not end:
             return None
         if not claim_file(entry.folder).exists() and not claim(entry.folder):
             return None
-        if written := _written(entry):
+        if written := read_outcome(entry.job):
             return written
         return Outcome(
             stage=entry.job.stage,
@@ -158,10 +155,6 @@ class SlurmBackend:
             error=f"its job is gone ({end}); what it printed is in {entry.folder / 'slurm'}",
             transient=True,
         )
-
-    def _name(self, job: Job) -> str:
-        """The Slurm job's name, which no other attempt of any run has."""
-        return f"ddm-{self._run_id}-{Path(job.artifact).name}-a{job.attempt}"
 
     def _executor(self, folder: Path, name: str, asked: ResourcesConfig) -> Any:
         """submitit's executor, set to what the stage asks for; raises `ConfigError` for what it does not accept."""
@@ -193,9 +186,3 @@ class SlurmBackend:
         for kind, asked in vars(self._config.stages).items():
             if asked.gpus != int(asked.gpus):
                 raise ConfigError(f"compute.stages.{kind}.gpus is {asked.gpus:g}: Slurm gives whole GPUs")
-
-
-def _written(entry: _Watched) -> Outcome | None:
-    """What the attempt says of its end."""
-    path = entry.folder / "outcome.json"
-    return TypeAdapter(Outcome).validate_python(read_json(path)) if path.is_file() else None

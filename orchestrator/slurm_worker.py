@@ -17,11 +17,8 @@ from pydantic import TypeAdapter
 
 from artifacts import read_json, write_json
 from experts.signals import stopping_on_sigterm
-from orchestrator.backend import Job, Outcome
+from orchestrator.backend import EXIT_CODES, Job, Outcome
 from orchestrator.lease import this_process
-
-EXIT_CODES = {"finished": 0, "preempted": 75, "failed": 1, "lost": 1}
-"""What `sacct` shows of an attempt; the runner reads `outcome.json` instead."""
 
 
 def claim(attempt: Path) -> bool:

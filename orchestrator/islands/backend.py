@@ -76,8 +76,7 @@ class IslandsBackend:
     def poll(self, timeout_s: float) -> list[Outcome]:
         """The attempts that have ended, at home or anywhere."""
         for line in self.lines.values():
-            line.allow_reaping()
-            line.start()
+            line.watch()
         found = self._open_home().poll(timeout_s / 2) if self._at_home else []
         self._at_home -= {outcome.stage for outcome in found}
         try:

@@ -81,7 +81,6 @@ def _run_probe(visit: Visit) -> Answer:
         ["python", "-m", "orchestrator.islands.probe", *given, "--name", visit.trial],
         wheel=visit.wheel,
         resources=ResourcesConfig(),
-        env={},
         grace_s=1.0,
     )
     state = _ended(visit, submission_id)

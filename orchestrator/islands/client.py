@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
 
 import requests
@@ -75,7 +76,7 @@ class IslandClient:
         *,
         wheel: Path,
         resources: ResourcesConfig,
-        env: Mapping[str, str],
+        env: Mapping[str, str] = MappingProxyType({}),
         grace_s: float,
     ) -> bool:
         """Submit a command with the project's code; False if that id was submitted before: nothing is run twice."""

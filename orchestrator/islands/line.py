@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from artifacts import CACHE, MANIFEST, is_finished, read_json
-from orchestrator.backend import Job, Outcome, State, attempt_folder
+from artifacts import CACHE, MANIFEST, is_finished
+from orchestrator.backend import Job, Outcome, State, attempt_folder, read_outcome, submission_name
 from orchestrator.compute_config import IslandConfig
 from orchestrator.errors import IslandError, OrchestratorError, Unreachable
 from orchestrator.islands.client import IslandClient, JobState
@@ -47,12 +47,15 @@ class Track:
     stop_was_sent: bool = False
     is_ending: bool = False
     beats: int = 0
-    status: str = "sending inputs"
 
     @property
     def names(self) -> Names:
         """Where its things are in the storage."""
         return names_of(self.job)
+
+    def outcome(self, state: State, error: str, *, transient: bool) -> Outcome:
+        """How it ended, where it cannot say so itself."""
+        return Outcome(stage=self.job.stage, attempt=self.job.attempt, state=state, error=error, transient=transient)
 
 
 @dataclass
@@ -80,7 +83,7 @@ class Line:
     def __post_init__(self) -> None:
         self.client = IslandClient(self.name, self.config)
         self.storage = Storage(f"{self.config.storage.rstrip('/')}/{self.run_id}", self.config.storage_options)
-        self._ended, self._may_reap = threading.Event(), threading.Event()
+        self._ended = threading.Event()
         self._movers = ThreadPoolExecutor(max_workers=2, thread_name_prefix=f"{self.name}-mover")
         self._thread = threading.Thread(target=self._follow, daemon=True, name=f"{self.name}-line")
 
@@ -91,8 +94,11 @@ class Line:
         except Unreachable as error:
             self._note_silence(error)
 
-    def start(self) -> None:
-        """Begin to watch."""
+    def watch(self) -> None:
+        """Look from now on, once all attempts of an earlier controller were added.
+
+        Whatever runs there for this run without having been added is stopped: nobody waits for it.
+        """
         if not self._thread.is_alive():
             self._thread.start()
 
@@ -105,16 +111,10 @@ class Line:
 
     def add(self, job: Job) -> None:
         """Send a job to the island, or find it there if it was sent before."""
-        submission_id = f"ddm-{self.run_id}-{names_of(job).stage}-a{job.attempt}"
-        track = Track(job, submission_id, time.monotonic())
+        track = Track(job, submission_name(self.run_id, job), time.monotonic())
         self.tracks[job.stage] = track
         self.held.add(job.stage)
-        self.start()
         self._movers.submit(self._guarded, track, self._send)
-
-    def allow_reaping(self) -> None:
-        """From now on whatever runs there for this run without being watched is stopped: nobody waits for it."""
-        self._may_reap.set()
 
     def stop(self, stage: str) -> None:
         """Stop an attempt now, with the island's grace."""
@@ -141,10 +141,9 @@ class Line:
             self._command(names, digest(spec)),
             wheel=self.wheel,
             resources=job.resources,
-            env={},
             grace_s=self.grace_s,
         )
-        track.is_submitted, track.status, track.sign_of_life = True, "submitted", time.monotonic()
+        track.is_submitted, track.sign_of_life = True, time.monotonic()
 
     def _command(self, names: Names, checksum: str) -> list[str]:
         options = json.dumps(self.config.storage_options)
@@ -160,14 +159,13 @@ class Line:
             try:
                 act(track)
             except (Unreachable, StorageUnreachable) as error:
-                track.status = str(error)
                 if time.monotonic() - track.sign_of_life > self.lease_s:
-                    self._end(track, "lost", str(error), transient=True)
+                    self._end(track, track.outcome("lost", str(error), transient=True))
                     return
                 self._ended.wait(LOOK_S)
             except (OrchestratorError, OSError) as error:
-                text = f"{type(error).__name__}: {error}"
-                self._end(track, "failed", text, transient=isinstance(error, IslandError | StorageError | OSError))
+                may_pass = isinstance(error, IslandError | StorageError | OSError)
+                self._end(track, track.outcome("failed", f"{type(error).__name__}: {error}", transient=may_pass))
                 return
             else:
                 return
@@ -180,7 +178,7 @@ class Line:
             for track in list(self.tracks.values()):
                 if track.is_submitted and not track.is_ending:
                     self._look(track, states)
-            if states is not None and self._may_reap.is_set():
+            if states is not None:
                 self._reap(states)
 
     def _ask(self) -> dict[str, JobState] | None:
@@ -203,21 +201,20 @@ class Line:
     def _look(self, track: Track, states: dict[str, JobState] | None) -> None:
         """What has become of one attempt."""
         now = time.monotonic()
-        news = self._has_news(track)
-        if news:
-            track.sign_of_life = now
         state = states.get(track.submission_id) if states is not None else None
-        if state is not None and not state.has_ended:
-            track.status = state.status.lower()
-            if state.status == "PENDING" or not track.beats or news is None:
-                track.sign_of_life = now
+        running = state if state is not None and not state.has_ended else None
+        news = self._has_news(track)
+        if news or (running and (running.status == "PENDING" or not track.beats or news is None)):
+            track.sign_of_life = now
+        is_overdue = now - track.sign_of_life > self.lease_s
+        if running:
             self._pass_on_stop(track)
-        if state is not None and not state.has_ended and now - track.sign_of_life <= self.lease_s:
-            return
-        if (state is not None and state.has_ended) or (attempt_folder(track.job) / "outcome.json").exists():
+            if not is_overdue:
+                return
+        if (state and not running) or (attempt_folder(track.job) / "outcome.json").exists():
             track.is_ending = True
             self._movers.submit(self._guarded, track, lambda track: self._bring_home(track, state))
-        elif now - track.sign_of_life > self.lease_s:
+        elif is_overdue:
             what = "does not answer" if states is None else f"calls the attempt {state.status if state else 'unknown'}"
             reason = f"island {self.name} {what} and gave no sign of life for {self.lease_s:g} s (compute.lease_s)"
             self._movers.submit(self._guarded, track, lambda track: self._give_up(track, reason))
@@ -256,17 +253,16 @@ class Line:
 
     def _bring_home(self, track: Track, state: JobState | None) -> None:
         """Copy what an ended attempt has left, and say how it ended."""
-        folder = attempt_folder(track.job)
-        self.storage.follow_tree(track.names.folder, folder)
-        written = folder / "outcome.json"
-        outcome = Outcome(**read_json(written)) if written.exists() else _without_word(track.job, state)
-        if not written.exists() and state is not None:
+        self.storage.follow_tree(track.names.folder, attempt_folder(track.job))
+        outcome = read_outcome(track.job)
+        if outcome is None and state is not None:
             self._save_driver_log(track)
+        outcome = outcome or _without_word(track.job, state)
         if outcome.state == "finished":
             self._fetch_artifact(track)
         else:
             self._fetch_state(track)
-        self._end(track, outcome.state, outcome.error, transient=outcome.transient, started=outcome.started)
+        self._end(track, outcome)
 
     def _fetch_artifact(self, track: Track) -> None:
         target = Path(track.job.artifact)
@@ -285,7 +281,7 @@ class Line:
             self._fetch_state(track)
         except StorageError as error:
             log.warning("%s: its checkpoints stay there: %s", self.name, error)
-        self._end(track, "lost", reason, transient=True)
+        self._end(track, track.outcome("lost", reason, transient=True))
 
     def _save_driver_log(self, track: Track) -> None:
         """Keep what a process printed that did not live to say how it ended."""
@@ -300,12 +296,10 @@ class Line:
             facts: dict[str, Any] = {"stage": track.job.stage, "attempt": track.job.attempt, "direction": direction}
             self.event("moved", island=self.name, bytes=moved.bytes, files=moved.files, **facts)
 
-    def _end(self, track: Track, state: State, error: str, *, transient: bool, started: float = 0.0) -> None:
+    def _end(self, track: Track, outcome: Outcome) -> None:
         if self.tracks.get(track.job.stage) is track:
             del self.tracks[track.job.stage]
-        job = track.job
-        outcome = Outcome(stage=job.stage, attempt=job.attempt, state=state, error=error, transient=transient)
-        self.outcomes.put(replace(outcome, started=started))
+        self.outcomes.put(outcome)
 
 
 def _without_word(job: Job, state: JobState | None) -> Outcome:

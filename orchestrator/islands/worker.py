@@ -21,14 +21,12 @@ from pathlib import Path
 
 from artifacts import write_json
 from experts.signals import stopping_on_sigterm
-from orchestrator.backend import Job, Outcome, attempt_folder
+from orchestrator.backend import EXIT_CODES, Job, Outcome, attempt_folder
 from orchestrator.islands.layout import Names, job_of, names_of, relocated
 from orchestrator.islands.mirror import Mirror
 from orchestrator.islands.storage import CorruptTransfer, Storage, StorageError, StorageUnreachable
 
 log = logging.getLogger(__name__)
-
-EXIT_CODES = {"finished": 0, "preempted": 75, "lost": 1, "failed": 1}
 
 SENT_ROOT = Path("/run")
 """Stands for the run folder in a job that is sent to an island."""

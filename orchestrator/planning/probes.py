@@ -28,7 +28,7 @@ def probe_island(
     started, asked = time.monotonic(), replace(resources, workers=1)
     try:
         client.reach()
-        client.submit(submission, command, wheel=wheel, resources=asked, env={}, grace_s=grace_s)
+        client.submit(submission, command, wheel=wheel, resources=asked, grace_s=grace_s)
         if not _ends(client, submission):
             client.stop(submission)
             return Place(problem=f"its probe did not end within {LONGEST_S:g} s")
