@@ -13,6 +13,9 @@ HOME = "home"
 
 Money = Annotated[float, Field(ge=0)]
 
+StorageUrl = Annotated[str, Field(pattern=r"^(/|file://|s3://|gs://|gcs://|memory://)")]
+"""A storage as an fsspec URL of a scheme that is allowed."""
+
 
 def _expanded(path: object) -> object:
     return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
@@ -68,7 +71,7 @@ class IslandConfig:
     """Its dashboard, such as http://127.0.1.1:8265; plain http only on loopback or through a tunnel."""
     token_file: str
     """File with its token, readable by its owner alone (mode 600); every island has a token of its own."""
-    storage: Annotated[str, Field(pattern=r"^(/|file://|s3://|gs://|gcs://|memory://)"), BeforeValidator(_expanded)]
+    storage: Annotated[StorageUrl, BeforeValidator(_expanded)]
     """Where its data and models lie, as an fsspec URL that island and controller both reach; `~` is our home."""
     storage_options: dict[str, str] = Field(default_factory=dict)
     """Options of that file system, such as `endpoint_url`; never secrets: those come from its own environment."""

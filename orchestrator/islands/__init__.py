@@ -7,7 +7,8 @@ client.py     one island's Ray Jobs API          storage.py   folders in a local
 backend.py    all islands as one backend         line.py      one island as the controller sees it
 placement.py  which island runs a stage          worker.py    one attempt on an island
 layout.py     names in a storage, jobs as they are sent       mirror.py    what a training has, kept in the storage
-wheel.py      our code, as it is sent             commands.py  `ddm islands check|up|down`
+wheel.py      our code, as it is sent             token.py     a token in a file
+commands.py   `ddm islands check|up|down`
 
 check.py asks what is wrong with an island before it costs anything: from outside (check_outside.py) and by a visit to
 it (visit.py, probe.py, check_inside.py). local.py is Ray clusters on this machine, to try it with: head.py starts one,

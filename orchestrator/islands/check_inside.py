@@ -7,9 +7,9 @@ from platform import python_version
 
 from orchestrator.compute_config import ResourcesConfig
 from orchestrator.errors import IslandError
-from orchestrator.islands.client import JobState
+from orchestrator.islands.client import JobState, minor
 from orchestrator.islands.probe import MARKER, Answer, greet
-from orchestrator.islands.visit import Verdict, Visit, minor, skew_of
+from orchestrator.islands.visit import Verdict, Visit, skew_of
 
 JOB_S = 75.0
 """The island may take so long to start and finish a small job; its first one installs our code."""

@@ -10,9 +10,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.islands.client import read_token
+from orchestrator.islands.client import minor
 from orchestrator.islands.probe import try_storage
-from orchestrator.islands.visit import Verdict, Visit, minor, skew_of
+from orchestrator.islands.token import read_token
+from orchestrator.islands.visit import Verdict, Visit, skew_of
 
 DATE_STEP_S = 1.0
 """HTTP tells the time in whole seconds."""

@@ -6,7 +6,6 @@ answer is `Unreachable`, which says nothing about the jobs; a refusal is `Island
 
 import logging
 import shlex
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ray.job_submission import JobSubmissionClient
 
 from orchestrator.compute_config import IslandConfig, ResourcesConfig
 from orchestrator.errors import IslandError, Unreachable
+from orchestrator.islands.token import read_token
 
 logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
 
@@ -52,6 +52,11 @@ class JobState:
         return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
 
 
+def minor(release: str) -> list[str]:
+    """Major and minor number of a release."""
+    return release.split(".")[:2]
+
+
 class IslandClient:
     """Submits to one island and asks it what became of it; raises `Unreachable` or `IslandError`."""
 
@@ -62,7 +67,7 @@ class IslandClient:
     def reach(self) -> str:
         """The island's Ray version, after checking that it is one we speak to."""
         version = self._ask(lambda client: client.ray_version())
-        if version.split(".")[:2] != ray_version.split(".")[:2]:
+        if minor(version) != minor(ray_version):
             raise IslandError(
                 f"island {self.name} runs Ray {version}, this is {ray_version}: major and minor version must agree; "
                 "install the same on one of the two"
@@ -174,21 +179,6 @@ class _Client(JobSubmissionClient):
         if not answer.ok:
             self._raise_error(answer)
         return str(answer.json()["ray_version"])
-
-
-def read_token(island: str, file: str) -> str:
-    """The token in a file that nobody else can read; raises `IslandError` for any other."""
-    path = Path(file).expanduser()
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        token = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise IslandError(f"the token of island {island} cannot be read ({error}); write it to {path}") from error
-    if mode & 0o077:
-        raise IslandError(f"{path} can be read by others (mode {mode:o}); run `chmod 600 {path}`")
-    if not token:
-        raise IslandError(f"{path} is empty; put the token of island {island} there")
-    return token
 
 
 def _short(error: Exception) -> str:

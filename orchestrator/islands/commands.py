@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.errors import ConfigError, IslandError
+from orchestrator.islands.keeper import FOLDER
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
@@ -16,8 +17,6 @@ console = Console()
 COLOURS = {"ok": "green", "warning": "yellow", "error": "red", "left out": "dim"}
 
 FolderOption = Annotated[Path, typer.Option(help="Where tokens and storages are kept")]
-
-FOLDER = Path("~/.ddm/islands")
 
 
 @app.command()

@@ -7,6 +7,7 @@ answer whoever asks, without a token, are switched off.
 import os
 import random
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -103,6 +104,24 @@ class Head:
     def working_directory(self) -> Path:
         """An empty folder: Ray's processes import whatever lies where they start."""
         return self.scratch / "empty"
+
+    @property
+    def log(self) -> Path:
+        """What its processes print."""
+        return self.folder / "head.log"
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start it, in a session of its own."""
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                self.command(),
+                cwd=self.working_directory,
+                env=self.whole_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def command(self) -> list[str]:
         """The command that runs it until it is killed."""

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from orchestrator.islands.marked import kill_marked
 
+FOLDER = Path("~/.ddm/islands")
+"""Where `ddm islands up` keeps tokens and storages unless told otherwise."""
+
 STATE = "island.json"
 """In an island's folder while it has processes or temporary files: where they are."""
 

@@ -8,12 +8,10 @@ import yaml
 
 from artifacts import plain, write_text
 from orchestrator.compute_config import IslandConfig
+from orchestrator.islands.keeper import FOLDER
 
 FIRST_PORT = 19_000
 """Where the ports of `ddm islands up` begin, a hundred an island."""
-
-FOLDER = Path("~/.ddm/islands")
-"""Where `ddm islands up` keeps tokens and storages unless told otherwise."""
 
 LISTED = ("island_1", "island_2")
 """The islands that islands_local.yaml names, in the folder above, with the ports above, one CPU each."""

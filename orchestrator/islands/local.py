@@ -5,7 +5,6 @@ with LocalIslands(folder, count=2) as islands:
 """
 
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from orchestrator.errors import IslandError
 from orchestrator.islands.head import Head, free_blocks, new_scratch
 from orchestrator.islands.keeper import STATE, TOKEN, take_down
 from orchestrator.islands.marked import kill_marked, marked_processes, send
+from orchestrator.islands.token import new_token
 
 START_S = 120.0
 """An island may take so long to take jobs; the first start after an installation reads much from the disk."""
@@ -145,7 +145,8 @@ class LocalIslands:
         )
         head.make_folders()
         write_json(head.folder / STATE, {"scratch": str(head.scratch), "address": head.address})
-        _write_secret(head.folder / TOKEN, secrets.token_hex(32))
+        (head.folder / TOKEN).unlink(missing_ok=True)
+        new_token(head.folder / TOKEN)
         if self.storage is None:
             Path(self._storage(name)).mkdir(exist_ok=True)
         return head
@@ -162,17 +163,7 @@ class LocalIslands:
             )
 
     def _launch(self, name: str) -> None:
-        head = self._heads[name]
-        with (head.folder / "head.log").open("wb") as log:
-            self._running[name] = subprocess.Popen(
-                head.command(),
-                cwd=head.working_directory,
-                env=head.whole_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._running[name] = self._heads[name].launch()
 
     def _wait(self, name: str) -> None:
         """Wait until the island takes jobs.
@@ -201,15 +192,8 @@ class LocalIslands:
 
     def _last_words(self, name: str) -> str:
         head = self._heads[name]
-        lines = (head.folder / "head.log").read_text(errors="replace").splitlines()
+        lines = head.log.read_text(errors="replace").splitlines()
         return f"{' / '.join(lines[-5:])} (Ray's logs: {head.scratch}/ray/session_latest/logs)"
-
-
-def _write_secret(path: Path, secret: str) -> None:
-    """Write a file that nobody else can read at any time."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(secret)
 
 
 def _is_dashboard(pid: int) -> bool:

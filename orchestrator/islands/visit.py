@@ -10,9 +10,10 @@ import requests
 
 from orchestrator.compute_config import IslandConfig
 from orchestrator.errors import IslandError, Unreachable
-from orchestrator.islands.client import TIMEOUT_S, IslandClient, read_token
+from orchestrator.islands.client import TIMEOUT_S, IslandClient
 from orchestrator.islands.probe import Answer
 from orchestrator.islands.storage import Storage
+from orchestrator.islands.token import read_token
 
 SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 30.0
 
@@ -99,8 +100,3 @@ def skew_of(seconds: float, uncertainty_s: float) -> Verdict:
         return Verdict("ok", f"agrees within {uncertainty_s + abs(seconds):.1f} s")
     text = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} ours; let both ask a time server (NTP)"
     return Verdict("error" if abs(seconds) > SKEW_ERROR_S else "warning", text)
-
-
-def minor(release: str) -> list[str]:
-    """Major and minor number of a release."""
-    return release.split(".")[:2]

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from artifacts import STRICT
-from orchestrator.compute_config import Money
+from orchestrator.compute_config import Money, StorageUrl
 from orchestrator.islands.head import ADDRESS, PORTS
 from orchestrator.pools.machines import HeadConfig, NodeConfig
 from orchestrator.pools.software import PACKAGES, PYTHON_VERSION, RAY_VERSION
@@ -55,7 +55,7 @@ class PoolConfig:
     """Tags of everything that costs money."""
     token_file: str = ""
     """File with the pool's token, made if absent; empty is `token` in the pool's folder below ~/.ddm/pools."""
-    storage: Annotated[str, Field(pattern=r"^(/|file://|s3://|gs://|gcs://|memory://)")] | None = None
+    storage: StorageUrl | None = None
     """The islands' storage as an fsspec URL; empty is a folder beside the token, which only local can reach."""
     first_port: Annotated[int, Field(ge=1024, le=65435)] = 18_900
     """First of a hundred ports on loopback that the pool uses; local only."""

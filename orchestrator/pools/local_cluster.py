@@ -19,7 +19,6 @@ from orchestrator.pools.tools import PoolError
 
 STATE = "local.json"
 """In the pool's folder while it has processes or temporary files: where they are."""
-LOG = "head.log"
 CODE = "code"
 START_S = 120.0
 """Longest wait for a head that answers; a cold disk is slow."""
@@ -38,16 +37,7 @@ def up(config: PoolConfig, folder: Path) -> None:
     head.make_folders()
     _copy_provider(head.scratch)
     write_json(folder / STATE, {"scratch": str(head.scratch)})
-    with (folder / LOG).open("wb") as log:
-        started = subprocess.Popen(
-            head.command(),
-            cwd=head.working_directory,
-            env=head.whole_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    started = head.launch()
     try:
         _wait_for_jobs(config, head, started)
     except PoolError:
@@ -108,9 +98,8 @@ def _wait_for_jobs(config: PoolConfig, head: Head, started: subprocess.Popen[byt
             requests.get(asked, headers={"Authorization": f"Bearer {token}"}, timeout=5).raise_for_status()
         except (IslandError, requests.RequestException) as error:
             if started.poll() is not None or time.monotonic() > deadline:
-                log = head.folder / LOG
-                last = " / ".join(log.read_text(errors="replace").splitlines()[-3:])
-                raise PoolError(f"the pool's head does not answer ({error}): {last}; see {log}") from error
+                last = " / ".join(head.log.read_text(errors="replace").splitlines()[-3:])
+                raise PoolError(f"the pool's head does not answer ({error}): {last}; see {head.log}") from error
             time.sleep(0.2)
         else:
             return
