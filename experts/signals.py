@@ -1,10 +1,23 @@
-"""A notice that this process must go (SIGTERM) becomes a flag, which the work looks at between two steps."""
+"""Signals: who hears them while a block lasts, and a notice that this process must go (SIGTERM) as a flag."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextlib.contextmanager
+def hearing(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Give signals to a handler while the block lasts, and then to whoever had them before."""
+    earlier = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
 
 
 @contextlib.contextmanager

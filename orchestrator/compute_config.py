@@ -1,5 +1,6 @@
 """Where stages run: resources, islands, and what happens when something fails. Part of the run's configuration."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -126,6 +127,11 @@ class ComputeConfig:
     """An island that cannot be reached and shows no sign of life for so long has lost its stages."""
     spot_losses: Annotated[int, Field(ge=0)] = 3
     """After so many losses on preemptible islands a stage goes to one that is not preemptible, if there is any."""
+
+    @property
+    def cpus_here(self) -> int:
+        """CPUs that stages on this machine may use at once."""
+        return self.cpus or len(os.sched_getaffinity(0))
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

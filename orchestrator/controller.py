@@ -12,6 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from experts.signals import hearing
 from orchestrator.backend import Backend
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.config import RunConfig
@@ -147,12 +148,8 @@ def _stop_on_signals(run: RunFolder, console: Console) -> Iterator[None]:
         said = f"Stopping; go on later with `ddm resume {run.root}`. Press Ctrl-C again to stop at once."
         console.print(said, soft_wrap=True)
 
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with hearing(stop, signal.SIGINT, signal.SIGTERM):
         yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def project_commit() -> str:

@@ -8,10 +8,8 @@ that has started it.
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -19,6 +17,7 @@ from pydantic import TypeAdapter
 from artifacts import plain
 from experts.signals import stopping_on_sigterm
 from orchestrator.backend import Job, Outcome, attempt_folder, read_outcome
+from orchestrator.lifeline import end_with_input
 
 
 class GroupProcesses:
@@ -87,17 +86,11 @@ def _log_of(job: Job) -> Path:
 def main() -> None:
     """Run the job that comes in; a SIGTERM makes its workers save their work."""
     job = TypeAdapter(Job).validate_json(sys.stdin.readline())
-    threading.Thread(target=_end_with_input, daemon=True, name="input").start()
+    end_with_input()
     with stopping_on_sigterm() as stopping:
         from orchestrator.train_group import run_in_group  # Ray Train takes seconds to import
 
         run_in_group(job, stopping)
-
-
-def _end_with_input() -> None:
-    """Whoever started this process is gone; Ray ends the workers when this one is too."""
-    sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

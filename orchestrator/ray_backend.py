@@ -1,4 +1,4 @@
-"""Stages on the workers of a Ray cluster; the one file that imports Ray.
+"""Stages on the workers of a Ray cluster.
 
 Without an address a cluster is started on loopback and ends with this process. Ray retries nothing: attempts,
 backoff and fencing are the runner's.
@@ -153,7 +153,7 @@ def _connect(config: ComputeConfig) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=config.cpus or len(os.sched_getaffinity(0)),
+                num_cpus=config.cpus_here,
                 num_gpus=config.gpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,

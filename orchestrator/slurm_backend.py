@@ -6,7 +6,6 @@ folder; Slurm is asked only whether a job is gone. Nothing is pickled: docs/deci
 """
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -78,8 +77,7 @@ class SlurmBackend:
     def place(self, job: Job) -> str | None:
         """Slurm has a queue of its own; here, jobs wait for this machine's CPUs."""
         used = sum(entry.job.resources.cpus for entry in self._watched.values())
-        have = self._config.cpus or len(os.sched_getaffinity(0))
-        has_room = self._cluster != "local" or not used or used + job.resources.cpus <= have
+        has_room = self._cluster != "local" or not used or used + job.resources.cpus <= self._config.cpus_here
         return ISLAND if has_room else None
 
     def submit(self, job: Job) -> None:

@@ -15,9 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter
-from threadpoolctl import ThreadpoolController
 
 from artifacts import Preempted, Workspace, is_finished, publish, verify, write_json
 from data_partition.errors import DownloadFailed, SourceUnreachable
@@ -28,6 +26,7 @@ from orchestrator.compute_config import HOME
 from orchestrator.disk import error_number, explained
 from orchestrator.lease import this_process
 from orchestrator.stage_functions import KINDS
+from orchestrator.threads import limited_threads
 
 Fill = Callable[[Path], float]
 """Writes an artifact into a folder and returns its FLOPs."""
@@ -78,7 +77,7 @@ def _workspace(job: Job, folder: Path, stopping: Callable[[], bool]) -> Workspac
 def _attempt(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> Outcome:
     """Run the stage with its log, and turn whatever it raises into an outcome."""
     outcome = Outcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
-    with _logging_to(workspace.attempt / "log.txt"), _limited_threads(job.resources.cpus):
+    with _logging_to(workspace.attempt / "log.txt"), limited_threads(job.resources.cpus):
         try:
             _run(job, workspace, write)
         except Preempted as notice:
@@ -148,19 +147,3 @@ def _logging_to(path: Path) -> Iterator[None]:
         root.setLevel(level)
         root.removeHandler(handler)
         handler.close()
-
-
-POOLS = ThreadpoolController()
-"""The thread pools of all libraries that the rooms have loaded; looking for them takes a millisecond."""
-
-
-@contextlib.contextmanager
-def _limited_threads(cpus: int) -> Iterator[None]:
-    """One thread per CPU that was given, in torch and in every BLAS; results depend on this number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(cpus)
-    with POOLS.limit(limits=cpus):
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)

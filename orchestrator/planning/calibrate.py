@@ -35,10 +35,10 @@ from orchestrator.graph import build_graph
 from orchestrator.planning.calibration import SAID, Calibration, Place, Speed, identity
 from orchestrator.planning.rehearsal import Rehearsed, rehearse
 from orchestrator.planning.speeds import Networks, Probe, build_networks, time_networks
-from orchestrator.planning.timing import threads
 from orchestrator.planning.work import Facts, count_images, work_of
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
+from orchestrator.threads import limited_threads
 
 PARAMETER_BYTES = 4
 
@@ -67,7 +67,10 @@ def calibrate(config: RunConfig) -> None:
     """Measure here and on every island, and write `calibration.json` into the run folder."""
     run = RunFolder(Path(config.folder).expanduser())
     graph = build_graph(config)
-    with tempfile.TemporaryDirectory(prefix="ddm-rehearsal-") as folder, threads(config.compute.stages.dataset.cpus):
+    with (
+        tempfile.TemporaryDirectory(prefix="ddm-rehearsal-") as folder,
+        limited_threads(config.compute.stages.dataset.cpus),
+    ):
         rehearsed = rehearse(config, Path(folder))
     probe = probe_of(config, rehearsed)
     networks = build_networks(probe)

@@ -7,7 +7,6 @@ doi:10.1137/0117039), so that on equal islands the end is never later than twice
 import heapq
 import itertools
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ def home_capacity(compute: ComputeConfig) -> Capacity:
         return Capacity(cpus=math.inf, gpus=math.inf, stages=1)
     if compute.backend == "slurm" or compute.address is not None:
         return Capacity(cpus=math.inf, gpus=math.inf)
-    return Capacity(cpus=compute.cpus or len(os.sched_getaffinity(0)), gpus=compute.gpus)
+    return Capacity(cpus=compute.cpus_here, gpus=compute.gpus)
 
 
 def walk(

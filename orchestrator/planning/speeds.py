@@ -28,7 +28,8 @@ from experts.networks import build_network
 from experts.noise_path import PATHS
 from experts.train import fit, usable_device
 from orchestrator.planning.calibration import Speed
-from orchestrator.planning.timing import Taken, per_unit, threads, timed
+from orchestrator.planning.timing import Taken, per_unit, timed
+from orchestrator.threads import limited_threads
 from router.config import RouterConfig
 from router.loss import router_loss
 from router.model import build_router
@@ -115,16 +116,16 @@ def time_networks(networks: Networks, probe: Probe) -> tuple[dict[str, Speed], f
         return router_loss(model, batch, path, probe.num_classes)
 
     def train(name: str, model: nn.Module, loss: Loss, training: TrainingConfig, unit_flops: float) -> None:
-        with threads(probe.cpus[name]):
+        with limited_threads(probe.cpus[name]):
             speeds[name] = _time_training(model, loss, training, probe, unit_flops)
 
     flops = {name: training_flops(row, 1, 1) for name, row in networks.row_flops.items()}
     train("expert", networks.expert, loss_of_expert, alone, flops["expert"])
     train("monolith", networks.expert, loss_of_expert, recipe, flops["expert"])
     train("router", networks.router.model, loss_of_router, probe.router.training, flops["router"])
-    with threads(probe.cpus["expert"]):
+    with limited_threads(probe.cpus["expert"]):
         checkpoint_s = _time_checkpoint(networks.expert, loss_of_expert, alone, probe, speeds["expert"])
-    with threads(probe.cpus["score"]):
+    with limited_threads(probe.cpus["score"]):
         return speeds | _time_calls(networks, probe), checkpoint_s
 
 

@@ -1,12 +1,10 @@
 """Clocks of a calibration."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from threadpoolctl import threadpool_limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +33,3 @@ def per_unit(short: Taken, long: Taken, units: float) -> Taken:
     cpu_s = max(0.0, long.cpu_s - short.cpu_s) / units
     wall_s = max(0.0, long.wall_s - short.wall_s) / units
     return Taken(max(wall_s, cpu_s / torch.get_num_threads()), cpu_s)
-
-
-@contextmanager
-def threads(cpus: int) -> Iterator[None]:
-    """As many threads as a stage with so many CPUs has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(cpus)
-    with threadpool_limits(cpus):
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)

@@ -34,7 +34,7 @@ class Budget:
         if self._compute.backend == "ray" and self._compute.address is not None:
             return _cpus_at(self._compute, self._compute.address)
         islands = sum(island.cpus for island in self._compute.islands.values())
-        return islands or self._compute.cpus or cpus_here()
+        return islands or self._compute.cpus_here
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -51,11 +51,6 @@ def shared_budget(compute: ComputeConfig) -> Iterator[Budget]:
     """What the trials share; it ends with the block."""
     with contextlib.ExitStack() as stack:
         yield Budget(compute, stack)
-
-
-def cpus_here() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _cpus_at(compute: ComputeConfig, address: str) -> int:

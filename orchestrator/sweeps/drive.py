@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from experts.signals import hearing
 from orchestrator.errors import RunFailed, RunIsLocked
 from orchestrator.lease import hold
 from orchestrator.run_folder import RunFolder
@@ -60,12 +61,8 @@ def _listening() -> Iterator[_Notice]:
     def note(number: int, frame: FrameType | None) -> None:
         notice.times += 1
 
-    earlier = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with hearing(note, signal.SIGINT, signal.SIGTERM):
         yield notice
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

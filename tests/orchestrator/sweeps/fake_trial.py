@@ -6,7 +6,6 @@ The configuration's seed says how it goes: 1 fails, 2 never ends, all others are
 
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from artifacts import publish
 from orchestrator.controller import _stop_on_signals
 from orchestrator.graph import build_graph
 from orchestrator.lease import hold
+from orchestrator.lifeline import end_with_input
 from orchestrator.run_folder import RunFolder
-from orchestrator.sweeps.child import end_with_the_sweep
 
 FAILS, NEVER_ENDS = 1, 2
 
@@ -62,7 +61,7 @@ def _fill(folder: Path, value: float) -> float:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_the_sweep, daemon=True).start()
+    end_with_input()
     folder = RunFolder(Path(sys.argv[1]))
     with hold(folder), _stop_on_signals(folder, Console()):
         code = walk(folder)
