@@ -57,7 +57,7 @@ class SimulatedIslands:
 
     def place(self, job: Job) -> str | None:
         """By the same rule as on real islands."""
-        loads = {name: load_of(jobs, is_reachable=True, held=frozenset()) for name, jobs in self.running.items()}
+        loads = {name: load_of(jobs) for name, jobs in self.running.items()}
         return place(job, self.config, loads)
 
     def submit(self, job: Job) -> None:

@@ -14,6 +14,8 @@ from statistics import mean
 
 import simpy
 
+from orchestrator.planning.risk import best_interval_s
+
 HOUR = 3600.0
 
 
@@ -57,11 +59,6 @@ class Outcome:
     losses: int
 
 
-def best_interval_s(save_s: float, losses_per_hour: float, work_h: float) -> float:
-    """Young's and Daly's interval between checkpoints; the whole work if nothing is ever lost."""
-    return math.sqrt(2 * save_s * HOUR / losses_per_hour) if losses_per_hour else work_h * HOUR
-
-
 class _Islands:
     """Every expert trains, is lost and goes on by itself; they share the object store and the controller."""
 
@@ -89,7 +86,7 @@ class _Islands:
     def _expert(self, number: int) -> Generator[simpy.Event, None, None]:
         world, clock = self.world, self.clock
         transfer_s = world.checkpoint_gb / world.node_gb_s
-        interval = best_interval_s(transfer_s, world.losses_per_hour, world.work_h)
+        interval = best_interval_s(transfer_s, world.losses_per_hour)
         done, started = 0.0, False
         while done < world.work_h * HOUR:
             with self.controller.request() as turn:
@@ -136,7 +133,7 @@ def monolith(world: World, seed: int, *, spot: bool) -> Outcome:
     draw, losses, now, done = random.Random(seed), 0, 0.0, 0.0
     rate = world.nodes * world.losses_per_hour / HOUR if spot else 0.0
     save_s = world.checkpoint_gb / world.node_gb_s / min(world.nodes, world.store_gb_s / world.node_gb_s)
-    interval = best_interval_s(save_s, rate * HOUR, world.work_h)
+    interval = best_interval_s(save_s, rate * HOUR)
     goal, limit = world.work_h * HOUR, 50 * world.work_h * HOUR
     while done < goal and now < limit:
         lost_at = now + (draw.expovariate(rate) if rate else math.inf)

@@ -1,6 +1,6 @@
 """Which island runs a stage now: a pure function of what is asked, what there is, and what is in use."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.backend import Job
@@ -23,7 +23,7 @@ class Load:
     """Stages that were on this island before, so that their inputs and checkpoints lie in its storage."""
 
 
-def load_of(jobs: list[Job], *, is_reachable: bool, held: frozenset[str]) -> Load:
+def load_of(jobs: Sequence[Job], *, is_reachable: bool = True, held: frozenset[str] = frozenset()) -> Load:
     """What jobs use together."""
     asked = [job.resources for job in jobs]
     return Load(

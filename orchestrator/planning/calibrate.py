@@ -35,12 +35,11 @@ from orchestrator.graph import build_graph
 from orchestrator.planning.calibration import SAID, Calibration, Place, Speed, identity
 from orchestrator.planning.rehearsal import Rehearsed, rehearse
 from orchestrator.planning.speeds import Networks, Probe, build_networks, time_networks
+from orchestrator.planning.synchronised import BYTES_PER_PARAMETER
 from orchestrator.planning.work import Facts, count_images, work_of
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
 from orchestrator.threads import limited_threads
-
-PARAMETER_BYTES = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,14 +175,14 @@ def _sizes(graph: Sequence[Stage], facts: Facts, rehearsed: Rehearsed, parameter
     """Bytes of what may have to be moved, as far as they can be told before."""
     sizes = {"codec": float(rehearsed.codec_bytes)}
     networks = {"expert": parameters["expert"], "monolith": parameters["expert"], "router": parameters["router"]}
-    sizes |= {stage.name: PARAMETER_BYTES * networks[stage.kind] for stage in graph if stage.kind in networks}
+    sizes |= {stage.name: BYTES_PER_PARAMETER * networks[stage.kind] for stage in graph if stage.kind in networks}
     if facts.images is None or facts.held_out is None:
         return {name: round(size) for name, size in sizes.items()}
     train, held_out = facts.images * rehearsed.image_bytes, facts.held_out * rehearsed.image_bytes
     sizes |= {"dataset/train": train, "dataset": train + held_out}
     sizes |= {"partition/clusters": train, "partition/holdout": held_out, "partition": train + held_out}
     sizes |= {f"partition/clusters/{k}": train / facts.num_experts for k in range(facts.num_experts)}
-    sizes["features"] = facts.images * rehearsed.extractors["partition"].dimension * PARAMETER_BYTES
+    sizes["features"] = facts.images * rehearsed.extractors["partition"].dimension * BYTES_PER_PARAMETER
     return {name: round(size) for name, size in sizes.items()}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from artifacts import files_in
 from orchestrator.compute_config import HOME
@@ -45,9 +46,14 @@ def name_of(given: Input) -> str:
     return f"{given.stage.name}/{given.part}".rstrip("/")
 
 
+def folder_bytes(folder: Path) -> int:
+    """How large the files below a folder are together."""
+    return sum(path.stat().st_size for path in files_in(folder))
+
+
 def _size(run: RunFolder, given: Input, sizes: Mapping[str, int]) -> int | None:
     if run.finished(given.stage):
-        return sum(path.stat().st_size for path in files_in(run.input(given)))
+        return folder_bytes(run.input(given))
     return sizes.get(name_of(given))
 
 

@@ -16,7 +16,7 @@ from orchestrator.graph import build_graph
 from orchestrator.planning.calibration import Calibration, find_calibration
 from orchestrator.planning.comparison import Comparison, compare
 from orchestrator.planning.estimate import Estimate, estimate, training_of
-from orchestrator.planning.movement import Movement, movements
+from orchestrator.planning.movement import Movement, movements, name_of
 from orchestrator.planning.schedule import Visit, critical_path, walk
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
@@ -135,7 +135,7 @@ def _row(
         name=stage.name,
         kind=stage.kind,
         state="finished",
-        reads=tuple(f"{given.stage.name}/{given.part}".rstrip("/") for given in stage.inputs.values()),
+        reads=tuple(name_of(given) for given in stage.inputs.values()),
         cpus=asked.cpus,
         gpus=asked.gpus,
         workers=asked.workers,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from artifacts import Workspace, files_in
+from artifacts import Workspace
 from data_partition.features import load_extractor
 from data_partition.images import Pixels
 from data_partition.shards import read_index, read_samples
@@ -25,6 +25,7 @@ from experts.config import CodecConfig
 from experts.latents import encode_latents
 from orchestrator.config import RunConfig
 from orchestrator.planning.calibration import Speed
+from orchestrator.planning.movement import folder_bytes
 from orchestrator.planning.timing import NOTHING, Taken, per_unit, timed
 from orchestrator.stage_functions import KINDS
 
@@ -91,11 +92,6 @@ def rehearse(config: RunConfig, folder: Path) -> Rehearsed:
         codec_bytes=folder_bytes(codec),
         extractors=_extractors(config, long.folder),
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """How large the files below a folder are together."""
-    return sum(path.stat().st_size for path in files_in(folder))
 
 
 def _walk(config: RunConfig, folder: Path, images: int) -> _Turn:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.backend import Job
-from orchestrator.compute_config import HOME, ComputeConfig, ResourcesConfig
+from orchestrator.compute_config import HOME, ComputeConfig
 from orchestrator.errors import ConfigError
 from orchestrator.frontier import Frontier
 from orchestrator.islands.placement import load_of, place
@@ -127,17 +127,14 @@ class _Clock:
 
     def _place(self, job: Job) -> str | None:
         at = {name: [other for _, _, other in self.running if other.island == name] for name in self.compute.islands}
-        loads = {name: load_of(jobs, is_reachable=True, held=frozenset()) for name, jobs in at.items()}
+        loads = {name: load_of(jobs) for name, jobs in at.items()}
         chosen = place(job, self.compute, loads) if self.compute.islands else HOME
-        return chosen if chosen != HOME or self._home_has_room(job.resources) else None
+        return chosen if chosen != HOME or self._home_has_room(job) else None
 
-    def _home_has_room(self, asked: ResourcesConfig) -> bool:
-        here = [job.resources for _, _, job in self.running if job.island == HOME]
-        return (
-            len(here) < self.home.stages
-            and sum(one.cpus * one.workers for one in (*here, asked)) <= self.home.cpus
-            and sum(one.gpus * one.workers for one in (*here, asked)) <= self.home.gpus + 1e-9
-        )
+    def _home_has_room(self, job: Job) -> bool:
+        here = [other for _, _, other in self.running if other.island == HOME]
+        load = load_of([*here, job])
+        return len(here) < self.home.stages and load.cpus <= self.home.cpus and load.gpus <= self.home.gpus + 1e-9
 
     def _start_s(self, chosen: str) -> float:
         """How long the stage waits for a process; at home the next one finds that of the last."""
