@@ -132,8 +132,14 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `UnfinishedArtifact` if it is missing, `CorruptArtifact` if it does not parse."""
+    return _parsed(path)[0]
+
+
+def _parsed(path: Path) -> tuple[Any, bytes]:
+    """What a JSON file says, and its very bytes."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        return json.loads(data.decode()), data
     except FileNotFoundError:
         raise UnfinishedArtifact(f"{path} does not exist; run the stage that writes it") from None
     except (ValueError, RecursionError) as error:
@@ -148,9 +154,9 @@ def sealed(value: object) -> str:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what was `sealed`; raises what `read_json` does, and `CorruptArtifact` for a single changed bit."""
-    found = read_json(path)
+    found, data = _parsed(path)
     rest = {name: value for name, value in found.items() if name != SEAL} if isinstance(found, dict) else {}
-    if path.read_bytes() != sealed(rest).encode():
+    if data != sealed(rest).encode():
         raise CorruptArtifact(f"{path} is not as it was written, by its own checksum; delete its folder and run again")
     return rest
 
