@@ -4,7 +4,7 @@ Hydra composes YAML into nested dictionaries; `parse_config` turns them into the
 mistake at once. Below this room, code sees only its own dataclass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -98,10 +98,7 @@ def parse_config(composed: Mapping[str, Any]) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(dict(composed))
     except ValidationError as error:
-        mistakes = [
-            _explain(mistake["loc"], mistake["type"], mistake["msg"], mistake["input"]) for mistake in error.errors()
-        ]
-        raise ConfigError(f"{len(mistakes)} mistake(s) in the configuration:\n  " + "\n  ".join(mistakes)) from None
+        raise ConfigError(listed(error, "configuration", known_keys)) from None
 
 
 def known_keys(location: tuple[str | int, ...]) -> list[str]:
@@ -124,10 +121,16 @@ def _tag(kind: Any) -> str | None:
     return _fields(kind)["kind"].default if "kind" in _fields(kind) else None
 
 
-def _explain(location: tuple[str | int, ...], kind: str, message: str, value: object) -> str:
-    """One mistake: where, the rule, the value."""
-    where = ".".join(str(part) for part in location) or "configuration"
-    if kind == "unexpected_keyword_argument":
-        return f"{where}: unknown key; known here: {', '.join(known_keys(location[:-1]))}"
+def listed(error: ValidationError, what: str, known: Callable[[tuple[str | int, ...]], Sequence[str]]) -> str:
+    """Every mistake in `what`, each with its place, the rule and the value; `known` names the keys at a place."""
+    mistakes = [_explain(mistake, what, known) for mistake in error.errors()]
+    return f"{len(mistakes)} mistake(s) in the {what}:\n  " + "\n  ".join(mistakes)
+
+
+def _explain(mistake: Mapping[str, Any], what: str, known: Callable[[tuple[str | int, ...]], Sequence[str]]) -> str:
+    location, value = mistake["loc"], mistake["input"]
+    where = ".".join(str(part) for part in location) or what
+    if mistake["type"] == "unexpected_keyword_argument":
+        return f"{where}: unknown key; known here: {', '.join(known(location[:-1]))}"
     given = "" if isinstance(value, dict) else f" (given: {value!r})"
-    return f"{where}: {message.removeprefix('Value error, ')}{given}"
+    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{given}"

@@ -1,6 +1,6 @@
 """From the files of `cluster_configs/pool`, or one of your own, and overrides to a typed pool."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from orchestrator.config import listed
 from orchestrator.errors import ConfigError
 from orchestrator.pools.config import PoolConfig
 from orchestrator.pools.machines import HeadConfig, NodeConfig
@@ -43,17 +44,7 @@ def parse_pool(composed: Any) -> PoolConfig:
     try:
         return TypeAdapter(PoolConfig).validate_python(composed)
     except ValidationError as error:
-        mistakes = [_explain(mistake) for mistake in error.errors()]
-        raise ConfigError(f"{len(mistakes)} mistake(s) in the pool:\n  " + "\n  ".join(mistakes)) from None
-
-
-def _explain(mistake: Mapping[str, Any]) -> str:
-    """One mistake: where, the rule, the value."""
-    where = ".".join(str(part) for part in mistake["loc"]) or "pool"
-    if mistake["type"] == "unexpected_keyword_argument":
-        return f"{where}: unknown key; known here: {', '.join(_known(mistake['loc'][:-1]))}"
-    given = "" if isinstance(mistake["input"], dict) else f" (given: {mistake['input']!r})"
-    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{given}"
+        raise ConfigError(listed(error, "pool", _known)) from None
 
 
 def _known(location: Sequence[str | int]) -> list[str]:
