@@ -10,10 +10,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts import read_json, write_json
+from artifacts import UnfinishedArtifact, read_json, write_json
 from orchestrator.errors import RunIsLocked
 from orchestrator.run_folder import RunFolder
 
@@ -35,6 +36,38 @@ def process_start(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] == "Z" else fields[19]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a run's lease."""
+
+    process: dict[str, Any]
+    """As `this_process` wrote it."""
+    age_s: float
+    """Seconds since its last heartbeat."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may still be running."""
+        return is_alive(self.process, self.age_s)
+
+    def __str__(self) -> str:
+        return f"process {self.process['pid']} on {self.process['host']}"
+
+
+def holder(run: RunFolder) -> Holder | None:
+    """Who holds the run's lease, dead or alive; None if nobody does."""
+    try:
+        age_s = time.time() - run.lease.stat().st_mtime
+        return Holder(read_json(run.lease), age_s)
+    except (FileNotFoundError, UnfinishedArtifact):
+        return None
+
+
+def silence_s(attempt: Path) -> float:
+    """Seconds since anything in an attempt's folder has changed."""
+    return time.time() - max(path.stat().st_mtime for path in (attempt, *attempt.iterdir()))
 
 
 def is_alive(process: dict[str, Any], heartbeat_s: float) -> bool:
@@ -78,11 +111,10 @@ def _take(run: RunFolder) -> None:
 
 
 def _refuse_if_alive(run: RunFolder) -> None:
-    other = read_json(run.lease)
-    age_s = time.time() - run.lease.stat().st_mtime
-    if is_alive(other, age_s):
+    other = holder(run)
+    if other is not None and other.is_alive:
         raise RunIsLocked(
-            f"{run.root} is walked by process {other['pid']} on {other['host']} (heartbeat {age_s:.0f} s ago); "
+            f"{run.root} is walked by {other} (heartbeat {other.age_s:.0f} s ago); "
             f"wait for it, or stop it with `ddm stop {run.root}`"
         )
 

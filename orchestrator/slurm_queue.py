@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from artifacts import read_json
-from orchestrator.lease import is_alive, this_process
+from orchestrator.lease import is_alive, silence_s, this_process
 from orchestrator.slurm_worker import claim_file
 
 LOOK_S = 10.0
@@ -77,7 +77,7 @@ class SlurmQueue:
             self._looked = time.monotonic()
         if self._states is None or (self._states.get(name, "COMPLETED") not in ENDED):
             return ""
-        if claim_file(attempt).exists() and _quiet_s(attempt) <= QUIET_S:
+        if claim_file(attempt).exists() and silence_s(attempt) <= QUIET_S:
             return ""
         return self._states.get(name, "not in the queue")
 
@@ -112,7 +112,7 @@ class LocalQueue:
         if name in self._handles and not self._handles[name].done():
             return ""
         claimed = claim_file(attempt)
-        if claimed.exists() and is_alive(read_json(claimed), _quiet_s(attempt)):
+        if claimed.exists() and is_alive(read_json(claimed), silence_s(attempt)):
             return ""
         return "its process is gone"
 
@@ -132,8 +132,3 @@ def _ask(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_S).stdout  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _quiet_s(attempt: Path) -> float:
-    """How long ago anything in the attempt's folder has changed."""
-    return time.time() - max(path.stat().st_mtime for path in (attempt, *attempt.iterdir()))

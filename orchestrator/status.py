@@ -15,7 +15,7 @@ from orchestrator.costs import cost_line
 from orchestrator.display import clock, describe, progress_of
 from orchestrator.errors import RunFolderError
 from orchestrator.graph import build_graph
-from orchestrator.lease import is_alive
+from orchestrator.lease import holder, is_alive, silence_s
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
 
@@ -32,13 +32,14 @@ def status_table(run: RunFolder) -> Table:
     for heading in ("stage", "island", "state", "attempts", "progress"):
         table.add_column(heading)
     for stage in graph:
-        state, progress = _state(run, stage)
-        island = _island(run, stage)
+        attempts = run.attempts(stage)
+        island = _island(attempts)
+        state, progress = _state(run, stage, attempts, island)
         if state == "running" and island in silent:
             state = f"[yellow]unreachable[/] for {clock(time.time() - silent[island])}"
         if stage.name in slow:
             progress += f"  [yellow]straggler: {slow[stage.name]:.1f} x the median[/]"
-        table.add_row(stage.name, island, state, str(len(run.attempts(stage))), progress)
+        table.add_row(stage.name, island, state, str(len(attempts)), progress)
     table.caption = cost_line(run)
     return table
 
@@ -62,42 +63,35 @@ def stragglers(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
     return {name: factor for name, factor in times.items() if factor > STRAGGLER}
 
 
-def _island(run: RunFolder, stage: Stage) -> str:
+def _island(attempts: Sequence[Path]) -> str:
     """Where the latest attempt was sent; empty for backends that are one place."""
-    attempts = run.attempts(stage)
     given = attempts[-1] / "job.json" if attempts else None
     return str(read_json(given)["island"]) if given and given.is_file() else ""
 
 
 def _controller(run: RunFolder) -> str:
-    if not run.lease.exists():
+    found = holder(run)
+    if found is None:
         return "no controller"
-    process = read_json(run.lease)
-    alive = is_alive(process, time.time() - run.lease.stat().st_mtime)
-    name = f"process {process['pid']} on {process['host']}"
-    return f"controlled by {name}" if alive else f"its controller, {name}, is gone; go on with `ddm resume {run.root}`"
+    if found.is_alive:
+        return f"controlled by {found}"
+    return f"its controller, {found}, is gone; go on with `ddm resume {run.root}`"
 
 
-def _state(run: RunFolder, stage: Stage) -> tuple[str, str]:
+def _state(run: RunFolder, stage: Stage, attempts: Sequence[Path], island: str) -> tuple[str, str]:
     if run.finished(stage):
         manifest = read_manifest(run.artifact(stage))
         return "[green]finished[/]", f"{manifest.seconds:.1f} s on {manifest.island or 'local'}"
-    attempts = run.attempts(stage)
     if not attempts:
         return "[dim]waiting[/]", ""
     if (attempts[-1] / "outcome.json").is_file():
         outcome = read_json(attempts[-1] / "outcome.json")
         return f"[yellow]{outcome['state']}[/]", escape(outcome["error"])
     worker = attempts[-1] / "worker.json"
-    at_home = _island(run, stage) in ("", HOME)
-    if at_home and worker.is_file() and not is_alive(read_json(worker), _silence_s(attempts[-1])):
+    at_home = island in ("", HOME)
+    if at_home and worker.is_file() and not is_alive(read_json(worker), silence_s(attempts[-1])):
         return "[red]lost[/]", describe(progress_of(attempts[-1]))
     return "running", describe(progress_of(attempts[-1]))
-
-
-def _silence_s(attempt: Path) -> float:
-    """Seconds since the attempt last wrote anything."""
-    return time.time() - max(path.stat().st_mtime for path in attempt.iterdir())
 
 
 def log_file(run: RunFolder, stage_name: str, attempt: int) -> Path:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts import ArtifactError, UnfinishedArtifact, read_json
-from orchestrator.lease import is_alive
+from artifacts import ArtifactError
+from orchestrator.lease import holder
 from orchestrator.run_folder import RunFolder
 from orchestrator.sweeps.scores import score_of
 from orchestrator.sweeps.trial import Trial, TrialEnd
@@ -167,11 +167,8 @@ class TrialPool:
 
 def has_controller(run: RunFolder) -> bool:
     """Whether a controller that may be alive holds the run."""
-    try:
-        age_s = time.time() - run.lease.stat().st_mtime
-        return is_alive(read_json(run.lease), age_s)
-    except (FileNotFoundError, UnfinishedArtifact):
-        return False
+    other = holder(run)
+    return other is not None and other.is_alive
 
 
 def _last_words(log: Path, start: int, code: int) -> str:
