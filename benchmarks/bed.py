@@ -4,17 +4,17 @@ A controller is `ddm resume` in a process of its own; a victim is whatever proce
 """
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from artifacts import is_finished, read_json, read_manifest
+from orchestrator.attempts import continued_from
 from orchestrator.compose import compose
 from orchestrator.compute_config import ComputeConfig, IslandConfig
 from orchestrator.config import RunConfig, parse_config
@@ -122,8 +122,7 @@ class Trial:
         """The last step that an expert has reported home."""
         found = [one for one in self.experts if one.name == stage]
         attempts = self.run.attempts(found[0]) if found else []
-        written = attempts[-1] / "progress.json" if attempts else None
-        return int(read_json(written)["done"]) if written and written.is_file() else 0
+        return last_step(attempts[-1]) if attempts else 0
 
 
 def processes() -> Iterator[tuple[int, list[str]]]:
@@ -145,11 +144,6 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     return True
 
 
-def wait(process: subprocess.Popen[bytes], limit_s: float) -> int:
-    """A controller's exit code; raises `TimeoutExpired` after `limit_s`."""
-    return process.wait(timeout=limit_s)
-
-
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a controller and everything that it started at home."""
     if process.poll() is None:
@@ -159,31 +153,35 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class Killer:
-    """Kills every victim once, a random time after it was first seen."""
+    """Sends every victim one signal, a random time after it was first seen."""
 
     trial: Trial
-    random: random.Random
-    most: int
-    longest_life_s: float
+    life_s: Callable[[], float]
+    """How long the next victim is left alone."""
+    most: float = float("inf")
+    signal: int = signal.SIGKILL
+    is_ripe: Callable[[str], bool] = lambda stage: True
+    """Whether a stage's victim may be taken, once its time has come."""
     killed: int = 0
     due: dict[int, float] = field(default_factory=dict)
-    ages: list[float] = field(default_factory=list)
 
     def look(self) -> None:
-        """Kill whose time has come."""
+        """Take those whose time has come."""
         now = time.monotonic()
-        for pid in self.trial.victims():
-            self.due.setdefault(pid, now + self.random.uniform(0.0, self.longest_life_s))
-            if self.killed < self.most and now >= self.due[pid] and process_start(pid) is not None and kill(pid):
+        for pid, stage in self.trial.victims().items():
+            if pid not in self.due:
+                self.due[pid] = now + self.life_s()
+            has_come = self.killed < self.most and now >= self.due[pid] and self.is_ripe(stage)
+            if has_come and process_start(pid) is not None and kill(pid, self.signal):
                 self.killed += 1
                 self.due[pid] = float("inf")
 
-
-def continued_from(attempt: Path) -> int:
-    """The step from which an attempt went on, by its log; 0 if it began at the beginning."""
-    log = attempt / "log.txt"
-    lines = [line for line in log.read_text().splitlines() if "continuing from step" in line] if log.is_file() else []
-    return int(lines[-1].rpartition(" ")[2]) if lines else 0
+    def follow(self, controller: subprocess.Popen[bytes]) -> int:
+        """Look until the controller has ended; its exit code."""
+        while controller.poll() is None:
+            self.look()
+            time.sleep(0.05)
+        return controller.returncode
 
 
 def last_step(attempt: Path) -> int:

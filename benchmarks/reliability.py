@@ -19,13 +19,17 @@ from signal import SIGTERM
 from statistics import median
 
 from artifacts import read_json
-from benchmarks.bed import Killer, Recipe, Trial, continued_from, end, kill, last_step, lost_steps, run_config
+from benchmarks.bed import Killer, Recipe, Trial, end, last_step, lost_steps, run_config
 from benchmarks.faults import faults_claims
 from benchmarks.network_island import S3_PORT
 from benchmarks.networks import Host, forwarded, separate_networks
 from benchmarks.record import Claim, Listing, write_result
+from orchestrator.attempts import continued_from
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.islands.local import LocalIslands
+
+LONGEST_LIFE_S = 14.0
+"""A training is killed at a random time up to so long after it was first seen."""
 
 POLICY = ComputeConfig(retries=10_000, backoff_s=0.2, lease_s=12.0, grace_s=30.0)
 
@@ -72,18 +76,15 @@ def experts_killed(bench: Bench, template: Path, reference: Trial, recipe: Recip
     started = time.monotonic()
     while killed < kills:
         trial = bench.trial(f"killed_{runs}", recipe, template)
-        killer = Killer(trial, draw, most=min(30, kills - killed), longest_life_s=14.0)
-        controller = trial.controller()
-        while controller.poll() is None:
-            killer.look()
-            time.sleep(0.05)
+        killer = Killer(trial, lambda: draw.uniform(0.0, LONGEST_LIFE_S), most=min(30, kills - killed))
+        code = killer.follow(trial.controller())
         runs, killed = runs + 1, killed + killer.killed
         finished += trial.is_finished()
         same += trial.models() == reference.models()
         for stage in trial.experts:
             lost += lost_steps(trial.run.attempts(stage))
         doubled += _doubled(trial)
-        print(f"  run {runs}: {killed} of {kills} kills, exit code {controller.returncode}", flush=True)
+        print(f"  run {runs}: {killed} of {kills} kills, exit code {code}", flush=True)
     seconds = time.monotonic() - started
     return [
         Claim(
@@ -197,21 +198,24 @@ def _until(question: Callable[[], bool], limit_s: float) -> None:
 def notices(bench: Bench, template: Path, reference: Trial, recipe: Recipe, count: int) -> list[Claim]:
     """SIGTERM for trainings at random instants: a spot notice of 30 s."""
     draw, sent, preempted, lost, finished, same, runs = random.Random(bench.seed + 2), 0, 0, [], 0, 0, 0
+    failures = 0
     while sent < count:
         trial = bench.trial(f"notice_{runs}", recipe, template)
-        controller, due = trial.controller(), dict[int, float]()
-        while controller.poll() is None:
-            for pid, name in trial.victims().items():
-                due.setdefault(pid, time.monotonic() + draw.uniform(0.0, 14.0))
-                if sent < count and time.monotonic() > due[pid] and trial.progress(name) > 0 and kill(pid, SIGTERM):
-                    sent, due[pid] = sent + 1, float("inf")
-            time.sleep(0.05)
-        runs, finished, same = runs + 1, finished + trial.is_finished(), same + (trial.models() == reference.models())
+        killer = Killer(
+            trial,
+            lambda: draw.uniform(0.0, LONGEST_LIFE_S),
+            most=count - sent,
+            signal=SIGTERM,
+            is_ripe=lambda stage, trial=trial: trial.progress(stage) > 0,
+        )
+        killer.follow(trial.controller())
+        runs, sent = runs + 1, sent + killer.killed
+        finished, same = finished + trial.is_finished(), same + (trial.models() == reference.models())
         for stage in trial.experts:
             attempts = trial.run.attempts(stage)
             preempted += sum(read_json(one / "outcome.json")["state"] == "preempted" for one in attempts)
             lost += [_lost_to_notice(before, after) for before, after in zip(attempts, attempts[1:], strict=False)]
-        failures = sum(event.get("transient", False) for event in trial.events("failed", "lost"))
+        failures += len(trial.events("failed", "lost"))
         print(f"  run {runs}: {sent} notices, {preempted} preempted, lost steps {max(lost or [0])}", flush=True)
     return [
         Claim(
@@ -237,15 +241,8 @@ def goodput(bench: Bench, template: Path, recipe: Recipe, interval_s: float) -> 
     plain = undisturbed(bench, "goodput_plain", recipe, template)
     draw = random.Random(bench.seed + 3)
     trial = bench.trial("goodput", recipe, template)
-    killer = Killer(trial, draw, most=10**6, longest_life_s=0.0)
-    controller = trial.controller()
-    while controller.poll() is None:
-        now = time.monotonic()
-        for pid in trial.victims():
-            killer.due.setdefault(pid, now + draw.expovariate(1 / (10 * interval_s)))
-            if now >= killer.due[pid] and kill(pid):
-                killer.killed, killer.due[pid] = killer.killed + 1, float("inf")
-        time.sleep(0.1)
+    killer = Killer(trial, lambda: draw.expovariate(1 / (10 * interval_s)))
+    killer.follow(trial.controller())
     calm, rough = _span(plain), _span(trial)
     ratios = [calm[name] / rough[name] for name in calm]
     rows = [(name, f"{calm[name]:.0f}", f"{rough[name]:.0f}", f"{calm[name] / rough[name]:.3f}") for name in calm]

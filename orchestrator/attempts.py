@@ -121,14 +121,20 @@ def _last_word(folder: Path, progress: dict[str, Any], *, at_home: bool) -> floa
 
 def _steps(folder: Path, progress: dict[str, Any]) -> Steps | None:
     """How far a training came; the metrics file appears when it begins, and holds the earlier attempts' rows."""
-    metrics, log = folder / "metrics.jsonl", folder / "log.txt"
+    metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         return None
-    said = CONTINUED.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
-    first = int(said[-1]) if said else 0
+    first = continued_from(folder)
     rows = metrics.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
     last = int(json.loads(rows[-1])["step"]) if rows else 0
     return Steps(first=first, last=max(first, last), seconds_each=_pace(progress))
+
+
+def continued_from(attempt: Path) -> int:
+    """The step from which an attempt went on, by its log; 0 if it began at the beginning."""
+    log = attempt / "log.txt"
+    said = CONTINUED.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
+    return int(said[-1]) if said else 0
 
 
 def _pace(progress: dict[str, Any]) -> float | None:
