@@ -112,10 +112,15 @@ def _inline(config: ComputeConfig, run: RunFolder) -> Backend:
     return InlineBackend()
 
 
-def _ray(config: ComputeConfig, run: RunFolder) -> Backend:
-    address = config.address or os.environ.get(SUBMITTED_TO)
+def stay_on_loopback(address: str | None) -> None:
+    """Before Ray is imported: have it listen on loopback alone, unless it joins a Ray cluster elsewhere."""
     if address is None or address.startswith("127."):
         os.environ.setdefault(LOOPBACK_ONLY, "0")
+
+
+def _ray(config: ComputeConfig, run: RunFolder) -> Backend:
+    address = config.address or os.environ.get(SUBMITTED_TO)
+    stay_on_loopback(address)
     from orchestrator.ray_backend import RayBackend
 
     return RayBackend(replace(config, address=address))

@@ -61,14 +61,19 @@ def resource(name: str) -> str:
     return f"pool_{name}"
 
 
-def _node_type(name: str, node: NodeConfig, machine: Machine) -> dict[str, Any]:
-    counted = {"CPU": node.cpus, "GPU": node.gpus, "memory": int(node.memory_gb * USABLE_MEMORY * 2**30)}
+def node_type(name: str, node: NodeConfig, node_config: Mapping[str, Any], memory: Mapping[str, int]) -> dict[str, Any]:
+    """A type of nodes for Ray's autoscaler; `memory` is what is counted of it, by Ray's name."""
+    counted = {"CPU": node.cpus, "GPU": node.gpus, **memory}
     return {
-        "node_config": machine(node, node.spot),
+        "node_config": dict(node_config),
         "resources": {**{key: amount for key, amount in counted.items() if amount}, resource(name): node.slots},
         "min_workers": node.min_nodes,
         "max_workers": node.max_nodes,
     }
+
+
+def _node_type(name: str, node: NodeConfig, machine: Machine) -> dict[str, Any]:
+    return node_type(name, node, machine(node, node.spot), {"memory": int(node.memory_gb * USABLE_MEMORY * 2**30)})
 
 
 def _auth(config: PoolConfig) -> dict[str, Any]:

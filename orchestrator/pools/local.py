@@ -5,8 +5,7 @@ from typing import Any
 from orchestrator.islands.head import ADDRESS, OBJECT_STORE_BYTES, PORTS
 from orchestrator.pools.config import PoolConfig
 from orchestrator.pools.document import as_yaml
-from orchestrator.pools.launcher import resource
-from orchestrator.pools.machines import NodeConfig
+from orchestrator.pools.launcher import node_type
 
 HEAD_TYPE = "ray.head.default"
 PROVIDER = "ddm_local_nodes.LocalNodes"
@@ -38,7 +37,10 @@ def render_local(config: PoolConfig) -> dict[str, str]:
         "auth": {},
         "available_node_types": {
             HEAD_TYPE: head,
-            **{name: _node_type(name, node) for name, node in config.nodes.items()},
+            **{
+                name: node_type(name, node, {}, {"object_store_memory": OBJECT_STORE_BYTES})
+                for name, node in config.nodes.items()
+            },
         },
         "head_node_type": HEAD_TYPE,
         "file_mounts": {},
@@ -46,13 +48,3 @@ def render_local(config: PoolConfig) -> dict[str, str]:
         **{key: [] for key in (*lists, *commands)},
     }
     return {"pool.yaml": as_yaml(written, about=f"Pool {config.name} for the autoscaler of a Ray cluster on loopback.")}
-
-
-def _node_type(name: str, node: NodeConfig) -> dict[str, Any]:
-    counted = {"CPU": node.cpus, "GPU": node.gpus, "object_store_memory": OBJECT_STORE_BYTES}
-    return {
-        "node_config": {},
-        "resources": {**{key: amount for key, amount in counted.items() if amount}, resource(name): node.slots},
-        "min_workers": node.min_nodes,
-        "max_workers": node.max_nodes,
-    }

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from orchestrator.compose import FULL_ERROR
 from orchestrator.compute_config import ComputeConfig
-from orchestrator.controller import LOOPBACK_ONLY
+from orchestrator.controller import LOOPBACK_ONLY, stay_on_loopback
 
 IDLE_MS = ("RAY_idle_worker_killing_time_threshold_ms", "60000")
 """A worker of one trial is kept for so long while others have the CPUs: by Ray's own measure, a second, every stage
@@ -55,8 +55,7 @@ def shared_budget(compute: ComputeConfig) -> Iterator[Budget]:
 
 def _cpus_at(compute: ComputeConfig, address: str) -> int:
     """CPUs of a running Ray cluster."""
-    if address.startswith("127."):
-        os.environ.setdefault(LOOPBACK_ONLY, "0")
+    stay_on_loopback(address)
     from orchestrator.ray_backend import joined_cluster
 
     with joined_cluster(compute) as cluster:
@@ -66,7 +65,7 @@ def _cpus_at(compute: ComputeConfig, address: str) -> int:
 @contextlib.contextmanager
 def _embedded(compute: ComputeConfig) -> Iterator[dict[str, str]]:
     """Start the cluster; yields what a controller's environment needs to join it."""
-    os.environ.setdefault(LOOPBACK_ONLY, "0")
+    stay_on_loopback(None)
     os.environ.setdefault(*IDLE_MS)
     if AUTH_MODE not in os.environ:
         os.environ.update({AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32)})
