@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 from artifacts import is_finished, read_json, read_manifest
-from orchestrator.attempts import continued_from
+from orchestrator.attempts import CONTINUED, continued_from
 from orchestrator.compose import compose
 from orchestrator.compute_config import ComputeConfig, IslandConfig
 from orchestrator.config import RunConfig, parse_config
@@ -182,6 +183,18 @@ class Killer:
             self.look()
             time.sleep(0.05)
         return controller.returncode
+
+
+def restart_seconds(attempts: Sequence[Path]) -> list[float]:
+    """From submission until the training goes on from its checkpoint, for every attempt that did."""
+    found = []
+    for attempt in attempts:
+        log = attempt / "log.txt"
+        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+            if CONTINUED.search(line):
+                said = datetime.strptime(line.partition(",")[0], "%Y-%m-%d %H:%M:%S").astimezone().timestamp()
+                found.append(max(0.0, said - (attempt / "job.json").stat().st_mtime))
+    return found
 
 
 def last_step(attempt: Path) -> int:

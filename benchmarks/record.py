@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,14 @@ def machine() -> str:
 
 
 def write_result(
-    script: str, seconds: float, claims: Sequence[Claim], listings: Sequence[Listing] = (), notes: Sequence[str] = ()
+    script: str,
+    seconds: float,
+    claims: Sequence[Claim],
+    listings: Sequence[Listing] = (),
+    notes: Sequence[str] = (),
+    figures: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Write `docs/benchmarks/<script>.json` and return what it says."""
+    """Write `docs/benchmarks/<script>.json` and return what it says; `figures` are for other benchmarks to read."""
     result = {
         "machine": machine(),
         "commit": project_commit(),
@@ -56,6 +61,7 @@ def write_result(
         "claims": list(claims),
         "listings": list(listings),
         "notes": list(notes),
+        "figures": dict(figures or {}),
     }
     write_json(RESULTS / f"{script}.json", result)
     return result

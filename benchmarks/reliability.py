@@ -13,13 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGTERM
 from statistics import median
 
 from artifacts import read_json
-from benchmarks.bed import Killer, Recipe, Trial, end, last_step, lost_steps, run_config
+from benchmarks.bed import Killer, Recipe, Trial, end, last_step, lost_steps, restart_seconds, run_config
 from benchmarks.faults import faults_claims
 from benchmarks.network_island import S3_PORT
 from benchmarks.networks import Host, forwarded, separate_networks
@@ -41,6 +41,8 @@ class Bench:
     folder: Path
     islands: LocalIslands
     seed: int
+    restarts_s: list[float] = field(default_factory=list)
+    """From the submission of an attempt until its training went on, for all that went on."""
 
     def trial(self, name: str, recipe: Recipe, template: Path | None = None, policy: ComputeConfig = POLICY) -> Trial:
         """A prepared run folder."""
@@ -83,6 +85,7 @@ def experts_killed(bench: Bench, template: Path, reference: Trial, recipe: Recip
         same += trial.models() == reference.models()
         for stage in trial.experts:
             lost += lost_steps(trial.run.attempts(stage))
+            bench.restarts_s += restart_seconds(trial.run.attempts(stage))
         doubled += _doubled(trial)
         print(f"  run {runs}: {killed} of {kills} kills, exit code {code}", flush=True)
     seconds = time.monotonic() - started
@@ -206,7 +209,7 @@ def notices(bench: Bench, template: Path, reference: Trial, recipe: Recipe, coun
             lambda: draw.uniform(0.0, LONGEST_LIFE_S),
             most=count - sent,
             signal=SIGTERM,
-            is_ripe=lambda stage, trial=trial: trial.progress(stage) > 0,
+            is_ripe=lambda stage, trial=trial: 0 < trial.progress(stage) < recipe.steps - recipe.checkpoint_every,
         )
         killer.follow(trial.controller())
         runs, sent = runs + 1, sent + killer.killed
@@ -344,14 +347,15 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ddm-chaos-") as temporary:
         folder = given.keep or Path(temporary)
-        claims, listings = measure(folder, given)
-    write_result("reliability", time.monotonic() - started, claims, listings, notes=NOTES)
+        claims, listings, restarts_s = measure(folder, given)
+    figures = {"restart_s": median(restarts_s)} if restarts_s else {}
+    write_result("reliability", time.monotonic() - started, claims, listings, NOTES, figures)
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FAILS'}  {claim.name}: {claim.value} ({claim.spread})")
 
 
-def measure(folder: Path, given: argparse.Namespace) -> tuple[list[Claim], list[Listing]]:
-    """All claims, on one pair of islands."""
+def measure(folder: Path, given: argparse.Namespace) -> tuple[list[Claim], list[Listing], list[float]]:
+    """All claims, on one pair of islands; and how long the restarts took, in seconds."""
     short = Recipe(steps=4000, checkpoint_every=400)
     slow = Recipe(steps=100_000, checkpoint_every=4500, num_experts=2)
     long = Recipe(steps=60_000, checkpoint_every=2000, num_experts=2)
@@ -380,7 +384,7 @@ def measure(folder: Path, given: argparse.Namespace) -> tuple[list[Claim], list[
         claims, listings = claims + made, [*listings, listing]
     if "faults" in wanted:
         claims += faults_claims()
-    return claims, listings
+    return claims, listings, bench.restarts_s
 
 
 NOTES = (
