@@ -85,7 +85,7 @@ def experts_killed(bench: Bench, template: Path, reference: Trial, recipe: Recip
         same += trial.models() == reference.models()
         for stage in trial.experts:
             lost += lost_steps(trial.run.attempts(stage))
-            bench.restarts_s += restart_seconds(trial.run.attempts(stage))
+            bench.restarts_s.extend(restart_seconds(trial.run.attempts(stage)))
         doubled += _doubled(trial)
         print(f"  run {runs}: {killed} of {kills} kills, exit code {code}", flush=True)
     seconds = time.monotonic() - started

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from artifacts import read_json
+from artifacts import CorruptArtifact, read_json
 from orchestrator.compute_config import ResourcesConfig
 
 
@@ -90,9 +90,17 @@ def submission_name(run_id: str, job: Job) -> str:
 
 
 def read_outcome(job: Job) -> Outcome | None:
-    """What the attempt says of its end; None if it has not, or did not live to."""
+    """What the attempt says of its end; None if it has not, or did not live to.
+
+    Raises `CorruptArtifact` for what no worker writes.
+    """
     written = attempt_folder(job) / "outcome.json"
-    return TypeAdapter(Outcome).validate_python(read_json(written)) if written.is_file() else None
+    if not written.is_file():
+        return None
+    try:
+        return TypeAdapter(Outcome).validate_python(read_json(written))
+    except ValidationError as error:
+        raise CorruptArtifact(f"{written} does not say how an attempt ended ({error}); delete it") from error
 
 
 def attempt_folder(job: Job) -> Path:

@@ -114,7 +114,8 @@ class ComputeConfig:
     stages: StagesConfig = StagesConfig()
     """Resources by kind of stage."""
     retries: Annotated[int, Field(ge=0)] = 2
-    """How often a stage is started again after its worker was lost or an operation failed; a preemption costs none."""
+    """How often a stage is started again after its worker was lost or an operation failed; a preemption costs none,
+    and a training that goes on from a later checkpoint than the last time has all of them again."""
     backoff_s: Annotated[float, Field(ge=0)] = 1.0
     """Wait before the first retry, give or take half; it doubles each time, up to a minute."""
     timeout_s: Annotated[float, Field(gt=0)] | None = None
@@ -125,7 +126,7 @@ class ComputeConfig:
     """How long a stage may take to save its work when it is asked to stop."""
     lease_s: Annotated[float, Field(gt=0)] = 180.0
     """An island that cannot be reached and shows no sign of life for so long has lost its stages."""
-    spot_losses: Annotated[int, Field(ge=0)] = 3
+    spot_losses: Annotated[int, Field(ge=0)] = 2
     """After so many losses on preemptible islands a stage goes to one that is not preemptible, if there is any."""
 
     @property

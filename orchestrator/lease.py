@@ -1,7 +1,7 @@
 """One controller a run: a file that names it, with a heartbeat.
 
-A controller is *running*, *dead* or *unknown*. On this machine its process can be looked up; on another one it
-counts as dead only when its heartbeat is older than the lease.
+A controller is *running*, *dead* or *unknown*. On this machine its process can be looked up; on another one, or in
+another container, it counts as dead only when its heartbeat is older than the lease.
 """
 
 import contextlib
@@ -25,8 +25,18 @@ HEARTBEAT_S = 5.0
 
 
 def this_process() -> dict[str, Any]:
-    """Host, pid and start time of this process: enough to recognise it later, also when the pid is used again."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid())}
+    """Where this process is, its pid and start time: enough to recognise it later, also when the pid is used again."""
+    return {**_here(), "pid": os.getpid(), "started": process_start(os.getpid())}
+
+
+def is_here(process: dict[str, Any]) -> bool:
+    """Whether a process that wrote itself down can be looked up by its pid: not in another container of the host."""
+    return _here().items() <= process.items() and Path("/proc/self/stat").exists()
+
+
+def _here() -> dict[str, str]:
+    namespace = Path("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "pids": str(namespace.readlink()) if namespace.is_symlink() else ""}
 
 
 def process_start(pid: int) -> str | None:
@@ -72,7 +82,7 @@ def silence_s(attempt: Path) -> float:
 
 def is_alive(process: dict[str, Any], heartbeat_s: float) -> bool:
     """Whether a process that wrote itself down `heartbeat_s` ago may still be running."""
-    if process["host"] == socket.gethostname() and Path("/proc/self/stat").exists():
+    if is_here(process):
         return bool(process_start(int(process["pid"])) == process["started"])
     return heartbeat_s < LEASE_S
 

@@ -8,17 +8,19 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from artifacts import plain, read_json, write_json
+from orchestrator.attempts import continued_from
 from orchestrator.backend import Backend, Job, Outcome, attempt_folder
-from orchestrator.compute_config import HOME, ComputeConfig
+from orchestrator.compute_config import HOME, ComputeConfig, ResourcesConfig
 from orchestrator.frontier import Frontier
-from orchestrator.lease import is_alive
+from orchestrator.lease import is_alive, is_here
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage, without
 
@@ -120,7 +122,12 @@ class Runner:
             if not (attempts[-1] / "job.json").exists():
                 continue
             earlier = read_json(attempts[-1] / "job.json")
-            job = self._job(stage, int(earlier["attempt"]), str(earlier["island"]))
+            job = replace(
+                self._job(stage, int(earlier["attempt"]), str(earlier["island"])),
+                resources=TypeAdapter(ResourcesConfig).validate_python(earlier["resources"]),
+                commit=str(earlier["commit"]),
+                losses=int(earlier["losses"]),
+            )
             if self.backend.attach(job):
                 self.running[stage.name] = _Running(stage, job, (attempts[-1] / "job.json").stat().st_mtime)
                 self.run.record("attached", stage=stage.name, attempt=job.attempt, island=job.island)
@@ -202,7 +209,10 @@ class Runner:
             self._retry_or_give_up(entry, error, transient=transient)
 
     def _retry_or_give_up(self, entry: _Running, error: str, *, transient: bool) -> None:
-        stage, failures = entry.stage, self._counted(self.failures, entry.stage)
+        stage = entry.stage
+        if self._has_come_further(entry):
+            self.failures[stage.name] = 0
+        failures = self._counted(self.failures, stage)
         if transient and failures <= self.policy.retries:
             self._go_on_later(entry, failures, f"{error}; retry {failures} of {self.policy.retries}")
             return
@@ -222,14 +232,20 @@ class Runner:
 
     def _leave_out(self, lost: Stage, error: str) -> None:
         """Go on with the graph as it is without an optional stage."""
-        delays = self.frontier.delays()
+        delays, before = self.frontier.delays(), self.frontier
         self.graph = without(self.graph, lost.name)
         self.frontier = Frontier(self.graph, self.finished, {*self.running, *self.failed, *delays})
         for stage in self.graph:
             if stage.name in delays:
-                self.frontier.give_back(stage, delays[stage.name])
+                self.frontier.give_back(stage, delays[stage.name], before.losses(stage))
         self.run.record("left_out", stage=lost.name, fingerprint=lost.fingerprint)
         self.on_event("left_out", lost, error)
+
+    def _has_come_further(self, entry: _Running) -> bool:
+        """Whether an attempt began at a later checkpoint than the one before: what is lost now and then, yet goes on,
+        uses up no retries; what dies at the same place does."""
+        before = self.run.attempt(entry.stage, entry.job.attempt - 1)
+        return continued_from(attempt_folder(entry.job)) > continued_from(before)
 
     @staticmethod
     def _counted(counts: dict[str, int], stage: Stage) -> int:
@@ -262,7 +278,7 @@ class Runner:
             self.policy.deadline_s,
         )
         if deadline is not None and entry.stage.optional:
-            first = self.run.attempts(entry.stage)[0] / "job.json"
+            first = self.run.attempt(entry.stage, 1) / "job.json"
             if first.exists() and now - first.stat().st_mtime > deadline:
                 return f"not finished within compute.deadline_s = {deadline:g} s", True
         if limit is not None and worker.is_file() and now - worker.stat().st_mtime > limit:
@@ -282,7 +298,7 @@ def end_orphans(run: RunFolder, graph: Sequence[Stage]) -> None:
             if not written.is_file() or (attempt / "outcome.json").is_file() or _is_elsewhere(attempt):
                 continue
             worker = read_json(written)
-            if worker["host"] == socket.gethostname() and worker["pid"] != os.getpid() and is_alive(worker, 0.0):
+            if is_here(worker) and worker["pid"] != os.getpid() and is_alive(worker, 0.0):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(worker["pid"]), signal.SIGKILL)
 

@@ -12,12 +12,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from artifacts import CACHE, MANIFEST, is_finished
+from artifacts import CACHE, MANIFEST, ArtifactError, CorruptArtifact, is_finished
 from orchestrator.backend import Job, Outcome, State, attempt_folder, read_outcome, submission_name
 from orchestrator.compute_config import IslandConfig
 from orchestrator.errors import IslandError, OrchestratorError, Unreachable
@@ -85,7 +85,9 @@ class Line:
         self.storage = Storage(f"{self.config.storage.rstrip('/')}/{self.run_id}", self.config.storage_options)
         self._ended = threading.Event()
         self._movers = ThreadPoolExecutor(max_workers=2, thread_name_prefix=f"{self.name}-mover")
-        self._thread = threading.Thread(target=self._follow, daemon=True, name=f"{self.name}-line")
+        self._watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name}-line")
+        self._watching: Future[None] | None = None
+        self._defects: list[BaseException] = []
 
     def introduce(self) -> None:
         """Check that the island takes us, if it answers; raises `IslandError` if it refuses."""
@@ -97,29 +99,32 @@ class Line:
     def watch(self) -> None:
         """Look from now on, once all attempts of an earlier controller were added.
 
-        Whatever runs there for this run without having been added is stopped: nobody waits for it.
+        Whatever runs there for this run without having been added is stopped: nobody waits for it. Raises what none
+        of this line's threads should have raised: nobody would bring home what it was about.
         """
-        if not self._thread.is_alive():
-            self._thread.start()
+        if self._watching is None:
+            self._watching = self._watcher.submit(self._follow)
+            self._watching.add_done_callback(self._note_defect)
+        if self._defects:
+            raise self._defects[0]
 
     def close(self) -> None:
         """Leave the island alone; what runs there goes on."""
         self._ended.set()
         self._movers.shutdown(wait=True, cancel_futures=True)
-        if self._thread.is_alive():
-            self._thread.join()
+        self._watcher.shutdown(wait=True)
 
     def add(self, job: Job) -> None:
         """Send a job to the island, or find it there if it was sent before."""
         track = Track(job, submission_name(self.run_id, job), time.monotonic())
         self.tracks[job.stage] = track
         self.held.add(job.stage)
-        self._movers.submit(self._guarded, track, self._send)
+        self._begin(track, self._send)
 
     def stop(self, stage: str) -> None:
         """Stop an attempt now, with the island's grace."""
         if (track := self.tracks.get(stage)) and track.is_submitted:
-            self._movers.submit(self._guarded, track, self._send_stop)
+            self._begin(track, self._send_stop)
 
     # ---- sending
 
@@ -153,6 +158,14 @@ class Line:
     def _send_stop(self, track: Track) -> None:
         self.client.stop(track.submission_id)
 
+    def _begin(self, track: Track, act: Callable[[Track], None]) -> None:
+        """Do something for an attempt in a thread of its own."""
+        self._movers.submit(self._guarded, track, act).add_done_callback(self._note_defect)
+
+    def _note_defect(self, done: "Future[None]") -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            self._defects.append(error)
+
     def _guarded(self, track: Track, act: Callable[[Track], None]) -> None:
         """Do something for an attempt, again while the island or its storage does not answer; a refusal ends it."""
         while not self._ended.is_set():
@@ -163,8 +176,8 @@ class Line:
                     self._end(track, track.outcome("lost", str(error), transient=True))
                     return
                 self._ended.wait(LOOK_S)
-            except (OrchestratorError, OSError) as error:
-                may_pass = isinstance(error, IslandError | StorageError | OSError)
+            except (OrchestratorError, ArtifactError, OSError) as error:
+                may_pass = isinstance(error, IslandError | StorageError | ArtifactError | OSError)
                 self._end(track, track.outcome("failed", f"{type(error).__name__}: {error}", transient=may_pass))
                 return
             else:
@@ -213,11 +226,11 @@ class Line:
                 return
         if (state and not running) or (attempt_folder(track.job) / "outcome.json").exists():
             track.is_ending = True
-            self._movers.submit(self._guarded, track, lambda track: self._bring_home(track, state))
+            self._begin(track, lambda track: self._bring_home(track, state))
         elif is_overdue:
             what = "does not answer" if states is None else f"calls the attempt {state.status if state else 'unknown'}"
             reason = f"island {self.name} {what} and gave no sign of life for {self.lease_s:g} s (compute.lease_s)"
-            self._movers.submit(self._guarded, track, lambda track: self._give_up(track, reason))
+            self._begin(track, lambda track: self._give_up(track, reason))
             track.is_ending = True
 
     def _has_news(self, track: Track) -> bool | None:
@@ -236,7 +249,7 @@ class Line:
         """Tell the island once that the attempt is to stop."""
         if not track.stop_was_sent and any(Path(path).exists() for path in track.job.stop_files):
             track.stop_was_sent = True
-            self._movers.submit(self._guarded, track, self._send_stop)
+            self._begin(track, self._send_stop)
 
     def _reap(self, states: dict[str, JobState]) -> None:
         """Stop what runs there for this run and nobody waits for: attempts that were given up."""
@@ -254,7 +267,7 @@ class Line:
     def _bring_home(self, track: Track, state: JobState | None) -> None:
         """Copy what an ended attempt has left, and say how it ended."""
         self.storage.follow_tree(track.names.folder, attempt_folder(track.job))
-        outcome = read_outcome(track.job)
+        outcome = self._read_outcome(track)
         if outcome is None and state is not None:
             self._save_driver_log(track)
         outcome = outcome or _without_word(track.job, state)
@@ -263,6 +276,15 @@ class Line:
         else:
             self._fetch_state(track)
         self._end(track, outcome)
+
+    def _read_outcome(self, track: Track) -> Outcome | None:
+        """What the attempt says of its end; what makes no sense is kept aside, and counts as a loss."""
+        try:
+            return read_outcome(track.job)
+        except CorruptArtifact as error:
+            written = attempt_folder(track.job) / "outcome.json"
+            written.rename(written.with_suffix(".damaged"))
+            return track.outcome("lost", str(error), transient=True)
 
     def _fetch_artifact(self, track: Track) -> None:
         target = Path(track.job.artifact)

@@ -90,19 +90,24 @@ def snapshot(folder: Path, skip: tuple[str, ...], checksums: Checksums, there: M
 
 
 def files_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, int]:
-    """Inode of every file below a folder, by relative path; `skip` names what is left out at the top."""
+    """Inode of every file below a folder, by relative path; `skip` names what is left out at the top.
+
+    Raises `StorageError` for a link: what it names may lie anywhere.
+    """
     if not folder.is_dir():
         raise StorageError(f"{folder} is no folder; nothing was sent, and what the storage has is untouched")
     found: dict[str, int] = {}
     for parent, folders, names in os.walk(folder, onerror=_raise_unless_gone):
         left_out = set(skip) if Path(parent) == folder else set()
         folders[:] = [name for name in folders if name not in left_out and not IN_WORK.fullmatch(name)]
-        for name in names:
+        for name in (*folders, *names):
             if name in left_out or IN_WORK.fullmatch(name):
                 continue
             path = Path(parent, name)
             with contextlib.suppress(FileNotFoundError):
-                state = path.stat()
+                state = path.lstat()
+                if stat.S_ISLNK(state.st_mode):
+                    raise StorageError(f"{path} is a link, and only files are sent; put what it names in its place")
                 if stat.S_ISREG(state.st_mode):
                     found[path.relative_to(folder).as_posix()] = state.st_ino
     return found

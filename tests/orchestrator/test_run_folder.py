@@ -92,8 +92,9 @@ def test_of_many_controllers_at_once_one_gets_the_lease(run):
     assert sorted(racer.communicate()[0] for racer in racers) == ["held\n", "refused\n", "refused\n", "refused\n"]
 
 
-def test_a_controller_elsewhere_is_dead_only_after_its_lease(run):
-    elsewhere = this_process() | {"host": "another-host"}
+@pytest.mark.parametrize("elsewhere", [{"host": "another-host"}, {"pids": "pid:[1]"}])
+def test_a_controller_elsewhere_is_dead_only_after_its_lease(run, elsewhere):
+    elsewhere = this_process() | elsewhere | {"started": "1"}
     assert is_alive(elsewhere, heartbeat_s=LEASE_S - 1)
     assert not is_alive(elsewhere, heartbeat_s=LEASE_S + 1)
 

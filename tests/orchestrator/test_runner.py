@@ -150,6 +150,9 @@ def test_a_backoff_doubles_give_or_take_half_and_is_waited_for(tmp_path):
     assert time.time() - started >= sum(seconds) - 0.2
 
 
+SPOT = IslandConfig(address="http://127.0.0.1:1", token_file="t", storage="/s", preemptible=True)
+
+
 class Surviving(ScriptedBackend):
     """Says that it still runs whatever an earlier controller gave it."""
 
@@ -176,6 +179,49 @@ def test_an_attempt_that_outlived_its_controller_is_taken_over_and_not_submitted
     assert events == [("submitted", 1), ("attached", 1), ("finished", 1)]
 
 
+def test_what_is_taken_over_is_the_job_that_was_submitted(tmp_path):
+    config = ComputeConfig(backoff_s=0.0, backend="islands", islands={"west": SPOT})
+    first, second = Surviving({"data": ["lost", "hang"]}), Surviving()
+
+    def die_at_second(running):
+        if len(first.jobs) == 2:
+            raise KeyboardInterrupt
+
+    one = Runner(run_folder(tmp_path), diamond(), first, config, commit="one", on_tick=[die_at_second])
+    with pytest.raises(KeyboardInterrupt):
+        one.walk()
+    Runner(run_folder(tmp_path), diamond(), second, config, commit="two").walk()
+    assert second.jobs[0] == first.jobs[-1]
+    assert (second.jobs[0].losses, second.jobs[0].commit, second.jobs[0].attempt) == (1, "one", 2)
+
+
+class Training(ScriptedBackend):
+    """Loses every attempt of `data` but the last; `starts` says from which step each of them goes on."""
+
+    def __init__(self, starts):
+        super().__init__({"data": ["lost"] * (len(starts) - 1)})
+        self.starts = starts
+
+    def submit(self, job):
+        super().submit(job)
+        if job.stage == "data":
+            step = self.starts[job.attempt - 1]
+            (attempt_folder(job) / "log.txt").write_text(f"continuing from step {step}\n" if step else "")
+
+
+@pytest.mark.parametrize(
+    ("starts", "finishes"),
+    [([0, 100, 200, 300, 400, 500], True), ([0, 100, 100, 200, 200, 300], True), ([0, 100, 100, 100, 200], False)],
+)
+def test_a_training_that_comes_further_uses_up_no_retries_and_one_that_dies_at_one_place_does(
+    tmp_path, starts, finishes
+):
+    backend = Training(starts)
+    result = walk(tmp_path, backend, ComputeConfig(retries=2, backoff_s=0.0))
+    assert ("data" in result.finished) == finishes
+    assert len([job for job in backend.jobs if job.stage == "data"]) == (len(starts) if finishes else 4)
+
+
 def _die_at_first_job(running):
     if running:
         raise KeyboardInterrupt
@@ -195,10 +241,7 @@ def test_an_attempt_that_died_with_its_controller_is_started_again(tmp_path):
 
 
 def test_losses_on_preemptible_islands_are_counted_in_the_job(tmp_path):
-    island = {"address": "http://127.0.0.1:1", "token_file": "t", "storage": "/s"}
-    policy = ComputeConfig(
-        backend="islands", backoff_s=0.0, retries=9, islands={"west": IslandConfig(**island, preemptible=True)}
-    )
+    policy = ComputeConfig(backend="islands", backoff_s=0.0, retries=9, islands={"west": SPOT})
     backend = Surviving({"data": ["lost", "preempted", "lost"]})
     assert not walk(tmp_path, backend, policy).failed
     assert [job.losses for job in backend.jobs if job.stage == "data"] == [0, 1, 2, 3]

@@ -71,7 +71,7 @@ def test_checkpoints_come_before_price_and_price_before_room():
 def test_after_too_many_losses_only_firm_islands_are_left_if_there_are_any():
     config = compute(spot={"preemptible": True}, firm={"price_per_hour": 9.0})
     idle = {"spot": IDLE, "firm": IDLE}
-    assert [place(job(losses=losses), config, idle) for losses in range(5)] == ["spot"] * 3 + ["firm"] * 2
+    assert [place(job(losses=losses), config, idle) for losses in range(5)] == ["spot"] * 2 + ["firm"] * 3
     assert place(job(losses=3), config, {"spot": IDLE, "firm": Load(cpus=1)}) is None
     assert place(job(losses=9), compute(spot={"preemptible": True}), {"spot": IDLE}) == "spot"
 

@@ -63,11 +63,16 @@ def test_a_file_whose_name_is_hostile_is_not_sent(folder_of, tmp_path):
     assert not storage.has_tree("t")
 
 
-def test_links_to_files_are_files_and_dead_ones_nothing(folder_of, tmp_path):
+@pytest.mark.parametrize("target", ["a", "nowhere", ".", "/etc/passwd"])
+def test_a_link_is_refused_whatever_it_names(folder_of, target):
     folder = folder_of({"a": b"1", "sub/b": b"2"})
-    (folder / "link").symlink_to("a")
-    (folder / "dead").symlink_to("nowhere")
-    (folder / "loop").symlink_to(folder)
+    (folder / "sub" / "link").symlink_to(target)
+    with pytest.raises(StorageError, match="is a link"), snapshot(folder, (), Checksums(), {}):
+        pass
+
+
+def test_only_regular_files_are_sent(folder_of):
+    folder = folder_of({"a": b"1", "sub/b": b"2"})
     os.mkfifo(folder / "pipe")
     with snapshot(folder, (), Checksums(), {}) as taken:
-        assert set(taken.index) == {"a", "link", "sub/b"}
+        assert set(taken.index) == {"a", "sub/b"}
