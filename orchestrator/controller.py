@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from orchestrator.tracking import Tracker
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several machines, which it reads when it is imported: with "0" it listens on loopback
 alone, whatever the system's name."""
+
+AUTH_MODE, AUTH_TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 
 SUBMITTED_TO = "DDM_SUBMITTED_TO"
 """Environment variable of a controller that `ddm submit` has sent: the Ray cluster that it is on, for its stages. It is
@@ -118,9 +121,20 @@ def stay_on_loopback(address: str | None) -> None:
         os.environ.setdefault(LOOPBACK_ONLY, "0")
 
 
+def shield_embedded() -> None:
+    """Before Ray is imported to start a cluster of this process's own: loopback alone, and a token that only its
+    environment knows. Ray itself would write one where every user of this machine can read it."""
+    stay_on_loopback(None)
+    if AUTH_MODE not in os.environ:
+        os.environ.update({AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32)})
+
+
 def _ray(config: ComputeConfig, run: RunFolder) -> Backend:
     address = config.address or os.environ.get(SUBMITTED_TO)
-    stay_on_loopback(address)
+    if address is None:
+        shield_embedded()
+    else:
+        stay_on_loopback(address)
     from orchestrator.ray_backend import RayBackend
 
     return RayBackend(replace(config, address=address))

@@ -7,19 +7,16 @@ command line. Islands and Slurm are a budget by themselves: nothing is started f
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from functools import cached_property
 
 from orchestrator.compose import FULL_ERROR
 from orchestrator.compute_config import ComputeConfig
-from orchestrator.controller import LOOPBACK_ONLY, stay_on_loopback
+from orchestrator.controller import AUTH_MODE, AUTH_TOKEN, LOOPBACK_ONLY, shield_embedded, stay_on_loopback
 
 IDLE_MS = ("RAY_idle_worker_killing_time_threshold_ms", "60000")
 """A worker of one trial is kept for so long while others have the CPUs: by Ray's own measure, a second, every stage
 would have to import torch again."""
-
-AUTH_MODE, AUTH_TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 
 
 class Budget:
@@ -65,10 +62,8 @@ def _cpus_at(compute: ComputeConfig, address: str) -> int:
 @contextlib.contextmanager
 def _embedded(compute: ComputeConfig) -> Iterator[dict[str, str]]:
     """Start the cluster; yields what a controller's environment needs to join it."""
-    stay_on_loopback(None)
+    shield_embedded()
     os.environ.setdefault(*IDLE_MS)
-    if AUTH_MODE not in os.environ:
-        os.environ.update({AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32)})
     added = {name: os.environ[name] for name in (LOOPBACK_ONLY, AUTH_MODE, AUTH_TOKEN) if name in os.environ}
     from orchestrator.ray_backend import SHARED_ADDRESS, joined_cluster  # Ray reads all that when it is imported
 

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.backend import Job
 from orchestrator.compute_config import ComputeConfig, ResourcesConfig
-from orchestrator.controller import _backend
+from orchestrator.controller import AUTH_MODE, AUTH_TOKEN, _backend
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder import RunFolder
 
@@ -61,8 +61,12 @@ def listeners_before():
 
 @pytest.fixture(scope="module")
 def backend(listeners_before):
-    with _backend(ComputeConfig(cpus=1), RunFolder(Path())) as found:
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (AUTH_MODE, AUTH_TOKEN):
+            patch.setenv(name, "")
+            patch.delenv(name)
+        with _backend(ComputeConfig(cpus=1), RunFolder(Path())) as found:
+            yield found
 
 
 def test_it_listens_on_loopback_only(backend, listeners_before, tmp_path):
