@@ -7,7 +7,6 @@
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from benchmarks.simulation import Outcome as Simulated
 from benchmarks.simulation import World, averaged, islands, monolith
 from orchestrator.backend import Backend, Job, Outcome
 from orchestrator.compute_config import ComputeConfig, IslandConfig
-from orchestrator.controller import LOOPBACK_ONLY
+from orchestrator.controller import shield
 from orchestrator.graph import NothingConfig
 from orchestrator.inline_backend import InlineBackend
 from orchestrator.islands.placement import load_of, place
@@ -124,7 +123,7 @@ def _backend(where: Where, config: ComputeConfig, graph: Sequence[Stage]) -> Bac
         import orchestrator.worker  # noqa: F401 - what a stage would import first of all
 
         return InlineBackend()
-    os.environ.setdefault(LOOPBACK_ONLY, "0")
+    shield(None)
     from orchestrator.ray_backend import RayBackend
 
     backend = RayBackend(config)

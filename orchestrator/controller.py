@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ from orchestrator.compute_config import ComputeConfig
 from orchestrator.config import RunConfig
 from orchestrator.disk import refusals_named
 from orchestrator.display import Display
-from orchestrator.errors import RunFailed
+from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.graph import build_graph
 from orchestrator.inline_backend import InlineBackend
 from orchestrator.lease import hold
@@ -115,32 +116,33 @@ def _inline(config: ComputeConfig, run: RunFolder) -> Backend:
     return InlineBackend()
 
 
-def stay_on_loopback(address: str | None) -> None:
-    """Before Ray is imported: have it listen on loopback alone, unless it joins a Ray cluster elsewhere."""
+def shield(address: str | None) -> None:
+    """Set Ray's switches before it is imported: it reads them once, then and never again.
+
+    A cluster of this process's own, and one on loopback, is heard on loopback alone; the own one has a token that only
+    this environment knows, where Ray would write one that every user of the machine can read.
+    """
+    wanted = {}
     if address is None or address.startswith("127."):
-        os.environ.setdefault(LOOPBACK_ONLY, "0")
-
-
-def shield_embedded() -> None:
-    """Before Ray is imported to start a cluster of this process's own: loopback alone, and a token that only its
-    environment knows. Ray itself would write one where every user of this machine can read it."""
-    stay_on_loopback(None)
-    if AUTH_MODE not in os.environ:
-        os.environ.update({AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32)})
+        wanted[LOOPBACK_ONLY] = "0"
+    if address is None and AUTH_MODE not in os.environ:
+        wanted |= {AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32)}
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    if missing and "ray" in sys.modules:
+        raise OrchestratorError(f"Ray was imported before {', '.join(missing)} could be set; import it after shield()")
+    os.environ.update(missing)
 
 
 def _ray(config: ComputeConfig, run: RunFolder) -> Backend:
     address = config.address or os.environ.get(SUBMITTED_TO)
-    if address is None:
-        shield_embedded()
-    else:
-        stay_on_loopback(address)
+    shield(address)
     from orchestrator.ray_backend import RayBackend
 
     return RayBackend(replace(config, address=address))
 
 
 def _islands(config: ComputeConfig, run: RunFolder) -> Backend:
+    shield(config.address or os.environ.get(SUBMITTED_TO))
     from orchestrator.islands.backend import IslandsBackend
 
     return IslandsBackend(config, run, lambda: _ray(config, run))

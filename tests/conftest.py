@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.controller import stay_on_loopback
+from orchestrator.controller import shield
 
-stay_on_loopback(None)  # Ray reads the switch when it is imported, and some tests import it as they are collected
+shield(None)  # Ray reads its switches when it is imported, and some tests import it as they are collected
 
 HERE = Path(__file__).parent
 

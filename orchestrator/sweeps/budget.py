@@ -12,7 +12,7 @@ from functools import cached_property
 
 from orchestrator.compose import FULL_ERROR
 from orchestrator.compute_config import ComputeConfig
-from orchestrator.controller import AUTH_MODE, AUTH_TOKEN, LOOPBACK_ONLY, shield_embedded, stay_on_loopback
+from orchestrator.controller import AUTH_MODE, AUTH_TOKEN, LOOPBACK_ONLY, shield
 
 IDLE_MS = ("RAY_idle_worker_killing_time_threshold_ms", "60000")
 """A worker of one trial is kept for so long while others have the CPUs: by Ray's own measure, a second, every stage
@@ -52,7 +52,7 @@ def shared_budget(compute: ComputeConfig) -> Iterator[Budget]:
 
 def _cpus_at(compute: ComputeConfig, address: str) -> int:
     """CPUs of a running Ray cluster."""
-    stay_on_loopback(address)
+    shield(address)
     from orchestrator.ray_backend import joined_cluster
 
     with joined_cluster(compute) as cluster:
@@ -62,7 +62,7 @@ def _cpus_at(compute: ComputeConfig, address: str) -> int:
 @contextlib.contextmanager
 def _embedded(compute: ComputeConfig) -> Iterator[dict[str, str]]:
     """Start the cluster; yields what a controller's environment needs to join it."""
-    shield_embedded()
+    shield(None)
     os.environ.setdefault(*IDLE_MS)
     added = {name: os.environ[name] for name in (LOOPBACK_ONLY, AUTH_MODE, AUTH_TOKEN) if name in os.environ}
     from orchestrator.ray_backend import SHARED_ADDRESS, joined_cluster  # Ray reads all that when it is imported

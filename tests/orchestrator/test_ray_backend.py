@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.backend import Job
 from orchestrator.compute_config import ComputeConfig, ResourcesConfig
-from orchestrator.controller import AUTH_MODE, AUTH_TOKEN, _backend
-from orchestrator.errors import ConfigError
+from orchestrator.controller import _backend, shield
+from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -61,12 +61,8 @@ def listeners_before():
 
 @pytest.fixture(scope="module")
 def backend(listeners_before):
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (AUTH_MODE, AUTH_TOKEN):
-            patch.setenv(name, "")
-            patch.delenv(name)
-        with _backend(ComputeConfig(cpus=1), RunFolder(Path())) as found:
-            yield found
+    with _backend(ComputeConfig(cpus=1), RunFolder(Path())) as found:
+        yield found
 
 
 def test_it_listens_on_loopback_only(backend, listeners_before, tmp_path):
@@ -127,3 +123,31 @@ def _environment(process: Path) -> bytes:
         return (process / "environ").read_bytes()
     except OSError:
         return b""
+
+
+@pytest.mark.parametrize("backend", ["ray", "islands"])
+def test_ray_is_shielded_before_anything_imports_it(backend, tmp_path):
+    """Each backend in a process of its own that ends where Ray would be imported."""
+    code = (
+        "import os, sys; from pathlib import Path; from orchestrator.compute_config import *\n"
+        "from orchestrator.controller import BACKENDS; from orchestrator.run_folder import RunFolder\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'ray': print(*(os.environ.get(x) is not None for x in sys.argv[2:])); os._exit(0)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "BACKENDS[sys.argv[1]](ComputeConfig(), RunFolder(Path()))"
+    )
+    switches = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    ours = {name: value for name, value in os.environ.items() if name not in switches}
+    command = [sys.executable, "-c", code, backend, *switches]
+    said = subprocess.run(command, capture_output=True, text=True, env=ours, cwd=Path(__file__).parents[2])
+    assert said.stdout == "True True True\n", said.stderr
+
+
+def test_settings_that_come_too_late_are_refused(monkeypatch):
+    import ray  # noqa: F401
+
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    with pytest.raises(OrchestratorError, match="Ray was imported before"):
+        shield(None)

@@ -57,6 +57,12 @@ def test_where_nobody_listens_is_known_at_once(monkeypatch):
     assert time.monotonic() - started < 5
 
 
+def with_token(token) -> dict[str, str]:
+    """Our environment with a token's file instead of the token that the tests have."""
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    return ours | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
 @pytest.fixture(scope="module")
 def token(tmp_path_factory):
     file = tmp_path_factory.mktemp("token") / "token"
@@ -71,7 +77,7 @@ def ray_cluster(tmp_path_factory, token):
     command = ["ray", "start", "--head", "--block", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=2"]
     command += ["--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats"]
     folder = tmp_path_factory.mktemp("head")
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment = with_token(token)
     with (folder / "log").open("w") as log:
         head = subprocess.Popen(
             [os.path.join(os.path.dirname(sys.executable), command[0]), *command[1:]],
@@ -91,7 +97,7 @@ def ray_cluster(tmp_path_factory, token):
 
 
 def walk(folder, token) -> subprocess.Popen:
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment = with_token(token)
     environment |= {"RAY_NUM_REDIS_GET_RETRIES": "3"}  # Ray tries a wrong token once a second, by itself for 20 s
     command = [sys.executable, "-c", WALK, ADDRESS, str(folder)]
     return subprocess.Popen(

@@ -25,6 +25,10 @@ TINY = (
     "wandb.mode=disabled",
 )
 
+SHIELD = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", LOOPBACK_ONLY)
+OURS = {name: value for name, value in os.environ.items() if name not in SHIELD}
+"""The environment without what the tests have set for Ray, so that a sweep has to set it."""
+
 
 def start(*words: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
@@ -32,7 +36,7 @@ def start(*words: str, **environment: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | environment,
+        env=OURS | environment,
     )
 
 
@@ -101,8 +105,7 @@ def test_a_grid_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(swept):
 @pytest.mark.slow
 def test_trials_join_one_ray_cluster_and_are_told_so_by_their_environment_alone(swept):
     added, others = swept.added
-    names = {"DDM_RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
-    assert added == others and added.keys() - {LOOPBACK_ONLY} == names
+    assert added == others and added.keys() == {"DDM_RAY_ADDRESS", *SHIELD}
     token = added["RAY_AUTH_TOKEN"].encode()
     assert not [path for path in swept.folder.rglob("*") if path.is_file() and token in path.read_bytes()]
 
@@ -140,7 +143,7 @@ def swept(tmp_path_factory):
     """Two trials at once on a Ray cluster, killed; then gone on with by Hydra's own launcher."""
     folder = tmp_path_factory.mktemp("sweep")
     words = (f"folder={folder}", "expert.training.steps=300", "expert.training.checkpoint_every=50")
-    before, mark = dict(os.environ), str(folder)
+    mark = str(folder)
     at_once = ("hydra/launcher=ddm_ray", "hydra.launcher.parallel=2", "compute.cpus=2")
     running = start(*words, "seed=1,2", *at_once, DDM_MARK=mark)
     killed = await_new(folder, "**/expert_0-*/state/checkpoints/step-*")
@@ -148,7 +151,7 @@ def swept(tmp_path_factory):
     os.kill(worker, signal.SIGSTOP)  # or it would be done before Ray has noticed that its controller is gone
     leases = [json.loads(lease.read_text()) for lease in folder.glob("seed=*/controller.json")]
     environments = [environment_of(lease["pid"]) for lease in leases]
-    added = [dict(environment.items() - before.items() - {("DDM_MARK", mark)}) for environment in environments]
+    added = [dict(environment.items() - OURS.items() - {("DDM_MARK", mark)}) for environment in environments]
     running.kill()
     running.communicate()
     wait_until(lambda: not left_with(mark), "the end of the trials")
