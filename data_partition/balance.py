@@ -12,6 +12,9 @@ class Balance:
 
     counts: tuple[int, ...]
     holdout_counts: tuple[int, ...]
+    holdout_looks: tuple[int, ...]
+    """Held-out samples of each cluster by their looks alone, as generated images are counted; the same as
+    `holdout_counts` where the features decide."""
     shares: tuple[float, ...]
     """Of the training samples."""
     smallest_over_mean: float

@@ -68,6 +68,9 @@ class PartitionConfig:
     num_experts: Annotated[int, Field(ge=1, le=1024)] = 4
     """K: how many clusters, and so how many experts."""
 
+    by: Literal["features", "labels", "random"] = "features"
+    """What decides about a sample's cluster; `data_partition/division.py` has one function for each."""
+
     features: Literal["pixels", "random_conv", "efficientnet_lite0"] = "pixels"
     """The space in which the clusters are found; `data_partition/features.py` has one extractor for each."""
 

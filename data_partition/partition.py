@@ -2,11 +2,12 @@
 
     features ──kmeans──► fine centroids ──consolidate──► fine_to_cluster ──assign──► a cluster for every image
 
-A sample belongs to the cluster of its nearest fine centroid, and so does an image that was generated later.
+A sample belongs to the cluster of its nearest fine centroid, and so does an image that was generated later. Samples may
+be divided by their classes or by chance instead (`division.py`); generated images then are where their neighbours are.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from data_partition.assignment import AssignmentTable, count_ids, store_ids
 from data_partition.balance import Balance, evenness
 from data_partition.clusters import write_clusters
 from data_partition.config import PartitionConfig
-from data_partition.consolidate import consolidate, distortion
+from data_partition.consolidate import distortion
+from data_partition.division import DIVISIONS, Division, Seen
 from data_partition.errors import EmptyCluster, FeaturesMismatch
 from data_partition.feature_file import FEATURES, KEYS
 from data_partition.features import FeatureExtractor, load_extractor
@@ -117,13 +119,27 @@ def make_partition(
         workspace.scratch / "fine_ids.npy", index.count, watch.over(_nearest_blocks(values, centroids))
     )
     fine_counts = count_ids(fine_ids, fine, BLOCK_ROWS)
-    partition = _consolidated(config, centroids, fine_counts)
-    partition = _write_training(partition, dataset / "train", features / KEYS, fine_ids, out, watch)
+    division = DIVISIONS[config.by](
+        Seen(
+            config=config,
+            dataset=dataset,
+            features=values,
+            centroids=centroids,
+            fine_ids=fine_ids,
+            fine_counts=fine_counts,
+            scratch=workspace.scratch,
+        )
+    )
+    partition = _counted(division, centroids, index.count, config.num_experts)
+    partition = _write_training(partition, dataset / "train", features / KEYS, division, out, watch)
     partition.save(out)
     shutil.copytree(features / EXTRACTOR, out / EXTRACTOR, dirs_exist_ok=True)
     partition = replace(partition, extractor=load_extractor(out / EXTRACTOR))
-    holdouts = _write_holdout(partition, dataset / "holdout", config.batch_size, out, workspace.scratch, watch)
-    write_json(out / "balance.json", _balance(partition, fine_counts, index.class_names, holdouts))
+    looks = _by_looks(partition, dataset / "holdout", config.batch_size, workspace.scratch, watch)
+    holdouts = _write_holdout(
+        partition, dataset / "holdout", division.holdout or (lambda rows: looks[rows]), out, watch
+    )
+    write_json(out / "balance.json", _balance(partition, fine_counts, index.class_names, holdouts, looks))
     return PartitionSummary(
         counts=tuple(partition.counts.tolist()),
         holdout_counts=holdouts,
@@ -151,32 +167,34 @@ def _nearest_blocks(
         yield nearest(values[start : start + BLOCK_ROWS], centroids)
 
 
-def _consolidated(
-    config: PartitionConfig, centroids: Float32[np.ndarray, "fine feature"], counts: Int64[np.ndarray, " fine"]
+def _counted(
+    division: Division, centroids: Float32[np.ndarray, "fine feature"], count: int, clusters: int
 ) -> Partition:
     """The partition, still without its class counts."""
-    fine_to_cluster = consolidate(centroids, counts, config.num_experts, config.balanced, config.seed)
-    totals = np.bincount(fine_to_cluster, counts, config.num_experts).astype(np.int64)
+    blocks = (slice(start, start + BLOCK_ROWS) for start in range(0, count, BLOCK_ROWS))
+    totals = sum(
+        (np.bincount(division.training(rows), minlength=clusters) for rows in blocks), np.zeros(clusters, np.int64)
+    )
     if (totals == 0).any():
         raise EmptyCluster(
-            f"clusters {np.flatnonzero(totals == 0).tolist()} of {config.num_experts} are empty; "
+            f"clusters {np.flatnonzero(totals == 0).tolist()} of {clusters} are empty; "
             f"set partition.num_experts to at most {np.count_nonzero(totals)}"
         )
-    return Partition(fine_centroids=centroids, fine_to_cluster=fine_to_cluster, counts=totals)
+    return Partition(fine_centroids=centroids, fine_to_cluster=division.fine_to_cluster, counts=totals)
 
 
 def _write_training(
     partition: Partition,
     shards: Path,
     keys: Path,
-    fine_ids: Integer[np.ndarray, " sample"],
+    division: Division,
     out: Path,
     watch: Watch,
 ) -> Partition:
     """Write the clusters and their table; returns the partition with its class counts."""
 
     def cluster_of(row: int) -> int:
-        return int(partition.fine_to_cluster[fine_ids[row]])
+        return int(division.training(slice(row, row + 1))[0])
 
     shape = (len(read_index(shards).class_names), partition.num_clusters)
     with AssignmentTable(out / "assignment.csv", keys, cluster_of, shape) as table:
@@ -184,18 +202,27 @@ def _write_training(
     return replace(partition, class_counts=table.class_counts if shape[0] else None)
 
 
+def _by_looks(
+    partition: Partition, shards: Path, batch_size: int, scratch: Path, watch: Watch
+) -> Integer[np.ndarray, " sample"]:
+    """The cluster of every held-out sample, known by its looks alone."""
+    batches = (partition.assign_images(batch.images) for batch in read_batches(shards, batch_size))
+    return store_ids(scratch / "holdout_ids.npy", read_index(shards).count, watch.over(batches))
+
+
 def _write_holdout(
-    partition: Partition, shards: Path, batch_size: int, out: Path, scratch: Path, watch: Watch
+    partition: Partition,
+    shards: Path,
+    cluster_of: Callable[[slice], Integer[np.ndarray, " block"]],
+    out: Path,
+    watch: Watch,
 ) -> tuple[int, ...]:
     """Write the held-out samples by the same rule; returns how many each cluster has."""
-    count = read_index(shards).count
-    batches = (partition.assign_images(batch.images) for batch in read_batches(shards, batch_size))
-    ids = store_ids(scratch / "holdout_ids.npy", count, watch.over(batches))
     indices = write_clusters(
         shards,
         partition.num_clusters,
         out / "holdout",
-        lambda row: int(ids[row]),
+        lambda row: int(cluster_of(slice(row, row + 1))[0]),
         watch.each(lambda row, sample: None),
     )
     return tuple(index.count for index in indices)
@@ -206,12 +233,14 @@ def _balance(
     fine_counts: Int64[np.ndarray, " fine"],
     class_names: tuple[str, ...],
     holdout_counts: tuple[int, ...],
+    looks: Integer[np.ndarray, " sample"],
 ) -> Balance:
     counts, total = partition.counts, partition.counts.sum()
     points, weights = partition.fine_centroids.astype(np.float64), fine_counts.astype(np.float64)
     return Balance(
         counts=tuple(counts.tolist()),
         holdout_counts=holdout_counts,
+        holdout_looks=tuple(np.bincount(looks, minlength=len(counts)).tolist()),
         shares=tuple((counts / total).tolist()),
         smallest_over_mean=float(counts.min() / counts.mean()),
         largest_over_mean=float(counts.max() / counts.mean()),

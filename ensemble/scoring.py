@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 from artifacts import plain, read_json
 from data_partition.features import load_extractor
 from data_partition.partition import load_partition
-from data_partition.shards import read_index
 from ensemble.config import EvaluationConfig
 from ensemble.metrics import coverage, nearest_neighbour_ratio, shares, total_variation, total_variation_floor
 from ensemble.probe import Probe
@@ -101,8 +100,7 @@ def score_clusters(partition: Path, images: Images) -> ClusterScores:
     clusters = division.num_clusters
     assigned = np.concatenate([division.assign_images(batch) for batch in _batches(images)])
     seen = np.bincount(assigned, minlength=clusters).astype(np.float64)
-    folders = [partition / "holdout" / str(cluster) for cluster in range(clusters)]
-    real = np.array([read_index(folder).count for folder in folders], np.float64)
+    real = np.array(read_json(partition / "balance.json")["holdout_looks"], np.float64)
     return ClusterScores(
         tv=total_variation(seen, real),
         tv_floor=total_variation_floor(real, len(images)),

@@ -10,7 +10,7 @@ from artifacts import Preempted, Workspace
 from data_partition import clusters
 from data_partition.balance import evenness
 from data_partition.config import PartitionConfig
-from data_partition.errors import FeaturesMismatch, TooFewSamples
+from data_partition.errors import EmptyCluster, FeaturesMismatch, TooFewSamples
 from data_partition.features import extract_features
 from data_partition.partition import Partition, load_partition, make_partition
 from data_partition.shards import read_batches, read_index, read_samples
@@ -117,3 +117,64 @@ def test_evenness():
     assert evenness(np.array([5, 5, 5])) == pytest.approx(1)
     assert evenness(np.array([7])) == 1
     assert evenness(np.array([1, 3])) == pytest.approx(0.8112781244591328)
+
+
+@pytest.fixture(scope="session")
+def divided(digits: Path, features: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("divided")
+
+    def make(**changes) -> Path:
+        config = dataclasses.replace(CONFIG, **changes)
+        out = folder / "-".join(map(str, changes.values()))
+        if not out.exists():
+            make_partition(config, digits, features, out, Workspace.at(folder / "workspace" / out.name))
+        return out
+
+    return make
+
+
+@pytest.mark.parametrize("by", ["labels", "random"])
+@pytest.mark.parametrize("part", ["clusters", "holdout"])
+def test_every_sample_is_in_exactly_one_cluster_whatever_divides_them(digits: Path, divided, by: str, part: str):
+    source = "train" if part == "clusters" else "holdout"
+    whole = sorted(sample.key for sample in read_samples(digits / source))
+    folders = [divided(by=by) / part / str(cluster_id) for cluster_id in range(3)]
+    assert sorted(sample.key for folder in folders for sample in read_samples(folder)) == whole
+
+
+@pytest.mark.parametrize("part", ["clusters", "holdout"])
+def test_a_class_is_in_one_cluster(divided, part: str):
+    out = divided(by="labels", num_experts=4)
+    seen = [{sample.label for sample in read_samples(out / part / str(cluster_id))} for cluster_id in range(4)]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 10
+
+
+def test_as_many_clusters_as_classes_are_the_classes(divided):
+    partition = Partition.load(divided(by="labels", num_experts=10))
+    assert np.count_nonzero(partition.class_counts) == 10
+
+
+def test_by_chance_every_cluster_has_every_class_and_another_seed_another_part(divided):
+    found = [divided(by="random", seed=seed) for seed in (0, 1)]
+    counts = Partition.load(found[0]).class_counts
+    expected = counts.sum(1, keepdims=True) / 3
+    assert (np.square(counts - expected) / expected).sum() < 45  # chi squared, 20 degrees of freedom: p = .001
+    keys = [{sample.key for sample in read_samples(out / "clusters" / "0")} for out in found]
+    assert 0.2 < len(keys[0] & keys[1]) / len(keys[0]) < 0.47
+
+
+def test_generated_images_are_counted_as_held_out_ones_are(digits: Path, made: Path, divided):
+    for out in (made, divided(by="labels")):
+        partition, balance = load_partition(out), json.loads((out / "balance.json").read_text())
+        ids = [partition.assign_images(batch.images) for batch in read_batches(digits / "holdout", 256)]
+        assert np.bincount(np.concatenate(ids), minlength=3).tolist() == balance["holdout_looks"]
+    assert json.loads((made / "balance.json").read_text())["holdout_counts"] == balance_of(made)["holdout_looks"]
+
+
+def balance_of(out: Path) -> dict:
+    return json.loads((out / "balance.json").read_text())
+
+
+def test_more_clusters_than_classes_are_refused(divided):
+    with pytest.raises(EmptyCluster, match="10 classes cannot be 11 clusters"):
+        divided(by="labels", num_experts=11)
