@@ -67,8 +67,9 @@ bench-scale: install ## What the controller costs with up to 10,000 stages, and 
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.page
 
-chaos: install ## Kill everything that can be killed, on two real Ray clusters (about half an hour; networks need root)
+chaos: install ## Kill everything that can be killed, on two real Ray clusters (about an hour; networks need root)
 	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m benchmarks.goodput
 	$(BIN)/python -m benchmarks.page
 
 .PHONY: wheel

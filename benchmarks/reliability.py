@@ -239,26 +239,6 @@ def _lost_to_notice(before: Path, after: Path) -> int:
     return max(0, stopped - continued_from(after)) if (after / "log.txt").is_file() else 0
 
 
-def goodput(bench: Bench, template: Path, recipe: Recipe, interval_s: float) -> tuple[list[Claim], Listing]:
-    """One expert a time on two islands, killed with a mean time of ten checkpoint intervals."""
-    plain = undisturbed(bench, "goodput_plain", recipe, template)
-    draw = random.Random(bench.seed + 3)
-    trial = bench.trial("goodput", recipe, template)
-    killer = Killer(trial, lambda: draw.expovariate(1 / (10 * interval_s)))
-    killer.follow(trial.controller())
-    calm, rough = _span(plain), _span(trial)
-    ratios = [calm[name] / rough[name] for name in calm]
-    rows = [(name, f"{calm[name]:.0f}", f"{rough[name]:.0f}", f"{calm[name] / rough[name]:.3f}") for name in calm]
-    claim = Claim(
-        name=f"goodput, mean time to preemption ten checkpoint intervals ({killer.killed} SIGKILLs)",
-        bar="≥ .90 of undisturbed",
-        value=f"{sum(calm.values()) / sum(rough.values()):.3f}",
-        spread=f"{min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} experts; interval {interval_s:.0f} s",
-        holds=sum(calm.values()) / sum(rough.values()) >= 0.9 and trial.models() == plain.models(),
-    )
-    return [claim], Listing(title="Goodput", columns=("expert", "undisturbed s", "killed s", "ratio"), rows=rows)
-
-
 def networks(folder: Path, recipe: Recipe, cut_s: float) -> tuple[list[Claim], Listing]:
     """Two islands on networks without a route to each other; the link of one of them is down for a while."""
     started = time.monotonic()
@@ -328,13 +308,6 @@ def _status(trial: Trial) -> str:
     ).stdout
 
 
-def _span(trial: Trial) -> dict[str, float]:
-    """Seconds from the first submission of every expert to its end."""
-    begun = {str(event["stage"]): float(str(event["time"])) for event in reversed(trial.events("submitted"))}
-    ended = {str(event["stage"]): float(str(event["time"])) for event in trial.events("finished")}
-    return {stage.name: ended[stage.name] - begun[stage.name] for stage in trial.experts}
-
-
 def main() -> None:
     """Run the claims that are asked for, write docs/benchmarks/reliability.json and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -357,9 +330,8 @@ def main() -> None:
 def measure(folder: Path, given: argparse.Namespace) -> tuple[list[Claim], list[Listing], list[float]]:
     """All claims, on one pair of islands; and how long the restarts took, in seconds."""
     short = Recipe(steps=4000, checkpoint_every=400)
-    slow = Recipe(steps=100_000, checkpoint_every=4500, num_experts=2)
     long = Recipe(steps=60_000, checkpoint_every=2000, num_experts=2)
-    wanted: Sequence[str] = given.only or ("experts", "controllers", "island", "notice", "goodput", "network", "faults")
+    wanted: Sequence[str] = given.only or ("experts", "controllers", "island", "notice", "network", "faults")
     claims: list[Claim] = []
     listings: list[Listing] = []
     with LocalIslands(folder / "islands", count=2, cpus=1) as islands:
@@ -376,9 +348,6 @@ def measure(folder: Path, given: argparse.Namespace) -> tuple[list[Claim], list[
             if name in wanted:
                 print(name, flush=True)
                 claims += step()
-        if "goodput" in wanted:
-            made, listing = goodput(bench, template, slow, interval_s=15.0)
-            claims, listings = claims + made, [*listings, listing]
     if "network" in wanted:
         made, listing = networks(folder, long, 60.0)
         claims, listings = claims + made, [*listings, listing]
