@@ -84,15 +84,15 @@ class Mirror:
         if time.monotonic() - self._beat_at > BEAT_S:
             self._beats, self._beat_at = self._beats + 1, time.monotonic()
             self.storage.put_json(self.names.beat, {"beats": self._beats})
-        if self._changed() and not self.is_fenced():
+        newest = self._newest()
+        if newest != self._seen and not self.is_fenced():
             self._send_state()
+            self._seen = newest  # only now: what could not be sent is tried again
         self.storage.put_tree(self.attempt, self.names.folder)
 
-    def _changed(self) -> bool:
-        """Whether a checkpoint has come since the last look."""
-        newest = max((path.stat().st_mtime_ns for path in self.state.glob("**/*") if path.is_file()), default=0)
-        changed, self._seen = newest != self._seen, newest
-        return changed
+    def _newest(self) -> int:
+        """When the state was last written to, in nanoseconds; 0 if there is none."""
+        return max((path.stat().st_mtime_ns for path in self.state.glob("**/*") if path.is_file()), default=0)
 
     def _send_state(self) -> None:
         self.storage.put_tree(self.state, self.names.state, skip=(CACHE,))
