@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,10 @@ from safetensors.numpy import save_file
 
 STRICT = ConfigDict(extra="forbid")
 """For every configuration dataclass: an unknown key is an error, never ignored."""
+
+LATER = {"later": True}
+"""Metadata of a configuration's field that came later: it enters no fingerprint while it has its default, so that what
+was made before it came is still found."""
 
 MANIFEST = "manifest.json"
 
@@ -81,8 +85,22 @@ def plain(value: object) -> Any:
 
 def fingerprint(stage: str, config: object, inputs: Mapping[str, str]) -> str:
     """SHA-256 over a stage's name, its configuration and its inputs' fingerprints, as 64 hex digits."""
-    text = json.dumps([stage, plain(config), dict(inputs)], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([stage, _identity(config), dict(inputs)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(value: object) -> Any:
+    """`value` as JSON knows it, without the fields marked `LATER` that have their default."""
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {one.name: (one, getattr(value, one.name)) for one in fields(value)}
+        return {
+            name: _identity(given)
+            for name, (one, given) in held.items()
+            if not (one.metadata.get("later") and given == one.default)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _identity(item) for key, item in value.items()}
+    return [_identity(item) for item in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def checksum(path: Path) -> str:

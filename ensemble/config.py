@@ -1,15 +1,41 @@
 """What can be chosen about sampling and scoring; imports no torch."""
 
+from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from artifacts import STRICT
+from artifacts import LATER, STRICT
+from experts.config import PathName
 from router.config import SelectionConfig
 
 Solver = Literal["euler", "heun", "flow_match_euler", "flow_match_heun"]
 FeatureSpace = Literal["pixels", "random_conv", "efficientnet_lite0"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReflectionConfig:
+    """Weak-to-strong reflection: what the ensemble is reflected against."""
+
+    weak: Literal["expert", "folder"] = "expert"
+    """`expert`: one expert of the ensemble itself. `folder`: the ensemble or the expert in `path`."""
+    expert_id: Annotated[int, Field(ge=0)] = 0
+    """Which expert is the weak one."""
+    path: str = ""
+    """Folder of a pipeline (with fewer experts, trained for less long) or of a single expert."""
+    steps: Annotated[int, Field(ge=1)] = 5
+    """How many of the first steps are reflected; the last step never is."""
+
+    @model_validator(mode="after")
+    def _has_a_weak_one(self) -> "ReflectionConfig":
+        """A folder needs its path, an expert has none."""
+        if (self.weak == "folder") != bool(self.path):
+            raise ValueError(
+                f"reflection.path names the folder of weak=folder and of nothing else; weak is {self.weak}, "
+                f"path is {self.path!r}: give both, or neither"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,6 +54,15 @@ class SamplingConfig:
     """Images drawn at once; an image does not depend on it."""
     device: str = "cpu"
     """Torch device of the sampling."""
+    reflection: ReflectionConfig | None = field(default=None, metadata=LATER)
+    """Weak-to-strong reflection of the first steps; needs the solver `euler` or `heun`."""
+
+    @model_validator(mode="after")
+    def _can_reflect(self) -> "SamplingConfig":
+        """diffusers' schedulers remember what came before, so nothing can be done between two of their steps."""
+        if self.reflection is not None and self.solver.startswith("flow_match"):
+            raise ValueError(f"reflection needs the solver euler or heun, not {self.solver}; change one of the two")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,3 +82,21 @@ class EvaluationConfig:
     """Whether samples are drawn with the classes of the held-out images, or without a condition."""
     seed: int = 0
     """0 draws the seeds 0, 1, 2 …; another number draws none of those again."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DrawsConfig:
+    """How the experts are drawn from, to train a router without the data."""
+
+    samples_per_expert: Annotated[int, Field(ge=1)] = 2048
+    """Draws from an expert on average; each has its cluster's share of all of them."""
+    steps: Annotated[int, Field(ge=2)] = 10
+    """Heun steps of a draw."""
+    path: PathName = "straight"
+    """The noise path of the ensemble, which the draws follow."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Latents drawn at once."""
+    device: str = "cpu"
+    """Torch device of the drawing."""
+    seed: int = 0
+    """Draws are functions of (seed, expert, row)."""

@@ -4,9 +4,10 @@ Image i depends on seed i alone, so the same seeds of two pipelines start from t
 grids can be looked at side by side.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,17 @@ from safetensors.numpy import load_file
 from artifacts import Preempted, Workspace, checksum, files_in, fingerprint, save_arrays
 from ensemble.config import SamplingConfig
 from ensemble.images import to_bytes
+from ensemble.missing import missing_warning
 from ensemble.pipeline import DDMPipeline
 from ensemble.routing import Calls
 from ensemble.sample import Samples
 from experts.condition import Condition
 from experts.flops import forward_flops
+
+log = logging.getLogger(__name__)
+
+WEAK = "weak_"
+"""Prefix of what belongs to the weak ensemble of a reflection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +54,10 @@ def draw(
     Raises `Preempted` between two batches if it is asked to stop.
     """
     pipeline = DDMPipeline.from_pretrained(folder)
-    costs = RowFlops.of(pipeline)
+    if warning := missing_warning(pipeline.ensemble):
+        log.warning(warning)
+    weak = pipeline.weak(sampling)
+    costs, weak_costs = RowFlops.of(pipeline), weak and RowFlops.of(replace(pipeline, ensemble=weak))
     kept = workspace.scratch / f"images-{_identity(folder, seeds, class_ids, sampling)}"
     kept.mkdir(parents=True, exist_ok=True)
     images, calls = [], Calls()
@@ -58,12 +68,13 @@ def draw(
         rows = slice(start, start + sampling.batch_size)
         file = kept / f"{start:08d}.safetensors"
         if not file.exists():
-            _write(file, pipeline(seeds[rows], sampling, class_ids and class_ids[rows]))
+            _write(file, pipeline(seeds[rows], sampling, class_ids and class_ids[rows], weak=weak))
         found = load_file(file)
         images.append(found["images"])
         calls.add(_calls_of(found))
     workspace.report(len(seeds), len(seeds), unit="images")
-    return Drawn(images=np.concatenate(images), calls=calls, flops=costs.times(calls))
+    flops = costs.times(calls) + (weak_costs.times(calls.weak) if weak_costs and calls.weak else 0.0)
+    return Drawn(images=np.concatenate(images), calls=calls, flops=flops)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,24 +106,36 @@ class RowFlops:
 def _identity(folder: Path, seeds: Sequence[int], class_ids: Sequence[int] | None, sampling: SamplingConfig) -> str:
     """What the images depend on, as 16 hex digits."""
     files = {str(path.relative_to(folder)): checksum(path) for path in files_in(folder)}
+    if sampling.reflection is not None and sampling.reflection.path:
+        weak = Path(sampling.reflection.path).expanduser()
+        files |= {f"{WEAK}{path.relative_to(weak)}": checksum(path) for path in files_in(weak)}
     return fingerprint("images", [list(seeds), class_ids, sampling], files)[:16]
 
 
 def _write(file: Path, drawn: Samples) -> None:
-    experts = drawn.calls.experts
-    arrays = {
-        "images": to_bytes(drawn.images),
-        "expert_ids": np.array(sorted(experts), np.int64),
-        "expert_calls": np.array([experts[k] for k in sorted(experts)], np.int64),
-        "router_calls": np.array([drawn.calls.router], np.int64),
-        "evaluations": np.array([drawn.calls.evaluations], np.int64),
-    }
+    arrays = {"images": to_bytes(drawn.images)} | _arrays_of(drawn.calls, "")
+    if drawn.calls.weak is not None:
+        arrays |= _arrays_of(drawn.calls.weak, WEAK)
     temporary = file.with_name(f".{file.name}")
     save_arrays(temporary, arrays)
     temporary.replace(file)
 
 
-def _calls_of(found: dict[str, np.ndarray]) -> Calls:
-    pairs = zip(found["expert_ids"].tolist(), found["expert_calls"].tolist(), strict=True)
-    router, evaluations = int(found["router_calls"][0]), int(found["evaluations"][0])
-    return Calls(experts=Counter(dict(pairs)), router=router, evaluations=evaluations)
+def _arrays_of(calls: Calls, prefix: str) -> dict[str, np.ndarray]:
+    ids = sorted(calls.experts)
+    return {
+        f"{prefix}expert_ids": np.array(ids, np.int64),
+        f"{prefix}expert_calls": np.array([calls.experts[k] for k in ids], np.int64),
+        f"{prefix}router_calls": np.array([calls.router], np.int64),
+        f"{prefix}evaluations": np.array([calls.evaluations], np.int64),
+    }
+
+
+def _calls_of(found: dict[str, np.ndarray], prefix: str = "") -> Calls:
+    ids, counts = found[f"{prefix}expert_ids"].tolist(), found[f"{prefix}expert_calls"].tolist()
+    return Calls(
+        experts=Counter(dict(zip(ids, counts, strict=True))),
+        router=int(found[f"{prefix}router_calls"][0]),
+        evaluations=int(found[f"{prefix}evaluations"][0]),
+        weak=_calls_of(found, WEAK) if not prefix and f"{WEAK}expert_ids" in found else None,
+    )

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ensemble.routing import Routing, uniforms_at, uniforms_once
+from ensemble.routing import Routing
 from experts.condition import Condition
 from experts.noise_path import NoisePath, expand
 from router.config import SelectionConfig
-from router.select import SELECTIONS
+from router.select import rule_of
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, "batch *inside"]
@@ -123,26 +123,21 @@ class Ensemble:
         return replace(self, experts=experts, router=self.router and self.router.to(device))
 
     def begin(self, seeds: Sequence[int], condition: Condition, selection: SelectionConfig) -> Routing:
-        """The state of new trajectories; a pinned selection draws its experts now, from p(k | condition)."""
+        """The state of new trajectories; `sticky` and its like draw their experts now, from p(k | condition)."""
         if len(seeds) != len(condition):
             raise ValueError(f"every row needs a seed; got {len(seeds)} seeds for {len(condition)} conditions")
-        rule = SELECTIONS[selection.name]
-        pinned = None
-        if rule.pinned:
-            device = condition.class_id.device
-            uniforms = uniforms_once(seeds, rule.draws(selection)).to(device)
-            start = torch.ones(len(seeds), device=device)
-            pinned = rule.gates(self._prior_logits(condition), start, uniforms, selection)
-        return Routing(seeds=tuple(seeds), selection=selection, pinned=pinned)
+        if not rule_of(selection).opens:
+            return Routing(seeds=tuple(seeds), selection=selection)
+        return Routing.opened(seeds, self._prior_logits(condition), selection)
 
     def gates(self, noised: Latents, t: Times, condition: Condition, routing: Routing) -> Gates:
         """Mixing coefficients of every row; missing experts are silent, the others share what was theirs."""
-        if routing.pinned is not None:
-            return routing.pinned
-        rule, t = SELECTIONS[routing.selection.name], _one_a_row(t)
-        uniforms = uniforms_at(routing.seeds, t, rule.draws(routing.selection))
+        t = _one_a_row(t)
+        standing = routing.standing(t)
+        if standing is not None:
+            return standing
         routing.calls.router += len(noised) if self.router else 0
-        return rule.gates(self._logits(noised, t, condition), t, uniforms, routing.selection)
+        return routing.decide(self._logits(noised, t, condition), t)
 
     def velocity(self, noised: Latents, t: Times, condition: Condition, routing: Routing) -> Latents:
         """The marginal velocity; each expert is called once at most, on the rows that chose it."""

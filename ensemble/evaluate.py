@@ -19,6 +19,7 @@ from ensemble.images import grid, png
 from ensemble.references import PIXELS, EvaluationError
 from ensemble.scores import Scores
 from ensemble.scoring import Reference, score_clusters
+from router.config import row_name
 
 GRID_IMAGES = 64
 """Samples shown in `grid.png`, eight a row."""
@@ -41,14 +42,14 @@ def evaluate(
     real = Reference.load(reference, config)
     config = real.config
     seeds = range(config.seed * config.num_samples, (config.seed + 1) * config.num_samples)
-    class_ids = _class_ids(reference, config) if config.conditional else None
+    class_ids = held_out_classes(reference, config.num_samples) if config.conditional else None
     drawn = draw(pipeline_folder, seeds, class_ids, sampling, workspace)
     found = real.extract(drawn.images)
     classes = real.score_classes(found.spaces[PIXELS])
     clusters = score_clusters(partition, drawn.images)
     scores = Scores(
         num_samples=config.num_samples,
-        selection=sampling.selection.name,
+        selection=row_name(sampling.selection),
         spaces={name: real.score_space(name, found.spaces[name]) for name in config.spaces},
         class_coverage=classes.coverage if classes else None,
         class_tv=classes.tv if classes else None,
@@ -68,15 +69,15 @@ def evaluate(
     return scores
 
 
-def _class_ids(reference: Path, config: EvaluationConfig) -> list[int]:
-    """Classes with the shares of the held-out images: theirs in random order, from the start again if need be."""
+def held_out_classes(reference: Path, count: int) -> list[int]:
+    """`count` classes with the held-out images' shares: theirs in random order, from the start again if need be."""
     labels = np.load(reference / "labels.npy", allow_pickle=False)
     labels = labels[labels >= 0]
     if not len(labels):
         raise EvaluationError(
             "conditional samples need classes, and no held-out image has one; set `conditional` to false"
         )
-    chosen: list[int] = np.resize(labels, config.num_samples).tolist()
+    chosen: list[int] = np.resize(labels, count).tolist()
     return chosen
 
 

@@ -3,8 +3,8 @@
     u = u_unc + s (u_cond - u_unc)
     u_unc = sum_k p(k | x, t) u_k(x, t)        u_cond = sum_k p(k | x, t, c) u_k(x, t | c)
 
-Each branch has gates of its own, and both go through the experts in one call. A pinned selection has none but its
-pinned gates: there guidance happens inside the one expert that was drawn from p(k | c).
+Each branch has gates of its own, and both go through the experts in one call. Where a selection has drawn one expert
+for the trajectory, both branches have that one, drawn for the condition: there guidance happens inside one expert.
 """
 
 import torch

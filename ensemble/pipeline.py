@@ -2,6 +2,7 @@
 
 model_index.json    ids of the experts, of the missing ones, classes
 expert_0/ …         one folder an expert, as `experts` wrote it
+told/               in place of those: one network that is told the cluster
 router/             absent for a monolith
 codec/              latents to images
 scheduler/          a diffusers scheduler for tools that look for one; ours are chosen by `SamplingConfig`
@@ -24,9 +25,10 @@ from experts.codecs import load_codec
 from experts.config import PathName
 from experts.expert import Expert
 from experts.noise_path import PATHS
+from experts.told import ToldExpert, is_told
 from router.router import Router
 
-INDEX = "model_index.json"
+INDEX, TOLD = "model_index.json", "told"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 NOT_COPIED = (MANIFEST, "metrics.jsonl")
 
@@ -51,8 +53,12 @@ class DDMPipeline:
         config: SamplingConfig,
         class_ids: Sequence[int] | None = None,
         on_progress: Progress | None = None,
+        weak: Ensemble | None = None,
     ) -> Samples:
-        """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally."""
+        """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally.
+
+        `weak` None: if the configuration reflects, what it names is loaded anew.
+        """
         unknown = sorted({k for k in class_ids or () if not -1 <= k < self.num_classes})
         if unknown:
             raise PipelineError(
@@ -60,13 +66,42 @@ class DDMPipeline:
                 if self.num_classes
                 else "these experts were trained without labels; leave the classes out"
             )
-        return sample(self.ensemble, self.codec, seeds, config, class_ids, on_progress)
+        weak = weak or self.weak(config)
+        return sample(self.ensemble, self.codec, seeds, config, class_ids, on_progress, weak)
+
+    def weak(self, config: SamplingConfig) -> Ensemble | None:
+        """What samples are reflected against, if they are; `PipelineError` if it is not there, or does not fit."""
+        reflection, present = config.reflection, self.ensemble.experts
+        if reflection is None:
+            return None
+        if reflection.weak == "folder":
+            return self._weak_in(Path(reflection.path).expanduser())
+        if reflection.expert_id not in present:
+            raise PipelineError(
+                f"reflection.expert_id must be one of {sorted(present)}, the experts of this ensemble; "
+                f"got {reflection.expert_id}"
+            )
+        return Ensemble(experts={0: present[reflection.expert_id]}, path=self.ensemble.path)
+
+    def _weak_in(self, folder: Path) -> Ensemble:
+        """The ensemble of a pipeline's folder, or an expert's folder as an ensemble of one."""
+        if not (folder / INDEX).is_file():
+            expert, path = Expert.load(folder), self.ensemble.path
+            _check_shapes({0: expert}, self.codec, self.num_classes)
+            return Ensemble(experts={0: expert}, path=path)
+        other = DDMPipeline.from_pretrained(folder)
+        ours, theirs = ((one.codec.latent_shape, one.num_classes, one.ensemble.path.name) for one in (self, other))
+        if ours != theirs:
+            raise PipelineError(
+                f"{folder} has (latents, classes, noise path) {theirs}, this pipeline {ours}; reflection needs the same"
+            )
+        return other.ensemble
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the pipeline's folder, whole or not at all; one that is there is replaced."""
         with replaced_folder(folder) as temporary:
             for k, expert in self.ensemble.experts.items():
-                expert.save(temporary / f"expert_{k}")
+                expert.save(temporary / (TOLD if isinstance(expert, ToldExpert) else f"expert_{k}"))
             if self.ensemble.router is not None:
                 self.ensemble.router.save(temporary / "router")
             self.codec.save(_made(temporary / "codec"))
@@ -89,7 +124,8 @@ class DDMPipeline:
         """
         _refuse_pickles(folder)
         index = _Index.read(folder)
-        experts = {k: Expert.load(_expert_folder(folder, k)) for k in index.expert_ids if k not in index.missing_ids}
+        ids = [k for k in index.expert_ids if k not in index.missing_ids]
+        experts = _told(folder, ids) if is_told(folder / TOLD) else _experts(folder, ids)
         codec = load_codec(folder / "codec")
         _check_shapes(experts, codec, index.num_classes)
         router = Router.load(folder / "router") if index.has_router else None
@@ -116,10 +152,12 @@ def assemble(
     """
     if not expert_folders:
         raise PipelineError("there is no expert to assemble, all are missing; finish at least one")
-    parts = {f"expert_{k}": folder for k, folder in expert_folders.items()} | {"codec": codec}
+    parts = {TOLD if is_told(folder) else f"expert_{k}": folder for k, folder in expert_folders.items()}
+    parts["codec"] = codec
     if router is not None:
         parts["router"] = router
-    first = Expert.load(next(iter(expert_folders.values())))
+    folder = next(iter(expert_folders.values()))
+    first = ToldExpert.load_all(folder)[0] if is_told(folder) else Expert.load(folder)
     path = first.path.name if router is None else Router.load(router).path.name
     index = _Index(
         path=path,
@@ -209,6 +247,18 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
+def _experts(folder: Path, ids: Sequence[int]) -> dict[int, Expert | ToldExpert]:
+    return {k: Expert.load(_expert_folder(folder, k)) for k in ids}
+
+
+def _told(folder: Path, ids: Sequence[int]) -> dict[int, Expert | ToldExpert]:
+    """The one network for each of its clusters; `PipelineError` if there are others."""
+    found = ToldExpert.load_all(folder / TOLD)
+    if unknown := sorted(set(ids) - set(found)):
+        raise PipelineError(f"{folder / TOLD} was not told of the clusters {unknown} of {INDEX}; assemble it again")
+    return {k: found[k] for k in ids}
+
+
 def _expert_folder(folder: Path, expert_id: int) -> Path:
     found = folder / f"expert_{expert_id}"
     if not found.is_dir():
@@ -219,7 +269,7 @@ def _expert_folder(folder: Path, expert_id: int) -> Path:
     return found
 
 
-def _check_shapes(experts: Mapping[int, Expert], codec: Codec, num_classes: int) -> None:
+def _check_shapes(experts: Mapping[int, Expert | ToldExpert], codec: Codec, num_classes: int) -> None:
     """All parts must speak of the same latents and classes."""
     for k, expert in experts.items():
         if expert.latent_shape != codec.latent_shape or expert.num_classes != num_classes:

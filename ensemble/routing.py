@@ -1,6 +1,7 @@
-"""What one trajectory remembers: its seeds, the experts it is pinned to, the calls it has made.
+"""What one trajectory remembers: its seeds, which experts spoke last, the calls it has made.
 
-Draws are a hash of (seed, t, draw), so they need no state and do not depend on the batch.
+Draws are a hash of the seed and of their occasion (t, or how many evaluations came before), so they do not depend on
+the batch.
 """
 
 from collections import Counter
@@ -9,18 +10,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt64
+from jaxtyping import Bool, Float, UInt64
 from torch import Tensor
 
 from router.config import SelectionConfig
+from router.select import Selection, coupling, rule_of, sample
 
 Gates = Float[Tensor, "batch expert"]
+Logits = Float[Tensor, "batch expert"]
 Times = Float[Tensor, " batch"]
+Uniforms = Float[Tensor, "batch draw"]
 
 TIME_LEVELS = 2**20
 """Two values of t that round to the same level share their draws."""
 BEFORE_THE_FIRST_STEP = TIME_LEVELS + 1
-"""The level of what is drawn once a trajectory."""
+"""The level of what is drawn from the prior; those above it are for what is drawn later at no certain t."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,18 +35,50 @@ class Calls:
     """By the experts' ids."""
     router: int = 0
     evaluations: int = 0
-    """Of the velocity; Heun makes two in most of its steps."""
+    """Of the velocity by the solver; Heun makes two in most of its steps, reflection adds none."""
+    weak: "Calls | None" = None
+    """Of the weak ensemble that this one was reflected against."""
 
     @property
     def per_evaluation(self) -> float:
-        """Expert calls of one image in one evaluation: 1 for sticky, K for full, twice that with guidance."""
-        return self.experts.total() / self.evaluations
+        """Expert calls of one image in one evaluation: 1 for sticky, K for full, twice that with guidance.
+
+        The calls of reflection, those of the weak ensemble among them, come on top.
+        """
+        weak = 0 if self.weak is None else self.weak.experts.total()
+        return (self.experts.total() + weak) / self.evaluations
 
     def add(self, other: "Calls") -> None:
         """Count the calls of another trajectory too."""
         self.experts.update(other.experts)
         self.router += other.router
         self.evaluations += other.evaluations
+        if other.weak is not None:
+            self.weak = self.weak or Calls()
+            self.weak.add(other.weak)
+
+
+@dataclass(slots=True, kw_only=True)
+class Memory:
+    """What the evaluations so far have left behind, one row a trajectory and branch."""
+
+    gates: Gates | None = None
+    """Of the evaluation before; at first those that were drawn from the prior, or None."""
+    probability: Gates | None = None
+    """The posterior that they were drawn from."""
+    is_settled: Bool[Tensor, " batch"] | None = None
+    """Whether the gates are kept to the end."""
+    evaluations: int = 0
+    """Those so far."""
+
+    def repeated(self, times: int) -> "Memory":
+        """As many branches that remember the same, and go apart from here on."""
+        return Memory(
+            gates=None if self.gates is None else self.gates.repeat(times, 1),
+            probability=None if self.probability is None else self.probability.repeat(times, 1),
+            is_settled=None if self.is_settled is None else self.is_settled.repeat(times),
+            evaluations=self.evaluations,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +87,58 @@ class Routing:
 
     seeds: tuple[int, ...]
     selection: SelectionConfig
-    pinned: Gates | None = None
-    """Gates that were chosen before the first step and are kept to the last."""
+    branches: int = 1
+    """Equal parts of the rows that are the same trajectories; the first of them has the condition."""
+    memory: Memory = field(default_factory=Memory)
     calls: Calls = field(default_factory=Calls)
 
+    @classmethod
+    def opened(cls, seeds: Sequence[int], prior: Logits, selection: SelectionConfig) -> "Routing":
+        """New trajectories, each with one expert drawn from the prior."""
+        start, uniforms = torch.ones(len(prior), device=prior.device), uniforms_once(seeds, 1).to(prior.device)
+        memory = Memory(gates=sample(prior, start, uniforms, selection), probability=prior.softmax(-1))
+        return cls(seeds=tuple(seeds), selection=selection, memory=memory)
+
     def repeated(self, times: int) -> "Routing":
-        """The same trajectories `times` times in one batch; calls are counted together."""
-        pinned = None if self.pinned is None else self.pinned.repeat(times, 1)
-        return replace(self, seeds=self.seeds * times, pinned=pinned)
+        """The same trajectories in `times` branches of one batch; calls are counted together."""
+        memory = self.memory.repeated(times)
+        return replace(self, seeds=self.seeds * times, branches=self.branches * times, memory=memory)
+
+    def standing(self, t: Times) -> Gates | None:
+        """The gates if they stay as they are in every row, so that nobody need ask the router; else None."""
+        return self.memory.gates if self.memory.gates is not None and self._stays(t).all() else None
+
+    def decide(self, logits: Logits, t: Times) -> Gates:
+        """The gates of this evaluation, from the router's logits and what is remembered."""
+        rule, memory = rule_of(self.selection), self.memory
+        of_condition = logits[: len(logits) // self.branches].repeat(self.branches, 1)
+        shared = rule.is_one_for_both(t, self.selection).unsqueeze(-1)
+        logits = torch.where(shared, of_condition, logits)
+        probability = logits.softmax(-1)
+        if rule.is_chain and memory.gates is not None and memory.probability is not None:
+            logits = coupling(memory.probability, memory.gates, probability).log()
+        gates = rule.gates(logits, t, self._uniforms(rule, t), self.selection)
+        stays = self._stays(t)
+        if memory.gates is not None:
+            gates = torch.where(stays.unsqueeze(-1), memory.gates.to(gates), gates)
+        memory.gates, memory.probability = gates.detach(), probability.detach()
+        memory.is_settled = self._was_settled(t) | rule.settles(t, self.selection)
+        memory.evaluations += 1
+        return gates
+
+    def _stays(self, t: Times) -> Bool[Tensor, " batch"]:
+        return self._was_settled(t) | ~rule_of(self.selection).asks(t, self.selection)
+
+    def _was_settled(self, t: Times) -> Bool[Tensor, " batch"]:
+        settled = self.memory.is_settled
+        return torch.zeros_like(t, dtype=torch.bool) if settled is None else settled
+
+    def _uniforms(self, rule: Selection, t: Times) -> Uniforms:
+        draws = rule.draws(self.selection)
+        if rule.occasion == "t":
+            return uniforms_at(self.seeds, t, draws)
+        occasion = 1 if rule.occasion == "trajectory" else 1 + self.memory.evaluations
+        return uniforms_once(self.seeds, draws, occasion).to(t.device)
 
 
 def uniforms_at(seeds: Sequence[int], t: Times, draws: int) -> Float[Tensor, "batch draw"]:
@@ -67,9 +147,9 @@ def uniforms_at(seeds: Sequence[int], t: Times, draws: int) -> Float[Tensor, "ba
     return torch.from_numpy(_hashed(seeds, levels.astype(np.uint64), draws)).to(t.device)
 
 
-def uniforms_once(seeds: Sequence[int], draws: int) -> Float[Tensor, "batch draw"]:
-    """Numbers in [0, 1) for what is drawn once a trajectory; row i is a function of `seeds[i]` alone."""
-    levels = np.full(len(seeds), BEFORE_THE_FIRST_STEP, np.uint64)
+def uniforms_once(seeds: Sequence[int], draws: int, occasion: int = 0) -> Float[Tensor, "batch draw"]:
+    """Numbers in [0, 1) for what is drawn once a trajectory, or once an occasion; row i depends on `seeds[i]` alone."""
+    levels = np.full(len(seeds), BEFORE_THE_FIRST_STEP + occasion, np.uint64)
     return torch.from_numpy(_hashed(seeds, levels, draws))
 
 

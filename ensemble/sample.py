@@ -11,6 +11,7 @@ from torch import Tensor
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.guidance import guided
+from ensemble.reflection import reflecting
 from ensemble.routing import Calls
 from ensemble.sampler import SOLVERS, noise_for, uniform_times
 from experts.codec import Codec
@@ -43,16 +44,19 @@ def sample(
     config: SamplingConfig,
     class_ids: Sequence[int] | None = None,
     on_progress: Progress | None = None,
+    weak: Ensemble | None = None,
 ) -> Samples:
     """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally.
 
-    Raises `ValueError` without seeds, or if seeds and classes do not pair.
+    `weak` is what `config.reflection` asks for. Raises `ValueError` without seeds, or if seeds and classes do not pair.
     """
     if not seeds or (class_ids is not None and len(class_ids) != len(seeds)):
         classes = "no classes" if class_ids is None else f"{len(class_ids)} classes"
         raise ValueError(f"give at least one seed, and a class for every seed or none; got {len(seeds)} and {classes}")
+    if (weak is None) != (config.reflection is None):
+        raise ValueError("reflection needs a weak ensemble, and nothing else does; give both, or neither")
     started, calls, latents = time.monotonic(), Calls(), []
-    ensemble = ensemble.to(config.device)
+    ensembles = ensemble.to(config.device), weak and weak.to(config.device)
     for start in range(0, len(seeds), config.batch_size):
         rows = slice(start, start + config.batch_size)
         condition = _condition(seeds[rows], None if class_ids is None else class_ids[rows]).to(config.device)
@@ -62,7 +66,7 @@ def sample(
                 on_progress(start + int(size * (1 - t)), len(seeds))
 
         scale = 1.0 if class_ids is None else config.guidance_scale
-        latents.append(_trajectory(ensemble, codec, seeds[rows], config, condition, scale, calls, report))
+        latents.append(_trajectory(*ensembles, codec, seeds[rows], config, condition, scale, calls, report))
     images = torch.cat([codec.decode(batch).float().cpu() for batch in latents])
     return Samples(
         images=images,
@@ -76,6 +80,7 @@ def sample(
 @torch.inference_mode()
 def _trajectory(
     ensemble: Ensemble,
+    weak: Ensemble | None,
     codec: Codec,
     seeds: Sequence[int],
     config: SamplingConfig,
@@ -94,7 +99,13 @@ def _trajectory(
         return field(noised, t)
 
     noise = noise_for(seeds, codec.latent_shape).to(config.device)
-    clean = SOLVERS[config.solver](velocity, noise, uniform_times(config.steps))
+    solver = SOLVERS[config.solver]
+    if config.reflection is not None and weak is not None:
+        other = weak.begin(seeds, condition, config.selection)
+        routing.calls.weak = other.calls
+        weak_field = guided(weak, condition, other, guidance_scale)
+        solver = reflecting(config.solver, field, weak_field, config.reflection.steps)
+    clean = solver(velocity, noise, uniform_times(config.steps))
     report(0.0)
     calls.add(routing.calls)
     return clean.cpu()

@@ -31,8 +31,13 @@ def euler(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
     """First order, one velocity a step."""
     noised = noise
     for t, t_next in pairwise(times.tolist()):
-        noised = noised + (t_next - t) * velocity(noised, _rows(t, noised))
+        noised = euler_step(velocity, noised, t, t_next)
     return noised
+
+
+def euler_step(velocity: VelocityField, noised: Latents, t: float, t_next: float) -> Latents:
+    """From t to `t_next`, which may be the larger one, by the velocity at t."""
+    return noised + (t_next - t) * velocity(noised, _rows(t, noised))
 
 
 def heun(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
@@ -42,12 +47,16 @@ def heun(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
     clean prediction has no velocity. A single shorter-order step leaves the global order at two.
     """
     noised = noise
-    steps = list(pairwise(times.tolist()))
-    for t, t_next in steps[:-1]:
-        slope = velocity(noised, _rows(t, noised))
-        ahead = velocity(noised + (t_next - t) * slope, _rows(t_next, noised))
-        noised = noised + (t_next - t) * (slope + ahead) / 2
+    for t, t_next in pairwise(times[:-1].tolist()):
+        noised = heun_step(velocity, noised, t, t_next)
     return euler(velocity, noised, times[-2:])
+
+
+def heun_step(velocity: VelocityField, noised: Latents, t: float, t_next: float) -> Latents:
+    """From t to `t_next` by the mean of the velocities at both ends."""
+    slope = velocity(noised, _rows(t, noised))
+    ahead = velocity(noised + (t_next - t) * slope, _rows(t_next, noised))
+    return noised + (t_next - t) * (slope + ahead) / 2
 
 
 def flow_match_euler(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
@@ -100,3 +109,9 @@ SOLVERS: dict[Solver, Callable[[VelocityField, Latents, Schedule], Latents]] = {
     "flow_match_euler": flow_match_euler,
     "flow_match_heun": flow_match_heun,
 }
+
+STEPS: dict[Solver, Callable[[VelocityField, Latents, float, float], Latents]] = {
+    "euler": euler_step,
+    "heun": heun_step,
+}
+"""One step (velocity, noised, t, next t) of the solvers that remember nothing between two of them."""

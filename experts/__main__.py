@@ -19,6 +19,7 @@ from experts.checkpoint import CheckpointError
 from experts.codecs import fit_codec
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
+from experts.init_folder import init_checksum
 from experts.signals import stopping_on_sigterm
 from experts.train import TrainingDiverged
 
@@ -84,6 +85,8 @@ def train(arguments: argparse.Namespace, config: ExpertConfig, stopping: Callabl
         return summary.flops
 
     inputs = identities(arguments)
+    if config.init is not None:
+        inputs["init"] = init_checksum(Path(config.init))
     made = publish(arguments.out, fill, stage="expert", config=config, inputs=inputs)
     if made.fingerprint != fingerprint("expert", config, inputs):
         raise ValueError(

@@ -1,14 +1,15 @@
 """What can be chosen about an expert: its latent space, its network, its training; imports no torch."""
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from artifacts import STRICT
+from artifacts import LATER, STRICT
 
 Prediction = Literal["velocity", "noise", "clean"]
-PathName = Literal["straight", "cosine"]
+PathName = Literal["straight", "cosine", "linear_beta"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -129,3 +130,27 @@ class ExpertConfig:
     """The noise path: alpha(t) and sigma(t)."""
     training: TrainingConfig = TrainingConfig()
     """Steps, batch, learning rate and so on."""
+    init: str | None = field(default=None, metadata=LATER)
+    """Folder of a checkpoint to start from: a diffusers model that we know, or one of our experts. Its network takes
+    the place of `network`; it must know the same latents and classes."""
+    init_prediction: Prediction = field(default="noise", metadata=LATER)
+    """What a checkpoint without an `expert.json` puts out."""
+    init_path: PathName = field(default="linear_beta", metadata=LATER)
+    """The noise path that such a checkpoint was trained on; `linear_beta` is DDPM's."""
+    init_loss: Literal["own", "converted"] = field(default="own", metadata=LATER)
+    """`own`: the checkpoint is trained on as it was, on its own prediction and path. `converted`: the loss is on
+    `prediction` and `path` above, to which what it puts out is converted at equal noise-to-signal ratio."""
+    init_checksum: str = field(default="", metadata=LATER)
+    """Checksum of that folder, filled in when a run is composed: a folder that has changed since is an error."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StudentConfig:
+    """One network that is distilled from the experts; the rest of its recipe is the monolith's."""
+
+    from_expert: Annotated[int, Field(ge=0)] | None = None
+    """The expert whose parameters it starts from; empty starts from scratch."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps; empty takes the experts'."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Samples a step; empty takes the experts' global batch."""

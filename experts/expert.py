@@ -13,15 +13,17 @@ from artifacts import CorruptArtifact, Workspace, read_json, write_json
 from data_partition.shards import read_index
 from experts.codecs import load_codec
 from experts.condition import Condition
-from experts.config import ExpertConfig, Prediction
+from experts.config import ExpertConfig, Prediction, TrainingConfig
 from experts.flops import forward_flops, training_flops
+from experts.init import Start, start_of
+from experts.init_folder import check_unchanged
 from experts.latents import Batch, LatentDataset, LatentError, encode_latents
-from experts.loss import expert_loss
+from experts.loss import converted_loss, expert_loss
 from experts.model_folder import save_model
-from experts.networks import build_network, call_network, load_network
+from experts.networks import call_network, load_network
 from experts.noise_path import PATHS, Latents, NoisePath, Times, matched
-from experts.predictions import parts_of, to_velocity
-from experts.train import fit, write_rows
+from experts.predictions import asked, parts_said
+from experts.train import Loss, fit, write_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +45,12 @@ class Expert:
         A velocity network on its own path is passed on bit for bit.
         """
         path = path or self.path
-        own = matched(noised, t, path, self.path)
-        predicted = call_network(self.model, own.noised, own.t, condition)
-        if path.name == self.path.name:
-            return to_velocity(self.prediction, predicted, own.noised, own.t, self.path)
-        parts = parts_of(self.prediction, predicted, own.noised, own.t, self.path)
+        sample = matched(noised, t, path, self.path)
+        seen = asked(self.prediction, sample, self.path)
+        predicted = call_network(self.model, seen.noised, seen.t, condition)
+        if self.prediction == "velocity" and path.name == self.path.name:
+            return predicted
+        parts = parts_said(self.prediction, predicted, seen, sample, self.path)
         return path.velocity(parts.clean, parts.noise, t)
 
     def to(self, device: torch.device | str) -> "Expert":
@@ -120,25 +123,43 @@ def train_expert(
     if num_classes is None:
         num_classes = len(read_index(shards[0]).class_names)
     check_classes(dataset, num_classes)
-    path = PATHS[config.path]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        model = build_network(config.network, dataset.latent_shape, num_classes)
-    forward = network_flops(model, dataset.latent_shape)
+    check_unchanged(config)
+    start = start_of(config, dataset.latent_shape, num_classes)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return {"loss": expert_loss(model, batch, config.prediction, path)}
+        return {"loss": _loss(model, batch, config, start)}
 
-    fitted = fit(model, loss, dataset, config.training, workspace)
+    return train_network(config.training, dataset, start, loss, out, workspace, num_classes, cluster_id)
+
+
+def _loss(model: nn.Module, batch: Batch, config: ExpertConfig, start: Start) -> Float[Tensor, ""]:
+    if config.init is None or config.init_loss == "own":
+        return expert_loss(model, batch, start.prediction, start.path)
+    own, wanted = (start.prediction, start.path), (config.prediction, PATHS[config.path])
+    return converted_loss(model, batch, own, wanted)
+
+
+def train_network(
+    training: TrainingConfig,
+    dataset: LatentDataset,
+    start: Start,
+    loss: Loss,
+    out: Path,
+    workspace: Workspace,
+    num_classes: int,
+    cluster_id: int = 0,
+) -> ExpertSummary:
+    """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary."""
+    forward = network_flops(start.model, dataset.latent_shape)
+    fitted = fit(start.model, loss, dataset, training, workspace)
     Expert(
         model=fitted.model,
-        prediction=config.prediction,
-        path=path,
+        prediction=start.prediction,
+        path=start.path,
         latent_shape=dataset.latent_shape,
         num_classes=num_classes,
         cluster_id=cluster_id,
     ).save(out)
-    training = config.training
     summary = ExpertSummary(
         flops=training_flops(forward, training.batch_size, training.steps),
         steps=training.steps,
@@ -163,7 +184,7 @@ def check_classes(dataset: LatentDataset, num_classes: int) -> None:
 
 def expert_flops(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> float:
     """FLOPs of a whole training by this recipe, without doing it."""
-    model = build_network(config.network, latent_shape, num_classes)
+    model = start_of(config, latent_shape, num_classes).model
     return training_flops(network_flops(model, latent_shape), config.training.batch_size, config.training.steps)
 
 

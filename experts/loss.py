@@ -7,8 +7,8 @@ from torch.nn import functional
 from experts.config import Prediction
 from experts.latents import Batch
 from experts.networks import call_network
-from experts.noise_path import NoisePath
-from experts.predictions import target_of
+from experts.noise_path import NoisePath, matched
+from experts.predictions import asked, parts_said, target_of
 
 
 def expert_loss(model: nn.Module, batch: Batch, prediction: Prediction, path: NoisePath) -> Float[Tensor, ""]:
@@ -19,3 +19,20 @@ def expert_loss(model: nn.Module, batch: Batch, prediction: Prediction, path: No
     predicted = call_network(model, noised, batch.t, batch.condition)
     target = target_of(prediction, batch.clean, batch.noise, batch.t, path)
     return functional.mse_loss(predicted.float(), target)
+
+
+def converted_loss(
+    model: nn.Module,
+    batch: Batch,
+    own: tuple[Prediction, NoisePath],
+    wanted: tuple[Prediction, NoisePath],
+) -> Float[Tensor, ""]:
+    """The same in another prediction and on another path than the network's own, matched at equal noise-to-signal."""
+    prediction, path = wanted
+    noised = path.noised(batch.clean, batch.noise, batch.t)
+    sample = matched(noised, batch.t, path, own[1])
+    seen = asked(own[0], sample, own[1])
+    predicted = call_network(model, seen.noised, seen.t, batch.condition).float()
+    parts = parts_said(own[0], predicted, seen, sample, own[1])
+    said = target_of(prediction, parts.clean, parts.noise, batch.t, path)
+    return functional.mse_loss(said, target_of(prediction, batch.clean, batch.noise, batch.t, path))

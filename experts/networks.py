@@ -83,7 +83,8 @@ def _build_unet(config: UNetConfig, latent_shape: tuple[int, ...], num_classes: 
 
 
 def _call_unet(model: UNet2DModel, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
-    labels = condition.table_index(model.config.num_class_embeds - 1)
+    embeds = model.config.num_class_embeds
+    labels = None if embeds is None else condition.table_index(embeds - 1)
     predicted: Tensor = model(noised, t * TIMESTEPS, labels, return_dict=False)[0]
     return predicted
 

@@ -92,4 +92,69 @@ COSINE = NoisePath(
     t_at=lambda ratio: torch.atan(ratio) / QUARTER_TURN,
 )
 
-PATHS: dict[PathName, NoisePath] = {path.name: path for path in (STRAIGHT, COSINE)}
+# Variance-preserving path of DDPM's linear beta (Ho et al. 2020, arXiv:2006.11239) in the limit of many timesteps
+# (Song et al. 2021, arXiv:2011.13456, equation 33): alpha = exp(-G(t) / 2), G(t) = (20 - 0.1) t^2 / 2 + 0.1 t.
+# It leaves a trace of the image at t = 1, and its slope has no end at t = 0. So sigma rises on a line within the first
+# of DDPM's 1,000 timesteps, and alpha falls to zero on a line within the last.
+BETA_START, BETA_RISE, TIMESTEP = 0.1, 19.9, 1e-3
+
+
+def _decay(t: Tensor) -> Tensor:
+    """G(t) = - log alpha^2 between the two lines."""
+    t = t.clamp(TIMESTEP, 1 - TIMESTEP)
+    return BETA_RISE * t**2 / 2 + BETA_START * t
+
+
+def _decay_dot(t: Tensor) -> Tensor:
+    return BETA_RISE * t + BETA_START
+
+
+_DECAYS = _decay(torch.tensor([0.0, 1.0], dtype=torch.float64))
+FIRST_SIGMA = float((-torch.expm1(-_DECAYS[0])).sqrt())
+LAST_ALPHA = float(torch.exp(-_DECAYS[1] / 2))
+
+
+def _pieces(t: Tensor, first: Tensor, between: Tensor, last: Tensor) -> Tensor:
+    return torch.where(t < TIMESTEP, first, torch.where(t > 1 - TIMESTEP, last, between))
+
+
+def _linear_alpha(t: Tensor) -> Tensor:
+    early = FIRST_SIGMA * (t / TIMESTEP).clamp(max=1)
+    return _pieces(t, (1 - early**2).sqrt(), (-_decay(t) / 2).exp(), LAST_ALPHA * (1 - t) / TIMESTEP)
+
+
+def _linear_sigma(t: Tensor) -> Tensor:
+    late = LAST_ALPHA * ((1 - t) / TIMESTEP).clamp(max=1)
+    return _pieces(t, FIRST_SIGMA * t / TIMESTEP, (-torch.expm1(-_decay(t))).sqrt(), (1 - late**2).sqrt())
+
+
+def _linear_alpha_dot(t: Tensor) -> Tensor:
+    alpha, sigma = _linear_alpha(t), _linear_sigma(t)
+    first, last = -sigma / alpha * (FIRST_SIGMA / TIMESTEP), torch.full_like(t, -LAST_ALPHA / TIMESTEP)
+    return _pieces(t, first, -_decay_dot(t) * alpha / 2, last)
+
+
+def _linear_sigma_dot(t: Tensor) -> Tensor:
+    alpha, sigma = _linear_alpha(t), _linear_sigma(t)
+    first, last = torch.full_like(t, FIRST_SIGMA / TIMESTEP), alpha / sigma * (LAST_ALPHA / TIMESTEP)
+    return _pieces(t, first, _decay_dot(t) * alpha**2 / (2 * sigma), last)
+
+
+def _linear_t_at(ratio: Tensor) -> Tensor:
+    decay = torch.log1p(ratio**2)
+    between = 2 * decay / (BETA_START + (BETA_START**2 + 2 * BETA_RISE * decay).sqrt())
+    alpha, sigma = 1 / torch.hypot(torch.ones_like(ratio), ratio), 1 / torch.hypot(torch.ones_like(ratio), 1 / ratio)
+    late = torch.where(alpha < LAST_ALPHA, 1 - TIMESTEP * alpha / LAST_ALPHA, between)
+    return torch.where(sigma < FIRST_SIGMA, TIMESTEP * sigma / FIRST_SIGMA, late)
+
+
+LINEAR_BETA = NoisePath(
+    name="linear_beta",
+    alpha=_linear_alpha,
+    sigma=_linear_sigma,
+    alpha_dot=_linear_alpha_dot,
+    sigma_dot=_linear_sigma_dot,
+    t_at=_linear_t_at,
+)
+
+PATHS: dict[PathName, NoisePath] = {path.name: path for path in (STRAIGHT, COSINE, LINEAR_BETA)}

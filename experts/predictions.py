@@ -7,15 +7,24 @@ With x = alpha clean + sigma noise and u = alpha' clean + sigma' noise, two know
 
 The second line divides by what vanishes at an end of the path, so its divisors are floored at `FLOOR`;
 inside [0.01, 0.99] no floor is reached and every conversion is exact.
+
+Exact is not enough for a trained network: near t = 1 its noise prediction is right to a few per cent, and sigma / alpha
+times that is no clean sample. So above `MOST_NOISE` it is `asked` as if the sample were there.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from experts.config import Prediction
-from experts.noise_path import Latents, NoisePath, Times, expand
+from experts.noise_path import Latents, Matched, NoisePath, Times, expand
 
 FLOOR = 1e-3
+
+MOST_NOISE = 5.0
+"""The noise-to-signal ratio above which a network's noise prediction tells no clean sample. Lower, errors grow less on
+their way to the clean sample; higher, fewer values of t are asked about elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +95,22 @@ def target_of(prediction: Prediction, clean: Latents, noise: Latents, t: Times, 
     if prediction == "velocity":
         return path.velocity(clean, noise, t)
     return noise if prediction == "noise" else clean
+
+
+def asked(prediction: Prediction, sample: Matched, path: NoisePath) -> Matched:
+    """Where a network is asked about a sample on its own path: there, or at `MOST_NOISE` if it puts out noise."""
+    if prediction != "noise":
+        return sample
+    t = torch.minimum(sample.t, path.t_at(torch.full_like(sample.t, MOST_NOISE)))
+    scale = torch.hypot(path.alpha(t), path.sigma(t)) / torch.hypot(path.alpha(sample.t), path.sigma(sample.t))
+    return Matched(noised=sample.noised * expand(scale, sample.noised), t=t)
+
+
+def parts_said(prediction: Prediction, predicted: Latents, seen: Matched, sample: Matched, path: NoisePath) -> Parts:
+    """The parts of a sample by what a network said where it was `asked`, at `seen`."""
+    parts = parts_of(prediction, predicted, seen.noised, seen.t, path)
+    if prediction != "noise":
+        return parts
+    rest = parts_of("clean", parts.clean, sample.noised, sample.t, path).noise
+    is_above = expand(seen.t, rest) < expand(sample.t, rest)
+    return Parts(clean=parts.clean, noise=torch.where(is_above, rest, parts.noise))

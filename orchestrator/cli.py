@@ -13,18 +13,29 @@ from rich.console import Console
 from rich.markup import escape
 
 from orchestrator.errors import ConfigError, OrchestratorError, RunFailed, RunFolderError
+from orchestrator.examine_commands import audit, classify
+from orchestrator.experts_commands import app as experts_app
 from orchestrator.islands.commands import app as islands_app
 from orchestrator.pools.commands import app as pool_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(experts_app, name="experts")
 app.add_typer(islands_app, name="islands")
 app.add_typer(pool_app, name="pool")
+app.command()(audit)
+app.command()(classify)
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Seeds = Annotated[str, typer.Option(help="Seeds of the images: 0-15, or 3,5,8")]
-Select = Annotated[str, typer.Option(help="Selection: sticky, full, top_k, threshold, nucleus, sample, anneal")]
+Select = Annotated[
+    str,
+    typer.Option(
+        help="Selection: sticky, sticky_at, redraw, coupled, sample, switch, anneal, threshold, nucleus, top_k, full; "
+        "auto is the one that the run has chosen"
+    ),
+]
 
 
 @app.command()
@@ -143,6 +154,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Solver steps; empty takes the run's", min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 means none; empty takes the run's", min=0)] = None,
     monolith: Annotated[bool, typer.Option("--monolith", help="Draw from the baseline instead")] = False,
+    ensemble: Annotated[Path | None, typer.Option(help="Draw from an ensemble that `ddm experts` has made")] = None,
 ) -> None:
     """Draw images from a finished run into one picture."""
     from orchestrator.sampling import draw
@@ -150,7 +162,10 @@ def sample(
     folder = _opened(run)
     if monolith and select:
         raise ConfigError("--monolith is one model, so there is nothing to select: leave out --select")
-    drawn = draw(folder, parse_seeds(seeds), label, select, out, steps, guidance_scale, monolith=monolith)
+    if monolith and ensemble:
+        raise ConfigError(f"--monolith and --ensemble {ensemble} are two models: leave out one")
+    chosen = (parse_seeds(seeds), label, select, out, steps, guidance_scale)
+    drawn = draw(folder, *chosen, monolith=monolith, ensemble=ensemble)
     console.print(drawn, soft_wrap=True)
 
 

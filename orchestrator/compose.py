@@ -60,8 +60,13 @@ def to_dictionary(composed: DictConfig) -> dict[str, Any]:
 
 
 def quoted(override: str) -> str:
-    """An override whose value Hydra's grammar would refuse, such as a path with braces or a tilde, as a string."""
+    """An override whose value Hydra's grammar would refuse, such as a path with braces or a tilde, as a string.
+
+    What is below `experts` may be new to Hydra; `parse_config` checks it.
+    """
     key, assigned, value = override.partition("=")
+    if key.split(".")[0] == "experts":
+        return quoted(f"++{override}")
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:

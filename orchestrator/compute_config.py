@@ -52,14 +52,24 @@ class StagesConfig:
     """Clustering, and writing the clusters' shards."""
     reference: ResourcesConfig = ResourcesConfig()
     """Features of real images for the scores."""
+    init: ResourcesConfig = ResourcesConfig()
+    """Copying a checkpoint to start from."""
     expert: ResourcesConfig = ResourcesConfig()
     """One expert's training."""
+    draws: ResourcesConfig = ResourcesConfig()
+    """Drawing latents from the experts, for a router that sees no data."""
     router: ResourcesConfig = ResourcesConfig()
     """The router's training."""
     monolith: ResourcesConfig = ResourcesConfig()
     """The baseline's training."""
+    told: ResourcesConfig = ResourcesConfig()
+    """Training of the baseline that is told the cluster."""
+    student: ResourcesConfig = ResourcesConfig()
+    """Distillation of the experts into one network."""
     ensemble: ResourcesConfig = ResourcesConfig()
     """Putting trained models into one folder."""
+    choice: ResourcesConfig = ResourcesConfig()
+    """Trying selections for `auto`."""
     score: ResourcesConfig = ResourcesConfig()
     """Sampling and scoring."""
 
@@ -147,10 +157,12 @@ class ComputeConfig:
                 "islands need backend=islands"
             )
         shared = sorted(kind for kind, asked in vars(self.stages).items() if asked.workers > 1)
-        if set(shared) - {"expert", "router", "monolith"} or (shared and self.backend in ("inline", "slurm")):
+        if set(shared) - {"expert", "router", "monolith", "told", "student"} or (
+            shared and self.backend in ("inline", "slurm")
+        ):
             raise ValueError(
                 f"stages.{', '.join(shared)} ask for several workers with backend={self.backend}: only trainings "
-                "(expert, router, monolith) can have them, and only with backend=ray or backend=islands"
+                "(expert, router, monolith, told, student) can have them, and only with backend=ray or backend=islands"
             )
         if HOME in self.islands:
             raise ValueError(f"an island cannot be called {HOME!r}: that is where the controller is")

@@ -13,11 +13,13 @@ from pydantic.fields import FieldInfo
 
 from artifacts import STRICT
 from data_partition.config import DataConfig, PartitionConfig
+from ensemble.choice_config import ChoiceConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
-from experts.config import CodecConfig, ExpertConfig
+from experts.config import CodecConfig, ExpertConfig, StudentConfig
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.errors import ConfigError
-from router.config import RouterConfig, SelectionConfig
+from orchestrator.expert_overrides import with_whole_experts
+from router.config import AUTO, RouterConfig, SelectionConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -56,12 +58,20 @@ class RunConfig:
     """What a sample is to a network."""
     expert: ExpertConfig = ExpertConfig()
     """The experts; the monolith is one expert with the whole batch."""
+    experts: dict[Annotated[int, Field(ge=0)], ExpertConfig] = Field(default_factory=dict)
+    """Experts that differ, by their ids; what an entry leaves out is as in `expert`, and its batch is divided too."""
     router: RouterConfig = RouterConfig()
     """The router."""
     monolith: bool = True
     """Whether a FLOP-matched monolith is trained beside the experts."""
+    baselines: tuple[Literal["told", "student"], ...] = ()
+    """More to compare with: `told`, a monolith that is told the cluster; `student`, distilled from the experts."""
+    student: StudentConfig = StudentConfig()
+    """How the student differs from the monolith."""
     ensemble: SamplingConfig = SamplingConfig()
     """How the ensemble is sampled."""
+    choice: ChoiceConfig = ChoiceConfig()
+    """How `ensemble.selection.name=auto` finds its selection."""
     scores: ScoresConfig = ScoresConfig()
     """How samples are scored."""
     compute: ComputeConfig = ComputeConfig()
@@ -78,7 +88,13 @@ class RunConfig:
                 f"expert.training.batch_size is the global batch and must be divisible by "
                 f"partition.num_experts: {batch} / {experts} is not whole; try {-(-batch // experts) * experts}"
             )
-        batches = {"expert": batch // experts, "monolith": batch, "router": self.router.training.batch_size}
+        batches = {
+            "expert": batch // experts,
+            "monolith": batch,
+            "told": batch,
+            "student": self.student.batch_size or batch,
+            "router": self.router.training.batch_size,
+        }
         for kind, rows in batches.items():
             if rows % (workers := getattr(self.compute.stages, kind).workers):
                 raise ValueError(
@@ -90,13 +106,45 @@ class RunConfig:
                 f"router.path is {self.router.path} and expert.path is {self.expert.path}; the router must see "
                 "samples noised as the ensemble's are: give both the same path"
             )
+        check_experts(self)
+        check_choice(self)
         return self
+
+
+def check_experts(config: RunConfig) -> None:
+    """Raise `ValueError` for experts that differ, or baselines, that do not belong to this partition."""
+    count, workers = config.partition.num_experts, config.compute.stages.expert.workers
+    for k, expert in config.experts.items():
+        batch = expert.training.batch_size
+        if k >= count:
+            raise ValueError(f"experts.{k}: partition.num_experts is {count}, so expert ids go from 0 to {count - 1}")
+        if batch % (count * workers):
+            raise ValueError(
+                f"experts.{k}.training.batch_size is divided by partition.num_experts and by the workers of an expert: "
+                f"{batch} / {count * workers} is not whole"
+            )
+    if "told" in config.baselines and (count == 1 or config.expert.init is not None):
+        raise ValueError(
+            "baselines=[told] needs partition.num_experts > 1, and no expert.init: no checkpoint knows the clusters"
+        )
+    if (ours := config.student.from_expert) is not None and ours >= count:
+        raise ValueError(f"student.from_expert is {ours}, and expert ids go from 0 to {count - 1}")
+
+
+def check_choice(config: RunConfig) -> None:
+    """Raise `ValueError` if a selection is to be chosen where a choice could be made by one gain alone."""
+    is_auto = any(selection.name == AUTO for selection in (config.ensemble.selection, *config.scores.selections))
+    if is_auto and len(spaces := set(config.scores.spaces)) < 2:
+        raise ValueError(
+            f"selection auto needs two feature spaces, since a gain in one alone is not a gain; scores.spaces has only "
+            f"{', '.join(spaces)}: add another, or name a selection"
+        )
 
 
 def parse_config(composed: Mapping[str, Any]) -> RunConfig:
     """The typed configuration; raises `ConfigError` with every mistake and, for unknown keys, the known ones."""
     try:
-        return TypeAdapter(RunConfig).validate_python(dict(composed))
+        return TypeAdapter(RunConfig).validate_python(with_whole_experts(composed))
     except ValidationError as error:
         raise ConfigError(listed(error, "configuration", known_keys)) from None
 

@@ -4,22 +4,38 @@ dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 �
    │                              ├─► router ────────────────┼─► ensemble ─► score_<selection>
    ├─► codec ─────────────────────┤                          │
    └─► reference (for the scores) └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
+
+The baselines `told` and `student` stand where the monolith does; the student waits for the experts. A router with
+`data=samples` waits for `draws`, and those for the experts. The selection `auto` puts a `choice` between the ensemble
+and its score.
 """
 
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import field, fields, replace
+from types import MappingProxyType
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from artifacts import STRICT
-from data_partition.config import PartitionConfig
+from artifacts import LATER, STRICT
+from ensemble.choice_config import ChoiceConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
-from experts.config import ExpertConfig, TrainingConfig
+from experts.config import ExpertConfig
 from orchestrator.compute_config import ResourcesConfig
 from orchestrator.config import RunConfig
+from orchestrator.recipes import (
+    InitStageConfig,
+    StudentStageConfig,
+    costs_of,
+    draws_recipe,
+    features_only,
+    recipe_of,
+    router_cost,
+    student_recipe,
+)
 from orchestrator.stage import Input, Stage
-from router.config import RouterConfig, SelectionConfig
+from router.config import AUTO, RouterConfig, SelectionConfig, row_name
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -42,6 +58,8 @@ class MonolithStageConfig:
     """The router whose training is worth some more steps; None if the run has no router."""
     num_experts: int
     """K, which the router's size depends on."""
+    experts: tuple[ExpertConfig, ...] = field(default=(), metadata=LATER)
+    """What each expert's FLOPs depend on; empty if all cost the same."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -63,6 +81,18 @@ class ScoreStageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChoiceStageConfig:
+    """The choice of a selection."""
+
+    choice: ChoiceConfig
+    """The candidates, and how they are tried."""
+    evaluation: EvaluationConfig
+    """In which spaces they are compared."""
+    sampling: SamplingConfig
+    """How they are drawn; each has a selection of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class NothingConfig:
     """A stage of no work, by which the orchestrator's own cost is measured."""
 
@@ -81,37 +111,31 @@ def plain_evaluation(config: RunConfig) -> EvaluationConfig:
     return EvaluationConfig(**{field.name: getattr(scores, field.name) for field in fields(EvaluationConfig)})
 
 
-def row_name(selection: SelectionConfig) -> str:
-    """A selection's name in stage names and tables, with the number it depends on."""
-    numbers = {
-        "top_k": f"_{selection.k}",
-        "threshold": f"_{selection.probability:g}",
-        "nucleus": f"_{selection.total:g}",
-        "sample": f"_{selection.draws}",
-        "anneal": f"_{selection.t_switch:g}",
-    }
-    return selection.name + numbers.get(selection.name, "")
-
-
 class _Graph:
     """The stages so far, in the order in which they were added."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.stages: list[Stage] = []
+        self.inits: dict[str, Stage] = {}
         dataset = self._add("dataset", config.data, {})
         self.shards = Input(stage=dataset, part="train")
         codec = self._add("codec", config.codec, {"shards": self.shards})
-        features = self._add("features", _features_only(config.partition), {"dataset": Input(stage=dataset)})
+        features = self._add("features", features_only(config.partition), {"dataset": Input(stage=dataset)})
         self.partition = self._add(
             "partition",
             config.partition,
             {"dataset": Input(stage=dataset), "features": Input(stage=features)},
         )
         self.reference = self._add("reference", plain_evaluation(config), {"dataset": Input(stage=dataset)})
-        self._add_ensemble(codec)
+        self.codec, self.features = Input(stage=codec), Input(stage=features)
+        trained = self._add_ensemble()
         if config.monolith:
-            self._add_monolith(codec, features)
+            self._add_baseline("monolith", self._add_monolith("monolith"))
+        if "told" in config.baselines:
+            self._add_baseline("told", self._add_monolith("told"), trained["router"])
+        if "student" in config.baselines:
+            self._add_baseline("student", self._add_student(trained))
 
     def _add(
         self, kind: str, config: object, inputs: dict[str, Input], name: str = "", *, optional: bool = False
@@ -123,48 +147,94 @@ class _Graph:
         self.stages.append(stage)
         return stage
 
-    def _add_ensemble(self, codec: Stage) -> None:
+    def _add_ensemble(self) -> dict[str, Input]:
+        """The experts, the router, and what they are together; returns the trained ones by role."""
         config, num_experts = self.config, self.config.partition.num_experts
-        inputs = {"codec": Input(stage=codec), "shards": self.shards}
-        if num_experts > 1:
-            clusters = {
-                "clusters": Input(stage=self.partition, part="clusters"),
-                "holdouts": Input(stage=self.partition, part="holdout"),
-            }
-            inputs["router"] = Input(stage=self._add("router", config.router, {"codec": Input(stage=codec)} | clusters))
-        for k in range(num_experts):
-            expert = self._add(
-                "expert",
-                ExpertStageConfig(expert=self._expert(num_experts), cluster_id=k),
-                {"shards": Input(stage=self.partition, part=f"clusters/{k}"), "codec": Input(stage=codec)},
-                f"expert_{k}",
-                optional=num_experts > 1,
-            )
-            inputs[expert.name] = Input(stage=expert)
+        trained: dict[str, Input] = {}
+        if num_experts > 1 and config.router.data == "real":
+            trained["router"] = self._add_router("clusters", Input(stage=self.partition, part="clusters"))
+        experts = {f"expert_{k}": self._add_expert(k) for k in range(num_experts)}
+        if num_experts > 1 and config.router.data == "samples":
+            inputs = experts | {"partition": Input(stage=self.partition)}
+            trained["router"] = self._add_router("draws", Input(stage=self._add("draws", draws_recipe(config), inputs)))
+        trained |= experts
+        inputs = {"codec": self.codec, "shards": self.shards} | trained
         ensemble = self._add("ensemble", AssemblyStageConfig(expert_ids=tuple(range(num_experts))), inputs)
         for selection in dict.fromkeys((config.ensemble.selection, *config.scores.selections)):
-            self._add_score(f"score_{row_name(selection)}", ensemble, selection)
+            chosen = {"choice": self._add_choice(ensemble)} if selection.name == AUTO else {}
+            self._add_score(f"score_{row_name(selection)}", ensemble, selection, chosen)
+        return trained
 
-    def _add_monolith(self, codec: Stage, features: Stage) -> None:
+    def _add_choice(self, ensemble: Stage) -> Input:
+        """What `auto` stands for; with a single expert, all selections are one."""
+        config = self.config
+        few = config.choice.candidates[: 1 if config.partition.num_experts == 1 else None]
+        recipe = ChoiceStageConfig(
+            choice=replace(config.choice, candidates=few),
+            evaluation=plain_evaluation(config),
+            sampling=replace(config.ensemble, selection=SelectionConfig()),
+        )
+        inputs = {"ensemble": Input(stage=ensemble), "reference": Input(stage=self.reference)}
+        return Input(stage=self._add("choice", recipe, inputs))
+
+    def _add_router(self, role: str, data: Input) -> Input:
+        holdouts = Input(stage=self.partition, part="holdout")
+        inputs = {"codec": self.codec, role: data, "holdouts": holdouts}
+        return Input(stage=self._add("router", self.config.router, inputs))
+
+    def _add_expert(self, k: int) -> Input:
+        expert, start = self._started(recipe_of(self.config, k))
+        inputs = {"shards": Input(stage=self.partition, part=f"clusters/{k}"), "codec": self.codec} | start
+        recipe = ExpertStageConfig(expert=expert, cluster_id=k)
+        is_optional = self.config.partition.num_experts > 1
+        return Input(stage=self._add("expert", recipe, inputs, f"expert_{k}", optional=is_optional))
+
+    def _add_monolith(self, kind: str) -> Stage:
+        """The monolith, or the one that is told the cluster: each is given as many FLOPs as all on our side."""
         config, num_experts = self.config, self.config.partition.num_experts
+        (expert, start), costs = self._started(config.expert), costs_of(config)
+        for k in range(len(costs)):
+            start |= {f"init_{k}": given for given in self._started(recipe_of(config, k))[1].values()}
         recipe = MonolithStageConfig(
-            expert=config.expert, router=_cost_only(config.router) if num_experts > 1 else None, num_experts=num_experts
+            expert=expert,
+            router=router_cost(config.router) if num_experts > 1 else None,
+            num_experts=num_experts,
+            experts=costs,
         )
-        inputs = {
-            "codec": Input(stage=codec),
-            "partition": Input(stage=self.partition),
-            "features": Input(stage=features),
-        }
-        monolith = self._add("monolith", recipe, inputs)
-        assembled = self._add(
-            "ensemble",
-            AssemblyStageConfig(expert_ids=(0,)),
-            {"codec": Input(stage=codec), "shards": self.shards, "expert_0": Input(stage=monolith)},
-            "monolith_ensemble",
-        )
-        self._add_score("score_monolith", assembled, SelectionConfig(name="full"))
+        inputs = {"codec": self.codec, "partition": Input(stage=self.partition), "features": self.features}
+        return self._add(kind, recipe, inputs | start)
 
-    def _add_score(self, name: str, ensemble: Stage, selection: SelectionConfig) -> None:
+    def _add_student(self, trained: dict[str, Input]) -> Stage:
+        expert, start = self._started(student_recipe(self.config))
+        chosen = self.config.student.from_expert
+        if chosen is not None:
+            start = {"init": trained[f"expert_{chosen}"]}
+        teachers = {role: given for role, given in trained.items() if role != "router"}
+        inputs = {"codec": self.codec, "partition": Input(stage=self.partition)} | teachers | start
+        return self._add("student", StudentStageConfig(expert=expert, from_expert=chosen), inputs)
+
+    def _add_baseline(self, name: str, trained: Stage, router: Input | None = None) -> None:
+        """Put a baseline into a pipeline of its own and score it; with a router, its clusters are drawn once."""
+        inputs, count = {"codec": self.codec, "shards": self.shards, "expert_0": Input(stage=trained)}, 1
+        if router is not None:
+            inputs = {"codec": self.codec, "shards": self.shards, name: Input(stage=trained), "router": router}
+            count = self.config.partition.num_experts
+        recipe = AssemblyStageConfig(expert_ids=tuple(range(count)))
+        assembled = self._add("ensemble", recipe, inputs, f"{name}_ensemble")
+        self._add_score(f"score_{name}", assembled, SelectionConfig(name="sticky" if router else "full"))
+
+    def _started(self, expert: ExpertConfig) -> tuple[ExpertConfig, dict[str, Input]]:
+        """The recipe without the place of its checkpoint, and that checkpoint as an input."""
+        if expert.init is None:
+            return expert, {}
+        if expert.init not in self.inits:
+            recipe = InitStageConfig(folder=expert.init, checksum=expert.init_checksum)
+            self.inits[expert.init] = self._add("init", recipe, {}, f"init_{len(self.inits)}")
+        return replace(expert, init=None, init_checksum=""), {"init": Input(stage=self.inits[expert.init])}
+
+    def _add_score(
+        self, name: str, ensemble: Stage, selection: SelectionConfig, more: Mapping[str, Input] = MappingProxyType({})
+    ) -> None:
         config = ScoreStageConfig(
             evaluation=plain_evaluation(self.config),
             sampling=replace(self.config.ensemble, selection=selection),
@@ -174,21 +244,4 @@ class _Graph:
             "reference": Input(stage=self.reference),
             "partition": Input(stage=self.partition),
         }
-        self._add("score", config, inputs, name)
-
-    def _expert(self, num_experts: int) -> ExpertConfig:
-        training = self.config.expert.training
-        return replace(self.config.expert, training=replace(training, batch_size=training.batch_size // num_experts))
-
-
-def _features_only(config: PartitionConfig) -> PartitionConfig:
-    """What the features depend on; the rest is set to its default, so that another K finds them finished."""
-    return PartitionConfig(
-        features=config.features, components=config.components, batch_size=config.batch_size, seed=config.seed
-    )
-
-
-def _cost_only(config: RouterConfig) -> RouterConfig:
-    """What the router's FLOPs depend on; the rest is set to its default, so that it does not touch the monolith."""
-    training = TrainingConfig(steps=config.training.steps, batch_size=config.training.batch_size)
-    return replace(config, path="straight", training=training)
+        self._add("score", config, inputs | dict(more), name)

@@ -12,6 +12,7 @@ from orchestrator.config import RunConfig
 from orchestrator.graph import build_graph
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage, without
+from router.config import AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,11 @@ class ScoreRow:
     """`scores.json` of the stage."""
     is_default: bool
     """Whether this is what `ddm sample` draws with."""
+
+    @property
+    def label(self) -> str:
+        """The name, and for `auto` the selection that it stands for."""
+        return f"{self.name}: {self.scores['selection']}" if self.name == AUTO else self.name
 
 
 def standing_graph(run: RunFolder, config: RunConfig) -> list[Stage]:
@@ -50,9 +56,15 @@ def score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:
     return sorted(rows, key=lambda row: (row.name != "monolith", not row.is_default))
 
 
+def chosen(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
+    """The run's `choice.json`: what `auto` stands for, why, and the candidates; None as long as there is none."""
+    stage = next((stage for stage in graph if stage.kind == "choice" and run.finished(stage)), None)
+    return None if stage is None else dict(read_json(run.checked(stage, "choice.json")))
+
+
 def training_flops(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
-    """FLOPs of every finished stage that belongs to the training of one side or the other."""
-    kinds = ("features", "partition", "expert", "router", "monolith")
+    """FLOPs of every finished stage that belongs to the training of one side or the other; a choice is ours."""
+    kinds = ("features", "partition", "expert", "draws", "router", "choice", "monolith")
     return {
         stage.name: read_manifest(run.artifact(stage)).flops
         for stage in graph
@@ -68,7 +80,7 @@ def score_table(rows: Sequence[ScoreRow]) -> Table:
     for heading in (*(f"{name}\n{space}" for space in spaces for name in ("FD", "KID x1000")), *_HEADINGS.values()):
         table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
-        label = f"[bold]{row.name} *[/]" if row.is_default else row.name
+        label = f"[bold]{row.label} *[/]" if row.is_default else row.label
         cells = [cell for space in spaces for cell in _distances(row.scores["spaces"][space], "")]
         table.add_row(label, *cells, *(_number(row.scores[name], 3) for name in _HEADINGS))
     if rows:

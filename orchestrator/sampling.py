@@ -8,9 +8,9 @@ from typing import get_args
 from artifacts import verify
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.results import standing_graph
+from orchestrator.results import chosen, standing_graph
 from orchestrator.run_folder import RunFolder
-from router.config import SelectionConfig, SelectionName
+from router.config import AUTO, SelectionConfig, SelectionName, row_name
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".webp")
 
@@ -22,15 +22,25 @@ def selection_named(name: str, config: RunConfig) -> SelectionConfig:
     """The run's own settings of a selection, or that selection with its defaults; empty is the run's default."""
     if not name:
         return config.ensemble.selection
-    known = (config.ensemble.selection, *config.scores.selections, *map(_default, get_args(SelectionName)))
-    for selection in known:
-        if selection.name == name:
+    names = (*get_args(SelectionName), AUTO)
+    defaults = [SelectionConfig(name=known) for known in names]
+    for selection in (config.ensemble.selection, *config.scores.selections, *config.choice.candidates, *defaults):
+        if name in (selection.name, row_name(selection)):
             return selection
-    raise ConfigError(f"{name!r} is not a selection; known: {', '.join(get_args(SelectionName))}")
+    raise ConfigError(f"{name!r} is not a selection; known: {', '.join(names)}")
 
 
-def _default(name: SelectionName) -> SelectionConfig:
-    return SelectionConfig(name=name)
+def resolved(run: RunFolder, selection: SelectionConfig) -> SelectionConfig:
+    """The selection itself, or the one that the run has chosen for `auto`."""
+    if selection.name != AUTO:
+        return selection
+    choice = chosen(run, standing_graph(run, run.load_config()))
+    if choice is None:
+        raise RunFolderError(
+            f"{run.root} has not chosen a selection; let it choose with `ddm evaluate {run.root} --select auto`, "
+            "or name one, such as --select sticky"
+        )
+    return SelectionConfig(**choice["selection"])
 
 
 def pipeline_folder(run: RunFolder, *, monolith: bool) -> Path:
@@ -54,13 +64,14 @@ def draw(
     guidance_scale: float | None,
     *,
     monolith: bool,
+    ensemble: Path | None = None,
 ) -> str:
-    """Sample, write the picture, and say in a sentence what was drawn."""
+    """Sample, write the picture, and say what was drawn; `ensemble` is the folder of one that `ddm experts` made."""
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         raise ConfigError(f"--out {out} must end in one of {', '.join(PICTURE_SUFFIXES)}")
     config = run.load_config()
-    folder = pipeline_folder(run, monolith=monolith)
-    selection = SelectionConfig(name="full") if monolith else selection_named(select, config)
+    folder = ensemble or pipeline_folder(run, monolith=monolith)
+    selection = SelectionConfig(name="full") if monolith else resolved(run, selection_named(select, config))
     own = config.ensemble
     sampling = replace(
         own,
@@ -71,6 +82,7 @@ def draw(
     from PIL.Image import Resampling
 
     from ensemble.images import grid
+    from ensemble.missing import missing_warning
     from ensemble.pipeline import DDMPipeline
 
     pipeline = DDMPipeline.from_pretrained(folder)
@@ -80,7 +92,9 @@ def draw(
     picture = grid(samples.images, columns=max(1, round(len(seeds) ** 0.5)))
     enlargement = max(1, READABLE_WIDTH // picture.width)
     picture.resize((picture.width * enlargement, picture.height * enlargement), Resampling.NEAREST).save(out)
-    return f"{out}: {len(seeds)} images, {selection.name}, {samples.calls_per_step:.2f} expert calls a step"
+    said = f"{out}: {len(seeds)} images, {row_name(selection)}, {samples.calls_per_step:.2f} expert calls a step"
+    warning = missing_warning(pipeline.ensemble)
+    return f"{said}\n[yellow]Warning:[/] {warning}" if warning else said
 
 
 def _class_id(label: str, class_names: Sequence[str]) -> int | None:

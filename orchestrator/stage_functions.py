@@ -4,35 +4,47 @@ To add a stage, write a function `(config, inputs, out, workspace) -> FLOPs` in 
 here and a node in `graph.py`. This file imports every room, so only workers import it.
 """
 
+import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from artifacts import Workspace, read_manifest
+from artifacts import Workspace
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.dataset import build_dataset
 from data_partition.features import extract_features
 from data_partition.partition import make_partition
 from data_partition.shards import read_index
-from ensemble.config import EvaluationConfig
+from ensemble.choose import choose, read_choice
+from ensemble.config import DrawsConfig, EvaluationConfig
 from ensemble.evaluate import evaluate
+from ensemble.expert_draws import draw_latents
 from ensemble.pipeline import assemble
 from ensemble.references import build_reference
-from experts.codecs import fit_codec, load_codec
-from experts.config import CodecConfig
-from experts.expert import expert_flops, train_expert
+from experts.codecs import fit_codec
+from experts.config import CodecConfig, ExpertConfig
+from experts.expert import train_expert
+from experts.init_folder import check_unchanged, init_files
+from experts.student import train_student
+from experts.told import train_told
 from orchestrator.graph import (
     AssemblyStageConfig,
+    ChoiceStageConfig,
     ExpertStageConfig,
     MonolithStageConfig,
     NothingConfig,
     ScoreStageConfig,
 )
+from orchestrator.matching import by_cluster, matched_recipe, started
+from orchestrator.recipes import InitStageConfig, StudentStageConfig
 from router.config import RouterConfig
-from router.train import router_flops, train_router
+from router.train import train_router
 
 Inputs = Mapping[str, Path]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,34 +78,56 @@ def run_partition(config: PartitionConfig, inputs: Inputs, out: Path, workspace:
 
 def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Train one expert on its own shards."""
-    shards = [inputs["shards"]]
-    return train_expert(config.expert, shards, inputs["codec"], out, workspace, cluster_id=config.cluster_id).flops
+    shards, expert = [inputs["shards"]], started(config.expert, inputs)
+    return train_expert(expert, shards, inputs["codec"], out, workspace, cluster_id=config.cluster_id).flops
 
 
 def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Train the router on the shards of all clusters."""
-    clusters, holdouts = by_cluster(inputs["clusters"]), by_cluster(inputs["holdouts"])
-    return train_router(config, clusters, inputs["codec"], holdouts, out, workspace).flops
+    """Train the router on the shards of all clusters, or on latents that the experts drew."""
+    clusters = by_cluster(inputs["clusters"]) if "clusters" in inputs else []
+    holdouts, draws = by_cluster(inputs["holdouts"]), inputs.get("draws")
+    return train_router(config, clusters, inputs["codec"], holdouts, out, workspace, draws=draws).flops
+
+
+def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Copy a checkpoint to start from into the run, if it is what it was when the run was composed."""
+    folder = Path(config.folder)
+    check_unchanged(ExpertConfig(init=config.folder, init_checksum=config.checksum))
+    for file in init_files(folder):
+        copy = out / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    return 0.0
+
+
+def run_draws(config: DrawsConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Draw latents from the experts, for a router that sees no data."""
+    return draw_latents(numbered(inputs), inputs["partition"], config, out, workspace)
 
 
 def run_monolith(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Train the baseline on all clusters, with extra steps worth the router's and the clustering's FLOPs."""
     clusters = by_cluster(inputs["partition"] / "clusters")
-    latent_shape = load_codec(inputs["codec"]).latent_shape
-    num_classes = len(read_index(clusters[0]).class_names)
-    training = config.expert.training
-    overhead = read_manifest(inputs["features"]).flops + read_manifest(inputs["partition"]).flops
-    if config.router is not None:
-        overhead += router_flops(config.router, latent_shape, num_classes, config.num_experts)
-    one_step = expert_flops(config.expert, latent_shape, num_classes) / training.steps
-    steps = training.steps + round(overhead / one_step)
-    expert = replace(config.expert, training=replace(training, steps=steps))
-    return train_expert(expert, clusters, inputs["codec"], out, workspace, cluster_id=0).flops
+    return train_expert(matched_recipe(config, inputs), clusters, inputs["codec"], out, workspace, cluster_id=0).flops
+
+
+def run_told(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Train the baseline that is told the cluster, for as many FLOPs as the monolith."""
+    clusters = by_cluster(inputs["partition"] / "clusters")
+    return train_told(matched_recipe(config, inputs), clusters, inputs["codec"], out, workspace).flops
+
+
+def run_student(config: StudentStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Distil the experts into one network; the FLOPs are its own and the teachers' calls."""
+    if config.from_expert is not None and "init" not in inputs:
+        log.warning("expert %d is missing, so the student starts from scratch", config.from_expert)
+    clusters, expert = by_cluster(inputs["partition"] / "clusters"), started(config.expert, inputs)
+    return train_student(expert, numbered(inputs), clusters, inputs["codec"], out, workspace).flops
 
 
 def run_ensemble(config: AssemblyStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Put trained experts and the router into one pipeline folder."""
-    experts = {k: inputs[f"expert_{k}"] for k in config.expert_ids if f"expert_{k}" in inputs}
+    experts = dict.fromkeys(config.expert_ids, inputs["told"]) if "told" in inputs else numbered(inputs)
     missing = [k for k in config.expert_ids if k not in experts]
     class_names = read_index(inputs["shards"]).class_names
     assemble(experts, inputs.get("router"), inputs["codec"], out, missing, class_names)
@@ -106,9 +140,17 @@ def run_reference(config: EvaluationConfig, inputs: Inputs, out: Path, workspace
 
 
 def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Sample the ensemble and score the samples."""
-    folders = (inputs["ensemble"], inputs["reference"], inputs["partition"])
-    return evaluate(*folders, config.evaluation, config.sampling, out, workspace).flops
+    """Sample the ensemble, by the selection that was chosen if one was, and score the samples."""
+    folders, sampling = (inputs["ensemble"], inputs["reference"], inputs["partition"]), config.sampling
+    if "choice" in inputs:
+        sampling = replace(sampling, selection=read_choice(inputs["choice"]).selection)
+    return evaluate(*folders, config.evaluation, sampling, out, workspace).flops
+
+
+def run_choice(config: ChoiceStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Try selections and choose one."""
+    folders = (inputs["ensemble"], inputs["reference"])
+    return choose(*folders, config.choice, config.evaluation, config.sampling, out, workspace)
 
 
 def run_nothing(config: NothingConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
@@ -116,9 +158,10 @@ def run_nothing(config: NothingConfig, inputs: Inputs, out: Path, workspace: Wor
     return 0.0
 
 
-def by_cluster(folder: Path) -> list[Path]:
-    """The clusters' folders below `folder`, in the order of their ids."""
-    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name))
+def numbered(inputs: Inputs) -> dict[int, Path]:
+    """The experts among the inputs, by their ids."""
+    roles = [role for role in inputs if role.startswith("expert_")]
+    return {int(role.removeprefix("expert_")): inputs[role] for role in roles}
 
 
 KINDS: dict[str, Kind] = {
@@ -127,10 +170,15 @@ KINDS: dict[str, Kind] = {
     "features": Kind(PartitionConfig, run_features),
     "partition": Kind(PartitionConfig, run_partition),
     "expert": Kind(ExpertStageConfig, run_expert),
+    "init": Kind(InitStageConfig, run_init),
+    "draws": Kind(DrawsConfig, run_draws),
     "router": Kind(RouterConfig, run_router),
     "monolith": Kind(MonolithStageConfig, run_monolith),
+    "told": Kind(MonolithStageConfig, run_told),
+    "student": Kind(StudentStageConfig, run_student),
     "ensemble": Kind(AssemblyStageConfig, run_ensemble),
     "reference": Kind(EvaluationConfig, run_reference),
+    "choice": Kind(ChoiceStageConfig, run_choice),
     "score": Kind(ScoreStageConfig, run_score),
     "nothing": Kind(NothingConfig, run_nothing),
 }

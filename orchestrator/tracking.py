@@ -19,7 +19,7 @@ from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
 
 FOLLOW_EVERY_S = 2.0
-TRAINED = ("expert", "router", "monolith")
+TRAINED = ("expert", "router", "monolith", "told", "student")
 
 
 class Tracker:

@@ -3,6 +3,7 @@
     clusters' latents ──train──► Router: (noised, t, condition) ──► logits ──select──► gates
                                          (condition) ──► prior's logits ──┘
 
-Open `router.py` for what a router is, `select.py` to add a selection, `model.py` for its networks,
-`train.py` and `loss.py` for how it learns, `quality.py` for how good it is at every t.
+Open `router.py` for what a router is, `select.py` to add a selection, `model.py` for the kinds of it, `train.py` and
+`loss.py` for how it learns, `calibration.py` for its temperatures, `quality.py` for how good it is at every t,
+`change.py` to add or remove an expert.
 """

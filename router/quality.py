@@ -2,6 +2,8 @@
 
 Near t = 1 a noised sample says nothing: there the best cross-entropy is the entropy of the prior, and the
 best accuracy is the largest cluster's share. Low accuracy at high t is therefore no defect.
+
+Temperatures are fitted on one half of the held-out samples, and everything here is measured on the other: see `halves`.
 """
 
 from dataclasses import dataclass
@@ -13,9 +15,11 @@ from torch.nn import functional
 
 from experts.condition import Condition
 from experts.latents import LatentDataset
+from router.calibration import cooled
+from router.calibration_error import calibration_error, calibration_error_floor
 from router.router import Router
+from router.t_bins import BINS
 
-BINS = 10
 DRAWS = 4
 """Noise draws for every image in every bin."""
 MAX_IMAGES = 2048
@@ -31,9 +35,21 @@ class BinQuality:
     t_high: float
     cross_entropy: float
     accuracy: float
+    calibration_error: float
+    """Expected calibration error of the most probable expert, in 15 cells of equal width."""
+    calibration_error_floor: float
+    """What a perfectly calibrated router that says the same has on average at this number of samples."""
+    cross_entropy_before: float
+    """Without temperatures."""
+    calibration_error_before: float
+    """Without temperatures."""
     cross_entropy_null: float
-    """Without the condition, as for the unconditional branch of guidance."""
+    """Without the condition, as for the unconditional branch of guidance; so are all that follow."""
     accuracy_null: float
+    calibration_error_null: float
+    calibration_error_floor_null: float
+    cross_entropy_before_null: float
+    calibration_error_before_null: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +69,22 @@ class Quality:
     """The share of the largest cluster: the floor of `accuracy_null` at t = 1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Figures:
-    cross_entropy: float
-    accuracy: float
+def halves(held_out: LatentDataset) -> tuple[LatentDataset, LatentDataset]:
+    """Every other sample to measure with, and those between to fit temperatures on; the second may be empty."""
+    first, second = (
+        LatentDataset(
+            clean=held_out.clean[start::2],
+            class_id=held_out.class_id[start::2],
+            cluster_id=held_out.cluster_id[start::2],
+        )
+        for start in (0, 1)
+    )
+    return first, second
 
 
 @torch.no_grad()
 def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
-    """Cross-entropy and accuracy in ten bins of t on held-out latents; the same numbers at every call."""
+    """Cross-entropy, accuracy and calibration in ten bins of t on held-out latents; the same at every call."""
     stride = -(-len(holdout) // MAX_IMAGES)
     seen = LatentDataset(
         clean=holdout.clean[::stride],
@@ -87,14 +110,8 @@ def _measure_bin(router: Router, seen: LatentDataset, index: int) -> BinQuality:
     noised = torch.stack([router.path.noised(seen.clean, noise[draw], t[draw]) for draw in range(DRAWS)])
     told = _figures(router, noised, t, Condition(seen.class_id), seen.cluster_id)
     untold = _figures(router, noised, t, Condition.null(len(seen)), seen.cluster_id)
-    return BinQuality(
-        t_low=index / BINS,
-        t_high=(index + 1) / BINS,
-        cross_entropy=told.cross_entropy,
-        accuracy=told.accuracy,
-        cross_entropy_null=untold.cross_entropy,
-        accuracy_null=untold.accuracy,
-    )
+    null = {f"{name}_null": value for name, value in untold.items()}
+    return BinQuality(t_low=index / BINS, t_high=(index + 1) / BINS, **told, **null)
 
 
 def _figures(
@@ -103,20 +120,24 @@ def _figures(
     t: Float[Tensor, "draw batch"],
     condition: Condition,
     cluster_id: Tensor,
-) -> _Figures:
+) -> dict[str, float]:
+    """The figures of `BinQuality`, of one branch."""
     blocks = [slice(start, start + BLOCK) for start in range(0, len(cluster_id), BLOCK)]
-    logits = torch.cat(
-        [
-            router.logits(noised[draw, block], t[draw, block], condition.rows(block))
-            for draw in range(len(t))
-            for block in blocks
-        ]
-    )
-    targets = cluster_id.repeat(len(t))
-    return _Figures(
-        cross_entropy=float(functional.cross_entropy(logits, targets)),
-        accuracy=float((logits.argmax(-1) == targets).double().mean()),
-    )
+    before, after = [], []
+    for draw in range(len(t)):
+        for block in blocks:
+            rows = condition.rows(block)
+            before.append(router.uncalibrated_logits(noised[draw, block], t[draw, block], rows))
+            after.append(cooled(before[-1], router.temperatures, t[draw, block], rows))
+    raw, logits, targets = torch.cat(before), torch.cat(after), cluster_id.repeat(len(t))
+    return {
+        "cross_entropy": float(functional.cross_entropy(logits, targets)),
+        "accuracy": float((logits.argmax(-1) == targets).double().mean()),
+        "calibration_error": calibration_error(logits.softmax(-1), targets),
+        "calibration_error_floor": calibration_error_floor(logits.softmax(-1), len(t), SEED),
+        "cross_entropy_before": float(functional.cross_entropy(raw, targets)),
+        "calibration_error_before": calibration_error(raw.softmax(-1), targets),
+    }
 
 
 def _entropy(counts: Float[Tensor, "condition expert"]) -> float:

@@ -1,6 +1,6 @@
 """The router: the posterior p(k | noised, t, condition) from a network, the prior p(k | condition) from counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,7 +11,9 @@ from artifacts import CorruptArtifact, read_json, write_json
 from experts.condition import Condition
 from experts.model_folder import load_model, save_model
 from experts.noise_path import PATHS, NoisePath
+from router.calibration import Temperatures, cooled, no_temperatures
 from router.model import ROUTERS
+from router.t_bins import BINS
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
@@ -30,6 +32,8 @@ class Router:
     """The noise path it was trained on, which is the ensemble's."""
     prior_counts: Float[Tensor, "condition expert"]
     """Training samples of every class in every cluster; the last row counts all samples."""
+    temperatures: Temperatures = field(default_factory=no_temperatures)
+    """What the network's logits are divided by, over t."""
 
     @property
     def num_experts(self) -> int:
@@ -43,6 +47,10 @@ class Router:
 
     def logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
         """log p(k | noised, t, condition) up to a constant a row; a null condition gives p(k | noised, t)."""
+        return cooled(self.uncalibrated_logits(noised, t, condition), self.temperatures, t, condition)
+
+    def uncalibrated_logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
+        """What the network says."""
         logits: Logits = self.model(noised, t, condition.table_index(self.num_classes))
         return logits
 
@@ -66,7 +74,12 @@ class Router:
         """Write the network as diffusers does, and `router.json`."""
         kind = next(name for name, network in ROUTERS.items() if isinstance(self.model, network))
         save_model(self.model, folder)
-        settings = {"kind": kind, "path": self.path.name, "prior_counts": self.prior_counts.tolist()}
+        settings = {
+            "kind": kind,
+            "path": self.path.name,
+            "prior_counts": self.prior_counts.tolist(),
+            "temperatures": self.temperatures.tolist(),
+        }
         write_json(folder / SETTINGS, settings)
 
     @classmethod
@@ -78,9 +91,13 @@ class Router:
             counts = torch.tensor(found["prior_counts"], dtype=torch.float64)
             if counts.ndim != 2:
                 raise ValueError(f"prior_counts of shape {tuple(counts.shape)}")
+            temperatures = torch.tensor(found["temperatures"], dtype=torch.float64)
+            if temperatures.shape != (2, BINS) or not (temperatures > 0).all() or not temperatures.isfinite().all():
+                raise ValueError(f"temperatures {found['temperatures']}")
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / SETTINGS} was written by another version: {error}") from error
-        return cls(model=load_model((network,), folder), path=path, prior_counts=counts)
+        model = load_model((network,), folder)
+        return cls(model=model, path=path, prior_counts=counts, temperatures=temperatures)
 
 
 def count_priors(

@@ -1,42 +1,81 @@
 """From logits to gates: which experts speak, and how loudly.
 
-    full       every expert, by the softmax of the logits       exact, K expert calls
-    top_k      the k most probable                              k calls; biased towards large clusters near t = 1
-    threshold  all at least so probable, or the best one        between the two
-    nucleus    the fewest that reach a total probability        between the two
-    sample     draws from the softmax, anew at every t          1 to `draws` calls, unbiased
-    sticky     one draw from the prior, kept to the end         1 call, exact in distribution
-    anneal     full above a chosen t, the best one below        K calls, then 1
+               expert calls a step    with exact experts and an exact router
+    full       K                      exact
+    top_k      k                      biased towards large clusters near t = 1
+    threshold  1 to 1 / probability   nearly exact: what is left out is improbable
+    nucleus    1 to K                 nearly exact
+    sample     1 to `draws`           exact in the limit of many steps: it is drawn anew at each
+    sticky     1                      exact: one draw from the prior, kept to the end
+    anneal     K, then 1              biased below `t_switch`, less so the lower that is
+    switch     a few, then 1          as anneal; `threshold` instead of `full` above `t_switch`
+    sticky_at  K, then 1              exact: full, then one draw from the posterior at `t_switch`, kept to the end
+    redraw     1                      exact: sticky, drawn once more from the posterior at `t_switch`
+    coupled    1                      biased: exact for given posteriors, but these follow the expert that was drawn
+
+Why sticky, sticky_at and redraw are exact: cluster k's own density is moved by its own velocity alone, d p_k / d t =
+- div(u_k p_k), so who starts at (x, k) with probability p(x, t) p(k | x, t) and follows u_k stays so distributed, and a
+draw from p(k | x, t) at any fixed t changes nothing about it. Whatever draws more often where p(k | x, t) falls along
+its own path, as `coupled` does, does change it (`tests/laws/test_selection_laws.py` has the numbers).
 
 Kept gates are always renormalised. To add a selection, write the function and add it to `SELECTIONS`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from router.config import SelectionConfig, SelectionName
+from router.config import AUTO, SelectionConfig, SelectionName
 
 Logits = Float[Tensor, "batch expert"]
 Gates = Float[Tensor, "batch expert"]
 """Mixing coefficients: rows sum to one, a silent expert has exactly zero."""
 Times = Float[Tensor, " batch"]
 Uniforms = Float[Tensor, "batch draw"]
-"""Numbers in [0, 1), from which `sample` and `sticky` make their draws; the others read none."""
+"""Numbers in [0, 1), from which experts are drawn; what draws none reads none."""
+Rows = Bool[Tensor, " batch"]
+
+
+def never(t: Times, _config: SelectionConfig) -> Rows:
+    """At no t."""
+    return torch.zeros_like(t, dtype=torch.bool)
+
+
+def always(t: Times, _config: SelectionConfig) -> Rows:
+    """At every t."""
+    return torch.ones_like(t, dtype=torch.bool)
+
+
+def once_switched(t: Times, config: SelectionConfig) -> Rows:
+    """At `config.t_switch` and below."""
+    return t <= config.t_switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """One rule from logits to gates."""
+    """One rule from logits to gates; what it remembers of a trajectory is in `ensemble/routing.py`."""
 
     gates: Callable[[Logits, Times, Uniforms, SelectionConfig], Gates]
-    pinned: bool = False
-    """Whether the gates are chosen once, from the prior's logits, and kept for the whole trajectory."""
     draws: Callable[[SelectionConfig], int] = lambda _config: 0
     """How many uniform numbers a row needs."""
+    occasion: Literal["t", "trajectory", "evaluation"] = "t"
+    """What those depend on besides the seed: on t, on nothing, or on how many evaluations came before."""
+    opens: bool = False
+    """Whether one expert is drawn from the prior before the first evaluation, and speaks until the router is asked."""
+    asks: Callable[[Times, SelectionConfig], Rows] = always
+    """Where the router is asked; elsewhere the gates stay as they are."""
+    settles: Callable[[Times, SelectionConfig], Rows] = never
+    """Where the gates are settled for the rest of the trajectory, even if t should rise again."""
+    is_chain: bool = False
+    """Whether what is drawn follows from the draw before by `coupling`."""
+
+    def is_one_for_both(self, t: Times, config: SelectionConfig) -> Rows:
+        """Where both branches of guidance have the expert that was drawn for the condition."""
+        return always(t, config) if self.opens else self.settles(t, config)
 
 
 def full(logits: Logits, _t: Times, _uniforms: Uniforms, _config: SelectionConfig) -> Gates:
@@ -82,6 +121,32 @@ def anneal(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig
     return torch.where(is_early, full(logits, t, uniforms, config), _kept(logits, _best(logits)))
 
 
+def switch(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
+    """`threshold` while t is above `config.t_switch`, the most probable expert below."""
+    is_early = (t > config.t_switch).unsqueeze(-1)
+    return torch.where(is_early, threshold(logits, t, uniforms, config), _kept(logits, _best(logits)))
+
+
+def sticky_at(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
+    """All experts while t is above `config.t_switch`; below, the draw of `sample`, which is then settled."""
+    is_early = (t > config.t_switch).unsqueeze(-1)
+    return torch.where(is_early, full(logits, t, uniforms, config), sample(logits, t, uniforms, config))
+
+
+def coupling(before: Gates, drawn: Gates, now: Gates) -> Gates:
+    """The law of the next expert, given the one `drawn` (one-hot rows) from the probabilities `before`.
+
+    Whoever was drawn from `before` is by this law distributed as `now`, and changes as seldom as can be: with the
+    probability TV(before, now).
+    """
+    # Maximal coupling (Lindvall 2002, Lectures on the Coupling Method, theorem I.5.2), given its first half:
+    # stay at i with probability min(1, now_i / before_i), else go to j with probability (now_j - before_j)+ / TV.
+    stay = ((now * drawn).sum(-1, keepdim=True) / (before * drawn).sum(-1, keepdim=True)).clamp(max=1)
+    gained = (now - before).clamp(min=0)
+    total = gained.sum(-1, keepdim=True)
+    return torch.where(total > 0, stay * drawn + (1 - stay) * gained / total, drawn)
+
+
 def _best(logits: Logits) -> Bool[Tensor, "batch expert"]:
     """True at the most probable expert of every row."""
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.argmax(-1, keepdim=True), value=True)
@@ -98,6 +163,27 @@ SELECTIONS: dict[SelectionName, Selection] = {
     "threshold": Selection(gates=threshold),
     "nucleus": Selection(gates=nucleus),
     "sample": Selection(gates=sample, draws=lambda config: config.draws),
-    "sticky": Selection(gates=sample, pinned=True, draws=lambda _config: 1),
+    "sticky": Selection(gates=sample, draws=lambda _config: 1, opens=True, asks=never),
     "anneal": Selection(gates=anneal),
+    "switch": Selection(gates=switch),
+    "sticky_at": Selection(gates=sticky_at, draws=lambda _config: 1, occasion="trajectory", settles=once_switched),
+    "redraw": Selection(
+        gates=sample,
+        draws=lambda _config: 1,
+        occasion="trajectory",
+        opens=True,
+        asks=once_switched,
+        settles=once_switched,
+    ),
+    "coupled": Selection(gates=sample, draws=lambda _config: 1, occasion="evaluation", opens=True, is_chain=True),
 }
+
+
+def rule_of(config: SelectionConfig) -> Selection:
+    """The rule that a configuration names; raises `ValueError` for `auto`, which is none."""
+    if config.name == AUTO:
+        raise ValueError(
+            "selection `auto` is no rule: a run's stage `choice` finds one, and its choice.json names it; "
+            f"sample with that, or with one of {', '.join(SELECTIONS)}"
+        )
+    return SELECTIONS[config.name]

@@ -1,8 +1,9 @@
 """Train a router: the only trainer that sees every cluster, beside the experts and without them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from jaxtyping import Float
@@ -13,15 +14,21 @@ from data_partition.shards import read_index
 from experts.codecs import load_codec
 from experts.condition import Condition
 from experts.expert import check_classes
-from experts.flops import forward_flops, training_flops
+from experts.flops import forward_flops
 from experts.latents import Batch, LatentDataset, encode_latents
 from experts.noise_path import PATHS
-from experts.train import fit, write_rows
-from router.config import RouterConfig
+from experts.train import Fitted, fit, write_rows
+from router.calibration import fit_temperatures
+from router.centroids import fit_centroids
+from router.config import RouterConfig, RouterKind
+from router.costs import gradient_rows, is_calibrated, recipe_flops
+from router.density_ratio import fit_ratios
+from router.drawn import Drawn
 from router.loss import router_loss
 from router.model import build_router
-from router.quality import Quality, measure_quality
+from router.quality import Quality, halves, measure_quality
 from router.router import Router, count_priors
+from router.table import fit_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +42,8 @@ class RouterSummary:
     images: int
     """Samples in all clusters."""
     parameters: int
-    final_loss: float
-    """Mean cross-entropy of the last metrics row."""
+    final_loss: float | None
+    """Mean loss of the last metrics row; None for a router that takes no steps."""
     quality: Quality
 
 
@@ -48,24 +55,54 @@ def train_router(
     out: Path,
     workspace: Workspace,
     num_classes: int | None = None,
+    draws: Path | None = None,
 ) -> RouterSummary:
     """Train on the samples of all clusters and write the router's folder, its metrics and its quality to `out`.
 
-    Cluster k is the k-th of `clusters` and of `holdouts`; `num_classes` None takes the shards' own.
+    Cluster k is the k-th of `clusters` and of `holdouts`; `num_classes` None takes the shards' own. With `draws`, a
+    folder of latents from the experts, no `clusters` are needed: quality alone is measured on real samples.
     """
-    if len(clusters) != len(holdouts):
+    if draws is None and len(clusters) != len(holdouts):
         raise ValueError(
             f"every cluster needs its held-out samples; got {len(clusters)} clusters, {len(holdouts)} holdouts"
         )
     loaded = load_codec(codec)
-    dataset = encode_latents(clusters, loaded, codec, workspace)
+    drawn = None if draws is None else Drawn.load(draws)
+    dataset = encode_latents(clusters, loaded, codec, workspace) if drawn is None else drawn.dataset
     aside = replace(workspace, scratch=workspace.scratch / "holdout")
     holdout = encode_latents(holdouts, loaded, codec, aside)
     if num_classes is None:
-        num_classes = len(read_index(clusters[0]).class_names)
+        num_classes = len(read_index(holdouts[0]).class_names)
     for latents in (dataset, holdout):
         check_classes(latents, num_classes)
-    return _fit_router(config, dataset, holdout, out, workspace, len(clusters), num_classes)
+    counts = count_priors(dataset.cluster_id, dataset.class_id, len(holdouts), num_classes)
+    if drawn is not None:
+        config, counts = replace(config, data="samples"), drawn.prior_counts
+    return _fit_router(config, dataset, holdout, out, workspace, counts)
+
+
+def fit_network(
+    config: RouterConfig, dataset: LatentDataset, counts: Float[Tensor, "condition expert"], workspace: Workspace
+) -> Fitted:
+    """One network for all experts, by cross-entropy."""
+    num_classes, path = len(counts) - 1, PATHS[config.path]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        model = build_router(config, dataset.latent_shape, counts.shape[1], num_classes)
+
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        return router_loss(model, batch, path, num_classes)
+
+    return fit(model, loss, dataset, config.training, workspace)
+
+
+FITS: Final[dict[RouterKind, Callable[[RouterConfig, LatentDataset, Tensor, Workspace], Fitted]]] = {
+    "mlp": fit_network,
+    "transformer": fit_network,
+    "table": fit_table,
+    "centroids": fit_centroids,
+    "density_ratio": fit_ratios,
+}
 
 
 def _fit_router(
@@ -74,29 +111,24 @@ def _fit_router(
     holdout: LatentDataset,
     out: Path,
     workspace: Workspace,
-    num_experts: int,
-    num_classes: int,
+    counts: Float[Tensor, "condition expert"],
 ) -> RouterSummary:
-    path, training = PATHS[config.path], config.training
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        model = build_router(config, dataset.latent_shape, num_experts, num_classes)
-
-    def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return router_loss(model, batch, path, num_classes)
-
-    fitted = fit(model, loss, dataset, training, workspace)
-    counts = count_priors(dataset.cluster_id, dataset.class_id, num_experts, num_classes)
-    router = Router(model=fitted.model, path=path, prior_counts=counts)
+    fitted = FITS[config.kind](config, dataset, counts, workspace)
+    router = Router(model=fitted.model, path=PATHS[config.path], prior_counts=counts)
+    measured, between = halves(holdout)
+    if is_calibrated(config) and len(between):
+        found = fit_temperatures(router.uncalibrated_logits, between, router.path)
+        router = replace(router, temperatures=found)
     router.save(out)
+    num_experts = counts.shape[1]
     summary = RouterSummary(
-        flops=training_flops(_row_flops(router, dataset.latent_shape), training.batch_size, training.steps),
-        steps=training.steps,
-        epochs=training.steps * training.batch_size / len(dataset),
+        flops=recipe_flops(config, _row_flops(router, dataset.latent_shape), num_experts),
+        steps=config.training.steps if fitted.rows else 0,
+        epochs=gradient_rows(config, num_experts) / len(dataset),
         images=len(dataset),
         parameters=sum(parameter.numel() for parameter in fitted.model.parameters()),
-        final_loss=fitted.rows[-1]["loss"],
-        quality=measure_quality(router, holdout),
+        final_loss=fitted.rows[-1]["loss"] if fitted.rows else None,
+        quality=measure_quality(router, measured),
     )
     write_rows(out / "metrics.jsonl", fitted.rows)
     write_json(out / "training.json", summary)
@@ -108,7 +140,7 @@ def router_flops(config: RouterConfig, latent_shape: tuple[int, ...], num_classe
     """FLOPs of a whole training by this recipe, without doing it."""
     model = build_router(config, latent_shape, num_experts, num_classes)
     router = Router(model=model, path=PATHS[config.path], prior_counts=torch.ones(num_classes + 1, num_experts))
-    return training_flops(_row_flops(router, latent_shape), config.training.batch_size, config.training.steps)
+    return recipe_flops(config, _row_flops(router, latent_shape), num_experts)
 
 
 def _row_flops(router: Router, latent_shape: Sequence[int]) -> float:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from artifacts import (
+    LATER,
     CorruptArtifact,
     Preempted,
     UnfinishedArtifact,
@@ -189,3 +191,20 @@ def test_json_is_written_whole(tmp_path):
     write_json(tmp_path / "a.json", {"x": Path("p"), "y": (1, 2)})
     assert read_json(tmp_path / "a.json") == {"x": "p", "y": [1, 2]}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_later_key_enters_a_fingerprint_only_once_it_is_used():
+    @dataclass
+    class Earlier:
+        size: int = 1
+
+    @dataclass
+    class Now:
+        size: int = 1
+        extra: str | None = field(default=None, metadata=LATER)
+
+    def of(*configs):
+        return fingerprint("s", {"deep": list(configs)}, {})
+
+    assert of(Now(), Now(size=2)) == of(Earlier(), Earlier(size=2))
+    assert len({of(Now()), of(Now(extra="a")), of(Now(extra="b")), of(Now(size=2))}) == 4

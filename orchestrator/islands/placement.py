@@ -7,7 +7,7 @@ from orchestrator.backend import Job
 from orchestrator.compute_config import HOME, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.errors import ConfigError
 
-TRAININGS = ("expert", "router", "monolith")
+TRAININGS = ("expert", "router", "monolith", "told", "student")
 """Kinds of stages that go to islands unless the configuration says otherwise; all others stay at home."""
 
 

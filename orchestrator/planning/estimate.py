@@ -33,10 +33,17 @@ def training_of(stage: Stage) -> TrainingConfig | None:
     found = {
         "expert": lambda: stage.config.expert.training,
         "monolith": lambda: stage.config.expert.training,
+        "told": lambda: stage.config.expert.training,
+        "student": lambda: stage.config.expert.training,
         "router": lambda: stage.config.training,
     }.get(stage.kind)
     training: TrainingConfig | None = found() if found else None
     return training
+
+
+def speed_of(stage: Stage) -> str:
+    """The speed at which a stage trains: baselines that are trained like the monolith are as quick."""
+    return "monolith" if stage.kind in ("told", "student") else stage.kind
 
 
 def estimate(stage: Stage, name: str, compute: ComputeConfig, calibration: Calibration) -> Estimate | None:
@@ -48,7 +55,7 @@ def estimate(stage: Stage, name: str, compute: ComputeConfig, calibration: Calib
     island, training = compute.islands.get(name), training_of(stage)
     seconds, interval_s = work_s, None
     if training is not None:
-        step_s = training.batch_size * place.speeds[stage.kind].unit_s / stage.resources.workers
+        step_s = training.batch_size * place.speeds[speed_of(stage)].unit_s / stage.resources.workers
         interval_s = training.checkpoint_every * step_s + place.checkpoint_s
         seconds += (training.steps - 1) // training.checkpoint_every * place.checkpoint_s
     if island is None:
@@ -76,7 +83,7 @@ def work_seconds(work: Work, stage: Stage, name: str, calibration: Calibration) 
     for part in work.parts:
         if part.count and part.speed not in speeds:
             return None
-        shared = stage.resources.workers if part.speed == stage.kind else 1
+        shared = stage.resources.workers if part.speed == speed_of(stage) else 1
         if part.count:
             total += part.count * speeds[part.speed].unit_s / shared + speeds[part.speed].once_s
     return total

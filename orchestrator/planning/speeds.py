@@ -31,6 +31,7 @@ from orchestrator.planning.calibration import Speed
 from orchestrator.planning.timing import Taken, per_unit, timed
 from orchestrator.threads import limited_threads
 from router.config import RouterConfig
+from router.costs import gradient_rows
 from router.loss import router_loss
 from router.model import build_router
 from router.router import Router
@@ -122,7 +123,10 @@ def time_networks(networks: Networks, probe: Probe) -> tuple[dict[str, Speed], f
     flops = {name: training_flops(row, 1, 1) for name, row in networks.row_flops.items()}
     train("expert", networks.expert, loss_of_expert, alone, flops["expert"])
     train("monolith", networks.expert, loss_of_expert, recipe, flops["expert"])
-    train("router", networks.router.model, loss_of_router, probe.router.training, flops["router"])
+    if gradient_rows(probe.router, probe.num_experts):
+        train("router", networks.router.model, loss_of_router, probe.router.training, flops["router"])
+    else:
+        speeds["router"] = Speed(unit_s=0.0)
     with limited_threads(probe.cpus["expert"]):
         checkpoint_s = _time_checkpoint(networks.expert, loss_of_expert, alone, probe, speeds["expert"])
     with limited_threads(probe.cpus["score"]):

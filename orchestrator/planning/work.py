@@ -1,24 +1,28 @@
 """What every stage of a graph has to do, by the stages' own formulas: floating point operations, images, rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.fashion_files import HELD_OUT_ROWS
 from data_partition.image_tree import image_files, tree_root
 from data_partition.kmeans import num_fine, training_rows
-from ensemble.config import EvaluationConfig
+from ensemble.choice_config import ChoiceConfig
+from ensemble.config import DrawsConfig, EvaluationConfig, SamplingConfig
 from ensemble.references import HELD_OUT_LIMIT, NEIGHBOUR_LIMIT
 from experts.config import CodecConfig
 from experts.flops import training_flops
-from orchestrator.graph import ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
+from orchestrator.graph import ChoiceStageConfig, ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
 from orchestrator.planning.calibration import Part, Work
-from orchestrator.planning.calls import calls_per_image
+from orchestrator.planning.calls import CallsPerImage, calls_per_image, dearest
 from orchestrator.planning.rehearsal import Extractor
+from orchestrator.recipes import StudentStageConfig
 from orchestrator.stage import Stage
 from router.config import RouterConfig
-from router.quality import BINS, DRAWS, MAX_IMAGES
+from router.costs import forward_rows, gradient_rows, recipe_flops
+from router.quality import DRAWS, MAX_IMAGES
+from router.t_bins import BINS
 
 UNKNOWN = Work(flops=None, parts=None)
 
@@ -120,15 +124,15 @@ def _expert(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
 
 
 def _router(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
-    """Training, and the look at its quality with and without the class."""
+    """Training, temperatures, and the look at its quality with and without the class."""
     config: RouterConfig = stage.config
-    training = config.training
-    flops = training_flops(facts.row_flops["router"], training.batch_size, training.steps)
+    flops = recipe_flops(config, facts.row_flops["router"], facts.num_experts)
+    rows, fitted = gradient_rows(config, facts.num_experts), forward_rows(config)
     if facts.images is None or facts.held_out is None:
-        return Work(flops=flops, parts=_trained("router", training.batch_size * training.steps, None))
-    looked_at = 2 * BINS * DRAWS * min(facts.held_out, MAX_IMAGES)
-    trained = _trained("router", training.batch_size * training.steps, facts.images + facts.held_out)
-    return Work(flops=flops, parts=(*trained, Part(speed="router_row", count=looked_at)))
+        return Work(flops=flops, parts=_trained("router", rows, None))
+    looked_at = 2 * BINS * DRAWS * min(-(-facts.held_out // 2), MAX_IMAGES)
+    trained = _trained("router", rows, facts.images + facts.held_out)
+    return Work(flops=flops, parts=(*trained, Part(speed="router_row", count=fitted + looked_at)))
 
 
 def _monolith(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
@@ -137,8 +141,14 @@ def _monolith(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     training, row = config.expert.training, facts.row_flops["expert"]
     needed = [found[name].flops for name in ("features", "partition")]
     if config.router is not None:
-        router = config.router.training
-        needed.append(training_flops(facts.row_flops["router"], router.batch_size, router.steps))
+        needed.append(recipe_flops(config.router, facts.row_flops["router"], config.num_experts))
+        if config.router.data == "samples":
+            needed.append(
+                config.router.samples_per_expert * config.num_experts * (2 * config.router.sample_steps - 1) * row
+            )
+    if config.experts:
+        ours = sum(training_flops(row, one.training.batch_size, one.training.steps) for one in config.experts)
+        needed.append(ours - training_flops(row, training.batch_size, training.steps))
     overhead = sum(flops or 0.0 for flops in needed)
     steps = training.steps + round(overhead / training_flops(row, training.batch_size, 1))
     return Work(
@@ -147,35 +157,78 @@ def _monolith(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     )
 
 
+def _draws(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """As `ensemble/expert_draws.py` counts them."""
+    config: DrawsConfig = stage.config
+    rows = config.samples_per_expert * facts.num_experts * (2 * config.steps - 1)
+    return Work(flops=rows * facts.row_flops["expert"], parts=(Part(speed="expert_row", count=rows),))
+
+
+def _student(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """Training, and one call of a teacher for every row."""
+    config: StudentStageConfig = stage.config
+    training, row = config.expert.training, facts.row_flops["expert"]
+    rows = training.batch_size * training.steps
+    parts = (*_trained("monolith", rows, facts.images), Part(speed="expert_row", count=rows))
+    return Work(flops=training_flops(row, training.batch_size, training.steps) + rows * row, parts=parts)
+
+
 def _trained(speed: str, units: int, images: float | None) -> tuple[Part, ...]:
     """Encoding, where the number of images is known, then training."""
     encoded = () if images is None else (Part(speed="encode", count=images),)
     return (*encoded, Part(speed=speed, count=units))
 
 
-def _ensemble(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _no_work(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     return Work(flops=0.0, parts=())
 
 
 def _score(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
-    """Images times velocities times calls times a forward pass, and the features of the samples."""
+    """Images of one selection; for `auto`, of the dearest that may be chosen."""
     config: ScoreStageConfig = stage.config
+    images = min(config.evaluation.num_samples, facts.images or config.evaluation.num_samples)
+    if "choice" not in stage.inputs:
+        return _drawn(images, _calls(stage, config.sampling), facts)
+    choice: ChoiceConfig = stage.inputs["choice"].stage.config.choice
+    calls = [_calls(stage, replace(config.sampling, selection=selection)) for selection in choice.candidates]
+    return _drawn(images, dearest(calls, choice.most_calls), facts)
+
+
+def _choice(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """A few images of every candidate."""
+    config: ChoiceStageConfig = stage.config
+    short = replace(config.sampling, steps=config.choice.steps)
+    trials = [
+        _drawn(config.choice.num_samples, _calls(stage, replace(short, selection=selection)), facts)
+        for selection in config.choice.candidates
+    ]
+    return Work(
+        flops=sum(trial.flops or 0.0 for trial in trials),
+        parts=tuple(part for trial in trials for part in trial.parts or ()),
+        is_upper_bound=any(trial.is_upper_bound for trial in trials),
+    )
+
+
+def _calls(stage: Stage, sampling: SamplingConfig) -> CallsPerImage:
     ensemble = stage.inputs["ensemble"].stage
-    samples = min(config.evaluation.num_samples, facts.images or config.evaluation.num_samples)
-    calls = calls_per_image(
-        config.sampling,
+    return calls_per_image(
+        sampling,
         len(ensemble.config.expert_ids),
         has_router="router" in ensemble.inputs,
-        is_conditional=config.evaluation.conditional,
+        is_conditional=stage.config.evaluation.conditional,
     )
+
+
+def _drawn(images: int, calls: CallsPerImage, facts: Facts) -> Work:
+    """Images times velocities times calls times a forward pass, and the features of the samples."""
     spaces = sum(one.flops for _, one in _spaces(facts))
     drawn = calls.expert * facts.row_flops["expert"] + calls.router * facts.row_flops["router"]
     parts = (
-        Part(speed="expert_row", count=samples * calls.expert),
-        Part(speed="router_row", count=samples * calls.router),
-        Part(speed="score", count=samples),
+        Part(speed="expert_row", count=images * calls.expert),
+        Part(speed="router_row", count=images * calls.router),
+        Part(speed="score", count=images),
     )
-    return Work(flops=samples * (drawn + spaces), parts=parts, is_upper_bound=calls.is_upper_bound)
+    return Work(flops=images * (drawn + spaces), parts=parts, is_upper_bound=calls.is_upper_bound)
 
 
 def _spaces(facts: Facts) -> list[tuple[str, Extractor]]:
@@ -200,6 +253,11 @@ WORK: dict[str, Callable[[Stage, Facts, Mapping[str, Work]], Work]] = {
     "expert": _expert,
     "router": _router,
     "monolith": _monolith,
-    "ensemble": _ensemble,
+    "told": _monolith,
+    "student": _student,
+    "init": _no_work,
+    "draws": _draws,
+    "ensemble": _no_work,
+    "choice": _choice,
     "score": _score,
 }

@@ -37,14 +37,18 @@ def colour_of(name: str) -> str:
 
 
 def line_chart(
-    curves: Mapping[str, Curve], x_label: str, y_label: str, floors: Mapping[str, float] | None = None
+    curves: Mapping[str, Curve], x_label: str, y_label: str, floors: Mapping[str, float | Curve] | None = None
 ) -> str:
-    """Lines over a common axis; `floors` are dashed horizontals, named in the legend."""
+    """Lines over a common axis; `floors` are dashed, and horizontal if they are numbers, named in the legend."""
     with _figure(5.4, 3.0) as (axes, svg):
         for name, points in curves.items():
             axes.plot(*zip(*points, strict=True), label=name, color=colour_of(name), linewidth=1.6)
         for name, level in (floors or {}).items():
-            axes.axhline(level, label=name, color=colour_of(name.rpartition(", ")[2]), linestyle="--", linewidth=1)
+            colour = colour_of(name.rpartition(", ")[2])
+            if isinstance(level, float | int):
+                axes.axhline(level, label=name, color=colour, linestyle="--", linewidth=1)
+            else:
+                axes.plot(*zip(*level, strict=True), label=name, color=colour, linestyle="--", linewidth=1)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.legend(fontsize=8, ncols=2)

@@ -13,6 +13,7 @@ import torch
 from artifacts import read_json
 from data_partition.shards import read_index, read_samples
 from ensemble.images import grid, png
+from orchestrator.examinations import finished_audits
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
 
@@ -63,17 +64,52 @@ def _picture(shards: Path, count: int) -> bytes:
 
 
 def loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    """(step, loss) of every finished training of the given kinds."""
-    return {
+    """(step, loss) of every finished training of the given kinds that took steps."""
+    curves = {
         stage.name: [(row["step"], row["loss"]) for row in _rows(run.checked(stage, "metrics.jsonl"))]
         for stage in graph
         if stage.kind in kinds and run.finished(stage)
     }
+    return {name: points for name, points in curves.items() if points}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
+
+
+def missing_share(run: RunFolder, graph: Sequence[Stage], missing: Sequence[str]) -> float:
+    """The share of the training images whose experts, such as `expert_3`, are missing."""
+    partition = next(stage for stage in graph if stage.kind == "partition")
+    ids = [int(name.removeprefix("expert_")) for name in missing if name.startswith("expert_")]
+    if not ids or not run.finished(partition):
+        return 0.0
+    shares = read_json(run.checked(partition, "balance.json"))["shares"]
+    return float(sum(shares[k] for k in ids))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditFacts:
+    """What an audit found, and its picture."""
+
+    name: str
+    """The row of the table of scores."""
+    found: dict[str, Any]
+    """`audit.json`."""
+    picture: bytes
+    """PNG: suspects above, their nearest training images below."""
+
+
+def audit_facts(run: RunFolder, graph: Sequence[Stage]) -> list[AuditFacts]:
+    """Every finished audit."""
+    return [
+        AuditFacts(
+            name=audit.name.removeprefix("audit_"),
+            found=read_json(run.checked(audit, "audit.json")),
+            picture=run.checked(audit, "suspects.png").read_bytes(),
+        )
+        for audit in finished_audits(run, graph)
+    ]
 
 
 def router_quality(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:

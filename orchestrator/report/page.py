@@ -16,9 +16,10 @@ from orchestrator.disk import refusals_named
 from orchestrator.display import clock
 from orchestrator.graph import build_graph
 from orchestrator.report import charts, facts
-from orchestrator.results import ScoreRow, score_rows, standing_graph, training_flops
+from orchestrator.results import ScoreRow, chosen, score_rows, standing_graph, training_flops
 from orchestrator.run_folder import RunFolder
 from orchestrator.stage import Stage
+from router.config import AUTO
 
 
 def write_report(run: RunFolder) -> Path:
@@ -48,11 +49,14 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "version": project_version(),
         "unfinished": [stage.name for stage in graph if stage.name not in finished],
         "missing": missing,
+        "missing_share": facts.missing_share(run, graph, missing),
+        "audits": facts.audit_facts(run, graph),
         "rows": rows,
         "why": explain_default(rows),
+        "choice": chosen(run, graph),
         "grids": _grids(run, graph, rows),
         "clusters": facts.cluster_facts(run, graph) if "partition" in finished else [],
-        "loss_chart": _chart(facts.loss_curves(run, graph, ("expert", "monolith")), "step", "loss"),
+        "loss_chart": _chart(facts.loss_curves(run, graph, ("expert", "monolith", "told")), "step", "loss"),
         "router_loss_chart": _chart(facts.loss_curves(run, graph, ("router",)), "step", "cross-entropy (nats)"),
         "router_charts": _router_charts(quality) if quality else [],
         "attempts": attempts,
@@ -70,6 +74,8 @@ def explain_default(rows: list[ScoreRow]) -> str:
     if default is None:
         return ""
     calls = f"{default.scores['calls_per_step']:.2f} expert call(s) a step"
+    if default.name == AUTO:
+        return f"auto is the default because the configuration says so; it stands for {default.scores['selection']}."
     if default.name != "sticky":
         return f"{default.name} is the default because the configuration says so; it makes {calls}."
     reason = (
@@ -92,7 +98,7 @@ def _grids(run: RunFolder, graph: list[Stage], rows: list[ScoreRow]) -> list[tup
     titles = {"monolith": "monolith"}
     return [
         (
-            titles.get(row.name, f"ensemble, {row.name}"),
+            titles.get(row.name, f"ensemble, {row.label}"),
             run.checked(by_name[f"score_{row.name}"], "grid.png").read_bytes(),
         )
         for row in shown
@@ -104,7 +110,10 @@ def _chart(curves: dict[str, list[tuple[float, float]]], x_label: str, y_label: 
 
 
 def _router_charts(quality: dict[str, Any]) -> list[str]:
-    """Cross-entropy and accuracy over t, each beside its floor: the prior, which is all that is known at t = 1."""
+    """Cross-entropy, accuracy and calibration over t, each beside its floor.
+
+    The floor of the first two is the prior, which is all that is known at t = 1; that of the third is chance.
+    """
     labels = {
         "cross_entropy": ("cross-entropy (nats)", "prior_entropy", "entropy of the prior"),
         "accuracy": ("accuracy", "largest_share", "share of the largest cluster"),
@@ -120,7 +129,23 @@ def _router_charts(quality: dict[str, Any]) -> list[str]:
             {f"{floor_label}, with the class": quality[floor], f"{floor_label}, without": quality[f"{floor}_null"]},
         )
         for name, (label, floor, floor_label) in labels.items()
-    ]
+    ] + [_calibration_chart(quality["bins"])]
+
+
+def _calibration_chart(bins: list[dict[str, float]]) -> str:
+    return charts.line_chart(
+        {
+            "with the class": _over_t(bins, "calibration_error"),
+            "without": _over_t(bins, "calibration_error_null"),
+            "without, before calibration": _over_t(bins, "calibration_error_before_null"),
+        },
+        "t (0 clean, 1 noise)",
+        "expected calibration error",
+        {
+            "perfectly calibrated, with the class": _over_t(bins, "calibration_error_floor"),
+            "perfectly calibrated, without": _over_t(bins, "calibration_error_floor_null"),
+        },
+    )
 
 
 def _over_t(bins: list[dict[str, float]], name: str) -> list[tuple[float, float]]:

@@ -4,9 +4,9 @@ import math
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.graph import row_name
 from orchestrator.results import score_rows, standing_graph
 from orchestrator.run_folder import RunFolder
+from router.config import row_name
 
 
 def default_metric(config: RunConfig) -> str:
@@ -17,7 +17,7 @@ def default_metric(config: RunConfig) -> str:
 def refuse_unknown_rows(metric: str, config: RunConfig) -> None:
     """Raise `ConfigError` if the metric belongs to a row that the run will not score; before anything runs."""
     rows = [row_name(selection) for selection in (config.ensemble.selection, *config.scores.selections)]
-    known = [*dict.fromkeys(rows), *(["monolith"] if config.monolith else [])]
+    known = [*dict.fromkeys(rows), *(["monolith"] if config.monolith else []), *config.baselines]
     if not any(metric.startswith(f"{row}.") for row in known):
         raise ConfigError(
             f"metric {metric!r} is no score of this run: it begins with one of its rows ({', '.join(known)}), such as "

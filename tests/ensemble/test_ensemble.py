@@ -6,6 +6,7 @@ from ensemble.routing import uniforms_at, uniforms_once
 from experts.condition import Condition
 from experts.noise_path import COSINE, STRAIGHT
 from router.config import SelectionConfig
+from router.select import SELECTIONS
 from tests.oracles import MixtureOfGaussians
 
 MIXTURE = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1))
@@ -58,12 +59,12 @@ def test_sticky_draws_from_the_prior_of_the_class() -> None:
     mixture = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1), allowed=((0, 1), (3,)))
     ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
     condition = Condition(torch.tensor([0, 1] * 20))
-    gates = ensemble.begin(range(40), condition, SelectionConfig(name="sticky")).pinned
+    gates = ensemble.begin(range(40), condition, SelectionConfig(name="sticky")).memory.gates
     assert gates[1::2].argmax(1).tolist() == [3] * 20
     assert set(gates[::2].argmax(1).tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("name", ["full", "top_k", "threshold", "nucleus", "sample", "sticky", "anneal"])
+@pytest.mark.parametrize("name", list(SELECTIONS))
 def test_a_missing_expert_is_silent_and_the_others_share_its_gates(name: str) -> None:
     experts = {k: expert for k, expert in MIXTURE.experts().items() if k != 1}
     ensemble = Ensemble(experts=experts, path=STRAIGHT, router=MIXTURE.router())

@@ -3,7 +3,7 @@ import torch
 
 from experts.condition import Condition
 from experts.latents import Batch
-from experts.loss import expert_loss
+from experts.loss import converted_loss, expert_loss
 from experts.noise_path import PATHS
 from experts.residual_mlp import ResidualMLP
 
@@ -27,3 +27,30 @@ def batch():
 def test_a_network_that_says_zero_loses_the_mean_square_of_its_target(prediction, expected):
     model = ResidualMLP(latent_shape=[2], width=8, depth=1)
     assert expert_loss(model, batch(), prediction, PATHS["straight"]).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
+def test_converted_to_itself_a_loss_is_what_it_was(prediction, name):
+    model = ResidualMLP(latent_shape=[2], width=8, depth=1)
+    torch.nn.init.normal_(model.exit.bias)
+    own = (prediction, PATHS[name])
+    expected = expert_loss(model, batch(), *own)
+    torch.testing.assert_close(converted_loss(model, batch(), own, own), expected, rtol=1e-4, atol=1e-5)
+
+
+class KnowsNoise(ResidualMLP):
+    """Puts out the noise of the batch, whatever it is shown."""
+
+    def forward(self, noised, t, class_index):
+        return batch().noise
+
+
+def test_a_network_that_knows_the_noise_loses_nothing_in_any_other_currency(monkeypatch):
+    from experts import networks
+
+    monkeypatch.setitem(networks._CALLS, KnowsNoise, networks._call_residual_mlp)
+    model, own = KnowsNoise(latent_shape=[2]), ("noise", PATHS["linear_beta"])
+    for name in PATHS:
+        for prediction in ("velocity", "noise", "clean"):
+            assert converted_loss(model, batch(), own, (prediction, PATHS[name])).item() < 1e-8

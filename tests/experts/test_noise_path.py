@@ -1,9 +1,10 @@
 import math
 
+import diffusers
 import pytest
 import torch
 
-from experts.noise_path import COSINE, PATHS, STRAIGHT, expand, matched
+from experts.noise_path import COSINE, LINEAR_BETA, PATHS, STRAIGHT, TIMESTEP, expand, matched
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))
@@ -48,3 +49,28 @@ def test_expand_leaves_what_already_broadcasts():
     assert expand(torch.rand(2), like).shape == (2, 1, 1)
     assert expand(torch.rand(2, 3, 1), like).shape == (2, 3, 1)
     assert expand(torch.tensor(0.5), like).shape == ()
+
+
+def test_linear_beta_is_ddpms_schedule_at_its_own_timesteps():
+    bars = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
+    t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    alpha, sigma = LINEAR_BETA.alpha(t)[:-1], LINEAR_BETA.sigma(t)[:-1]
+    torch.testing.assert_close(alpha, bars.sqrt()[:-1], rtol=0.035, atol=0)
+    torch.testing.assert_close(sigma, (1 - bars).sqrt()[:-1], rtol=0.05, atol=0)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(999, dtype=torch.float64))
+
+
+def test_a_sample_is_matched_to_the_timestep_of_equal_ratio():
+    bars = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
+    steps = torch.tensor([20, 100, 400, 700, 900])
+    ratio = ((1 - bars[steps]) / bars[steps]).sqrt()
+    moved = matched(torch.ones(5, 3, dtype=torch.float64), ratio / (1 + ratio), STRAIGHT, LINEAR_BETA)
+    torch.testing.assert_close(moved.t * 1000, (steps + 1).double(), rtol=0.02, atol=2)
+    torch.testing.assert_close(moved.noised[:, 0], bars[steps].sqrt() * (1 + ratio), rtol=0.035, atol=0)
+
+
+def test_linear_beta_has_no_jump_where_its_lines_begin():
+    for where in (TIMESTEP, 1 - TIMESTEP):
+        t = torch.tensor([where - 1e-12, where + 1e-12], dtype=torch.float64)
+        for value in (LINEAR_BETA.alpha(t), LINEAR_BETA.sigma(t)):
+            torch.testing.assert_close(value[0], value[1], rtol=1e-6, atol=1e-9)

@@ -1,13 +1,14 @@
 """The graph is a pure function of the configuration, and a change reaches what depends on it and nothing else."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from orchestrator.config import RunConfig, ScoresConfig
-from orchestrator.graph import build_graph, row_name
+from orchestrator.graph import build_graph
 from orchestrator.stage import without
-from router.config import RouterConfig, SelectionConfig
+from router.config import RouterConfig, SelectionConfig, SelectionName, row_name
 
 
 def changed_by(before: RunConfig, after: RunConfig) -> set[str]:
@@ -88,7 +89,7 @@ def test_one_expert_needs_no_router():
     assert "router" not in {stage.kind for stage in graph}
 
 
-@pytest.mark.parametrize("name", ["sticky", "full", "top_k", "threshold", "nucleus", "sample", "anneal"])
+@pytest.mark.parametrize("name", get_args(SelectionName))
 def test_every_selection_has_a_row(name):
     selection = SelectionConfig(name=name)
     graph = build_graph(RunConfig(scores=ScoresConfig(selections=(selection,))))
@@ -111,3 +112,43 @@ def test_without_rebuilds_only_what_read_the_lost_stage():
 def test_router_path_must_be_the_experts(tmp_path):
     with pytest.raises(ValueError, match="same path"):
         RunConfig(router=RouterConfig(path="cosine"))
+
+
+def auto(config: RunConfig) -> RunConfig:
+    return replace(config, ensemble=replace(config.ensemble, selection=SelectionConfig(name="auto")))
+
+
+def test_auto_puts_a_choice_between_the_ensemble_and_its_score():
+    graph = {stage.name: stage for stage in build_graph(auto(RunConfig()))}
+    choice, score = graph["choice"], graph["score_auto"]
+    assert {role: given.stage.name for role, given in choice.inputs.items()} == {
+        "ensemble": "ensemble",
+        "reference": "reference",
+    }
+    assert score.inputs["choice"].stage is choice
+    assert [stage.name for stage in build_graph(RunConfig()) if "choice" in (stage.kind, *stage.inputs)] == []
+
+
+def test_the_candidates_change_the_choice_and_its_score_alone():
+    config = auto(RunConfig())
+    after = replace(config, choice=replace(config.choice, steps=3))
+    assert changed_by(config, after) == {"choice", "score_auto"}
+    assert changed_by(RunConfig(), replace(RunConfig(), choice=after.choice)) == set()
+
+
+def test_a_score_beside_the_default_can_be_autos_too():
+    scores = ScoresConfig(selections=(SelectionConfig(), SelectionConfig(name="auto")))
+    kinds = [stage.kind for stage in build_graph(RunConfig(scores=scores))]
+    assert kinds.count("choice") == 1
+
+
+def test_an_expert_alone_leaves_no_choice():
+    config = auto(RunConfig())
+    graph = build_graph(replace(config, partition=replace(config.partition, num_experts=1)))
+    choice = next(stage for stage in graph if stage.kind == "choice")
+    assert [candidate.name for candidate in choice.config.choice.candidates] == ["sticky"]
+
+
+def test_auto_needs_two_feature_spaces():
+    with pytest.raises(ValueError, match="auto needs two feature spaces.*only pixels"):
+        auto(RunConfig(scores=ScoresConfig(spaces=("pixels",))))

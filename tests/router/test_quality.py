@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from experts.condition import Condition
 from experts.latents import LatentDataset
 from experts.noise_path import STRAIGHT
-from router.quality import measure_quality
+from router.quality import halves, measure_quality
 from router.router import Router
 from tests.oracles import MixtureOfGaussians
 
@@ -20,6 +21,13 @@ class ExactModel(nn.Module):
 
     def forward(self, noised: Tensor, t: Tensor, class_index: Tensor) -> Tensor:
         return MIXTURE.router().logits(noised, t, Condition.null(len(noised))).float()
+
+
+class Thrice(ExactModel):
+    """The same, three times too sure."""
+
+    def forward(self, noised: Tensor, t: Tensor, class_index: Tensor) -> Tensor:
+        return 3 * super().forward(noised, t, class_index)
 
 
 def held_out(count: int) -> LatentDataset:
@@ -62,3 +70,30 @@ def test_the_same_numbers_at_every_call_and_bins_cover_all_t() -> None:
 
 def test_a_large_holdout_is_thinned_out() -> None:
     assert measure_quality(ROUTER, held_out(5000)).images <= 2048
+
+
+def test_an_exact_router_is_as_well_calibrated_as_can_be_told() -> None:
+    for row in measure_quality(ROUTER, held_out(1000)).bins:
+        assert row.calibration_error == row.calibration_error_before
+        assert row.calibration_error <= row.calibration_error_floor + 0.02
+
+
+def test_a_router_that_is_too_sure_is_told_so_and_temperatures_mend_it() -> None:
+    sure = replace(ROUTER, temperatures=torch.full((2, 10), 0.2, dtype=torch.float64))
+    mended = replace(ROUTER, model=Thrice(), temperatures=torch.full((2, 10), 3.0, dtype=torch.float64))
+    exact = measure_quality(ROUTER, held_out(400)).bins[-2]
+    row = measure_quality(sure, held_out(400)).bins[-2]
+    assert row.calibration_error > 2 * row.calibration_error_floor
+    assert (row.cross_entropy_before, row.accuracy) == (exact.cross_entropy, exact.accuracy)
+    again = measure_quality(mended, held_out(400)).bins[-2]
+    assert again.cross_entropy == pytest.approx(exact.cross_entropy, rel=1e-5)
+    assert again.cross_entropy_before > exact.cross_entropy + 0.1
+
+
+def test_halves_share_no_sample_and_lose_none() -> None:
+    whole = held_out(41)
+    measured, between = halves(whole)
+    assert (len(measured), len(between)) == (21, 20)
+    both = torch.cat([measured.clean, between.clean])
+    assert {tuple(row) for row in both.tolist()} == {tuple(row) for row in whole.clean.tolist()}
+    assert len(halves(held_out(1))[0]) == 1

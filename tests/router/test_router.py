@@ -7,7 +7,7 @@ from artifacts import CorruptArtifact, UnfinishedArtifact, read_json, write_json
 from experts.condition import Condition
 from experts.noise_path import COSINE
 from router.config import RouterConfig
-from router.model import ROUTERS, build_router
+from router.model import build_router
 from router.router import Router, count_priors
 
 COUNTS = torch.tensor([[6, 2, 0], [0, 0, 0], [0, 0, 4], [10, 4, 6]], dtype=torch.float64)
@@ -18,7 +18,8 @@ def make(kind: str = "mlp") -> Router:
     torch.manual_seed(0)
     model = build_router(RouterConfig(kind=kind, width=16, heads=2, tokens=3), (5,), 3, 3)
     torch.nn.init.normal_(model.head.weight)
-    return Router(model=model.eval(), path=COSINE, prior_counts=COUNTS)
+    temperatures = torch.linspace(0.5, 3, 20, dtype=torch.float64).reshape(2, 10)
+    return Router(model=model.eval(), path=COSINE, prior_counts=COUNTS, temperatures=temperatures)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +46,18 @@ def test_counts_of_classes_and_clusters() -> None:
 
 def test_null_is_the_row_behind_all_classes() -> None:
     router, noised, t = make(), torch.randn(1, 5), torch.tensor([0.3])
-    assert torch.equal(router.logits(noised, t, Condition.null(1)), router.model(noised, t, torch.tensor([3])))
+    said = router.uncalibrated_logits(noised, t, Condition.null(1))
+    assert torch.equal(said, router.model(noised, t, torch.tensor([3])))
 
 
-@pytest.mark.parametrize("kind", list(ROUTERS))
+def test_logits_are_divided_by_the_temperature() -> None:
+    router, noised, t = make(), torch.randn(2, 5), torch.tensor([0.05, 0.95])
+    condition = Condition(torch.tensor([0, -1]))
+    ratio = router.uncalibrated_logits(noised, t, condition) / router.logits(noised, t, condition)
+    torch.testing.assert_close(ratio, torch.tensor([[0.5], [3.0]]).expand(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
 def test_saved_and_loaded_it_is_the_same(kind: str, tmp_path: Path) -> None:
     router = make(kind)
     router.save(tmp_path / "router")
@@ -56,6 +65,7 @@ def test_saved_and_loaded_it_is_the_same(kind: str, tmp_path: Path) -> None:
     noised, t, condition = torch.randn(4, 5), torch.rand(4), Condition(torch.tensor([0, 1, 2, -1]))
     assert torch.equal(loaded.logits(noised, t, condition), router.logits(noised, t, condition))
     assert torch.equal(loaded.prior_logits(condition), router.prior_logits(condition))
+    assert torch.equal(loaded.temperatures, router.temperatures)
     assert (loaded.path.name, loaded.num_experts, loaded.num_classes) == ("cosine", 3, 3)
 
 
@@ -64,10 +74,29 @@ def test_a_folder_without_settings_is_unfinished(tmp_path: Path) -> None:
         Router.load(tmp_path)
 
 
-@pytest.mark.parametrize("broken", [{"kind": "oracle"}, {"path": "curly"}, {"prior_counts": "many"}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"kind": "oracle"},
+        {"path": "curly"},
+        {"prior_counts": "many"},
+        {"temperatures": [1, 2]},
+        {"temperatures": [[1.0] * 10, [0.0] * 10]},
+    ],
+)
 def test_settings_of_another_version_are_refused(broken: dict[str, str], tmp_path: Path) -> None:
     make().save(tmp_path / "router")
     file = tmp_path / "router" / "router.json"
     write_json(file, read_json(file) | broken)
     with pytest.raises(CorruptArtifact, match="another version"):
+        Router.load(tmp_path / "router")
+
+
+def test_settings_without_temperatures_are_of_another_version(tmp_path: Path) -> None:
+    make().save(tmp_path / "router")
+    file = tmp_path / "router" / "router.json"
+    settings = read_json(file)
+    del settings["temperatures"]
+    write_json(file, settings)
+    with pytest.raises(CorruptArtifact, match="another version.*temperatures"):
         Router.load(tmp_path / "router")

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from artifacts import Workspace, files_in, read_json
 from experts.condition import Condition
 from experts.config import TrainingConfig
 from router.config import RouterConfig
+from router.costs import recipe_flops
+from router.model import ROUTERS
 from router.router import Router
 from router.train import router_flops, train_router
 
@@ -16,22 +19,53 @@ def config(kind: str = "mlp", steps: int = 60) -> RouterConfig:
     return RouterConfig(kind=kind, width=16, depth=1, heads=2, tokens=4, training=training)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "centroids", "density_ratio"])
 def test_it_learns_the_clusters_and_says_how_well(
     kind: str, clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    summary = train_router(config(kind), clusters, codec, holdouts, tmp_path / "router", workspace)
+    recipe = config(kind, steps=180 if kind == "density_ratio" else 60)
+    summary = train_router(recipe, clusters, codec, holdouts, tmp_path / "router", workspace)
     quality = read_json(tmp_path / "router" / "quality.json")
     assert len(quality["bins"]) == 10
     assert quality["bins"][0]["accuracy"] > 0.95
     assert quality["bins"][0]["accuracy_null"] > 0.95
     assert quality["bins"][0]["cross_entropy"] < quality["prior_entropy"]
     assert quality["largest_share_null"] == 0.75
-    assert quality["images"] == 40
+    assert quality["images"] == 20
     assert summary.flops > 0
     assert summary.images == 120
     rows = (tmp_path / "router" / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 3
+    assert len(rows) == (0 if kind == "centroids" else recipe.training.steps // 20)
+
+
+@pytest.mark.parametrize("kind", list(ROUTERS))
+def test_every_kind_is_loaded_as_it_was_trained(
+    kind: str, clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    train_router(config(kind, steps=2), clusters, codec, holdouts, tmp_path / "router", workspace)
+    router = Router.load(tmp_path / "router")
+    router.save(tmp_path / "again")
+    for file in files_in(tmp_path / "again"):
+        assert file.read_bytes() == (tmp_path / "router" / file.name).read_bytes(), file.name
+    assert (router.temperatures != 1).any() == (kind != "table")
+    noised, t, condition = (
+        torch.randn(4, 1, 4, 4),
+        torch.tensor([0, 0.3, 0.9, 1]),
+        Condition(torch.tensor([0, 1, -1, 0])),
+    )
+    again = Router.load(tmp_path / "again")
+    assert torch.equal(again.logits(noised, t, condition), router.logits(noised, t, condition))
+
+
+def test_temperatures_can_be_left_out(
+    clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    plain = replace(config(steps=20), calibrate=False)
+    summary = train_router(plain, clusters, codec, holdouts, tmp_path / "router", workspace)
+    assert (Router.load(tmp_path / "router").temperatures == 1).all()
+    for row in summary.quality.bins:
+        assert row.cross_entropy == row.cross_entropy_before
+        assert row.calibration_error_null == row.calibration_error_before_null
 
 
 def test_the_prior_counts_every_sample(
@@ -61,8 +95,17 @@ def test_every_cluster_needs_its_holdout(
         train_router(config(), clusters, codec, [], tmp_path / "router", workspace)
 
 
+@pytest.mark.parametrize("kind", list(ROUTERS))
 def test_flops_are_known_before_training(
-    clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
+    kind: str, clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    summary = train_router(config(steps=2), clusters, codec, holdouts, tmp_path / "router", workspace)
-    assert router_flops(config(steps=2), (1, 4, 4), 2, 2) == summary.flops > 0
+    summary = train_router(config(kind, steps=2), clusters, codec, holdouts, tmp_path / "router", workspace)
+    assert router_flops(config(kind, steps=2), (1, 4, 4), 2, 2) == summary.flops
+    assert (summary.flops > 0) == (kind != "table")
+
+
+def test_heads_cost_together_what_one_network_does_and_temperatures_are_counted() -> None:
+    heads = replace(config("density_ratio"), calibrate=False)
+    row = recipe_flops(heads, 1.0, 4)
+    assert row == recipe_flops(replace(heads, kind="mlp"), 1.0, 4) / 4 == 3 * 8 * 60
+    assert recipe_flops(config("mlp"), 1.0, 4) == 3 * 32 * 60 + 2 * 10 * 2048

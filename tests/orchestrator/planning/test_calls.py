@@ -11,7 +11,7 @@ from ensemble.guidance import guided
 from ensemble.sampler import SOLVERS, noise_for, uniform_times
 from experts.condition import Condition
 from experts.noise_path import PATHS
-from orchestrator.planning.calls import calls_per_image
+from orchestrator.planning.calls import CallsPerImage, calls_per_image, dearest
 from router.config import SelectionConfig
 
 SELECTIONS = [
@@ -25,6 +25,13 @@ SELECTIONS = [
     SelectionConfig(name="nucleus", total=0.9),
     SelectionConfig(name="anneal", t_switch=0.5),
     SelectionConfig(name="anneal", t_switch=0.31),
+    SelectionConfig(name="switch", probability=0.3, t_switch=0.31),
+    SelectionConfig(name="sticky_at", t_switch=0.5),
+    SelectionConfig(name="sticky_at", t_switch=0.31),
+    SelectionConfig(name="sticky_at", t_switch=0.0),
+    SelectionConfig(name="redraw", t_switch=0.5),
+    SelectionConfig(name="redraw", t_switch=0.0),
+    SelectionConfig(name="coupled"),
 ]
 
 
@@ -63,7 +70,7 @@ CASES = [
     *((selection, solver, 1.0) for selection in SELECTIONS for solver in ("euler", "heun")),
     *((SELECTIONS[0], solver, 2.0) for solver in SOLVERS),
     (SELECTIONS[1], "heun", 2.0),
-    (SELECTIONS[-1], "heun", 2.0),
+    *((selection, "heun", 2.0) for selection in SELECTIONS[-8:]),
 ]
 
 
@@ -93,3 +100,12 @@ def test_a_monolith_is_called_once_a_velocity(selection, steps):
 def test_guidance_without_a_condition_costs_nothing():
     config = SamplingConfig(guidance_scale=3.0, steps=5, solver="euler")
     assert calls_per_image(config, 4, has_router=True, is_conditional=False).expert == 5
+
+
+def test_a_choice_costs_no_more_than_it_allows():
+    sticky, threshold, full = (
+        CallsPerImage(expert=expert, router=router, is_upper_bound=is_bound)
+        for expert, router, is_bound in ((20, 0, False), (100, 20, True), (160, 20, False))
+    )
+    assert dearest([sticky, threshold, full], 1.25) == CallsPerImage(expert=25, router=20, is_upper_bound=True)
+    assert dearest([sticky], 8.0) == sticky

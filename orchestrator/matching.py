@@ -1,0 +1,53 @@
+"""How many steps a baseline may take: as many as are worth all FLOPs that our side spends on training."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from artifacts import read_manifest
+from data_partition.shards import read_index
+from ensemble.expert_draws import draws_flops
+from experts.codecs import load_codec
+from experts.config import ExpertConfig
+from experts.expert import expert_flops
+from experts.flops import training_flops
+from orchestrator.graph import MonolithStageConfig
+from router.train import router_flops
+
+Inputs = Mapping[str, Path]
+
+
+def matched_recipe(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
+    """The monolith's recipe, with extra steps for the router, the clustering, and what experts cost that differ."""
+    latent_shape = load_codec(inputs["codec"]).latent_shape
+    num_classes = len(read_index(by_cluster(inputs["partition"] / "clusters")[0]).class_names)
+    expert, training = started(config.expert, inputs), config.expert.training
+    whole = expert_flops(expert, latent_shape, num_classes)
+    own = [started(one, inputs, f"init_{k}") for k, one in enumerate(config.experts)]
+    ours = [expert_flops(one, latent_shape, num_classes) for one in own]
+    overhead = read_manifest(inputs["features"]).flops + read_manifest(inputs["partition"]).flops
+    if config.router is not None:
+        overhead += router_flops(config.router, latent_shape, num_classes, config.num_experts)
+        if config.router.data == "samples":
+            overhead += _drawing(config, sum(ours) or whole)
+    extra = overhead + sum(ours) - whole if ours else overhead
+    steps = max(1, training.steps + round(extra / (whole / training.steps)))
+    return replace(expert, training=replace(training, steps=steps))
+
+
+def started(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:
+    """The recipe with its checkpoint, if the stage was given one."""
+    return replace(expert, init=str(inputs[role])) if role in inputs else expert
+
+
+def by_cluster(folder: Path) -> list[Path]:
+    """The clusters' folders below `folder`, in the order of their ids."""
+    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name))
+
+
+def _drawing(config: MonolithStageConfig, trained: float) -> float:
+    """FLOPs of drawing for a router that sees no data, from those of training all experts."""
+    recipes, router = config.experts or (config.expert,), config.router
+    rows = sum(training_flops(1.0, one.training.batch_size, one.training.steps) for one in recipes)
+    samples = 0 if router is None else router.samples_per_expert * config.num_experts
+    return draws_flops(trained / rows, samples, 1 if router is None else router.sample_steps)

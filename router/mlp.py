@@ -1,0 +1,79 @@
+"""The router's small network: residual layers on flattened latents."""
+
+import math
+from collections.abc import Sequence
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+Latents = Float[Tensor, "batch *latent"]
+Times = Float[Tensor, " batch"]
+ClassIndex = Int[Tensor, " batch"]
+"""Row of the class embedding; the null class is row `num_classes`."""
+Logits = Float[Tensor, "batch expert"]
+Hidden = Float[Tensor, "batch width"]
+
+
+class Embedding(nn.Module):
+    """t and class as one vector."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.width = width
+        self.of_t = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.of_class = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, t: Times, class_index: ClassIndex) -> Hidden:
+        """The sum of both embeddings."""
+        waves = get_timestep_embedding(1000 * t, self.width).to(self.of_class.weight.dtype)
+        embedding: Tensor = self.of_t(waves) + self.of_class(class_index)
+        return functional.silu(embedding)
+
+
+class _Block(nn.Module):
+    """A residual layer, scaled and shifted by t and class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+    def forward(self, hidden: Hidden, embedding: Hidden) -> Hidden:
+        """The hidden state after this layer."""
+        scale, shift = self.modulation(embedding).chunk(2, dim=-1)
+        change: Tensor = self.layers(self.norm(hidden) * (1 + scale) + shift)
+        return hidden + change
+
+
+class RouterMLP(ModelMixin, ConfigMixin):
+    """Residual layers on flattened latents."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, latent_shape: Sequence[int], num_experts: int, num_classes: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = Embedding(width, num_classes)
+        self.input = nn.Linear(math.prod(latent_shape), width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = silent(nn.Linear(width, num_experts))
+
+    def forward(self, noised: Latents, t: Times, class_index: ClassIndex) -> Logits:
+        """One logit per expert."""
+        embedding = self.embedding(t, class_index)
+        hidden = self.input(noised.flatten(1))
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
+
+
+def silent(head: nn.Linear) -> nn.Linear:
+    """A layer that puts out zeros until it is trained, so that all experts begin equally probable."""
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
