@@ -1,17 +1,18 @@
 """How many steps a baseline may take: as many as are worth all FLOPs that our side spends on training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from artifacts import read_manifest
 from data_partition.shards import read_index
-from ensemble.expert_draws import draws_flops
+from ensemble.expert_draws import draws_flops, draws_of, true_counts
 from experts.codecs import load_codec
 from experts.config import ExpertConfig
 from experts.expert import expert_flops
 from experts.flops import training_flops
 from orchestrator.graph import MonolithStageConfig
+from router.config import RouterConfig
 from router.train import router_flops
 
 Inputs = Mapping[str, Path]
@@ -29,7 +30,9 @@ def matched_recipe(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
     if config.router is not None:
         overhead += router_flops(config.router, latent_shape, num_classes, config.num_experts)
         if config.router.data == "samples":
-            overhead += _drawing(config, sum(ours) or whole)
+            costs = zip(own, ours, strict=True) if own else [(expert, whole)] * config.num_experts
+            rows = [flops / training_flops(1.0, one.training.batch_size, one.training.steps) for one, flops in costs]
+            overhead += _drawing(config.router, inputs["partition"], rows)
     extra = overhead + sum(ours) - whole if ours else overhead
     steps = max(1, training.steps + round(extra / (whole / training.steps)))
     return replace(expert, training=replace(training, steps=steps))
@@ -45,9 +48,7 @@ def by_cluster(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name))
 
 
-def _drawing(config: MonolithStageConfig, trained: float) -> float:
-    """FLOPs of drawing for a router that sees no data, from those of training all experts."""
-    recipes, router = config.experts or (config.expert,), config.router
-    rows = sum(training_flops(1.0, one.training.batch_size, one.training.steps) for one in recipes)
-    samples = 0 if router is None else router.samples_per_expert * config.num_experts
-    return draws_flops(trained / rows, samples, 1 if router is None else router.sample_steps)
+def _drawing(router: RouterConfig, partition: Path, rows: Sequence[float]) -> float:
+    """FLOPs of drawing for a router that sees no data, from those of one row through each expert."""
+    sizes = draws_of(true_counts(partition)[-1], router.samples_per_expert)
+    return sum(draws_flops(row, size, router.sample_steps) for row, size in zip(rows, sizes, strict=True))

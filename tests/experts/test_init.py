@@ -4,13 +4,15 @@ import diffusers
 import pytest
 import torch
 
-from artifacts import Workspace
+from artifacts import Workspace, read_json
 from experts.codecs import fit_codec
 from experts.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.expert import Expert, expert_flops, train_expert
 from experts.init import start_of
 from experts.init_folder import InitError, check_unchanged, init_checksum
+from experts.latents import batch_of, read_latents
+from experts.loss import converted_loss
 from experts.model_folder import save_model
 from experts.networks import build_network, call_network
 from experts.noise_path import LINEAR_BETA, PATHS
@@ -124,7 +126,7 @@ def test_an_expert_goes_on_from_a_checkpoint_and_stays_what_it_was(init_loss, sh
     training = TrainingConfig(steps=40, batch_size=20, warmup_steps=2, log_every=20, lr=3e-3)
     first = ExpertConfig(network=KINDS["residual_mlp"], prediction="noise", path="cosine", training=training)
     train_expert(first, [shards], tmp_path / "codec", tmp_path / "first", workspace)
-    second = ExpertConfig(training=training, init=str(tmp_path / "first"), init_loss=init_loss)
+    second = ExpertConfig(training=training, init=str(tmp_path / "first"), init_loss=init_loss, prediction="clean")
     fresh = Workspace.at(tmp_path / "second_work")
     train_expert(second, [shards], tmp_path / "codec", tmp_path / "second", fresh)
     was, now = Expert.load(tmp_path / "first"), Expert.load(tmp_path / "second")
@@ -133,3 +135,9 @@ def test_an_expert_goes_on_from_a_checkpoint_and_stays_what_it_was(init_loss, sh
     assert expert_flops(second, SHAPE, 3) == expert_flops(first, SHAPE, 3)
     distance = sum((a - b).abs().mean() for a, b in zip(now.model.parameters(), was.model.parameters(), strict=True))
     assert 0 < distance < 1
+    loss = read_json(tmp_path / "second" / "training.json")["final_loss"]
+    model, dataset = was.model, read_latents(fresh.scratch / "cache" / "latents")
+    wanted = ("noise", PATHS["cosine"]) if init_loss == "own" else ("clean", PATHS["straight"])
+    batches = [batch_of(dataset, training, step) for step in range(20, 40)]
+    start = sum(converted_loss(model, batch, ("noise", PATHS["cosine"]), wanted).item() for batch in batches) / 20
+    assert loss == pytest.approx(start, rel=0.3)

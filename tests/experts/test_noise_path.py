@@ -69,6 +69,12 @@ def test_a_sample_is_matched_to_the_timestep_of_equal_ratio():
     torch.testing.assert_close(moved.noised[:, 0], bars[steps].sqrt() * (1 + ratio), rtol=0.035, atol=0)
 
 
+@pytest.mark.parametrize("name", sorted(PATHS))
+def test_t_at_inverts_the_ratio_close_to_the_ends_too(name):
+    t = torch.tensor([1e-4, 9e-4, 1.1e-3, 0.9985, 0.9995, 0.9999], dtype=torch.float64)
+    torch.testing.assert_close(PATHS[name].t_at(PATHS[name].noise_to_signal(t)), t, rtol=1e-9, atol=0)
+
+
 def test_linear_beta_has_no_jump_where_its_lines_begin():
     for where in (TIMESTEP, 1 - TIMESTEP):
         t = torch.tensor([where - 1e-12, where + 1e-12], dtype=torch.float64)

@@ -138,7 +138,7 @@ def test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without
     run, graph, found = walk(
         tmp_path / "run",
         "experts.1.prediction=noise",
-        "experts.1.network.width=32",
+        "experts.1.network.width=128",
         "baselines=[told,student]",
         "router.data=samples",
         "router.samples_per_expert=12",
@@ -147,7 +147,7 @@ def test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without
     flops = training_flops(run, graph)
     ours = sum(value for name, value in flops.items() if name != "monolith")
     step = flops["monolith"] / read_json(found["monolith"] / "training.json")["steps"]
-    assert abs(ours - flops["monolith"]) <= step
+    assert abs(ours - flops["monolith"]) <= 0.51 * step
     assert read_manifest(found["told"]).flops == flops["monolith"]
     assert flops["expert_1"] > flops["expert_0"]
     experts = DDMPipeline.from_pretrained(found["ensemble"]).ensemble.experts
