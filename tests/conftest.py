@@ -22,6 +22,15 @@ PROOFS = (
 )
 """Where a slow test is a proof, unless it is one of those below."""
 
+SLOWEST = (
+    "test_it_is_gone_with_its_process",
+    "test_ctrl_c_leaves_a_run_that_can_be_continued",
+    "test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint",
+    "test_memory_does_not_grow_with_the_data",
+    "test_a_compiled_network_trains_as_well",
+)
+"""Proofs for their length alone, wherever they stand: two minutes together."""
+
 ALWAYS = ("test_controllers_and_experts_are_killed_and_the_run_comes_to_its_end",)
 """What `make test` does all the same: one whole run on two real Ray clusters."""
 
@@ -30,5 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the proofs."""
     for item in items:
         place = str(item.path.relative_to(HERE))
-        if item.get_closest_marker("slow") and place.startswith(PROOFS) and item.name not in ALWAYS:
+        is_proof = place.startswith(PROOFS) and item.name not in ALWAYS
+        if item.get_closest_marker("slow") and (is_proof or item.name in SLOWEST):
             item.add_marker(pytest.mark.proof)
