@@ -4,6 +4,7 @@
                                                                                         assignment, balance
 
 Open `dataset.py` to see how images become shards, `sources.py` for where they come from (add a source there),
-`features.py` for the spaces in which clusters are found (add an extractor there), `division.py` for what else may divide
-the samples, `partition.py` for the partition itself, `shards.py` to read or write shards, and `errors.py` for everything that can go wrong.
+`features.py` for the spaces in which clusters are found (add an extractor there), `division.py` for what else may
+divide the samples, `partition.py` for the partition itself, `shards.py` to read or write shards, and `errors.py` for
+everything that can go wrong.
 """

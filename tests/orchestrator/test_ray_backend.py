@@ -133,7 +133,8 @@ def test_ray_is_shielded_before_anything_imports_it(backend, tmp_path):
         "from orchestrator.controller import BACKENDS; from orchestrator.run_folder import RunFolder\n"
         "class Stop:\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'ray': print(*(os.environ.get(x) is not None for x in sys.argv[2:]), flush=True); os._exit(0)\n"
+        "        if name == 'ray':\n"
+        "            print(*(os.environ.get(x) is not None for x in sys.argv[2:]), flush=True); os._exit(0)\n"
         "sys.meta_path.insert(0, Stop())\n"
         "BACKENDS[sys.argv[1]](ComputeConfig(), RunFolder(Path()))"
     )
