@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,8 +23,17 @@ def data(count: int, class_id: int = -1) -> LatentDataset:
     return LatentDataset(clean=clean.float(), class_id=torch.full((count,), class_id), cluster_id=cluster_id)
 
 
-def fitted(dataset: LatentDataset, workspace: Workspace, steps: int, num_experts: int = 2) -> Router:
-    training = TrainingConfig(steps=steps, batch_size=256, lr=5e-3, warmup_steps=5, t_std=1.4, checkpoint_every=10_000)
+def fitted(dataset: LatentDataset, workspace: Workspace, steps: int, checkpoint_every: int = 10_000) -> Router:
+    """Every head has 128 rows a step, however many there are."""
+    num_experts = int(dataset.cluster_id.amax()) + 1
+    training = TrainingConfig(
+        steps=steps,
+        batch_size=128 * num_experts,
+        lr=5e-3,
+        warmup_steps=5,
+        t_std=1.4,
+        checkpoint_every=checkpoint_every,
+    )
     config = RouterConfig(kind="density_ratio", width=16, depth=1, training=training)
     counts = count_priors(dataset.cluster_id, dataset.class_id, num_experts, 0)
     model = fit_ratios(config, dataset, counts, workspace).model
@@ -46,20 +57,31 @@ def test_heads_give_the_log_ratio_and_all_together_the_posterior(workspace: Work
         assert (said - joint.softmax(-1)).abs().mean() < 0.05
 
 
-def test_a_head_knows_nothing_of_how_the_others_are_divided(workspace: Workspace, tmp_path) -> None:
-    """The second cluster in two parts: the first head is the same to the bit, if its share of the batch is."""
+def heads_of(router: Router) -> list[dict[str, torch.Tensor]]:
+    return [head.state_dict() for head in router.model.heads]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_head_knows_nothing_of_how_the_others_are_divided(workspace: Workspace, tmp_path: Path) -> None:
+    """The second cluster in two parts: the first head is the same to the bit."""
     dataset = data(200)
-    divided = LatentDataset(
-        clean=dataset.clean,
-        class_id=dataset.class_id,
-        cluster_id=dataset.cluster_id * (1 + torch.arange(200) // 100),
-    )
-    two = fitted(dataset, workspace, 3)
-    three = fitted(divided, Workspace.at(tmp_path / "other"), 3, num_experts=3)
-    alone = fitted(dataset, Workspace.at(tmp_path / "again"), 3)
-    states = [router.model.heads[0].state_dict() for router in (two, alone, three)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert len(three.model.heads) == 3
+    halves = dataset.cluster_id * (1 + torch.arange(200) // 100)
+    divided = LatentDataset(clean=dataset.clean, class_id=dataset.class_id, cluster_id=halves)
+    two = heads_of(fitted(dataset, workspace, 3))
+    three = heads_of(fitted(divided, Workspace.at(tmp_path / "other"), 3))
+    assert (len(two), len(three)) == (2, 3)
+    assert equal(two[0], three[0])
+    assert not equal(two[1], three[1])
+
+
+def test_a_head_does_not_go_on_from_another_ones_checkpoint(workspace: Workspace, tmp_path: Path) -> None:
+    plain = heads_of(fitted(data(100), workspace, 4))
+    saved = heads_of(fitted(data(100), Workspace.at(tmp_path / "other"), 4, checkpoint_every=2))
+    assert equal(plain[0], saved[0])
+    assert equal(plain[1], saved[1])
 
 
 def test_both_come_as_often() -> None:
