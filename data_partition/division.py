@@ -20,6 +20,7 @@ from data_partition.consolidate import consolidate
 from data_partition.errors import EmptyCluster, MissingLabels
 from data_partition.kmeans import BLOCK_ROWS
 from data_partition.shards import encoded_label, read_encoded, read_index
+from data_partition.splitmix import scrambled
 
 FineIds = Integer[np.ndarray, " sample"]
 ClusterIds = Int64[np.ndarray, " block"]
@@ -94,7 +95,7 @@ def by_chance(seen: Seen) -> Division:
         def ids(rows: slice) -> ClusterIds:
             keys = np.arange(*rows.indices(count), dtype=np.uint64) + np.uint64(part << 40)
             seed = np.uint64(seen.config.seed % 2**32) << np.uint64(48)
-            return (_scrambled(keys ^ seed) % np.uint64(seen.config.num_experts)).astype(np.int64)
+            return (scrambled(keys ^ seed) % np.uint64(seen.config.num_experts)).astype(np.int64)
 
         return ids
 
@@ -126,11 +127,3 @@ def _most_frequent(seen: Seen, training: Callable[[slice], ClusterIds]) -> Int64
         votes += np.bincount(cells, minlength=len(votes))
     found: Int64[np.ndarray, " fine"] = votes.reshape(-1, clusters).argmax(axis=1)
     return found
-
-
-def _scrambled(keys: Integer[np.ndarray, " row"]) -> Integer[np.ndarray, " row"]:
-    """The finaliser of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    scrambled: Integer[np.ndarray, " row"] = keys ^ (keys >> np.uint64(31))
-    return scrambled

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, UInt64
 from torch import Tensor
 
+from data_partition.splitmix import scrambled
 from router.config import SelectionConfig
 from router.select import Selection, coupling, rule_of, sample
 
@@ -154,17 +155,13 @@ def uniforms_once(seeds: Sequence[int], draws: int, occasion: int = 0) -> Float[
 
 
 def _hashed(seeds: Sequence[int], levels: UInt64[np.ndarray, " batch"], draws: int) -> Float[np.ndarray, "batch draw"]:
-    rows = _scrambled(np.array([seed % 2**64 for seed in seeds], np.uint64))
-    cells = _scrambled(rows ^ _scrambled(levels))[:, None] + np.arange(draws, dtype=np.uint64)
-    top_bits = _scrambled(cells) >> np.uint64(11)
+    rows = _stirred(np.array([seed % 2**64 for seed in seeds], np.uint64))
+    cells = _stirred(rows ^ _stirred(levels))[:, None] + np.arange(draws, dtype=np.uint64)
+    top_bits = _stirred(cells) >> np.uint64(11)
     numbers: Float[np.ndarray, "batch draw"] = np.divide(top_bits, 2.0**53)
     return numbers
 
 
-def _scrambled(state: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
+def _stirred(state: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
     """One step of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195, figure 16)."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    state ^= state >> np.uint64(31)
-    return state
+    return scrambled(state + np.uint64(0x9E3779B97F4A7C15))
