@@ -26,7 +26,8 @@ from artifacts import ArtifactError, plain, write_json
 from data_partition.errors import DataError
 from data_partition.shards import read_index
 from experts.conv_decoder import ConvDecoder
-from experts.flops import forward_flops
+from experts.expert import expert_flops
+from experts.flops import forward_flops, training_flops
 from experts.train import DeviceError
 from orchestrator.compute_config import HOME
 from orchestrator.config import RunConfig, parse_config
@@ -156,11 +157,20 @@ def _facts(
     return Facts(
         images=images,
         held_out=held_out,
-        row_flops=networks.row_flops | _decoder_flops(config),
+        row_flops=networks.row_flops | _decoder_flops(config) | _different_experts(config, rehearsed),
         extractors=rehearsed.extractors,
         num_experts=config.partition.num_experts,
         partition=config.partition,
     )
+
+
+def _different_experts(config: RunConfig, rehearsed: Rehearsed) -> dict[str, float]:
+    shape, classes = rehearsed.latent_shape, rehearsed.num_classes
+    return {
+        f"expert_{k}": expert_flops(expert, shape, classes)
+        / training_flops(1.0, expert.training.batch_size, expert.training.steps)
+        for k, expert in config.experts.items()
+    }
 
 
 def _decoder_flops(config: RunConfig) -> dict[str, float]:

@@ -18,7 +18,7 @@ from orchestrator.planning.calibration import Part, Work
 from orchestrator.planning.calls import CallsPerImage, calls_per_image, dearest
 from orchestrator.planning.rehearsal import Extractor
 from orchestrator.recipes import StudentStageConfig
-from orchestrator.stage import Stage
+from orchestrator.stage import Input, Stage
 from router.config import RouterConfig
 from router.costs import forward_rows, gradient_rows, recipe_flops
 from router.quality import DRAWS, MAX_IMAGES
@@ -35,7 +35,7 @@ class Facts:
     """To learn from; None if nobody can tell before they are read."""
     held_out: int | None
     row_flops: Mapping[str, float]
-    """One row through an `expert`, the `router` and the codec's `decoder`."""
+    """One row through an `expert`, the `router`, the codec's `decoder`, and each expert that differs."""
     extractors: Mapping[str, Extractor]
     """Of the `partition`, and of each space of the scores as `score/<name>`."""
     num_experts: int
@@ -116,11 +116,13 @@ def _reference(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
 
 
 def _expert(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """Speeds were measured with the network of most experts; another one's time is taken to go with its FLOPs."""
     config: ExpertStageConfig = stage.config
-    training = config.expert.training
-    flops = training_flops(facts.row_flops["expert"], training.batch_size, training.steps)
+    training, usual = config.expert.training, facts.row_flops["expert"]
+    row = facts.row_flops.get(stage.name, usual)
+    flops = training_flops(row, training.batch_size, training.steps)
     share = None if facts.images is None else facts.images / facts.num_experts
-    return Work(flops=flops, parts=_trained("expert", training.batch_size * training.steps, share))
+    return Work(flops=flops, parts=_trained("expert", round(training.batch_size * training.steps * row / usual), share))
 
 
 def _router(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
@@ -147,7 +149,10 @@ def _monolith(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
                 config.router.samples_per_expert * config.num_experts * (2 * config.router.sample_steps - 1) * row
             )
     if config.experts:
-        ours = sum(training_flops(row, one.training.batch_size, one.training.steps) for one in config.experts)
+        ours = sum(
+            training_flops(facts.row_flops.get(f"expert_{k}", row), one.training.batch_size, one.training.steps)
+            for k, one in enumerate(config.experts)
+        )
         needed.append(ours - training_flops(row, training.batch_size, training.steps))
     overhead = sum(flops or 0.0 for flops in needed)
     steps = training.steps + round(overhead / training_flops(row, training.batch_size, 1))
@@ -161,7 +166,9 @@ def _draws(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     """As `ensemble/expert_draws.py` counts them."""
     config: DrawsConfig = stage.config
     rows = config.samples_per_expert * facts.num_experts * (2 * config.steps - 1)
-    return Work(flops=rows * facts.row_flops["expert"], parts=(Part(speed="expert_row", count=rows),))
+    row = _mean_row(stage.inputs, facts)
+    called = round(rows * row / facts.row_flops["expert"])
+    return Work(flops=rows * row, parts=(Part(speed="expert_row", count=called),))
 
 
 def _student(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
@@ -169,8 +176,9 @@ def _student(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     config: StudentStageConfig = stage.config
     training, row = config.expert.training, facts.row_flops["expert"]
     rows = training.batch_size * training.steps
-    parts = (*_trained("monolith", rows, facts.images), Part(speed="expert_row", count=rows))
-    return Work(flops=training_flops(row, training.batch_size, training.steps) + rows * row, parts=parts)
+    teacher = _mean_row(stage.inputs, facts)
+    parts = (*_trained("monolith", rows, facts.images), Part(speed="expert_row", count=round(rows * teacher / row)))
+    return Work(flops=training_flops(row, training.batch_size, training.steps) + rows * teacher, parts=parts)
 
 
 def _trained(speed: str, units: int, images: float | None) -> tuple[Part, ...]:
@@ -188,18 +196,18 @@ def _score(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     config: ScoreStageConfig = stage.config
     images = min(config.evaluation.num_samples, facts.images or config.evaluation.num_samples)
     if "choice" not in stage.inputs:
-        return _drawn(images, _calls(stage, config.sampling), facts)
+        return _drawn(images, _calls(stage, config.sampling), _row_of(stage, facts), facts)
     choice: ChoiceConfig = stage.inputs["choice"].stage.config.choice
     calls = [_calls(stage, replace(config.sampling, selection=selection)) for selection in choice.candidates]
-    return _drawn(images, dearest(calls, choice.most_calls), facts)
+    return _drawn(images, dearest(calls, choice.most_calls), _row_of(stage, facts), facts)
 
 
 def _choice(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     """A few images of every candidate."""
     config: ChoiceStageConfig = stage.config
-    short = replace(config.sampling, steps=config.choice.steps)
+    short, row = replace(config.sampling, steps=config.choice.steps), _row_of(stage, facts)
     trials = [
-        _drawn(config.choice.num_samples, _calls(stage, replace(short, selection=selection)), facts)
+        _drawn(config.choice.num_samples, _calls(stage, replace(short, selection=selection)), row, facts)
         for selection in config.choice.candidates
     ]
     return Work(
@@ -219,12 +227,23 @@ def _calls(stage: Stage, sampling: SamplingConfig) -> CallsPerImage:
     )
 
 
-def _drawn(images: int, calls: CallsPerImage, facts: Facts) -> Work:
+def _row_of(stage: Stage, facts: Facts) -> float:
+    return _mean_row(stage.inputs["ensemble"].stage.inputs, facts)
+
+
+def _mean_row(inputs: Mapping[str, Input], facts: Facts) -> float:
+    """FLOPs of a row through one of the experts among the inputs, on average."""
+    usual = facts.row_flops["expert"]
+    rows = [facts.row_flops.get(given.stage.name, usual) for role, given in inputs.items() if role.startswith("expert")]
+    return sum(rows) / len(rows) if rows else usual
+
+
+def _drawn(images: int, calls: CallsPerImage, row: float, facts: Facts) -> Work:
     """Images times velocities times calls times a forward pass, and the features of the samples."""
     spaces = sum(one.flops for _, one in _spaces(facts))
-    drawn = calls.expert * facts.row_flops["expert"] + calls.router * facts.row_flops["router"]
+    drawn = calls.expert * row + calls.router * facts.row_flops["router"]
     parts = (
-        Part(speed="expert_row", count=images * calls.expert),
+        Part(speed="expert_row", count=round(images * calls.expert * row / facts.row_flops["expert"])),
         Part(speed="router_row", count=images * calls.router),
         Part(speed="score", count=images),
     )

@@ -32,6 +32,7 @@ SMALL = (
     "expert.training.steps=240",
     "expert.training.checkpoint_every=20",
     "router.training.steps=60",
+    "+experts.0.network.width=64",
     "scores.num_samples=64",
     "ensemble.steps=4",
 )
