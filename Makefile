@@ -59,7 +59,7 @@ bench-overhead: install ## What the orchestrator costs, against the same loops b
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.page
 
-bench-quality: install ## Ensemble against FLOP-matched monolith, every selection, three seeds
+bench-quality: install ## The decomposition against its baselines, 14 arms, three seeds (at most an hour)
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.page
 

@@ -171,7 +171,8 @@ def run_arm(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> Arm
     """Bring one arm to its end; what is finished already is found."""
     given = [*BASE, *ARMS[name], f"seed={seed}", f"folder={folder}", *overrides]
     arm = Arm(parse_config(compose(given)))
-    run_pipeline(arm.config, Console(quiet=True))
+    if run_pipeline(arm.config, Console(quiet=True)).stopped:
+        raise SystemExit(f"stopped in the arm {name!r} of seed {seed}; the same command goes on from there")
     return arm
 
 
