@@ -9,5 +9,5 @@ for its two branches, `sampler.py` to add a solver, `reflection.py` for weak-to-
 images, `pipeline.py` for the folder on disk, `membership.py` for experts that come and go, `evaluate.py` for scores
 and `metrics.py` for their equations, `choose.py` for the selection that suits an ensemble, `audit.py` for copies of
 training images, `classify.py` for classes by lowest denoising error, `expert_draws.py` for what experts draw for a
-router.
+router, `stages/` for ensembles that are made smaller.
 """

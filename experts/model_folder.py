@@ -6,14 +6,18 @@ to files of any kind, pickles among them. Here every parameter must be there, an
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from artifacts import CorruptArtifact, read_json
+from artifacts import CorruptArtifact, read_json, write_json
+from experts.packing import CODES, SCALES, Packing, pack, unpack
 
+PACKED, PACKING = "packed.safetensors", "packing.json"
+"""A folder whose weights are in few bits has these in the place of diffusers' files."""
+DIFFUSERS = "diffusion_pytorch_model"
 WAY_OUT = "copy it again from where it was trained, or train it again"
 
 
@@ -43,11 +47,44 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     return model.eval()
 
 
+def pack_folder(folder: Path, bits: Literal[4, 8], group: int, least: int) -> int:
+    """Replace every matrix of at least `least` entries by its codes, and return how many there were.
+
+    The folder keeps its `config.json`; what is packed already is an error. Who loads it gets float32, rounded.
+    """
+    if (folder / PACKING).exists():
+        raise ValueError(f"{folder} is packed already; pack the ensemble that it was made from")
+    tensors, packings = _read_tensors(folder), {}
+    for name, tensor in list(tensors.items()):
+        if tensor.ndim >= 2 and tensor.numel() >= least and tensor.is_floating_point():
+            packings[name] = Packing(bits=bits, group=group, shape=tuple(tensor.shape))
+            tensors[name + CODES], tensors[name + SCALES] = pack(tensors.pop(name), packings[name])
+    if packings:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / PACKED)
+        write_json(folder / PACKING, packings)
+        for file in folder.glob(f"{DIFFUSERS}*"):
+            file.unlink()
+    return len(packings)
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All parameters; diffusers writes a large model into several files."""
+    if (folder / PACKING).exists():
+        return _unpacked(folder)
     found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+    for path in sorted(folder.glob(f"{DIFFUSERS}*.safetensors")):
         found |= load_file(path)
     if not found:
-        raise FileNotFoundError("no file diffusion_pytorch_model*.safetensors is there; pickles are not read")
+        raise FileNotFoundError(f"no file {DIFFUSERS}*.safetensors is there; pickles are not read")
+    return found
+
+
+def _unpacked(folder: Path) -> dict[str, Tensor]:
+    found = load_file(folder / PACKED)
+    try:
+        packings = {str(name): Packing.parsed(given) for name, given in read_json(folder / PACKING).items()}
+        for name, packing in packings.items():
+            found[name] = unpack(found.pop(name + CODES), found.pop(name + SCALES), packing)
+    except (AttributeError, KeyError) as error:
+        raise ValueError(f"{folder / PACKING} does not fit {PACKED}: {error}") from error
     return found

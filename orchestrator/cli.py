@@ -184,6 +184,22 @@ def evaluate(run: RunArgument, select: Select = "sticky") -> None:
 
 
 @app.command()
+def compress(
+    run: RunArgument,
+    overrides: Annotated[list[str], typer.Argument(help="quantize=int8 or int4, quantize.group=32 …")],
+) -> None:
+    """Make a smaller ensemble beside the whole one, which stays as it is, and score it."""
+    from dataclasses import replace
+
+    from orchestrator.compression import describe_compression, with_compression
+
+    folder = _opened(run)
+    config = replace(with_compression(folder.load_config(), overrides), folder=str(run))
+    _run(config)
+    console.print(describe_compression(folder, config), soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write the report of a run again."""
     console.print(f"Report: {_write_report(run)}")

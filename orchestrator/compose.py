@@ -26,6 +26,9 @@ from orchestrator.sweeps.trial import swept_parameters
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable that makes Hydra raise its errors; it is set while a sweep is on, for this process alone."""
 
+OPTIONAL = ("experiment", "quantize")
+"""Groups of which a run need not have a file."""
+
 OUR_LAUNCHER, OUR_SWEEPER = "hydra/launcher=ddm_ray", "hydra/sweeper=ddm_optuna"
 
 
@@ -42,7 +45,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     check_overrides(overrides)
     _register_defaults()
     arguments = [quoted(text) for text in overrides]
-    _refuse_unknown_experiments(arguments)
+    _refuse_unknown_files(arguments)
     try:
         with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
             return to_dictionary(hydra.compose("config", overrides=arguments))
@@ -84,7 +87,7 @@ def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str, str
     _register_defaults()
     _register_plugins()
     arguments = _with_our_launcher([quoted(text) for text in overrides])
-    _refuse_unknown_experiments(arguments)
+    _refuse_unknown_files(arguments)
 
     def one(composed: DictConfig) -> None:
         settings = HydraConfig.get()
@@ -145,15 +148,16 @@ def _register_defaults() -> None:
     ConfigStore.instance().store("dataclass_defaults", defaults)
 
 
-def _refuse_unknown_experiments(overrides: Sequence[str]) -> None:
-    """Raise `ConfigError` for an experiment without a file, which Hydra would leave out without a word."""
-    known = sorted(path.stem for path in Path(config_folder(), "experiment").glob("*.yaml"))
+def _refuse_unknown_files(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for an optional group's file that is not there: Hydra would leave it out without a word."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.key_or_group == "experiment":
+        group = override.key_or_group
+        if group in OPTIONAL:
+            known = sorted(path.stem for path in Path(config_folder(), group).glob("*.yaml"))
             chosen = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
             for name in chosen:
                 if name not in known:
-                    raise ConfigError(f"experiment={name}: there is no such experiment; known: {', '.join(known)}")
+                    raise ConfigError(f"{group}={name}: there is no such {group}; known: {', '.join(known)}")
 
 
 def _explain(message: str, overrides: Sequence[str]) -> str:

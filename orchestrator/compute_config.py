@@ -70,6 +70,8 @@ class StagesConfig:
     """Putting trained models into one folder."""
     choice: ResourcesConfig = ResourcesConfig()
     """Trying selections for `auto`."""
+    quantize: ResourcesConfig = ResourcesConfig()
+    """Putting the ensemble's weights into few bits."""
     score: ResourcesConfig = ResourcesConfig()
     """Sampling and scoring."""
 

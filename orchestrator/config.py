@@ -15,6 +15,7 @@ from artifacts import STRICT
 from data_partition.config import DataConfig, PartitionConfig
 from ensemble.choice_config import ChoiceConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
+from ensemble.stages.config import QuantizeConfig
 from experts.config import CodecConfig, ExpertConfig, StudentConfig
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.errors import ConfigError
@@ -72,6 +73,8 @@ class RunConfig:
     """How the ensemble is sampled."""
     choice: ChoiceConfig = ChoiceConfig()
     """How `ensemble.selection.name=auto` finds its selection."""
+    quantize: QuantizeConfig | None = None
+    """A smaller ensemble beside the whole one, with its weights in few bits."""
     scores: ScoresConfig = ScoresConfig()
     """How samples are scored."""
     compute: ComputeConfig = ComputeConfig()

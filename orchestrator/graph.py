@@ -5,9 +5,9 @@ dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 �
    ├─► codec ─────────────────────┤                          │
    └─► reference (for the scores) └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
 
-The baselines `told` and `student` stand where the monolith does; the student waits for the experts. A router with
-`data=samples` waits for `draws`, and those for the experts. The selection `auto` puts a `choice` between the ensemble
-and its score.
+`quantize` puts a smaller ensemble behind the whole one, with a score of its own. The baselines `told` and `student`
+stand where the monolith does; the student waits for the experts. A router with `data=samples` waits for `draws`, and
+those for the experts. The selection `auto` puts a `choice` between the ensemble and its score.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from artifacts import LATER, STRICT
 from ensemble.choice_config import ChoiceConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
+from ensemble.stages.config import QuantizeStageConfig
 from experts.config import ExpertConfig
 from orchestrator.compute_config import ResourcesConfig
 from orchestrator.config import RunConfig
@@ -163,7 +164,22 @@ class _Graph:
         for selection in dict.fromkeys((config.ensemble.selection, *config.scores.selections)):
             chosen = {"choice": self._add_choice(ensemble)} if selection.name == AUTO else {}
             self._add_score(f"score_{row_name(selection)}", ensemble, selection, chosen)
+        self._add_smaller(ensemble)
         return trained
+
+    def _add_smaller(self, ensemble: Stage) -> None:
+        """The ensemble after each stage that makes it smaller, scored as the whole one is by default."""
+        config = self.config
+        if config.quantize is None:
+            return
+        selection = config.ensemble.selection
+        is_auto = selection.name == AUTO
+        sampling = replace(config.ensemble, selection=SelectionConfig() if is_auto else selection, reflection=None)
+        recipe = QuantizeStageConfig(quantize=config.quantize, sampling=sampling)
+        smaller = self._add("quantize", recipe, {"ensemble": Input(stage=ensemble)})
+        choices = [stage for stage in self.stages if stage.kind == "choice"]
+        chosen = {"choice": Input(stage=choices[0])} if is_auto else {}
+        self._add_score(f"score_int{config.quantize.bits}", smaller, selection, chosen)
 
     def _add_choice(self, ensemble: Stage) -> Input:
         """What `auto` stands for; with a single expert, all selections are one."""

@@ -23,6 +23,8 @@ from ensemble.evaluate import evaluate
 from ensemble.expert_draws import draw_latents
 from ensemble.pipeline import assemble
 from ensemble.references import build_reference
+from ensemble.stages.config import QuantizeStageConfig
+from ensemble.stages.quantize import quantize
 from experts.codecs import fit_codec
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
@@ -147,6 +149,11 @@ def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Wo
     return evaluate(*folders, config.evaluation, sampling, out, workspace).flops
 
 
+def run_quantize(config: QuantizeStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Put the ensemble's weights into few bits."""
+    return quantize(config, inputs["ensemble"], out, workspace)
+
+
 def run_choice(config: ChoiceStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Try selections and choose one."""
     folders = (inputs["ensemble"], inputs["reference"])
@@ -179,6 +186,7 @@ KINDS: dict[str, Kind] = {
     "ensemble": Kind(AssemblyStageConfig, run_ensemble),
     "reference": Kind(EvaluationConfig, run_reference),
     "choice": Kind(ChoiceStageConfig, run_choice),
+    "quantize": Kind(QuantizeStageConfig, run_quantize),
     "score": Kind(ScoreStageConfig, run_score),
     "nothing": Kind(NothingConfig, run_nothing),
 }

@@ -11,6 +11,7 @@ from data_partition.kmeans import num_fine, training_rows
 from ensemble.choice_config import ChoiceConfig
 from ensemble.config import DrawsConfig, EvaluationConfig, SamplingConfig
 from ensemble.references import HELD_OUT_LIMIT, NEIGHBOUR_LIMIT
+from ensemble.stages.config import QuantizeStageConfig
 from experts.config import CodecConfig
 from experts.flops import training_flops
 from orchestrator.graph import ChoiceStageConfig, ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
@@ -217,8 +218,31 @@ def _choice(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     )
 
 
+def _quantize(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """A few images of the ensemble before and after."""
+    config: QuantizeStageConfig = stage.config
+    ensemble = assembly(stage)
+    calls = calls_per_image(
+        config.sampling, len(ensemble.config.expert_ids), has_router="router" in ensemble.inputs, is_conditional=False
+    )
+    row = _row_of(stage, facts)
+    drawn = calls.expert * row + calls.router * facts.row_flops["router"]
+    images = 2 * config.num_samples
+    parts = (
+        Part(speed="expert_row", count=round(images * calls.expert * row / facts.row_flops["expert"])),
+        Part(speed="router_row", count=images * calls.router),
+    )
+    return Work(flops=images * drawn, parts=parts, is_upper_bound=calls.is_upper_bound)
+
+
+def assembly(stage: Stage) -> Stage:
+    """The stage that put the ensemble together of which this one works on a smaller or the whole version."""
+    given = stage.inputs["ensemble"].stage
+    return given if given.kind == "ensemble" else assembly(given)
+
+
 def _calls(stage: Stage, sampling: SamplingConfig) -> CallsPerImage:
-    ensemble = stage.inputs["ensemble"].stage
+    ensemble = assembly(stage)
     return calls_per_image(
         sampling,
         len(ensemble.config.expert_ids),
@@ -228,7 +252,7 @@ def _calls(stage: Stage, sampling: SamplingConfig) -> CallsPerImage:
 
 
 def _row_of(stage: Stage, facts: Facts) -> float:
-    return _mean_row(stage.inputs["ensemble"].stage.inputs, facts)
+    return _mean_row(assembly(stage).inputs, facts)
 
 
 def _mean_row(inputs: Mapping[str, Input], facts: Facts) -> float:
@@ -278,5 +302,6 @@ WORK: dict[str, Callable[[Stage, Facts, Mapping[str, Work]], Work]] = {
     "draws": _draws,
     "ensemble": _no_work,
     "choice": _choice,
+    "quantize": _quantize,
     "score": _score,
 }

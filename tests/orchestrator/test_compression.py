@@ -1,0 +1,77 @@
+"""`ddm compress`: a smaller ensemble beside the whole one of a finished run, by the stages of the graph."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from artifacts import read_json
+from ensemble.pipeline import DDMPipeline
+from orchestrator.compose import compose
+from orchestrator.compression import describe_compression, with_compression
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.controller import run_pipeline
+from orchestrator.errors import ConfigError
+from orchestrator.graph import build_graph
+from orchestrator.results import score_rows, standing_graph
+from orchestrator.run_folder import RunFolder
+
+TINY = (
+    "experiment=digits",
+    "compute=inline",
+    "data.limit=400",
+    "expert.training.steps=40",
+    "router.training.steps=40",
+    "scores.num_samples=64",
+    "ensemble.steps=4",
+    "monolith=false",
+)
+
+
+def test_without_a_setting_there_is_no_stage_and_with_one_the_others_stay_as_they_are():
+    whole, small = (
+        {stage.name: stage.fingerprint for stage in build_graph(parse_config(compose(overrides)))}
+        for overrides in (["experiment=digits"], ["experiment=digits", "quantize=int4"])
+    )
+    assert small.keys() - whole.keys() == {"quantize", "score_int4"}
+    assert {name: small[name] for name in whole} == whole
+
+
+def test_auto_is_chosen_once_and_scores_the_smaller_ensemble_too():
+    config = parse_config(compose(["experiment=digits", "quantize=int8", "ensemble=auto"]))
+    stages = {stage.name: stage for stage in build_graph(config)}
+    assert stages["score_int8"].inputs["choice"].stage is stages["score_auto"].inputs["choice"].stage
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantize=int3"], "known: int4, int8"),
+        (["quantize=null"], "known: int4, int8"),
+        (["expert.path=cosine"], "nothing else of a finished run changes"),
+        (["quantize=int4", "quantize.bits=5"], r"quantize\.bits"),
+        ([], "try quantize=int8"),
+    ],
+)
+def test_a_wrong_override_says_what_is_right(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        with_compression(RunConfig(), overrides)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_compressed_scored_and_not_done_again(tmp_path):
+    config = parse_config(compose([*TINY, f"folder={tmp_path}"]))
+    first = run_pipeline(config, Console(quiet=True))
+    run = RunFolder(Path(config.folder))
+    smaller = with_compression(run.load_config(), ["quantize=int4", "quantize.group=16"])
+    result = run_pipeline(smaller, Console(quiet=True))
+    assert set(result.finished) - set(first.finished) == {"quantize", "score_int4"} and result.submitted == 2
+    assert run_pipeline(smaller, Console(quiet=True)).submitted == 0
+
+    rows = {row.name: row.scores for row in score_rows(run, standing_graph(run, smaller))}
+    said = describe_compression(run, smaller)
+    folder = Path(said.splitlines()[0])
+    found = read_json(folder / "compression.json")
+    assert found["bytes_after"] < 0.5 * found["bytes_before"]
+    assert rows["int4"]["spaces"].keys() == rows["sticky"]["spaces"].keys()
+    assert DDMPipeline.from_pretrained(folder).ensemble.num_experts == smaller.partition.num_experts
