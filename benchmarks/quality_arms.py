@@ -70,11 +70,13 @@ BASE = (
     "wandb.mode=disabled",
 )
 
-SELECTIONS = "scores.selections=[{name: full}, {name: top_k, k: 1}, {name: switch}, {name: redraw}, {name: sticky_at}]"
+SELECTIONS = "scores.selections=[{name: full}, {name: top_k, k: 1}, {name: redraw}]"
 GUIDED = (
     "scores.conditional=true",
     "ensemble.guidance_scale=2",
-    "scores.selections=[{name: full}, {name: top_k, k: 1}]",
+    "expert.training.condition_dropout=0.1",
+    "router.training.condition_dropout=0.1",
+    "scores.selections=[{name: top_k, k: 1}]",
 )
 
 ARMS: Mapping[str, Sequence[str]] = {
