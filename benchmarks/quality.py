@@ -163,13 +163,9 @@ def claims(seeds: Sequence[Seed]) -> Iterator[Claim]:
     ours, top = f"{MAIN}: {OURS}", best(seeds)
     yield top.claim(f"best selection and K ({top.name}) against the FLOP-matched monolith", 0.75, holds=top.agrees())
     half = Ratio.of(seeds, f"K = 8, half the steps: {OURS}", MONOLITH)
-    yield half.claim(
-        "sticky at K = 8 with half of the experts' steps, against the same monolith",
-        1.0,
-        f"; {cost(seeds, 'half')} of its FLOPs",
-    )
-    told = Ratio.of(seeds, ours, TOLD)
-    yield told.claim("sticky at K = 8 against the monolith that is told the cluster", 0.90)
+    yield half.claim("the same at half of the experts' steps", 1.0, f"; {cost(seeds, 'half')} of its FLOPs")
+    told = min((Ratio.of(seeds, name, TOLD) for name in {ours, top.name}), key=lambda ratio: ratio.worst)
+    yield told.claim("the same against the monolith that is told the cluster", 0.90)
     yield measured(
         "expert calls per step of the default selection",
         f"≤ {MOST_CALLS}",
