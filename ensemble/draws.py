@@ -18,11 +18,13 @@ from safetensors.numpy import load_file
 
 from artifacts import Preempted, Workspace, checksum, files_in, fingerprint, save_arrays
 from ensemble.config import SamplingConfig
+from ensemble.ensemble import Speaker
 from ensemble.images import to_bytes
 from ensemble.missing import missing_warning
 from ensemble.pipeline import DDMPipeline
 from ensemble.routing import Calls
 from ensemble.sample import Samples
+from ensemble.schedule import ScheduledExpert
 from experts.condition import Condition
 from experts.flops import forward_flops
 
@@ -89,11 +91,15 @@ class RowFlops:
         """Counted from the operators that every expert and the router call."""
         ensemble = pipeline.ensemble
         row, t, null = torch.zeros(1, *pipeline.codec.latent_shape), torch.full((1,), 0.5), Condition.null(1)
+
+        def flops(expert: Speaker) -> float:
+            if isinstance(expert, ScheduledExpert):
+                parts = zip(expert.widths, expert.networks, strict=True)
+                return sum(width * flops(network) for width, network in parts)
+            return forward_flops(partial(expert.velocity, row, t, null, ensemble.path))
+
         return cls(
-            experts={
-                k: forward_flops(partial(expert.velocity, row, t, null, ensemble.path))
-                for k, expert in ensemble.experts.items()
-            },
+            experts={k: flops(expert) for k, expert in ensemble.experts.items()},
             router=forward_flops(partial(ensemble.router.logits, row, t, null)) if ensemble.router else 0.0,
         )
 

@@ -3,30 +3,36 @@
 model_index.json    ids of the experts, of the missing ones, classes
 expert_0/ …         one folder an expert, as `experts` wrote it
 told/               in place of those: one network that is told the cluster
+shared/             what the experts share, if they share weights
 router/             absent for a monolith
 codec/              latents to images
 scheduler/          a diffusers scheduler for tools that look for one; ours are chosen by `SamplingConfig`
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, read_json, replaced_folder, write_json
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sample import Progress, Samples, sample
+from ensemble.schedule import ScheduledExpert, is_scheduled
 from experts.codec import Codec
 from experts.codecs import load_codec
 from experts.config import PathName
 from experts.expert import Expert
 from experts.noise_path import PATHS
+from experts.shared_folder import SHARED, bases_of, link, load_bases, save_bases
 from experts.told import ToldExpert, is_told
 from router.router import Router
+
+AnyExpert = Expert | ScheduledExpert | ToldExpert
 
 INDEX, TOLD = "model_index.json", "told"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -102,6 +108,8 @@ class DDMPipeline:
         with replaced_folder(folder) as temporary:
             for k, expert in self.ensemble.experts.items():
                 expert.save(temporary / (TOLD if isinstance(expert, ToldExpert) else f"expert_{k}"))
+            if bases := bases_of(_models(self.ensemble.experts.values())):
+                save_bases(bases, temporary / SHARED)
             if self.ensemble.router is not None:
                 self.ensemble.router.save(temporary / "router")
             self.codec.save(_made(temporary / "codec"))
@@ -247,11 +255,30 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
-def _experts(folder: Path, ids: Sequence[int]) -> dict[int, Expert | ToldExpert]:
-    return {k: Expert.load(_expert_folder(folder, k)) for k in ids}
+def _models(experts: Iterable[object]) -> Iterator[nn.Module]:
+    """The networks that may share weights."""
+    for expert in experts:
+        if isinstance(expert, ScheduledExpert):
+            yield from _models(expert.networks)
+        elif isinstance(expert, Expert):
+            yield expert.model
 
 
-def _told(folder: Path, ids: Sequence[int]) -> dict[int, Expert | ToldExpert]:
+def _experts(folder: Path, ids: Sequence[int]) -> dict[int, AnyExpert]:
+    """Each from its own folder, linked to what they share."""
+    experts = {k: _expert(_expert_folder(folder, k)) for k in ids}
+    bases = load_bases(folder / SHARED) if (folder / SHARED).is_dir() else {}
+    for expert in experts.values():
+        for model in _models([expert]):
+            link(model, bases)
+    return {**experts}
+
+
+def _expert(folder: Path) -> Expert | ScheduledExpert:
+    return ScheduledExpert.load(folder) if is_scheduled(folder) else Expert.load(folder)
+
+
+def _told(folder: Path, ids: Sequence[int]) -> dict[int, AnyExpert]:
     """The one network for each of its clusters; `PipelineError` if there are others."""
     found = ToldExpert.load_all(folder / TOLD)
     if unknown := sorted(set(ids) - set(found)):
@@ -269,7 +296,7 @@ def _expert_folder(folder: Path, expert_id: int) -> Path:
     return found
 
 
-def _check_shapes(experts: Mapping[int, Expert | ToldExpert], codec: Codec, num_classes: int) -> None:
+def _check_shapes(experts: Mapping[int, AnyExpert], codec: Codec, num_classes: int) -> None:
     """All parts must speak of the same latents and classes."""
     for k, expert in experts.items():
         if expert.latent_shape != codec.latent_shape or expert.num_classes != num_classes:

@@ -70,8 +70,14 @@ class StagesConfig:
     """Putting trained models into one folder."""
     choice: ResourcesConfig = ResourcesConfig()
     """Trying selections for `auto`."""
+    prune: ResourcesConfig = ResourcesConfig()
+    """Taking parts out of the experts, and training what is left."""
     quantize: ResourcesConfig = ResourcesConfig()
     """Putting the ensemble's weights into few bits."""
+    switch: ResourcesConfig = ResourcesConfig()
+    """Putting a smaller and the whole ensemble together."""
+    timing: ResourcesConfig = ResourcesConfig()
+    """Measuring the processor time of an image."""
     score: ResourcesConfig = ResourcesConfig()
     """Sampling and scoring."""
 

@@ -15,7 +15,7 @@ from artifacts import STRICT
 from data_partition.config import DataConfig, PartitionConfig
 from ensemble.choice_config import ChoiceConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
-from ensemble.stages.config import QuantizeConfig
+from ensemble.stages.config import PruneConfig, QuantizeConfig, SwitchConfig
 from experts.config import CodecConfig, ExpertConfig, StudentConfig
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.errors import ConfigError
@@ -73,8 +73,12 @@ class RunConfig:
     """How the ensemble is sampled."""
     choice: ChoiceConfig = ChoiceConfig()
     """How `ensemble.selection.name=auto` finds its selection."""
+    prune: PruneConfig | None = None
+    """A smaller ensemble beside the whole one: layers, heads or hidden units are taken out of its experts,"""
     quantize: QuantizeConfig | None = None
-    """A smaller ensemble beside the whole one, with its weights in few bits."""
+    """their weights, or weights and activations, are brought to few bits,"""
+    switch: SwitchConfig | None = None
+    """and the whole one speaks on the other side of a t."""
     scores: ScoresConfig = ScoresConfig()
     """How samples are scored."""
     compute: ComputeConfig = ComputeConfig()
@@ -169,7 +173,9 @@ def _fields(kind: Any) -> dict[str, FieldInfo]:
 
 
 def _tag(kind: Any) -> str | None:
-    return _fields(kind)["kind"].default if "kind" in _fields(kind) else None
+    """What tells one kind of a union from the others."""
+    names = [name for name in ("kind", "method") if name in _fields(kind)]
+    return _fields(kind)[names[0]].default if names else None
 
 
 def listed(error: ValidationError, what: str, known: Callable[[tuple[str | int, ...]], Sequence[str]]) -> str:

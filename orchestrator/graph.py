@@ -5,9 +5,10 @@ dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 �
    ├─► codec ─────────────────────┤                          │
    └─► reference (for the scores) └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
 
-`quantize` puts a smaller ensemble behind the whole one, with a score of its own. The baselines `told` and `student`
-stand where the monolith does; the student waits for the experts. A router with `data=samples` waits for `draws`, and
-those for the experts. The selection `auto` puts a `choice` between the ensemble and its score.
+`prune`, `quantize` and `switch` put smaller ensembles behind the whole one, each with a score and a timing of its own.
+The baselines `told` and `student` stand where the monolith does; the student waits for the experts. A router with
+`data=samples` waits for `draws`, and those for the experts. The selection `auto` puts a `choice` between the ensemble
+and its score.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from artifacts import LATER, STRICT
 from ensemble.choice_config import ChoiceConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
-from ensemble.stages.config import QuantizeStageConfig
+from ensemble.stages.config import StageConfig, TimingConfig, label_of
 from experts.config import ExpertConfig
 from orchestrator.compute_config import ResourcesConfig
 from orchestrator.config import RunConfig
@@ -32,6 +33,7 @@ from orchestrator.recipes import (
     draws_recipe,
     features_only,
     recipe_of,
+    recipes_of,
     router_cost,
     student_recipe,
 )
@@ -167,19 +169,25 @@ class _Graph:
         self._add_smaller(ensemble)
         return trained
 
-    def _add_smaller(self, ensemble: Stage) -> None:
+    def _add_smaller(self, whole: Stage) -> None:
         """The ensemble after each stage that makes it smaller, scored as the whole one is by default."""
-        config = self.config
-        if config.quantize is None:
-            return
-        selection = config.ensemble.selection
-        is_auto = selection.name == AUTO
-        sampling = replace(config.ensemble, selection=SelectionConfig() if is_auto else selection, reflection=None)
-        recipe = QuantizeStageConfig(quantize=config.quantize, sampling=sampling)
-        smaller = self._add("quantize", recipe, {"ensemble": Input(stage=ensemble)})
+        selection, is_auto = self.config.ensemble.selection, self.config.ensemble.selection.name == AUTO
+        known = SelectionConfig() if is_auto else selection
+        sampling = replace(self.config.ensemble, selection=known, reflection=None)
         choices = [stage for stage in self.stages if stage.kind == "choice"]
         chosen = {"choice": Input(stage=choices[0])} if is_auto else {}
-        self._add_score(f"score_int{config.quantize.bits}", smaller, selection, chosen)
+        smaller, labels = whole, ["score"]
+        for kind, recipe in recipes_of(self.config).items():
+            inputs = {
+                "ensemble": Input(stage=smaller),
+                "whole": Input(stage=whole),
+                "clusters": Input(stage=self.partition, part="clusters"),
+            }
+            smaller = self._add(kind, StageConfig(recipe=recipe, sampling=sampling), inputs)
+            labels.append(label_of(recipe))
+            self._add_score("_".join(labels), smaller, selection, chosen)
+            both = {"ensemble": Input(stage=smaller), "whole": Input(stage=whole)}
+            self._add("timing", TimingConfig(sampling=sampling), both, "_".join(["timing", *labels[1:]]))
 
     def _add_choice(self, ensemble: Stage) -> Input:
         """What `auto` stands for; with a single expert, all selections are one."""

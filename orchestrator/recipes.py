@@ -9,9 +9,13 @@ from pydantic.dataclasses import dataclass
 from artifacts import STRICT
 from data_partition.config import PartitionConfig
 from ensemble.config import DrawsConfig
+from ensemble.stages.config import RecipeConfig
 from experts.config import ExpertConfig, TrainingConfig
 from orchestrator.config import RunConfig
 from router.config import RouterConfig
+
+SMALLER = ("prune", "quantize", "switch")
+"""Kinds of stages that make an ensemble smaller, in their order: what is rounded can no longer be trained."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -87,3 +91,9 @@ def router_cost(config: RouterConfig) -> RouterConfig:
     """What the router's FLOPs depend on; the rest is set to its default, so that it does not touch the monolith."""
     training = TrainingConfig(steps=config.training.steps, batch_size=config.training.batch_size)
     return replace(config, path="straight", training=training)
+
+
+def recipes_of(config: RunConfig) -> dict[str, RecipeConfig]:
+    """The stages that make the ensemble smaller, by kind and in their order."""
+    asked = {kind: getattr(config, kind) for kind in SMALLER}
+    return {kind: recipe for kind, recipe in asked.items() if recipe is not None}

@@ -23,8 +23,9 @@ from ensemble.evaluate import evaluate
 from ensemble.expert_draws import draw_latents
 from ensemble.pipeline import assemble
 from ensemble.references import build_reference
-from ensemble.stages.config import QuantizeStageConfig
-from ensemble.stages.quantize import quantize
+from ensemble.stages.config import StageConfig, TimingConfig
+from ensemble.stages.run import run_stage
+from ensemble.stages.timing import time_both
 from experts.codecs import fit_codec
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
@@ -149,9 +150,14 @@ def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Wo
     return evaluate(*folders, config.evaluation, sampling, out, workspace).flops
 
 
-def run_quantize(config: QuantizeStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Put the ensemble's weights into few bits."""
-    return quantize(config, inputs["ensemble"], out, workspace)
+def run_smaller(config: StageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Make the ensemble smaller, each expert with its own cluster at hand."""
+    return run_stage(config, inputs["ensemble"], inputs["whole"], by_cluster(inputs["clusters"]), out, workspace)
+
+
+def run_timing(config: TimingConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Measure the processor time of an image."""
+    return time_both(config, inputs["ensemble"], inputs["whole"], out, workspace)
 
 
 def run_choice(config: ChoiceStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
@@ -186,7 +192,10 @@ KINDS: dict[str, Kind] = {
     "ensemble": Kind(AssemblyStageConfig, run_ensemble),
     "reference": Kind(EvaluationConfig, run_reference),
     "choice": Kind(ChoiceStageConfig, run_choice),
-    "quantize": Kind(QuantizeStageConfig, run_quantize),
+    "prune": Kind(StageConfig, run_smaller),
+    "quantize": Kind(StageConfig, run_smaller),
+    "switch": Kind(StageConfig, run_smaller),
+    "timing": Kind(TimingConfig, run_timing),
     "score": Kind(ScoreStageConfig, run_score),
     "nothing": Kind(NothingConfig, run_nothing),
 }

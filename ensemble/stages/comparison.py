@@ -1,34 +1,42 @@
-"""A compressed ensemble beside the one it was made from: bytes, and samples from the same noise."""
+"""A compressed ensemble beside the whole one: bytes, FLOPs, and samples from the same noise."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from artifacts import Workspace, files_in
+from artifacts import Workspace, files_in, read_json
 from ensemble.config import SamplingConfig
 from ensemble.draws import RowFlops
 from ensemble.pipeline import DDMPipeline
 from ensemble.sample import sample
 
-
-class StageError(ValueError):
-    """A stage cannot do what it was asked to do with this ensemble."""
+COMPRESSION = "compression.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What a stage did; written as `compression.json`."""
+    """What the stages up to this one did to the whole ensemble; written as `compression.json`."""
 
-    stage: str
+    stages: tuple[str, ...]
+    """The methods so far, in their order."""
     modules: int
-    """Weights, layers or whatever the stage works on, that it has changed."""
+    """Weights, layers or whatever the last stage works on, that it has changed."""
     bytes_before: int
-    """Of experts and router on disk; the codec is the same on both sides."""
+    """Of the whole ensemble's experts and router on disk; the codec is the same on both sides."""
     bytes_after: int
+    flops_before: float
+    """Of an image from the whole ensemble, on average."""
+    flops_after: float
     relative_l2: float
     """|| images - images of the whole ensemble || / || images of the whole ensemble ||, same noise."""
     num_samples: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Comparison":
+        """What was written as JSON."""
+        found = read_json(path)
+        return cls(**found | {"stages": tuple(found["stages"])})
 
 
 def model_bytes(folder: Path) -> int:
@@ -38,23 +46,40 @@ def model_bytes(folder: Path) -> int:
 
 
 def compare(
-    stage: str, modules: int, before: Path, after: Path, sampling: SamplingConfig, count: int, workspace: Workspace
-) -> tuple[Comparison, float]:
-    """Bytes and relative L2 distance, and the FLOPs of drawing."""
-    images, flops = [], 0.0
-    for number, folder in enumerate((before, after)):
+    stages: tuple[str, ...],
+    modules: int,
+    whole: Path,
+    smaller: Path,
+    sampling: SamplingConfig,
+    count: int,
+    workspace: Workspace,
+) -> Comparison:
+    """Draw the same `count` images from both."""
+    images, flops = [], []
+    for number, folder in enumerate((whole, smaller)):
         workspace.report(number * count, 2 * count, unit="images")
         pipeline = DDMPipeline.from_pretrained(folder)
         drawn = sample(pipeline.ensemble, pipeline.codec, list(range(count)), sampling)
         images.append(drawn.images.double())
-        flops += RowFlops.of(pipeline).times(drawn.calls)
+        flops.append(RowFlops.of(pipeline).times(drawn.calls) / count)
     distance = torch.linalg.vector_norm(images[1] - images[0]) / torch.linalg.vector_norm(images[0])
-    found = Comparison(
-        stage=stage,
+    return Comparison(
+        stages=stages,
         modules=modules,
-        bytes_before=model_bytes(before),
-        bytes_after=model_bytes(after),
+        bytes_before=model_bytes(whole),
+        bytes_after=model_bytes(smaller),
+        flops_before=flops[0],
+        flops_after=flops[1],
         relative_l2=float(distance),
         num_samples=count,
     )
-    return found, flops
+
+
+def describe(found: Comparison) -> str:
+    """One line for a terminal."""
+    share, work = found.bytes_after / found.bytes_before, found.flops_after / found.flops_before
+    return (
+        f"{' + '.join(found.stages)}: {found.modules} changed, {found.bytes_before:,} to {found.bytes_after:,} bytes "
+        f"({share:.2f} x), {work:.2f} x the FLOPs of an image, relative L2 {found.relative_l2:.4f} on "
+        f"{found.num_samples} images"
+    )

@@ -7,13 +7,20 @@ from pydantic.dataclasses import dataclass
 
 from artifacts import STRICT
 from ensemble.config import SamplingConfig
+from ensemble.stages.bits_config import BitsConfig
+from ensemble.stages.ecodiff_config import EcoDiffConfig
+from ensemble.stages.laptop_config import LaptopConfig
+from ensemble.stages.quest_config import QuESTConfig
+from ensemble.stages.share_config import ShareConfig
+from ensemble.stages.svdquant_config import SVDQuantConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class QuantizeConfig:
+class WeightsConfig:
     """Weights in few bits, rounded to nearest; activations stay as they are."""
 
-    bits: Literal[4, 8] = 8
+    method: Literal["weights"] = "weights"
+    bits: Literal[2, 3, 4, 5, 6, 8] = 8
     """Bits of a weight."""
     group: Annotated[int, Field(ge=8, multiple_of=2)] = 64
     """Entries of a row that share a scale of 16 bits."""
@@ -24,12 +31,65 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class QuantizeStageConfig:
-    """One quantization of an ensemble, and how its samples are compared."""
+class ComputeConfig:
+    """Linear layers that multiply in eight bits; other large weights are stored in few bits."""
 
-    quantize: QuantizeConfig
-    """What is rounded."""
+    method: Literal["compute"] = "compute"
+    bits: Literal[4, 8] = 8
+    """Bits of a weight on disk."""
+    group: Annotated[int, Field(ge=8, multiple_of=2)] = 64
+    """Entries of a row that share a scale of 16 bits."""
+    least: Annotated[int, Field(ge=1)] = 1024
+    """Matrices with fewer entries stay as they are."""
+    router: bool = True
+    """Whether the router is quantized too."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SwitchConfig:
+    """The smaller ensemble on one side of a t, the whole one on the other."""
+
+    method: Literal["switch"] = "switch"
+    t: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Where one gives way to the other."""
+    small: Literal["clean", "noisy"] = "clean"
+    """Whether the smaller one speaks below t, where samples are nearly clean, or above."""
+
+
+PruneConfig = Annotated[LaptopConfig | EcoDiffConfig, Field(discriminator="method")]
+QuantizeConfig = Annotated[
+    WeightsConfig | ComputeConfig | SVDQuantConfig | QuESTConfig | ShareConfig | BitsConfig,
+    Field(discriminator="method"),
+]
+RecipeConfig = Annotated[PruneConfig | QuantizeConfig | SwitchConfig, Field(discriminator="method")]
+
+
+def label_of(recipe: RecipeConfig) -> str:
+    """What a recipe is called in tables and file names."""
+    if isinstance(recipe, WeightsConfig):
+        return f"int{recipe.bits}"
+    return f"int{recipe.bits}_compute" if isinstance(recipe, ComputeConfig) else recipe.method
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StageConfig:
+    """One stage on an ensemble, and how its samples are compared."""
+
+    recipe: RecipeConfig
+    """What is done."""
     sampling: SamplingConfig
     """How both ensembles are sampled."""
     num_samples: Annotated[int, Field(ge=1)] = 64
     """Images that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TimingConfig:
+    """How the processor time of an image is measured."""
+
+    sampling: SamplingConfig
+    """How images are drawn."""
+    num_images: Annotated[int, Field(ge=1)] = 64
+    """Images of a turn."""
+    turns: Annotated[int, Field(ge=2)] = 5
+    """How often both ensembles are timed, one after the other."""

@@ -11,7 +11,6 @@ from data_partition.kmeans import num_fine, training_rows
 from ensemble.choice_config import ChoiceConfig
 from ensemble.config import DrawsConfig, EvaluationConfig, SamplingConfig
 from ensemble.references import HELD_OUT_LIMIT, NEIGHBOUR_LIMIT
-from ensemble.stages.config import QuantizeStageConfig
 from experts.config import CodecConfig
 from experts.flops import training_flops
 from orchestrator.graph import ChoiceStageConfig, ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
@@ -218,16 +217,27 @@ def _choice(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     )
 
 
-def _quantize(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
-    """A few images of the ensemble before and after."""
-    config: QuantizeStageConfig = stage.config
+def _smaller(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """A few images of the ensemble before and after; what a method trains comes on top."""
+    return _compared(stage, facts, 2 * stage.config.num_samples)
+
+
+def _timing(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+    """Some turns of both ensembles, and one that is not timed."""
+    return _compared(stage, facts, 2 * (stage.config.turns + 1) * stage.config.num_images)
+
+
+def _compared(stage: Stage, facts: Facts, images: int) -> Work:
+    """So many images, as if both ensembles were whole."""
     ensemble = assembly(stage)
     calls = calls_per_image(
-        config.sampling, len(ensemble.config.expert_ids), has_router="router" in ensemble.inputs, is_conditional=False
+        stage.config.sampling,
+        len(ensemble.config.expert_ids),
+        has_router="router" in ensemble.inputs,
+        is_conditional=False,
     )
     row = _row_of(stage, facts)
     drawn = calls.expert * row + calls.router * facts.row_flops["router"]
-    images = 2 * config.num_samples
     parts = (
         Part(speed="expert_row", count=round(images * calls.expert * row / facts.row_flops["expert"])),
         Part(speed="router_row", count=images * calls.router),
@@ -302,6 +312,9 @@ WORK: dict[str, Callable[[Stage, Facts, Mapping[str, Work]], Work]] = {
     "draws": _draws,
     "ensemble": _no_work,
     "choice": _choice,
-    "quantize": _quantize,
+    "prune": _smaller,
+    "quantize": _smaller,
+    "switch": _smaller,
+    "timing": _timing,
     "score": _score,
 }

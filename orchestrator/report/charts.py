@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from orchestrator.pareto import Point
+
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 MONOLITH = "#555555"
 
@@ -97,12 +99,40 @@ def trial_chart(scores: Sequence[tuple[float, float]], metric: str, *, maximize:
     return svg.getvalue()
 
 
+def pareto_chart(points: Sequence[Point], front: Sequence[Point]) -> str:
+    """Bytes and processor time against KID, as ratios to the whole ensemble, which is the star; the front is filled."""
+    costs = (("bytes", "bytes"), ("cpu", "CPU time of an image"))
+    with _figures(10.4, 3.6, len(costs)) as (axes, svg):
+        for plane, (key, label) in zip(axes, costs, strict=True):
+            plane.plot(1, 1, "*", color=MONOLITH, markersize=12)
+            for number, point in enumerate(points):
+                cost = getattr(point, key)
+                if cost is None or point.kid is None:
+                    continue
+                colour = COLOURS[number % len(COLOURS)]
+                face = colour if point in front else "none"
+                plane.plot(cost, point.kid, "o", color=colour, markerfacecolor=face, label=point.name)
+            plane.set_xlabel(f"{label}, to the whole ensemble's")
+            plane.set_ylabel("KID, to the whole ensemble's")
+            plane.set_xscale("log")
+            plane.set_yscale("log")
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return svg.getvalue()
+
+
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Axes, io.StringIO]]:
     """One pair of axes to draw on; the SVG is in the buffer once the block has ended."""
+    with _figures(width, height, 1) as (axes, svg):
+        yield axes[0], svg
+
+
+@contextmanager
+def _figures(width: float, height: float, columns: int) -> Iterator[tuple[list[Axes], io.StringIO]]:
+    """The same with several pairs of axes beside each other."""
     svg = io.StringIO()
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
-        yield figure.subplots(), svg
+        yield [figure.add_subplot(1, columns, number + 1) for number in range(columns)], svg
         figure.savefig(svg, format="svg", metadata={"Date": None})

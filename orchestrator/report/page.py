@@ -15,6 +15,7 @@ from orchestrator.costs import cost_rows, size, total
 from orchestrator.disk import refusals_named
 from orchestrator.display import clock
 from orchestrator.graph import build_graph
+from orchestrator.pareto import front_of, points_of
 from orchestrator.report import charts, facts
 from orchestrator.results import ScoreRow, chosen, score_rows, standing_graph, training_flops
 from orchestrator.run_folder import RunFolder
@@ -42,6 +43,7 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
     attempts, costs = attempts_of(run, graph), cost_rows(run)
     quality = facts.router_quality(run, graph)
     standing = {stage.name for stage in graph}
+    points = points_of(run, graph)
     missing = [stage.name for stage in build_graph(config) if stage.name not in standing]
     return {
         "config": config,
@@ -54,6 +56,9 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "rows": rows,
         "why": explain_default(rows),
         "choice": chosen(run, graph),
+        "points": points,
+        "front": front_of(points),
+        "pareto_chart": charts.pareto_chart(points, front_of(points)) if points else "",
         "grids": _grids(run, graph, rows),
         "clusters": facts.cluster_facts(run, graph) if "partition" in finished else [],
         "loss_chart": _chart(facts.loss_curves(run, graph, ("expert", "monolith", "told")), "step", "loss"),

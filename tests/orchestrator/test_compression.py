@@ -33,7 +33,7 @@ def test_without_a_setting_there_is_no_stage_and_with_one_the_others_stay_as_the
         {stage.name: stage.fingerprint for stage in build_graph(parse_config(compose(overrides)))}
         for overrides in (["experiment=digits"], ["experiment=digits", "quantize=int4"])
     )
-    assert small.keys() - whole.keys() == {"quantize", "score_int4"}
+    assert small.keys() - whole.keys() == {"quantize", "score_int4", "timing_int4"}
     assert {name: small[name] for name in whole} == whole
 
 
@@ -46,10 +46,10 @@ def test_auto_is_chosen_once_and_scores_the_smaller_ensemble_too():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["quantize=int3"], "known: int4, int8"),
-        (["quantize=null"], "known: int4, int8"),
+        (["quantize=int3"], "known: budget, int4, int4_compute, int8"),
+        (["quantize=null"], "known: budget, int4, int4_compute, int8"),
         (["expert.path=cosine"], "nothing else of a finished run changes"),
-        (["quantize=int4", "quantize.bits=5"], r"quantize\.bits"),
+        (["quantize=int4", "quantize.bits=7"], r"quantize\.weights\.bits"),
         ([], "try quantize=int8"),
     ],
 )
@@ -65,7 +65,10 @@ def test_a_finished_run_is_compressed_scored_and_not_done_again(tmp_path):
     run = RunFolder(Path(config.folder))
     smaller = with_compression(run.load_config(), ["quantize=int4", "quantize.group=16"])
     result = run_pipeline(smaller, Console(quiet=True))
-    assert set(result.finished) - set(first.finished) == {"quantize", "score_int4"} and result.submitted == 2
+    assert (
+        set(result.finished) - set(first.finished) == {"quantize", "score_int4", "timing_int4"}
+        and result.submitted == 3
+    )
     assert run_pipeline(smaller, Console(quiet=True)).submitted == 0
 
     rows = {row.name: row.scores for row in score_rows(run, standing_graph(run, smaller))}

@@ -1,13 +1,17 @@
 """A quantized ensemble: smaller, close to the whole one, which is not touched."""
 
+from dataclasses import replace
+
 import pytest
 
-from artifacts import Workspace, checksum, files_in, read_json
+from artifacts import Preempted, Workspace, checksum, files_in, read_json
 from ensemble.config import SamplingConfig
 from ensemble.pipeline import DDMPipeline
-from ensemble.stages.comparison import StageError
-from ensemble.stages.config import QuantizeConfig, QuantizeStageConfig
-from ensemble.stages.quantize import COMPRESSION, quantize
+from ensemble.stages.comparison import COMPRESSION
+from ensemble.stages.config import ComputeConfig, StageConfig, WeightsConfig
+from ensemble.stages.method import StageError
+from ensemble.stages.run import PLAIN, run_stage
+from ensemble.stages.weights import pack_expert
 from router.config import SelectionConfig
 from tests.ensemble.test_pipeline import parts, put_together
 
@@ -15,9 +19,13 @@ __all__ = ["parts"]
 SAMPLING = SamplingConfig(steps=3, selection=SelectionConfig(name="full"))
 
 
-def stage(**given) -> QuantizeStageConfig:
-    quantized = QuantizeConfig(**({"group": 8, "least": 64} | given))
-    return QuantizeStageConfig(quantize=quantized, sampling=SAMPLING, num_samples=8)
+def stage(kind=WeightsConfig, **given) -> StageConfig:
+    recipe = kind(**({"group": 8, "least": 64} | given))
+    return StageConfig(recipe=recipe, sampling=SAMPLING, num_samples=8)
+
+
+def quantize(config, whole, out, workspace):
+    run_stage(config, whole, whole, [], out, workspace)
 
 
 @pytest.fixture
@@ -55,5 +63,29 @@ def test_the_router_is_left_as_it_is_if_so_asked(whole, tmp_path):
 
 
 def test_a_stage_that_would_do_nothing_is_an_error(whole, tmp_path):
-    with pytest.raises(StageError, match=r"no matrix of at least 1000000 entries in expert_0.*lower quantize\.least"):
+    with pytest.raises(StageError, match=r"no matrix of at least 1000000 entries in expert 0.*lower quantize\.least"):
         quantize(stage(least=10**6), whole, tmp_path / "small", Workspace.at(tmp_path / "work"))
+
+
+def test_eight_bits_of_compute_are_a_stage_too_and_a_second_one_finds_nothing(whole, tmp_path):
+    quantize(stage(ComputeConfig), whole, tmp_path / "small", Workspace.at(tmp_path / "work"))
+    found = read_json(tmp_path / "small" / COMPRESSION)
+    assert found["stages"] == ["int8_compute"] and 0 < found["relative_l2"] < 0.1
+    assert found["flops_after"] == found["flops_before"]
+    with pytest.raises(StageError, match="no linear layer"):
+        run_stage(stage(ComputeConfig), tmp_path / "small", whole, [], tmp_path / "again", Workspace.at(tmp_path / "w"))
+
+
+def test_a_stage_that_was_stopped_keeps_the_experts_it_has_finished(whole, tmp_path, monkeypatch):
+    made = []
+    workspace = replace(Workspace.at(tmp_path / "work"), stopping=lambda: len(made) == 2)
+
+    def noting(expert, config):
+        made.append(expert.cluster_id)
+        return pack_expert(expert, config)
+
+    monkeypatch.setitem(PLAIN, "weights", noting)
+    with pytest.raises(Preempted, match="2 of 3 experts"):
+        quantize(stage(bits=4), whole, tmp_path / "stopped", workspace)
+    quantize(stage(bits=4), whole, tmp_path / "small", Workspace.at(tmp_path / "work"))
+    assert made == [0, 1, 2]

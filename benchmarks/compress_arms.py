@@ -1,0 +1,172 @@
+"""What `benchmarks.compress` trains: a U-Net for each of eight clusters, a transformer of width 384 for each of two.
+
+All of Fashion-MNIST at 16 x 16. The experts of an arm start from one network that has seen all clusters for a while,
+as experts of published models do, and then never hear of each other again.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from artifacts import Workspace, read_json
+from ensemble.evaluate import evaluate
+from ensemble.stages.comparison import COMPRESSION
+from ensemble.stages.config import RecipeConfig, StageConfig, TimingConfig
+from ensemble.stages.run import run_stage
+from ensemble.stages.timing import TIMING, Timing, time_both
+from orchestrator.compose import compose
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.controller import run_pipeline
+from orchestrator.graph import build_graph, plain_evaluation
+from orchestrator.matching import by_cluster
+from orchestrator.run_folder import RunFolder
+from orchestrator.stage import Stage
+
+Scores = dict[str, Any]
+SPACES = ("pixels", "efficientnet_lite0")
+
+BASE = (
+    "data=fashion_full",
+    "data.image_size=16",
+    "data.fit=crop",
+    "codec=pixels",
+    "partition.features=random_conv",
+    "partition.num_fine=128",
+    "partition.iterations=10",
+    "partition.seed=0",
+    "expert.training.warmup_steps=50",
+    "expert.training.condition_dropout=1",
+    "router.training.condition_dropout=1",
+    "router.width=48",
+    "router.training.steps=400",
+    "ensemble.solver=euler",
+    "ensemble.steps=20",
+    f"scores.spaces=[{','.join(SPACES)}]",
+    "scores.num_samples=1024",
+    "scores.seed=0",
+    "monolith=false",
+    "compute=inline",
+    "wandb.mode=disabled",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How the experts of one architecture come about."""
+
+    network: Sequence[str]
+    num_experts: int
+    start: Sequence[str]
+    """The training that all of them begin with."""
+    own: Sequence[str]
+    """The training of each on its own cluster; the batch is the global one."""
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "unet": Recipe(
+        network=("expert=unet", "expert.network.channels=[32,64,64]", "expert.network.layers_per_block=2"),
+        num_experts=8,
+        start=("expert.training.steps=1200", "expert.training.batch_size=64", "expert.training.lr=1e-3"),
+        own=("expert.training.steps=400", "expert.training.batch_size=256", "expert.training.lr=5e-4"),
+    ),
+    "dit": Recipe(
+        network=("expert=dit", "expert.network.heads=6", "expert.network.head_width=64", "expert.network.depth=4"),
+        num_experts=2,
+        start=("expert.training.steps=1000", "expert.training.batch_size=64", "expert.training.lr=5e-4"),
+        own=("expert.training.steps=300", "expert.training.batch_size=128", "expert.training.lr=2e-4"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A trained ensemble and everything that is made of it."""
+
+    config: RunConfig
+
+    @cached_property
+    def run(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(Path(self.config.folder))
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """By name."""
+        return {stage.name: stage for stage in build_graph(self.config)}
+
+    @property
+    def whole(self) -> Path:
+        """The ensemble that nothing was done to."""
+        return self.folder("ensemble")
+
+    def folder(self, stage: str) -> Path:
+        """A stage's artifact."""
+        return self.run.artifact(self.stages[stage])
+
+    def made(self, name: str, recipe: RecipeConfig, ensemble: Path | None = None) -> Path:
+        """The ensemble that a recipe makes, with its comparison; what is finished already is found."""
+        out = self.extra(name)
+        if not (out / COMPRESSION).exists():
+            shutil.rmtree(out, ignore_errors=True)
+            clusters = by_cluster(self.folder("partition") / "clusters")
+            config = StageConfig(recipe=recipe, sampling=self.config.ensemble)
+            space = Workspace.at(self.run.root / "work" / f"{out.name}")
+            run_stage(config, ensemble or self.whole, self.whole, clusters, out, space)
+            shutil.rmtree(space.scratch)
+        return out
+
+    def scores(self, pipeline: Path) -> Scores:
+        """Scores of a pipeline, by space; its images are drawn from the same seeds whatever was done to it."""
+        out = self.extra(f"scores-{pipeline.name}")
+        if not (out / "scores.json").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            folders = (pipeline, self.folder("reference"), self.folder("partition"))
+            space = Workspace.at(self.run.root / "work" / out.name)
+            evaluate(*folders, plain_evaluation(self.config), self.config.ensemble, out, space)
+        return dict(read_json(out / "scores.json")["spaces"])
+
+    def kid(self, pipeline: Path) -> float:
+        """KID over that of the whole ensemble, in the space where that is larger."""
+        ours, theirs = self.scores(pipeline), self.scores(self.whole)
+        return max(float(ours[space]["kid"]) / float(theirs[space]["kid"]) for space in SPACES)
+
+    def cpu(self, pipeline: Path) -> Timing:
+        """Processor time of an image against the whole ensemble's; measured once."""
+        out = self.extra(f"timing-{pipeline.name}")
+        if not (out / TIMING).exists():
+            out.mkdir(parents=True, exist_ok=True)
+            space = Workspace.at(self.run.root / "work" / out.name)
+            time_both(TimingConfig(sampling=self.config.ensemble), pipeline, self.whole, out, space)
+        return Timing(**read_json(out / TIMING))
+
+    def extra(self, name: str) -> Path:
+        """A folder beside the run's own artifacts, one for each number of experts and seed."""
+        return self.run.root / "extra" / f"{name}-k{self.config.partition.num_experts}-seed{self.config.seed}"
+
+
+def start_of(name: str, seed: int, folder: Path) -> Arm:
+    """The network that all experts of an architecture begin with: an ensemble of one."""
+    return _run([*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1"])
+
+
+def train(name: str, seed: int, folder: Path) -> Arm:
+    """The trained ensemble of an architecture; what is finished already is found."""
+    recipe, start = RECIPES[name], start_of(name, seed, folder)
+    own = [*recipe.own, f"partition.num_experts={recipe.num_experts}", f"expert.init={start.folder('expert_0')}"]
+    return _run([*_given(name, seed, folder), *own])
+
+
+def _given(name: str, seed: int, folder: Path) -> list[str]:
+    return [*BASE, *RECIPES[name].network, f"seed={seed}", f"folder={folder / name}"]
+
+
+def _run(overrides: Sequence[str]) -> Arm:
+    arm = Arm(parse_config(compose(overrides)))
+    if run_pipeline(arm.config, Console(quiet=True)).stopped:
+        raise SystemExit("stopped; the same command goes on from there")
+    return arm

@@ -1,0 +1,64 @@
+"""What an expert's own samples make its layers see and say, on batches that are functions of a seed."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from experts.config import TrainingConfig
+from experts.expert import Expert
+from experts.latents import Batch, LatentDataset, batch_of
+from experts.networks import call_network
+
+Rows = Float[Tensor, "row *rest"]
+Chosen = Float[Tensor, "chosen *rest"]
+
+HELD_OUT = 10**6
+"""Batches from this step on measure, and calibrate nothing."""
+
+
+def batches_of(dataset: LatentDataset, rows: int, seed: int, count: int, start: int = 0) -> list[Batch]:
+    """So many batches of `rows` samples, a tenth of them without a condition."""
+    training = TrainingConfig(batch_size=rows, seed=seed)
+    return [batch_of(dataset, training, start + step) for step in range(count)]
+
+
+def answer(model: nn.Module, expert: Expert, batch: Batch) -> Tensor:
+    """What a model says in the expert's place, in the expert's own prediction."""
+    noised = expert.path.noised(batch.clean, batch.noise, batch.t)
+    return call_network(model, noised, batch.t, batch.condition)
+
+
+@contextmanager
+def watched(model: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Show `see` every listed layer's path, input and output whenever it is called within."""
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, args, said: see(path, args[0], said)
+
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def some_rows(x: Rows, most: int) -> Chosen:
+    """At most so many rows; a stride would see the same features of each, so which ones is a draw of fixed seed."""
+    if len(x) <= most:
+        return x
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most].to(x.device)]
+
+
+def output_error(model: nn.Module, expert: Expert, batches: Iterable[Batch]) -> float:
+    """|| what the model says - what the expert says || / || what the expert says ||."""
+    far, whole = 0.0, 0.0
+    with torch.no_grad():
+        for batch in batches:
+            said, exact = answer(model, expert, batch).double(), answer(expert.model, expert, batch).double()
+            far, whole = far + float((said - exact).square().sum()), whole + float(exact.square().sum())
+    return math.sqrt(far / whole if whole else far)

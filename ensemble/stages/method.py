@@ -1,0 +1,33 @@
+"""What a stage does to one expert: a function of the expert, its own cluster's latents and a configuration."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from artifacts import Workspace
+from experts.expert import Expert
+from experts.latents import LatentDataset
+
+
+class StageError(ValueError):
+    """A stage cannot do what it was asked to do with this ensemble."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A smaller expert, and what making it took."""
+
+    expert: Expert
+    modules: int
+    """Weights, layers or whatever the method works on, that it has changed; 0 is an error of the stage."""
+    flops: float
+    """Of calibrating, searching and training again."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What is worth looking at later, as JSON."""
+
+
+Method = Callable[[Expert, LatentDataset, Any, Workspace], Outcome]
+"""(expert, latents of its own cluster, configuration, this expert's workspace) to a smaller one.
+
+The expert that is given is not changed. Raises `StageError` if nothing would change, `Preempted` between two steps.
+"""

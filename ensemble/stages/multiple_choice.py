@@ -1,0 +1,65 @@
+"""One option of every item, at the least cost within a budget: the multiple-choice knapsack.
+
+Greedily along the lower convex hull of each item's options, the best saving for the size first; the solution of the
+linear relaxation but for one item (Sinha & Zoltners 1979, The multiple-choice knapsack problem).
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What an item may be."""
+
+    size: int
+    cost: float
+
+
+def choose_options(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
+    """The index of every item's chosen option; `ValueError` if not even the smallest options fit.
+
+    The cost is above the least possible one by less than the largest saving of a single step along a hull.
+    """
+    hulls = [_hull(options) for options in items]
+    spent = sum(options[hull[0]].size for options, hull in zip(items, hulls, strict=True))
+    if spent > budget:
+        raise ValueError(f"the smallest options take {spent}, which is more than the budget of {budget}")
+    places = [0] * len(items)
+    steps = [_step(items[k], hulls[k], 0, k) for k in range(len(items)) if len(hulls[k]) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, k, more = heapq.heappop(steps)
+        if spent + more > budget:
+            continue
+        spent += more
+        places[k] += 1
+        if places[k] + 1 < len(hulls[k]):
+            heapq.heappush(steps, _step(items[k], hulls[k], places[k], k))
+    return [hull[place] for hull, place in zip(hulls, places, strict=True)]
+
+
+def _hull(options: Sequence[Option]) -> list[int]:
+    """Indices of the options on the lower convex hull, from the smallest to the cheapest."""
+    if not options:
+        raise ValueError("an item has no options; leave it out")
+    hull: list[int] = []
+    for index in sorted(range(len(options)), key=lambda index: (options[index].size, options[index].cost)):
+        if hull and options[index].cost >= options[hull[-1]].cost:
+            continue
+        while len(hull) > 1 and _saving(options, hull[-2], hull[-1]) <= _saving(options, hull[-2], index):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _saving(options: Sequence[Option], small: int, large: int) -> float:
+    """Cost that is saved for each unit of size."""
+    return (options[small].cost - options[large].cost) / (options[large].size - options[small].size)
+
+
+def _step(options: Sequence[Option], hull: Sequence[int], place: int, item: int) -> tuple[float, int, int]:
+    """The next step along a hull, best first: (- saving, item, more size)."""
+    small, large = hull[place], hull[place + 1]
+    return -_saving(options, small, large), item, options[large].size - options[small].size

@@ -1,0 +1,151 @@
+"""QuEST: few bits for weights and activations, a grid for each time, and training for the layers that matter.
+
+Wang et al. 2025, arXiv:2402.03666. Weights are rounded by least squared error, a scale a row, without reconstruction
+of blocks. Every other large weight is stored in few bits and computes in full precision.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from artifacts import Preempted, Workspace
+from ensemble.stages.calibration import HELD_OUT, answer, batches_of, output_error, some_rows, watched
+from ensemble.stages.layers import Purpose, layers_of, pack_rest
+from ensemble.stages.method import Outcome, StageError
+from ensemble.stages.quest_config import QuESTConfig
+from ensemble.stages.rounded_network import hold_few_bits, learn_only, round_layers, settle_steps
+from experts.config import TrainingConfig
+from experts.expert import Expert, network_flops
+from experts.flops import training_flops
+from experts.latents import Batch, LatentDataset
+from experts.timed_input import Clock
+from experts.train import fit, usable_device
+
+SENSITIVE: tuple[Purpose, ...] = ("attention", "feed_forward")
+MEASURED = 4
+"""Batches that measure the error of the whole network."""
+
+
+def quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace: Workspace) -> Outcome:
+    """Layers that are told the time, of attention, feed-forward parts and residual blocks in few bits, then trained.
+
+    Raises `StageError` if there is no such layer, `Preempted` between two steps, after saving, and what `fit` raises.
+    """
+    model = deepcopy(expert.model)
+    paths = layers_of(model, *SENSITIVE, "time_embedding", *(("convolution",) if config.convolutions else ()))
+    if not paths:
+        raise StageError(
+            f"quest found no layer to round in expert {expert.cluster_id}, so it would do nothing: it knows those of "
+            "diffusers' U-Net and transformer and of the residual network"
+        )
+    samples, times = _observed(model, paths, expert, dataset, config, workspace)
+    round_layers(model, samples, times, config.bits, config.activation_bits)
+    measuring = batches_of(dataset, config.rows, config.seed, MEASURED, HELD_OUT)
+    errors, touched = {"calibrated": output_error(model, expert, measuring)}, set[str]()
+    flops = network_flops(expert.model, expert.latent_shape)
+    spent = flops * config.rows * config.times
+    for name, training, chosen in _tunings(model, config):
+        model = _tuned(model, expert, dataset, chosen, training, _part(workspace, name), name == "time_embedding")
+        errors[name] = output_error(model, expert, measuring)
+        spent += training_flops(flops, training.batch_size, training.steps) * 4 / 3
+        touched |= set(chosen)
+    whole = sum(parameter.numel() for parameter in expert.model.parameters())
+    share = sum(expert.model.get_parameter(f"{path}.weight").numel() for path in touched) / whole
+    hold_few_bits(model, paths)
+    rest = pack_rest(model, config.rest_bits, config.group, config.least)
+    errors["with_the_rest_in_few_bits"] = output_error(model, expert, measuring)
+    details = {"output_errors": errors, "trained_share": share, "trained_layers": sorted(touched), "layers": paths}
+    details |= {"weights_stored_in_few_bits": rest}
+    return Outcome(expert=replace(expert, model=model), modules=len(paths) + rest, flops=spent, details=details)
+
+
+def _observed(
+    model: nn.Module,
+    paths: Sequence[str],
+    expert: Expert,
+    dataset: LatentDataset,
+    config: QuESTConfig,
+    workspace: Workspace,
+) -> tuple[dict[str, Float[Tensor, "grid entry"]], Float[Tensor, " grid"]]:
+    """Some of what every layer is given at each calibrated time, and those times in the network's own unit."""
+    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
+    clock, times = Clock(), []
+    called: dict[str, Tensor] = {}
+
+    def see(path: str, given: Tensor, said: Tensor) -> None:
+        called[path] = some_rows(given.detach().flatten().float(), config.entries)
+
+    handle = model.register_forward_pre_hook(clock, with_kwargs=True)
+    with torch.no_grad(), watched(model, paths, see):
+        for number, batch in enumerate(batches_of(dataset, config.rows, config.seed, config.times)):
+            if workspace.stop_requested():
+                raise Preempted(f"stopped after {number} of {config.times} times, which are calibrated again")
+            answer(model, expert, replace(batch, t=torch.full_like(batch.t, (number + 0.5) / config.times)))
+            times.append(clock.now)
+            for path, found in called.items():
+                seen[path].append(found)
+    handle.remove()
+    samples = {path: torch.stack(found) for path, found in seen.items()}
+    known = torch.stack([now[0].float() for now in times if now is not None])
+    if config.timewise:
+        return samples, known
+    return {path: found.reshape(1, -1) for path, found in samples.items()}, known.mean().reshape(1)
+
+
+def _tunings(model: nn.Module, config: QuESTConfig) -> list[tuple[str, TrainingConfig, list[str]]]:
+    """The trainings that are asked for: name, recipe and layers."""
+    told = layers_of(model, "time_embedding")
+    is_wide = config.convolutions and config.sensitive_convolutions
+    purposes: tuple[Purpose, ...] = (*SENSITIVE, "convolution") if is_wide else SENSITIVE
+    sensitive = [path for path in layers_of(model, *purposes) if not path.endswith("to_out.0")]
+    asked = (("time_embedding", config.time_embedding, told), ("sensitive", config.sensitive, sensitive))
+    return [(name, training, paths) for name, training, paths in asked if training is not None and paths]
+
+
+def _tuned(
+    model: nn.Module,
+    expert: Expert,
+    dataset: LatentDataset,
+    paths: list[str],
+    training: TrainingConfig,
+    workspace: Workspace,
+    by_layer: bool,
+) -> nn.Module:
+    """The network with these layers trained; `by_layer` holds each of them to what it said, besides the network."""
+    teacher = deepcopy(expert.model).to(usable_device(training.device))
+    watched_paths = paths if by_layer else []
+
+    def loss(student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        batch = replace(batch, t=_evenly(batch.t, training))
+        exact: dict[str, Tensor] = {}
+        said: dict[str, Tensor] = {}
+        with torch.no_grad(), watched(teacher, watched_paths, lambda path, _, found: exact.update({path: found})):
+            wanted = answer(teacher, expert, batch)
+        with watched(student, watched_paths, lambda path, _, found: said.update({path: found})):
+            output = functional.mse_loss(answer(student, expert, batch).float(), wanted)
+        # Wang et al. 2025, arXiv:2402.03666: sum over layers of ||their output - before||^2 + ||output - before||^2.
+        layers = torch.stack([functional.mse_loss(said[path], exact[path]) for path in watched_paths] or [output * 0])
+        return {"loss": output + layers.sum(), "output": output}
+
+    learn_only(model, paths)
+    model = fit(model, loss, dataset, training, workspace).model
+    settle_steps(model, paths)
+    return model
+
+
+def _evenly(t: Float[Tensor, " batch"], training: TrainingConfig) -> Float[Tensor, " batch"]:
+    """A training's t, which is logit-normal, spread evenly between 0 and 1 instead."""
+    even: Tensor = torch.special.ndtr((torch.logit(t) - training.t_mean) / training.t_std)
+    return even.clamp(1e-3, 1 - 1e-3)
+
+
+def _part(workspace: Workspace, name: str) -> Workspace:
+    """A part of the workspace for one of several trainings."""
+    scratch = workspace.scratch / name
+    scratch.mkdir(parents=True, exist_ok=True)
+    return Workspace(scratch, workspace.attempt, workspace.stop_files, workspace.stopping)

@@ -1,0 +1,78 @@
+"""How much processor time an image takes, against the whole ensemble's: both in turns, in one process, on one thread.
+
+Seconds depend on the machine and on who else is on it; the ratio of two figures that were taken in turns hardly does.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from artifacts import Preempted, Workspace, write_json
+from ensemble.draws import RowFlops
+from ensemble.pipeline import DDMPipeline
+from ensemble.sample import sample
+from ensemble.stages.config import TimingConfig
+
+TIMING = "timing.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Processor time, measured on this machine; written as `timing.json`."""
+
+    seconds_before: float
+    """Processor seconds an image of the whole ensemble takes: the lower quartile of the turns."""
+    seconds_after: float
+    ratio: float
+    """`seconds_after / seconds_before`."""
+    lowest: float
+    """Of the ratios of single turns."""
+    highest: float
+    turns: int
+    threads: int = 1
+
+
+def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, workspace: Workspace) -> float:
+    """Write `timing.json`, and return the FLOPs of drawing."""
+    pipelines = [DDMPipeline.from_pretrained(folder) for folder in (whole, smaller)]
+    seeds, flops = list(range(config.num_images)), 0.0
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with one_thread():
+        for turn in range(-1, config.turns):
+            workspace.report(turn + 1, config.turns + 1, unit="turns")
+            if workspace.stop_requested():
+                raise Preempted(f"stopped after {turn + 1} turns; a measurement starts again")
+            for pipeline, found in zip(pipelines, seconds, strict=True):
+                start = time.process_time()
+                drawn = sample(pipeline.ensemble, pipeline.codec, seeds, config.sampling)
+                if turn >= 0:
+                    found.append((time.process_time() - start) / len(seeds))
+                flops += RowFlops.of(pipeline).times(drawn.calls) if turn < 0 else 0.0
+    before, after = (statistics.quantiles(found, n=4)[0] for found in seconds)
+    ratios = [ours / theirs for theirs, ours in zip(*seconds, strict=True)]
+    timing = Timing(
+        seconds_before=before,
+        seconds_after=after,
+        ratio=after / before,
+        lowest=min(ratios),
+        highest=max(ratios),
+        turns=config.turns,
+    )
+    write_json(out / TIMING, timing)
+    return flops * (config.turns + 1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As many threads as before afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

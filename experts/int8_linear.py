@@ -1,0 +1,130 @@
+"""A linear layer that multiplies whole numbers of eight bits: activations are rounded row by row as they come.
+
+    y = s_x s_w (round(x / s_x) round(w / s_w)^T) + b,   s = max |.| / 127 over a row of x, or of w
+
+Dettmers et al. 2022, arXiv:2208.07339, section 2.1, vector-wise quantization. Scales that span the whole batch would be
+cheaper, but then an image would depend on what it is sampled beside.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int8, Int64, UInt8
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from experts.packing import Packing, empty_parts, pack, unpack
+
+LARGEST = 127
+SHIFT = 128
+"""The kernel takes unsigned activations, so zero is moved to here."""
+ROWS = 128
+"""Rows that are rounded at once, few enough to stay in the processor's cache."""
+
+
+class Int8Linear(nn.Module):
+    """Takes the place of a `torch.nn.Linear`; its weight is stored in as few bits as its packing says."""
+
+    FORM: ClassVar[str] = "int8_linear"
+    codes: UInt8[Tensor, "out byte"]
+    scales: Float[Tensor, "out group"]
+    bias: Float[Tensor, " out"] | None
+
+    def __init__(self, packing: Packing, has_bias: bool) -> None:
+        """Empty, in the shapes of `packing`."""
+        super().__init__()
+        self.packing = packing
+        self.out_features, self.in_features = packing.shape
+        codes, scales = empty_parts(packing)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", torch.zeros(self.out_features) if has_bias else None)
+        self._ready: tuple[int, Int8Weight] | None = None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, packing: Packing) -> "Int8Linear":
+        """The rounded layer."""
+        made = cls(packing, linear.bias is not None)
+        for kept, found in zip((made.codes, made.scales), pack(linear.weight, packing), strict=True):
+            kept.copy_(found)
+        if made.bias is not None:
+            made.bias.copy_(linear.bias.detach())
+        return made
+
+    def settings(self) -> dict[str, Any]:
+        """Its packing, and whether it has a bias."""
+        return {"packing": asdict(self.packing), "has_bias": self.bias is not None}
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """In the type of `x`."""
+        rows = x.reshape(-1, self.in_features).float()
+        scales = torch.maximum(rows.amax(-1), rows.amin(-1).neg_()).clamp_min_(1e-12).div_(LARGEST).unsqueeze(1)
+        multiply = self._on_cpu if rows.device.type == "cpu" else self._elsewhere
+        said = multiply(rows, scales).mul_(scales)
+        if self.bias is not None:
+            said += self.bias
+        return said.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _on_cpu(self, rows: Float[Tensor, "row in"], scales: Float[Tensor, "row 1"]) -> Float[Tensor, "row out"]:
+        """By oneDNN, which uses the processor's instructions for eight bits where it has them."""
+        codes = torch.empty(rows.shape, dtype=torch.uint8)
+        for start in range(0, len(rows), ROWS):
+            some = slice(start, start + ROWS)
+            codes[some] = (rows[some] / scales[some]).add_(SHIFT + 0.5)
+        weight = self._weight()
+        said: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, SHIFT, weight.laid_out, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return said
+
+    def _elsewhere(self, rows: Float[Tensor, "row in"], scales: Float[Tensor, "row 1"]) -> Float[Tensor, "row out"]:
+        weight = self._weight()
+        return torch._int_mm((rows / scales).round_().to(torch.int8), weight.codes.t()).float() * weight.scales
+
+    def _weight(self) -> "Int8Weight":
+        """In eight bits with one scale a row, made anew if what is stored has changed."""
+        version = self.codes._version + self.scales._version
+        if self._ready is None or self._ready[0] != version or self._ready[1].codes.device != self.codes.device:
+            self._ready = version, Int8Weight.of(unpack(self.codes, self.scales, self.packing))
+        return self._ready[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew."""
+        return {**self.__dict__, "_ready": None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Weight:
+    """What a layer multiplies with."""
+
+    codes: Int8[Tensor, "out in"]
+    scales: Float[Tensor, " out"]
+    laid_out: Tensor
+    """The codes as oneDNN wants them; elsewhere the codes again."""
+    zeros: Int64[Tensor, " out"]
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "out in"]) -> "Int8Weight":
+        """The largest entry of every row is kept."""
+        scales = weight.abs().amax(1).clamp_min(1e-12) / LARGEST
+        codes = (weight / scales.unsqueeze(1)).round().to(torch.int8)
+        on_cpu = weight.device.type == "cpu"
+        laid_out = torch.ops.onednn.qlinear_prepack(codes, None) if on_cpu else codes
+        zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+        return cls(codes=codes, scales=scales, laid_out=laid_out, zeros=zeros)
+
+
+def place_int8_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+    """Put an empty form in the place of a linear layer; `ValueError` if there is none of that shape."""
+    found, packing = model.get_submodule(path), Packing.parsed(settings["packing"])
+    if not isinstance(found, nn.Linear) or tuple(found.weight.shape) != packing.shape:
+        raise ValueError(f"{path} of the network is no linear layer of shape {packing.shape}")
+    model.set_submodule(path, Int8Linear(packing, bool(settings["has_bias"])))
+
+
+@register_flop_formula(torch.ops.onednn.qlinear_pointwise)
+def _flops(codes: tuple[int, int], *rest: Any, out_shape: tuple[int, int], **_: Any) -> int:
+    """A multiply-add counts as two."""
+    return 2 * codes[0] * codes[1] * out_shape[1]
