@@ -52,8 +52,8 @@ style: install ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-overhead bench-quality bench-scale chaos
-bench: bench-overhead bench-quality bench-scale ## Run every benchmark and write docs/benchmarks.md
+.PHONY: bench bench-overhead bench-quality bench-compress bench-scale chaos
+bench: bench-overhead bench-quality bench-compress bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-overhead: install ## What the orchestrator costs, against the same loops by hand
 	$(BIN)/python -m benchmarks.overhead
@@ -61,6 +61,10 @@ bench-overhead: install ## What the orchestrator costs, against the same loops b
 
 bench-quality: install ## The decomposition against its baselines, 14 arms, three seeds (at most an hour)
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.page
+
+bench-compress: install ## Pruning and quantization against what they must beat, three seeds (about four hours of one core)
+	$(BIN)/python -m benchmarks.compress
 	$(BIN)/python -m benchmarks.page
 
 bench-scale: install ## What the controller costs with up to 10,000 stages, and 1,000 islands in simulation

@@ -186,16 +186,24 @@ def evaluate(run: RunArgument, select: Select = "sticky") -> None:
 @app.command()
 def compress(
     run: RunArgument,
-    overrides: Annotated[list[str], typer.Argument(help="quantize=int8 or int4, quantize.group=32 …")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="prune=laptop or ecodiff, quantize=int4 …, quantize.group=32 …")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Search for a compression instead: bytes<=0.25,kid<=1.05 (also flops, cpu, fd, l2)")
+    ] = "",
 ) -> None:
     """Make a smaller ensemble beside the whole one, which stays as it is, and score it."""
-    from dataclasses import replace
+    from orchestrator.compression import compress_run, describe_compression, search_run, with_compression
 
-    from orchestrator.compression import describe_compression, with_compression
-
+    if budget and overrides:
+        raise ConfigError("--budget searches for the stages itself; leave them out, or leave it out")
     folder = _opened(run)
-    config = replace(with_compression(folder.load_config(), overrides), folder=str(run))
-    _run(config)
+    if budget:
+        config = search_run(folder, budget, console)
+    else:
+        config = compress_run(folder, with_compression(folder.load_config(), overrides or []), console)
+    console.print(f"Report: {_write_report(run)}", soft_wrap=True)
     console.print(describe_compression(folder, config), soft_wrap=True, highlight=False, markup=False)
 
 

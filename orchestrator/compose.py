@@ -65,10 +65,11 @@ def to_dictionary(composed: DictConfig) -> dict[str, Any]:
 def quoted(override: str) -> str:
     """An override whose value Hydra's grammar would refuse, such as a path with braces or a tilde, as a string.
 
-    What is below `experts` may be new to Hydra; `parse_config` checks it.
+    What is below `experts`, or below a group that has a file only if it is asked for, may be new to Hydra;
+    `parse_config` checks it.
     """
     key, assigned, value = override.partition("=")
-    if key.split(".")[0] == "experts":
+    if key.split(".")[0] == "experts" or ("." in key and key.split(".")[0] in OPTIONAL):
         return quoted(f"++{override}")
     try:
         OverridesParser.create().parse_override(override)

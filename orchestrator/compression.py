@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rich.console import Console
+
 from ensemble.stages.comparison import COMPRESSION, Comparison, describe
+from orchestrator.budget import Budget, Unsuitable, search
 from orchestrator.compose import compose
 from orchestrator.config import RunConfig, parse_config
-from orchestrator.errors import ConfigError
+from orchestrator.controller import run_pipeline
+from orchestrator.errors import ConfigError, RunFailed
 from orchestrator.graph import build_graph
+from orchestrator.pareto import Point, pareto_table, points_of
 from orchestrator.recipes import SMALLER, recipes_of
 from orchestrator.run_folder import RunFolder
 
@@ -20,10 +25,46 @@ def with_compression(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 f"{override}: a compression consists of {', '.join(SMALLER)}, such as quantize=int4; nothing else of a "
                 "finished run changes"
             )
-    asked = parse_config(compose(overrides))
+    asked = parse_config(compose([*overrides, f"seed={config.seed}"]))
     if not recipes_of(asked):
         raise ConfigError("no stage is named, so nothing would be compressed; try quantize=int8")
     return replace(config, prune=asked.prune, quantize=asked.quantize, switch=asked.switch)
+
+
+def compress_run(run: RunFolder, config: RunConfig, console: Console) -> RunConfig:
+    """Bring the run with these stages to its end, and show every compressed ensemble that it has."""
+    config = replace(config, folder=str(run.root))
+    if run_pipeline(config, console).stopped:
+        raise RunFailed("stopped; the same command goes on from there")
+    console.print(pareto_table(points_of(run, build_graph(config))))
+    return config
+
+
+def search_run(run: RunFolder, text: str, console: Console) -> RunConfig:
+    """The configuration of the first compression within a budget; raises `ConfigError` if there is none.
+
+    Everything that was tried is kept, and found again by the next search.
+    """
+    budget, whole, configs = Budget.parsed(text), run.load_config(), {}
+
+    def make(overrides: Sequence[str]) -> Point:
+        config = replace(with_compression(whole, overrides), folder=str(run.root))
+        try:
+            if run_pipeline(config, console).stopped:
+                raise ConfigError("stopped; the same command goes on from there")
+        except RunFailed as error:
+            raise Unsuitable(str(error)) from error
+        graph = build_graph(config)
+        folder = run.artifact([stage for stage in graph if stage.kind in SMALLER][-1])
+        configs[folder] = config
+        return next(point for point in points_of(run, graph) if point.folder == folder)
+
+    def say(overrides: Sequence[str], point: Point, broken: list[str]) -> None:
+        console.print(f"{' '.join(overrides)}: {'; '.join(broken) or 'within the budget'}", highlight=False)
+
+    found = search(budget, make, say)
+    console.print(pareto_table(points_of(run, build_graph(configs[found.folder]))))
+    return configs[found.folder]
 
 
 def describe_compression(run: RunFolder, config: RunConfig) -> str:

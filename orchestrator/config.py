@@ -163,9 +163,15 @@ def known_keys(location: tuple[str | int, ...]) -> list[str]:
         if part in _fields(node):
             node = _fields(node)[str(part)].annotation
         else:
-            tagged = [kind for kind in get_args(node) if _tag(kind) == part]
+            tagged = [kind for kind in _kinds(node) if _tag(kind) == part]
             node = tagged[0] if tagged else next(iter(reversed(get_args(node))), None)
-    return sorted(set().union(*(_fields(kind) for kind in (node, *get_args(node)))))
+    return sorted(set().union(*(_fields(kind) for kind in (node, *_kinds(node)))))
+
+
+def _kinds(node: Any) -> list[Any]:
+    """The members of a union, also of a union within it."""
+    found = [kind for kind in get_args(node) if not isinstance(kind, FieldInfo)]
+    return [one for kind in found for one in (kind, *_kinds(kind))]
 
 
 def _fields(kind: Any) -> dict[str, FieldInfo]:
@@ -189,5 +195,7 @@ def _explain(mistake: Mapping[str, Any], what: str, known: Callable[[tuple[str |
     where = ".".join(str(part) for part in location) or what
     if mistake["type"] == "unexpected_keyword_argument":
         return f"{where}: unknown key; known here: {', '.join(known(location[:-1]))}"
+    if mistake["type"] == "union_tag_not_found":
+        return f"{where}: which method is meant? choose a file of this group, such as those in cluster_configs/{where}"
     given = "" if isinstance(value, dict) else f" (given: {value!r})"
     return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{given}"

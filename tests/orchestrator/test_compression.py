@@ -50,6 +50,9 @@ def test_auto_is_chosen_once_and_scores_the_smaller_ensemble_too():
         (["quantize=null"], "known: budget, int4, int4_compute, int8"),
         (["expert.path=cosine"], "nothing else of a finished run changes"),
         (["quantize=int4", "quantize.bits=7"], r"quantize\.weights\.bits"),
+        (["quantize=int4", "quantize.bit=4"], r"quantize\.weights\.bit: unknown key; known here: bits, group"),
+        (["prune=laptop", "prune.retraining.step=4"], r"retraining\.step: unknown key; known here: .*steps"),
+        (["quantize.bits=4"], "quantize: which method is meant"),
         ([], "try quantize=int8"),
     ],
 )

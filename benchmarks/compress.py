@@ -1,0 +1,248 @@
+"""Pruning and quantization of trained experts, against what each must beat (`make bench-compress`): every claim.
+
+`benchmarks/compress_arms.py` says what is trained, `benchmarks/compress_found.py` what is measured. Ratios are to the
+whole ensemble from the same noise, by the mean over the seeds; a KID ratio is that of the space where it is larger.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from artifacts import plain
+from benchmarks.compress_found import PARTS, PRUNED, Found, found_of
+from benchmarks.record import RESULTS, Claim, Listing, write_result
+
+Seeds = Sequence[Found]
+
+
+def main() -> None:
+    """Measure everything with every seed, write docs/benchmarks/compress.json and its picture, and print the claims."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/bench-compress"), help="what is finished is kept here"
+    )
+    options = parser.parse_args()
+    started = time.monotonic()
+    found = {part: [found_of(part, seed, options.folder) for seed in range(options.seeds)] for part in PARTS}
+    claims = [*of_layers(found["layers"]), *of_numbers(found["numbers"]), *of_all(found["together"], found["numbers"])]
+    lists = [*layer_lists(found["layers"]), *number_lists(found["numbers"]), together_list(found["together"])]
+    scatter(found["layers"], RESULTS / "compress-additivity.png")
+    result = write_result("compress", time.monotonic() - started, claims, lists, [notes(options.seeds)])
+    print(json.dumps(plain(result["claims"]), indent=1))
+
+
+def of_layers(seeds: Seeds) -> Iterator[Claim]:
+    """Pruning and switching."""
+    yield claim(
+        "additivity of layer costs: Spearman over 100 random sets (over those of at most 5 layers: "
+        f"{mean(seeds, lambda s: s['additivity']['spearman_small']):.3f})",
+        "≥ 0.95",
+        [s["additivity"]["spearman"] for s in seeds],
+        lambda value: value >= 0.95,
+    )
+    losses = [(s["kid"]["ours"] - 1) / (s["kid"]["magnitude"] - 1) for s in seeds]
+    yield claim(
+        "LAPTOP-Diff at 50 % of parameters: KID loss over that of magnitude pruning with the same retraining",
+        "≤ 0.5",
+        losses,
+        lambda value: value <= 0.5,
+    )
+    yield claim(
+        "the same: KID over the whole network's", "≤ 1.10", [s["kid"]["ours"] for s in seeds], lambda v: v <= 1.10
+    )
+    errors = [s["retrained"]["ours"] / s["retrained"]["no features"] for s in seeds]
+    yield claim("output error with feature distillation over that without", "≤ 0.85", errors, lambda v: v <= 0.85)
+    for other, bar in (("random", 0.2), ("magnitude", 0.5)):
+        ratios = [s["ecodiff learned"] / s[f"ecodiff {other}"] for s in seeds]
+        yield claim(
+            f"EcoDiff, 20 % of units, no retraining: relative L2 over that of {other} units",
+            f"≤ {bar}",
+            ratios,
+            lambda value, bar=bar: value <= bar,
+        )
+    clean, noisy = ([s[f"switch {side}"] for s in seeds] for side in ("clean", "noisy"))
+    l2, kid = ([a[key] / b[key] for a, b in zip(clean, noisy, strict=True)] for key in ("l2", "kid"))
+    yield Claim(
+        name="switching at t = 0.5: small network where samples are clean over small where they are noisy",
+        bar="both orders, both metrics",
+        value=f"relative L2 {statistics.mean(l2):.3f}, KID {statistics.mean(kid):.3f}",
+        spread=f"{min(l2):.3f} to {max(l2):.3f}, {min(kid):.3f} to {max(kid):.3f}",
+        holds=True,
+    )
+
+
+def of_numbers(seeds: Seeds) -> Iterator[Claim]:
+    """Weights and activations in few bits."""
+    for key, of in (("error", "output"), ("l2", "samples, relative L2")):
+        parts = [s["svdquant"][key] / min(s["smooth"][key], s["low rank"][key]) for s in seeds]
+        yield claim(f"SVDQuant W4A4: error of {of} over min(smoothing, SVD)", "≤ 0.7", parts, lambda v: v <= 0.7)
+        naive = [s["svdquant"][key] / s["naive"][key] for s in seeds]
+        yield claim(f"SVDQuant W4A4: error of {of} over naive rounding's", "≤ 0.33", naive, lambda v: v <= 0.33)
+    slim = [s["svdquant, rank 16, rest in 4 bits"]["bytes"] for s in seeds]
+    yield claim(
+        "bytes on disk over bfloat16, scales and branch counted, rank 16 and the rest in 4 bits",
+        "≤ 0.30",
+        slim,
+        lambda value: value <= 0.30,
+    )
+    yield claim(
+        "QuEST W4A4: output error after selective fine-tuning over before",
+        "≤ 0.65",
+        [s["quest"]["sensitive"] / s["quest"]["calibrated"] for s in seeds],
+        lambda value: value <= 0.65,
+    )
+    yield claim("QuEST: share of parameters touched", "≤ 0.20", [s["quest share"] for s in seeds], lambda v: v <= 0.2)
+    vnni = "VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
+    yield claim(
+        f"int8 compute, transformer: times less CPU time an image, one thread ({vnni})",
+        "≥ 2",
+        [1 / s["compute"]["cpu"]["ratio"] for s in seeds],
+        lambda value: value >= 2,
+    )
+    yield claim("the same: KID", "≤ 1.02", [s["compute"]["kid"] for s in seeds], lambda value: value <= 1.02)
+
+
+def of_all(eight: Seeds, two: Seeds) -> Iterator[Claim]:
+    """Whole ensembles."""
+    name = best_of(eight)
+    yield Claim(
+        name=f"whole ensemble of 8 over one uncompressed expert, on disk and in memory ({name})",
+        bar="≤ 1.5 x at KID ≤ 1.05",
+        value=f"{mean(eight, lambda s: s[name]['bytes']):.3f} x at KID {mean(eight, lambda s: s[name]['kid']):.3f}",
+        spread=f"KID {min(s[name]['kid'] for s in eight):.3f} to {max(s[name]['kid'] for s in eight):.3f}",
+        holds=mean(eight, lambda s: s[name]["bytes"]) <= 1.5 and mean(eight, lambda s: s[name]["kid"]) <= 1.05,
+    )
+    yield claim(
+        f"prune ({PRUNED:.0%}) and quantize, transformer: times less CPU time an image",
+        "≥ 3",
+        [1 / s["both"]["cpu"]["ratio"] for s in two],
+        lambda value: value >= 3,
+    )
+    yield claim("the same: times fewer bytes", "≥ 8", [1 / s["both"]["bytes"] for s in two], lambda v: v >= 8)
+    yield claim("the same: KID", "≤ 1.10", [s["both"]["kid"] for s in two], lambda value: value <= 1.10)
+
+
+def best_of(seeds: Seeds) -> str:
+    """Of the ways to store eight experts that are small enough, the one of least KID."""
+    scored = [name for name in seeds[0] if all("kid" in s[name] for s in seeds)]
+    small = [name for name in scored if mean(seeds, lambda s, name=name: s[name]["bytes"]) <= 1.5]
+    return min(small or scored, key=lambda name: mean(seeds, lambda s: s[name]["kid"]))
+
+
+def claim(name: str, bar: str, values: Sequence[float], holds: Callable[[float], bool]) -> Claim:
+    """About one number with every seed: its mean must hold."""
+    middle = statistics.mean(values)
+    return Claim(
+        name=name,
+        bar=bar,
+        value=f"{middle:.3f}",
+        spread=f"{min(values):.3f} to {max(values):.3f}, n = {len(values)}",
+        holds=holds(middle),
+    )
+
+
+def mean(seeds: Seeds, value: Callable[[Found], float]) -> float:
+    """Mean over the seeds."""
+    return statistics.mean(value(seed) for seed in seeds)
+
+
+def text(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{statistics.mean(known):.3f} ± {statistics.stdev(known) if len(known) > 1 else 0:.3f}"
+
+
+def layer_lists(seeds: Seeds) -> Iterator[Listing]:
+    """What pruning and switching do."""
+    rows = [
+        (
+            name,
+            text([s["pruned"].get(name) for s in seeds]),
+            text([s["retrained"][name] for s in seeds]),
+            text([s["kid"].get(name) for s in seeds]),
+        )
+        for name in ("ours", "no features", "magnitude")
+    ]
+    yield Listing(
+        title="U-Net of 1.6 M without half of its parameters",
+        columns=("layers chosen by", "output error", "after retraining", "KID ratio"),
+        rows=[({"ours": "output loss, knapsack"}.get(row[0], row[0]), *row[1:]) for row in rows],
+    )
+    sides = [(side, [s[f"switch {side}"] for s in seeds]) for side in ("clean", "noisy")]
+    yield Listing(
+        title="The pruned U-Net on one side of t = 0.5, the whole one on the other",
+        columns=("the small one where samples are", "FLOPs", "relative L2", "KID ratio"),
+        rows=[(side, *(text([one[key] for one in found]) for key in ("flops", "l2", "kid"))) for side, found in sides],
+    )
+    yield Listing(
+        title="EcoDiff: 20 % of heads and hidden units gone, relative L2",
+        columns=("units chosen by", "relative L2"),
+        rows=[(name, text([s[f"ecodiff {name}"] for s in seeds])) for name in ("learned", "magnitude", "random")],
+    )
+
+
+def number_lists(seeds: Seeds) -> Iterator[Listing]:
+    """What rounding does."""
+    names = [name for name in seeds[0] if "error" in seeds[0][name]] if seeds else []
+    yield Listing(
+        title="Transformers of width 384 in W4A4",
+        columns=("", "output error", "relative L2 of samples", "bytes over bfloat16"),
+        rows=[(name, *(text([s[name][key] for s in seeds]) for key in ("error", "l2", "bytes"))) for name in names],
+    )
+    yield Listing(
+        title="QuEST W4A4: output error after each part",
+        columns=("", "output error"),
+        rows=[(name.replace("_", " "), text([s["quest"][name] for s in seeds])) for name in seeds[0]["quest"]],
+    )
+
+
+def together_list(seeds: Seeds) -> Listing:
+    """Eight U-Nets that began as one network."""
+    keys = ("bytes", "l2", "kid")
+    rows = [(name, *(text([s[name].get(key) for s in seeds]) for key in keys)) for name in seeds[0]]
+    return Listing(
+        title="Eight U-Nets of one start: bytes over one uncompressed expert's",
+        columns=("", "bytes", "relative L2", "KID ratio"),
+        rows=rows,
+    )
+
+
+def scatter(seeds: Seeds, path: Path) -> None:
+    """Joint losses over sums of single ones, as a picture."""
+    figure = Figure(figsize=(4.6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, seed in enumerate(seeds):
+        found: dict[str, Any] = seed["additivity"]
+        axes.loglog(found["sums"], found["joint"], ".", label=f"seed {number}")
+    low, high = axes.get_xlim()
+    axes.plot([low, high], [low, high], color="#999999", linewidth=1)
+    axes.set_xlabel("sum of the losses of single layers")
+    axes.set_ylabel("loss of all of them together")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def notes(seeds: int) -> str:
+    """What the numbers are."""
+    return (
+        f"Means over {seeds} seeds. Fashion-MNIST at 16 x 16; the U-Net has 1.6 M parameters, the transformer 12 M "
+        "(width 384, 4 layers, 16 tokens). Layers, EcoDiff and switching: the network that all experts begin with. "
+        "W4A4 is rounded as it would be and computed in float32; its speed is not measured. CPU time: one thread, both "
+        "in turns. Bytes are those of the folders, JSON and scales counted."
+    )
+
+
+if __name__ == "__main__":
+    main()

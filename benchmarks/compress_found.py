@@ -1,0 +1,162 @@
+"""What `benchmarks.compress` measures: every stage on trained experts, one dictionary of numbers for each seed.
+
+Each part keeps what it has made and measured in its run folder, so that a stopped benchmark goes on where it was.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from artifacts import read_json, write_json
+from benchmarks.compress_arms import start_of, train
+from ensemble.stages.bits_config import BitsConfig
+from ensemble.stages.comparison import COMPRESSION, Comparison, model_bytes
+from ensemble.stages.config import ComputeConfig, SwitchConfig, WeightsConfig
+from ensemble.stages.ecodiff_config import EcoDiffConfig
+from ensemble.stages.laptop_config import LaptopConfig
+from ensemble.stages.parts import OUTCOME
+from ensemble.stages.quest_config import QuESTConfig
+from ensemble.stages.share_config import ShareConfig
+from ensemble.stages.svdquant_config import SVDQuantConfig
+from experts.config import TrainingConfig
+
+Found = dict[str, Any]
+RETRAINED = LaptopConfig()
+"""Half of the parameters, then 400 steps of 32 images."""
+
+
+def layers(seed: int, folder: Path) -> Found:
+    """LAPTOP-Diff, EcoDiff and switching on the U-Net that all experts begin with."""
+    arm = start_of("unet", seed, folder)
+    ours = arm.made("laptop", replace(RETRAINED, additivity_sets=100))
+    magnitude = arm.made("laptop-magnitude", replace(RETRAINED, criterion="magnitude"))
+    plain = arm.made("laptop-no-features", replace(RETRAINED, feature_weight=0.0))
+    details = details_of(ours)
+    found: Found = {
+        "additivity": details["additivity"] | {"spearman_small": spearman_small(details["additivity"])},
+        "share": details["share"],
+        "pruned": {name: details_of(one)["error_pruned"] for name, one in (("ours", ours), ("magnitude", magnitude))},
+        "retrained": {
+            name: details_of(one)["error_retrained"]
+            for name, one in (("ours", ours), ("magnitude", magnitude), ("no features", plain))
+        },
+        "kid": {"ours": arm.kid(ours), "magnitude": arm.kid(magnitude)},
+    }
+    for criterion in ("learned", "magnitude", "random"):
+        eco = arm.made(f"ecodiff-{criterion}", EcoDiffConfig(criterion=criterion))
+        found[f"ecodiff {criterion}"] = compared(eco).relative_l2
+    for small in ("clean", "noisy"):
+        mixed = arm.made(f"switch-{small}", SwitchConfig(small=small), ours)
+        found[f"switch {small}"] = {"l2": compared(mixed).relative_l2, "kid": arm.kid(mixed), "flops": flops(mixed)}
+    return found
+
+
+def together(seed: int, folder: Path) -> Found:
+    """Eight U-Nets in as few bytes as can be."""
+    arm = train("unet", seed, folder)
+    one = model_bytes(arm.whole) / 8
+    recipes: Mapping[str, Any] = {
+        "4 bits": WeightsConfig(bits=4, group=32),
+        "3 bits": WeightsConfig(bits=3, group=32),
+        "own bits, 4.0 on average": BitsConfig(mean_bits=4.0, group=32),
+        "base of 8 bits, differences of 2": ShareConfig(base_bits=8, bits=2, group=32),
+        "base of 8 bits, differences of 3": ShareConfig(base_bits=8, bits=3, group=32),
+        "base of 8 bits, differences of low rank": ShareConfig(difference="low_rank", bits=8, group=32),
+        "base of 8 bits, tailors": ShareConfig(difference="tailors", bits=8, group=32),
+    }
+    found: Found = {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        made = arm.made(f"together-{number}", recipe)
+        found[name] = {"bytes": model_bytes(made) / one, "l2": compared(made).relative_l2}
+        if found[name]["l2"] < SCORED_BELOW:
+            found[name]["kid"] = arm.kid(made)
+    return found
+
+
+SCORED_BELOW = 0.3
+"""Ensembles whose images are farther from the whole ensemble's than this are not worth a score."""
+
+
+def numbers(seed: int, folder: Path) -> Found:
+    """SVDQuant, QuEST, compute in eight bits, and pruning with it, on two transformers of width 384."""
+    arm = train("dit", seed, folder)
+    whole = SVDQuantConfig()
+    ablations = {
+        "naive": replace(whole, smooth=False, rank=0, refine=0, rest_bits=None),
+        "smooth": replace(whole, rank=0, refine=0, rest_bits=None),
+        "low rank": replace(whole, smooth=False, refine=0, rest_bits=None),
+        "svdquant": whole,
+        "svdquant, rank 16, rest in 4 bits": replace(whole, rank=16, rest_bits=4),
+    }
+    found: Found = {}
+    for name, recipe in ablations.items():
+        made = arm.made(f"svd_{name.replace(', ', '-').replace(' ', '-')}", recipe)
+        errors = [one["output_error_of_layers"] for one in all_details(made)]
+        found[name] = {"error": float(np.mean(errors)), "l2": compared(made).relative_l2, "bytes": in_bf16(made)}
+    quest = arm.made("quest", QuESTConfig())
+    errors = [one["output_errors"] for one in all_details(quest)]
+    found["quest"] = {name: float(np.mean([one[name] for one in errors])) for name in errors[0]}
+    found["quest share"] = all_details(quest)[0]["trained_share"]
+    found["quest l2"] = compared(quest).relative_l2
+    compute = arm.made("compute8", ComputeConfig())
+    found["compute"] = {"cpu": asdict(arm.cpu(compute)), "kid": arm.kid(compute), "l2": compared(compute).relative_l2}
+    pruned = arm.made("laptop", replace(RETRAINED, share=PRUNED, retraining=SHORT))
+    small = arm.made("laptop-compute4", ComputeConfig(bits=4, group=32), pruned)
+    found["both"] = {
+        "cpu": asdict(arm.cpu(small)),
+        "bytes": compared(small).bytes_after / compared(small).bytes_before,
+        "kid": arm.kid(small),
+    }
+    return found
+
+
+SHORT = TrainingConfig(steps=250, batch_size=32, lr=5e-4, warmup_steps=20)
+PRUNED = 0.4
+"""Share of a transformer's parameters that goes before it is quantized."""
+
+PARTS: Mapping[str, Callable[[int, Path], Found]] = {"layers": layers, "together": together, "numbers": numbers}
+
+
+def found_of(part: str, seed: int, folder: Path) -> Found:
+    """The numbers of a part, measured unless they are there already."""
+    file = folder / f"found-{part}-{seed}.json"
+    if not file.exists():
+        write_json(file, PARTS[part](seed, folder))
+    print(f"{part}, seed {seed}: {json.dumps(read_json(file))[:2000]}", flush=True)
+    return dict(read_json(file))
+
+
+def compared(pipeline: Path) -> Comparison:
+    """The comparison with the whole ensemble."""
+    return Comparison.read(pipeline / COMPRESSION)
+
+
+def flops(pipeline: Path) -> float:
+    """FLOPs of an image over the whole ensemble's."""
+    return compared(pipeline).flops_after / compared(pipeline).flops_before
+
+
+def in_bf16(pipeline: Path) -> float:
+    """Bytes over those of the whole ensemble in bfloat16."""
+    return 2 * compared(pipeline).bytes_after / compared(pipeline).bytes_before
+
+
+def all_details(pipeline: Path) -> list[Found]:
+    """What a method said of every expert."""
+    return [dict(read_json(path)["details"]) for path in sorted(pipeline.glob(f"expert_*/{OUTCOME}"))]
+
+
+def details_of(pipeline: Path) -> Found:
+    """What a method said of the only expert."""
+    return all_details(pipeline)[0]
+
+
+def spearman_small(additivity: Mapping[str, Any], most: int = 5) -> float:
+    """The rank correlation over the sets of at most so many layers."""
+    small = np.array(additivity["sizes"]) <= most
+    sums, joint = (np.array(additivity[name])[small].argsort().argsort().astype(float) for name in ("sums", "joint"))
+    return float(np.corrcoef(sums, joint)[0, 1])
