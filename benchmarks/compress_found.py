@@ -115,7 +115,7 @@ def numbers(seed: int, folder: Path) -> Found:
 
 
 SHORT = TrainingConfig(steps=250, batch_size=32, lr=5e-4, warmup_steps=20)
-PRUNED = 0.4
+PRUNED = 0.3
 """Share of a transformer's parameters that goes before it is quantized."""
 
 PARTS: Mapping[str, Callable[[int, Path], Found]] = {"layers": layers, "together": together, "numbers": numbers}

@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from orchestrator.pareto import Point
 
@@ -115,7 +116,9 @@ def pareto_chart(points: Sequence[Point], front: Sequence[Point]) -> str:
             plane.set_xlabel(f"{label}, to the whole ensemble's")
             plane.set_ylabel("KID, to the whole ensemble's")
             plane.set_xscale("log")
-            plane.set_yscale("log")
+            plane.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            plane.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+            plane.tick_params(axis="x", which="both", labelsize=7)
         axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return svg.getvalue()
 

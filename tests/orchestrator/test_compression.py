@@ -8,11 +8,13 @@ from rich.console import Console
 from artifacts import read_json
 from ensemble.pipeline import DDMPipeline
 from orchestrator.compose import compose
-from orchestrator.compression import describe_compression, with_compression
+from orchestrator.compression import compress_run, describe_compression, with_compression
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError
 from orchestrator.graph import build_graph
+from orchestrator.pareto import points_of
+from orchestrator.report.page import write_report
 from orchestrator.results import score_rows, standing_graph
 from orchestrator.run_folder import RunFolder
 
@@ -81,3 +83,13 @@ def test_a_finished_run_is_compressed_scored_and_not_done_again(tmp_path):
     assert found["bytes_after"] < 0.5 * found["bytes_before"]
     assert rows["int4"]["spaces"].keys() == rows["sticky"]["spaces"].keys()
     assert DDMPipeline.from_pretrained(folder).ensemble.num_experts == smaller.partition.num_experts
+
+    again = with_compression(run.load_config(), ["prune=ecodiff", "prune.learning.steps=4", "switch=noisy"])
+    assert compress_run(run, again, Console(quiet=True)).quantize is None
+    points = {point.name: point for point in points_of(run, build_graph(smaller))}
+    assert points.keys() == {"int4", "ecodiff", "ecodiff + switch"}
+    assert points["int4"].bytes == found["bytes_after"] / found["bytes_before"] and points["int4"].flops == 1
+    assert points["ecodiff"].flops < points["ecodiff + switch"].flops < 1
+    assert all(point.cpu and point.kid is not None and point.fd for point in points.values())
+    page = write_report(run).read_text()
+    assert "Compressed ensembles" in page and "ecodiff + switch" in page
