@@ -114,12 +114,13 @@ def of_numbers(seeds: Seeds) -> Iterator[Claim]:
 def of_all(eight: Seeds, two: Seeds) -> Iterator[Claim]:
     """Whole ensembles."""
     name = best_of(eight)
+    disk, memory, kid = (mean(eight, lambda s, key=key: s[name][key]) for key in ("bytes", "memory", "kid"))
     yield Claim(
         name=f"whole ensemble of 8 over one uncompressed expert, on disk and in memory ({name})",
         bar="≤ 1.5 x at KID ≤ 1.05",
-        value=f"{mean(eight, lambda s: s[name]['bytes']):.3f} x at KID {mean(eight, lambda s: s[name]['kid']):.3f}",
+        value=f"{disk:.3f} x on disk, {memory:.3f} x in memory, KID {kid:.3f}",
         spread=f"KID {min(s[name]['kid'] for s in eight):.3f} to {max(s[name]['kid'] for s in eight):.3f}",
-        holds=mean(eight, lambda s: s[name]["bytes"]) <= 1.5 and mean(eight, lambda s: s[name]["kid"]) <= 1.05,
+        holds=max(disk, memory) <= 1.5 and kid <= 1.05,
     )
     yield claim(
         f"prune ({PRUNED:.0%}) and quantize, transformer: times less CPU time an image",
@@ -210,11 +211,11 @@ def number_lists(seeds: Seeds) -> Iterator[Listing]:
 
 def together_list(seeds: Seeds) -> Listing:
     """Eight U-Nets that began as one network."""
-    keys = ("bytes", "l2", "kid", "pixels")
+    keys = ("bytes", "memory", "l2", "kid", "pixels")
     rows = [(name, *(text([s[name].get(key) for s in seeds]) for key in keys)) for name in seeds[0]]
     return Listing(
         title="Eight U-Nets of one start: bytes over one uncompressed expert's",
-        columns=("", "bytes", "relative L2", "KID ratio", "FD ratio, pixels"),
+        columns=("", "on disk", "in memory", "relative L2", "KID ratio", "FD ratio, pixels"),
         rows=rows,
     )
 

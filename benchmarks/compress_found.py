@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from artifacts import read_json, write_json
 from benchmarks.compress_arms import start_of, train
+from ensemble.pipeline import DDMPipeline
 from ensemble.stages.bits_config import BitsConfig
 from ensemble.stages.comparison import COMPRESSION, Comparison, model_bytes
 from ensemble.stages.config import ComputeConfig, SwitchConfig, WeightsConfig
@@ -23,6 +25,9 @@ from ensemble.stages.quest_config import QuESTConfig
 from ensemble.stages.share_config import ShareConfig
 from ensemble.stages.svdquant_config import SVDQuantConfig
 from experts.config import TrainingConfig
+from experts.expert import Expert
+from experts.shared_folder import bases_of
+from router.router import Router
 
 Found = dict[str, Any]
 RETRAINED = LaptopConfig()
@@ -73,7 +78,8 @@ def together(seed: int, folder: Path) -> Found:
     found: Found = {}
     for number, (name, recipe) in enumerate(recipes.items()):
         made = arm.made(f"together-{number}", recipe)
-        found[name] = {"bytes": model_bytes(made) / one, "l2": compared(made).relative_l2}
+        memory = bytes_held(made) / bytes_held(arm.whole) * 8
+        found[name] = {"bytes": model_bytes(made) / one, "memory": memory, "l2": compared(made).relative_l2}
         if name in SCORED:
             found[name] |= {"kid": arm.kid(made), "pixels": arm.ratio(made, "pixels", "fd")}
     return found
@@ -130,6 +136,16 @@ def found_of(part: str, seed: int, folder: Path) -> Found:
         write_json(file, PARTS[part](seed, folder))
     print(f"{part}, seed {seed}: {json.dumps(read_json(file))[:2000]}", flush=True)
     return dict(read_json(file))
+
+
+def bytes_held(pipeline: Path) -> int:
+    """Bytes of all tensors of a loaded pipeline's experts and router; what is shared counts once."""
+    loaded = DDMPipeline.from_pretrained(pipeline).ensemble
+    models = [expert.model for expert in loaded.experts.values() if isinstance(expert, Expert)]
+    parts: list[nn.Module] = [*models, *(base.parts for base in bases_of(models).values())]
+    parts += [loaded.router.model] if isinstance(loaded.router, Router) else []
+    held = {tensor.data_ptr(): tensor.nbytes for part in parts for tensor in part.state_dict().values()}
+    return sum(held.values())
 
 
 def compared(pipeline: Path) -> Comparison:
