@@ -15,7 +15,6 @@ from torch import nn
 from artifacts import read_json, write_json
 from benchmarks.compress_arms import start_of, train
 from ensemble.pipeline import DDMPipeline
-from ensemble.stages.bits_config import BitsConfig
 from ensemble.stages.comparison import COMPRESSION, Comparison, model_bytes
 from ensemble.stages.config import ComputeConfig, SwitchConfig, WeightsConfig
 from ensemble.stages.ecodiff_config import EcoDiffConfig
@@ -73,7 +72,6 @@ def together(seed: int, folder: Path) -> Found:
         "base of 8 bits, differences of low rank": ShareConfig(difference="low_rank", bits=8, group=32),
         "base of 8 bits, tailors": ShareConfig(difference="tailors", bits=8, group=32),
         "base of 8 bits, differences of 2": ShareConfig(base_bits=8, bits=2, group=32),
-        "own bits, 4.5 on average": BitsConfig(mean_bits=5.0, group=32, rows=32),
     }
     found: Found = {}
     for number, (name, recipe) in enumerate(recipes.items()):
