@@ -243,7 +243,8 @@ def notes(seeds: int) -> str:
         "(width 384, 4 layers, 16 tokens). Layers, EcoDiff and switching: the network that all experts begin with. "
         "W4A4 is rounded as it would be and computed in float32; its speed is not measured. CPU time: one thread, both "
         "in turns. Bytes are those of the folders, JSON and scales counted. KID on the pixels is left out: the whole "
-        "ensembles' is at the floor there (0.001), so that a ratio to it says nothing."
+        "ensembles' is at the floor there (0.001), so that a ratio to it says nothing. The seconds are those of the "
+        "last pass; what earlier ones had finished was kept."
     )
 
 
