@@ -196,7 +196,7 @@ def layer_lists(seeds: Seeds) -> Iterator[Listing]:
 
 def number_lists(seeds: Seeds) -> Iterator[Listing]:
     """What rounding does."""
-    names = [name for name in seeds[0] if "error" in seeds[0][name]] if seeds else []
+    names = [name for name in seeds[0] if isinstance(seeds[0][name], dict) and "error" in seeds[0][name]]
     yield Listing(
         title="Transformers of width 384 in W4A4",
         columns=("", "output error", "relative L2 of samples", "bytes over bfloat16"),
