@@ -114,7 +114,7 @@ class Arm:
         if not (out / COMPRESSION).exists():
             shutil.rmtree(out, ignore_errors=True)
             clusters = by_cluster(self.folder("partition") / "clusters")
-            config = StageConfig(recipe=recipe, sampling=self.config.ensemble)
+            config = StageConfig(recipe=recipe, sampling=self.config.ensemble, labelled=False)
             space = Workspace.at(self.run.root / "work" / f"{out.name}")
             run_stage(config, ensemble or self.whole, self.whole, clusters, out, space)
             shutil.rmtree(space.scratch)

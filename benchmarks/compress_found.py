@@ -29,8 +29,9 @@ from experts.shared_folder import bases_of
 from router.router import Router
 
 Found = dict[str, Any]
-RETRAINED = LaptopConfig()
-"""Half of the parameters, then 400 steps of 32 images."""
+LONG = TrainingConfig(steps=1000, batch_size=32, lr=1e-3, warmup_steps=20)
+RETRAINED = LaptopConfig(retraining=LONG)
+"""Half of the parameters goes."""
 
 
 def layers(seed: int, folder: Path) -> Found:
@@ -110,7 +111,7 @@ def numbers(seed: int, folder: Path) -> Found:
     found["quest l2"] = compared(quest).relative_l2
     compute = arm.made("compute8", ComputeConfig())
     found["compute"] = {"cpu": asdict(arm.cpu(compute)), "kid": arm.kid(compute), "l2": compared(compute).relative_l2}
-    pruned = arm.made("laptop", replace(RETRAINED, share=PRUNED, retraining=SHORT))
+    pruned = arm.made("laptop", replace(RETRAINED, share=PRUNED, retraining=replace(LONG, lr=5e-4)))
     small = arm.made("laptop-compute4", ComputeConfig(bits=4, group=32), pruned)
     found["both"] = {
         "cpu": asdict(arm.cpu(small)),
@@ -120,7 +121,6 @@ def numbers(seed: int, folder: Path) -> Found:
     return found
 
 
-SHORT = TrainingConfig(steps=250, batch_size=32, lr=5e-4, warmup_steps=20)
 PRUNED = 0.3
 """Share of a transformer's parameters that goes before it is quantized."""
 

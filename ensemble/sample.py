@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ensemble.compiled import compile_networks
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.guidance import guided
@@ -57,6 +58,8 @@ def sample(
         raise ValueError("reflection needs a weak ensemble, and nothing else does; give both, or neither")
     started, calls, latents = time.monotonic(), Calls(), []
     ensembles = ensemble.to(config.device), weak and weak.to(config.device)
+    if config.compile:
+        compile_networks(ensembles[0].experts.values())
     for start in range(0, len(seeds), config.batch_size):
         rows = slice(start, start + config.batch_size)
         condition = _condition(seeds[rows], None if class_ids is None else class_ids[rows]).to(config.device)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,8 @@ class Expert:
     num_classes: int
     """0 is unconditional."""
     cluster_id: int
+    times: tuple[float, ...] | None = None
+    """The falling t at which a few-step student is asked; None is any t."""
 
     def velocity(self, noised: Latents, t: Times, condition: Condition, path: NoisePath | None = None) -> Latents:
         """The velocity on `path` (default: the expert's own), matched at equal noise-to-signal ratio.
@@ -62,13 +64,15 @@ class Expert:
         """Write the network as diffusers does, and `expert.json` beside it."""
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
-        described = {
+        described: dict[str, Any] = {
             "prediction": self.prediction,
             "path": self.path.name,
             "latent_shape": self.latent_shape,
             "num_classes": self.num_classes,
             "cluster_id": self.cluster_id,
         }
+        if self.times is not None:
+            described["times"] = self.times
         write_json(folder / "expert.json", described)
 
     @classmethod
@@ -85,6 +89,7 @@ class Expert:
                 latent_shape=tuple(described["latent_shape"]),
                 num_classes=described["num_classes"],
                 cluster_id=described["cluster_id"],
+                times=tuple(map(float, described["times"])) if "times" in described else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / 'expert.json'} lacks or does not know {error}; train it again") from error

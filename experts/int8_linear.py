@@ -69,14 +69,15 @@ class Int8Linear(nn.Module):
 
     def _on_cpu(self, rows: Float[Tensor, "row in"], scales: Float[Tensor, "row 1"]) -> Float[Tensor, "row out"]:
         """By oneDNN, which uses the processor's instructions for eight bits where it has them."""
-        codes = torch.empty(rows.shape, dtype=torch.uint8)
-        for start in range(0, len(rows), ROWS):
-            some = slice(start, start + ROWS)
-            codes[some] = (rows[some] / scales[some]).add_(SHIFT + 0.5)
+        if torch.compiler.is_compiling():
+            codes = (rows / scales + (SHIFT + 0.5)).to(torch.uint8)
+        else:
+            codes = torch.empty(rows.shape, dtype=torch.uint8)
+            for start in range(0, len(rows), ROWS):
+                some = slice(start, start + ROWS)
+                codes[some] = (rows[some] / scales[some]).add_(SHIFT + 0.5)
         weight = self._weight()
-        said: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, SHIFT, weight.laid_out, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        said: Tensor = multiply_int8(codes, weight.laid_out, weight.scales, weight.zeros)
         return said
 
     def _elsewhere(self, rows: Float[Tensor, "row in"], scales: Float[Tensor, "row 1"]) -> Float[Tensor, "row out"]:
@@ -84,11 +85,17 @@ class Int8Linear(nn.Module):
         return torch._int_mm((rows / scales).round_().to(torch.int8), weight.codes.t()).float() * weight.scales
 
     def _weight(self) -> "Int8Weight":
-        """In eight bits with one scale a row, made anew if what is stored has changed."""
+        """In eight bits with one scale a row, made anew if what is stored has changed; not while it is compiled."""
+        if torch.compiler.is_compiling() and self._ready is not None:
+            return self._ready[1]
         version = self.codes._version + self.scales._version
         if self._ready is None or self._ready[0] != version or self._ready[1].codes.device != self.codes.device:
             self._ready = version, Int8Weight.of(unpack(self.codes, self.scales, self.packing))
         return self._ready[1]
+
+    def prepare(self) -> None:
+        """Make what it multiplies with, before the network is compiled."""
+        self._weight()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made anew."""
@@ -116,6 +123,23 @@ class Int8Weight:
         return cls(codes=codes, scales=scales, laid_out=laid_out, zeros=zeros)
 
 
+@torch.library.custom_op("ddm::multiply_int8", mutates_args=())
+def multiply_int8(codes: Tensor, laid_out: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """(codes - SHIFT) laid_out^T scales; an operator of our own, since `torch.compile` has its own mind about oneDNN's.
+
+    [row, in], [in, out], [out] and [out] to [row, out].
+    """
+    said: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, SHIFT, laid_out, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return said
+
+
+@multiply_int8.register_fake
+def _shape(codes: Tensor, laid_out: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return codes.new_empty((len(codes), len(scales)), dtype=torch.float32)
+
+
 def place_int8_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
     """Put an empty form in the place of a linear layer; `ValueError` if there is none of that shape."""
     found, packing = model.get_submodule(path), Packing.parsed(settings["packing"])
@@ -124,7 +148,7 @@ def place_int8_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) 
     model.set_submodule(path, Int8Linear(packing, bool(settings["has_bias"])))
 
 
-@register_flop_formula(torch.ops.onednn.qlinear_pointwise)
+@register_flop_formula(torch.ops.ddm.multiply_int8)
 def _flops(codes: tuple[int, int], *rest: Any, out_shape: tuple[int, int], **_: Any) -> int:
     """A multiply-add counts as two."""
     return 2 * codes[0] * codes[1] * out_shape[1]

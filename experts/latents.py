@@ -7,7 +7,7 @@ that order, noise, t and dropped conditions need no state and survive any interr
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,10 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.clean.shape[0]
+
+    def unlabelled(self) -> "LatentDataset":
+        """The same latents without their classes."""
+        return replace(self, class_id=torch.full_like(self.class_id, -1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,6 +176,7 @@ class _Graph:
         sampling = replace(self.config.ensemble, selection=known, reflection=None)
         choices = [stage for stage in self.stages if stage.kind == "choice"]
         chosen = {"choice": Input(stage=choices[0])} if is_auto else {}
+        labelled = self.config.expert.training.condition_dropout < 1
         smaller, labels = whole, ["score"]
         for kind, recipe in recipes_of(self.config).items():
             inputs = {
@@ -183,7 +184,7 @@ class _Graph:
                 "whole": Input(stage=whole),
                 "clusters": Input(stage=self.partition, part="clusters"),
             }
-            smaller = self._add(kind, StageConfig(recipe=recipe, sampling=sampling), inputs)
+            smaller = self._add(kind, StageConfig(recipe=recipe, sampling=sampling, labelled=labelled), inputs)
             labels.append(label_of(recipe))
             self._add_score("_".join(labels), smaller, selection, chosen)
             both = {"ensemble": Input(stage=smaller), "whole": Input(stage=whole)}

@@ -59,9 +59,10 @@ def compare(
     for number, folder in enumerate((whole, smaller)):
         workspace.report(number * count, 2 * count, unit="images")
         pipeline = DDMPipeline.from_pretrained(folder)
+        costs = RowFlops.of(pipeline)
         drawn = sample(pipeline.ensemble, pipeline.codec, list(range(count)), sampling)
         images.append(drawn.images.double())
-        flops.append(RowFlops.of(pipeline).times(drawn.calls) / count)
+        flops.append(costs.times(drawn.calls) / count)
     distance = torch.linalg.vector_norm(images[1] - images[0]) / torch.linalg.vector_norm(images[0])
     return Comparison(
         stages=stages,

@@ -1,11 +1,12 @@
 """What can be chosen about making an ensemble smaller; imports no torch."""
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from artifacts import STRICT
+from artifacts import LATER, STRICT
 from ensemble.config import SamplingConfig
 from ensemble.stages.bits_config import BitsConfig
 from ensemble.stages.ecodiff_config import EcoDiffConfig
@@ -79,6 +80,8 @@ class StageConfig:
     """What is done."""
     sampling: SamplingConfig
     """How both ensembles are sampled."""
+    labelled: bool = field(default=True, metadata=LATER)
+    """Whether networks are shown the classes of what calibrates and trains them; False if they have never seen any."""
     num_samples: Annotated[int, Field(ge=1)] = 64
     """Images that are compared."""
 

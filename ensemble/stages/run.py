@@ -44,7 +44,7 @@ def run_stage(
 
     `clusters` are the experts' own shards, in the order of their ids. Raises what the methods raise.
     """
-    data = Clusters(folders=clusters, codec=ensemble / "codec")
+    data = Clusters(folders=clusters, codec=ensemble / "codec", labelled=config.labelled)
     if isinstance(config.recipe, ShareConfig | BitsConfig | SwitchConfig):
         modules, flops = _together(config.recipe, ensemble, whole, data, out, workspace)
     else:
@@ -61,10 +61,12 @@ class Clusters:
 
     folders: Sequence[Path]
     codec: Path
+    labelled: bool
 
     def latents(self, k: int, workspace: Workspace) -> LatentDataset:
         """Those of one expert's cluster."""
-        return encode_latents([self.folders[k]], load_codec(self.codec), self.codec, workspace)
+        found = encode_latents([self.folders[k]], load_codec(self.codec), self.codec, workspace)
+        return found if self.labelled else found.unlabelled()
 
 
 def _apart(recipe: Any, ensemble: Path, data: Clusters, out: Path, workspace: Workspace) -> tuple[int, float]:

@@ -40,6 +40,7 @@ class Timing:
 def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, workspace: Workspace) -> float:
     """Write `timing.json`, and return the FLOPs of drawing."""
     pipelines = [DDMPipeline.from_pretrained(folder) for folder in (whole, smaller)]
+    costs = [RowFlops.of(pipeline) for pipeline in pipelines]
     seeds, flops = list(range(config.num_images)), 0.0
     seconds: tuple[list[float], list[float]] = ([], [])
     with one_thread():
@@ -47,12 +48,12 @@ def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, works
             workspace.report(turn + 1, config.turns + 1, unit="turns")
             if workspace.stop_requested():
                 raise Preempted(f"stopped after {turn + 1} turns; a measurement starts again")
-            for pipeline, found in zip(pipelines, seconds, strict=True):
+            for pipeline, cost, found in zip(pipelines, costs, seconds, strict=True):
                 start = time.process_time()
                 drawn = sample(pipeline.ensemble, pipeline.codec, seeds, config.sampling)
                 if turn >= 0:
                     found.append((time.process_time() - start) / len(seeds))
-                flops += RowFlops.of(pipeline).times(drawn.calls) if turn < 0 else 0.0
+                flops += cost.times(drawn.calls) if turn < 0 else 0.0
     before, after = (statistics.quantiles(found, n=4)[0] for found in seconds)
     ratios = [ours / theirs for theirs, ours in zip(*seconds, strict=True)]
     timing = Timing(
