@@ -36,7 +36,7 @@ class ComputeConfig:
     """Linear layers that multiply in eight bits; other large weights are stored in few bits."""
 
     method: Literal["compute"] = "compute"
-    bits: Literal[4, 8] = 8
+    bits: Literal[4, 5, 6, 8] = 8
     """Bits of a weight on disk."""
     group: Annotated[int, Field(ge=8, multiple_of=2)] = 64
     """Entries of a row that share a scale of 16 bits."""

@@ -18,7 +18,7 @@ from ensemble.stages.calibration import HELD_OUT, answer, batches_of, output_err
 from ensemble.stages.layers import Purpose, layers_of, pack_rest
 from ensemble.stages.method import Outcome, StageError
 from ensemble.stages.quest_config import QuESTConfig
-from ensemble.stages.rounded_network import hold_few_bits, learn_only, round_layers, settle_steps
+from ensemble.stages.rounded_network import exact_weight, hold_few_bits, learn_only, round_layers, settle
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
 from experts.flops import training_flops
@@ -46,16 +46,23 @@ def quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace
     samples, times = _observed(model, paths, expert, dataset, config, workspace)
     round_layers(model, samples, times, config.bits, config.activation_bits)
     measuring = batches_of(dataset, config.rows, config.seed, MEASURED, HELD_OUT)
-    errors, touched = {"calibrated": output_error(model, expert, measuring)}, set[str]()
+    errors, touched, sizes = {"calibrated": output_error(model, expert, measuring)}, set[str](), dict[str, int]()
     flops = network_flops(expert.model, expert.latent_shape)
     spent = flops * config.rows * config.times
-    for name, training, chosen in _tunings(model, config):
+    tunings = _tunings(model, config)
+    vectors = paths if config.vectors else []
+    allowed = _most_sensitive(model, expert, measuring, tunings, vectors, config)
+    for name, training, named in tunings:
+        chosen = [path for path in named if path in allowed]
+        if not chosen and not vectors:
+            continue
+        sizes |= learn_only(model, chosen, vectors)
+        touched |= set(chosen)
         model = _tuned(model, expert, dataset, chosen, training, _part(workspace, name), name == "time_embedding")
+        settle(model, paths)
         errors[name] = output_error(model, expert, measuring)
         spent += training_flops(flops, training.batch_size, training.steps) * 4 / 3
-        touched |= set(chosen)
-    whole = sum(parameter.numel() for parameter in expert.model.parameters())
-    share = sum(expert.model.get_parameter(f"{path}.weight").numel() for path in touched) / whole
+    share = sum(sizes.values()) / sum(parameter.numel() for parameter in expert.model.parameters())
     hold_few_bits(model, paths)
     rest = pack_rest(model, config.rest_bits, config.group, config.least)
     errors["with_the_rest_in_few_bits"] = output_error(model, expert, measuring)
@@ -107,6 +114,39 @@ def _tunings(model: nn.Module, config: QuESTConfig) -> list[tuple[str, TrainingC
     return [(name, training, paths) for name, training, paths in asked if training is not None and paths]
 
 
+def _most_sensitive(
+    model: nn.Module,
+    expert: Expert,
+    batches: Sequence[Batch],
+    tunings: Sequence[tuple[str, TrainingConfig, list[str]]],
+    vectors: Sequence[str],
+    config: QuESTConfig,
+) -> set[str]:
+    """The layers whose weights are trained: those of the largest mean squared gradient, as far as the share goes.
+
+    A small step along the gradient lowers the output's error by its squared norm, so this is gain a parameter.
+    """
+    paths = [path for _, _, named in tunings for path in named]
+    if not paths:
+        return set()
+    trial = deepcopy(model)
+    left = config.trained_share * sum(parameter.numel() for parameter in expert.model.parameters())
+    left -= sum(learn_only(trial, [], vectors).values())
+    learn_only(trial, paths)
+    for batch in batches:
+        with torch.no_grad():
+            wanted = answer(expert.model, expert, batch)
+        functional.mse_loss(answer(trial, expert, batch).float(), wanted).backward()  # type: ignore[no-untyped-call]
+    exact = {path: exact_weight(trial, path) for path in paths}
+    gains = {path: float(weight.grad.square().mean()) for path, weight in exact.items() if weight.grad is not None}
+    chosen = set()
+    for path in sorted(gains, key=lambda path: -gains[path]):
+        if exact[path].numel() <= left:
+            chosen.add(path)
+            left -= exact[path].numel()
+    return chosen
+
+
 def _tuned(
     model: nn.Module,
     expert: Expert,
@@ -116,7 +156,7 @@ def _tuned(
     workspace: Workspace,
     by_layer: bool,
 ) -> nn.Module:
-    """The network with these layers trained; `by_layer` holds each of them to what it said, besides the network."""
+    """The network after what learns in it has; `by_layer` holds these layers to what they said, besides the network."""
     teacher = deepcopy(expert.model).to(usable_device(training.device))
     watched_paths = paths if by_layer else []
 
@@ -132,10 +172,7 @@ def _tuned(
         layers = torch.stack([functional.mse_loss(said[path], exact[path]) for path in watched_paths] or [output * 0])
         return {"loss": output + layers.sum(), "output": output}
 
-    learn_only(model, paths)
-    model = fit(model, loss, dataset, training, workspace).model
-    settle_steps(model, paths)
-    return model
+    return fit(model, loss, dataset, training, workspace).model
 
 
 def _evenly(t: Float[Tensor, " batch"], training: TrainingConfig) -> Float[Tensor, " batch"]:

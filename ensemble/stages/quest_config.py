@@ -37,6 +37,10 @@ class QuESTConfig:
     """How the layers that are told the time are trained; empty leaves them as they were rounded."""
     sensitive: TrainingConfig | None = TUNING
     """How feed-forward layers, queries, keys and values are trained after that; empty leaves them out."""
+    trained_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the parameters that is trained at most: weights of the layers whose gradient is largest for their size,"""
+    vectors: bool = True
+    """and before those the biases, scales and step sizes of all rounded layers, a hundredth of the parameters."""
     sensitive_convolutions: bool = False
     """Whether the convolutions that are rounded are trained along with those, which a U-Net has few of."""
     rest_bits: Literal[4, 8] | None = 8

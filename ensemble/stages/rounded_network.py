@@ -1,27 +1,30 @@
 """A network whose layers are rounded as they will be, but still hold their exact weights, so that they can be trained.
 
-`rounded` makes one, `settled` turns it into one that holds nothing but few bits.
+`round_layers` makes one, `hold_few_bits` turns it into one that holds nothing but few bits.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ensemble.stages.method import StageError
-from experts.fake_quant import best_grids, codes_at, rounded_weight
+from experts.fake_quant import best_grids, codes_at, rounded_weight, scaled_gradient
 from experts.packed_weight import place_packed_weight
 from experts.packing import Packing, Weight, pack
-from experts.timed_input import NAME, round_input
+from experts.timed_input import NAME, RATE, round_input
 
 
 class RoundedWeight(nn.Module):
     """Between a layer and its weight: rounds it with a scale a row that stays."""
 
     scales: Float[Tensor, "row 1"]
+    log_change: nn.Parameter | None
+    """How the scales change while they learn: exp(RATE log_change); None otherwise."""
 
     def __init__(self, weight: Weight, bits: Literal[4, 8]) -> None:
         """With the scales of least squared error."""
@@ -30,10 +33,26 @@ class RoundedWeight(nn.Module):
         shape = tuple(weight.shape)
         self.packing = Packing(bits=bits, group=entries + entries % 2, shape=shape, scaling="least_error")
         self.register_buffer("scales", pack(weight, self.packing)[1])
+        self.register_parameter("log_change", None)
 
     def forward(self, weight: Weight) -> Weight:
         """The rounded weight; gradients pass to the exact one."""
-        return rounded_weight(weight, self.scales, self.packing.bits)
+        scales = self.scales.float()
+        if self.log_change is not None:
+            # Esser et al. 2020 (LSQ, arXiv:1902.08153, section 2.2): gradients of a step size by 1 / sqrt(N q_max).
+            factor = (weight[0].numel() * (2 ** (self.packing.bits - 1) - 1)) ** -0.5
+            scales = scales * (RATE * scaled_gradient(self.log_change, factor)).exp()
+        return rounded_weight(weight, scales, self.packing.bits)
+
+    def learn(self) -> None:
+        """Make the scales learnable."""
+        self.log_change = nn.Parameter(torch.zeros(self.scales.shape, device=self.scales.device))
+
+    def settle(self) -> None:
+        """Keep the scales as they have become."""
+        if self.log_change is not None:
+            self.scales.copy_(self.scales * (RATE * self.log_change.detach()).exp())
+            self.log_change = None
 
 
 def round_layers(
@@ -53,20 +72,28 @@ def round_layers(
         parametrize.register_parametrization(layer, "weight", RoundedWeight(_weight_of(layer), bits))
 
 
-def learn_only(model: nn.Module, paths: Sequence[str]) -> None:
-    """Make the exact weights and the step sizes of these layers all that learns, in place."""
+def learn_only(model: nn.Module, paths: Sequence[str], vectors: Sequence[str] = ()) -> dict[str, int]:
+    """Make the exact weights and the step sizes of these layers all that learns, in place; sizes of what does, by name.
+
+    Of the layers in `vectors` the biases, step sizes and scales of the weights learn too, while the weights stay.
+    """
     model.requires_grad_(False)
+    for path in {*paths, *vectors}:
+        model.get_submodule(f"{path}.{NAME}").learn()
     for path in paths:
-        layer: Any = model.get_submodule(path)
-        layer.parametrizations.weight.original.requires_grad_(True)
-        layer.get_submodule(NAME).learn()
+        exact_weight(model, path).requires_grad_(True)
+    for path in vectors:
+        _parts(model, path)[0].learn()
+        if (bias := model.get_submodule(path).bias) is not None:
+            bias.requires_grad_(True)
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def settle_steps(model: nn.Module, paths: Sequence[str]) -> None:
-    """Keep the step sizes of these layers as they have become, in place."""
+def settle(model: nn.Module, paths: Sequence[str]) -> None:
+    """Keep the step sizes and scales of these layers as they have become, in place."""
     for path in paths:
-        form: Any = model.get_submodule(f"{path}.{NAME}")
-        form.settle()
+        model.get_submodule(f"{path}.{NAME}").settle()
+        _parts(model, path)[0].settle()
     model.requires_grad_(True)
 
 
@@ -74,7 +101,7 @@ def hold_few_bits(model: nn.Module, paths: Sequence[str]) -> None:
     """Keep nothing of the weights of these layers but their few bits, in place."""
     for path in paths:
         layer: Any = model.get_submodule(path)
-        rounding: RoundedWeight = layer.parametrizations.weight[0]
+        rounding: RoundedWeight = _parts(model, path)[0]
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         codes = codes_at(layer.weight, rounding.scales, rounding.packing)
         form = f"{path}.parametrizations.weight.0"
@@ -82,6 +109,17 @@ def hold_few_bits(model: nn.Module, paths: Sequence[str]) -> None:
         kept: Any = model.get_submodule(form)
         kept.codes.copy_(codes)
         kept.scales.copy_(rounding.scales)
+
+
+def exact_weight(model: nn.Module, path: str) -> Tensor:
+    """What a rounded layer's weight is before it is rounded."""
+    weight: Tensor = _parts(model, path).original
+    return weight
+
+
+def _parts(model: nn.Module, path: str) -> Any:
+    """What stands between a rounded layer and its weight: the rounding, and the exact weight as `original`."""
+    return model.get_submodule(f"{path}.parametrizations.weight")
 
 
 def _weight_of(layer: nn.Module) -> Weight:

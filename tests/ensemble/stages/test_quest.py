@@ -60,9 +60,13 @@ def test_for_inputs_that_grow_with_the_time_grids_of_their_own_are_better():
 def test_training_the_layers_that_are_told_the_time_lowers_the_error_and_the_sensitive_ones_lower_it_more(
     dit, tmp_path
 ):
-    found = errors_of(quest(dit, digits(), SMALL, Workspace.at(tmp_path)))
-    assert found["time_embedding"] < found["calibrated"]
-    assert found["sensitive"] <= 0.75 * found["calibrated"]
+    whole = quest(dit, digits(), replace(SMALL, trained_share=1.0), Workspace.at(tmp_path / "whole"))
+    assert errors_of(whole)["time_embedding"] < errors_of(whole)["calibrated"]
+    assert errors_of(whole)["sensitive"] <= 0.75 * errors_of(whole)["calibrated"]
+    few = quest(dit, digits(), SMALL, Workspace.at(tmp_path / "few"))
+    assert few.details["trained_share"] <= 0.2 < whole.details["trained_share"]
+    assert errors_of(few)["sensitive"] <= 0.85 * errors_of(few)["calibrated"]
+    assert set(few.details["trained_layers"]) < set(whole.details["trained_layers"])
 
 
 @pytest.mark.slow
@@ -86,7 +90,7 @@ def test_the_folder_gives_the_same_bits_and_what_is_said_of_it_is_so(kind, dit, 
 @pytest.mark.slow
 def test_only_the_layers_that_are_named_change(dit, tmp_path):
     plain = quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
-    config = replace(SMALL, time_embedding=BRIEF, sensitive=None)
+    config = replace(SMALL, time_embedding=BRIEF, sensitive=None, trained_share=1.0, vectors=False)
     outcome = quest(dit, digits(), config, Workspace.at(tmp_path / "b"))
     named = outcome.details["trained_layers"]
     assert named == sorted(layers_of(dit.model, "time_embedding"))
@@ -96,6 +100,19 @@ def test_only_the_layers_that_are_named_change(dit, tmp_path):
             assert torch.equal(value, plain[name]), name
         elif name.endswith(".steps"):
             assert not torch.equal(value, plain[name]), name
+
+
+@pytest.mark.slow
+def test_with_vectors_the_codes_of_other_layers_stay_and_their_scales_do_not(dit, tmp_path):
+    plain = quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
+    outcome = quest(dit, digits(), replace(SMALL, time_embedding=BRIEF, sensitive=None), Workspace.at(tmp_path / "b"))
+    named = outcome.details["trained_layers"]
+    others = [path for path in outcome.details["layers"] if path not in named]
+    for path in others:
+        scales = outcome.expert.model.state_dict()[f"{path}.parametrizations.weight.0.scales"]
+        assert not torch.equal(scales, plain[f"{path}.parametrizations.weight.0.scales"])
+        assert ((scales / plain[f"{path}.parametrizations.weight.0.scales"]).log().abs() < 0.2).all()
+    assert others and named
 
 
 @pytest.mark.slow
