@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -294,6 +294,13 @@ class Workspace:
         """A workspace for work that is done by hand."""
         (folder / "attempt_1").mkdir(parents=True, exist_ok=True)
         return cls(folder, folder / "attempt_1", (folder / "stop",))
+
+    def part(self, name: str) -> Self:
+        """A part of it, with a scratch folder of its own, for one of several pieces of work."""
+        scratch = self.scratch / name
+        scratch.mkdir(parents=True, exist_ok=True)
+        part: Self = replace(self, scratch=scratch)
+        return part
 
     def report(
         self, done: int, total: int | None, figures: Mapping[str, float] | None = None, *, unit: str = ""

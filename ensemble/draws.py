@@ -6,7 +6,7 @@ grids can be looked at side by side.
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from artifacts import Preempted, Workspace, checksum, files_in, fingerprint, save_arrays
 from ensemble.config import SamplingConfig
+from ensemble.drafted import DraftedExpert
 from ensemble.ensemble import Speaker
 from ensemble.images import to_bytes
 from ensemble.missing import missing_warning
@@ -26,6 +27,7 @@ from ensemble.routing import Calls
 from ensemble.sample import Samples
 from ensemble.schedule import ScheduledExpert
 from experts.condition import Condition
+from experts.expert import Expert
 from experts.flops import forward_flops
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,9 @@ class RowFlops:
     """Floating point operations of one call on one row."""
 
     experts: dict[int, float]
+    """On an expert at a t that is drawn evenly, by its id."""
+    networks: dict[str, float]
+    """On each of their networks, by the names that `Calls.work` has for them."""
     router: float
 
     @classmethod
@@ -92,21 +97,40 @@ class RowFlops:
         ensemble = pipeline.ensemble
         row, t, null = torch.zeros(1, *pipeline.codec.latent_shape), torch.full((1,), 0.5), Condition.null(1)
 
-        def flops(expert: Speaker) -> float:
+        def parts(name: str, expert: Speaker) -> Iterator[tuple[str, float]]:
             if isinstance(expert, ScheduledExpert):
-                parts = zip(expert.widths, expert.networks, strict=True)
-                return sum(width * flops(network) for width, network in parts)
-            return forward_flops(partial(expert.velocity, row, t, null, ensemble.path))
+                for number, network in enumerate(expert.networks):
+                    yield from parts(f"{name}/{number}", network)
+            elif isinstance(expert, DraftedExpert):
+                yield from parts(f"{name}/refiner", expert.refiner)
+                if isinstance(draft := expert.draft, Expert):
+                    yield from parts(f"{name}/draft", draft)
+                else:
+                    yield f"{name}/draft", forward_flops(partial(draft, row, null.table_index(expert.num_classes)))
+            else:
+                yield name, forward_flops(partial(expert.velocity, row, t, null, ensemble.path))
 
+        networks = {name: flops for k, one in ensemble.experts.items() for name, flops in parts(str(k), one)}
         return cls(
-            experts={k: flops(expert) for k, expert in ensemble.experts.items()},
+            experts={k: _mean_flops(str(k), one, networks) for k, one in ensemble.experts.items()},
+            networks=networks,
             router=forward_flops(partial(ensemble.router.logits, row, t, null)) if ensemble.router else 0.0,
         )
 
     def times(self, calls: Calls) -> float:
         """Floating point operations of these calls."""
-        experts = sum(self.experts[k] * count for k, count in calls.experts.items())
+        experts = sum(self.networks[name] * count for name, count in calls.work.items())
         return experts + self.router * calls.router
+
+
+def _mean_flops(name: str, expert: Speaker, networks: Mapping[str, float]) -> float:
+    """Of a call at a t that is drawn evenly."""
+    if isinstance(expert, DraftedExpert):
+        return networks[f"{name}/refiner"]
+    if not isinstance(expert, ScheduledExpert):
+        return networks[name]
+    parts = enumerate(zip(expert.widths, expert.networks, strict=True))
+    return sum(width * _mean_flops(f"{name}/{number}", network, networks) for number, (width, network) in parts)
 
 
 def _identity(folder: Path, seeds: Sequence[int], class_ids: Sequence[int] | None, sampling: SamplingConfig) -> str:
@@ -128,10 +152,12 @@ def _write(file: Path, drawn: Samples) -> None:
 
 
 def _arrays_of(calls: Calls, prefix: str) -> dict[str, np.ndarray]:
-    ids = sorted(calls.experts)
+    ids, names = sorted(calls.experts), sorted(calls.work)
     return {
         f"{prefix}expert_ids": np.array(ids, np.int64),
         f"{prefix}expert_calls": np.array([calls.experts[k] for k in ids], np.int64),
+        f"{prefix}networks": np.frombuffer("\n".join(names).encode(), np.uint8),
+        f"{prefix}network_calls": np.array([calls.work[name] for name in names], np.float64),
         f"{prefix}router_calls": np.array([calls.router], np.int64),
         f"{prefix}evaluations": np.array([calls.evaluations], np.int64),
     }
@@ -139,8 +165,10 @@ def _arrays_of(calls: Calls, prefix: str) -> dict[str, np.ndarray]:
 
 def _calls_of(found: dict[str, np.ndarray], prefix: str = "") -> Calls:
     ids, counts = found[f"{prefix}expert_ids"].tolist(), found[f"{prefix}expert_calls"].tolist()
+    names = found[f"{prefix}networks"].tobytes().decode().splitlines()
     return Calls(
         experts=Counter(dict(zip(ids, counts, strict=True))),
+        work=dict(zip(names, found[f"{prefix}network_calls"].tolist(), strict=True)),
         router=int(found[f"{prefix}router_calls"][0]),
         evaluations=int(found[f"{prefix}evaluations"][0]),
         weak=_calls_of(found, WEAK) if not prefix and f"{WEAK}expert_ids" in found else None,

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ensemble.routing import Routing
 from experts.condition import Condition
-from experts.noise_path import NoisePath, expand
+from experts.course import Course
+from experts.noise_path import NoiseOf, NoisePath, expand
+from experts.reuse import Recall
 from router.config import SelectionConfig
 from router.select import rule_of
 
@@ -42,6 +44,33 @@ class Speaker(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the expert's folder."""
+
+
+@runtime_checkable
+class Coursed(Protocol):
+    """An expert that may be asked at few t only."""
+
+    @property
+    def course(self) -> Course | None:
+        """Those t; None is any t."""
+
+
+@runtime_checkable
+class Beginning(Protocol):
+    """An expert whose trajectories begin with a draft of their own."""
+
+    def begun(self, noise: NoiseOf, condition: Condition, path: NoisePath, kept: Recall) -> Latents:
+        """Noised samples at the first t of its course."""
+
+
+@runtime_checkable
+class Recalling(Protocol):
+    """An expert that may have a cache."""
+
+    def recall(
+        self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath, rows: Int[Tensor, " row"], kept: Recall
+    ) -> Latents:
+        """The velocity of these rows of a trajectory, with what they have kept."""
 
 
 @runtime_checkable
@@ -113,6 +142,17 @@ class Ensemble:
         return 1 if self.router is None else self.router.num_experts
 
     @property
+    def course(self) -> Course | None:
+        """The few t at which its experts are to be asked; None is any t. `EnsembleError` if they do not agree."""
+        found = {expert.course if isinstance(expert, Coursed) else None for expert in self.experts.values()}
+        if len(found) > 1:
+            raise EnsembleError(
+                "the experts of an ensemble go through the same times, and these have courses of "
+                f"{sorted(len(one.times) if one else 0 for one in found)} steps (0 is any t); distil all of them alike"
+            )
+        return next(iter(found))
+
+    @property
     def missing(self) -> tuple[int, ...]:
         """Ids of the experts that are not here."""
         return tuple(k for k in range(self.num_experts) if k not in self.experts)
@@ -146,10 +186,32 @@ class Ensemble:
         for k in sorted(self.experts):
             rows = gates[:, k].nonzero().squeeze(-1)
             if len(rows):
-                said = self.experts[k].velocity(noised[rows], t[rows], condition.rows(rows), self.path)
+                said = self._said(k, noised[rows], t[rows], condition.rows(rows), rows, routing)
                 spoken.append(Spoken(rows=rows, gates=gates[rows, k], velocity=said))
                 routing.calls.experts[k] += len(rows)
         return mix(noised, spoken)
+
+    def begun(self, noise: NoiseOf, condition: Condition, routing: Routing) -> Latents:
+        """Where trajectories begin: with noise, or with the draft of the expert that was drawn for each."""
+        begun = noise(0)
+        if routing.memory.gates is None:
+            return begun
+        for k, expert in sorted(self.experts.items()):
+            rows = routing.memory.gates[:, k].nonzero().squeeze(-1)
+            if isinstance(expert, Beginning) and len(rows):
+                own = expert.begun(_rows_of(noise, rows), condition.rows(rows), self.path, routing.recalled(k))
+                begun = begun.index_copy(0, rows, own.to(begun.dtype))
+        return begun
+
+    def _said(
+        self, k: int, noised: Latents, t: Times, condition: Condition, rows: Int[Tensor, " row"], routing: Routing
+    ) -> Latents:
+        """What an expert says of some rows of a trajectory, which may have kept some of its features."""
+        expert, kept = self.experts[k], routing.recalled(k)
+        if isinstance(expert, Recalling):
+            return expert.recall(noised, t, condition, self.path, rows, kept)
+        kept.count(float(len(rows)))
+        return expert.velocity(noised, t, condition, self.path)
 
     def _present(self, device: torch.device) -> Bool[Tensor, " expert"]:
         return torch.tensor([k in self.experts for k in range(self.num_experts)], device=device)
@@ -166,6 +228,10 @@ class Ensemble:
         if self.router is None:
             return torch.zeros(len(condition), 1, device=condition.class_id.device)
         return self.router.prior_logits(condition, self._present(condition.class_id.device))
+
+
+def _rows_of(noise: NoiseOf, rows: Int[Tensor, " row"]) -> NoiseOf:
+    return lambda occasion: noise(occasion)[rows]
 
 
 def _one_a_row(t: Times) -> RowTimes:

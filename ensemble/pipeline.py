@@ -20,6 +20,7 @@ from torch import nn
 
 from artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, read_json, replaced_folder, write_json
 from ensemble.config import SamplingConfig
+from ensemble.drafted import DraftedExpert, is_drafted
 from ensemble.ensemble import Ensemble
 from ensemble.sample import Progress, Samples, sample
 from ensemble.schedule import ScheduledExpert, is_scheduled
@@ -32,7 +33,7 @@ from experts.shared_folder import SHARED, bases_of, link, load_bases, save_bases
 from experts.told import ToldExpert, is_told
 from router.router import Router
 
-AnyExpert = Expert | ScheduledExpert | ToldExpert
+AnyExpert = Expert | ScheduledExpert | DraftedExpert | ToldExpert
 
 INDEX, TOLD = "model_index.json", "told"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -260,6 +261,8 @@ def _models(experts: Iterable[object]) -> Iterator[nn.Module]:
     for expert in experts:
         if isinstance(expert, ScheduledExpert):
             yield from _models(expert.networks)
+        elif isinstance(expert, DraftedExpert):
+            yield from _models([expert.draft, expert.refiner])
         elif isinstance(expert, Expert):
             yield expert.model
 
@@ -274,8 +277,10 @@ def _experts(folder: Path, ids: Sequence[int]) -> dict[int, AnyExpert]:
     return {**experts}
 
 
-def _expert(folder: Path) -> Expert | ScheduledExpert:
-    return ScheduledExpert.load(folder) if is_scheduled(folder) else Expert.load(folder)
+def _expert(folder: Path) -> Expert | ScheduledExpert | DraftedExpert:
+    if is_scheduled(folder):
+        return ScheduledExpert.load(folder)
+    return DraftedExpert.load(folder) if is_drafted(folder) else Expert.load(folder)
 
 
 def _told(folder: Path, ids: Sequence[int]) -> dict[int, AnyExpert]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, UInt64
 from torch import Tensor
 
 from data_partition.splitmix import scrambled
+from experts.reuse import Recall
 from router.config import SelectionConfig
 from router.select import Selection, coupling, rule_of, sample
 
@@ -34,6 +35,8 @@ class Calls:
 
     experts: Counter[int] = field(default_factory=Counter)
     """By the experts' ids."""
+    work: dict[str, float] = field(default_factory=dict)
+    """By network, `3` or `3/0` if expert 3 has several: the same in full calls, of which a cache makes fractions."""
     router: int = 0
     evaluations: int = 0
     """Of the velocity by the solver; Heun makes two in most of its steps, reflection adds none."""
@@ -52,6 +55,8 @@ class Calls:
     def add(self, other: "Calls") -> None:
         """Count the calls of another trajectory too."""
         self.experts.update(other.experts)
+        for name, calls in other.work.items():
+            self.work[name] = self.work.get(name, 0.0) + calls
         self.router += other.router
         self.evaluations += other.evaluations
         if other.weak is not None:
@@ -92,6 +97,8 @@ class Routing:
     """Equal parts of the rows that are the same trajectories; the first of them has the condition."""
     memory: Memory = field(default_factory=Memory)
     calls: Calls = field(default_factory=Calls)
+    kept: dict[int, Recall] = field(default_factory=dict)
+    """What its samples remember of each expert."""
 
     @classmethod
     def opened(cls, seeds: Sequence[int], prior: Logits, selection: SelectionConfig) -> "Routing":
@@ -100,10 +107,14 @@ class Routing:
         memory = Memory(gates=sample(prior, start, uniforms, selection), probability=prior.softmax(-1))
         return cls(seeds=tuple(seeds), selection=selection, memory=memory)
 
+    def recalled(self, k: int) -> Recall:
+        """What these trajectories remember of an expert."""
+        return self.kept.setdefault(k, Recall(name=str(k), work=self.calls.work))
+
     def repeated(self, times: int) -> "Routing":
         """The same trajectories in `times` branches of one batch; calls are counted together."""
         memory = self.memory.repeated(times)
-        return replace(self, seeds=self.seeds * times, branches=self.branches * times, memory=memory)
+        return replace(self, seeds=self.seeds * times, branches=self.branches * times, memory=memory, kept={})
 
     def standing(self, t: Times) -> Gates | None:
         """The gates if they stay as they are in every row, so that nobody need ask the router; else None."""

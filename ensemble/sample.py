@@ -14,7 +14,7 @@ from ensemble.ensemble import Ensemble
 from ensemble.guidance import guided
 from ensemble.reflection import reflecting
 from ensemble.routing import Calls
-from ensemble.sampler import SOLVERS, noise_for, uniform_times
+from ensemble.sampler import SOLVERS, noise_for, travel, uniform_times
 from experts.codec import Codec
 from experts.condition import Condition
 
@@ -49,13 +49,17 @@ def sample(
 ) -> Samples:
     """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally.
 
-    `weak` is what `config.reflection` asks for. Raises `ValueError` without seeds, or if seeds and classes do not pair.
+    Experts with a course go through that instead of `config`'s solver and steps; where it was distilled, guidance is
+    within them. `weak` is what `config.reflection` asks for. Raises `ValueError` without seeds, if seeds and classes do
+    not pair, or if experts with a course are to be reflected.
     """
     if not seeds or (class_ids is not None and len(class_ids) != len(seeds)):
         classes = "no classes" if class_ids is None else f"{len(class_ids)} classes"
         raise ValueError(f"give at least one seed, and a class for every seed or none; got {len(seeds)} and {classes}")
     if (weak is None) != (config.reflection is None):
         raise ValueError("reflection needs a weak ensemble, and nothing else does; give both, or neither")
+    if (course := ensemble.course) is not None and config.reflection is not None:
+        raise ValueError("reflection goes between steps of a solver, and these experts have a course; leave it out")
     started, calls, latents = time.monotonic(), Calls(), []
     ensembles = ensemble.to(config.device), weak and weak.to(config.device)
     if config.compile:
@@ -68,7 +72,8 @@ def sample(
             if on_progress is not None:
                 on_progress(start + int(size * (1 - t)), len(seeds))
 
-        scale = 1.0 if class_ids is None else config.guidance_scale
+        is_guided = class_ids is not None and not (course and course.is_distilled)
+        scale = config.guidance_scale if is_guided else 1.0
         latents.append(_trajectory(*ensembles, codec, seeds[rows], config, condition, scale, calls, report))
     images = torch.cat([codec.decode(batch).float().cpu() for batch in latents])
     return Samples(
@@ -101,14 +106,20 @@ def _trajectory(
         calls.evaluations += len(noised)
         return field(noised, t)
 
-    noise = noise_for(seeds, codec.latent_shape).to(config.device)
-    solver = SOLVERS[config.solver]
+    def noise(occasion: int) -> Latents:
+        return noise_for(seeds, codec.latent_shape, occasion).to(config.device)
+
+    begun, solver = ensemble.begun(noise, condition, routing), SOLVERS[config.solver]
     if config.reflection is not None and weak is not None:
         other = weak.begin(seeds, condition, config.selection)
         routing.calls.weak = other.calls
         weak_field = guided(weak, condition, other, guidance_scale)
         solver = reflecting(config.solver, field, weak_field, config.reflection.steps)
-    clean = solver(velocity, noise, uniform_times(config.steps))
+    course = ensemble.course
+    if course is None:
+        clean = solver(velocity, begun, uniform_times(config.steps))
+    else:
+        clean = travel(velocity, begun, course, ensemble.path, lambda step: noise(1 + step))
     report(0.0)
     calls.add(routing.calls)
     return clean.cpu()

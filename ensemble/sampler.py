@@ -7,12 +7,17 @@ schedule. To add a solver, write the function and add it to `SOLVERS`.
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor
 
+from data_partition.splitmix import scrambled
 from ensemble.config import Solver
+from experts.course import Course
+from experts.noise_path import NoisePath
+from experts.predictions import to_clean
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
@@ -59,6 +64,28 @@ def heun_step(velocity: VelocityField, noised: Latents, t: float, t_next: float)
     return noised + (t_next - t) * (slope + ahead) / 2
 
 
+def fresh_step(
+    velocity: VelocityField, noised: Latents, t: float, t_next: float, path: NoisePath, fresh: Latents
+) -> Latents:
+    """From t to the clean estimate there, and back to `t_next` with fresh noise; to the clean estimate at 0."""
+    # Song et al. 2023, arXiv:2303.01469, algorithm 1.
+    times = _rows(t, noised)
+    clean = to_clean("velocity", velocity(noised, times), noised, times, path)
+    return path.noised(clean, fresh, _rows(t_next, noised)) if t_next else clean
+
+
+def travel(
+    velocity: VelocityField, noised: Latents, course: Course, path: NoisePath, fresh: Callable[[int], Latents]
+) -> Latents:
+    """From the beginning of a course to its end; `fresh` gives the noise of every step that wants some."""
+    for index, (way, t, t_next) in enumerate(zip(course.ways, course.times, (*course.times[1:], 0.0), strict=True)):
+        if way == "fresh":
+            noised = fresh_step(velocity, noised, t, t_next, path, fresh(index))
+        else:
+            noised = euler_step(velocity, noised, t, t_next)
+    return noised
+
+
 def flow_match_euler(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
     """diffusers' `FlowMatchEulerDiscreteScheduler` on the given times; float32."""
     scheduler = FlowMatchEulerDiscreteScheduler()
@@ -97,8 +124,13 @@ def _rows(t: float, noised: Latents) -> Times:
     return noised.new_full((len(noised),), t)
 
 
-def noise_for(seeds: Sequence[int], shape: Sequence[int]) -> Latents:
-    """Unit Gaussian noise whose row i is a function of `seeds[i]` alone, whatever the batch or the device."""
+def noise_for(seeds: Sequence[int], shape: Sequence[int], occasion: int = 0) -> Latents:
+    """Unit Gaussian noise whose row i is a function of `seeds[i]` alone, whatever the batch or the device.
+
+    `occasion` 0 is where a sample begins; what it needs later has other numbers.
+    """
+    if occasion:
+        seeds = [int(seed) for seed in scrambled(np.array(seeds, np.int64).view(np.uint64) ^ np.uint64(occasion << 32))]
     rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 

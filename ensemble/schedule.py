@@ -14,8 +14,10 @@ from torch import Tensor
 
 from artifacts import CorruptArtifact, read_json, write_json
 from experts.condition import Condition
+from experts.course import Course
 from experts.expert import Expert
 from experts.noise_path import Latents, NoisePath
+from experts.reuse import Recall, Rows
 
 SCHEDULE = "schedule.json"
 
@@ -28,6 +30,8 @@ class ScheduledExpert:
     """From t = 0 to t = 1."""
     bounds: Sequence[float]
     """The t where each network but the last gives way to the next; at a bound the later one speaks."""
+    course: Course | None = None
+    """The few t at which it is to be asked; None is any t."""
 
     def __post_init__(self) -> None:
         """Refuse what is no division of [0, 1]."""
@@ -54,13 +58,20 @@ class ScheduledExpert:
 
     def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath) -> Latents:
         """Each network is called on the rows of its interval, if there are any."""
+        rows = torch.arange(len(noised), device=noised.device)
+        return self.recall(noised, t, condition, path, rows, Recall(name=""))
+
+    def recall(
+        self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath, rows: Rows, kept: Recall
+    ) -> Latents:
+        """The same with what these rows of the trajectory have kept of each network."""
         index = torch.bucketize(t.contiguous(), torch.tensor(self.bounds, dtype=t.dtype, device=t.device), right=True)
         said = torch.zeros_like(noised)
         for number, expert in enumerate(self.networks):
-            rows = (index == number).nonzero().squeeze(-1)
-            if len(rows):
-                velocity = expert.velocity(noised[rows], t[rows], condition.rows(rows), path)
-                said = said.index_copy(0, rows, velocity.to(said.dtype))
+            its = (index == number).nonzero().squeeze(-1)
+            if len(its):
+                own = (noised[its], t[its], condition.rows(its), path, rows[its], kept.part(str(number)))
+                said = said.index_copy(0, its, expert.recall(*own).to(said.dtype))
         return said
 
     def to(self, device: torch.device | str) -> "ScheduledExpert":
@@ -74,7 +85,8 @@ class ScheduledExpert:
         folder.mkdir(parents=True, exist_ok=True)
         for number, expert in enumerate(self.networks):
             expert.save(folder / str(number))
-        write_json(folder / SCHEDULE, {"bounds": list(self.bounds)})
+        course = {} if self.course is None else {"course": self.course.described()}
+        write_json(folder / SCHEDULE, {"bounds": list(self.bounds)} | course)
 
     @classmethod
     def load(cls, folder: Path) -> "ScheduledExpert":
@@ -83,7 +95,8 @@ class ScheduledExpert:
         try:
             bounds = tuple(float(bound) for bound in found["bounds"])
             networks = [Expert.load(folder / str(number)) for number in range(len(bounds) + 1)]
-            return cls(networks=networks, bounds=bounds)
+            course = Course.parsed(found["course"]) if "course" in found else None
+            return cls(networks=networks, bounds=bounds, course=course)
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / SCHEDULE} is no schedule: {error}; make the ensemble again") from error
 

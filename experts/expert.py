@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from artifacts import CorruptArtifact, Workspace, read_json, write_json
 from data_partition.shards import read_index
+from experts.cache_plan import CachePlan
 from experts.codecs import load_codec
 from experts.condition import Condition
 from experts.config import ExpertConfig, Prediction, TrainingConfig
+from experts.course import Course
 from experts.flops import forward_flops, training_flops
 from experts.init import Start, start_of
 from experts.init_folder import check_unchanged
@@ -23,7 +25,10 @@ from experts.model_folder import save_model
 from experts.networks import call_network, load_network
 from experts.noise_path import PATHS, Latents, NoisePath, Times, matched
 from experts.predictions import asked, parts_said
+from experts.reuse import Recall, Rows
 from experts.train import Loss, fit, write_rows
+
+CACHE = "cache.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +43,10 @@ class Expert:
     num_classes: int
     """0 is unconditional."""
     cluster_id: int
-    times: tuple[float, ...] | None = None
-    """The falling t at which a few-step student is asked; None is any t."""
+    course: Course | None = None
+    """The few t at which it is to be asked; None is any t."""
+    cache: CachePlan | None = None
+    """Which of its modules a trajectory need not call at every evaluation; None is none."""
 
     def velocity(self, noised: Latents, t: Times, condition: Condition, path: NoisePath | None = None) -> Latents:
         """The velocity on `path` (default: the expert's own), matched at equal noise-to-signal ratio.
@@ -54,6 +61,26 @@ class Expert:
             return predicted
         parts = parts_said(self.prediction, predicted, seen, sample, self.path)
         return path.velocity(parts.clean, parts.noise, t)
+
+    def recall(
+        self, noised: Latents, t: Times, condition: Condition, path: NoisePath, rows: Rows, kept: Recall
+    ) -> Latents:
+        """The velocity with what these rows of the trajectory have kept; with a cache, all of them are at one t.
+
+        Raises `ValueError` if they are not, or if the cache was not made for it.
+        """
+        if self.cache is None:
+            kept.count(float(len(rows)))
+            return self.velocity(noised, t, condition, path)
+        if t.ndim != 1 or (t != t[0]).any():
+            raise ValueError("an expert with a cache is sampled at one t for all rows; take the cache away for others")
+
+        def said(places: Rows) -> Latents:
+            return self.velocity(noised[places], t[places], condition.rows(places), path)
+
+        velocity, work = kept.features.answer(self.model, self.cache, float(t[0]), rows, said)
+        kept.count(work)
+        return velocity
 
     def to(self, device: torch.device | str) -> "Expert":
         """Move the network to a device, in place."""
@@ -71,9 +98,11 @@ class Expert:
             "num_classes": self.num_classes,
             "cluster_id": self.cluster_id,
         }
-        if self.times is not None:
-            described["times"] = self.times
+        if self.course is not None:
+            described["course"] = self.course.described()
         write_json(folder / "expert.json", described)
+        if self.cache is not None:
+            write_json(folder / CACHE, self.cache.described())
 
     @classmethod
     def load(cls, folder: Path) -> "Expert":
@@ -89,7 +118,8 @@ class Expert:
                 latent_shape=tuple(described["latent_shape"]),
                 num_classes=described["num_classes"],
                 cluster_id=described["cluster_id"],
-                times=tuple(map(float, described["times"])) if "times" in described else None,
+                course=Course.parsed(described["course"]) if "course" in described else None,
+                cache=CachePlan.parsed(read_json(folder / CACHE)) if (folder / CACHE).exists() else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / 'expert.json'} lacks or does not know {error}; train it again") from error

@@ -16,6 +16,8 @@ from experts.config import PathName
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, "..."]
 OfTime = Callable[[Tensor], Tensor]
+NoiseOf = Callable[[int], Latents]
+"""Noise of the same samples for an occasion; 0 is their beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from orchestrator.sweeps.trial import swept_parameters
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable that makes Hydra raise its errors; it is set while a sweep is on, for this process alone."""
 
-OPTIONAL = ("experiment", "prune", "quantize", "switch")
+OPTIONAL = ("experiment", "distill", "accelerate", "prune", "quantize", "switch")
 """Groups of which a run need not have a file."""
 
 OUR_LAUNCHER, OUR_SWEEPER = "hydra/launcher=ddm_ray", "hydra/sweeper=ddm_optuna"

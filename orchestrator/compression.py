@@ -28,7 +28,7 @@ def with_compression(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     asked = parse_config(compose([*overrides, f"seed={config.seed}"]))
     if not recipes_of(asked):
         raise ConfigError("no stage is named, so nothing would be compressed; try quantize=int8")
-    return replace(config, prune=asked.prune, quantize=asked.quantize, switch=asked.switch)
+    return replace(config, **{kind: getattr(asked, kind) for kind in SMALLER})
 
 
 def compress_run(run: RunFolder, config: RunConfig, console: Console) -> RunConfig:

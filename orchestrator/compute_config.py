@@ -70,6 +70,10 @@ class StagesConfig:
     """Putting trained models into one folder."""
     choice: ResourcesConfig = ResourcesConfig()
     """Trying selections for `auto`."""
+    distill: ResourcesConfig = ResourcesConfig()
+    """Training few-step students of the experts."""
+    accelerate: ResourcesConfig = ResourcesConfig()
+    """Planning caches, making drafts."""
     prune: ResourcesConfig = ResourcesConfig()
     """Taking parts out of the experts, and training what is left."""
     quantize: ResourcesConfig = ResourcesConfig()

@@ -15,7 +15,14 @@ from artifacts import STRICT
 from data_partition.config import DataConfig, PartitionConfig
 from ensemble.choice_config import ChoiceConfig
 from ensemble.config import EvaluationConfig, SamplingConfig
-from ensemble.stages.config import PruneConfig, QuantizeConfig, SwitchConfig
+from ensemble.stages.config import (
+    AccelerateConfig,
+    DistillConfig,
+    PruneConfig,
+    QuantizeConfig,
+    SwitchConfig,
+    check_order,
+)
 from experts.config import CodecConfig, ExpertConfig, StudentConfig
 from orchestrator.compute_config import ComputeConfig
 from orchestrator.errors import ConfigError
@@ -73,10 +80,14 @@ class RunConfig:
     """How the ensemble is sampled."""
     choice: ChoiceConfig = ChoiceConfig()
     """How `ensemble.selection.name=auto` finds its selection."""
+    distill: DistillConfig | None = None
+    """A faster ensemble beside the whole one: its experts learn to do with few steps,"""
+    accelerate: AccelerateConfig | None = None
+    """keep features from one step to the next, or begin with a draft,"""
     prune: PruneConfig | None = None
-    """A smaller ensemble beside the whole one: layers, heads or hidden units are taken out of its experts,"""
+    """a smaller one: layers, heads or hidden units are taken out,"""
     quantize: QuantizeConfig | None = None
-    """their weights, or weights and activations, are brought to few bits,"""
+    """weights, or weights and activations, are brought to few bits,"""
     switch: SwitchConfig | None = None
     """and the whole one speaks on the other side of a t."""
     scores: ScoresConfig = ScoresConfig()
@@ -115,6 +126,7 @@ class RunConfig:
             )
         check_experts(self)
         check_choice(self)
+        check_order(self.distill, self.accelerate, self.switch)
         return self
 
 

@@ -14,8 +14,9 @@ from experts.config import ExpertConfig, TrainingConfig
 from orchestrator.config import RunConfig
 from router.config import RouterConfig
 
-SMALLER = ("prune", "quantize", "switch")
-"""Kinds of stages that make an ensemble smaller, in their order: what is rounded can no longer be trained."""
+SMALLER = ("distill", "accelerate", "prune", "quantize", "switch")
+"""Kinds of stages that make an ensemble smaller or faster, in their order: a cache needs many steps to save some of,
+pruning is measured on the steps that are left, and what is rounded can no longer be trained."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

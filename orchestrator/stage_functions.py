@@ -192,6 +192,8 @@ KINDS: dict[str, Kind] = {
     "ensemble": Kind(AssemblyStageConfig, run_ensemble),
     "reference": Kind(EvaluationConfig, run_reference),
     "choice": Kind(ChoiceStageConfig, run_choice),
+    "distill": Kind(StageConfig, run_smaller),
+    "accelerate": Kind(StageConfig, run_smaller),
     "prune": Kind(StageConfig, run_smaller),
     "quantize": Kind(StageConfig, run_smaller),
     "switch": Kind(StageConfig, run_smaller),

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from artifacts import Preempted, Workspace, read_json, write_json
 from ensemble.stages.bits_config import BitsConfig
+from ensemble.stages.calibration import on_course
 from ensemble.stages.method import StageError
 from ensemble.stages.multiple_choice import Option, choose_options
-from ensemble.stages.together import Together
+from ensemble.stages.together import Given, Together
 from ensemble.stages.weights import large_weights
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
@@ -36,6 +37,12 @@ class _Item:
     expert_id: int
     name: str
     options: tuple[Option, ...]
+
+
+def allot_all(config: BitsConfig, given: Given) -> Together:
+    """What `allot_bits` makes of all experts of an ensemble."""
+    experts = given.experts("bits")
+    return allot_bits(experts, given.latents(sorted(experts)), config, given.workspace)
 
 
 def allot_bits(
@@ -147,6 +154,7 @@ def _batch(dataset: LatentDataset, config: BitsConfig) -> Batch:
 @torch.no_grad()
 def _velocity(expert: Expert, batch: Batch) -> Tensor:
     """In velocity, so that experts of different predictions compare."""
+    batch = on_course(batch, expert.course, TrainingConfig())
     noised = expert.path.noised(batch.clean, batch.noise, batch.t)
     return expert.velocity(noised, batch.t, batch.condition)
 

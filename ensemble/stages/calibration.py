@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from experts.config import TrainingConfig
+from experts.course import Course
 from experts.expert import Expert
 from experts.latents import Batch, LatentDataset, batch_of
 from experts.networks import call_network
@@ -20,10 +22,26 @@ HELD_OUT = 10**6
 """Batches from this step on measure, and calibrate nothing."""
 
 
-def batches_of(dataset: LatentDataset, rows: int, seed: int, count: int, start: int = 0) -> list[Batch]:
-    """So many batches of `rows` samples, a tenth of them without a condition."""
+def batches_of(
+    dataset: LatentDataset, rows: int, seed: int, count: int, start: int = 0, course: Course | None = None
+) -> list[Batch]:
+    """So many batches of `rows` samples, a tenth of them without a condition; at the times of a course, if given."""
     training = TrainingConfig(batch_size=rows, seed=seed)
-    return [batch_of(dataset, training, start + step) for step in range(count)]
+    return [on_course(batch_of(dataset, training, start + step), course, training) for step in range(count)]
+
+
+def on_course(batch: Batch, course: Course | None, training: TrainingConfig) -> Batch:
+    """The batch at the t of a course, all of them equally often; None leaves it as it is."""
+    if course is None:
+        return batch
+    times = torch.tensor(course.times, dtype=batch.t.dtype, device=batch.t.device)
+    return replace(batch, t=times[(evenly(batch.t, training) * len(times)).long()])
+
+
+def evenly(t: Float[Tensor, " batch"], training: TrainingConfig) -> Float[Tensor, " batch"]:
+    """A training's t, which is logit-normal, spread evenly between 0 and 1 instead."""
+    even: Tensor = torch.special.ndtr((torch.logit(t) - training.t_mean) / training.t_std)
+    return even.clamp(1e-3, 1 - 1e-3)
 
 
 def answer(model: nn.Module, expert: Expert, batch: Batch) -> Tensor:

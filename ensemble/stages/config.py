@@ -1,7 +1,7 @@
 """What can be chosen about making an ensemble smaller; imports no torch."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -9,11 +9,16 @@ from pydantic.dataclasses import dataclass
 from artifacts import LATER, STRICT
 from ensemble.config import SamplingConfig
 from ensemble.stages.bits_config import BitsConfig
+from ensemble.stages.cache_config import CacheConfig
+from ensemble.stages.consistency_config import ConsistencyConfig
 from ensemble.stages.ecodiff_config import EcoDiffConfig
 from ensemble.stages.laptop_config import LaptopConfig
+from ensemble.stages.mmd_config import MMDConfig
 from ensemble.stages.quest_config import QuESTConfig
 from ensemble.stages.share_config import ShareConfig
+from ensemble.stages.sid_config import SiDConfig
 from ensemble.stages.svdquant_config import SVDQuantConfig
+from ensemble.stages.truncate_config import BaseFirstConfig, TruncateConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -57,19 +62,55 @@ class SwitchConfig:
     """Whether the smaller one speaks below t, where samples are nearly clean, or above."""
 
 
+DistillConfig = Annotated[SiDConfig | ConsistencyConfig | MMDConfig, Field(discriminator="method")]
+AccelerateConfig = Annotated[CacheConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
 PruneConfig = Annotated[LaptopConfig | EcoDiffConfig, Field(discriminator="method")]
 QuantizeConfig = Annotated[
     WeightsConfig | ComputeConfig | SVDQuantConfig | QuESTConfig | ShareConfig | BitsConfig,
     Field(discriminator="method"),
 ]
-RecipeConfig = Annotated[PruneConfig | QuantizeConfig | SwitchConfig, Field(discriminator="method")]
+RecipeConfig = Annotated[
+    DistillConfig | AccelerateConfig | PruneConfig | QuantizeConfig | SwitchConfig, Field(discriminator="method")
+]
+
+
+def check_order(distill: Any, accelerate: Any, switch: SwitchConfig | None) -> None:
+    """Raise `ValueError` for stages that make no sense together."""
+    is_cache = isinstance(accelerate, CacheConfig)
+    if distill and is_cache:
+        raise ValueError(
+            f"accelerate=cache keeps features from one step to the next, and of the {distill.steps} steps that "
+            "distill leaves none is like another; take one of the two"
+        )
+    if distill is None and isinstance(accelerate, BaseFirstConfig):
+        raise ValueError("accelerate=base_first puts the experts before their students; add distill=…")
+    if distill is None and isinstance(accelerate, TruncateConfig) and accelerate.draft == "student":
+        raise ValueError("accelerate.draft=student begins with what students draw; add distill=…, or take another")
+    if distill and isinstance(accelerate, TruncateConfig) and accelerate.draft != "student":
+        raise ValueError(
+            f"accelerate.draft={accelerate.draft} goes on with the experts, so the students of distill would not be "
+            "asked; take accelerate.draft=student, or leave distill out"
+        )
+    if switch and (distill or (accelerate and not is_cache)):
+        raise ValueError(
+            "switch goes between experts that are asked at the same t, and after distill or a draft they are not; "
+            "leave switch out, or take accelerate=base_first"
+        )
 
 
 def label_of(recipe: RecipeConfig) -> str:
     """What a recipe is called in tables and file names."""
     if isinstance(recipe, WeightsConfig):
         return f"int{recipe.bits}"
-    return f"int{recipe.bits}_compute" if isinstance(recipe, ComputeConfig) else recipe.method
+    if isinstance(recipe, ComputeConfig):
+        return f"int{recipe.bits}_compute"
+    if isinstance(recipe, CacheConfig):
+        return f"cache_{recipe.policy}"
+    if isinstance(recipe, TruncateConfig):
+        return f"truncate_{recipe.draft}"
+    if isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig):
+        return f"{recipe.method}_{recipe.steps}"
+    return recipe.method
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

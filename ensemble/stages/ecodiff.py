@@ -38,6 +38,11 @@ def ecodiff(expert: Expert, dataset: LatentDataset, config: EcoDiffConfig, works
 
     Raises `StageError` if it has no units or too few, and what `fit` raises.
     """
+    if expert.course is not None:
+        raise StageError(
+            f"ecodiff learns along whole trajectories, and expert {expert.cluster_id} has a course of "
+            f"{len(expert.course.times)} steps; take prune=laptop, or prune before"
+        )
     counts = maskable(expert.model)
     if not counts:
         raise StageError(
@@ -49,7 +54,7 @@ def ecodiff(expert: Expert, dataset: LatentDataset, config: EcoDiffConfig, works
     smaller = replace(expert, model=deepcopy(expert.model))
     cut(smaller.model, kept)
     if config.retraining is not None:
-        smaller, flops = _retrained(smaller, expert, dataset, config.retraining, _part(workspace, "retraining"))
+        smaller, flops = _retrained(smaller, expert, dataset, config.retraining, workspace.part("retraining"))
         spent += flops
     details = _details(expert, smaller, dataset, config) | {
         "kept": {path: [len(units), counts[path]] for path, units in kept.items()},
@@ -67,7 +72,7 @@ def _scores(
         return magnitudes(expert.model), 0.0
     if config.criterion == "random":
         return random_scores(counts, config.seed), 0.0
-    gates = learned_gates(expert, dataset, counts, config, _part(workspace, "masks"))
+    gates = learned_gates(expert, dataset, counts, config, workspace.part("masks"))
     # A trajectory is drawn by the whole network and by the masked one, each of whose steps is computed again for a
     # backward pass to the inputs alone, which costs another forward pass.
     rows = config.learning.steps * config.learning.batch_size * config.chain
@@ -143,13 +148,6 @@ def _details(whole: Expert, smaller: Expert, dataset: LatentDataset, config: Eco
         "relative_l2_of_samples": float((after - before).norm() / before.norm()),
         "output_error": output_error(smaller.model, whole, batches),
     }
-
-
-def _part(workspace: Workspace, name: str) -> Workspace:
-    """A part of the workspace for one of two trainings."""
-    scratch = workspace.scratch / name
-    scratch.mkdir(parents=True, exist_ok=True)
-    return replace(workspace, scratch=scratch)
 
 
 def _rounded(scores: Float[Tensor, " unit"]) -> Sequence[float]:

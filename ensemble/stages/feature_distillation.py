@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ensemble.stages.calibration import on_course
 from ensemble.stages.laptop_config import LaptopConfig
+from experts.config import TrainingConfig
 from experts.expert import Expert
 from experts.latents import Batch
 from experts.networks import call_network
@@ -50,11 +52,17 @@ def features(model: nn.Module, paths: Sequence[str], batch: Batch, expert: Exper
 
 
 def distillation_loss(
-    teacher: Expert, paths: Sequence[str], weights: Mapping[str, float], config: LaptopConfig
+    teacher: Expert, paths: Sequence[str], weights: Mapping[str, float], config: LaptopConfig, training: TrainingConfig
 ) -> Loss:
-    """The loss above, for a student of this teacher."""
+    """The loss above, for a student of this teacher; at the times of its course, and without its task if it has none.
+
+    What was distilled does not say what data say, so that only the teacher is left to learn from.
+    """
+    course = teacher.course
+    has_task = course is None or not course.is_distilled
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        batch = on_course(batch, course, training)
         target = target_of(teacher.prediction, batch.clean, batch.noise, batch.t, teacher.path)
         with torch.no_grad():
             exact, theirs = features(teacher.model, paths, batch, teacher)
@@ -62,7 +70,8 @@ def distillation_loss(
         terms = {"task": functional.mse_loss(said.float(), target), "output": functional.mse_loss(said, exact)}
         apart = [weights[path] * functional.mse_loss(ours[path], theirs[path]) for path in paths]
         terms["features"] = torch.stack(apart).sum() if apart else said.new_zeros(())
-        whole = terms["task"] + config.output_weight * terms["output"] + config.feature_weight * terms["features"]
+        learned = config.output_weight * terms["output"] + config.feature_weight * terms["features"]
+        whole = learned + terms["task"] if has_task else learned
         return {"loss": whole} | {name: term.detach() for name, term in terms.items()}
 
     return loss

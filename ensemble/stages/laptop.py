@@ -36,7 +36,7 @@ def laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, workspa
     Raises `StageError` if its removable layers have too few parameters, `Preempted` between two of them.
     """
     model, units = deepcopy(expert.model), removable_units(expert.model)
-    batch = batches_of(dataset, config.rows, config.seed, 1)[0]
+    batch = batches_of(dataset, config.rows, config.seed, 1, course=expert.course)[0]
     row, whole = network_flops(model, expert.latent_shape), _parameters(model)
     sizes = [_parameters(model.get_submodule(unit)) for unit in units]
     target = round(config.share * whole)
@@ -54,7 +54,7 @@ def laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, workspa
     details |= {"removed": [units[index] for index in chosen], "joint_cost": lost(chosen)}
     remove_units(model, details["removed"])
     pruned = replace(expert, model=model)
-    measuring = batches_of(dataset, config.rows, config.seed, 2, HELD_OUT)
+    measuring = batches_of(dataset, config.rows, config.seed, 2, HELD_OUT, expert.course)
     details["error_pruned"] = output_error(model, expert, measuring)
     flops = (len(costs) + config.additivity_sets + 2) * config.rows * row
     if config.retraining is not None:
@@ -120,7 +120,7 @@ def _retrained(
         return pruned.model
     paths = stages_behind(teacher.model, removed) if config.feature_weight else []
     weights = feature_weights(teacher, paths, batch, normalise=config.normalise)
-    loss = distillation_loss(teacher, paths, weights, config)
+    loss = distillation_loss(teacher, paths, weights, config, config.retraining)
     return fit(deepcopy(pruned.model), loss, dataset, config.retraining, workspace).model
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from artifacts import Workspace
+from ensemble.ensemble import Speaker
 from experts.expert import Expert
 from experts.latents import LatentDataset
 
@@ -17,13 +18,20 @@ class StageError(ValueError):
 class Outcome:
     """A smaller expert, and what making it took."""
 
-    expert: Expert
+    expert: Speaker
     modules: int
     """Weights, layers or whatever the method works on, that it has changed; 0 is an error of the stage."""
     flops: float
     """Of calibrating, searching and training again."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What is worth looking at later, as JSON."""
+
+    @property
+    def network(self) -> Expert:
+        """The expert, if it is one network; `TypeError` if it is not."""
+        if not isinstance(self.expert, Expert):
+            raise TypeError(f"a {type(self.expert).__name__} is not one network")
+        return self.expert
 
 
 Method = Callable[[Expert, LatentDataset, Any, Workspace], Outcome]

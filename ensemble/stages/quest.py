@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from artifacts import Preempted, Workspace
-from ensemble.stages.calibration import HELD_OUT, answer, batches_of, output_error, some_rows, watched
+from ensemble.stages.calibration import (
+    HELD_OUT,
+    answer,
+    batches_of,
+    evenly,
+    on_course,
+    output_error,
+    some_rows,
+    watched,
+)
 from ensemble.stages.layers import Purpose, layers_of, pack_rest
 from ensemble.stages.method import Outcome, StageError
 from ensemble.stages.quest_config import QuESTConfig
@@ -45,7 +54,7 @@ def quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace
         )
     samples, times = _observed(model, paths, expert, dataset, config, workspace)
     round_layers(model, samples, times, config.bits, config.activation_bits)
-    measuring = batches_of(dataset, config.rows, config.seed, MEASURED, HELD_OUT)
+    measuring = batches_of(dataset, config.rows, config.seed, MEASURED, HELD_OUT, expert.course)
     errors, touched, sizes = {"calibrated": output_error(model, expert, measuring)}, set[str](), dict[str, int]()
     flops = network_flops(expert.model, expert.latent_shape)
     spent = flops * config.rows * config.times
@@ -58,7 +67,7 @@ def quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace
             continue
         sizes |= learn_only(model, chosen, vectors)
         touched |= set(chosen)
-        model = _tuned(model, expert, dataset, chosen, training, _part(workspace, name), name == "time_embedding")
+        model = _tuned(model, expert, dataset, chosen, training, workspace.part(name), name == "time_embedding")
         settle(model, paths)
         errors[name] = output_error(model, expert, measuring)
         spent += training_flops(flops, training.batch_size, training.steps) * 4 / 3
@@ -82,6 +91,9 @@ def _observed(
     """Some of what every layer is given at each calibrated time, and those times in the network's own unit."""
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     clock, times = Clock(), []
+    even = [(number + 0.5) / config.times for number in range(config.times)]
+    asked = even if expert.course is None else sorted(expert.course.times)
+    batches = batches_of(dataset, config.rows, config.seed, len(asked))
     called: dict[str, Tensor] = {}
 
     def see(path: str, given: Tensor, said: Tensor) -> None:
@@ -89,10 +101,10 @@ def _observed(
 
     handle = model.register_forward_pre_hook(clock, with_kwargs=True)
     with torch.no_grad(), watched(model, paths, see):
-        for number, batch in enumerate(batches_of(dataset, config.rows, config.seed, config.times)):
+        for number, (t, batch) in enumerate(zip(asked, batches, strict=True)):
             if workspace.stop_requested():
-                raise Preempted(f"stopped after {number} of {config.times} times, which are calibrated again")
-            answer(model, expert, replace(batch, t=torch.full_like(batch.t, (number + 0.5) / config.times)))
+                raise Preempted(f"stopped after {number} of {len(asked)} times, which are calibrated again")
+            answer(model, expert, replace(batch, t=torch.full_like(batch.t, t)))
             times.append(clock.now)
             for path, found in called.items():
                 seen[path].append(found)
@@ -161,7 +173,9 @@ def _tuned(
     watched_paths = paths if by_layer else []
 
     def loss(student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        batch = replace(batch, t=_evenly(batch.t, training))
+        if expert.course is None:
+            batch = replace(batch, t=evenly(batch.t, training))
+        batch = on_course(batch, expert.course, training)
         exact: dict[str, Tensor] = {}
         said: dict[str, Tensor] = {}
         with torch.no_grad(), watched(teacher, watched_paths, lambda path, _, found: exact.update({path: found})):
@@ -173,16 +187,3 @@ def _tuned(
         return {"loss": output + layers.sum(), "output": output}
 
     return fit(model, loss, dataset, training, workspace).model
-
-
-def _evenly(t: Float[Tensor, " batch"], training: TrainingConfig) -> Float[Tensor, " batch"]:
-    """A training's t, which is logit-normal, spread evenly between 0 and 1 instead."""
-    even: Tensor = torch.special.ndtr((torch.logit(t) - training.t_mean) / training.t_std)
-    return even.clamp(1e-3, 1 - 1e-3)
-
-
-def _part(workspace: Workspace, name: str) -> Workspace:
-    """A part of the workspace for one of several trainings."""
-    scratch = workspace.scratch / name
-    scratch.mkdir(parents=True, exist_ok=True)
-    return Workspace(scratch, workspace.attempt, workspace.stop_files, workspace.stopping)

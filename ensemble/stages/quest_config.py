@@ -38,7 +38,7 @@ class QuESTConfig:
     sensitive: TrainingConfig | None = TUNING
     """How feed-forward layers, queries, keys and values are trained after that; empty leaves them out."""
     trained_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the parameters that is trained at most: weights of the layers whose gradient is largest for their size,"""
+    """Share of the parameters that is trained at most: weights of layers whose gradient is largest for their size,"""
     vectors: bool = True
     """and before those the biases, scales and step sizes of all rounded layers, a hundredth of the parameters."""
     sensitive_convolutions: bool = False

@@ -79,7 +79,7 @@ def learn_only(model: nn.Module, paths: Sequence[str], vectors: Sequence[str] = 
     """
     model.requires_grad_(False)
     for path in {*paths, *vectors}:
-        model.get_submodule(f"{path}.{NAME}").learn()
+        _input_of(model, path).learn()
     for path in paths:
         exact_weight(model, path).requires_grad_(True)
     for path in vectors:
@@ -92,7 +92,7 @@ def learn_only(model: nn.Module, paths: Sequence[str], vectors: Sequence[str] = 
 def settle(model: nn.Module, paths: Sequence[str]) -> None:
     """Keep the step sizes and scales of these layers as they have become, in place."""
     for path in paths:
-        model.get_submodule(f"{path}.{NAME}").settle()
+        _input_of(model, path).settle()
         _parts(model, path)[0].settle()
     model.requires_grad_(True)
 
@@ -115,6 +115,11 @@ def exact_weight(model: nn.Module, path: str) -> Tensor:
     """What a rounded layer's weight is before it is rounded."""
     weight: Tensor = _parts(model, path).original
     return weight
+
+
+def _input_of(model: nn.Module, path: str) -> Any:
+    """What rounds the input of a layer."""
+    return model.get_submodule(f"{path}.{NAME}")
 
 
 def _parts(model: nn.Module, path: str) -> Any:

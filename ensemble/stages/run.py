@@ -4,37 +4,56 @@ To add a method, write it, give it a configuration in `config.py` and a row here
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from artifacts import Workspace, read_json, write_json
-from ensemble.ensemble import Speaker
+from artifacts import Workspace, plain, read_json, write_json
 from ensemble.pipeline import DDMPipeline
-from ensemble.stages.bits import allot_bits
-from ensemble.stages.bits_config import BitsConfig
+from ensemble.stages.base_first import base_first
+from ensemble.stages.bits import allot_all
+from ensemble.stages.cache import cache_all
 from ensemble.stages.comparison import COMPRESSION, compare
-from ensemble.stages.config import ComputeConfig, StageConfig, SwitchConfig, WeightsConfig, label_of
+from ensemble.stages.config import ComputeConfig, RecipeConfig, StageConfig, WeightsConfig, label_of
+from ensemble.stages.consistency import consistency
 from ensemble.stages.ecodiff import ecodiff
 from ensemble.stages.laptop import laptop
-from ensemble.stages.method import Method, Outcome
+from ensemble.stages.method import Method, Outcome, StageError
+from ensemble.stages.mmd import mmd
 from ensemble.stages.parts import OUTCOME, each_expert
 from ensemble.stages.quest import quest
-from ensemble.stages.share import share
-from ensemble.stages.share_config import ShareConfig
+from ensemble.stages.share import share_all
+from ensemble.stages.sid import sid
 from ensemble.stages.svdquant import svdquant
-from ensemble.stages.switch import switched
+from ensemble.stages.switch import switch
+from ensemble.stages.together import Clusters, Given, Together, TogetherMethod
+from ensemble.stages.truncate import truncate
 from ensemble.stages.weights import compute_int8, pack_all, pack_expert
-from experts.codecs import load_codec
 from experts.expert import Expert
-from experts.latents import LatentDataset, encode_latents
 from router.router import Router
 
 PLAIN: dict[str, Callable[[Expert, Any], Outcome]] = {"weights": pack_expert, "compute": compute_int8}
 """By name: what is done to each expert by itself, without data."""
-METHODS: dict[str, Method] = {"laptop": laptop, "ecodiff": ecodiff, "svdquant": svdquant, "quest": quest}
-"""The same with the latents of its own cluster. `share`, `bits` and `switch` look at several experts at once."""
+METHODS: dict[str, Method] = {
+    "sid": sid,
+    "consistency": consistency,
+    "mmd": mmd,
+    "laptop": laptop,
+    "ecodiff": ecodiff,
+    "svdquant": svdquant,
+    "quest": quest,
+}
+"""The same with the latents of its own cluster."""
+TOGETHER: dict[str, TogetherMethod] = {
+    "cache": cache_all,
+    "truncate": truncate,
+    "base_first": base_first,
+    "share": share_all,
+    "bits": allot_all,
+    "switch": switch,
+}
+"""What is done to all of them at once."""
 
 
 def run_stage(
@@ -45,28 +64,15 @@ def run_stage(
     `clusters` are the experts' own shards, in the order of their ids. Raises what the methods raise.
     """
     data = Clusters(folders=clusters, codec=ensemble / "codec", labelled=config.labelled)
-    if isinstance(config.recipe, ShareConfig | BitsConfig | SwitchConfig):
-        modules, flops = _together(config.recipe, ensemble, whole, data, out, workspace)
+    if config.recipe.method in TOGETHER:
+        given = Given(ensemble=ensemble, whole=whole, data=data, sampling=config.sampling, workspace=workspace)
+        modules, flops = _together(config.recipe, given, out)
     else:
         modules, flops = _apart(config.recipe, ensemble, data, out, workspace)
     stages = (*stages_of(ensemble), label_of(config.recipe))
     found = compare(stages, modules, whole, out, config.sampling, config.num_samples, workspace)
     write_json(out / COMPRESSION, found)
     return flops + (found.flops_before + found.flops_after) * found.num_samples
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clusters:
-    """Where the experts' own data are."""
-
-    folders: Sequence[Path]
-    codec: Path
-    labelled: bool
-
-    def latents(self, k: int, workspace: Workspace) -> LatentDataset:
-        """Those of one expert's cluster."""
-        found = encode_latents([self.folders[k]], load_codec(self.codec), self.codec, workspace)
-        return found if self.labelled else found.unlabelled()
 
 
 def _apart(recipe: Any, ensemble: Path, data: Clusters, out: Path, workspace: Workspace) -> tuple[int, float]:
@@ -83,31 +89,18 @@ def _apart(recipe: Any, ensemble: Path, data: Clusters, out: Path, workspace: Wo
     return sum(one.modules for one in done.values()), sum(one.flops for one in done.values())
 
 
-def _together(
-    recipe: ShareConfig | BitsConfig | SwitchConfig,
-    ensemble: Path,
-    whole: Path,
-    data: Clusters,
-    out: Path,
-    workspace: Workspace,
-) -> tuple[int, float]:
+def _together(recipe: RecipeConfig, given: Given, out: Path) -> tuple[int, float]:
     """All experts at once."""
-    pipeline = DDMPipeline.from_pretrained(ensemble)
-    if isinstance(recipe, SwitchConfig):
-        made: Mapping[int, Speaker] = switched(recipe, ensemble, whole)
-        modules, flops, details = len(made), 0.0, {}
-    else:
-        experts = {k: expert for k, expert in pipeline.ensemble.experts.items() if isinstance(expert, Expert)}
-        if isinstance(recipe, ShareConfig):
-            found = share(experts, recipe, workspace)
-        else:
-            found = allot_bits(experts, {k: data.latents(k, workspace) for k in experts}, recipe, workspace)
-        made, modules, flops, details = found.experts, found.modules, found.flops, dict(found.details)
-    smaller = replace(pipeline, ensemble=replace(pipeline.ensemble, experts=made))
-    smaller.save_pretrained(workspace.scratch / "pipeline")
-    shutil.copytree(workspace.scratch / "pipeline", out, dirs_exist_ok=True)
-    write_json(out / OUTCOME, {"modules": modules, "flops": flops, "details": details})
-    return modules, flops
+    found: Together = TOGETHER[recipe.method](recipe, given)
+    if not found.modules:
+        raise StageError(f"{recipe.method} found nothing to change, so it would do nothing")
+    pipeline = DDMPipeline.from_pretrained(given.ensemble)
+    smaller = replace(pipeline, ensemble=replace(pipeline.ensemble, experts=found.experts))
+    temporary = given.workspace.scratch / "pipeline"
+    smaller.save_pretrained(temporary)
+    shutil.copytree(temporary, out, dirs_exist_ok=True)
+    write_json(out / OUTCOME, {"modules": found.modules, "flops": found.flops, "details": plain(found.details)})
+    return found.modules, found.flops
 
 
 def stages_of(ensemble: Path) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from artifacts import Preempted, Workspace
 from ensemble.stages.method import StageError
 from ensemble.stages.share_config import ShareConfig
-from ensemble.stages.together import Together
+from ensemble.stages.together import Given, Together
 from ensemble.stages.weights import large_weights
 from experts.expert import Expert
 from experts.shared_base import LEFT, RIGHT, WHOLE, SharedBase, Storage, StoredMatrix
@@ -23,6 +23,11 @@ from experts.shared_weight import OWN, SharedWeight, Sharing, share_weight
 
 Stack = Float[Tensor, "expert row column"]
 Matrix = Float[Tensor, "row column"]
+
+
+def share_all(config: ShareConfig, given: Given) -> Together:
+    """What `share` makes of all experts of an ensemble."""
+    return share(given.experts("share"), config, given.workspace)
 
 
 def share(experts: Mapping[int, Expert], config: ShareConfig, workspace: Workspace) -> Together:

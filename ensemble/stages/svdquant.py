@@ -36,11 +36,11 @@ def svdquant(expert: Expert, dataset: LatentDataset, config: SVDQuantConfig, wor
             "would do nothing: give the network attention, or take another stage"
         )
     found: dict[str, Found] = {}
-    calibrating = batches_of(dataset, config.rows, config.seed, 1)[0]
+    calibrating = batches_of(dataset, config.rows, config.seed, 1, course=expert.course)[0]
     flops = forward_flops(lambda: found.update(_search_all(expert, paths, calibrating, config, workspace)))
     for path, one in found.items():
         model.set_submodule(path, one.layer)
-    measuring = batches_of(dataset, config.rows, config.seed, 1, HELD_OUT)
+    measuring = batches_of(dataset, config.rows, config.seed, 1, HELD_OUT, expert.course)
     error_of_layers = output_error(model, expert, measuring)
     rest = pack_rest(model, config.rest_bits, config.group, config.least)
     details = {

@@ -1,20 +1,75 @@
-"""What a stage that looks at all experts at once has made of them."""
+"""What a stage that looks at all experts at once is given, and what it has made of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from artifacts import Workspace
+from ensemble.config import SamplingConfig
+from ensemble.ensemble import Speaker
+from ensemble.pipeline import DDMPipeline
+from ensemble.stages.method import StageError
+from experts.codecs import load_codec
 from experts.expert import Expert
+from experts.latents import LatentDataset, encode_latents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clusters:
+    """Where the experts' own data are."""
+
+    folders: Sequence[Path]
+    codec: Path
+    labelled: bool
+
+    def latents(self, k: int, workspace: Workspace) -> LatentDataset:
+        """Those of one expert's cluster."""
+        found = encode_latents([self.folders[k]], load_codec(self.codec), self.codec, workspace)
+        return found if self.labelled else found.unlabelled()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """Everything that such a stage may look at."""
+
+    ensemble: Path
+    whole: Path
+    """The ensemble that nothing was done to."""
+    data: Clusters
+    sampling: SamplingConfig
+    workspace: Workspace
+
+    def speakers(self, *, whole: bool = False) -> Mapping[int, Speaker]:
+        """The experts by their ids, whatever they are."""
+        return DDMPipeline.from_pretrained(self.whole if whole else self.ensemble).ensemble.experts
+
+    def experts(self, name: str) -> dict[int, Expert]:
+        """Those of the ensemble; `StageError` if one is not a network of its own."""
+        found = {}
+        for k, expert in self.speakers().items():
+            if not isinstance(expert, Expert):
+                raise StageError(f"{name} works on experts of their own, and expert {k} is a {type(expert).__name__}")
+            found[k] = expert
+        return found
+
+    def latents(self, ids: Sequence[int]) -> dict[int, LatentDataset]:
+        """The latents of their clusters."""
+        return {k: self.data.latents(k, self.workspace) for k in ids}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Together:
     """The smaller experts, and what making them took."""
 
-    experts: Mapping[int, Expert]
+    experts: Mapping[int, Speaker]
     modules: int
     """Weights that were changed, over all experts; 0 is an error of the stage."""
     flops: float
     """Of calibrating and searching."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What is worth looking at later, as JSON."""
+
+
+TogetherMethod = Callable[[Any, Given], Together]
+"""(configuration, what it is given) to the experts."""

@@ -51,7 +51,7 @@ def test_a_pipeline_with_schedules_is_saved_loaded_sampled_and_counted(parts, tm
     again = DDMPipeline.from_pretrained(tmp_path / "mixed")
     assert torch.equal(again([1, 2], FULL, [0, 1]).latents, mixed([1, 2], FULL, [0, 1]).latents)
     assert not torch.equal(again([1, 2], FULL, [0, 1]).latents, whole([1, 2], FULL, [0, 1]).latents)
-    assert RowFlops.of(again) == RowFlops.of(whole)
+    assert RowFlops.of(again).experts == RowFlops.of(whole).experts
     write_json(tmp_path / "mixed" / "expert_1" / SCHEDULE, {"bounds": "x"})
     with pytest.raises(CorruptArtifact, match="no schedule"):
         DDMPipeline.from_pretrained(tmp_path / "mixed")

@@ -1,0 +1,38 @@
+"""The first step by an expert, the others by its student: what the first step fixes is as diverse as the expert is.
+
+Gandikota & Bau 2025, arXiv:2503.10637. It is a schedule over t like any other, along the student's course.
+"""
+
+from ensemble.ensemble import Speaker
+from ensemble.schedule import ScheduledExpert
+from ensemble.stages.method import StageError
+from ensemble.stages.together import Given, Together
+from ensemble.stages.truncate_config import BaseFirstConfig
+from experts.course import Course
+from experts.expert import Expert
+
+
+def base_first(config: BaseFirstConfig, given: Given) -> Together:
+    """The experts by turns; raises `StageError` without students of at least two steps."""
+    bases = given.speakers(whole=True)
+    made = {k: _scheduled(k, student, bases[k], config) for k, student in given.speakers().items()}
+    return Together(experts=made, modules=len(made), flops=0.0)
+
+
+def _scheduled(k: int, student: Speaker, base: Speaker, config: BaseFirstConfig) -> ScheduledExpert:
+    if not isinstance(student, Expert) or not isinstance(base, Expert) or student.course is None:
+        raise StageError(f"base_first goes between an expert and its student, and expert {k} has none; add distill=…")
+    course = student.course
+    if len(course.times) < 2:
+        raise StageError("base_first takes over a student's first step, and this one has no other; distill.steps=2")
+    start, second, *_ = course.times
+    first = Course.even(config.base_steps, "euler", start=start - second)
+    times = (*(t + second for t in first.times), *course.times[1:])
+    whole = Course(times=times, ways=(*first.ways, *course.ways[1:]), is_distilled=True)
+    return ScheduledExpert(networks=(student, base), bounds=(_between(second, times),), course=whole)
+
+
+def _between(second: float, times: tuple[float, ...]) -> float:
+    """A t that is surely on the students' side of the last step of the base."""
+    before = min(t for t in times if t > second)
+    return (second + before) / 2

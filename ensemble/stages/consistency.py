@@ -1,0 +1,135 @@
+"""Consistency training and distillation of an expert, on its own noise path.
+
+    E loss(f(x_t, t), stopped f(x_s, s)),   s the next smaller t of the discretisation,   f(x, 0) = x
+
+x_s has the same sample and noise as x_t (training), or lies one Euler step of the expert from x_t (distillation).
+Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189; Dao et al. 2025, arXiv:2502.01441: Cauchy
+loss, coupling, c that follows the discretisation, a diffusion loss at early t, layer norms of fixed scale. f is the
+clean estimate of the expert's velocity, whose boundary condition holds by itself: noised - t velocity, for one.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from artifacts import Workspace
+from ensemble.stages.alternation import Turn, Update, train_in_turns
+from ensemble.stages.chain import clean_said, spoken_by
+from ensemble.stages.consistency_config import ConsistencyConfig
+from ensemble.stages.coupling import coupled
+from ensemble.stages.method import Outcome
+from experts.course import Course
+from experts.expert import Expert, network_flops
+from experts.latents import LatentDataset, batch_of, mixed_seed
+from experts.noise_path import Latents, Times, expand
+from experts.train import usable_device
+
+DRAWS = 8
+"""Purpose of random numbers; no other training shares their stream."""
+
+Squared = Float[Tensor, " batch"]
+
+# rho(d^2) of the squared distance d^2: Cauchy (2502.01441, section 3.2), pseudo-Huber (2310.14189, section 3.3).
+LOSSES: dict[str, Callable[[Squared, float], Squared]] = {
+    "cauchy": lambda squared, c: torch.log1p(squared / (2 * c**2)),
+    "pseudo_huber": lambda squared, c: (squared + c**2).sqrt() - c,
+    "l2": lambda squared, c: squared,
+}
+"""By name: (squared distances of rows, c) to their losses."""
+
+
+def consistency(expert: Expert, dataset: LatentDataset, config: ConsistencyConfig, workspace: Workspace) -> Outcome:
+    """A student that starts from the expert; raises what `train_in_turns` raises."""
+    started, device = time.monotonic(), usable_device(config.training.device)
+    teacher = spoken_by(expert, deepcopy(expert.model).to(device).eval().requires_grad_(False))
+    student = deepcopy(expert.model).requires_grad_(True)
+    fixed = fix_scales(student) if config.fixed_scales else 0
+    learned = train_in_turns({"student": student}, turn_of(teacher, dataset, config), config.training, workspace)
+    course = Course.even(config.steps, "fresh", is_distilled=True)
+    return Outcome(
+        expert=replace(expert, model=learned.models["student"], course=course),
+        modules=1,
+        flops=flops_of(expert, config),
+        details={"losses": learned.rows, "fixed_scales": fixed, "seconds": time.monotonic() - started},
+    )
+
+
+def turn_of(teacher: Expert, dataset: LatentDataset, config: ConsistencyConfig) -> Turn:
+    """The single update of a step."""
+    training = config.training
+
+    def turn(networks: Mapping[str, nn.Module], step: int) -> Iterator[Update]:
+        batch = batch_of(dataset, training, step)
+        if config.coupling:
+            batch = replace(batch, noise=coupled(batch.clean, batch.noise, batch.condition.class_id))
+        count = intervals(step, config)
+        generator = torch.Generator().manual_seed(mixed_seed(DRAWS, training.seed, step))
+        drawn = batch.t if config.t_choice == "logit_normal" else 1 - torch.rand(len(batch.t), generator=generator)
+        upper = (drawn * count).ceil().clamp(1, count)
+        device = next(networks["student"].parameters()).device
+        batch, t, s = batch.to(device), (upper / count).to(device), ((upper - 1) / count).to(device)
+        student, path = spoken_by(teacher, networks["student"]), teacher.path
+        noised = path.noised(batch.clean, batch.noise, t)
+        said = clean_said(student, noised, t, batch.condition)
+        with torch.no_grad():
+            if config.teacher:
+                slope = teacher.velocity(noised, t, batch.condition)
+                neighbour = noised + expand(s - t, noised) * slope
+            else:
+                neighbour = path.noised(batch.clean, batch.noise, s)
+            wanted = clean_said(student, neighbour, s, batch.condition)
+        yield "student", losses_of(said, wanted, batch.clean, t, count, config)
+
+    return turn
+
+
+def losses_of(
+    said: Latents, wanted: Latents, clean: Latents, t: Times, count: int, config: ConsistencyConfig
+) -> dict[str, Float[Tensor, ""]]:
+    """The loss of two neighbouring points, and the distance to the sample itself at early t."""
+    c = threshold(config, count, math.prod(clean.shape[1:]))
+    terms = {"consistency": LOSSES[config.loss](squared(said, wanted), c).mean()}
+    terms["diffusion"] = (squared(said, clean) * (t <= config.early)).mean() / math.prod(clean.shape[1:])
+    whole = terms["consistency"] + config.diffusion_weight * terms["diffusion"]
+    return {"loss": whole} | {name: term.detach() for name, term in terms.items()}
+
+
+def squared(first: Latents, second: Latents) -> Squared:
+    """Squared Euclidean distance of every row."""
+    return (first.float() - second.float()).square().flatten(1).sum(1)
+
+
+def intervals(step: int, config: ConsistencyConfig) -> int:
+    """How many intervals t is cut into at a step; they double at equal distances until they are the finest."""
+    # Song & Dhariwal 2023, arXiv:2310.14189, section 3.4: min(s_0 2^[k / K'], s_1), K' = [K / (log2 s_1/s_0 + 1)]
+    stages = math.floor(math.log2(config.finest / config.coarsest)) + 1
+    stage = step * stages // config.training.steps
+    return min(config.coarsest << stage, config.finest)
+
+
+def threshold(config: ConsistencyConfig, count: int, entries: int) -> float:
+    """c of a row: its square is the sum of those of its entries; distances of neighbours fall as 1 / count."""
+    return config.c * math.sqrt(entries) * (config.coarsest / count if config.adaptive_c else 1.0)
+
+
+def fix_scales(model: nn.Module) -> int:
+    """Train no scale of a layer norm from now on; how many there are."""
+    scales = [
+        module.weight for module in model.modules() if isinstance(module, nn.LayerNorm) and module.elementwise_affine
+    ]
+    for scale in scales:
+        scale.requires_grad_(False)
+    return len(scales)
+
+
+def flops_of(expert: Expert, config: ConsistencyConfig) -> float:
+    """Of the whole training: a call with its gradient, one without, and the teacher's."""
+    calls = 3 + 1 + int(config.teacher)
+    rows = config.training.steps * config.training.batch_size
+    return rows * calls * network_flops(expert.model, expert.latent_shape)

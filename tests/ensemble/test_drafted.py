@@ -1,0 +1,119 @@
+"""Few-step courses, and trajectories that begin with a draft."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from artifacts import CorruptArtifact, write_json
+from ensemble.config import ReflectionConfig, SamplingConfig
+from ensemble.drafted import DRAFTED, OF_DRAFT, DraftedExpert
+from ensemble.draws import RowFlops
+from ensemble.ensemble import Ensemble, EnsembleError
+from ensemble.pipeline import DDMPipeline
+from ensemble.sample import sample
+from ensemble.sampler import noise_for
+from experts.condition import Condition
+from experts.course import Course
+from experts.drafts import Anchors, Autoregressive
+from experts.expert import Expert
+from experts.noise_path import STRAIGHT
+from router.config import SelectionConfig
+from tests.ensemble.test_pipeline import SHAPE, make_expert, parts, put_together
+from tests.oracles import IdentityCodec, MixtureOfGaussians, Oracle
+
+__all__ = ["parts"]
+
+STICKY = SamplingConfig(solver="euler", steps=3, selection=SelectionConfig(name="sticky"))
+
+
+class Coursed(Oracle):
+    """An exact expert with a course."""
+
+    course: Course | None = None
+
+
+def ensemble_of(course, deviation=0.5):
+    expert = Coursed(torch.tensor([2.0, -1.0]), deviation)
+    expert.course = course
+    return Ensemble(experts={0: expert}, path=STRAIGHT), expert
+
+
+def test_euler_ways_are_eulers_method_whatever_solver_is_asked_for():
+    plain = Ensemble(experts={0: Oracle(torch.tensor([2.0, -1.0]), 0.5)}, path=STRAIGHT)
+    coursed, expert = ensemble_of(Course.even(3, "euler"))
+    ours = sample(coursed, IdentityCodec(), range(6), replace(STICKY, solver="heun", steps=40))
+    assert expert.calls == 3 and ours.calls.evaluations == 18
+    torch.testing.assert_close(ours.latents, sample(plain, IdentityCodec(), range(6), STICKY).latents)
+
+
+def test_fresh_noise_gives_the_right_distribution_with_many_steps_and_is_each_samples_own():
+    coursed, _ = ensemble_of(Course.even(1, "fresh"))
+    once = sample(coursed, IdentityCodec(), range(400), STICKY).latents
+    torch.testing.assert_close(once, torch.tensor([2.0, -1.0]).expand(400, 2), atol=1e-5, rtol=0)
+    coursed, _ = ensemble_of(Course.even(40, "fresh"))
+    drawn = sample(coursed, IdentityCodec(), range(2000), STICKY).latents
+    torch.testing.assert_close(drawn.mean(0), torch.tensor([2.0, -1.0]), atol=0.05, rtol=0)
+    alone = sample(coursed, IdentityCodec(), [7], STICKY).latents
+    torch.testing.assert_close(alone[0], drawn[7])
+    assert not torch.equal(noise_for([3], (2,), 1), noise_for([3], (2,), 2))
+    assert torch.equal(noise_for([3, 4], (2,), 1)[1], noise_for([4], (2,), 1)[0])
+
+
+def test_experts_that_do_not_agree_on_a_course_are_refused():
+    mixture = MixtureOfGaussians((0.5, 0.5))
+    experts = {k: Coursed(oracle.mean, oracle.deviation) for k, oracle in mixture.experts().items()}
+    experts[0].course = Course.even(2, "fresh")
+    whole = Ensemble(experts=experts, path=STRAIGHT, router=mixture.router())
+    with pytest.raises(EnsembleError, match=r"courses of \[0, 2\] steps"):
+        sample(whole, IdentityCodec(), range(2), STICKY)
+
+
+def test_a_course_cannot_be_reflected():
+    coursed, _ = ensemble_of(Course.even(2, "euler"))
+    with pytest.raises(ValueError, match="have a course"):
+        sample(coursed, IdentityCodec(), [0], replace(STICKY, reflection=ReflectionConfig()), weak=coursed)
+
+
+def drafts(folder):
+    student = replace(Expert.load(folder), course=Course.even(2, "fresh", is_distilled=True))
+    anchors = Anchors.of(torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.ones(3, 3) / 3)
+    return {"student": student, "anchors": anchors, "autoregressive": Autoregressive(list(SHAPE), 2, 8, 4)}
+
+
+@pytest.mark.parametrize("kind", ["student", "anchors", "autoregressive"])
+def test_a_drafted_pipeline_is_saved_loaded_sampled_and_counted(kind, parts, tmp_path):
+    whole = put_together(parts)
+    experts = {}
+    for k in whole.ensemble.experts:
+        refiner = replace(Expert.load(make_expert(tmp_path / f"{k}", k)), course=Course.even(2, "euler", start=0.4))
+        experts[k] = DraftedExpert(draft=drafts(make_expert(tmp_path / f"d{k}", k))[kind], refiner=refiner)
+    small = replace(whole, ensemble=replace(whole.ensemble, experts=experts))
+    small.save_pretrained(tmp_path / "small")
+    again = DDMPipeline.from_pretrained(tmp_path / "small")
+    drawn, same = small(range(4), STICKY), again(range(4), STICKY)
+    assert torch.equal(drawn.latents, same.latents)
+    assert torch.allclose(again([2], STICKY).latents[0], drawn.latents[2], atol=1e-6)
+    costs, work = RowFlops.of(again), drawn.calls.work
+    calls = {part: sum(count for name, count in work.items() if name.endswith(part)) for part in ("draft", "refiner")}
+    assert calls == {"draft": 8 if kind == "student" else 4, "refiner": 8}
+    assert set(work) <= set(costs.networks)
+    expected = sum(costs.networks[name] * count for name, count in work.items()) + costs.router * drawn.calls.router
+    assert costs.times(drawn.calls) == expected
+
+
+def test_drafts_are_noised_to_where_the_course_begins(tmp_path):
+    expert = Expert.load(make_expert(tmp_path / "e", 0))
+    anchors = Anchors.of(torch.full((1, *SHAPE), 3.0), torch.ones(3, 1))
+    drafted = DraftedExpert(draft=anchors, refiner=replace(expert, course=Course.even(1, "euler", start=0.25)))
+    whole = Ensemble(experts={0: drafted}, path=STRAIGHT)
+    routing = whole.begin(range(5), Condition.null(5), SelectionConfig(name="sticky"))
+    begun = whole.begun(lambda occasion: noise_for(range(5), SHAPE, occasion), Condition.null(5), routing)
+    torch.testing.assert_close(begun, 0.75 * 3.0 + 0.25 * noise_for(range(5), SHAPE))
+    assert OF_DRAFT > 100, "a course has fewer steps than that"
+
+
+def test_a_broken_draft_is_named(tmp_path):
+    write_json(tmp_path / DRAFTED, {})
+    with pytest.raises(CorruptArtifact):
+        DraftedExpert.load(tmp_path)
