@@ -15,11 +15,12 @@ from experts.expert import Expert
 def base_first(config: BaseFirstConfig, given: Given) -> Together:
     """The experts by turns; raises `StageError` without students of at least two steps."""
     bases = given.speakers(whole=True)
-    made = {k: _scheduled(k, student, bases[k], config) for k, student in given.speakers().items()}
+    made = {k: scheduled(k, student, bases[k], config) for k, student in given.speakers().items()}
     return Together(experts=made, modules=len(made), flops=0.0)
 
 
-def _scheduled(k: int, student: Speaker, base: Speaker, config: BaseFirstConfig) -> ScheduledExpert:
+def scheduled(k: int, student: Speaker, base: Speaker, config: BaseFirstConfig) -> ScheduledExpert:
+    """One expert: the base above the student's second time, the student from there on."""
     if not isinstance(student, Expert) or not isinstance(base, Expert) or student.course is None:
         raise StageError(f"base_first goes between an expert and its student, and expert {k} has none; add distill=…")
     course = student.course

@@ -20,7 +20,7 @@ from ensemble.drafted import DraftedExpert
 from ensemble.ensemble import Speaker
 from ensemble.sampler import noise_for, travel
 from ensemble.stages.method import StageError
-from ensemble.stages.mmd_kernel import kernel_of, squared_mmd
+from ensemble.stages.mmd_kernel import FINE, kernel_of, squared_mmd
 from ensemble.stages.together import Given, Together
 from ensemble.stages.truncate_config import TruncateConfig
 from experts.condition import Condition
@@ -50,7 +50,7 @@ def truncate(config: TruncateConfig, given: Given) -> Together:
         given.workspace.report(number, len(experts), unit="experts")
         if not isinstance(expert, Expert):
             raise StageError(f"truncate works on experts of their own, and expert {k} is a {type(expert).__name__}")
-        draft, spent = _draft(expert, students[k], latents[k], config, given.workspace.part(f"draft_{k}"))
+        draft, spent = draft_of(expert, students[k], latents[k], config, given.workspace.part(f"draft_{k}"))
         made[k] = DraftedExpert(draft=draft, refiner=replace(expert, course=Course.even(config.steps, "euler")))
         curves[k] = start_curve(made[k], latents[k], config, given.workspace) if config.t_start is None else {}
         tried = len(curves[k]) * config.rows * config.steps * network_flops(expert.model, expert.latent_shape)
@@ -113,10 +113,10 @@ def distance(
         expert.drawn(noise, condition, Recall(name="")) if drafts_only else truncated_sample(expert, noise, condition)
     )
     told = (condition.class_id, condition.class_id)
-    return float(squared_mmd(drawn.flatten(1), real, kernel_of("rbf", real), told, 1.0))
+    return float(squared_mmd(drawn.flatten(1), real, kernel_of("rbf", real, FINE), told))
 
 
-def _draft(
+def draft_of(
     expert: Expert, student: Speaker, dataset: LatentDataset, config: TruncateConfig, workspace: Workspace
 ) -> tuple[Expert | nn.Module, float]:
     """The draft, and the FLOPs of making it."""

@@ -55,6 +55,12 @@ def test_auto_is_chosen_once_and_scores_the_smaller_ensemble_too():
         (["quantize=int4", "quantize.bit=4"], r"quantize\.weights\.bit: unknown key; known here: bits, group"),
         (["prune=laptop", "prune.retraining.step=4"], r"retraining\.step: unknown key; known here: .*steps"),
         (["quantize.bits=4"], "quantize: which method is meant"),
+        (["distill=sid", "accelerate=cache"], "take one of the two"),
+        (["accelerate=base_first"], "before their students; add distill"),
+        (["accelerate=truncate", "accelerate.draft=student"], "what students draw; add distill"),
+        (["distill=sid", "accelerate=truncate"], "students of distill would not be asked"),
+        (["distill=sid", "switch=clean"], "leave switch out"),
+        (["accelerate=truncate", "switch=clean"], "leave switch out"),
         ([], "try quantize=int8"),
     ],
 )
@@ -93,3 +99,36 @@ def test_a_finished_run_is_compressed_scored_and_not_done_again(tmp_path):
     assert all(point.cpu and point.kid is not None and point.fd for point in points.values())
     page = write_report(run).read_text()
     assert "Compressed ensembles" in page and "ecodiff + switch" in page
+
+
+DISTILLED = (
+    "distill=sid",
+    "distill.training.steps=4",
+    "accelerate=base_first",
+    "prune=laptop",
+    "prune.share=0.2",
+    "prune.retraining.steps=4",
+    "quantize=int8_compute",
+)
+DRAFTED = ("accelerate=truncate", "accelerate.rows=32", "accelerate.tried=[0.2,0.5]", "quantize=int4")
+CACHED = ("accelerate=cache", "accelerate.interval=2", "prune=laptop", "prune.share=0.2", "prune.retraining.steps=4")
+
+
+@pytest.mark.slow
+def test_what_is_faster_goes_through_the_other_stages_and_is_sampled_like_the_whole(tmp_path):
+    run_pipeline(parse_config(compose([*TINY, "ensemble.solver=euler", f"folder={tmp_path}"])), Console(quiet=True))
+    run = RunFolder(tmp_path)
+    folders = {}
+    for overrides in (DISTILLED, DRAFTED, CACHED):
+        config = compress_run(run, with_compression(run.load_config(), overrides), Console(quiet=True))
+        folder = Path(describe_compression(run, config).splitlines()[0])
+        folders[overrides[0]] = folder
+        drawn = DDMPipeline.from_pretrained(folder)(range(3), config.ensemble)
+        assert drawn.images.shape[0] == 3 and drawn.latents.isfinite().all()
+    points = {point.name: point for point in points_of(run, build_graph(run.load_config()))}
+    assert {"sid_2 + base_first + laptop + int8_compute", "truncate_anchors + int4"} <= points.keys()
+    assert points["sid_2 + base_first + laptop + int8_compute"].flops < 0.5 < points["cache_uniform"].flops < 1
+    assert points["truncate_anchors + int4"].flops == pytest.approx(0.5, abs=0.05)
+    assert points["cache_uniform + laptop"].flops < points["cache_uniform"].flops
+    mixed = DDMPipeline.from_pretrained(folders["distill=sid"]).ensemble.experts[0]
+    assert mixed.course.times == (1.0, 0.5) and mixed.networks[0].course.is_distilled
