@@ -1,12 +1,14 @@
-"""What `benchmarks.compress` trains: a U-Net for each of eight clusters, a transformer of width 384 for each of two.
+"""What `benchmarks.compress` trains: a U-Net for each of eight clusters, and a transformer of width 384.
 
 All of Fashion-MNIST at 16 x 16. The experts of an arm start from one network that has seen all clusters for a while,
-as experts of published models do, and then never hear of each other again.
+as experts of published models do, and then never hear of each other again. The transformer trains with a weight decay
+under which its random start fades: after so few steps its weights would else be those of a network that knows nothing,
+whose spectrum is flat and which no low rank can hold.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ensemble.stages.comparison import COMPRESSION
 from ensemble.stages.config import RecipeConfig, StageConfig, TimingConfig
 from ensemble.stages.run import run_stage
 from ensemble.stages.timing import TIMING, Timing, time_both
+from experts.config import TrainingConfig
 from orchestrator.compose import compose
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
@@ -76,9 +79,14 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "dit": Recipe(
         network=("expert=dit", "expert.network.heads=6", "expert.network.head_width=64", "expert.network.depth=4"),
-        num_experts=2,
-        start=("expert.training.steps=1000", "expert.training.batch_size=64", "expert.training.lr=5e-4"),
-        own=("expert.training.steps=300", "expert.training.batch_size=128", "expert.training.lr=2e-4"),
+        num_experts=1,
+        start=(
+            "expert.training.steps=800",
+            "expert.training.batch_size=64",
+            "expert.training.lr=1e-3",
+            "expert.training.weight_decay=6",
+        ),
+        own=(),
     ),
 }
 
@@ -138,13 +146,14 @@ class Arm:
         """A score over that of the whole ensemble."""
         return float(self.scores(pipeline)[space][key]) / float(self.scores(self.whole)[space][key])
 
-    def cpu(self, pipeline: Path) -> Timing:
-        """Processor time of an image against the whole ensemble's; measured once."""
-        out = self.extra(f"timing-{pipeline.name}")
+    def cpu(self, pipeline: Path, *, compile: bool = False) -> Timing:
+        """Processor time of an image against the whole ensemble's, both of them compiled or neither; measured once."""
+        out = self.extra(f"{'compiled' if compile else 'timing'}-{pipeline.name}")
         if not (out / TIMING).exists():
             out.mkdir(parents=True, exist_ok=True)
             space = Workspace.at(self.run.root / "work" / out.name)
-            time_both(TimingConfig(sampling=self.config.ensemble), pipeline, self.whole, out, space)
+            sampling = replace(self.config.ensemble, compile=compile)
+            time_both(TimingConfig(sampling=sampling), pipeline, self.whole, out, space)
         return Timing(**read_json(out / TIMING))
 
     def extra(self, name: str) -> Path:
@@ -155,6 +164,17 @@ class Arm:
 def start_of(name: str, seed: int, folder: Path) -> Arm:
     """The network that all experts of an architecture begin with: an ensemble of one."""
     return _run([*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1"])
+
+
+def trained_on(name: str, seed: int, folder: Path, training: TrainingConfig) -> Arm:
+    """That network after some more training on its data."""
+    own = (
+        f"expert.training.steps={training.steps}",
+        f"expert.training.batch_size={training.batch_size}",
+        f"expert.training.lr={training.lr}",
+        f"expert.init={start_of(name, seed, folder).folder('expert_0')}",
+    )
+    return _run([*_given(name, seed, folder), *own, "partition.num_experts=1"])
 
 
 def train(name: str, seed: int, folder: Path) -> Arm:

@@ -4,6 +4,7 @@ Each part keeps what it has made and measured in its run folder, so that a stopp
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from artifacts import read_json, write_json
-from benchmarks.compress_arms import start_of, train
+from benchmarks.compress_arms import Arm, start_of, train, trained_on
 from ensemble.pipeline import DDMPipeline
 from ensemble.stages.comparison import COMPRESSION, Comparison, model_bytes
 from ensemble.stages.config import ComputeConfig, SwitchConfig, WeightsConfig
@@ -29,9 +30,11 @@ from experts.shared_folder import bases_of
 from router.router import Router
 
 Found = dict[str, Any]
-LONG = TrainingConfig(steps=1000, batch_size=32, lr=1e-3, warmup_steps=20)
-RETRAINED = LaptopConfig(retraining=LONG)
+AGAIN = TrainingConfig(steps=250, batch_size=32, lr=1e-3, warmup_steps=20)
+"""How a pruned network learns from the whole one; after 1,000 steps it is better than that, however it was pruned."""
+RETRAINED = LaptopConfig(retraining=AGAIN)
 """Half of the parameters goes."""
+LONGER = TrainingConfig(steps=1000, batch_size=32, lr=5e-4, warmup_steps=20)
 
 
 def layers(seed: int, folder: Path) -> Found:
@@ -41,6 +44,7 @@ def layers(seed: int, folder: Path) -> Found:
     magnitude = arm.made("laptop-magnitude", replace(RETRAINED, criterion="magnitude"))
     plain = arm.made("laptop-no-features", replace(RETRAINED, feature_weight=0.0))
     details = details_of(ours)
+    longer = trained_on("unet", seed, folder, AGAIN)
     found: Found = {
         "additivity": details["additivity"] | {"spearman_small": spearman_small(details["additivity"])},
         "share": details["share"],
@@ -50,6 +54,7 @@ def layers(seed: int, folder: Path) -> Found:
             for name, one in (("ours", ours), ("magnitude", magnitude), ("no features", plain))
         },
         "kid": {name: arm.kid(one) for name, one in (("ours", ours), ("magnitude", magnitude))},
+        "kid trained on": arm.kid(longer.whole),
         "pixels": {name: arm.ratio(one, "pixels", "fd") for name, one in (("ours", ours), ("magnitude", magnitude))},
     }
     for criterion in ("learned", "magnitude", "random"):
@@ -89,15 +94,15 @@ SCORED = ("4 bits", "base of 8 bits, differences of 3", "5 bits")
 
 
 def numbers(seed: int, folder: Path) -> Found:
-    """SVDQuant, QuEST, compute in eight bits, and pruning with it, on two transformers of width 384."""
-    arm = train("dit", seed, folder)
-    whole = SVDQuantConfig()
+    """SVDQuant, QuEST, compute in eight bits, and pruning with it, on a transformer of width 384."""
+    arm = start_of("dit", seed, folder)
+    whole = SVDQuantConfig(branch_bits=8, time_embedding=False)
     ablations = {
         "naive": replace(whole, smooth=False, rank=0, refine=0, rest_bits=None),
         "smooth": replace(whole, rank=0, refine=0, rest_bits=None),
         "low rank": replace(whole, smooth=False, refine=0, rest_bits=None),
         "svdquant": whole,
-        "svdquant, rank 16, rest in 4 bits": replace(whole, rank=16, rest_bits=4),
+        SLIM: replace(whole, rank=12, rest_bits=4, time_embedding=True),
     }
     found: Found = {}
     for name, recipe in ablations.items():
@@ -110,19 +115,27 @@ def numbers(seed: int, folder: Path) -> Found:
     found["quest share"] = all_details(quest)[0]["trained_share"]
     found["quest l2"] = compared(quest).relative_l2
     compute = arm.made("compute8", ComputeConfig())
-    found["compute"] = {"cpu": asdict(arm.cpu(compute)), "kid": arm.kid(compute), "l2": compared(compute).relative_l2}
-    pruned = arm.made("laptop", replace(RETRAINED, share=PRUNED, retraining=replace(LONG, lr=5e-4)))
-    small = arm.made("laptop-compute4", ComputeConfig(bits=4, group=32), pruned)
-    found["both"] = {
-        "cpu": asdict(arm.cpu(small)),
+    found["compute"] = speeds(arm, compute) | {"kid": arm.kid(compute), "l2": compared(compute).relative_l2}
+    pruned = arm.made("laptop", replace(RETRAINED, share=PRUNED, retraining=LONGER, additivity_sets=100))
+    found["additivity"] = details_of(pruned)["additivity"]
+    found["pruned kid"] = arm.kid(pruned)
+    small = arm.made("laptop-compute5", ComputeConfig(bits=5), pruned)
+    found["both"] = speeds(arm, small) | {
         "bytes": compared(small).bytes_after / compared(small).bytes_before,
         "kid": arm.kid(small),
     }
     return found
 
 
-PRUNED = 0.3
+SLIM = "svdquant, rank 12, all in 4 bits"
+PRUNED = 0.25
 """Share of a transformer's parameters that goes before it is quantized."""
+
+
+def speeds(arm: Arm, pipeline: Path) -> Found:
+    """Processor time against the whole ensemble's, with and without `torch.compile` on both sides."""
+    return {name: asdict(arm.cpu(pipeline, compile=name == "compiled")) for name in ("cpu", "compiled")}
+
 
 PARTS: Mapping[str, Callable[[int, Path], Found]] = {"layers": layers, "together": together, "numbers": numbers}
 
@@ -131,7 +144,9 @@ def found_of(part: str, seed: int, folder: Path) -> Found:
     """The numbers of a part, measured unless they are there already."""
     file = folder / f"found-{part}-{seed}.json"
     if not file.exists():
-        write_json(file, PARTS[part](seed, folder))
+        started = time.monotonic()
+        found = PARTS[part](seed, folder)
+        write_json(file, found | {"seconds": time.monotonic() - started})
     print(f"{part}, seed {seed}: {json.dumps(read_json(file))[:2000]}", flush=True)
     return dict(read_json(file))
 

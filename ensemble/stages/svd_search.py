@@ -14,7 +14,7 @@ from torch.nn import functional
 from ensemble.stages.svdquant_config import SVDQuantConfig
 from experts.fake_quant import rounded_in_groups
 from experts.packing import Packing, pack, unpack
-from experts.svd_linear import SVDLinear, SVDShape
+from experts.svd_linear import SVDLinear, SVDShape, rounded_branch
 
 Inputs = Float[Tensor, "token in"]
 Weight = Float[Tensor, "out in"]
@@ -83,6 +83,17 @@ class Problem:
         self.rank = min(config.rank, int(min(weight.shape) * config.rank_share)) if config.rank else 0
         self.packing = Packing(bits=config.bits, group=config.group, shape=tuple(weight.shape), scaling=config.scaling)
 
+    def shape(self, *, has_bias: bool) -> SVDShape:
+        """What its layer is made from."""
+        return SVDShape(
+            packing=self.packing,
+            rank=self.rank,
+            branch_bits=self.config.branch_bits if self.rank else 16,
+            activation_bits=self.config.activation_bits,
+            is_unsigned=self.is_unsigned,
+            has_bias=has_bias,
+        )
+
     def starts(self) -> Iterator[Split]:
         """Without smoothing, and with every strength of it."""
         yield self._started(None)
@@ -98,18 +109,9 @@ class Problem:
     def layer(self, split: Split, bias: Tensor | None) -> SVDLinear:
         """The layer that keeps a split."""
         has_bias = bias is not None or self.shift != 0
-        made = SVDLinear(
-            SVDShape(
-                packing=self.packing,
-                rank=self.rank,
-                activation_bits=self.config.activation_bits,
-                is_unsigned=self.is_unsigned,
-                has_bias=has_bias,
-            )
-        ).to(self.weight.device)
+        made = SVDLinear(self.shape(has_bias=has_bias)).to(self.weight.device)
         made.smooth.copy_(split.smooth)
-        made.down.copy_(split.down)
-        made.up.copy_(split.up)
+        made.hold_branch(split.down, split.up)
         made.shift.fill_(self.shift)
         made.hold(split.residual)
         if made.bias is not None:
@@ -134,9 +136,9 @@ class Problem:
         return self.weight * smooth
 
     def _split(self, alpha: float | None, smooth: Float[Tensor, " in"], target: Weight) -> Split:
-        """The branch that is closest to `target`, and its residual; sixteen bits' rounding falls to the residual."""
+        """The branch that is closest to `target`, and its residual, to which the branch's own rounding falls."""
         up, down = low_rank(target, self.rank)
-        up, down = up.to(torch.float16).float(), down.to(torch.float16).float()
+        down, up = rounded_branch(down, up, self.shape(has_bias=False))
         residual = self._smoothed(smooth) - up @ down
         error = self._error(smooth, up, down, residual)
         return Split(alpha=alpha, smooth=smooth, down=down, up=up, residual=residual, error=error)

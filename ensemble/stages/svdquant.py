@@ -30,6 +30,7 @@ def svdquant(expert: Expert, dataset: LatentDataset, config: SVDQuantConfig, wor
     """
     model = deepcopy(expert.model)
     paths = layers_of(model, "attention", "feed_forward")
+    told = layers_of(model, "time_embedding") if config.time_embedding else []
     if not paths:
         raise StageError(
             f"svdquant found no linear layer of attention or feed-forward parts in expert {expert.cluster_id}, so it "
@@ -37,11 +38,15 @@ def svdquant(expert: Expert, dataset: LatentDataset, config: SVDQuantConfig, wor
         )
     found: dict[str, Found] = {}
     calibrating = batches_of(dataset, config.rows, config.seed, 1, course=expert.course)[0]
-    flops = forward_flops(lambda: found.update(_search_all(expert, paths, calibrating, config, workspace)))
-    for path, one in found.items():
-        model.set_submodule(path, one.layer)
+    flops = forward_flops(lambda: found.update(_search_all(expert, [*paths, *told], calibrating, config, workspace)))
+    for path in paths:
+        if path in found:
+            model.set_submodule(path, found[path].layer)
     measuring = batches_of(dataset, config.rows, config.seed, 1, HELD_OUT, expert.course)
     error_of_layers = output_error(model, expert, measuring)
+    for path in told:
+        if path in found:
+            model.set_submodule(path, found[path].layer)
     rest = pack_rest(model, config.rest_bits, config.group, config.least)
     details = {
         "output_error_of_layers": error_of_layers,
@@ -64,7 +69,9 @@ def _search_all(
             raise Preempted(f"stopped after {number} of {len(paths)} layers, which are searched again")
         linear = expert.model.get_submodule(path)
         if isinstance(linear, nn.Linear):
-            found[path] = search(linear, inputs.pop(path), config)
+            rounds_inputs = path in layers_of(expert.model, "attention", "feed_forward")
+            own = config if rounds_inputs else replace(config, activation_bits=None, smooth=False)
+            found[path] = search(linear, inputs.pop(path), own)
     return found
 
 

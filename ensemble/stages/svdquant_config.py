@@ -10,7 +10,7 @@ from artifacts import STRICT
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SVDQuantConfig:
-    """Linear layers of few bits, weights and activations alike, beside a low-rank branch of sixteen bits.
+    """Linear layers of few bits, weights and activations alike, beside a low-rank branch of more.
 
     Without smoothing, branch and refinement it is plain rounding.
     """
@@ -28,7 +28,9 @@ class SVDQuantConfig:
     smooth: bool = True
     """Whether outliers of the activations are moved into the weights."""
     rank: Annotated[int, Field(ge=0)] = 32
-    """Rank of the branch of sixteen bits; 0 is none."""
+    """Rank of the branch; 0 is none."""
+    branch_bits: Literal[8, 16] = 16
+    """Bits of its weights: eight have twice the rank in the same bytes, and what they round off falls to the rest."""
     rank_share: Annotated[float, Field(gt=0, le=1)] = 0.125
     """The rank is at most this share of a layer's smaller side: a branch as wide as its layer saves nothing."""
     refine: Annotated[int, Field(ge=0)] = 100
@@ -41,6 +43,8 @@ class SVDQuantConfig:
     """Samples that calibrate."""
     tokens: Annotated[int, Field(ge=16)] = 1024
     """Inputs of a layer, of those samples, on which its error is measured, at most."""
+    time_embedding: bool = True
+    """Whether the linear layers that are told the time are split in the same way, what they are given left as it is."""
     rest_bits: Literal[4, 8] | None = 8
     """Bits of all other large weights, which are only stored in few; empty leaves them as they are."""
     least: Annotated[int, Field(ge=1)] = 1024
