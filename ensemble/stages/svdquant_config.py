@@ -43,7 +43,7 @@ class SVDQuantConfig:
     """Samples that calibrate."""
     tokens: Annotated[int, Field(ge=16)] = 1024
     """Inputs of a layer, of those samples, on which its error is measured, at most."""
-    time_embedding: bool = True
+    time_embedding: bool = False
     """Whether the linear layers that are told the time are split in the same way, what they are given left as it is."""
     rest_bits: Literal[4, 8] | None = 8
     """Bits of all other large weights, which are only stored in few; empty leaves them as they are."""

@@ -100,6 +100,18 @@ def test_on_a_trained_transformer_every_part_helps(dit, tmp_path):
 
 
 @pytest.mark.slow
+def test_layers_that_are_told_the_time_may_have_a_branch_too_and_the_others_stay(dit, tmp_path):
+    small = replace(SMALL, rest_bits=4, refine=2, grid=2, least=256)
+    plain, told = (
+        svdquant(dit, digits(), replace(small, time_embedding=split), Workspace.at(tmp_path)).details
+        for split in (False, True)
+    )
+    assert told["output_error_of_layers"] == plain["output_error_of_layers"]
+    assert told["output_error"] < 1.1 * plain["output_error"]
+    assert set(told["layers"]) - set(plain["layers"]) == set(layers_of(dit.model, "time_embedding"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "unet", "dit"])
 def test_only_the_named_layers_are_replaced_and_the_folder_gives_the_same_bits(kind, dit, tmp_path):
     expert = dit if kind == "dit" else trained(kind, Workspace.at(tmp_path / "train"), 20)
