@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from experts.hooked import Hook
+
 CLOSE = 1e-5
 """Two t that are as near as this are the same."""
 
@@ -24,6 +26,8 @@ class CachePlan:
     """0 takes what a module last said, 1 and 2 go on from what it said before by finite differences."""
     costs: tuple[float, ...] = ()
     """FLOPs of each evaluation over those of a full one; as many as there are times."""
+    hook: Hook | None = None
+    """One of diffusers' hooks in the place of `updates` and `order`."""
 
     def __post_init__(self) -> None:
         """Refuse what is no plan."""
@@ -54,7 +58,7 @@ class CachePlan:
             "updates": {path: list(steps) for path, steps in self.updates.items()},
             "order": self.order,
             "costs": list(self.costs),
-        }
+        } | ({} if self.hook is None else {"hook": self.hook.described()})
 
     @classmethod
     def parsed(cls, found: Mapping[str, Any]) -> "CachePlan":
@@ -64,4 +68,5 @@ class CachePlan:
             updates={str(path): tuple(int(i) for i in steps) for path, steps in found["updates"].items()},
             order=int(found["order"]),
             costs=tuple(float(cost) for cost in found["costs"]),
+            hook=Hook.parsed(found["hook"]) if "hook" in found else None,
         )

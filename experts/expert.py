@@ -1,7 +1,7 @@
 """An expert: a network, what it predicts and on which noise path; trained from shards and a configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -75,9 +75,13 @@ class Expert:
         if t.ndim != 1 or (t != t[0]).any():
             raise ValueError("an expert with a cache is sampled at one t for all rows; take the cache away for others")
 
-        def said(places: Rows) -> Latents:
-            return self.velocity(noised[places], t[places], condition.rows(places), path)
+        def said(places: Rows, model: nn.Module = self.model) -> Latents:
+            return replace(self, model=model).velocity(noised[places], t[places], condition.rows(places), path)
 
+        if (hook := self.cache.hook) is not None:
+            index = self.cache.index(float(t[0]))
+            kept.count(len(rows) * self.cache.costs[index])
+            return kept.hooked.answer(self.model, hook, index, rows, said)
         velocity, work = kept.features.answer(self.model, self.cache, float(t[0]), rows, said)
         kept.count(work)
         return velocity

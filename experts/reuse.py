@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from experts.cache_plan import CachePlan
+from experts.hooked import HookedFeatures
 
 Rows = Int[Tensor, " row"]
 Kept = dict[str, list[tuple[int, Any]]]
@@ -85,6 +86,7 @@ class Recall:
     work: dict[str, float] = field(default_factory=dict)
     """By these names: calls on a row so far, in full ones."""
     features: Features = field(default_factory=Features)
+    hooked: HookedFeatures = field(default_factory=HookedFeatures)
     inside: dict[str, "Recall"] = field(default_factory=dict)
 
     def part(self, name: str) -> "Recall":

@@ -40,3 +40,23 @@ class CacheConfig:
     """`adaptive` and `unified`: samples whose features are compared."""
     seed: int = 0
     """Their noise is a function of it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HookConfig:
+    """Features of a transformer are kept by one of diffusers' own hooks; needs a solver that calls once a step."""
+
+    method: Literal["hook"] = "hook"
+    hook: Literal["taylorseer", "first_block", "mag", "pyramid"] = "taylorseer"
+    """Which one: TaylorSeer, first-block cache, MagCache or pyramid attention broadcast."""
+    interval: Annotated[int, Field(ge=1)] = 3
+    """`taylorseer`, `pyramid`: a layer is computed at one of so many steps; `mag`: so many less one are skipped in a
+    row at most."""
+    order: Annotated[int, Field(ge=0, le=3)] = 1
+    """`taylorseer`: how many differences it goes on by."""
+    threshold: Annotated[float, Field(gt=0)] = 0.1
+    """`first_block`, `mag`: how much may change before a step is computed."""
+    rows: Annotated[int, Field(ge=1)] = 8
+    """Samples that calibrate `mag`, and whose FLOPs are counted."""
+    seed: int = 0
+    """Their noise is a function of it."""

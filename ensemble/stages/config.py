@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from artifacts import LATER, STRICT
 from ensemble.config import SamplingConfig
 from ensemble.stages.bits_config import BitsConfig
-from ensemble.stages.cache_config import CacheConfig
+from ensemble.stages.cache_config import CacheConfig, HookConfig
 from ensemble.stages.consistency_config import ConsistencyConfig
 from ensemble.stages.ecodiff_config import EcoDiffConfig
 from ensemble.stages.laptop_config import LaptopConfig
@@ -63,7 +63,7 @@ class SwitchConfig:
 
 
 DistillConfig = Annotated[SiDConfig | ConsistencyConfig | MMDConfig, Field(discriminator="method")]
-AccelerateConfig = Annotated[CacheConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
+AccelerateConfig = Annotated[CacheConfig | HookConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
 PruneConfig = Annotated[LaptopConfig | EcoDiffConfig, Field(discriminator="method")]
 QuantizeConfig = Annotated[
     WeightsConfig | ComputeConfig | SVDQuantConfig | QuESTConfig | ShareConfig | BitsConfig,
@@ -76,10 +76,10 @@ RecipeConfig = Annotated[
 
 def check_order(distill: Any, accelerate: Any, switch: SwitchConfig | None) -> None:
     """Raise `ValueError` for stages that make no sense together."""
-    is_cache = isinstance(accelerate, CacheConfig)
+    is_cache = isinstance(accelerate, CacheConfig | HookConfig)
     if distill and is_cache:
         raise ValueError(
-            f"accelerate=cache keeps features from one step to the next, and of the {distill.steps} steps that "
+            f"a cache keeps features from one step to the next, and of the {distill.steps} steps that "
             "distill leaves none is like another; take one of the two"
         )
     if distill is None and isinstance(accelerate, BaseFirstConfig):
@@ -106,6 +106,8 @@ def label_of(recipe: RecipeConfig) -> str:
         return f"int{recipe.bits}_compute"
     if isinstance(recipe, CacheConfig):
         return f"cache_{recipe.policy}"
+    if isinstance(recipe, HookConfig):
+        return f"hook_{recipe.hook}"
     if isinstance(recipe, TruncateConfig):
         return f"truncate_{recipe.draft}"
     if isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig):

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from artifacts import STRICT
 from experts.config import TrainingConfig
 
-LEARNING = TrainingConfig(steps=80, batch_size=8, lr=0.1, warmup_steps=5, log_every=10, checkpoint_every=20)
+LEARNING = TrainingConfig(steps=200, batch_size=8, lr=0.1, warmup_steps=5, log_every=10, checkpoint_every=20)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -18,6 +18,7 @@ from ensemble.stages.comparison import COMPRESSION, compare
 from ensemble.stages.config import ComputeConfig, RecipeConfig, StageConfig, WeightsConfig, label_of
 from ensemble.stages.consistency import consistency
 from ensemble.stages.ecodiff import ecodiff
+from ensemble.stages.hooks import hook_all
 from ensemble.stages.laptop import laptop
 from ensemble.stages.method import Method, Outcome, StageError
 from ensemble.stages.mmd import mmd
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
 """The same with the latents of its own cluster."""
 TOGETHER: dict[str, TogetherMethod] = {
     "cache": cache_all,
+    "hook": hook_all,
     "truncate": truncate,
     "base_first": base_first,
     "share": share_all,
