@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ensemble.sampler import VelocityField, euler_step, fresh_step
 from ensemble.stages.method import StageError
+from ensemble.stages.teacher import Teacher
 from experts.condition import Condition
 from experts.course import Course, Way
 from experts.expert import Expert
@@ -32,14 +33,14 @@ def spoken_by(expert: Expert, model: nn.Module) -> Expert:
     return replace(expert, model=model)
 
 
-def clean_said(expert: Expert, noised: Latents, t: Times, condition: Condition, guidance: float = 1.0) -> Latents:
-    """The clean sample that the expert's velocity implies, guided by f(null) + guidance (f(condition) - f(null))."""
+def clean_said(teacher: Teacher, noised: Latents, t: Times, condition: Condition, guidance: float = 1.0) -> Latents:
+    """The clean sample that a velocity implies, guided by f(null) + guidance (f(condition) - f(null))."""
     if guidance == 0:
         condition = Condition.null(len(condition), noised.device)
-    said = to_clean("velocity", expert.velocity(noised, t, condition), noised, t, expert.path)
+    said = to_clean("velocity", teacher.velocity(noised, t, condition), noised, t, teacher.path)
     if guidance in {0, 1}:
         return said
-    null = clean_said(expert, noised, t, condition, 0.0)
+    null = clean_said(teacher, noised, t, condition, 0.0)
     return null + guidance * (said - null)
 
 

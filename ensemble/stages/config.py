@@ -91,6 +91,10 @@ def check_order(distill: Any, accelerate: Any, switch: SwitchConfig | None) -> N
             f"accelerate.draft={accelerate.draft} goes on with the experts, so the students of distill would not be "
             "asked; take accelerate.draft=student, or leave distill out"
         )
+    if distill and distill.students == "one" and accelerate:
+        raise ValueError(
+            f"accelerate={accelerate.method} goes between each expert and its student; take distill.students=each"
+        )
     if switch and (distill or (accelerate and not is_cache)):
         raise ValueError(
             "switch goes between experts that are asked at the same t, and after distill or a draft they are not; "
@@ -111,7 +115,7 @@ def label_of(recipe: RecipeConfig) -> str:
     if isinstance(recipe, TruncateConfig):
         return f"truncate_{recipe.draft}"
     if isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig):
-        return f"{recipe.method}_{recipe.steps}"
+        return f"{recipe.method}_{recipe.steps}" + ("_dense" if recipe.students == "one" else "")
     return recipe.method
 
 

@@ -24,11 +24,11 @@ from ensemble.stages.chain import clean_said, spoken_by
 from ensemble.stages.consistency_config import ConsistencyConfig
 from ensemble.stages.coupling import coupled
 from ensemble.stages.method import Outcome
+from ensemble.stages.teacher import Teacher, frozen
 from experts.course import Course
 from experts.expert import Expert, network_flops
 from experts.latents import LatentDataset, batch_of, mixed_seed
 from experts.noise_path import Latents, Times, expand
-from experts.train import usable_device
 
 DRAWS = 8
 """Purpose of random numbers; no other training shares their stream."""
@@ -45,22 +45,37 @@ LOSSES: dict[str, Callable[[Squared, float], Squared]] = {
 
 
 def consistency(expert: Expert, dataset: LatentDataset, config: ConsistencyConfig, workspace: Workspace) -> Outcome:
-    """A student that starts from the expert; raises what `train_in_turns` raises."""
-    started, device = time.monotonic(), usable_device(config.training.device)
-    teacher = spoken_by(expert, deepcopy(expert.model).to(device).eval().requires_grad_(False))
+    """A student of one expert; raises what `train_in_turns` raises."""
+    teacher = frozen(expert, config.training.device)
+    row = network_flops(expert.model, expert.latent_shape)
+    return consistency_of(expert, teacher, row, dataset, config, workspace)
+
+
+def consistency_of(
+    expert: Expert,
+    teacher: Teacher,
+    row: float,
+    dataset: LatentDataset,
+    config: ConsistencyConfig,
+    workspace: Workspace,
+) -> Outcome:
+    """A student that begins with the expert's parameters; `row` is what the teacher's call on a row costs, in FLOPs."""
+    started = time.monotonic()
     student = deepcopy(expert.model).requires_grad_(True)
     fixed = fix_scales(student) if config.fixed_scales else 0
-    learned = train_in_turns({"student": student}, turn_of(teacher, dataset, config), config.training, workspace)
+    learned = train_in_turns(
+        {"student": student}, turn_of(expert, teacher, dataset, config), config.training, workspace
+    )
     course = Course.even(config.steps, "fresh", is_distilled=True)
     return Outcome(
-        expert=replace(expert, model=learned.models["student"], course=course),
+        expert=replace(expert, model=learned.models["student"], course=course, cache=None),
         modules=1,
-        flops=flops_of(expert, config),
+        flops=flops_of(network_flops(expert.model, expert.latent_shape), row, config),
         details={"losses": learned.rows, "fixed_scales": fixed, "seconds": time.monotonic() - started},
     )
 
 
-def turn_of(teacher: Expert, dataset: LatentDataset, config: ConsistencyConfig) -> Turn:
+def turn_of(expert: Expert, teacher: Teacher, dataset: LatentDataset, config: ConsistencyConfig) -> Turn:
     """The single update of a step."""
     training = config.training
 
@@ -74,7 +89,7 @@ def turn_of(teacher: Expert, dataset: LatentDataset, config: ConsistencyConfig) 
         upper = (drawn * count).ceil().clamp(1, count)
         device = next(networks["student"].parameters()).device
         batch, t, s = batch.to(device), (upper / count).to(device), ((upper - 1) / count).to(device)
-        student, path = spoken_by(teacher, networks["student"]), teacher.path
+        student, path = spoken_by(expert, networks["student"]), expert.path
         noised = path.noised(batch.clean, batch.noise, t)
         said = clean_said(student, noised, t, batch.condition)
         with torch.no_grad():
@@ -128,8 +143,7 @@ def fix_scales(model: nn.Module) -> int:
     return len(scales)
 
 
-def flops_of(expert: Expert, config: ConsistencyConfig) -> float:
-    """Of the whole training: a call with its gradient, one without, and the teacher's."""
-    calls = 3 + 1 + int(config.teacher)
+def flops_of(own: float, teachers: float, config: ConsistencyConfig) -> float:
+    """Of the whole training, by those of a row: a call with its gradient, one without, and the teacher's."""
     rows = config.training.steps * config.training.batch_size
-    return rows * calls * network_flops(expert.model, expert.latent_shape)
+    return rows * ((3 + 1) * own + config.teacher * teachers)

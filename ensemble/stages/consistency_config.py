@@ -16,6 +16,8 @@ class ConsistencyConfig:
     """A student that calls all points of a trajectory by the same clean sample."""
 
     method: Literal["consistency"] = "consistency"
+    students: Literal["each", "one"] = "each"
+    """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Times at which the student is asked, with fresh noise between."""
     training: TrainingConfig = TRAINING

@@ -16,6 +16,8 @@ class MMDConfig:
     """The chain of few Euler steps is trained as a whole, until its samples are spread as the cluster's are."""
 
     method: Literal["mmd"] = "mmd"
+    students: Literal["each", "one"] = "each"
+    """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 5
     """Euler steps of the chain."""
     kernel: Literal["rbf", "poly3"] = "rbf"

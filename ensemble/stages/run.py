@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from artifacts import Workspace, plain, read_json, write_json
 from ensemble.pipeline import DDMPipeline
@@ -15,17 +15,21 @@ from ensemble.stages.base_first import base_first
 from ensemble.stages.bits import allot_all
 from ensemble.stages.cache import cache_all
 from ensemble.stages.comparison import COMPRESSION, compare
-from ensemble.stages.config import ComputeConfig, RecipeConfig, StageConfig, WeightsConfig, label_of
+from ensemble.stages.config import ComputeConfig, DistillConfig, RecipeConfig, StageConfig, WeightsConfig, label_of
 from ensemble.stages.consistency import consistency
+from ensemble.stages.consistency_config import ConsistencyConfig
+from ensemble.stages.dense_student import dense_student
 from ensemble.stages.ecodiff import ecodiff
 from ensemble.stages.hooks import hook_all
 from ensemble.stages.laptop import laptop
 from ensemble.stages.method import Method, Outcome, StageError
 from ensemble.stages.mmd import mmd
+from ensemble.stages.mmd_config import MMDConfig
 from ensemble.stages.parts import OUTCOME, each_expert
 from ensemble.stages.quest import quest
 from ensemble.stages.share import share_all
 from ensemble.stages.sid import sid
+from ensemble.stages.sid_config import SiDConfig
 from ensemble.stages.svdquant import svdquant
 from ensemble.stages.switch import switch
 from ensemble.stages.together import Clusters, Given, Together, TogetherMethod
@@ -65,8 +69,9 @@ def run_stage(
 
     `clusters` are the experts' own shards, in the order of their ids. Raises what the methods raise.
     """
-    data = Clusters(folders=clusters, codec=ensemble / "codec", labelled=config.labelled)
-    if config.recipe.method in TOGETHER:
+    is_one = len(clusters) > 1 and not (ensemble / "router").is_dir()
+    data = Clusters(folders=clusters, codec=ensemble / "codec", labelled=config.labelled, is_one=is_one)
+    if config.recipe.method in TOGETHER or is_dense(config.recipe):
         given = Given(ensemble=ensemble, whole=whole, data=data, sampling=config.sampling, workspace=workspace)
         modules, flops = _together(config.recipe, given, out)
     else:
@@ -93,16 +98,22 @@ def _apart(recipe: Any, ensemble: Path, data: Clusters, out: Path, workspace: Wo
 
 def _together(recipe: RecipeConfig, given: Given, out: Path) -> tuple[int, float]:
     """All experts at once."""
-    found: Together = TOGETHER[recipe.method](recipe, given)
+    found: Together = dense_student(recipe, given) if is_dense(recipe) else TOGETHER[recipe.method](recipe, given)
     if not found.modules:
         raise StageError(f"{recipe.method} found nothing to change, so it would do nothing")
     pipeline = DDMPipeline.from_pretrained(given.ensemble)
-    smaller = replace(pipeline, ensemble=replace(pipeline.ensemble, experts=found.experts))
+    router = pipeline.ensemble.router if found.keeps_router else None
+    smaller = replace(pipeline, ensemble=replace(pipeline.ensemble, experts=found.experts, router=router))
     temporary = given.workspace.scratch / "pipeline"
     smaller.save_pretrained(temporary)
     shutil.copytree(temporary, out, dirs_exist_ok=True)
     write_json(out / OUTCOME, {"modules": found.modules, "flops": found.flops, "details": plain(found.details)})
     return found.modules, found.flops
+
+
+def is_dense(recipe: RecipeConfig) -> TypeGuard[DistillConfig]:
+    """Whether one student is to stand for all experts."""
+    return isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig) and recipe.students == "one"
 
 
 def stages_of(ensemble: Path) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from ensemble.stages.alternation import Turn, Update, held, train_in_turns
 from ensemble.stages.chain import check_way, clean_said, drawn_classes, noised_at, spoken_by
 from ensemble.stages.method import Outcome, StageError
 from ensemble.stages.sid_config import SiDConfig
+from ensemble.stages.teacher import Teacher, frozen
 from experts.condition import Condition
 from experts.course import Course
 from experts.expert import Expert, network_flops
@@ -29,7 +30,6 @@ from experts.latents import LatentDataset, mixed_seed
 from experts.networks import call_network
 from experts.noise_path import Latents, Times, expand
 from experts.predictions import target_of
-from experts.train import usable_device
 
 BETAS = (0.0, 0.999)
 """Of both optimisers, as in all three papers."""
@@ -40,45 +40,53 @@ DRAWS = 7
 
 
 def sid(expert: Expert, dataset: LatentDataset, config: SiDConfig, workspace: Workspace) -> Outcome:
+    """A student of one expert; raises what `sid_of` raises."""
+    teacher = frozen(expert, config.training.device)
+    return sid_of(expert, teacher, network_flops(expert.model, expert.latent_shape), dataset, config, workspace)
+
+
+def sid_of(
+    expert: Expert, teacher: Teacher, row: float, dataset: LatentDataset, config: SiDConfig, workspace: Workspace
+) -> Outcome:
     """A student of `config.steps` steps; of the data only the classes are looked at.
 
-    Raises `StageError` if guidance or renoising does not fit the expert, and what `train_in_turns` raises.
+    It begins with the expert's parameters; `row` is what the teacher's call on a row costs, in FLOPs. Raises
+    `StageError` if guidance or renoising does not fit the expert, and what `train_in_turns` raises.
     """
     check_way(expert, config.renoise)
     _check_guidance(expert, dataset, config)
-    started, device = time.monotonic(), usable_device(config.training.device)
-    teacher = spoken_by(expert, deepcopy(expert.model).to(device).eval().requires_grad_(False))
+    started = time.monotonic()
     networks = {name: deepcopy(expert.model).requires_grad_(True) for name in ("student", "fake")}
-    turn = turn_of(teacher, dataset, config)
+    turn = turn_of(expert, teacher, dataset, config)
     learned = train_in_turns(networks, turn, config.training, workspace, BETAS)
     return Outcome(
-        expert=replace(expert, model=learned.models["student"], course=course_of(config)),
+        expert=replace(expert, model=learned.models["student"], course=course_of(config), cache=None),
         modules=1,
-        flops=flops_of(expert, config),
+        flops=flops_of(network_flops(expert.model, expert.latent_shape), row, config),
         details={"losses": learned.rows, "seconds": time.monotonic() - started},
     )
 
 
-def turn_of(teacher: Expert, dataset: LatentDataset, config: SiDConfig) -> Turn:
+def turn_of(expert: Expert, teacher: Teacher, dataset: LatentDataset, config: SiDConfig) -> Turn:
     """The updates of a step: the fake score's, then the student's, on samples of one of the student's times."""
     course, rows = course_of(config), config.training.batch_size
 
     def turn(networks: Mapping[str, nn.Module], step: int) -> Iterator[Update]:
         generator = torch.Generator().manual_seed(mixed_seed(DRAWS, config.training.seed, step))
         device = next(networks["student"].parameters()).device
-        student, fake = spoken_by(teacher, networks["student"]), spoken_by(teacher, networks["fake"])
+        student, fake = spoken_by(expert, networks["student"]), spoken_by(expert, networks["fake"])
         condition = drawn_classes(dataset, rows, config.training.condition_dropout, generator).to(device)
         # Uniform mixture (2505.12674, section 3.2): one of the student's times, the same for both updates.
         last = int(torch.randint(config.steps, (), generator=generator))
-        noise = torch.randn(last + 1, rows, *teacher.latent_shape, generator=generator).to(device)
+        noise = torch.randn(last + 1, rows, *expert.latent_shape, generator=generator).to(device)
         with torch.no_grad():
             noised = noised_at(student, list(noise), condition, course, last)
         clean = clean_said(student, noised, noised.new_full((rows,), course.times[last]), condition)
         for _ in range(config.fake_updates):
-            t, fresh = _drawn(config, teacher, generator, device)
+            t, fresh = _drawn(config, expert, generator, device)
             scale = config.fake_training_guidance
             yield "fake", {"loss": fake_loss(fake, clean.detach(), fresh, t, condition, scale)}
-        t, fresh = _drawn(config, teacher, generator, device)
+        t, fresh = _drawn(config, expert, generator, device)
         with held(networks["fake"]):
             loss = student_loss(clean, fresh, t, condition, teacher, fake, config)
         yield "student", {"loss": loss}
@@ -92,7 +100,7 @@ def course_of(config: SiDConfig) -> Course:
 
 
 def student_loss(
-    clean: Latents, noise: Latents, t: Times, condition: Condition, teacher: Expert, fake: Expert, config: SiDConfig
+    clean: Latents, noise: Latents, t: Times, condition: Condition, teacher: Teacher, fake: Expert, config: SiDConfig
 ) -> Float[Tensor, ""]:
     """The student's loss above, the mean over entries; differentiable by `clean`."""
     noised = teacher.path.noised(clean, noise, t)
@@ -116,22 +124,22 @@ def fake_loss(
     return functional.mse_loss(said, target_of(fake.prediction, clean, noise, t, fake.path))
 
 
-def flops_of(expert: Expert, config: SiDConfig) -> float:
-    """Of the whole training: a backward pass costs two forward passes, one to the inputs alone costs one."""
-    guided = [2 if scale not in {0, 1} else 1 for scale in (config.teacher_guidance, config.fake_guidance)]
+def flops_of(own: float, teachers: float, config: SiDConfig) -> float:
+    """Of the whole training, by those of a row; a backward pass costs two forward ones, one to the inputs alone one."""
+    guided = [2 if scale not in {0, 1} else 1 for scale in (config.fake_guidance, config.teacher_guidance)]
     taught = 2 if config.fake_training_guidance != 1 else 1
-    a_row = (config.steps - 1) / 2 + 3 + 3 * taught * config.fake_updates + 2 * sum(guided)
+    calls = (config.steps - 1) / 2 + 3 + 3 * taught * config.fake_updates + 2 * guided[0]
     rows = config.training.steps * config.training.batch_size
-    return rows * a_row * network_flops(expert.model, expert.latent_shape)
+    return rows * (calls * own + 2 * guided[1] * teachers)
 
 
 def _drawn(
-    config: SiDConfig, teacher: Expert, generator: torch.Generator, device: torch.device
+    config: SiDConfig, expert: Expert, generator: torch.Generator, device: torch.device
 ) -> tuple[Times, Latents]:
     """A logit-normal t for every row, and noise."""
     rows = config.training.batch_size
     t = torch.randn(rows, generator=generator).mul(config.training.t_std).add(config.training.t_mean).sigmoid()
-    noise = torch.randn(rows, *teacher.latent_shape, generator=generator)
+    noise = torch.randn(rows, *expert.latent_shape, generator=generator)
     return t.to(device), noise.to(device)
 
 

@@ -18,6 +18,8 @@ class SiDConfig:
     """A student of few steps whose samples the expert takes for its own; needs none of the expert's data."""
 
     method: Literal["sid"] = "sid"
+    students: Literal["each", "one"] = "each"
+    """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Times at which the student is asked."""
     renoise: Literal["fresh", "euler"] = "fresh"

@@ -22,10 +22,19 @@ class Clusters:
     folders: Sequence[Path]
     codec: Path
     labelled: bool
+    is_one: bool = False
+    """Whether a single network stands for all of them."""
 
     def latents(self, k: int, workspace: Workspace) -> LatentDataset:
         """Those of one expert's cluster."""
-        found = encode_latents([self.folders[k]], load_codec(self.codec), self.codec, workspace)
+        return self._encoded(self.folders if self.is_one else [self.folders[k]], workspace)
+
+    def all_latents(self, workspace: Workspace) -> LatentDataset:
+        """Those of all clusters."""
+        return self._encoded(self.folders, workspace)
+
+    def _encoded(self, folders: Sequence[Path], workspace: Workspace) -> LatentDataset:
+        found = encode_latents(folders, load_codec(self.codec), self.codec, workspace)
         return found if self.labelled else found.unlabelled()
 
 
@@ -69,6 +78,8 @@ class Together:
     """Of calibrating and searching."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What is worth looking at later, as JSON."""
+    keeps_router: bool = True
+    """False if one network stands for all experts."""
 
 
 TogetherMethod = Callable[[Any, Given], Together]

@@ -61,6 +61,7 @@ def test_auto_is_chosen_once_and_scores_the_smaller_ensemble_too():
         (["distill=sid", "accelerate=truncate"], "students of distill would not be asked"),
         (["distill=sid", "switch=clean"], "leave switch out"),
         (["accelerate=truncate", "switch=clean"], "leave switch out"),
+        (["distill=sid", "distill.students=one", "accelerate=base_first"], "take distill.students=each"),
         ([], "try quantize=int8"),
     ],
 )
@@ -111,6 +112,8 @@ DISTILLED = (
     "quantize=int8_compute",
 )
 DRAFTED = ("accelerate=truncate", "accelerate.rows=32", "accelerate.tried=[0.2,0.5]", "quantize=int4")
+DENSE = ("distill=consistency", "distill.students=one", "distill.teacher=true", "distill.training.steps=4")
+DENSE_SID = ("distill=sid", "distill.students=one", "distill.training.steps=3", "quantize=int8")
 CACHED = ("accelerate=cache", "accelerate.interval=2", "prune=laptop", "prune.share=0.2", "prune.retraining.steps=4")
 
 
@@ -119,10 +122,10 @@ def test_what_is_faster_goes_through_the_other_stages_and_is_sampled_like_the_wh
     run_pipeline(parse_config(compose([*TINY, "ensemble.solver=euler", f"folder={tmp_path}"])), Console(quiet=True))
     run = RunFolder(tmp_path)
     folders = {}
-    for overrides in (DISTILLED, DRAFTED, CACHED):
+    for overrides in (DISTILLED, DRAFTED, CACHED, DENSE, DENSE_SID):
         config = compress_run(run, with_compression(run.load_config(), overrides), Console(quiet=True))
         folder = Path(describe_compression(run, config).splitlines()[0])
-        folders[overrides[0]] = folder
+        folders[" ".join(overrides[:2])] = folder
         drawn = DDMPipeline.from_pretrained(folder)(range(3), config.ensemble)
         assert drawn.images.shape[0] == 3 and drawn.latents.isfinite().all()
     points = {point.name: point for point in points_of(run, build_graph(run.load_config()))}
@@ -130,5 +133,8 @@ def test_what_is_faster_goes_through_the_other_stages_and_is_sampled_like_the_wh
     assert points["sid_2 + base_first + laptop + int8_compute"].flops < 0.5 < points["cache_uniform"].flops < 1
     assert points["truncate_anchors + int4"].flops == pytest.approx(0.5, abs=0.05)
     assert points["cache_uniform + laptop"].flops < points["cache_uniform"].flops
-    mixed = DDMPipeline.from_pretrained(folders["distill=sid"]).ensemble.experts[0]
+    mixed = DDMPipeline.from_pretrained(folders["distill=sid distill.training.steps=4"]).ensemble.experts[0]
     assert mixed.course.times == (1.0, 0.5) and mixed.networks[0].course.is_distilled
+    dense = DDMPipeline.from_pretrained(folders["distill=consistency distill.students=one"]).ensemble
+    assert list(dense.experts) == [0] and dense.router is None and not dense.missing
+    assert points["consistency_2_dense"].bytes < 0.6

@@ -1,0 +1,43 @@
+"""One student of all experts in the place of the ensemble: no router, no clusters, one network."""
+
+from dataclasses import replace
+
+from ensemble.pipeline import DDMPipeline
+from ensemble.stages.config import DistillConfig
+from ensemble.stages.consistency import consistency_of
+from ensemble.stages.consistency_config import ConsistencyConfig
+from ensemble.stages.method import Outcome, StageError
+from ensemble.stages.mmd import mmd
+from ensemble.stages.sid import sid_of
+from ensemble.stages.sid_config import SiDConfig
+from ensemble.stages.teacher import mixture_of
+from ensemble.stages.together import Given, Together
+from experts.expert import Expert, network_flops
+
+
+def dense_student(config: DistillConfig, given: Given) -> Together:
+    """A student that begins with the first expert's parameters and learns from all, on the latents of all clusters.
+
+    Raises `StageError` if an expert is missing, and what the methods raise.
+    """
+    experts = given.experts(config.method)
+    start = replace(next(iter(experts.values())), cluster_id=0)
+    if start.course is not None:
+        raise StageError("one student of all learns from experts that are asked at any t; leave out what came before")
+    if len({one.path.name for one in experts.values()}) > 1:
+        raise StageError("one student of all learns on one noise path, and these experts have several")
+    row = sum(network_flops(one.model, one.latent_shape) for one in experts.values())
+    outcome = _distilled(start, row, config, given)
+    return Together(
+        experts={0: outcome.expert}, modules=1, flops=outcome.flops, details=outcome.details, keeps_router=False
+    )
+
+
+def _distilled(start: Expert, row: float, config: DistillConfig, given: Given) -> Outcome:
+    latents, space = given.data.all_latents(given.workspace), given.workspace
+    if not isinstance(config, SiDConfig | ConsistencyConfig):
+        return mmd(start, latents, config, space)
+    teacher = mixture_of(DDMPipeline.from_pretrained(given.ensemble).ensemble, config.training.device)
+    if isinstance(config, SiDConfig):
+        return sid_of(start, teacher, row, latents, config, space)
+    return consistency_of(start, teacher, row, latents, config, space)
