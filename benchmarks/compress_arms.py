@@ -1,4 +1,5 @@
-"""What `benchmarks.compress` trains: a U-Net for each of eight clusters, and a transformer of width 384.
+"""What `benchmarks.compress` and `benchmarks.accelerate` train: a U-Net and a small transformer for each of eight
+clusters, and a transformer of width 384.
 
 All of Fashion-MNIST at 16 x 16. The experts of an arm start from one network that has seen all clusters for a while,
 as experts of published models do, and then never hear of each other again. The transformer trains with a weight decay
@@ -88,6 +89,17 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         own=(),
     ),
+    "small": Recipe(
+        network=("expert=dit", "expert.network.heads=4", "expert.network.head_width=32", "expert.network.depth=4"),
+        num_experts=8,
+        start=(
+            "expert.training.steps=2500",
+            "expert.training.batch_size=64",
+            "expert.training.lr=2e-3",
+            "expert.training.weight_decay=0.5",
+        ),
+        own=("expert.training.steps=400", "expert.training.batch_size=256", "expert.training.lr=5e-4"),
+    ),
 }
 
 
@@ -130,13 +142,18 @@ class Arm:
 
     def scores(self, pipeline: Path) -> Scores:
         """Scores of a pipeline, by space; its images are drawn from the same seeds whatever was done to it."""
-        out = self.extra(f"scores-{pipeline.name}")
+        return dict(read_json(self.scored(pipeline) / "scores.json")["spaces"])
+
+    def scored(self, pipeline: Path, steps: int | None = None) -> Path:
+        """The folder of scores and images of a pipeline, sampled in the arm's own number of steps or in another."""
+        sampling = self.config.ensemble if steps is None else replace(self.config.ensemble, steps=steps)
+        out = self.extra(f"scores-{pipeline.name}-in-{sampling.steps}")
         if not (out / "scores.json").exists():
             out.mkdir(parents=True, exist_ok=True)
             folders = (pipeline, self.folder("reference"), self.folder("partition"))
             space = Workspace.at(self.run.root / "work" / out.name)
-            evaluate(*folders, plain_evaluation(self.config), self.config.ensemble, out, space)
-        return dict(read_json(out / "scores.json")["spaces"])
+            evaluate(*folders, plain_evaluation(self.config), sampling, out, space)
+        return out
 
     def kid(self, pipeline: Path) -> float:
         """KID over that of the whole ensemble, on EfficientNet's features."""
@@ -161,9 +178,9 @@ class Arm:
         return self.run.root / "extra" / f"{name}-k{self.config.partition.num_experts}-seed{self.config.seed}"
 
 
-def start_of(name: str, seed: int, folder: Path) -> Arm:
+def start_of(name: str, seed: int, folder: Path, more: Sequence[str] = ()) -> Arm:
     """The network that all experts of an architecture begin with: an ensemble of one."""
-    return _run([*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1"])
+    return _run([*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1", *more])
 
 
 def trained_on(name: str, seed: int, folder: Path, training: TrainingConfig) -> Arm:
@@ -177,11 +194,11 @@ def trained_on(name: str, seed: int, folder: Path, training: TrainingConfig) -> 
     return _run([*_given(name, seed, folder), *own, "partition.num_experts=1"])
 
 
-def train(name: str, seed: int, folder: Path) -> Arm:
+def train(name: str, seed: int, folder: Path, more: Sequence[str] = ()) -> Arm:
     """The trained ensemble of an architecture; what is finished already is found."""
     recipe, start = RECIPES[name], start_of(name, seed, folder)
     own = [*recipe.own, f"partition.num_experts={recipe.num_experts}", f"expert.init={start.folder('expert_0')}"]
-    return _run([*_given(name, seed, folder), *own])
+    return _run([*_given(name, seed, folder), *own, *more])
 
 
 def _given(name: str, seed: int, folder: Path) -> list[str]:

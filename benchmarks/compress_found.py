@@ -137,15 +137,16 @@ def speeds(arm: Arm, pipeline: Path) -> Found:
     return {name: asdict(arm.cpu(pipeline, compile=name == "compiled")) for name in ("cpu", "compiled")}
 
 
-PARTS: Mapping[str, Callable[[int, Path], Found]] = {"layers": layers, "together": together, "numbers": numbers}
+Parts = Mapping[str, Callable[[int, Path], Found]]
+PARTS: Parts = {"layers": layers, "together": together, "numbers": numbers}
 
 
-def found_of(part: str, seed: int, folder: Path) -> Found:
+def found_of(part: str, seed: int, folder: Path, parts: Parts = PARTS) -> Found:
     """The numbers of a part, measured unless they are there already."""
     file = folder / f"found-{part}-{seed}.json"
     if not file.exists():
         started = time.monotonic()
-        found = PARTS[part](seed, folder)
+        found = parts[part](seed, folder)
         write_json(file, found | {"seconds": time.monotonic() - started})
     print(f"{part}, seed {seed}: {json.dumps(read_json(file))[:2000]}", flush=True)
     return dict(read_json(file))

@@ -3,6 +3,7 @@
 frechet_distance         two Gaussians                     biased upwards when samples are few: needs a floor
 kernel_distance          MMD with a cubic kernel           unbiased, may be a little below zero
 precision, recall        `share_covered` by a manifold     quality and variety, apart
+vendi_score              entropy of a similarity matrix    how many samples are unlike each other; no reference
 total_variation          shares of classes or clusters     0 equal, 1 disjoint
 nearest_neighbour_ratio  distances to the training set     near 1 no copying, well under 1 memorising
 """
@@ -96,6 +97,20 @@ def share_covered(queries: Features, manifold: OtherFeatures, radii: Float[np.nd
     (Kynkäänniemi et al. 2019, arXiv:1904.06991, eq. 2).
     """
     return float(np.concatenate([(block <= radii).any(1) for block in squared_distances(queries, manifold)]).mean())
+
+
+def vendi_score(features: Features) -> float:
+    """How many unlike samples there are: 1 if all are alike, their number if all are orthogonal.
+
+    exp(-sum_i l_i log l_i), l the eigenvalues of the matrix of cosines over n (Friedman and Dieng 2023,
+    arXiv:2210.02410, definition 3.1); those of the n x n and of the d x d matrix are the same but for zeros.
+    """
+    rows = features.astype(np.float64)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    gram = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
+    values = np.linalg.eigvalsh(gram / len(unit))
+    positive = values[values > 1e-12]
+    return float(np.exp(-(positive * np.log(positive)).sum()))
 
 
 def total_variation(first: Float[np.ndarray, " group"], second: Float[np.ndarray, " group"]) -> float:

@@ -10,6 +10,8 @@ from orchestrator.pareto import MEASURES, Point
 CANDIDATES: Sequence[Sequence[str]] = (
     ("quantize=int8",),
     ("quantize=int8_compute",),
+    ("accelerate=cache",),
+    ("accelerate=cache", "quantize=int8_compute"),
     ("quantize=int4",),
     ("quantize=int4_compute",),
     ("quantize=shared",),
@@ -22,6 +24,9 @@ CANDIDATES: Sequence[Sequence[str]] = (
     ("prune=laptop", "prune.share=0.5", "quantize=int4_compute"),
     ("prune=laptop", "prune.share=0.3", "quantize=int4"),
     ("prune=laptop", "prune.share=0.5", "quantize=int4"),
+    ("distill=sid", "distill.steps=4"),
+    ("distill=sid", "distill.steps=2", "quantize=int8_compute"),
+    ("distill=sid", "distill.steps=2", "prune=laptop", "prune.share=0.3", "quantize=int4_compute"),
 )
 """What is tried, in this order: what needs no training first."""
 

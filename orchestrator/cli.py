@@ -187,13 +187,14 @@ def evaluate(run: RunArgument, select: Select = "sticky") -> None:
 def compress(
     run: RunArgument,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="prune=laptop or ecodiff, quantize=int4 …, quantize.group=32 …")
+        list[str] | None,
+        typer.Argument(help="distill=sid …, accelerate=cache …, prune=laptop …, quantize=int4, quantize.group=32 …"),
     ] = None,
     budget: Annotated[
         str, typer.Option(help="Search for a compression instead: bytes<=0.25,kid<=1.05 (also flops, cpu, fd, l2)")
     ] = "",
 ) -> None:
-    """Make a smaller ensemble beside the whole one, which stays as it is, and score it."""
+    """Make a smaller or faster ensemble beside the whole one, which stays as it is, and score it."""
     from orchestrator.compression import compress_run, describe_compression, search_run, with_compression
 
     if budget and overrides:

@@ -5,7 +5,8 @@ dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 �
    ├─► codec ─────────────────────┤                          │
    └─► reference (for the scores) └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
 
-`prune`, `quantize` and `switch` put smaller ensembles behind the whole one, each with a score and a timing of its own.
+`distill`, `accelerate`, `prune`, `quantize` and `switch` put faster and smaller ensembles behind the whole one, each
+with a score and a timing of its own.
 The baselines `told` and `student` stand where the monolith does; the student waits for the experts. A router with
 `data=samples` waits for `draws`, and those for the experts. The selection `auto` puts a `choice` between the ensemble
 and its score.

@@ -21,6 +21,7 @@ from ensemble.metrics import (
     squared_distances,
     total_variation,
     total_variation_floor,
+    vendi_score,
 )
 
 COUNTS = arrays(np.float64, 5, elements=st.integers(0, 1000).map(float)).filter(lambda counts: counts.sum() > 0)
@@ -263,3 +264,13 @@ def test_more_noise_is_worse(digits):
     assert np.all(np.diff([kernel_distance(rows, real) for rows in levels]) > 0)
     assert np.all(np.diff([frechet_distance(rows, real) for rows in levels]) > 0)
     assert np.all(np.diff([precision_recall(rows, real)[0] for rows in levels]) < 0)
+
+
+@given(st.integers(2, 12), st.integers(1, 4))
+def test_the_vendi_score_counts_what_is_unlike(kinds, copies):
+    rows = np.repeat(np.eye(kinds), copies, axis=0)
+    assert vendi_score(rows) == pytest.approx(kinds)
+    assert vendi_score(5 * rows) == pytest.approx(kinds), "sizes do not matter"
+    assert vendi_score(np.ones((kinds, 3))) == pytest.approx(1)
+    wide = np.concatenate([rows, np.zeros((len(rows), 50))], axis=1)
+    assert vendi_score(wide) == pytest.approx(kinds), "more features than rows"
