@@ -3,16 +3,20 @@
 Each part keeps what it has made and measured in its run folder, so that a stopped benchmark goes on where it was.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from artifacts import read_json, write_json
 from benchmarks.compress_arms import SPACES, Arm, start_of, train
 from benchmarks.compress_found import Found, Parts, compared
+from ensemble.draws import RowFlops
 from ensemble.metrics import vendi_score
+from ensemble.pipeline import DDMPipeline
 from ensemble.scoring import Reference
 from ensemble.stages.cache_config import CacheConfig, HookConfig
 from ensemble.stages.config import ComputeConfig
@@ -22,28 +26,38 @@ from ensemble.stages.mmd_config import MMDConfig
 from ensemble.stages.sid_config import SiDConfig
 from ensemble.stages.truncate_config import BaseFirstConfig, TruncateConfig
 from experts.config import TrainingConfig
+from experts.course import Course
 from orchestrator.graph import plain_evaluation
 
 STEPS = 50
 """Of the samples that everything is compared with."""
 MORE = (f"ensemble.steps={STEPS}",)
 
-LEARNING = TrainingConfig(steps=1500, batch_size=64, lr=2e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
+LEARNING = TrainingConfig(steps=600, batch_size=64, lr=2e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
 """How students learn by score identity distillation."""
-EVEN = replace(LEARNING, t_mean=0.0, t_std=1.0, steps=2500, lr=5e-4)
+EVEN = TrainingConfig(steps=1500, batch_size=64, lr=5e-4, warmup_steps=50)
 """How they learn to be consistent."""
-CHAIN = TrainingConfig(steps=300, batch_size=128, lr=2e-4, warmup_steps=20, clip_norm=0.5)
+CHAIN = TrainingConfig(steps=200, batch_size=128, lr=2e-4, warmup_steps=20, clip_norm=0.5)
 """How a short chain learns by its MMD."""
+NEAR = 128
+"""Images whose distance to those of all steps is measured where no score is."""
+STARTS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+"""The t from which drafts are refined."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """Scores of whatever is drawn, against the ensemble in all its steps."""
+    """Whatever is drawn, against the ensemble in all its steps from the same noise."""
 
     arm: Arm
 
+    def near(self, pipeline: Path, steps: int | None = None) -> Found:
+        """Relative L2 distance of some images, and FLOPs of an image over the ensemble's."""
+        (images, flops), (exact, whole) = (self._images(pipeline, steps), self._images(self.arm.whole, None))
+        return {"l2": float((images - exact).norm() / exact.norm()), "flops": flops / whole}
+
     def of(self, pipeline: Path, steps: int | None = None) -> Found:
-        """KID over the whole ensemble's, FLOPs of an image over its, and relative L2 distance of the images to its."""
+        """The same of as many images as are scored, KID over the ensemble's, precision, recall and Vendi score."""
         out, base = self.arm.scored(pipeline, steps), self.arm.scored(self.arm.whole)
         ours, theirs = (read_json(folder / "scores.json") for folder in (out, base))
         images, exact = (np.load(folder / "images.npy").astype(np.float64) for folder in (out, base))
@@ -58,11 +72,18 @@ class Judge:
             "vendi": self._vendi(out),
         }
 
-    def beside_fewer_steps(self, pipeline: Path) -> Found:
+    def beside_fewer_steps(self, pipeline: Path, *, scored: bool = False) -> Found:
         """The same, and that of as many plain steps as cost what it costs."""
-        found = self.of(pipeline)
+        look = self.of if scored else self.near
+        found = look(pipeline)
         steps = max(1, round(STEPS * found["flops"]))
-        return found | {"steps": steps, "fewer": self.of(self.arm.whole, steps)}
+        return found | {"steps": steps, "fewer": look(self.arm.whole, steps)}
+
+    def _images(self, folder: Path, steps: int | None) -> tuple[Tensor, float]:
+        own = self.arm.config.ensemble
+        pipeline, sampling = DDMPipeline.from_pretrained(folder), own if steps is None else replace(own, steps=steps)
+        drawn = pipeline(range(NEAR), sampling)
+        return drawn.images.double(), RowFlops.of(pipeline).times(drawn.calls)
 
     def _vendi(self, scored: Path) -> float:
         file = scored / "vendi.json"
@@ -82,9 +103,10 @@ def unet_caches(seed: int, folder: Path) -> Found:
         "interval 3": whole,
         "interval 5": replace(whole, interval=5),
         "interval 3, closer together at the clean end": replace(whole, centre=1.0),
+        "interval 3, closer together at the noisy end": replace(whole, centre=0.0),
     }
     made = {name: arm.made(f"fast-deep-{number}", recipe) for number, (name, recipe) in enumerate(recipes.items())}
-    found: Found = {name: judge.beside_fewer_steps(one) for name, one in made.items()}
+    found: Found = {name: judge.beside_fewer_steps(one, scored=name == "interval 3") for name, one in made.items()}
     exact = arm.made("fast-deep-exact", replace(whole, interval=1))
     found["interval 1"] = compared(exact).relative_l2
     found["cpu"] = arm.cpu(made["interval 3"]).ratio
@@ -100,10 +122,9 @@ def transformer_caches(seed: int, folder: Path) -> Found:
         "differences of order 1, interval 4": CacheConfig(interval=4, order=1),
         "differences of order 2, interval 4": CacheConfig(interval=4, order=2),
         "whole blocks, order 1, interval 4": CacheConfig(interval=4, order=1, level="block"),
-        "adaptive, with union": CacheConfig(policy="adaptive", interval=5, bubbling=3),
-        "adaptive, without union": CacheConfig(policy="adaptive", interval=4, bubbling=0),
-        "adaptive, without union, order 1": CacheConfig(policy="adaptive", interval=4, bubbling=0, order=1),
-        "one schedule for all": CacheConfig(policy="unified", interval=4),
+        "adaptive, without union, interval 4": CacheConfig(policy="adaptive", interval=4, bubbling=0),
+        "adaptive, without union, order 1, interval 4": CacheConfig(policy="adaptive", interval=4, bubbling=0, order=1),
+        "one adaptive schedule for all, interval 4": CacheConfig(policy="unified", interval=4),
         "TaylorSeer (diffusers), order 1, interval 4": HookConfig(interval=4, order=1),
         "TaylorSeer (diffusers), order 2, interval 4": HookConfig(interval=4, order=2),
         "first block (diffusers)": HookConfig(hook="first_block", threshold=0.25),
@@ -112,8 +133,9 @@ def transformer_caches(seed: int, folder: Path) -> Found:
     }
     made = {name: arm.made(f"fast-cache-{number}", recipe) for number, (name, recipe) in enumerate(recipes.items())}
     found: Found = {name: judge.beside_fewer_steps(one) for name, one in made.items()}
-    best = min((name for name in found if 1 / found[name]["flops"] >= 3.3), key=lambda name: found[name]["l2"])
-    found["best"], found["cpu"] = best, arm.cpu(made[best]).ratio
+    best = min((name for name in made if 1 / found[name]["flops"] >= 3.3), key=lambda name: found[name]["l2"])
+    found |= {"best": best, "of the best": judge.beside_fewer_steps(made[best], scored=True)}
+    found["cpu"] = arm.cpu(made[best]).ratio
     for interval in (2, 3, 5, 10):
         for bubbling in (0, 3):
             recipe = CacheConfig(policy="adaptive", interval=interval, bubbling=bubbling)
@@ -146,62 +168,76 @@ STUDENTS: Mapping[str, SiDConfig | ConsistencyConfig | MMDConfig] = {
 def students(seed: int, folder: Path) -> Found:
     """Students of one, two and four steps beside as many plain steps, and what they begin or go on with."""
     arm = start_of("small", seed, folder, MORE)
-    judge, made = Judge(arm=arm), {}
-    for number, (name, recipe) in enumerate(STUDENTS.items()):
-        for steps in (1, 2, 4):
-            made[name, steps] = arm.made(f"fast-student-{number}-{steps}", replace(recipe, steps=steps))
+    judge = Judge(arm=arm)
+    made = {(name, steps): student(arm, name, steps) for name in STUDENTS for steps in (1, 2, 4)}
     found: Found = {f"{name}, {steps}": judge.of(one) for (name, steps), one in made.items()}
     found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (1, 2, 4, 8, 16)}
     found["whole"] = judge.of(arm.whole)
     for steps in (2, 4):
         best = min(STUDENTS, key=lambda name: found[f"{name}, {steps}"]["kid"])
-        for extra in (1, 2):
-            mixed = arm.made(f"fast-first-{steps}-{extra}", BaseFirstConfig(base_steps=extra), made[best, steps])
-            found[f"base first, {steps} + {extra - 1}"] = judge.of(mixed) | {"student": best}
-    return found | truncated(arm, judge, made)
+        for extra in (0, 1):
+            recipe = BaseFirstConfig(base_steps=1 + extra)
+            mixed = arm.made(f"fast-first-{steps}-{extra}", recipe, made[best, steps])
+            found[f"base first, {steps} + {extra}"] = judge.of(mixed) | {"student": best}
+    best = min(STUDENTS, key=lambda name: found[f"{name}, 1"]["kid"])
+    return found | {"draft of the student": best} | truncated(judge, made[best, 1])
 
 
-def truncated(arm: Arm, judge: Judge, made: Mapping[tuple[str, int], Path]) -> Found:
-    """Two steps from a draft, by where they begin."""
-    found: Found = {}
-    best = min(STUDENTS, key=lambda name: judge.of(made[name, 1])["kid"])
-    drafts: dict[str, tuple[TruncateConfig, Path]] = {
-        "anchors": (TruncateConfig(draft="anchors"), arm.whole),
-        "autoregressive": (TruncateConfig(draft="autoregressive"), arm.whole),
-        "expert": (TruncateConfig(draft="expert"), arm.whole),
-        "student": (TruncateConfig(draft="student"), made[best, 1]),
-    }
-    for name, (recipe, given) in drafts.items():
-        for t in (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+def student(arm: Arm, name: str, steps: int) -> Path:
+    """A student; one that was trained to be consistent is the same for all steps, and only its course differs."""
+    number, recipe = list(STUDENTS).index(name), STUDENTS[name]
+    if not isinstance(recipe, ConsistencyConfig):
+        return arm.made(f"fast-student-{number}-{steps}", replace(recipe, steps=steps))
+    trained, out = arm.made(f"fast-student-{number}", recipe), arm.extra(f"fast-student-{number}-{steps}")
+    if not out.exists():
+        shutil.copytree(trained, out)
+        for file in out.glob("expert_*/expert.json"):
+            course = Course.even(steps, "fresh", is_distilled=True)
+            write_json(file, read_json(file) | {"course": course.described()})
+    return out
+
+
+def truncated(judge: Judge, distilled: Path) -> Found:
+    """Two steps from a draft, by where they begin; and from where a search by MMD lets them begin."""
+    arm, found = judge.arm, {}
+    for name in ("anchors", "autoregressive", "expert", "student"):
+        recipe, given = TruncateConfig(draft=name), distilled if name == "student" else arm.whole
+        for t in STARTS:
             one = arm.made(f"fast-draft-{name}-{t}", replace(recipe, t_start=t), given)
             found[f"draft {name} at {t}"] = judge.of(one)
-        searched = arm.made(f"fast-draft-{name}", recipe, given)
-        found[f"draft {name}"] = judge.of(searched)
+        found[f"draft {name}"] = judge.of(arm.made(f"fast-draft-{name}", recipe, given))
     return found
 
 
 def everything(seed: int, folder: Path) -> Found:
-    """Eight transformers: distilled, pruned, in eight bits."""
+    """Eight transformers: distilled, pruned, in eight bits; all students begin with one that has learned from all."""
     arm = train("small", seed, folder, MORE)
-    judge = Judge(arm=arm)
-    learning = replace(LEARNING, steps=500)
-    found: Found = {"whole": judge.of(arm.whole)}
+    judge, found = Judge(arm=arm), Found()
+    found["whole"] = judge.of(arm.whole)
     found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (2, 4, 8, 16)}
+    again = TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=20)
     for steps in (2, 4):
-        student = arm.made(f"fast-all-{steps}", SiDConfig(steps=steps, training=learning))
-        again = TrainingConfig(steps=300, batch_size=32, lr=2e-4, warmup_steps=20)
-        pruned = arm.made(f"fast-all-{steps}-pruned", LaptopConfig(share=0.1, retraining=again), student)
-        small = arm.made(f"fast-all-{steps}-small", ComputeConfig(), pruned)
-        whole = arm.made(f"fast-all-{steps}-bits", ComputeConfig(), student)
-        for name, one in (("distilled", student), ("pruned", pruned), ("pruned, 8 bits", small), ("8 bits", whole)):
-            sizes = {"bytes": compared(one).bytes_after / compared(one).bytes_before, "cpu": arm.cpu(one).ratio}
-            found[f"{name}, {steps}"] = judge.of(one) | sizes
+        recipe = SiDConfig(steps=steps, training=replace(LEARNING, steps=120), common_steps=200)
+        made = {"distilled": arm.made(f"fast-all-{steps}", recipe)}
+        made["distilled, pruned"] = arm.made(
+            f"fast-all-{steps}-pruned", LaptopConfig(share=0.1, retraining=again), made["distilled"]
+        )
+        for name, one in list(made.items()):
+            made[f"{name}, 8 bits"] = arm.made(f"{one.name.partition('-k8')[0]}-8", ComputeConfig(), one)
+        found |= {f"{name}, {steps}": judged(judge, one) for name, one in made.items()}
     cached = arm.made("fast-all-cached", CacheConfig(interval=4, order=1))
-    small = arm.made("fast-all-cached-small", ComputeConfig(), cached)
-    for name, one in (("cached", cached), ("cached, 8 bits", small)):
-        sizes = {"bytes": compared(one).bytes_after / compared(one).bytes_before, "cpu": arm.cpu(one).ratio}
-        found[name] = judge.of(one) | sizes
+    found["cached"] = judged(judge, cached)
+    found["cached, 8 bits"] = judged(judge, arm.made("fast-all-cached-8", ComputeConfig(), cached))
     return found
+
+
+def judged(judge: Judge, pipeline: Path) -> Found:
+    """With bytes and processor time over the ensemble's."""
+    sizes = compared(pipeline)
+    return judge.of(pipeline) | {
+        "bytes": sizes.bytes_after / sizes.bytes_before,
+        "cpu": judge.arm.cpu(pipeline).ratio,
+    }
 
 
 PARTS: Parts = {

@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+from torch import nn
+
+from artifacts import read_json, replaced_folder, write_json
 from ensemble.pipeline import DDMPipeline
 from ensemble.stages.config import DistillConfig
 from ensemble.stages.consistency import consistency_of
@@ -13,6 +16,8 @@ from ensemble.stages.sid_config import SiDConfig
 from ensemble.stages.teacher import mixture_of
 from ensemble.stages.together import Given, Together
 from experts.expert import Expert, network_flops
+
+COMMON = "common.json"
 
 
 def dense_student(config: DistillConfig, given: Given) -> Together:
@@ -33,11 +38,24 @@ def dense_student(config: DistillConfig, given: Given) -> Together:
     )
 
 
+def common_start(config: SiDConfig, given: Given) -> tuple[nn.Module, float]:
+    """What every expert's own student begins with, one of all experts, and the FLOPs of it; kept between attempts."""
+    kept = given.workspace.scratch / "common"
+    if not kept.exists():
+        training = replace(config.training, steps=config.common_steps)
+        part = replace(given, workspace=given.workspace.part("common_work"))
+        made = dense_student(replace(config, common_steps=0, training=training), part)
+        with replaced_folder(kept) as temporary:
+            made.experts[0].save(temporary)
+            write_json(temporary / COMMON, {"flops": made.flops})
+    return Expert.load(kept).model, float(read_json(kept / COMMON)["flops"])
+
+
 def _distilled(start: Expert, row: float, config: DistillConfig, given: Given) -> Outcome:
     latents, space = given.data.all_latents(given.workspace), given.workspace
     if not isinstance(config, SiDConfig | ConsistencyConfig):
         return mmd(start, latents, config, space)
     teacher = mixture_of(DDMPipeline.from_pretrained(given.ensemble).ensemble, config.training.device)
     if isinstance(config, SiDConfig):
-        return sid_of(start, teacher, row, latents, config, space)
+        return sid_of(start, start.model, teacher, row, latents, config, space)
     return consistency_of(start, teacher, row, latents, config, space)

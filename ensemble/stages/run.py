@@ -18,7 +18,7 @@ from ensemble.stages.comparison import COMPRESSION, compare
 from ensemble.stages.config import ComputeConfig, DistillConfig, RecipeConfig, StageConfig, WeightsConfig, label_of
 from ensemble.stages.consistency import consistency
 from ensemble.stages.consistency_config import ConsistencyConfig
-from ensemble.stages.dense_student import dense_student
+from ensemble.stages.dense_student import common_start, dense_student
 from ensemble.stages.ecodiff import ecodiff
 from ensemble.stages.hooks import hook_all
 from ensemble.stages.laptop import laptop
@@ -71,29 +71,34 @@ def run_stage(
     """
     is_one = len(clusters) > 1 and not (ensemble / "router").is_dir()
     data = Clusters(folders=clusters, codec=ensemble / "codec", labelled=config.labelled, is_one=is_one)
+    given = Given(ensemble=ensemble, whole=whole, data=data, sampling=config.sampling, workspace=workspace)
     if config.recipe.method in TOGETHER or is_dense(config.recipe):
-        given = Given(ensemble=ensemble, whole=whole, data=data, sampling=config.sampling, workspace=workspace)
         modules, flops = _together(config.recipe, given, out)
     else:
-        modules, flops = _apart(config.recipe, ensemble, data, out, workspace)
+        modules, flops = _apart(config.recipe, given, out)
     stages = (*stages_of(ensemble), label_of(config.recipe))
     found = compare(stages, modules, whole, out, config.sampling, config.num_samples, workspace)
     write_json(out / COMPRESSION, found)
     return flops + (found.flops_before + found.flops_after) * found.num_samples
 
 
-def _apart(recipe: Any, ensemble: Path, data: Clusters, out: Path, workspace: Workspace) -> tuple[int, float]:
+def _apart(recipe: Any, given: Given, out: Path) -> tuple[int, float]:
     """Each expert by itself; how many modules have changed, and the FLOPs."""
+    has_common = isinstance(recipe, SiDConfig) and recipe.common_steps > 0
+    start, spent = common_start(recipe, given) if has_common else (None, 0.0)
 
     def make(expert: Expert, own: Workspace) -> Outcome:
         if recipe.method in PLAIN:
             return PLAIN[recipe.method](expert, recipe)
-        return METHODS[recipe.method](expert, data.latents(expert.cluster_id, own), recipe, own)
+        latents = given.data.latents(expert.cluster_id, own)
+        if start is not None:
+            return sid(expert, latents, recipe, own, start)
+        return METHODS[recipe.method](expert, latents, recipe, own)
 
-    done = each_expert(recipe.method, make, ensemble, out, workspace)
+    done = each_expert(recipe.method, make, given.ensemble, out, given.workspace)
     if isinstance(recipe, WeightsConfig | ComputeConfig) and recipe.router and (out / "router").is_dir():
         _pack_router(out / "router", recipe)
-    return sum(one.modules for one in done.values()), sum(one.flops for one in done.values())
+    return sum(one.modules for one in done.values()), spent + sum(one.flops for one in done.values())
 
 
 def _together(recipe: RecipeConfig, given: Given, out: Path) -> tuple[int, float]:

@@ -39,24 +39,35 @@ DRAWS = 7
 """Purpose of random numbers; no other training shares their stream."""
 
 
-def sid(expert: Expert, dataset: LatentDataset, config: SiDConfig, workspace: Workspace) -> Outcome:
-    """A student of one expert; raises what `sid_of` raises."""
-    teacher = frozen(expert, config.training.device)
-    return sid_of(expert, teacher, network_flops(expert.model, expert.latent_shape), dataset, config, workspace)
+def sid(
+    expert: Expert, dataset: LatentDataset, config: SiDConfig, workspace: Workspace, start: nn.Module | None = None
+) -> Outcome:
+    """A student of one expert, which begins with its parameters or with those of `start`; raises as `sid_of` does."""
+    teacher, row = frozen(expert, config.training.device), network_flops(expert.model, expert.latent_shape)
+    begun = expert if start is None else replace(expert, model=start)
+    return sid_of(begun, expert.model, teacher, row, dataset, config, workspace)
 
 
 def sid_of(
-    expert: Expert, teacher: Teacher, row: float, dataset: LatentDataset, config: SiDConfig, workspace: Workspace
+    expert: Expert,
+    fake: nn.Module,
+    teacher: Teacher,
+    row: float,
+    dataset: LatentDataset,
+    config: SiDConfig,
+    workspace: Workspace,
 ) -> Outcome:
     """A student of `config.steps` steps; of the data only the classes are looked at.
 
-    It begins with the expert's parameters; `row` is what the teacher's call on a row costs, in FLOPs. Raises
-    `StageError` if guidance or renoising does not fit the expert, and what `train_in_turns` raises.
+    It begins with the expert's parameters, the fake score with those of `fake`; `row` is what the teacher's call on a
+    row costs, in FLOPs. Raises `StageError` if guidance or renoising does not fit the expert, and what
+    `train_in_turns` raises.
     """
     check_way(expert, config.renoise)
     _check_guidance(expert, dataset, config)
     started = time.monotonic()
-    networks = {name: deepcopy(expert.model).requires_grad_(True) for name in ("student", "fake")}
+    begun = {"student": expert.model, "fake": fake}
+    networks = {name: deepcopy(model).requires_grad_(True) for name, model in begun.items()}
     turn = turn_of(expert, teacher, dataset, config)
     learned = train_in_turns(networks, turn, config.training, workspace, BETAS)
     return Outcome(

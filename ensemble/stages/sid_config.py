@@ -22,6 +22,8 @@ class SiDConfig:
     """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Times at which the student is asked."""
+    common_steps: Annotated[int, Field(ge=0)] = 0
+    """Turns in which one student learns from all experts at once; each expert's own then begins with it, not anew."""
     renoise: Literal["fresh", "euler"] = "fresh"
     """How it goes from one of them to the next: with fresh noise, or along its own velocity."""
     alpha: Annotated[float, Field(ge=0)] = 1.2

@@ -105,6 +105,7 @@ def test_a_finished_run_is_compressed_scored_and_not_done_again(tmp_path):
 DISTILLED = (
     "distill=sid",
     "distill.training.steps=4",
+    "distill.common_steps=3",
     "accelerate=base_first",
     "prune=laptop",
     "prune.share=0.2",
