@@ -52,8 +52,8 @@ style: install ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-overhead bench-quality bench-compress bench-scale chaos
-bench: bench-overhead bench-quality bench-compress bench-scale ## Run every benchmark and write docs/benchmarks.md
+.PHONY: bench bench-overhead bench-quality bench-compress bench-accelerate bench-scale chaos
+bench: bench-overhead bench-quality bench-compress bench-accelerate bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-overhead: install ## What the orchestrator costs, against the same loops by hand
 	$(BIN)/python -m benchmarks.overhead
@@ -65,6 +65,10 @@ bench-quality: install ## The decomposition against its baselines, 14 arms, thre
 
 bench-compress: install ## Pruning and quantization against what they must beat, three seeds (about four hours of one core)
 	$(BIN)/python -m benchmarks.compress
+	$(BIN)/python -m benchmarks.page
+
+bench-accelerate: install ## Caches, drafts and few-step students against fewer plain steps, three seeds (about four hours of one core)
+	$(BIN)/python -m benchmarks.accelerate
 	$(BIN)/python -m benchmarks.page
 
 bench-scale: install ## What the controller costs with up to 10,000 stages, and 1,000 islands in simulation
