@@ -305,7 +305,7 @@ def each(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 def average(found: Sequence[Found], key: str) -> float:
     """Over the seeds."""
-    return statistics.mean(one[key] for one in found)
+    return statistics.mean(float(one[key]) for one in found)
 
 
 def beginnings(seeds: Seeds, path: Path) -> None:
