@@ -34,7 +34,7 @@ AGAIN = TrainingConfig(steps=250, batch_size=32, lr=1e-3, warmup_steps=20)
 """How a pruned network learns from the whole one; after 1,000 steps it is better than that, however it was pruned."""
 RETRAINED = LaptopConfig(retraining=AGAIN)
 """Half of the parameters goes."""
-LONGER = TrainingConfig(steps=1000, batch_size=32, lr=5e-4, warmup_steps=20)
+LONGER = TrainingConfig(steps=2000, batch_size=32, lr=5e-4, warmup_steps=20)
 
 
 def layers(seed: int, folder: Path) -> Found:
@@ -119,7 +119,7 @@ def numbers(seed: int, folder: Path) -> Found:
     pruned = arm.made("laptop", replace(RETRAINED, share=PRUNED, retraining=LONGER, additivity_sets=100))
     found["additivity"] = details_of(pruned)["additivity"]
     found["pruned kid"] = arm.kid(pruned)
-    small = arm.made("laptop-compute5", ComputeConfig(bits=5), pruned)
+    small = arm.made("laptop-compute6", ComputeConfig(bits=6), pruned)
     found["both"] = speeds(arm, small) | {
         "bytes": compared(small).bytes_after / compared(small).bytes_before,
         "kid": arm.kid(small),

@@ -54,7 +54,7 @@ def fit(model: nn.Module, loss: Loss, dataset: LatentDataset, config: TrainingCo
     share = group.share(config.batch_size)
     device = usable_device(config.device)
     with group.united(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        state = _started(model.to(device), config)
+        state = new_state(model.to(device), config)
         restore_checkpoint(checkpoints, state)
         group.check_equal(state.step)
         losses, journal = group.parallel(model, loss), _Journal(workspace, state, group)
@@ -98,7 +98,8 @@ def _line(row: MetricsRow) -> str:
     return json.dumps(row, sort_keys=True) + "\n"
 
 
-def _started(model: nn.Module, config: TrainingConfig) -> TrainingState:
+def new_state(model: nn.Module, config: TrainingConfig, betas: tuple[float, float] = (0.9, 0.999)) -> TrainingState:
+    """A network before its first step, with AdamW of these betas."""
     model.train()
     if config.compile:
         model.compile()
@@ -106,7 +107,9 @@ def _started(model: nn.Module, config: TrainingConfig) -> TrainingState:
         config=config,
         model=model,
         average=MovingAverage(model, config.ema_width),
-        optimizer=torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True),
+        optimizer=torch.optim.AdamW(
+            model.parameters(), config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+        ),
         scaler=torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.autocast == "float16"),
     )
 
@@ -118,7 +121,7 @@ def _step(state: TrainingState, losses: Callable[[Batch], dict[str, Tensor]], ba
     for parameters in state.optimizer.param_groups:
         parameters["lr"] = learning_rate(state.step, config)
     state.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch.t.device.type, _PRECISIONS[config.autocast], enabled=config.autocast != "none"):
+    with torch.autocast(batch.t.device.type, PRECISIONS[config.autocast], enabled=config.autocast != "none"):
         values = losses(batch)
     torch.autograd.backward(state.scaler.scale(values["loss"]))
     values = group.mean(values)
@@ -140,7 +143,7 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-_PRECISIONS = {"none": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"none": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _closed_row(state: TrainingState) -> MetricsRow:

@@ -25,16 +25,13 @@ from experts.checkpoint import (
     save_checkpoint,
 )
 from experts.config import TrainingConfig
-from experts.ema import MovingAverage
 from experts.latents import step_seed
-from experts.train import TrainingDiverged, learning_rate, usable_device, write_rows
+from experts.train import PRECISIONS, TrainingDiverged, learning_rate, new_state, usable_device, write_rows
 
 Update = tuple[str, Mapping[str, Tensor]]
 """Whose turn it is, and named scalars; `loss` is what is minimised, the others are only logged."""
 Turn = Callable[[Mapping[str, nn.Module], int], Iterator[Update]]
 """(networks by name, step) to the updates of that step; it may draw from torch's global generator."""
-
-PRECISIONS = {"none": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +57,7 @@ def train_in_turns(
     """
     folder, device = workspace.scratch / "checkpoints", usable_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        states = {name: _started(model.to(device), config, betas) for name, model in models.items()}
+        states = {name: new_state(model.to(device), config, betas) for name, model in models.items()}
         first = next(iter(states.values()))
         _restore(folder, states)
         while first.step < config.steps:
@@ -86,21 +83,6 @@ def held(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-def _started(model: nn.Module, config: TrainingConfig, betas: tuple[float, float]) -> TrainingState:
-    model.train()
-    if config.compile:
-        model.compile()
-    return TrainingState(
-        config=config,
-        model=model,
-        average=MovingAverage(model, config.ema_width),
-        optimizer=torch.optim.AdamW(
-            model.parameters(), config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
-        ),
-        scaler=torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.autocast == "float16"),
-    )
 
 
 def _take_turn(states: Mapping[str, TrainingState], turn: Turn, config: TrainingConfig) -> None:
