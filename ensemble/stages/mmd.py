@@ -54,7 +54,8 @@ def mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, workspace: Wo
 
 def loss_of(expert: Expert, config: MMDConfig) -> Loss:
     """The squared MMD of the chain's samples and the batch's, whose conditions they share."""
-    features, times = latent_features(config.features, expert.latent_shape, config.seed), course_of(config).times
+    features = latent_features(config.features, expert, config.seed, config.training.device)
+    times = course_of(config).times
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         drawn = drawn_by(spoken_by(expert, model), batch.noise, batch.condition, times)

@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 from artifacts import STRICT
 from experts.config import TrainingConfig
 
+FeatureKind = Literal["expert", "latents", "random_conv"]
+
 TRAINING = TrainingConfig(steps=500, batch_size=128, lr=1e-4, warmup_steps=20, clip_norm=0.5, checkpoint_every=100)
 
 
@@ -23,8 +25,9 @@ class MMDConfig:
     kernel: Literal["rbf", "poly3"] = "rbf"
     """Sum of Gaussians around the median distance, or a cubic polynomial, which is blind to most of a distribution of
     few features."""
-    features: Literal["latents", "random_conv"] = "latents"
-    """What the kernel sees: latents, or what filters that were never trained say of them."""
+    features: FeatureKind = "expert"
+    """What the kernel sees: what the expert's middle says of latents, the latents themselves, or what filters that were
+    never trained say of them."""
     across: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of its kernel that a pair of unlike conditions keeps; at 1 conditions do not matter."""
     training: TrainingConfig = TRAINING

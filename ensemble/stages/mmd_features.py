@@ -1,28 +1,69 @@
-"""What a kernel sees of latents: their numbers, or what fixed random filters say of them."""
+"""What a kernel sees of latents: their numbers, what fixed random filters say of them, or what the expert does."""
 
 from collections.abc import Callable
-from typing import Literal
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from ensemble.stages.calibration import watched
+from ensemble.stages.feature_distillation import STAGE
 from ensemble.stages.method import StageError
+from ensemble.stages.mmd_config import FeatureKind
+from experts.condition import Condition
+from experts.expert import Expert
 from experts.noise_path import Latents
+from experts.train import usable_device
 
 Rows = Float[Tensor, "row feature"]
 LatentFeatures = Callable[[Latents], Rows]
 WIDTHS = (32, 64)
 """Filters of the layers, each of which halves the side."""
+NEARLY_CLEAN = 0.1
+"""The t at which an expert is shown latents."""
 
 
-def latent_features(
-    kind: Literal["latents", "random_conv"], latent_shape: tuple[int, ...], seed: int
-) -> LatentFeatures:
-    """A differentiable function of latents; `StageError` if these are no pictures and filters are asked for."""
+def latent_features(kind: FeatureKind, expert: Expert, seed: int, device: str = "cpu") -> LatentFeatures:
+    """A differentiable function of latents; `StageError` if the kind does not fit them, or the expert's network."""
     if kind == "latents":
         return lambda latents: latents.flatten(1).float()
+    return _of_expert(expert, device) if kind == "expert" else _of_filters(expert.latent_shape, seed)
+
+
+def _of_expert(expert: Expert, device: str) -> LatentFeatures:
+    """What comes out of the stages in the middle of its network, when it is shown nearly clean latents as they are."""
+    stages = [path for path, _ in expert.model.named_modules() if STAGE.fullmatch(path)]
+    if not stages:
+        raise StageError("features expert needs a network of several stages; take distill.features=latents")
+    middle = stages[len(stages) // 2]
+    model = deepcopy(expert.model).to(usable_device(device)).eval().requires_grad_(False)
+    frozen = Expert(
+        model=model,
+        prediction=expert.prediction,
+        path=expert.path,
+        latent_shape=expert.latent_shape,
+        num_classes=expert.num_classes,
+        cluster_id=expert.cluster_id,
+    )
+
+    def answers(latents: Latents) -> Rows:
+        seen: list[Tensor] = []
+        with watched(model, [middle], lambda _, given, said: seen.append(_first(said))):
+            t = latents.new_full((len(latents),), NEARLY_CLEAN)
+            frozen.velocity(latents, t, Condition.null(len(latents), latents.device))
+        return seen[0].flatten(1).float()
+
+    return answers
+
+
+def _first(said: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A block of the way down also says what it hands over to the way up."""
+    return said if isinstance(said, Tensor) else said[0]
+
+
+def _of_filters(latent_shape: tuple[int, ...], seed: int) -> LatentFeatures:
     if len(latent_shape) != 3:
         raise StageError(
             f"features random_conv needs latents of shape (channels, side, side), not {latent_shape}; take latents"

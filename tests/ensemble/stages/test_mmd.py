@@ -76,12 +76,23 @@ def test_one_row_is_too_few():
         squared_mmd(rows(1, 0), rows(4, 1), kernel_of("poly3", rows(4, 1)))
 
 
-def test_random_filters_are_functions_of_a_seed_and_want_pictures():
-    picture = torch.randn(2, 1, 8, 8)
-    first, again, other = (latent_features("random_conv", (1, 8, 8), seed)(picture) for seed in (0, 0, 1))
+def test_random_filters_are_functions_of_a_seed_and_want_pictures(tmp_path):
+    picture, expert = torch.randn(2, 1, 8, 8), trained("mlp", Workspace.at(tmp_path), 2)
+    first, again, other = (latent_features("random_conv", expert, seed)(picture) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     with pytest.raises(StageError, match="take latents"):
-        latent_features("random_conv", (10,), 0)
+        latent_features("random_conv", replace(expert, latent_shape=(10,)), 0)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "unet", "dit"])
+def test_the_experts_middle_tells_latents_apart_and_has_gradients(kind, tmp_path):
+    expert = trained(kind, Workspace.at(tmp_path), 2)
+    features, latents = latent_features("expert", expert, 0), digits().clean[:3].clone().requires_grad_(True)
+    found = features(latents)
+    assert found.shape[0] == 3 and torch.cdist(found, found).sum() > 0
+    found.square().sum().backward()
+    assert (latents.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(parameter.grad is None for parameter in expert.model.parameters())
 
 
 @pytest.mark.slow
