@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from artifacts import plain
 from benchmarks.accelerate_found import PARTS, STARTS, STEPS, STUDENTS
 from benchmarks.compress import Seeds, claim, mean, text
-from benchmarks.compress_found import Found, found_of
+from benchmarks.compress_found import Found, all_found
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 from ensemble.stages.similarity import best_steps
 
@@ -33,8 +33,9 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/bench-compress"), help="what is finished is kept here"
     )
+    parser.add_argument("--kept", action="store_true", help="measure nothing more, write what is there")
     options = parser.parse_args()
-    found = {part: [found_of(part, seed, options.folder, PARTS) for seed in range(options.seeds)] for part in PARTS}
+    found = all_found(options.folder, options.seeds, PARTS, kept=options.kept)
     claims = [
         *of_caches(found["unet_caches"], found["transformer_caches"], found["routes"]),
         *of_students(found["students"]),

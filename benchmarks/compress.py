@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from artifacts import plain
-from benchmarks.compress_found import PARTS, PRUNED, SLIM, Found, found_of
+from benchmarks.compress_found import PARTS, PRUNED, SLIM, Found, all_found
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 
 Seeds = Sequence[Found]
@@ -29,8 +29,9 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/bench-compress"), help="what is finished is kept here"
     )
+    parser.add_argument("--kept", action="store_true", help="measure nothing more, write what is there")
     options = parser.parse_args()
-    found = {part: [found_of(part, seed, options.folder) for seed in range(options.seeds)] for part in PARTS}
+    found = all_found(options.folder, options.seeds, PARTS, kept=options.kept)
     claims = [*of_layers(found["layers"]), *of_numbers(found["numbers"]), *of_all(found["together"], found["numbers"])]
     lists = [*layer_lists(found["layers"]), *number_lists(found["numbers"]), together_list(found["together"])]
     scatter(found["layers"], RESULTS / "compress-additivity.png")

@@ -141,15 +141,25 @@ Parts = Mapping[str, Callable[[int, Path], Found]]
 PARTS: Parts = {"layers": layers, "together": together, "numbers": numbers}
 
 
+def all_found(folder: Path, seeds: int, parts: Parts, *, kept: bool) -> dict[str, list[Found]]:
+    """The numbers of every part with every seed; or, if they are to be kept as they are, those that are there."""
+    asked = {part: [seed for seed in range(seeds) if not kept or _file(folder, part, seed).exists()] for part in parts}
+    return {part: [found_of(part, seed, folder, parts) for seed in known] for part, known in asked.items()}
+
+
 def found_of(part: str, seed: int, folder: Path, parts: Parts = PARTS) -> Found:
     """The numbers of a part, measured unless they are there already."""
-    file = folder / f"found-{part}-{seed}.json"
+    file = _file(folder, part, seed)
     if not file.exists():
         started = time.monotonic()
         found = parts[part](seed, folder)
         write_json(file, found | {"seconds": time.monotonic() - started})
     print(f"{part}, seed {seed}: {json.dumps(read_json(file))[:2000]}", flush=True)
     return dict(read_json(file))
+
+
+def _file(folder: Path, part: str, seed: int) -> Path:
+    return folder / f"found-{part}-{seed}.json"
 
 
 def bytes_held(pipeline: Path) -> int:
