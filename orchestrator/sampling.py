@@ -86,6 +86,12 @@ def draw(
     from ensemble.pipeline import DDMPipeline
 
     pipeline = DDMPipeline.from_pretrained(folder)
+    course = pipeline.ensemble.course
+    if course is not None and (steps is not None or guidance_scale is not None):
+        raise ConfigError(
+            f"--steps and --guidance-scale are for experts that can be asked at any t; those in {folder} are asked at "
+            f"their own {len(course.times)} and have their guidance within them: leave both out"
+        )
     class_id = _class_id(label, pipeline.class_names)
     samples = pipeline(seeds, sampling, None if class_id is None else [class_id] * len(seeds))
     out.parent.mkdir(parents=True, exist_ok=True)

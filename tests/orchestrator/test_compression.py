@@ -17,6 +17,7 @@ from orchestrator.pareto import points_of
 from orchestrator.report.page import write_report
 from orchestrator.results import score_rows, standing_graph
 from orchestrator.run_folder import RunFolder
+from orchestrator.sampling import draw
 
 TINY = (
     "experiment=digits",
@@ -134,6 +135,8 @@ def test_what_is_faster_goes_through_the_other_stages_and_is_sampled_like_the_wh
     assert points["sid_2 + base_first + laptop + int8_compute"].flops < 0.5 < points["cache_uniform"].flops < 1
     assert points["truncate_anchors + int4"].flops == pytest.approx(0.5, abs=0.05)
     assert points["cache_uniform + laptop"].flops < points["cache_uniform"].flops
+    with pytest.raises(ConfigError, match="their own 2"):
+        draw(run, [0], "", "sticky", tmp_path / "a.png", 9, None, monolith=False, ensemble=folder)
     mixed = DDMPipeline.from_pretrained(folders["distill=sid distill.training.steps=4"]).ensemble.experts[0]
     assert mixed.course.times == (1.0, 0.5) and mixed.networks[0].course.is_distilled
     dense = DDMPipeline.from_pretrained(folders["distill=consistency distill.students=one"]).ensemble
