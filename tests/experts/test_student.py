@@ -37,7 +37,7 @@ def batch(rows=6):
 
 def test_a_student_that_is_its_teacher_loses_nothing():
     only = teacher(0)
-    assert student_loss(only.model, batch(), {0: only, 1: only}, "velocity", STRAIGHT).item() == 0
+    assert student_loss(only.model, batch(), {0: only, 1: only}, "velocity", STRAIGHT).item() < 1e-10
 
 
 def test_every_sample_is_taught_by_the_expert_of_its_own_cluster():
