@@ -4,7 +4,6 @@
 ensemble in 50 Euler steps from the same noise, by the mean over the seeds; KID is of EfficientNet-lite0's features.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from artifacts import plain
 from benchmarks.accelerate_found import PARTS, STARTS, STEPS, STUDENTS
 from benchmarks.compress import Seeds, claim, mean, text
-from benchmarks.compress_found import Found, all_found
+from benchmarks.compress_found import Found, all_found, asked
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 from ensemble.stages.similarity import best_steps
 
@@ -28,13 +27,7 @@ KINDS = ("anchors", "autoregressive", "expert", "student")
 
 def main() -> None:
     """Measure everything with every seed, write docs/benchmarks/accelerate.json and its pictures, print the claims."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/bench-compress"), help="what is finished is kept here"
-    )
-    parser.add_argument("--kept", action="store_true", help="measure nothing more, write what is there")
-    options = parser.parse_args()
+    options = asked(__doc__)
     found = all_found(options.folder, options.seeds, PARTS, kept=options.kept)
     claims = [
         *of_caches(found["unet_caches"], found["transformer_caches"], found["routes"]),

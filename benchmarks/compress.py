@@ -4,7 +4,6 @@
 whole ensemble from the same noise, by the mean over the seeds; KID is that of EfficientNet-lite0's features.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from artifacts import plain
-from benchmarks.compress_found import PARTS, PRUNED, SLIM, Found, all_found
+from benchmarks.compress_found import PARTS, PRUNED, SLIM, Found, all_found, asked
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 
 Seeds = Sequence[Found]
@@ -24,13 +23,7 @@ Seeds = Sequence[Found]
 
 def main() -> None:
     """Measure everything with every seed, write docs/benchmarks/compress.json and its picture, and print the claims."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/bench-compress"), help="what is finished is kept here"
-    )
-    parser.add_argument("--kept", action="store_true", help="measure nothing more, write what is there")
-    options = parser.parse_args()
+    options = asked(__doc__)
     found = all_found(options.folder, options.seeds, PARTS, kept=options.kept)
     claims = [*of_layers(found["layers"]), *of_numbers(found["numbers"]), *of_all(found["together"], found["numbers"])]
     lists = [*layer_lists(found["layers"]), *number_lists(found["numbers"]), together_list(found["together"])]

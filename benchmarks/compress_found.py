@@ -3,6 +3,7 @@
 Each part keeps what it has made and measured in its run folder, so that a stopped benchmark goes on where it was.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -139,6 +140,15 @@ def speeds(arm: Arm, pipeline: Path) -> Found:
 
 Parts = Mapping[str, Callable[[int, Path], Found]]
 PARTS: Parts = {"layers": layers, "together": together, "numbers": numbers}
+
+
+def asked(description: str | None) -> argparse.Namespace:
+    """How many seeds, where what is finished is kept, and whether it is all that is wanted."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-compress"), help="keeps what is finished")
+    parser.add_argument("--kept", action="store_true", help="measure nothing more, write what is there")
+    return parser.parse_args()
 
 
 def all_found(folder: Path, seeds: int, parts: Parts, *, kept: bool) -> dict[str, list[Found]]:
