@@ -192,12 +192,14 @@ class Ensemble:
         return mix(noised, spoken)
 
     def begun(self, noise: NoiseOf, condition: Condition, routing: Routing) -> Latents:
-        """Where trajectories begin: with noise, or with the draft of the expert that was drawn for each."""
+        """Where trajectories begin: with noise, or with the draft of an expert that the prior draws for each."""
         begun = noise(0)
-        if routing.memory.gates is None:
+        if not any(isinstance(expert, Beginning) for expert in self.experts.values()):
             return begun
+        opened = Routing.opened(routing.seeds, self._prior_logits(condition), SelectionConfig(name="sticky"))
+        gates = opened.gates if routing.memory.gates is None else routing.memory.gates
         for k, expert in sorted(self.experts.items()):
-            rows = routing.memory.gates[:, k].nonzero().squeeze(-1)
+            rows = gates[:, k].nonzero().squeeze(-1)
             if isinstance(expert, Beginning) and len(rows):
                 own = expert.begun(_rows_of(noise, rows), condition.rows(rows), self.path, routing.recalled(k))
                 begun = begun.index_copy(0, rows, own.to(begun.dtype))

@@ -116,6 +116,13 @@ class Routing:
         memory = self.memory.repeated(times)
         return replace(self, seeds=self.seeds * times, branches=self.branches * times, memory=memory, kept={})
 
+    @property
+    def gates(self) -> Gates:
+        """Those of the evaluation before, or of the opening; `ValueError` if there are none yet."""
+        if self.memory.gates is None:
+            raise ValueError("these trajectories have not been opened")
+        return self.memory.gates
+
     def standing(self, t: Times) -> Gates | None:
         """The gates if they stay as they are in every row, so that nobody need ask the router; else None."""
         return self.memory.gates if self.memory.gates is not None and self._stays(t).all() else None

@@ -58,7 +58,8 @@ def sample(
         raise ValueError(f"give at least one seed, and a class for every seed or none; got {len(seeds)} and {classes}")
     if (weak is None) != (config.reflection is None):
         raise ValueError("reflection needs a weak ensemble, and nothing else does; give both, or neither")
-    if (course := ensemble.course) is not None and config.reflection is not None:
+    course = ensemble.course
+    if config.reflection is not None and (course is not None or (weak is not None and weak.course is not None)):
         raise ValueError("reflection goes between steps of a solver, and these experts have a course; leave it out")
     started, calls, latents = time.monotonic(), Calls(), []
     ensembles = ensemble.to(config.device), weak and weak.to(config.device)

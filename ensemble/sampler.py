@@ -130,7 +130,8 @@ def noise_for(seeds: Sequence[int], shape: Sequence[int], occasion: int = 0) -> 
     `occasion` 0 is where a sample begins; what it needs later has other numbers.
     """
     if occasion:
-        seeds = [int(seed) for seed in scrambled(np.array(seeds, np.int64).view(np.uint64) ^ np.uint64(occasion << 32))]
+        bits = np.array([seed % 2**64 for seed in seeds], np.uint64)
+        seeds = [int(seed) for seed in scrambled(bits ^ np.uint64(occasion << 32))]
     rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 

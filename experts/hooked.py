@@ -161,13 +161,13 @@ class HookedFeatures:
     ) -> Tensor:
         """What `said` says of all rows, given places in `rows` and the network to ask.
 
-        Raises `ValueError` if samples have come or gone since the last evaluation, or for a second one at the same t:
-        hooks count calls, and know nothing of single samples.
+        Raises `ValueError` if samples have come or gone since the first evaluation, or for a second one at the same t:
+        hooks count calls from the first one on, and know nothing of single samples.
         """
-        if not self.groups:
+        if not self.groups and index == 0:
             apart: Sequence[Rows] = list(torch.split(rows, 1)) if hook.kind == "first_block" else [rows]
-            self.groups = [HookedGroup(rows=one, model=hooked(model, hook), index=index - 1) for one in apart]
-        known = torch.cat([group.rows for group in self.groups])
+            self.groups = [HookedGroup(rows=one, model=hooked(model, hook), index=-1) for one in apart]
+        known = torch.cat([group.rows for group in self.groups] or [rows[:0]])
         if not torch.equal(known, rows) or any(group.index != index - 1 for group in self.groups):
             raise ValueError(
                 "diffusers' hooks keep features of a whole batch that is called once a step; sample with selection "

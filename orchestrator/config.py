@@ -126,7 +126,8 @@ class RunConfig:
             )
         check_experts(self)
         check_choice(self)
-        check_order(self.distill, self.accelerate, self.switch)
+        kinds = ("distill", "accelerate", "prune", "quantize", "switch")
+        check_order({kind: getattr(self, kind) for kind in kinds}, reflects=self.ensemble.reflection is not None)
         return self
 
 

@@ -87,11 +87,13 @@ def draw(
 
     pipeline = DDMPipeline.from_pretrained(folder)
     course = pipeline.ensemble.course
-    if course is not None and (steps is not None or guidance_scale is not None):
+    if course is not None and steps is not None:
         raise ConfigError(
-            f"--steps and --guidance-scale are for experts that can be asked at any t; those in {folder} are asked at "
-            f"their own {len(course.times)} and have their guidance within them: leave both out"
+            f"--steps is for experts that can be asked at any t; those in {folder} have their own {len(course.times)}: "
+            "leave it out"
         )
+    if course is not None and course.is_distilled and guidance_scale is not None:
+        raise ConfigError(f"the students in {folder} have their guidance within them: leave --guidance-scale out")
     class_id = _class_id(label, pipeline.class_names)
     samples = pipeline(seeds, sampling, None if class_id is None else [class_id] * len(seeds))
     out.parent.mkdir(parents=True, exist_ok=True)

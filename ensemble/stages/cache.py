@@ -7,6 +7,7 @@ expert has its own, unless one is asked for that suits all.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from experts.expert import Expert
 from experts.flops import forward_flops
 from experts.networks import call_network
 from experts.reuse import Kept, recalling
+from experts.structure import Structure
 
 LEAST_SAVED = 0.01
 """A cache that saves a smaller share of the FLOPs is a mistake."""
@@ -80,10 +82,17 @@ def cached(
     )
 
 
-def refitted(expert: Expert) -> Expert:
-    """An expert whose network has lost layers since its plan was made: what is left of the plan, at its own costs."""
-    if expert.cache is None:
+def refitted(expert: Expert, before: Expert) -> Expert:
+    """An expert whose network may have lost layers since its plan was made: what is left of it, at its own costs.
+
+    Raises `StageError` if the plan is a hook of diffusers, which was tried on the network as it was.
+    """
+    if expert.cache is None or Structure.of(expert.model) == Structure.of(before.model):
         return expert
+    if expert.cache.hook is not None:
+        raise StageError(
+            "diffusers' hooks are tried on whole networks; take accelerate=cache, which can be pruned behind"
+        )
     known = {path for path, _ in expert.model.named_modules()}
     updates = {path: steps for path, steps in expert.cache.updates.items() if path in known}
     plan = replace(expert.cache, updates=updates, costs=_costs(expert, updates, len(expert.cache.times)))
@@ -120,7 +129,7 @@ def _seen(expert: Expert, config: CacheConfig, times: tuple[float, ...], workspa
     )
 
 
-def _flat(found: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _flat(found: Tensor | tuple[Any, ...]) -> Tensor:
     return (found if isinstance(found, Tensor) else found[0]).flatten(1)
 
 

@@ -54,10 +54,10 @@ def answer(model: nn.Module, expert: Expert, batch: Batch) -> Tensor:
 def watched(model: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Show `see` every listed layer's path, input and output whenever it is called within."""
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, args, said: see(path, args[0], said)
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        return lambda _, args, kwargs, said: see(path, args[0] if args else next(iter(kwargs.values())), said)
 
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]
     try:
         yield
     finally:

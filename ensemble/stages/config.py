@@ -1,5 +1,6 @@
 """What can be chosen about making an ensemble smaller; imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -74,32 +75,40 @@ RecipeConfig = Annotated[
 ]
 
 
-def check_order(distill: Any, accelerate: Any, switch: SwitchConfig | None) -> None:
-    """Raise `ValueError` for stages that make no sense together."""
-    is_cache = isinstance(accelerate, CacheConfig | HookConfig)
-    if distill and is_cache:
-        raise ValueError(
-            f"a cache keeps features from one step to the next, and of the {distill.steps} steps that "
-            "distill leaves none is like another; take one of the two"
-        )
-    if distill is None and isinstance(accelerate, BaseFirstConfig):
-        raise ValueError("accelerate=base_first puts the experts before their students; add distill=…")
-    if distill is None and isinstance(accelerate, TruncateConfig) and accelerate.draft == "student":
-        raise ValueError("accelerate.draft=student begins with what students draw; add distill=…, or take another")
-    if distill and isinstance(accelerate, TruncateConfig) and accelerate.draft != "student":
-        raise ValueError(
-            f"accelerate.draft={accelerate.draft} goes on with the experts, so the students of distill would not be "
-            "asked; take accelerate.draft=student, or leave distill out"
-        )
-    if distill and distill.students == "one" and accelerate:
-        raise ValueError(
-            f"accelerate={accelerate.method} goes between each expert and its student; take distill.students=each"
-        )
-    if switch and (distill or (accelerate and not is_cache)):
-        raise ValueError(
-            "switch goes between experts that are asked at the same t, and after distill or a draft they are not; "
-            "leave switch out, or take accelerate=base_first"
-        )
+def check_order(stages: Mapping[str, Any], *, reflects: bool) -> None:
+    """Raise `ValueError` for stages, by kind, that make no sense together, or with reflection."""
+    distill, accelerate, prune = (stages.get(kind) for kind in ("distill", "accelerate", "prune"))
+    quantize, switch = (stages.get(kind) for kind in ("quantize", "switch"))
+    is_kept = isinstance(accelerate, CacheConfig | HookConfig)
+    draft = accelerate.draft if isinstance(accelerate, TruncateConfig) else None
+    is_several = draft is not None or isinstance(accelerate, BaseFirstConfig)
+    rules = {
+        "a cache keeps features from one step to the next, and of the few steps that distill leaves none is like "
+        "another; take one of the two": distill and is_kept,
+        "accelerate=base_first puts the experts before their students; add distill=…": not distill
+        and isinstance(accelerate, BaseFirstConfig),
+        "accelerate.draft=student begins with what students draw; add distill=…, or take another": not distill
+        and draft == "student",
+        f"accelerate.draft={draft} goes on with the experts, so the students of distill would not be asked; take "
+        "accelerate.draft=student, or leave distill out": distill and draft not in (None, "student"),
+        "accelerate goes between each expert and its student, and there is one for all; take distill.students=each": (
+            distill and distill.students == "one" and accelerate
+        ),
+        "switch goes between experts that are asked at the same t, and after distill or a draft they are not, and "
+        "diffusers' hooks want every step; leave switch out, or take accelerate=base_first": switch
+        and (distill or is_several or isinstance(accelerate, HookConfig)),
+        "prune=ecodiff learns along whole trajectories, and after distill or a draft there are none; take "
+        "prune=laptop": (distill or is_several) and isinstance(prune, EcoDiffConfig),
+        "prune takes out layers that diffusers' hooks were tried on; take accelerate=cache": prune
+        and isinstance(accelerate, HookConfig),
+        "quantize=shared and budget look at experts of one network each; take another after a draft or base_first": (
+            is_several and isinstance(quantize, ShareConfig | BitsConfig)
+        ),
+        "reflection goes between the steps of a solver, and after distill or a draft there are none, and a cache "
+        "counts them; leave ensemble.reflection out": reflects and (distill or accelerate),
+    }
+    if broken := next((rule for rule, is_broken in rules.items() if is_broken), None):
+        raise ValueError(broken)
 
 
 def label_of(recipe: RecipeConfig) -> str:

@@ -123,7 +123,7 @@ def squared(first: Latents, second: Latents) -> Squared:
 def intervals(step: int, config: ConsistencyConfig) -> int:
     """How many intervals t is cut into at a step; they double at equal distances until they are the finest."""
     # Song & Dhariwal 2023, arXiv:2310.14189, section 3.4: min(s_0 2^[k / K'], s_1), K' = [K / (log2 s_1/s_0 + 1)]
-    stages = math.floor(math.log2(config.finest / config.coarsest)) + 1
+    stages = math.ceil(math.log2(config.finest / config.coarsest)) + 1
     stage = step * stages // config.training.steps
     return min(config.coarsest << stage, config.finest)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from artifacts import read_json, replaced_folder, write_json
@@ -13,7 +14,7 @@ from ensemble.stages.method import Outcome, StageError
 from ensemble.stages.mmd import mmd
 from ensemble.stages.sid import sid_of
 from ensemble.stages.sid_config import SiDConfig
-from ensemble.stages.teacher import mixture_of
+from ensemble.stages.teacher import mixture_of, router_flops
 from ensemble.stages.together import Given, Together
 from experts.expert import Expert, network_flops
 
@@ -25,12 +26,11 @@ def dense_student(config: DistillConfig, given: Given) -> Together:
 
     Raises `StageError` if an expert is missing, and what the methods raise.
     """
+    given.check_paths(config.method)
     experts = given.experts(config.method)
     start = replace(next(iter(experts.values())), cluster_id=0)
     if start.course is not None:
         raise StageError("one student of all learns from experts that are asked at any t; leave out what came before")
-    if len({one.path.name for one in experts.values()}) > 1:
-        raise StageError("one student of all learns on one noise path, and these experts have several")
     row = sum(network_flops(one.model, one.latent_shape) for one in experts.values())
     outcome = _distilled(start, row, config, given)
     return Together(
@@ -44,6 +44,11 @@ def common_start(config: SiDConfig, given: Given) -> tuple[nn.Module, float]:
     if not kept.exists():
         training = replace(config.training, steps=config.common_steps)
         part = replace(given, workspace=given.workspace.part("common_work"))
+        kinds = {(one.prediction, type(one.model), _sizes(one)) for one in given.experts(config.method).values()}
+        if len(kinds) > 1:
+            raise StageError(
+                "a common student is one network, and these experts differ in theirs; set distill.common_steps=0"
+            )
         made = dense_student(replace(config, common_steps=0, training=training), part)
         with replaced_folder(kept) as temporary:
             made.experts[0].save(temporary)
@@ -51,11 +56,16 @@ def common_start(config: SiDConfig, given: Given) -> tuple[nn.Module, float]:
     return Expert.load(kept).model, float(read_json(kept / COMMON)["flops"])
 
 
+def _sizes(expert: Expert) -> tuple[torch.Size, ...]:
+    return tuple(parameter.shape for parameter in expert.model.parameters())
+
+
 def _distilled(start: Expert, row: float, config: DistillConfig, given: Given) -> Outcome:
     latents, space = given.data.all_latents(given.workspace), given.workspace
+    teacher = mixture_of(DDMPipeline.from_pretrained(given.ensemble).ensemble, config.training.device)
     if not isinstance(config, SiDConfig | ConsistencyConfig):
         return mmd(start, latents, config, space)
-    teacher = mixture_of(DDMPipeline.from_pretrained(given.ensemble).ensemble, config.training.device)
+    row += router_flops(teacher, start.latent_shape)
     if isinstance(config, SiDConfig):
         return sid_of(start, start.model, teacher, row, latents, config, space)
     return consistency_of(start, teacher, row, latents, config, space)

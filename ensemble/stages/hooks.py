@@ -66,7 +66,8 @@ def plan_of(
     ]
     whole = _costs(expert, expert.model, range(1), times[:1], workspace)[0]
     costs = tuple(min(1.0, sum(step) / (whole * config.rows)) for step in zip(*counted, strict=True))
-    return CachePlan(times=times, updates={}, costs=costs, hook=hook), 2 * sum(map(sum, counted))
+    spent = sum(map(sum, counted)) + (whole * config.rows * len(times) if ratios else 0.0)
+    return CachePlan(times=times, updates={}, costs=costs, hook=hook), spent
 
 
 def _hooked(model: nn.Module, hook: Hook, calibrate: int = 0) -> nn.Module:

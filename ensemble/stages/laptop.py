@@ -23,6 +23,7 @@ from ensemble.stages.feature_distillation import distillation_loss, feature_weig
 from ensemble.stages.knapsack import knapsack
 from ensemble.stages.laptop_config import LaptopConfig
 from ensemble.stages.method import Outcome, StageError
+from ensemble.stages.teacher import frozen
 from experts.expert import Expert, network_flops
 from experts.flops import training_flops
 from experts.latents import Batch, LatentDataset
@@ -120,7 +121,8 @@ def _retrained(
         return pruned.model
     paths = stages_behind(teacher.model, removed) if config.feature_weight else []
     weights = feature_weights(teacher, paths, batch, normalise=config.normalise)
-    loss = distillation_loss(teacher, paths, weights, config, config.retraining)
+    there = frozen(teacher, config.retraining.device)
+    loss = distillation_loss(there, paths, weights, config, config.retraining)
     return fit(deepcopy(pruned.model), loss, dataset, config.retraining, workspace).model
 
 

@@ -37,10 +37,13 @@ def mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, workspace: Wo
     loss = loss_of(expert, config)
     student = deepcopy(expert.model).requires_grad_(True)
     fitted = fit(student, loss, dataset, config.training, workspace)
-    found = [measured(model, loss, dataset, config) for model in (expert.model, fitted.model)]
-    rows = config.steps * config.training.batch_size * (4 * config.training.steps + 2 * MEASURED)
+    on_cpu = loss_of(expert, replace(config, training=replace(config.training, device="cpu")))
+    found = [measured(model, on_cpu, dataset, config) for model in (expert.model, fitted.model)]
+    seen = 3 if config.features == "expert" else 0
+    learned = config.training.steps * (4 * config.steps + seen)
+    rows = config.training.batch_size * (learned + 2 * MEASURED * (config.steps + seen))
     return Outcome(
-        expert=replace(expert, model=fitted.model, course=course),
+        expert=replace(expert, model=fitted.model, course=course, cache=None),
         modules=1,
         flops=rows * network_flops(expert.model, expert.latent_shape),
         details={

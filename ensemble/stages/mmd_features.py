@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -58,7 +59,7 @@ def _of_expert(expert: Expert, device: str) -> LatentFeatures:
     return answers
 
 
-def _first(said: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _first(said: Tensor | tuple[Any, ...]) -> Tensor:
     """A block of the way down also says what it hands over to the way up."""
     return said if isinstance(said, Tensor) else said[0]
 

@@ -55,7 +55,7 @@ def _made(name: str, expert: Speaker, make: Make, space: Workspace) -> Outcome:
     """What is made of an expert, or of each network of one that consists of several."""
     if isinstance(expert, Expert):
         outcome = make(expert, space)
-        return replace(outcome, expert=refitted(outcome.network))
+        return replace(outcome, expert=refitted(outcome.network, expert))
     if isinstance(expert, ScheduledExpert):
         outcomes = {str(number): make(one, space.part(str(number))) for number, one in enumerate(expert.networks)}
         made: Speaker = replace(expert, networks=[outcome.network for outcome in outcomes.values()])

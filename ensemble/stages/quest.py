@@ -57,10 +57,12 @@ def quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace
     measuring = batches_of(dataset, config.rows, config.seed, MEASURED, HELD_OUT, expert.course)
     errors, touched, sizes = {"calibrated": output_error(model, expert, measuring)}, set[str](), dict[str, int]()
     flops = network_flops(expert.model, expert.latent_shape)
-    spent = flops * config.rows * config.times
+    asked = config.times if expert.course is None else len(expert.course.times)
+    spent = flops * config.rows * (asked + 3 * MEASURED)
     tunings = _tunings(model, config)
     vectors = paths if config.vectors else []
-    allowed = _most_sensitive(model, expert, measuring, tunings, vectors, config)
+    trying = batches_of(dataset, config.rows, config.seed, MEASURED, config.times, expert.course)
+    allowed = _most_sensitive(model, expert, trying, tunings, vectors, config)
     for name, training, named in tunings:
         chosen = [path for path in named if path in allowed]
         if not chosen and not vectors:

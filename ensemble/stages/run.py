@@ -84,6 +84,8 @@ def run_stage(
 
 def _apart(recipe: Any, given: Given, out: Path) -> tuple[int, float]:
     """Each expert by itself; how many modules have changed, and the FLOPs."""
+    if isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig):
+        given.check_paths(recipe.method)
     has_common = isinstance(recipe, SiDConfig) and recipe.common_steps > 0
     start, spent = common_start(recipe, given) if has_common else (None, 0.0)
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from artifacts import STRICT
@@ -41,3 +41,9 @@ class SiDConfig:
     below 0 is anti-guidance."""
     fake_training_guidance: float = 1.0
     """Guidance of the fake score while it learns itself."""
+
+    @model_validator(mode="after")
+    def _common_is_for_each(self) -> "SiDConfig":
+        if self.common_steps and self.students == "one":
+            raise ValueError("common_steps are for students of each expert; with students=one set training.steps")
+        return self

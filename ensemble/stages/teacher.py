@@ -14,6 +14,7 @@ from ensemble.ensemble import Ensemble, Posterior
 from ensemble.stages.method import StageError
 from experts.condition import Condition
 from experts.expert import Expert
+from experts.flops import forward_flops
 from experts.noise_path import Latents, NoisePath, Times, expand
 from experts.train import usable_device
 
@@ -63,6 +64,12 @@ def mixture_of(ensemble: Ensemble, device: str) -> Mixture:
         if isinstance(model, torch.nn.Module):
             model.eval().requires_grad_(False)
     return Mixture(ensemble=copied)
+
+
+def router_flops(teacher: Mixture, latent_shape: tuple[int, ...]) -> float:
+    """Of the router's call on a row."""
+    row, t = torch.zeros(1, *latent_shape), torch.full((1,), 0.5)
+    return forward_flops(lambda: deepcopy(_posterior(teacher.ensemble)).to("cpu").logits(row, t, Condition.null(1)))
 
 
 def frozen(expert: Expert, device: str) -> Expert:

@@ -64,7 +64,17 @@ class Given:
 
     def latents(self, ids: Sequence[int]) -> dict[int, LatentDataset]:
         """The latents of their clusters."""
-        return {k: self.data.latents(k, self.workspace) for k in ids}
+        return {k: self.data.latents(k, self.workspace.part(f"cluster_{k}")) for k in ids}
+
+    def check_paths(self, name: str) -> None:
+        """Raise `StageError` for an expert of another noise path: courses are gone through on the ensemble's own."""
+        ensemble = DDMPipeline.from_pretrained(self.ensemble).ensemble
+        for k, expert in ensemble.experts.items():
+            if isinstance(expert, Expert) and expert.path.name != ensemble.path.name:
+                raise StageError(
+                    f"{name} works on the ensemble's noise path, {ensemble.path.name}, and expert {k} is on "
+                    f"{expert.path.name}; leave it out, or train it on that path"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

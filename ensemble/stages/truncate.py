@@ -26,7 +26,7 @@ from ensemble.stages.truncate_config import TruncateConfig
 from experts.condition import Condition
 from experts.course import Course
 from experts.drafts import Anchors, Autoregressive
-from experts.expert import Expert, network_flops
+from experts.expert import Expert
 from experts.flops import forward_flops, training_flops
 from experts.latents import Batch, LatentDataset
 from experts.noise_path import Latents, NoiseOf
@@ -42,6 +42,7 @@ def truncate(config: TruncateConfig, given: Given) -> Together:
 
     Raises `StageError` if there is no student though one is asked for, or if an expert is no network of its own.
     """
+    given.check_paths("truncate")
     students, experts = given.speakers(), given.speakers(whole=True)
     latents = given.latents(sorted(experts))
     samples = sum(map(len, latents.values()))
@@ -52,9 +53,10 @@ def truncate(config: TruncateConfig, given: Given) -> Together:
             raise StageError(f"truncate works on experts of their own, and expert {k} is a {type(expert).__name__}")
         draft, spent = draft_of(expert, students[k], latents[k], config, given.workspace.part(f"draft_{k}"))
         made[k] = DraftedExpert(draft=draft, refiner=replace(expert, course=Course.even(config.steps, "euler")))
-        curves[k] = start_curve(made[k], latents[k], config, given.workspace) if config.t_start is None else {}
-        tried = len(curves[k]) * config.rows * config.steps * network_flops(expert.model, expert.latent_shape)
-        flops += spent + tried
+        spent += forward_flops(
+            lambda one=made[k], k=k: curves.update({k: start_curve(one, latents[k], config, given.workspace)})
+        )
+        flops += spent
     curve = {t: sum(curves[k][t] * len(latents[k]) / samples for k in curves) for t in next(iter(curves.values()))}
     best = config.t_start or min(curve, key=lambda t: curve[t])
     alone = {str(k): distance(one, latents[k], config, drafts_only=True) for k, one in made.items()}
@@ -70,9 +72,9 @@ def truncate(config: TruncateConfig, given: Given) -> Together:
 def start_curve(
     expert: DraftedExpert, dataset: LatentDataset, config: TruncateConfig, workspace: Workspace
 ) -> dict[float, float]:
-    """The squared MMD of samples that begin at each of the t that are tried."""
+    """The squared MMD of samples that begin at each of the t that are tried; nothing if one is given."""
     curve = {}
-    for t in config.tried:
+    for t in config.tried if config.t_start is None else ():
         if workspace.stop_requested():
             raise Preempted("stopped while beginnings were compared; they are compared again")
         curve[t] = distance(beginning_at(t, expert), dataset, config)

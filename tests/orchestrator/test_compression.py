@@ -63,12 +63,23 @@ def test_auto_is_chosen_once_and_scores_the_smaller_ensemble_too():
         (["distill=sid", "switch=clean"], "leave switch out"),
         (["accelerate=truncate", "switch=clean"], "leave switch out"),
         (["distill=sid", "distill.students=one", "accelerate=base_first"], "take distill.students=each"),
+        (["distill=sid", "distill.students=one", "distill.common_steps=3"], "set training.steps"),
+        (["distill=mmd", "prune=ecodiff"], "take prune=laptop"),
+        (["accelerate=truncate", "quantize=budget"], "take another after a draft"),
+        (["accelerate=taylorseer", "prune=laptop"], "take accelerate=cache"),
+        (["accelerate=taylorseer", "switch=clean"], "hooks want every step"),
         ([], "try quantize=int8"),
     ],
 )
 def test_a_wrong_override_says_what_is_right(overrides, message):
     with pytest.raises(ConfigError, match=message):
         with_compression(RunConfig(), overrides)
+
+
+def test_students_are_not_reflected():
+    reflected = parse_config(compose(["experiment=digits", "+ensemble.reflection.steps=2"]))
+    with pytest.raises(ValueError, match=r"leave ensemble\.reflection out"):
+        with_compression(reflected, ["distill=sid"])
 
 
 @pytest.mark.slow
@@ -135,7 +146,7 @@ def test_what_is_faster_goes_through_the_other_stages_and_is_sampled_like_the_wh
     assert points["sid_2 + base_first + laptop + int8_compute"].flops < 0.5 < points["cache_uniform"].flops < 1
     assert points["truncate_anchors + int4"].flops == pytest.approx(0.5, abs=0.05)
     assert points["cache_uniform + laptop"].flops < points["cache_uniform"].flops
-    with pytest.raises(ConfigError, match="their own 2"):
+    with pytest.raises(ConfigError, match="have their own 2"):
         draw(run, [0], "", "sticky", tmp_path / "a.png", 9, None, monolith=False, ensemble=folder)
     mixed = DDMPipeline.from_pretrained(folders["distill=sid distill.training.steps=4"]).ensemble.experts[0]
     assert mixed.course.times == (1.0, 0.5) and mixed.networks[0].course.is_distilled

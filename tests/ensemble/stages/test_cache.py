@@ -1,5 +1,6 @@
 """Caches of trained networks: nothing kept changes nothing, what is kept is counted, and every sample keeps its own."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,12 @@ def test_deepcache_of_a_transformer_is_an_error(dit, tmp_path):
         with_cache(dit, tmp_path, policy="deepcache")
 
 
+@pytest.mark.parametrize("level", ["block", "layer", "unit"])
+def test_adaptive_schedules_look_at_every_level_of_every_network(expert, level, tmp_path):
+    made = with_cache(expert, tmp_path, policy="adaptive", level=level)
+    assert all(steps[0] == 0 for steps in made.cache.updates.values()) and 0 < far(drawn(made), drawn(expert)) < 1
+
+
 @pytest.mark.parametrize("policy", ["adaptive", "unified"])
 def test_schedules_that_look_are_functions_of_the_seed_and_start_with_a_whole_step(dit, policy, tmp_path):
     made, again = (with_cache(dit, tmp_path, policy=policy) for _ in range(2))
@@ -199,8 +206,10 @@ def test_the_folder_keeps_the_plan(dit, tmp_path):
 
 def test_what_is_pruned_later_leaves_the_plan(dit, tmp_path):
     made = with_cache(dit, tmp_path)
-    remove_units(made.model, ["transformer_blocks.1.attn1", "transformer_blocks.1.ff"])
-    fitted = refitted(made)
+    pruned = replace(made, model=deepcopy(made.model))
+    remove_units(pruned.model, ["transformer_blocks.1.attn1", "transformer_blocks.1.ff"])
+    fitted = refitted(pruned, made)
+    assert sum(fitted.cache.costs) > 1 and refitted(made, dit) is made
     assert set(fitted.cache.updates) == {"transformer_blocks.0.attn1", "transformer_blocks.0.ff"}
     drawn(fitted)
     pipeline = DDMPipeline(ensemble=Ensemble(experts={0: fitted}, path=STRAIGHT), codec=CODEC)

@@ -45,9 +45,9 @@ def test_slopes_fall_behind_an_outlier_with_cauchy_and_not_with_the_others():
 def test_the_discretisation_doubles_until_it_is_the_finest():
     config = ConsistencyConfig(coarsest=10, finest=100, training=replace(TRAINING, steps=1000))
     counts = [intervals(step, config) for step in range(1000)]
-    assert counts[0] == 10 and counts[-1] == 80 and counts == sorted(counts)
-    assert sorted(set(counts)) == [10, 20, 40, 80]
-    lengths = [counts.count(count) for count in (10, 20, 40, 80)]
+    assert counts[0] == 10 and counts[-1] == 100 and counts == sorted(counts)
+    assert sorted(set(counts)) == [10, 20, 40, 80, 100]
+    lengths = [counts.count(count) for count in (10, 20, 40, 80, 100)]
     assert max(lengths) - min(lengths) <= 1
 
 

@@ -1,5 +1,6 @@
 """diffusers' hooks: what they keep is counted, a hook that matches nothing is an error, and samples stay apart."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,18 @@ import torch
 
 from artifacts import Workspace
 from ensemble.config import SamplingConfig
+from ensemble.schedule import ScheduledExpert
+from ensemble.stages.cache import refitted
 from ensemble.stages.cache_config import HookConfig
+from ensemble.stages.config import ComputeConfig
 from ensemble.stages.hooks import hook_all, plan_of
 from ensemble.stages.method import StageError
 from ensemble.stages.together import Clusters, Given
+from ensemble.stages.weights import compute_int8
 from experts.cache_plan import CachePlan
-from experts.expert import Expert
+from experts.expert import Expert, network_flops
 from experts.hooked import Hook, hooked
+from experts.removal import remove_units
 from tests.ensemble.stages.test_cache import SAMPLING, STEPS, drawn, far
 from tests.ensemble.stages.trained import trained
 
@@ -44,6 +50,31 @@ def test_a_hook_saves_something_and_every_sample_is_the_same_alone(kind, dit, tm
     assert together.calls.work["0"] == pytest.approx(4 * sum(made.cache.costs))
     assert all(torch.equal(value, before[name]) for name, value in dit.model.state_dict().items())
     assert not any(hasattr(module, "_diffusers_hook") for module in dit.model.modules()), "the network is as it was"
+
+
+def test_planning_costs_what_is_counted_along_it(dit, tmp_path):
+    plan, flops = plan_of(dit, CONFIG, TIMES, Workspace.at(tmp_path))
+    assert flops == pytest.approx(2 * sum(plan.costs) * network_flops(dit.model, dit.latent_shape))
+    mag = plan_of(dit, replace(CONFIG, hook="mag", threshold=0.3), TIMES, Workspace.at(tmp_path))
+    assert mag[1] == pytest.approx(2 * (STEPS + sum(mag[0].costs)) * network_flops(dit.model, dit.latent_shape))
+
+
+def test_a_hook_outlives_few_bits_and_not_fewer_layers(dit, tmp_path):
+    made = with_hook(dit, tmp_path)
+    small = compute_int8(made, ComputeConfig(least=64)).network
+    assert refitted(small, made).cache == made.cache
+    drawn(small)
+    pruned = replace(made, model=deepcopy(made.model))
+    remove_units(pruned.model, ["transformer_blocks.1.ff"])
+    with pytest.raises(StageError, match="take accelerate=cache"):
+        refitted(pruned, made)
+
+
+def test_who_comes_in_the_middle_of_a_trajectory_is_refused(dit, tmp_path):
+    made = with_hook(dit, tmp_path)
+    scheduled = ScheduledExpert(networks=(made, dit), bounds=(0.5,))
+    with pytest.raises(ValueError, match="called once a step"):
+        drawn(scheduled)
 
 
 def test_an_interval_of_one_changes_nothing(dit, tmp_path):
