@@ -33,11 +33,11 @@ STEPS = 50
 """Of the samples that everything is compared with."""
 MORE = (f"ensemble.steps={STEPS}",)
 
-LEARNING = TrainingConfig(steps=1000, batch_size=64, lr=4e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
+LEARNING = TrainingConfig(steps=700, batch_size=64, lr=4e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
 """How students learn by score identity distillation."""
-EVEN = TrainingConfig(steps=1500, batch_size=64, lr=5e-4, warmup_steps=50)
+EVEN = TrainingConfig(steps=1000, batch_size=64, lr=5e-4, warmup_steps=50)
 """How they learn to be consistent."""
-CHAIN = TrainingConfig(steps=200, batch_size=128, lr=5e-4, warmup_steps=20, clip_norm=0.5)
+CHAIN = TrainingConfig(steps=120, batch_size=128, lr=5e-4, warmup_steps=20, clip_norm=0.5)
 """How a short chain learns by its MMD."""
 NEAR = 128
 """Images whose distance to those of all steps is measured where no score is."""

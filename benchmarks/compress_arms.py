@@ -93,7 +93,7 @@ RECIPES: Mapping[str, Recipe] = {
         network=("expert=dit", "expert.network.heads=4", "expert.network.head_width=32", "expert.network.depth=4"),
         num_experts=8,
         start=(
-            "expert.training.steps=4000",
+            "expert.training.steps=3000",
             "expert.training.batch_size=64",
             "expert.training.lr=2e-3",
             "expert.training.weight_decay=0.5",
