@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from artifacts import plain
 from benchmarks.compress_found import PARTS, PRUNED, SLIM, Found, all_found, asked
 from benchmarks.record import RESULTS, Claim, Listing, write_result
+from experts.int8_linear import computes_in_int8
 
 Seeds = Sequence[Found]
 
@@ -105,7 +105,7 @@ def of_numbers(seeds: Seeds) -> Iterator[Claim]:
         lambda value: value <= 0.65,
     )
     yield claim("QuEST: share of parameters touched", "≤ 0.20", [s["quest share"] for s in seeds], lambda v: v <= 0.2)
-    vnni = "VNNI" if torch.cpu._is_vnni_supported() else "no VNNI"
+    vnni = "VNNI" if computes_in_int8() else "no VNNI"
     yield claim(
         f"int8 compute, transformer: times less CPU time an image, one thread ({vnni}), both compiled (neither: "
         f"{mean(seeds, lambda s: 1 / s['compute']['cpu']['ratio']):.2f})",

@@ -4,10 +4,15 @@
 
 Dettmers et al. 2022, arXiv:2208.07339, section 2.1, vector-wise quantization. Scales that span the whole batch would be
 cheaper, but then an image would depend on what it is sampled beside.
+
+On a CPU oneDNN multiplies. Where the processor has no instructions for it (AVX512-VNNI, AVX-VNNI), oneDNN adds pairs of
+products in sixteen bits, which overflow without a word; there the same whole numbers are multiplied in float32, which
+is right and no quicker than the layer was.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +27,8 @@ SHIFT = 128
 """The kernel takes unsigned activations, so zero is moved to here."""
 ROWS = 128
 """Rows that are rounded at once, few enough to stay in the processor's cache."""
+PROBED = 64
+"""Rows, inputs and outputs of the product that shows whether the kernel is right."""
 
 
 class Int8Linear(nn.Module):
@@ -68,7 +75,11 @@ class Int8Linear(nn.Module):
         return said.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _on_cpu(self, rows: Float[Tensor, "row in"], scales: Float[Tensor, "row 1"]) -> Float[Tensor, "row out"]:
-        """By oneDNN, which uses the processor's instructions for eight bits where it has them."""
+        """By oneDNN, where the processor has instructions for eight bits."""
+        weight = self._weight()
+        if not weight.is_prepacked:
+            codes = (rows / scales).add_(SHIFT + 0.5).floor_().sub_(SHIFT)
+            return (codes @ weight.laid_out).mul_(weight.scales)
         if torch.compiler.is_compiling():
             codes = (rows / scales + (SHIFT + 0.5)).to(torch.uint8)
         else:
@@ -76,7 +87,6 @@ class Int8Linear(nn.Module):
             for start in range(0, len(rows), ROWS):
                 some = slice(start, start + ROWS)
                 codes[some] = (rows[some] / scales[some]).add_(SHIFT + 0.5)
-        weight = self._weight()
         said: Tensor = multiply_int8(codes, weight.laid_out, weight.scales, weight.zeros)
         return said
 
@@ -109,23 +119,35 @@ class Int8Weight:
     codes: Int8[Tensor, "out in"]
     scales: Float[Tensor, " out"]
     laid_out: Tensor
-    """The codes as oneDNN wants them; elsewhere the codes again."""
+    """Transposed: as oneDNN wants the codes, or in float32."""
     zeros: Int64[Tensor, " out"]
+    is_prepacked: bool
+    """Whether it is laid out for oneDNN."""
 
     @classmethod
     def of(cls, weight: Float[Tensor, "out in"]) -> "Int8Weight":
         """The largest entry of every row is kept."""
         scales = weight.abs().amax(1).clamp_min(1e-12) / LARGEST
         codes = (weight / scales.unsqueeze(1)).round().to(torch.int8)
-        on_cpu = weight.device.type == "cpu"
-        laid_out = torch.ops.onednn.qlinear_prepack(codes, None) if on_cpu else codes
+        is_prepacked = weight.device.type == "cpu" and computes_in_int8()
+        laid_out = torch.ops.onednn.qlinear_prepack(codes, None) if is_prepacked else codes.t().float()
         zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-        return cls(codes=codes, scales=scales, laid_out=laid_out, zeros=zeros)
+        return cls(codes=codes, scales=scales, laid_out=laid_out, zeros=zeros, is_prepacked=is_prepacked)
+
+
+@cache
+def computes_in_int8() -> bool:
+    """Whether this processor's eight-bit kernel gives the sum of the largest products as it is."""
+    codes = torch.full((PROBED, PROBED), LARGEST, dtype=torch.int8)
+    one, zero = torch.ones(PROBED), torch.zeros(PROBED, dtype=torch.int64)
+    largest = torch.full((PROBED, PROBED), LARGEST + SHIFT, dtype=torch.uint8)
+    said = multiply_int8(largest, torch.ops.onednn.qlinear_prepack(codes, None), one, zero)
+    return bool((said == LARGEST * LARGEST * PROBED).all())
 
 
 @torch.library.custom_op("ddm::multiply_int8", mutates_args=())
 def multiply_int8(codes: Tensor, laid_out: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """(codes - SHIFT) laid_out^T scales; an operator of our own, since `torch.compile` has its own mind about oneDNN's.
+    """(codes - SHIFT) laid_out scales; an operator of our own, since `torch.compile` has its own mind about oneDNN's.
 
     [row, in], [in, out], [out] and [out] to [row, out].
     """

@@ -1,5 +1,6 @@
 """Weights in few bits, rounded to nearest, in memory as on disk; and linear layers that multiply in eight bits."""
 
+import logging
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -10,9 +11,11 @@ from ensemble.stages.config import ComputeConfig, WeightsConfig
 from ensemble.stages.method import Outcome, StageError
 from experts.expert import Expert
 from experts.forms import forms_of
-from experts.int8_linear import Int8Linear
+from experts.int8_linear import Int8Linear, computes_in_int8
 from experts.packed_weight import pack_weight
 from experts.packing import Packing
+
+log = logging.getLogger(__name__)
 
 
 def pack_expert(expert: Expert, config: WeightsConfig) -> Outcome:
@@ -33,6 +36,11 @@ def compute_int8(expert: Expert, config: ComputeConfig) -> Outcome:
     layers = [path for path, module in model.named_modules() if type(module) is nn.Linear and "." in path]
     if not layers:
         raise StageError(f"expert {expert.cluster_id} has no linear layer to compute in eight bits; take quantize=int8")
+    if not computes_in_int8():
+        log.warning(
+            "this processor has no instructions for eight bits (VNNI): layers of quantize=int8_compute give the same "
+            "numbers here in float32, and are no quicker"
+        )
     for path in layers:
         linear = model.get_submodule(path)
         if isinstance(linear, nn.Linear):

@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 
 from artifacts import CorruptArtifact
+from experts import int8_linear
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.expert import Expert
 from experts.flops import forward_flops
 from experts.forms import forms_of
-from experts.int8_linear import Int8Linear
+from experts.int8_linear import Int8Linear, computes_in_int8
 from experts.model_folder import FORMS, load_model, save_model
 from experts.networks import build_network, call_network, load_network
 from experts.noise_path import STRAIGHT
@@ -121,6 +122,28 @@ def test_what_eight_bits_multiply_is_what_whole_numbers_give():
     steps = weight.abs().amax(1) / 127
     products = (rows / scales).round().double() @ (weight / steps[:, None]).round().double().T
     torch.testing.assert_close(layer(rows).double(), products * scales * steps + linear.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_the_largest_products_do_not_overflow_on_any_processor():
+    linear = torch.nn.Linear(384, 4, bias=False).requires_grad_(False)
+    linear.weight.fill_(0.5)
+    rows = torch.tensor([1.0, -1.0, 0.9]).repeat_interleave(384).reshape(3, 384)
+    torch.testing.assert_close(int8(linear)(rows), linear(rows), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_the_same_whole_numbers_are_multiplied_with_and_without_instructions_for_eight_bits(
+    has_instructions, monkeypatch
+):
+    if has_instructions and not computes_in_int8():
+        pytest.skip("this processor has none")
+    monkeypatch.setattr(int8_linear, "computes_in_int8", lambda: has_instructions)
+    torch.manual_seed(0)
+    weight, rows = torch.randint(-127, 128, (16, 64)).float(), torch.randint(-127, 128, (40, 64)).float()
+    weight[:, 0], rows[:, 0] = 127, 127
+    linear = torch.nn.Linear(64, 16, bias=False).requires_grad_(False)
+    linear.weight.copy_(weight)
+    assert torch.equal(int8(linear)(rows), (rows.long() @ weight.long().T).float())
 
 
 def test_a_transformer_in_eight_bits_is_saved_loaded_copied_and_counted(tmp_path):
