@@ -6,7 +6,7 @@ ensemble in 50 Euler steps from the same noise, by the mean over the seeds; KID 
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from artifacts import plain
 from benchmarks.accelerate_found import DEEP, PARTS, STARTS, STEPS, STUDENTS
 from benchmarks.compress import Seeds, claim, mean, text
-from benchmarks.compress_found import Found, all_found, asked
+from benchmarks.compress_found import Found, all_found, asked, origins
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 from ensemble.stages.similarity import best_steps
 
@@ -38,8 +38,8 @@ def main() -> None:
     lists = [*cache_lists(found), *student_lists(found["students"]), all_list(found["everything"])]
     beginnings(found["students"], RESULTS / "accelerate-beginnings.png")
     front(found["everything"], RESULTS / "accelerate-front.png")
-    seconds = sum(seed["seconds"] for seeds in found.values() for seed in seeds)
-    result = write_result("accelerate", seconds, claims, lists, [notes(options.seeds)])
+    seconds, where, commit = origins(found)
+    result = write_result("accelerate", seconds, claims, lists, [notes(found)], where=where, commit=commit)
     print(json.dumps(plain(result["claims"]), indent=1))
 
 
@@ -353,11 +353,12 @@ def front(seeds: Seeds, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def notes(seeds: int) -> str:
+def notes(found: Mapping[str, Seeds]) -> str:
     """What the numbers are."""
+    numbers = ", ".join(f"{part.replace('_', ' ')} {len(seeds)}" for part, seeds in found.items())
     return (
-        f"Means over {seeds} seeds. Fashion-MNIST at 16 x 16; eight U-Nets of 1.6 M parameters, a transformer of 12 M "
-        "(width 384), eight transformers of 1.4 M (width 128, 4 layers, 16 tokens), and the network that those begin "
+        f"Means over seeds: {numbers}. Fashion-MNIST at 16 x 16; eight U-Nets of 1.6 M parameters, a transformer of 12 "
+        "M (width 384), eight transformers of 1.4 M (width 128, 4 layers, 16 tokens), and the network that those begin "
         f"with. All ratios are to {STEPS} Euler steps of the same ensemble, sticky, from the same noise. FLOPs are "
         "counted, of a first-block cache as a mean. CPU time: one thread, both in turns, not compiled. A draft at "
         f"t = {STARTS[0]} is the draft alone. The seconds are those of all parts, of which two ran at once; training "

@@ -1,6 +1,7 @@
 """What `benchmarks.compress` measures: every stage on trained experts, one dictionary of numbers for each seed.
 
-Each part keeps what it has made and measured in its run folder, so that a stopped benchmark goes on where it was.
+Each part keeps what it has made and measured in its run folder, so that a stopped benchmark goes on where it was. The
+numbers of every seed stay in `docs/benchmarks/found`, with the machine and the commit that they were measured on.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 
 from artifacts import read_json, write_json
 from benchmarks.compress_arms import Arm, start_of, train, trained_on
+from benchmarks.record import RESULTS, machine
 from ensemble.pipeline import DDMPipeline
 from ensemble.stages.comparison import COMPRESSION, Comparison, model_bytes
 from ensemble.stages.config import ComputeConfig, SwitchConfig, WeightsConfig
@@ -27,10 +30,14 @@ from ensemble.stages.share_config import ShareConfig
 from ensemble.stages.svdquant_config import SVDQuantConfig
 from experts.config import TrainingConfig
 from experts.expert import Expert
+from experts.int8_linear import computes_in_int8
 from experts.shared_folder import bases_of
+from orchestrator.controller import project_commit
 from router.router import Router
 
 Found = dict[str, Any]
+FOUND = RESULTS / "found"
+INT8 = "processor computes in eight bits"
 AGAIN = TrainingConfig(steps=250, batch_size=32, lr=1e-3, warmup_steps=20)
 """How a pruned network learns from the whole one; after 1,000 steps it is better than that, however it was pruned."""
 RETRAINED = LaptopConfig(retraining=AGAIN)
@@ -153,23 +160,39 @@ def asked(description: str | None) -> argparse.Namespace:
 
 def all_found(folder: Path, seeds: int, parts: Parts, *, kept: bool) -> dict[str, list[Found]]:
     """The numbers of every part with every seed; or, if they are to be kept as they are, those that are there."""
-    asked = {part: [seed for seed in range(seeds) if not kept or _file(folder, part, seed).exists()] for part in parts}
-    return {part: [found_of(part, seed, folder, parts) for seed in known] for part, known in asked.items()}
+    for seed, part in product(range(seeds), parts):
+        measured = folder / _file(part, seed)
+        if not kept:
+            found_of(part, seed, folder, parts)
+        if measured.exists():
+            write_json(FOUND / measured.name, read_json(measured))
+    files = {part: [FOUND / _file(part, seed) for seed in range(seeds)] for part in parts}
+    found = {part: [dict(read_json(file)) for file in some if file.exists()] for part, some in files.items()}
+    if missing := [part for part, seeds_found in found.items() if not seeds_found]:
+        raise SystemExit(f"nothing is measured yet of {', '.join(missing)}: run this without --kept")
+    return found
 
 
 def found_of(part: str, seed: int, folder: Path, parts: Parts = PARTS) -> Found:
     """The numbers of a part, measured unless they are there already."""
-    file = _file(folder, part, seed)
+    file = folder / _file(part, seed)
     if not file.exists():
         started = time.monotonic()
-        found = parts[part](seed, folder)
-        write_json(file, found | {"seconds": time.monotonic() - started})
+        found = parts[part](seed, folder) | {"machine": machine(), "commit": project_commit()}
+        write_json(file, found | {INT8: computes_in_int8(), "seconds": time.monotonic() - started})
     print(f"{part}, seed {seed}: {json.dumps(read_json(file))[:2000]}", flush=True)
     return dict(read_json(file))
 
 
-def _file(folder: Path, part: str, seed: int) -> Path:
-    return folder / f"found-{part}-{seed}.json"
+def origins(found: Mapping[str, list[Found]]) -> tuple[float, str, str]:
+    """Seconds of all parts together, and the machines and commits that they were measured on."""
+    every = [seed for seeds in found.values() for seed in seeds]
+    machines, commits = (sorted({one[key] for one in every}) for key in ("machine", "commit"))
+    return sum(one["seconds"] for one in every), " and ".join(machines), ", ".join(commits)
+
+
+def _file(part: str, seed: int) -> str:
+    return f"{part}-{seed}.json"
 
 
 def bytes_held(pipeline: Path) -> int:

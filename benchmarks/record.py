@@ -36,12 +36,13 @@ class Listing:
 
 
 def machine() -> str:
-    """Processor, cores and versions in one line."""
+    """Processor, its vector instructions, cores and versions in one line."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
+    processor = f"{processor} ({torch.backends.cpu.get_cpu_capability()})"
     return f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
@@ -52,11 +53,17 @@ def write_result(
     listings: Sequence[Listing] = (),
     notes: Sequence[str] = (),
     figures: Mapping[str, float] | None = None,
+    *,
+    where: str | None = None,
+    commit: str | None = None,
 ) -> dict[str, Any]:
-    """Write `docs/benchmarks/<script>.json` and return what it says; `figures` are for other benchmarks to read."""
+    """Write `docs/benchmarks/<script>.json` and return what it says; `figures` are for other benchmarks to read.
+
+    `where` and `commit` say where it was measured, if that was not here and now.
+    """
     result = {
-        "machine": machine(),
-        "commit": project_commit(),
+        "machine": where or machine(),
+        "commit": commit or project_commit(),
         "seconds": round(seconds, 1),
         "claims": list(claims),
         "listings": list(listings),
