@@ -33,7 +33,7 @@ STEPS = 50
 """Of the samples that everything is compared with."""
 MORE = (f"ensemble.steps={STEPS}",)
 
-LEARNING = TrainingConfig(steps=700, batch_size=64, lr=4e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
+LEARNING = TrainingConfig(steps=1000, batch_size=64, lr=4e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
 """How students learn by score identity distillation."""
 EVEN = TrainingConfig(steps=1000, batch_size=64, lr=5e-4, warmup_steps=50)
 """How they learn to be consistent."""
@@ -57,7 +57,7 @@ class Judge:
         return {"l2": float((images - exact).norm() / exact.norm()), "flops": flops / whole}
 
     def of(self, pipeline: Path, steps: int | None = None) -> Found:
-        """The same of as many images as are scored, KID over the ensemble's, precision, recall and Vendi score."""
+        """The same of as many images as are scored, KID over the ensemble's, precision and recall."""
         out, base = self.arm.scored(pipeline, steps), self.arm.scored(self.arm.whole)
         ours, theirs = (read_json(folder / "scores.json") for folder in (out, base))
         images, exact = (np.load(folder / "images.npy").astype(np.float64) for folder in (out, base))
@@ -69,8 +69,14 @@ class Judge:
             "recall": own["recall"],
             "flops": ours["flops_per_image"] / theirs["flops_per_image"],
             "l2": float(np.linalg.norm(images - exact) / np.linalg.norm(exact)),
-            "vendi": self._vendi(out),
         }
+
+    def varied(self, pipeline: Path) -> Found:
+        """The same and the Vendi score."""
+        scored = self.arm.scored(pipeline)
+        real = Reference.load(self.arm.folder("reference"), plain_evaluation(self.arm.config))
+        features = real.extract(np.load(scored / "images.npy")).spaces[SPACES[1]]
+        return self.of(pipeline) | {"vendi": vendi_score(features)}
 
     def beside_fewer_steps(self, pipeline: Path, *, scored: bool = False) -> Found:
         """The same, and that of as many plain steps as cost what it costs."""
@@ -84,14 +90,6 @@ class Judge:
         pipeline, sampling = DDMPipeline.from_pretrained(folder), own if steps is None else replace(own, steps=steps)
         drawn = pipeline(range(NEAR), sampling)
         return drawn.images.double(), RowFlops.of(pipeline).times(drawn.calls)
-
-    def _vendi(self, scored: Path) -> float:
-        file = scored / "vendi.json"
-        if not file.exists():
-            real = Reference.load(self.arm.folder("reference"), plain_evaluation(self.arm.config))
-            features = real.extract(np.load(scored / "images.npy")).spaces[SPACES[1]]
-            write_json(file, vendi_score(features))
-        return float(read_json(file))
 
 
 DEEP = ("interval 3", "interval 3, order 1")
@@ -176,15 +174,15 @@ def students(seed: int, folder: Path) -> Found:
     arm = start_of("small", seed, folder, MORE)
     judge = Judge(arm=arm)
     made = {(name, steps): student(arm, name, steps) for name in STUDENTS for steps in (1, 2, 4)}
-    found: Found = {f"{name}, {steps}": judge.of(one) for (name, steps), one in made.items()}
+    found: Found = {f"{name}, {steps}": judge.varied(one) for (name, steps), one in made.items()}
     found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (1, 2, 4, 8, 16)}
-    found["whole"] = judge.of(arm.whole)
+    found["whole"] = judge.varied(arm.whole)
     for steps in (2, 4):
         best = min(STUDENTS, key=lambda name: found[f"{name}, {steps}"]["kid"])
         for extra in (0, 1):
             recipe = BaseFirstConfig(base_steps=1 + extra)
             mixed = arm.made(f"fast-first-{steps}-{extra}", recipe, made[best, steps])
-            found[f"base first, {steps} + {extra}"] = judge.of(mixed) | {"student": best}
+            found[f"base first, {steps} + {extra}"] = judge.varied(mixed) | {"student": best}
     best = min(STUDENTS, key=lambda name: found[f"{name}, 1"]["kid"])
     return found | {"draft of the student": best} | truncated(judge, made[best, 1])
 
@@ -194,11 +192,17 @@ def student(arm: Arm, name: str, steps: int) -> Path:
     number, recipe = list(STUDENTS).index(name), STUDENTS[name]
     if not isinstance(recipe, ConsistencyConfig):
         return arm.made(f"fast-student-{number}-{steps}", replace(recipe, steps=steps))
-    trained, out = arm.made(f"fast-student-{number}", recipe), arm.extra(f"fast-student-{number}-{steps}")
+    trained = arm.made(f"fast-student-{number}", recipe)
+    course = Course.even(steps, "fresh", is_distilled=True)
+    return going(arm, trained, f"fast-student-{number}-{steps}", "expert_*/expert.json", course)
+
+
+def going(arm: Arm, pipeline: Path, name: str, files: str, course: Course) -> Path:
+    """The same networks on another course."""
+    out = arm.extra(name)
     if not out.exists():
-        shutil.copytree(trained, out)
-        for file in out.glob("expert_*/expert.json"):
-            course = Course.even(steps, "fresh", is_distilled=True)
+        shutil.copytree(pipeline, out)
+        for file in out.glob(files):
             write_json(file, read_json(file) | {"course": course.described()})
     return out
 
@@ -207,11 +211,13 @@ def truncated(judge: Judge, distilled: Path) -> Found:
     """Two steps from a draft, by where they begin; and from where a search by MMD lets them begin."""
     arm, found = judge.arm, {}
     for name in ("anchors", "autoregressive", "expert", "student"):
-        recipe, given = TruncateConfig(draft=name), distilled if name == "student" else arm.whole
+        recipe = TruncateConfig(draft=name)
+        searched = arm.made(f"fast-draft-{name}", recipe, distilled if name == "student" else arm.whole)
+        found[f"draft {name}"] = judge.of(searched)
         for t in STARTS:
-            one = arm.made(f"fast-draft-{name}-{t}", replace(recipe, t_start=t), given)
+            course = Course.even(recipe.steps, "euler", start=t)
+            one = going(arm, searched, f"fast-draft-{name}-{t}", "expert_*/refiner/expert.json", course)
             found[f"draft {name} at {t}"] = judge.of(one)
-        found[f"draft {name}"] = judge.of(arm.made(f"fast-draft-{name}", recipe, given))
     return found
 
 
