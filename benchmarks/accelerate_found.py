@@ -39,7 +39,7 @@ EVEN = TrainingConfig(steps=1000, batch_size=64, lr=5e-4, warmup_steps=50)
 """How they learn to be consistent."""
 CHAIN = TrainingConfig(steps=120, batch_size=128, lr=5e-4, warmup_steps=20, clip_norm=0.5)
 """How a short chain learns by its MMD."""
-NEAR = 128
+NEAR = 64
 """Images whose distance to those of all steps is measured where no score is."""
 STARTS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 """The t from which drafts are refined."""

@@ -76,7 +76,7 @@ RECIPES: Mapping[str, Recipe] = {
         network=("expert=unet", "expert.network.channels=[32,64,64]", "expert.network.layers_per_block=2"),
         num_experts=8,
         start=("expert.training.steps=1200", "expert.training.batch_size=64", "expert.training.lr=1e-3"),
-        own=("expert.training.steps=400", "expert.training.batch_size=256", "expert.training.lr=5e-4"),
+        own=("expert.training.steps=400", "expert.training.batch_size=128", "expert.training.lr=5e-4"),
     ),
     "dit": Recipe(
         network=("expert=dit", "expert.network.heads=6", "expert.network.head_width=64", "expert.network.depth=4"),
