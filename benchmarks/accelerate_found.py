@@ -33,7 +33,7 @@ STEPS = 50
 """Of the samples that everything is compared with."""
 MORE = (f"ensemble.steps={STEPS}",)
 
-LEARNING = TrainingConfig(steps=1000, batch_size=64, lr=4e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
+LEARNING = TrainingConfig(steps=800, batch_size=64, lr=4e-4, warmup_steps=50, t_mean=0.7, t_std=1.6)
 """How students learn by score identity distillation."""
 EVEN = TrainingConfig(steps=1000, batch_size=64, lr=5e-4, warmup_steps=50)
 """How they learn to be consistent."""
@@ -41,6 +41,8 @@ CHAIN = TrainingConfig(steps=120, batch_size=128, lr=5e-4, warmup_steps=20, clip
 """How a short chain learns by its MMD."""
 NEAR = 64
 """Images whose distance to those of all steps is measured where no score is."""
+TOGETHER = (2,)
+"""Steps of students that are pruned and in eight bits."""
 STARTS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 """The t from which drafts are refined."""
 
@@ -228,7 +230,7 @@ def everything(seed: int, folder: Path) -> Found:
     found["whole"] = judge.of(arm.whole)
     found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (2, 4, 8, 16)}
     again = TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=20)
-    for steps in (2, 4):
+    for steps in TOGETHER:
         recipe = SiDConfig(steps=steps, training=replace(LEARNING, steps=120), common_steps=200)
         made = {"distilled": arm.made(f"fast-all-{steps}", recipe)}
         made["distilled, pruned"] = arm.made(
