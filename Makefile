@@ -29,17 +29,20 @@ islands: install ## Start two islands on this machine, check them, run a small p
 	$(BIN)/ddm islands check compute=islands_local && \
 	$(BIN)/ddm run experiment=digits compute=islands_local name=islands
 
+# Two at a time, each on one thread; the tests of a file share what they have trained, so they stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 .PHONY: test
-test: install ## Run the tests (at most 10 minutes on two cores)
-	$(BIN)/python -m pytest -q -m 'not proof'
+test: install ## Run the tests (at most a quarter of an hour on two cores)
+	$(PYTEST) -m 'not proof'
 
 .PHONY: proof
 proof: install ## Run the tests that take long: real Ray clusters, killed again and again
 	$(BIN)/python -m pytest -q -m proof
 
 .PHONY: test-quick
-test-quick: install ## Run the quick tier (at most a minute)
-	$(BIN)/python -m pytest -q -m 'not slow and not proof'
+test-quick: install ## Run the quick tier (a few minutes)
+	$(PYTEST) -m 'not slow and not proof'
 
 .PHONY: check
 check: install ## Format, lint and types; changes nothing

@@ -28,8 +28,12 @@ SLOWEST = (
     "test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint",
     "test_memory_does_not_grow_with_the_data",
     "test_a_compiled_network_trains_as_well",
+    "test_sigterm_at_any_moment_costs_no_step_and_no_byte",
+    "test_a_finished_expert_is_kept_and_never_mistaken_for_another",
+    "test_training_the_layers_that_are_told_the_time_lowers_the_error_and_the_sensitive_ones_lower_it_more",
+    "test_on_a_trained_transformer_every_part_helps",
 )
-"""Proofs for their length alone, wherever they stand: two minutes together."""
+"""Proofs for their length alone, wherever they stand: four minutes together."""
 
 ALWAYS = ("test_controllers_and_experts_are_killed_and_the_run_comes_to_its_end",)
 """What `make test` does all the same: one whole run on two real Ray clusters."""
