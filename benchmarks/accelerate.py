@@ -4,7 +4,6 @@
 ensemble in 50 Euler steps from the same noise, by the mean over the seeds; KID is of EfficientNet-lite0's features.
 """
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -14,11 +13,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from artifacts import plain
 from benchmarks.accelerate_found import DEEP, PARTS, STARTS, STEPS, STUDENTS
-from benchmarks.compress import Seeds, claim, mean, text
-from benchmarks.compress_found import Found, all_found, asked, origins
-from benchmarks.record import RESULTS, Claim, Listing, write_result
+from benchmarks.compress import Section, Seeds, claim, mean, text, write_sections
+from benchmarks.compress_found import Found, all_found, asked
+from benchmarks.record import Claim, Listing
 from ensemble.stages.similarity import best_steps
 
 KINDS = ("anchors", "autoregressive", "expert", "student")
@@ -28,23 +26,11 @@ KINDS = ("anchors", "autoregressive", "expert", "student")
 def main() -> None:
     """Measure everything with every seed, write docs/benchmarks/accelerate.json and its pictures, print the claims."""
     options = asked(__doc__)
-    found = all_found(options.folder, options.seeds, PARTS, kept=options.kept)
-    claims = [
-        *of_caches(found["unet_caches"], found["transformer_caches"], found["routes"]),
-        *of_students(found["students"]),
-        *of_drafts(found["students"]),
-        *of_all(found["everything"]),
-    ]
-    lists = [*cache_lists(found), *student_lists(found["students"]), all_list(found["everything"])]
-    beginnings(found["students"], RESULTS / "accelerate-beginnings.png")
-    front(found["everything"], RESULTS / "accelerate-front.png")
-    seconds, where, commit = origins(found)
-    result = write_result("accelerate", seconds, claims, lists, [notes(found)], where=where, commit=commit)
-    print(json.dumps(plain(result["claims"]), indent=1))
+    write_sections("accelerate", SECTIONS, all_found(options.folder, options.seeds, PARTS, kept=options.kept), NOTE)
 
 
-def of_caches(unets: Seeds, transformers: Seeds, routes: Seeds) -> Iterator[Claim]:
-    """What is kept from one step to the next."""
+def of_unets(unets: Seeds) -> Iterator[Claim]:
+    """DeepCache."""
     for name in DEEP:
         deep = [s[name] for s in unets]
         title = f"DeepCache, U-Nets, {name}"
@@ -62,6 +48,10 @@ def of_caches(unets: Seeds, transformers: Seeds, routes: Seeds) -> Iterator[Clai
         [1 / s["cpu"] for s in unets],
         lambda value: value > 1,
     )
+
+
+def of_transformers(transformers: Seeds) -> Iterator[Claim]:
+    """Caches of layers, blocks and units, and diffusers' own."""
     best = [s["of the best"] for s in transformers]
     name = ", ".join(sorted({s["best"] for s in transformers}))
     yield claim(f"caching, transformer ({name}): times fewer FLOPs", "≥ 3.3", over(best, "flops"), lambda v: v >= 3.3)
@@ -71,6 +61,12 @@ def of_caches(unets: Seeds, transformers: Seeds, routes: Seeds) -> Iterator[Clai
     yield claim(
         "the same: times less CPU time, one thread", "reported", [1 / s["cpu"] for s in transformers], lambda v: v > 1
     )
+    yield of_union(transformers)
+    yield of_programme()
+
+
+def of_routes(routes: Seeds) -> Iterator[Claim]:
+    """Schedules of each expert's own."""
     for order in (0, 1):
         ratios = [s[f"order {order}, own"]["l2"] / s[f"order {order}, shared"]["l2"] for s in routes]
         yield claim(
@@ -79,8 +75,6 @@ def of_caches(unets: Seeds, transformers: Seeds, routes: Seeds) -> Iterator[Clai
             ratios,
             lambda value: value > 0,
         )
-    yield of_union(transformers)
-    yield of_programme()
 
 
 def of_union(seeds: Seeds) -> Claim:
@@ -122,6 +116,12 @@ def value_of(similar: np.ndarray, chosen: Sequence[int]) -> float:
 
 
 def of_students(seeds: Seeds) -> Iterator[Claim]:
+    """Few steps, and beginnings below t = 1."""
+    yield from of_steps(seeds)
+    yield from of_drafts(seeds)
+
+
+def of_steps(seeds: Seeds) -> Iterator[Claim]:
     """Few steps."""
     for name in STUDENTS:
         for steps in (1, 2):
@@ -220,47 +220,50 @@ def best_of_all(seeds: Seeds) -> str:
     return min(tried, key=lambda name: kids[name])
 
 
-def cache_lists(found: dict[str, list[Found]]) -> Iterator[Listing]:
-    """Every cache."""
-    for part, title in (
-        ("unet_caches", "DeepCache on eight U-Nets of 1.6 M"),
-        ("transformer_caches", "Caches of a transformer of 12 M"),
-    ):
-        seeds = found[part]
-        names = [name for name, one in seeds[0].items() if isinstance(one, dict) and "fewer" in one]
-        yield Listing(
-            title=f"{title}, {STEPS} Euler steps",
-            columns=("", "times fewer FLOPs", "relative L2", "as many plain steps", "their relative L2"),
-            rows=[
-                (
-                    name,
-                    text(over([s[name] for s in seeds], "flops")),
-                    text([s[name]["l2"] for s in seeds]),
-                    text([float(s[name]["steps"]) for s in seeds]),
-                    text([s[name]["fewer"]["l2"] for s in seeds]),
-                )
-                for name in names
-            ],
-        )
-    seeds = found["transformer_caches"]
+def unet_lists(seeds: Seeds) -> Iterator[Listing]:
+    """Every cache of the U-Net."""
+    yield cache_list(seeds, "DeepCache on a U-Net of 1.6 M")
+
+
+def transformer_lists(seeds: Seeds) -> Iterator[Listing]:
+    """Every cache of the transformer."""
+    yield cache_list(seeds, "Caches of a transformer of 12 M")
     unions = [name for name in seeds[0] if name.startswith("union")]
     yield Listing(
         title="Adaptive schedules of each layer by itself, and with the bubbling union",
         columns=("interval, modules that take others along", "FLOPs", "relative L2"),
+        rows=[(row[0].removeprefix("union ").replace(" ", ", "), *row[1:]) for row in rows_of(seeds, unions, NEARNESS)],
+    )
+
+
+NEARNESS = ("flops", "l2")
+
+
+def cache_list(seeds: Seeds, title: str) -> Listing:
+    """Caches beside as many plain steps."""
+    names = [name for name, one in seeds[0].items() if isinstance(one, dict) and "fewer" in one]
+    return Listing(
+        title=f"{title}, {STEPS} Euler steps",
+        columns=("", "times fewer FLOPs", "relative L2", "as many plain steps", "their relative L2"),
         rows=[
             (
-                name.removeprefix("union ").replace(" ", ", "),
-                text([s[name]["flops"] for s in seeds]),
+                name,
+                text(over([s[name] for s in seeds], "flops")),
                 text([s[name]["l2"] for s in seeds]),
+                text([float(s[name]["steps"]) for s in seeds]),
+                text([s[name]["fewer"]["l2"] for s in seeds]),
             )
-            for name in unions
+            for name in names
         ],
     )
-    seeds = found["routes"]
+
+
+def route_lists(seeds: Seeds) -> Iterator[Listing]:
+    """Own schedules and shared ones."""
     yield Listing(
         title="Adaptive schedules of eight transformers: each expert's own, or one for all",
         columns=("", "FLOPs", "relative L2", "KID"),
-        rows=rows_of(seeds, [name for name in seeds[0] if name.startswith("order")], ("flops", "l2", "kid")),
+        rows=rows_of(seeds, [name for name in seeds[0] if name.startswith("order")], (*NEARNESS, "kid")),
     )
 
 
@@ -278,12 +281,12 @@ def student_lists(seeds: Seeds) -> Iterator[Listing]:
     )
 
 
-def all_list(seeds: Seeds) -> Listing:
+def all_lists(seeds: Seeds) -> Iterator[Listing]:
     """Eight transformers."""
     names = [name for name, one in seeds[0].items() if isinstance(one, dict)]
     keys = ("flops", "cpu", "bytes", "kid", "pixels", "precision", "recall")
     columns = ("", "FLOPs", "CPU time", "bytes", "KID", "FD, pixels", "precision", "recall")
-    return Listing(title="Eight transformers of 1.4 M", columns=columns, rows=rows_of(seeds, names, keys))
+    yield Listing(title="Eight transformers of 1.4 M", columns=columns, rows=rows_of(seeds, names, keys))
 
 
 def rows_of(seeds: Seeds, names: Sequence[str], keys: Sequence[str]) -> list[tuple[str, ...]]:
@@ -353,17 +356,21 @@ def front(seeds: Seeds, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def notes(found: Mapping[str, Seeds]) -> str:
-    """What the numbers are."""
-    numbers = ", ".join(f"{part.replace('_', ' ')} {len(seeds)}" for part, seeds in found.items())
-    return (
-        f"Means over seeds: {numbers}. Fashion-MNIST at 16 x 16; eight U-Nets of 1.6 M parameters, a transformer of 12 "
-        "M (width 384), eight transformers of 1.4 M (width 128, 4 layers, 16 tokens), and the network that those begin "
-        f"with. All ratios are to {STEPS} Euler steps of the same ensemble, sticky, from the same noise. FLOPs are "
-        "counted, of a first-block cache as a mean. CPU time: one thread, both in turns, not compiled. A draft at "
-        f"t = {STARTS[0]} is the draft alone. The seconds are those of all parts, of which two ran at once; training "
-        "the U-Nets and the transformer of 12 M is in those of `compress`."
-    )
+NOTE = (
+    "Fashion-MNIST at 16 x 16; a U-Net of 1.6 M parameters, a transformer of 12 M (width 384), eight transformers of "
+    "1.4 M (width 128, 4 layers, 16 tokens), and the network that those begin "
+    f"with. All ratios are to {STEPS} Euler steps of the same ensemble, sticky, from the same noise. FLOPs are "
+    "counted, of a first-block cache as a mean. CPU time: one thread, both in turns, not compiled. A draft at "
+    f"t = {STARTS[0]} is the draft alone. The seconds are those of all parts, of which two ran at once; training "
+    "the U-Net and the transformer of 12 M is in those of `compress`."
+)
+SECTIONS: Mapping[str, Section] = {
+    "unet_caches": Section(claims=of_unets, lists=unet_lists),
+    "transformer_caches": Section(claims=of_transformers, lists=transformer_lists),
+    "routes": Section(claims=of_routes, lists=route_lists),
+    "students": Section(claims=of_students, lists=student_lists, pictures={"accelerate-beginnings.png": beginnings}),
+    "everything": Section(claims=of_all, lists=all_lists, pictures={"accelerate-front.png": front}),
+}
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ DEEP = ("interval 3", "interval 3, order 1")
 
 
 def unet_caches(seed: int, folder: Path) -> Found:
-    """DeepCache on eight U-Nets, each sample with the cache of its expert."""
-    arm = train("unet", seed, folder, MORE)
+    """DeepCache on the U-Net that all experts begin with."""
+    arm = start_of("unet", seed, folder, MORE)
     judge, whole = Judge(arm=arm), CacheConfig(policy="deepcache")
     recipes = {
         "interval 2": replace(whole, interval=2),
