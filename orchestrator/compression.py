@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from ensemble.stages.comparison import COMPRESSION, Comparison, describe
+from ensemble.stages.config import ComputeConfig
 from orchestrator.budget import Budget, Unsuitable, search
 from orchestrator.compose import compose
 from orchestrator.config import RunConfig, parse_config
@@ -68,8 +69,13 @@ def search_run(run: RunFolder, text: str, console: Console) -> RunConfig:
 
 
 def describe_compression(run: RunFolder, config: RunConfig) -> str:
-    """What each stage did, and where the smallest ensemble is."""
+    """What each stage did, where the smallest ensemble is, and whether this processor can make use of it."""
+    from experts.int8_linear import NO_INSTRUCTIONS, computes_in_int8
+
     stages = [stage for stage in build_graph(config) if stage.kind in SMALLER]
     lines = [describe(Comparison.read(run.checked(stage, COMPRESSION))) for stage in stages]
     folder = run.artifact(stages[-1])
-    return "\n".join([str(folder), *(f"  {line}" for line in lines), f"  ddm sample {run.root} --ensemble {folder}"])
+    lines.append(f"ddm sample {run.root} --ensemble {folder}")
+    if isinstance(config.quantize, ComputeConfig) and not computes_in_int8():
+        lines.append(f"Warning: {NO_INSTRUCTIONS}")
+    return "\n".join([str(folder), *(f"  {line}" for line in lines)])

@@ -11,7 +11,7 @@ from ensemble.stages.config import ComputeConfig, WeightsConfig
 from ensemble.stages.method import Outcome, StageError
 from experts.expert import Expert
 from experts.forms import forms_of
-from experts.int8_linear import Int8Linear, computes_in_int8
+from experts.int8_linear import NO_INSTRUCTIONS, Int8Linear, computes_in_int8
 from experts.packed_weight import pack_weight
 from experts.packing import Packing
 
@@ -37,10 +37,7 @@ def compute_int8(expert: Expert, config: ComputeConfig) -> Outcome:
     if not layers:
         raise StageError(f"expert {expert.cluster_id} has no linear layer to compute in eight bits; take quantize=int8")
     if not computes_in_int8():
-        log.warning(
-            "this processor has no instructions for eight bits (VNNI): layers of quantize=int8_compute give the same "
-            "numbers here in float32, and are no quicker"
-        )
+        log.warning(NO_INSTRUCTIONS)
     for path in layers:
         linear = model.get_submodule(path)
         if isinstance(linear, nn.Linear):
