@@ -30,8 +30,8 @@ ROWS = 128
 PROBED = 64
 """Rows, inputs and outputs of the product that shows whether the kernel is right."""
 NO_INSTRUCTIONS = (
-    "this processor has no instructions for eight bits (VNNI): layers of quantize=int8_compute give the same numbers here "
-    "in float32, and are no quicker"
+    "this processor has no instructions for eight bits (VNNI): layers of quantize=int8_compute give the same numbers "
+    "here in float32, and are no quicker"
 )
 
 
