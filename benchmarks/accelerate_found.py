@@ -6,6 +6,7 @@ Each part keeps what it has made and measured in its run folder, so that a stopp
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ STARTS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 """The t from which drafts are refined."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Judge:
     """Whatever is drawn, against the ensemble in all its steps from the same noise."""
 
@@ -55,7 +56,7 @@ class Judge:
 
     def near(self, pipeline: Path, steps: int | None = None) -> Found:
         """Relative L2 distance of some images, and FLOPs of an image over the ensemble's."""
-        (images, flops), (exact, whole) = (self._images(pipeline, steps), self._images(self.arm.whole, None))
+        (images, flops), (exact, whole) = self._images(pipeline, steps), self._exact
         return {"l2": float((images - exact).norm() / exact.norm()), "flops": flops / whole}
 
     def of(self, pipeline: Path, steps: int | None = None) -> Found:
@@ -86,6 +87,10 @@ class Judge:
         found = look(pipeline)
         steps = max(1, round(STEPS * found["flops"]))
         return found | {"steps": steps, "fewer": look(self.arm.whole, steps)}
+
+    @cached_property
+    def _exact(self) -> tuple[Tensor, float]:
+        return self._images(self.arm.whole, None)
 
     def _images(self, folder: Path, steps: int | None) -> tuple[Tensor, float]:
         own = self.arm.config.ensemble
