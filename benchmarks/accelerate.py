@@ -322,7 +322,7 @@ def beginnings(seeds: Seeds, path: Path) -> None:
     axes.set_xlabel("t from which the draft is refined, in two steps")
     axes.set_ylabel("KID over that of 50 steps")
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncol=2)
     figure.savefig(path, dpi=110)
 
 

@@ -40,6 +40,8 @@ def section(name: str, result: dict[str, Any]) -> Iterator[str]:
     for listing in result["listings"]:
         yield f"### {listing['title']}\n"
         yield table(listing["columns"], listing["rows"])
+    for picture in sorted(RESULTS.glob(f"{name}-*.png")):
+        yield f"![{picture.stem.replace('-', ', ')}]({RESULTS.name}/{picture.name})\n"
     yield from (f"{note}\n" for note in result["notes"])
 
 
