@@ -34,7 +34,7 @@ class CacheConfig:
     """How much more often: the exponent of the distance from there."""
     bubbling: Annotated[int, Field(ge=0)] = 3
     """`adaptive`: so many modules, those that change most, have all feed-forward layers behind them computed along."""
-    route_aware: bool = True
+    route_aware: bool = False
     """`adaptive` and `unified`: whether each expert has a schedule of its own; if not, all have the same."""
     rows: Annotated[int, Field(ge=1)] = 16
     """`adaptive` and `unified`: samples whose features are compared."""

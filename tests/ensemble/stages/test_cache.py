@@ -174,7 +174,7 @@ def test_schedules_that_look_are_functions_of_the_seed_and_start_with_a_whole_st
 
 def test_route_aware_schedules_are_each_experts_own_and_global_ones_are_not(dit, tmp_path):
     other = trained("dit", Workspace.at(tmp_path / "other"), 5)
-    config = replace(CONFIG, policy="adaptive")
+    config = replace(CONFIG, policy="adaptive", route_aware=True)
     both = {0: dit, 1: other}
     own = cached(both, config, SAMPLING, Workspace.at(tmp_path)).experts
     alike = cached(both, replace(config, route_aware=False), SAMPLING, Workspace.at(tmp_path)).experts
