@@ -123,7 +123,7 @@ class Int8Weight:
     codes: Int8[Tensor, "out in"]
     scales: Float[Tensor, " out"]
     laid_out: Tensor
-    """Transposed: as oneDNN wants the codes, or in float32."""
+    """Transposed, as oneDNN wants the codes or in float32; off the CPU the codes again."""
     zeros: Int64[Tensor, " out"]
     is_prepacked: bool
     """Whether it is laid out for oneDNN."""
@@ -133,8 +133,13 @@ class Int8Weight:
         """The largest entry of every row is kept."""
         scales = weight.abs().amax(1).clamp_min(1e-12) / LARGEST
         codes = (weight / scales.unsqueeze(1)).round().to(torch.int8)
-        is_prepacked = weight.device.type == "cpu" and computes_in_int8()
-        laid_out = torch.ops.onednn.qlinear_prepack(codes, None) if is_prepacked else codes.t().float()
+        on_cpu = weight.device.type == "cpu"
+        is_prepacked = on_cpu and computes_in_int8()
+        laid_out = codes
+        if is_prepacked:
+            laid_out = torch.ops.onednn.qlinear_prepack(codes, None)
+        elif on_cpu:
+            laid_out = codes.t().float()
         zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
         return cls(codes=codes, scales=scales, laid_out=laid_out, zeros=zeros, is_prepacked=is_prepacked)
 
