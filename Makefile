@@ -30,7 +30,7 @@ islands: install ## Start two islands on this machine, check them, run a small p
 	$(BIN)/ddm run experiment=digits compute=islands_local name=islands
 
 # Two at a time, each on one thread; the tests of a file share what they have trained, so they stay together.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: install ## Run the tests (at most a quarter of an hour on two cores)

@@ -32,17 +32,28 @@ SLOWEST = (
     "test_a_finished_expert_is_kept_and_never_mistaken_for_another",
     "test_training_the_layers_that_are_told_the_time_lowers_the_error_and_the_sensitive_ones_lower_it_more",
     "test_on_a_trained_transformer_every_part_helps",
+    "test_killed_and_started_again_gives_the_same_bytes",
+    "test_a_controller_killed_at_five_random_moments_loses_nothing",
+    "test_what_is_faster_goes_through_the_other_stages_and_is_sampled_like_the_whole",
+    "test_other_drafts_are_better_than_a_step_from_noise[autoregressive]",
+    "test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at",
+    "test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without_data",
+    "test_the_wheel_runs_the_pipeline_from_another_folder",
 )
-"""Proofs for their length alone, wherever they stand: four minutes together."""
+"""Proofs for their length alone, wherever they stand: ten minutes together."""
 
 ALWAYS = ("test_controllers_and_experts_are_killed_and_the_run_comes_to_its_end",)
 """What `make test` does all the same: one whole run on two real Ray clusters."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the proofs."""
+    """Mark the proofs, and begin with the files that take long, so that two workers end together."""
+    long = set()
     for item in items:
         place = str(item.path.relative_to(HERE))
         is_proof = place.startswith(PROOFS) and item.name not in ALWAYS
         if item.get_closest_marker("slow") and (is_proof or item.name in SLOWEST):
             item.add_marker(pytest.mark.proof)
+        elif item.get_closest_marker("slow"):
+            long.add(item.path)
+    items.sort(key=lambda item: item.path not in long)
