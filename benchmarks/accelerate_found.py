@@ -20,7 +20,7 @@ from ensemble.metrics import vendi_score
 from ensemble.pipeline import DDMPipeline
 from ensemble.scoring import Reference
 from ensemble.stages.cache_config import CacheConfig, HookConfig
-from ensemble.stages.config import ComputeConfig
+from ensemble.stages.config import ComputeConfig, WeightsConfig
 from ensemble.stages.consistency_config import ConsistencyConfig
 from ensemble.stages.laptop_config import LaptopConfig
 from ensemble.stages.mmd_config import MMDConfig
@@ -42,8 +42,15 @@ CHAIN = TrainingConfig(steps=120, batch_size=128, lr=5e-4, warmup_steps=20, clip
 """How a short chain learns by its MMD."""
 NEAR = 64
 """Images whose distance to those of all steps is measured where no score is."""
-TOGETHER = (2,)
-"""Steps of students that are pruned and in eight bits."""
+REFINED = TruncateConfig(draft="student", steps=1, t_start=0.3)
+"""One step of a student, and one of the expert from where two do best."""
+TOGETHER: Mapping[str, tuple[int, TruncateConfig | None]] = {
+    "distilled in 2": (2, None),
+    "distilled in 1, refined in 1": (1, REFINED),
+}
+"""Steps of students that are pruned and in eight bits, and how the experts go on."""
+BATCH = 256
+"""Images that are timed at once where eight experts share them, as many as are drawn at once."""
 STARTS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 """The t from which drafts are refined."""
 
@@ -191,6 +198,8 @@ def students(seed: int, folder: Path) -> Found:
             mixed = arm.made(f"fast-first-{steps}-{extra}", recipe, made[best, steps])
             found[f"base first, {steps} + {extra}"] = judge.varied(mixed) | {"student": best}
     best = min(STUDENTS, key=lambda name: found[f"{name}, 1"]["kid"])
+    refined = arm.made("fast-refined", REFINED, made[best, 1])
+    found["refined, 1 + 1"] = judge.varied(refined) | {"student": best}
     return found | {"draft of the student": best} | truncated(judge, made[best, 1])
 
 
@@ -234,16 +243,20 @@ def everything(seed: int, folder: Path) -> Found:
     judge, found = Judge(arm=arm), Found()
     found["whole"] = judge.of(arm.whole)
     found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (2, 4, 8, 16)}
-    again = TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=20)
-    for steps in TOGETHER:
-        recipe = SiDConfig(steps=steps, training=replace(LEARNING, steps=120), common_steps=200)
-        made = {"distilled": arm.made(f"fast-all-{steps}", recipe)}
-        made["distilled, pruned"] = arm.made(
-            f"fast-all-{steps}-pruned", LaptopConfig(share=0.1, retraining=again), made["distilled"]
-        )
-        for name, one in list(made.items()):
-            made[f"{name}, 8 bits"] = arm.made(f"{one.name.partition('-k8')[0]}-8", ComputeConfig(), one)
-        found |= {f"{name}, {steps}": judged(judge, one) for name, one in made.items()}
+    distilling = SiDConfig(training=replace(LEARNING, steps=120), common_steps=200)
+    pruning = LaptopConfig(share=0.1, retraining=TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=20))
+    for name, (steps, refining) in TOGETHER.items():
+        one = arm.made(f"fast-all-{steps}", replace(distilling, steps=steps))
+        if refining is not None:
+            one = arm.made(f"fast-all-{steps}-refined", refining, one)
+        pruned = arm.made(f"fast-all-{steps}-pruned", pruning, one)
+        made = {
+            name: one,
+            f"{name}, pruned": pruned,
+            f"{name}, pruned, 8 bits": arm.made(f"fast-all-{steps}-pruned-8", ComputeConfig(), pruned),
+            f"{name}, pruned, weights in 8 bits": arm.made(f"fast-all-{steps}-pruned-w8", WeightsConfig(), pruned),
+        }
+        found |= {title: judged(judge, one) for title, one in made.items()}
     cached = arm.made("fast-all-cached", CacheConfig(interval=4, order=1))
     found["cached"] = judged(judge, cached)
     found["cached, 8 bits"] = judged(judge, arm.made("fast-all-cached-8", ComputeConfig(), cached))
@@ -255,7 +268,7 @@ def judged(judge: Judge, pipeline: Path) -> Found:
     sizes = compared(pipeline)
     return judge.of(pipeline) | {
         "bytes": sizes.bytes_after / sizes.bytes_before,
-        "cpu": judge.arm.cpu(pipeline).ratio,
+        "cpu": judge.arm.cpu(pipeline, images=BATCH).ratio,
     }
 
 

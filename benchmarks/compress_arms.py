@@ -163,14 +163,14 @@ class Arm:
         """A score over that of the whole ensemble."""
         return float(self.scores(pipeline)[space][key]) / float(self.scores(self.whole)[space][key])
 
-    def cpu(self, pipeline: Path, *, compile: bool = False) -> Timing:
+    def cpu(self, pipeline: Path, *, compile: bool = False, images: int = 64) -> Timing:
         """Processor time of an image against the whole ensemble's, both of them compiled or neither; measured once."""
-        out = self.extra(f"{'compiled' if compile else 'timing'}-{pipeline.name}")
+        out = self.extra(f"{'compiled' if compile else 'timing'}-{images}-{pipeline.name}")
         if not (out / TIMING).exists():
             out.mkdir(parents=True, exist_ok=True)
             space = Workspace.at(self.run.root / "work" / out.name)
             sampling = replace(self.config.ensemble, compile=compile)
-            time_both(TimingConfig(sampling=sampling), pipeline, self.whole, out, space)
+            time_both(TimingConfig(sampling=sampling, num_images=images), pipeline, self.whole, out, space)
         return Timing(**read_json(out / TIMING))
 
     def extra(self, name: str) -> Path:

@@ -84,8 +84,8 @@ def unpack(codes: Codes, scales: Scales, packing: Packing) -> Weight:
     if codes.shape != (row, packing.row_bytes) or scales.shape != (row, packing.groups):
         raise ValueError(f"codes of shape {tuple(codes.shape)} with scales {tuple(scales.shape)} for {packing}")
     count = packing.groups * packing.group
-    numbers = _parted(codes, packing.bits, count).float() - 2 ** (packing.bits - 1)
-    rows = (numbers.reshape(*scales.shape, packing.group) * scales.float().unsqueeze(-1)).flatten(1)
+    numbers = _parted(codes, packing.bits, count).float().sub_(2 ** (packing.bits - 1))
+    rows = numbers.reshape(*scales.shape, packing.group).mul_(scales.float().unsqueeze(-1)).flatten(1)
     weight: Weight = rows[:, : math.prod(packing.shape[1:])].reshape(packing.shape)
     return weight
 
@@ -147,6 +147,8 @@ def _joined(numbers: UInt8[Tensor, "row number"], bits: int) -> Codes:
 
 def _parted(codes: Codes, bits: int, count: int) -> UInt8[Tensor, "row number"]:
     """The first `count` numbers of every row."""
+    if bits == 8:
+        return codes[:, :count]
     filled = bits // math.gcd(bits, 8)
     blocks = functional.pad(codes, (0, -codes.shape[1] % filled)).reshape(len(codes), -1, filled)
     numbers = []
