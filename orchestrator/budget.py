@@ -25,6 +25,8 @@ CANDIDATES: Sequence[Sequence[str]] = (
     ("prune=laptop", "prune.share=0.3", "quantize=int4"),
     ("prune=laptop", "prune.share=0.5", "quantize=int4"),
     ("distill=sid", "distill.steps=4"),
+    ("distill=sid", "distill.steps=1", "accelerate=refine"),
+    ("distill=sid", "distill.steps=1", "accelerate=refine", "quantize=int8_compute"),
     ("distill=sid", "distill.steps=2", "quantize=int8_compute"),
     ("distill=sid", "distill.steps=2", "prune=laptop", "prune.share=0.3", "quantize=int4_compute"),
 )

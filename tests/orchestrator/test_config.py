@@ -12,7 +12,12 @@ from orchestrator.graph import build_graph
 FILES = sorted(path.relative_to(config_folder()) for path in Path(config_folder()).glob("*/*.yaml"))
 GROUPS = [file for file in FILES if file.parent.name != "pool"]
 """Pools are configurations of their own: tests/orchestrator/pools/test_config.py."""
-NEEDED = {"image_folder": ["data.path=pictures"], "webdataset": ["data.path=a.tar"], "base_first": ["distill=sid"]}
+NEEDED = {
+    "image_folder": ["data.path=pictures"],
+    "webdataset": ["data.path=a.tar"],
+    "base_first": ["distill=sid"],
+    "refine": ["distill=sid"],
+}
 
 
 @pytest.mark.parametrize("file", GROUPS, ids=str)
