@@ -39,6 +39,7 @@ SLOWEST = (
     "test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at",
     "test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without_data",
     "test_the_wheel_runs_the_pipeline_from_another_folder",
+    "test_a_short_chain_comes_nearer_to_the_data_on_noise_that_trained_nothing",
 )
 """Proofs for their length alone, wherever they stand: ten minutes together."""
 
@@ -47,7 +48,7 @@ ALWAYS = ("test_controllers_and_experts_are_killed_and_the_run_comes_to_its_end"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the proofs, and begin with the files that take long, so that two workers end together."""
+    """Mark the proofs, and begin with the files that take long, so that all workers end together."""
     long = set()
     for item in items:
         place = str(item.path.relative_to(HERE))
