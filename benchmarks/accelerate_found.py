@@ -49,8 +49,6 @@ TOGETHER: Mapping[str, tuple[int, TruncateConfig | None]] = {
     "distilled in 1, refined in 1": (1, REFINED),
 }
 """Steps of students that are pruned and in eight bits, and how the experts go on."""
-BATCH = 256
-"""Images that are timed at once where eight experts share them, as many as are drawn at once."""
 STARTS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 """The t from which drafts are refined."""
 
@@ -264,11 +262,11 @@ def everything(seed: int, folder: Path) -> Found:
 
 
 def judged(judge: Judge, pipeline: Path) -> Found:
-    """With bytes and processor time over the ensemble's."""
-    sizes = compared(pipeline)
+    """With bytes and processor time over the ensemble's, of a whole batch, which eight experts share."""
+    sizes, batch = compared(pipeline), judge.arm.config.ensemble.batch_size
     return judge.of(pipeline) | {
         "bytes": sizes.bytes_after / sizes.bytes_before,
-        "cpu": judge.arm.cpu(pipeline, images=BATCH).ratio,
+        "cpu": judge.arm.cpu(pipeline, images=batch).ratio,
     }
 
 

@@ -163,7 +163,7 @@ class Arm:
         """A score over that of the whole ensemble."""
         return float(self.scores(pipeline)[space][key]) / float(self.scores(self.whole)[space][key])
 
-    def cpu(self, pipeline: Path, *, compile: bool = False, images: int = 64) -> Timing:
+    def cpu(self, pipeline: Path, *, compile: bool = False, images: int = TimingConfig.num_images) -> Timing:
         """Processor time of an image against the whole ensemble's, both of them compiled or neither; measured once."""
         out = self.extra(f"{'compiled' if compile else 'timing'}-{images}-{pipeline.name}")
         if not (out / TIMING).exists():

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int8, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
@@ -96,14 +96,14 @@ class Int8Linear(nn.Module):
 
     def _elsewhere(self, rows: Float[Tensor, "row in"], scales: Float[Tensor, "row 1"]) -> Float[Tensor, "row out"]:
         weight = self._weight()
-        return torch._int_mm((rows / scales).round_().to(torch.int8), weight.codes.t()).float() * weight.scales
+        return torch._int_mm((rows / scales).round_().to(torch.int8), weight.laid_out).float() * weight.scales
 
     def _weight(self) -> "Int8Weight":
         """In eight bits with one scale a row, made anew if what is stored has changed; not while it is compiled."""
         if torch.compiler.is_compiling() and self._ready is not None:
             return self._ready[1]
         version = self.codes._version + self.scales._version
-        if self._ready is None or self._ready[0] != version or self._ready[1].codes.device != self.codes.device:
+        if self._ready is None or self._ready[0] != version or self._ready[1].scales.device != self.codes.device:
             self._ready = version, Int8Weight.of(unpack(self.codes, self.scales, self.packing))
         return self._ready[1]
 
@@ -120,10 +120,9 @@ class Int8Linear(nn.Module):
 class Int8Weight:
     """What a layer multiplies with."""
 
-    codes: Int8[Tensor, "out in"]
     scales: Float[Tensor, " out"]
     laid_out: Tensor
-    """Transposed, as oneDNN wants the codes or in float32; off the CPU the codes again."""
+    """The codes, transposed: on a CPU as oneDNN wants them, or in float32; elsewhere in eight bits."""
     zeros: Int64[Tensor, " out"]
     is_prepacked: bool
     """Whether it is laid out for oneDNN."""
@@ -135,13 +134,12 @@ class Int8Weight:
         codes = (weight / scales.unsqueeze(1)).round().to(torch.int8)
         on_cpu = weight.device.type == "cpu"
         is_prepacked = on_cpu and computes_in_int8()
-        laid_out = codes
         if is_prepacked:
             laid_out = torch.ops.onednn.qlinear_prepack(codes, None)
-        elif on_cpu:
-            laid_out = codes.t().float()
+        else:
+            laid_out = codes.t().float() if on_cpu else codes.t()
         zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-        return cls(codes=codes, scales=scales, laid_out=laid_out, zeros=zeros, is_prepacked=is_prepacked)
+        return cls(scales=scales, laid_out=laid_out, zeros=zeros, is_prepacked=is_prepacked)
 
 
 @cache

@@ -41,7 +41,7 @@ SLOWEST = (
     "test_the_wheel_runs_the_pipeline_from_another_folder",
     "test_a_short_chain_comes_nearer_to_the_data_on_noise_that_trained_nothing",
 )
-"""Proofs for their length alone, wherever they stand: ten minutes together."""
+"""Proofs for their length alone, wherever they stand."""
 
 ALWAYS = ("test_controllers_and_experts_are_killed_and_the_run_comes_to_its_end",)
 """What `make test` does all the same: one whole run on two real Ray clusters."""
@@ -50,11 +50,11 @@ ALWAYS = ("test_controllers_and_experts_are_killed_and_the_run_comes_to_its_end"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the proofs, and begin with the files that take long, so that all workers end together."""
     long = set()
-    for item in items:
+    for item in filter(lambda item: item.get_closest_marker("slow"), items):
         place = str(item.path.relative_to(HERE))
         is_proof = place.startswith(PROOFS) and item.name not in ALWAYS
-        if item.get_closest_marker("slow") and (is_proof or item.name in SLOWEST):
+        if is_proof or item.name in SLOWEST:
             item.add_marker(pytest.mark.proof)
-        elif item.get_closest_marker("slow"):
+        else:
             long.add(item.path)
     items.sort(key=lambda item: item.path not in long)
