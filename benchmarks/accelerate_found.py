@@ -44,11 +44,6 @@ NEAR = 64
 """Images whose distance to those of all steps is measured where no score is."""
 REFINED = TruncateConfig(draft="student", steps=1, t_start=0.3)
 """One step of a student, and one of the expert from where two do best."""
-TOGETHER: Mapping[str, tuple[int, TruncateConfig | None]] = {
-    "distilled in 2": (2, None),
-    "distilled in 1, refined in 1": (1, REFINED),
-}
-"""Steps of students that are pruned and in eight bits, and how the experts go on."""
 STARTS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 """The t from which drafts are refined."""
 
@@ -241,20 +236,19 @@ def everything(seed: int, folder: Path) -> Found:
     judge, found = Judge(arm=arm), Found()
     found["whole"] = judge.of(arm.whole)
     found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (2, 4, 8, 16)}
-    distilling = SiDConfig(training=replace(LEARNING, steps=120), common_steps=200)
+    distilling = SiDConfig(steps=1, training=replace(LEARNING, steps=120), common_steps=200)
     pruning = LaptopConfig(share=0.1, retraining=TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=20))
-    for name, (steps, refining) in TOGETHER.items():
-        one = arm.made(f"fast-all-{steps}", replace(distilling, steps=steps))
-        if refining is not None:
-            one = arm.made(f"fast-all-{steps}-refined", refining, one)
-        pruned = arm.made(f"fast-all-{steps}-pruned", pruning, one)
-        made = {
-            name: one,
-            f"{name}, pruned": pruned,
-            f"{name}, pruned, 8 bits": arm.made(f"fast-all-{steps}-pruned-8", ComputeConfig(), pruned),
-            f"{name}, pruned, weights in 8 bits": arm.made(f"fast-all-{steps}-pruned-w8", WeightsConfig(), pruned),
-        }
-        found |= {title: judged(judge, one) for title, one in made.items()}
+    student = arm.made("fast-all-1", distilling)
+    refined = arm.made("fast-all-1-refined", REFINED, student)
+    pruned = arm.made("fast-all-1-pruned", pruning, refined)
+    name = "distilled in 1, refined in 1"
+    made = {
+        name: refined,
+        f"{name}, pruned": pruned,
+        f"{name}, pruned, 8 bits": arm.made("fast-all-1-pruned-8", ComputeConfig(), pruned),
+        f"{name}, pruned, weights in 8 bits": arm.made("fast-all-1-pruned-w8", WeightsConfig(), pruned),
+    }
+    found |= {title: judged(judge, one) for title, one in made.items()}
     cached = arm.made("fast-all-cached", CacheConfig(interval=4, order=1))
     found["cached"] = judged(judge, cached)
     found["cached, 8 bits"] = judged(judge, arm.made("fast-all-cached-8", ComputeConfig(), cached))

@@ -26,6 +26,7 @@ SLOWEST = (
     "test_it_is_gone_with_its_process",
     "test_ctrl_c_leaves_a_run_that_can_be_continued",
     "test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint",
+    "test_an_expert_that_fails_for_good_does_not_sink_the_run",
     "test_memory_does_not_grow_with_the_data",
     "test_a_compiled_network_trains_as_well",
     "test_sigterm_at_any_moment_costs_no_step_and_no_byte",
@@ -39,6 +40,7 @@ SLOWEST = (
     "test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at",
     "test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without_data",
     "test_the_wheel_runs_the_pipeline_from_another_folder",
+    "test_one_step_is_nearer_to_the_data_than_one_plain_step[True]",
     "test_a_short_chain_comes_nearer_to_the_data_on_noise_that_trained_nothing",
 )
 """Proofs for their length alone, wherever they stand."""
