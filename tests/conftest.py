@@ -1,12 +1,25 @@
 """Which tests are proofs: they start Ray clusters, pools, sweeps or disks of their own, and `make proof` runs them."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from orchestrator.controller import shield
+HEAVY = (
+    "beartype.door",
+    "diffusers.hooks",
+    "diffusers.models.transformers.dit_transformer_2d",
+    "diffusers.models.unets.unet_2d",
+    "faiss",
+    "scipy.stats",
+    "sklearn.linear_model",
+    "torch._dynamo",
+)
+"""Libraries that a module of ours must not be the first to import: under jaxtyping's hook all of them compile anew."""
+for library in HEAVY:
+    import_module(library)
 
-shield(None)  # Ray reads its switches when it is imported, and some tests import it as they are collected
+import_module("orchestrator.controller").shield(None)  # Ray reads its switches when tests that need it are collected
 
 HERE = Path(__file__).parent
 
@@ -26,6 +39,8 @@ SLOWEST = (
     "test_it_is_gone_with_its_process",
     "test_ctrl_c_leaves_a_run_that_can_be_continued",
     "test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint",
+    "test_a_changed_router_value_runs_the_router_and_what_holds_it",
+    "test_all_of_fashion_holds_out_half_of_its_test_images",
     "test_an_expert_that_fails_for_good_does_not_sink_the_run",
     "test_memory_does_not_grow_with_the_data",
     "test_a_compiled_network_trains_as_well",
@@ -40,6 +55,7 @@ SLOWEST = (
     "test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at",
     "test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without_data",
     "test_the_wheel_runs_the_pipeline_from_another_folder",
+    "test_one_step_is_nearer_to_the_data_than_one_plain_step[False]",
     "test_one_step_is_nearer_to_the_data_than_one_plain_step[True]",
     "test_a_short_chain_comes_nearer_to_the_data_on_noise_that_trained_nothing",
 )
