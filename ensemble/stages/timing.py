@@ -37,23 +37,28 @@ class Timing:
     threads: int = 1
 
 
+LEAST = 0.25
+"""Of the FLOPs of the other pipeline: what is quicker draws its images so often in a turn that it too takes a while."""
+
+
 def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, workspace: Workspace) -> float:
     """Write `timing.json`, and return the FLOPs of drawing."""
     pipelines = [DDMPipeline.from_pretrained(folder) for folder in (whole, smaller)]
-    costs = [RowFlops.of(pipeline) for pipeline in pipelines]
-    seeds, flops = list(range(config.num_images)), 0.0
+    seeds = list(range(config.num_images))
     seconds: tuple[list[float], list[float]] = ([], [])
     with one_thread():
-        for turn in range(-1, config.turns):
-            workspace.report(turn + 1, config.turns + 1, unit="turns")
+        warm = [sample(one.ensemble, one.codec, seeds, config.sampling).calls for one in pipelines]
+        flops = [RowFlops.of(one).times(calls) for one, calls in zip(pipelines, warm, strict=True)]
+        draws = [max(1, round(LEAST * max(flops) / own)) for own in flops]
+        for turn in range(config.turns):
+            workspace.report(turn, config.turns, unit="turns")
             if workspace.stop_requested():
-                raise Preempted(f"stopped after {turn + 1} turns; a measurement starts again")
-            for pipeline, cost, found in zip(pipelines, costs, seconds, strict=True):
+                raise Preempted(f"stopped after {turn} turns; a measurement starts again")
+            for one, count, found in zip(pipelines, draws, seconds, strict=True):
                 start = time.process_time()
-                drawn = sample(pipeline.ensemble, pipeline.codec, seeds, config.sampling)
-                if turn >= 0:
-                    found.append((time.process_time() - start) / len(seeds))
-                flops += cost.times(drawn.calls) if turn < 0 else 0.0
+                for _ in range(count):
+                    sample(one.ensemble, one.codec, seeds, config.sampling)
+                found.append((time.process_time() - start) / count / len(seeds))
     before, after = (statistics.quantiles(found, n=4)[0] for found in seconds)
     ratios = [ours / theirs for theirs, ours in zip(*seconds, strict=True)]
     timing = Timing(
@@ -65,7 +70,7 @@ def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, works
         turns=config.turns,
     )
     write_json(out / TIMING, timing)
-    return flops * (config.turns + 1)
+    return sum(own * (1 + count * config.turns) for own, count in zip(flops, draws, strict=True))
 
 
 @contextmanager
