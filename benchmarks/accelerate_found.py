@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from artifacts import read_json, write_json
-from benchmarks.compress_arms import SPACES, Arm, start_of, train
+from benchmarks.compress_arms import Arm, start_of, train
 from benchmarks.compress_found import Found, Parts, compared
+from benchmarks.finished_run import SPACES
 from ensemble.draws import RowFlops
 from ensemble.metrics import vendi_score
 from ensemble.pipeline import DDMPipeline

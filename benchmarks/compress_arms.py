@@ -10,29 +10,18 @@ whose spectrum is flat and which no low rank can hold.
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from artifacts import Workspace, read_json
+from benchmarks.finished_run import SPACES, FinishedRun, Scores, finished
 from ensemble.evaluate import evaluate
 from ensemble.stages.comparison import COMPRESSION
 from ensemble.stages.config import RecipeConfig, StageConfig, TimingConfig
 from ensemble.stages.run import run_stage
 from ensemble.stages.timing import TIMING, Timing, time_both
 from experts.config import TrainingConfig
-from orchestrator.compose import compose
-from orchestrator.config import RunConfig, parse_config
-from orchestrator.controller import run_pipeline
-from orchestrator.graph import build_graph, plain_evaluation
+from orchestrator.graph import plain_evaluation
 from orchestrator.matching import by_cluster
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
-
-Scores = dict[str, Any]
-SPACES = ("pixels", "efficientnet_lite0")
 
 BASE = (
     "data=fashion_full",
@@ -103,30 +92,13 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(FinishedRun):
     """A trained ensemble and everything that is made of it."""
-
-    config: RunConfig
-
-    @cached_property
-    def run(self) -> RunFolder:
-        """The run folder."""
-        return RunFolder(Path(self.config.folder))
-
-    @cached_property
-    def stages(self) -> dict[str, Stage]:
-        """By name."""
-        return {stage.name: stage for stage in build_graph(self.config)}
 
     @property
     def whole(self) -> Path:
         """The ensemble that nothing was done to."""
         return self.folder("ensemble")
-
-    def folder(self, stage: str) -> Path:
-        """A stage's artifact."""
-        return self.run.artifact(self.stages[stage])
 
     def made(self, name: str, recipe: RecipeConfig, ensemble: Path | None = None) -> Path:
         """The ensemble that a recipe makes, with its comparison; what is finished already is found."""
@@ -180,7 +152,7 @@ class Arm:
 
 def start_of(name: str, seed: int, folder: Path, more: Sequence[str] = ()) -> Arm:
     """The network that all experts of an architecture begin with: an ensemble of one."""
-    return _run([*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1", *more])
+    return Arm(finished([*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1", *more]))
 
 
 def trained_on(name: str, seed: int, folder: Path, training: TrainingConfig) -> Arm:
@@ -191,22 +163,15 @@ def trained_on(name: str, seed: int, folder: Path, training: TrainingConfig) -> 
         f"expert.training.lr={training.lr}",
         f"expert.init={start_of(name, seed, folder).folder('expert_0')}",
     )
-    return _run([*_given(name, seed, folder), *own, "partition.num_experts=1"])
+    return Arm(finished([*_given(name, seed, folder), *own, "partition.num_experts=1"]))
 
 
 def train(name: str, seed: int, folder: Path, more: Sequence[str] = ()) -> Arm:
     """The trained ensemble of an architecture; what is finished already is found."""
     recipe, start = RECIPES[name], start_of(name, seed, folder)
     own = [*recipe.own, f"partition.num_experts={recipe.num_experts}", f"expert.init={start.folder('expert_0')}"]
-    return _run([*_given(name, seed, folder), *own, *more])
+    return Arm(finished([*_given(name, seed, folder), *own, *more]))
 
 
 def _given(name: str, seed: int, folder: Path) -> list[str]:
     return [*BASE, *RECIPES[name].network, f"seed={seed}", f"folder={folder / name}"]
-
-
-def _run(overrides: Sequence[str]) -> Arm:
-    arm = Arm(parse_config(compose(overrides)))
-    if run_pipeline(arm.config, Console(quiet=True)).stopped:
-        raise SystemExit("stopped; the same command goes on from there")
-    return arm

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifacts import plain, read_json
-from benchmarks.quality_arms import ARMS, SPACES, Arm, Scores, blind_rows, lost_expert, run_arm
+from benchmarks.finished_run import SPACES, Scores
+from benchmarks.quality_arms import ARMS, Arm, blind_rows, lost_expert, run_arm
 from benchmarks.record import Claim, Listing, write_result
 
 MAIN, OURS = "K = 8", "sticky"

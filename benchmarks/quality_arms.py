@@ -9,16 +9,14 @@ have spent nine tenths of their training on something else, and a monolith suffe
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from artifacts import Workspace, read_json, read_manifest
+from benchmarks.finished_run import SPACES, FinishedRun, Scores, finished
 from data_partition.features import load_extractor
 from ensemble.config import SamplingConfig
 from ensemble.evaluate import evaluate, held_out_classes
@@ -27,17 +25,11 @@ from ensemble.pipeline import DDMPipeline
 from ensemble.probe import Probe
 from ensemble.references import PIXELS
 from ensemble.spaces import scaled
-from orchestrator.compose import compose
-from orchestrator.config import RunConfig, parse_config
-from orchestrator.controller import run_pipeline
-from orchestrator.graph import build_graph, plain_evaluation
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
+from orchestrator.graph import plain_evaluation
 from router.config import SelectionConfig, row_name
 from router.router import Router
 
 STEPS = 2000
-SPACES = ("pixels", "efficientnet_lite0")
 LOST = 3
 """The expert that is taken out of eight."""
 
@@ -105,28 +97,9 @@ ARMS: Mapping[str, Sequence[str]] = {
 }
 """Overrides by the arm's name. A student costs the experts, itself, and their answers to train on: 1 + 1 + 1/3."""
 
-Scores = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One finished run."""
-
-    config: RunConfig
-
-    @cached_property
-    def run(self) -> RunFolder:
-        """The run folder, which other arms share."""
-        return RunFolder(Path(self.config.folder))
-
-    @cached_property
-    def stages(self) -> dict[str, Stage]:
-        """By name."""
-        return {stage.name: stage for stage in build_graph(self.config)}
-
-    def folder(self, stage: str) -> Path:
-        """A stage's artifact."""
-        return self.run.artifact(self.stages[stage])
+class Arm(FinishedRun):
+    """One list of overrides with one seed."""
 
     def scores(self) -> dict[str, Scores]:
         """`scores.json` by row."""
@@ -171,11 +144,7 @@ class Arm:
 
 def run_arm(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> Arm:
     """Bring one arm to its end; what is finished already is found."""
-    given = [*BASE, *ARMS[name], f"seed={seed}", f"folder={folder}", *overrides]
-    arm = Arm(parse_config(compose(given)))
-    if run_pipeline(arm.config, Console(quiet=True)).stopped:
-        raise SystemExit(f"stopped in the arm {name!r} of seed {seed}; the same command goes on from there")
-    return arm
+    return Arm(finished([*BASE, *ARMS[name], f"seed={seed}", f"folder={folder}", *overrides]))
 
 
 def lost_expert(arm: Arm) -> Scores:

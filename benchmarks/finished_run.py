@@ -1,0 +1,49 @@
+"""A run of the pipeline that a benchmark brings to its end and then looks into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.compose import compose
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.controller import run_pipeline
+from orchestrator.graph import build_graph
+from orchestrator.run_folder import RunFolder
+from orchestrator.stage import Stage
+
+Scores = dict[str, Any]
+SPACES = ("pixels", "efficientnet_lite0")
+"""In which scores are compared."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose stages are all finished."""
+
+    config: RunConfig
+
+    @cached_property
+    def run(self) -> RunFolder:
+        """The run folder, which other runs may share."""
+        return RunFolder(Path(self.config.folder))
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """By name."""
+        return {stage.name: stage for stage in build_graph(self.config)}
+
+    def folder(self, stage: str) -> Path:
+        """A stage's artifact."""
+        return self.run.artifact(self.stages[stage])
+
+
+def finished(overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a run that has been brought to its end; what is finished already is found."""
+    config = parse_config(compose(overrides))
+    if run_pipeline(config, Console(quiet=True)).stopped:
+        raise SystemExit("stopped; the same command goes on from there")
+    return config
