@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from artifacts import CorruptArtifact, read_json, write_json
-from ensemble.sampler import travel
+from ensemble.sampler import beginning, travel
 from experts.condition import Condition
 from experts.course import Course
 from experts.drafts import DRAFTS
@@ -93,7 +93,8 @@ class DraftedExpert:
         def velocity(noised: Latents, t: Tensor) -> Latents:
             return draft.velocity(noised, t, condition)
 
-        return travel(velocity, own, course, draft.path, lambda step: noise(OF_DRAFT + 1 + step))
+        begun = beginning(own, course, draft.path)
+        return travel(velocity, begun, course, draft.path, lambda step: noise(OF_DRAFT + 1 + step))
 
     def to(self, device: torch.device | str) -> "DraftedExpert":
         """Move both networks to a device, in place."""

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ensemble.routing import Routing
+from ensemble.sampler import beginning
 from experts.condition import Condition
 from experts.course import Course
 from experts.noise_path import NoiseOf, NoisePath, expand
@@ -193,7 +194,7 @@ class Ensemble:
 
     def begun(self, noise: NoiseOf, condition: Condition, routing: Routing) -> Latents:
         """Where trajectories begin: with noise, or with the draft of an expert that the prior draws for each."""
-        begun = noise(0)
+        begun = beginning(noise(0), self.course, self.path)
         if not any(isinstance(expert, Beginning) for expert in self.experts.values()):
             return begun
         opened = Routing.opened(routing.seeds, self._prior_logits(condition), SelectionConfig(name="sticky"))

@@ -74,6 +74,13 @@ def fresh_step(
     return path.noised(clean, fresh, _rows(t_next, noised)) if t_next else clean
 
 
+def beginning(noise: Latents, course: Course | None, path: NoisePath) -> Latents:
+    """Noise where a course begins: at t < 1 it is as strong as the noise of a sample there, and nothing is added."""
+    # Zhou et al. 2024, arXiv:2404.04057, section 4.1: the generator is given sigma_init z.
+    start = 1.0 if course is None else course.times[0]
+    return noise if start == 1 else path.sigma(noise.new_tensor(start)) * noise
+
+
 def travel(
     velocity: VelocityField, noised: Latents, course: Course, path: NoisePath, fresh: Callable[[int], Latents]
 ) -> Latents:

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -103,13 +102,14 @@ def test_plan_imports_neither_torch_nor_ray():
     assert python(code).endswith("[]\n")
 
 
-def test_help_answers_within_a_second():
-    seconds = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "orchestrator", "--help"], check=True, capture_output=True, cwd=ROOT)
-        seconds.append(time.monotonic() - started)
-    assert min(seconds) < 1.0
+def test_help_answers_at_once_as_it_imports_next_to_nothing():
+    code = (
+        "import sys; from orchestrator.cli import app\n"
+        "app(['--help'], standalone_mode=False)\n"
+        "heavy = {'numpy', 'pydantic', 'hydra', 'omegaconf', 'torch'}\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
+    )
+    assert python(code).endswith("[]\n")
 
 
 def commands_in(path: Path) -> list[str]:

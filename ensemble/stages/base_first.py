@@ -20,14 +20,14 @@ def base_first(config: BaseFirstConfig, given: Given) -> Together:
 
 
 def scheduled(k: int, student: Speaker, base: Speaker, config: BaseFirstConfig) -> ScheduledExpert:
-    """One expert: the base above the student's second time, the student from there on."""
+    """One expert: the base from t = 1 to the student's second time, the student from there on."""
     if not isinstance(student, Expert) or not isinstance(base, Expert) or student.course is None:
         raise StageError(f"base_first goes between an expert and its student, and expert {k} has none; add distill=…")
     course = student.course
     if len(course.times) < 2:
         raise StageError("base_first takes over a student's first step, and this one has no other; distill.steps=2")
-    start, second, *_ = course.times
-    first = Course.even(config.base_steps, "euler", start=start - second)
+    second = course.times[1]
+    first = Course.even(config.base_steps, "euler", start=1 - second)
     times = (*(t + second for t in first.times), *course.times[1:])
     whole = Course(times=times, ways=(*first.ways, *course.ways[1:]), is_distilled=True)
     return ScheduledExpert(networks=(student, base), bounds=(_between(second, times),), course=whole)

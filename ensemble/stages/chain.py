@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ensemble.sampler import VelocityField, euler_step, fresh_step
+from ensemble.sampler import VelocityField, beginning, euler_step, fresh_step
 from ensemble.stages.method import StageError
 from ensemble.stages.teacher import Teacher
 from experts.condition import Condition
@@ -49,7 +49,7 @@ def noised_at(expert: Expert, noise: Sequence[Latents], condition: Condition, co
 
     `noise` is that of its beginning, then that of every later time, used where a step wants some.
     """
-    noised = noise[0]
+    noised = beginning(noise[0], course, expert.path)
     for index, (t, t_next) in enumerate(zip(course.times[:last], course.times[1 : last + 1], strict=True)):
         if course.ways[index] == "fresh":
             noised = fresh_step(_field(expert, condition), noised, t, t_next, expert.path, noise[index + 1])

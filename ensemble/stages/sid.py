@@ -107,7 +107,7 @@ def turn_of(expert: Expert, teacher: Teacher, dataset: LatentDataset, config: Si
 
 def course_of(config: SiDConfig) -> Course:
     """When the student is asked."""
-    return Course.even(config.steps, config.renoise, is_distilled=True)
+    return Course.even(config.steps, config.renoise, start=config.start, is_distilled=True)
 
 
 def student_loss(

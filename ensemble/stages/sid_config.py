@@ -22,6 +22,8 @@ class SiDConfig:
     """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Times at which the student is asked."""
+    start: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The first of them. Below 1 the student begins with weaker noise, of which it calls more a signal."""
     common_steps: Annotated[int, Field(ge=0)] = 0
     """Turns in which one student learns from all experts at once; each expert's own then begins with it, not anew."""
     renoise: Literal["fresh", "euler"] = "fresh"

@@ -13,12 +13,15 @@ from ensemble.ensemble import Ensemble, EnsembleError
 from ensemble.pipeline import DDMPipeline
 from ensemble.sample import sample
 from ensemble.sampler import noise_for
+from ensemble.stages.chain import clean_said, noised_at
+from experts.codec import PixelCodec
 from experts.condition import Condition
 from experts.course import Course
 from experts.drafts import Anchors, Autoregressive
 from experts.expert import Expert
 from experts.flops import forward_flops
 from experts.noise_path import STRAIGHT
+from experts.reuse import Recall
 from router.config import SelectionConfig
 from tests.ensemble.test_pipeline import SHAPE, make_expert, parts, put_together
 from tests.oracles import IdentityCodec, MixtureOfGaussians, Oracle
@@ -64,6 +67,26 @@ def test_fresh_noise_gives_the_right_distribution_with_many_steps_and_is_each_sa
     torch.testing.assert_close(alone[0], drawn[7])
     assert not torch.equal(noise_for([3], (2,), 1), noise_for([3], (2,), 2))
     assert torch.equal(noise_for([3, 4], (2,), 1)[1], noise_for([4], (2,), 1)[0])
+
+
+@pytest.mark.parametrize("start", [1.0, 0.6])
+def test_a_course_begins_with_noise_as_strong_as_there_is_at_its_first_time(start, tmp_path):
+    coursed, _ = ensemble_of(Course.even(1, "fresh", start=start))
+    noised, mean = start * noise_for(range(6), (2,)), torch.tensor([2.0, -1.0])
+    gain = 0.25 * (1 - start) / (0.25 * (1 - start) ** 2 + start**2)
+    posterior = mean + gain * (noised - (1 - start) * mean)
+    torch.testing.assert_close(sample(coursed, IdentityCodec(), range(6), STICKY).latents, posterior)
+    student = replace(Expert.load(make_expert(tmp_path / "e", 0)), course=Course.even(2, "fresh", start=start))
+    alone = sample(
+        Ensemble(experts={0: student}, path=STRAIGHT), PixelCodec(image_shape=(4, 4, 1)), range(4), STICKY
+    ).latents
+    unknown, noise = Condition.null(4), [noise_for(range(4), SHAPE, occasion) for occasion in range(3)]
+    half = start / 2
+    last = noised_at(student, noise, unknown, student.course, 1)
+    torch.testing.assert_close(clean_said(student, last, torch.full((4,), half), unknown), alone)
+    drafted = DraftedExpert(draft=student, refiner=replace(student, course=Course.even(1, "euler", start=0.3)))
+    drawn = drafted.drawn(lambda occasion: noise[max(occasion - OF_DRAFT, 0)], unknown, Recall(name=""))
+    torch.testing.assert_close(drawn, alone)
 
 
 def test_experts_that_do_not_agree_on_a_course_are_refused():

@@ -98,13 +98,13 @@ def test_links_devices_and_pipes_in_a_tar_are_refused(kind):
     ],
 )
 def test_a_tar_that_claims_or_names_too_much_is_refused_at_once(hostile, words):
-    began = time.monotonic()
+    began = time.process_time()
     tracemalloc.start()
     with pytest.raises(ShardError, match=words):
         list(read_tar(io.BytesIO(hostile), "hostile.tar"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 10 * 2**20 and time.monotonic() - began < 1
+    assert peak < 10 * 2**20 and time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ BOMB = zlib.compress(bytes(64 * 2**20), 9)
     ],
 )
 def test_an_image_that_is_a_bomb_or_a_program_is_unreadable(data, words):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UnreadableImage, match=words):
         decode_image(data)
-    assert time.monotonic() - began < 1 and len(data) < 100_000
+    assert time.process_time() - began < 1 and len(data) < 100_000
 
 
 def test_a_tiff_whose_numbers_are_fractions_is_unreadable():

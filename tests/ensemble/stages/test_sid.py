@@ -117,8 +117,10 @@ def test_guidance_without_classes_is_refused_and_with_them_it_makes_a_difference
 
 
 def test_the_students_folder_knows_its_course(teacher, tmp_path):
-    outcome = sid(teacher, digits(), SiDConfig(steps=3, training=BRIEF), Workspace.at(tmp_path / "w"))
+    config = SiDConfig(steps=3, start=0.75, training=BRIEF)
+    outcome = sid(teacher, digits(), config, Workspace.at(tmp_path / "w"))
     outcome.expert.save(tmp_path / "student")
     again = Expert.load(tmp_path / "student")
     assert again.course == outcome.network.course and again.course.ways == ("fresh",) * 3
+    assert again.course.times == (0.75, 0.5, 0.25)
     assert torch.equal(drawn(again, count=4), drawn(outcome.network, count=4))

@@ -112,6 +112,8 @@ def test_the_base_takes_the_first_step_and_the_student_the_others(expert):
     twice = scheduled(0, student, expert, BaseFirstConfig(base_steps=3))
     assert twice.course.times == pytest.approx((1.0, 1 - 0.25 / 3, 1 - 0.5 / 3, 0.75, 0.5, 0.25))
     assert sampled(twice).calls.work == {"0/1": 18.0, "0/0": 18.0}
+    later = replace(student, course=Course.even(2, "fresh", start=0.8, is_distilled=True))
+    assert scheduled(0, later, expert, BaseFirstConfig(base_steps=2)).course.times == (1.0, 0.7, 0.4), "from pure noise"
 
 
 def test_a_base_that_is_its_own_student_changes_nothing(expert):
