@@ -37,6 +37,7 @@ PROOFS = (
 
 SLOWEST = (
     "test_it_is_gone_with_its_process",
+    "test_a_sweep_runs_every_combination_in_a_folder_of_its_own",
     "test_ctrl_c_leaves_a_run_that_can_be_continued",
     "test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint",
     "test_a_changed_router_value_runs_the_router_and_what_holds_it",

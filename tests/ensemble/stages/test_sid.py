@@ -31,7 +31,7 @@ FULL = SamplingConfig(solver="euler", steps=1, selection=SelectionConfig(name="f
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return trained("mlp", Workspace.at(tmp_path_factory.mktemp("mlp")), 1500)
+    return trained("mlp", Workspace.at(tmp_path_factory.mktemp("mlp")))
 
 
 def drawn(expert, sampling=FULL, count=256):
@@ -76,10 +76,11 @@ def test_the_loss_is_its_equation(monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at(teacher, tmp_path):
+def test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at(tmp_path):
+    teacher = trained("mlp", Workspace.at(tmp_path / "teacher"), 1500)
     blind = replace(digits(), clean=torch.full_like(digits().clean, torch.nan))
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
-    outcome = sid(teacher, blind, SiDConfig(steps=1, training=TRAINING), Workspace.at(tmp_path))
+    outcome = sid(teacher, blind, SiDConfig(steps=1, training=TRAINING), Workspace.at(tmp_path / "student"))
     assert distance(drawn(outcome.network)) < 0.5 * distance(drawn(teacher))
     assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
     assert outcome.network.course.times == (1.0,) and outcome.flops > 0
