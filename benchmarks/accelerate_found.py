@@ -197,6 +197,21 @@ def students(seed: int, folder: Path) -> Found:
     return found | {"draft of the student": best} | truncated(judge, made[best, 1])
 
 
+LATE = "SiD from t = 0.8"
+LATER = SiDConfig(steps=1, start=0.8, training=replace(LEARNING, steps=1600))
+"""A student that begins with weaker noise, and learns for twice as long."""
+
+
+def late_students(seed: int, folder: Path) -> Found:
+    """A student that begins below t = 1 beside one plain step, and what its expert makes of it."""
+    arm = start_of("small", seed, folder, MORE)
+    judge, made = Judge(arm=arm), arm.made("fast-late", LATER)
+    found: Found = {f"{LATE}, 1": judge.varied(made), "whole": judge.varied(arm.whole)}
+    found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (1, 2)}
+    refined = arm.made("fast-late-refined", REFINED, made)
+    return found | {"refined, 1 + 1": judge.varied(refined) | {"student": LATE}}
+
+
 def student(arm: Arm, name: str, steps: int) -> Path:
     """A student; one that was trained to be consistent is the same for all steps, and only its course differs."""
     number, recipe = list(STUDENTS).index(name), STUDENTS[name]
@@ -270,5 +285,6 @@ PARTS: Parts = {
     "transformer_caches": transformer_caches,
     "routes": routes,
     "students": students,
+    "late_students": late_students,
     "everything": everything,
 }
