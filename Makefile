@@ -12,7 +12,8 @@ help: ## Show this help
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on the PATH; name one with PYTHON=…"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,features]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,features]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores; some files are for other versions of Python
 	@touch $@
 
 .PHONY: install
