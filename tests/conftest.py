@@ -52,6 +52,7 @@ SLOWEST = (
     "test_killed_and_started_again_gives_the_same_bytes",
     "test_a_controller_killed_at_five_random_moments_loses_nothing",
     "test_what_is_faster_goes_through_the_other_stages_and_is_sampled_like_the_whole",
+    "test_learned_masks_leave_better_samples_than_chance_and_magnitude[units-0.5]",
     "test_other_drafts_are_better_than_a_step_from_noise[autoregressive]",
     "test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at",
     "test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without_data",
