@@ -412,7 +412,7 @@ NOTE = (
     f"with. All ratios are to {STEPS} Euler steps of the same ensemble, sticky, from the same noise. FLOPs are "
     "counted, of a first-block cache as a mean. CPU time: one thread, both in turns, not compiled; of eight "
     f"transformers a whole batch at once, 256 images. A draft at t = {STARTS[0]} is the draft alone. Students by SiD "
-    f"learn for {LEARNING.steps} turns, those from t = 0.8 for {LATER.training.steps}. The seconds are "
+    f"learn for {LEARNING.steps} turns, those from t = {LATER.start} for {LATER.training.steps}. The seconds are "
     "those of all parts, of which two ran at once; training the U-Net and the transformer of 12 M is in those of "
     "`compress`."
 )

@@ -197,9 +197,9 @@ def students(seed: int, folder: Path) -> Found:
     return found | {"draft of the student": best} | truncated(judge, made[best, 1])
 
 
-LATE = "SiD from t = 0.8"
 LATER = SiDConfig(steps=1, start=0.8, training=replace(LEARNING, steps=1600))
 """A student that begins with weaker noise, and learns for twice as long."""
+LATE = f"SiD from t = {LATER.start}"
 
 
 def late_students(seed: int, folder: Path) -> Found:

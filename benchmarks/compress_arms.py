@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from artifacts import Workspace, read_json
-from benchmarks.finished_run import SPACES, FinishedRun, Scores, finished
+from benchmarks.finished_run import SPACES, FinishedRun, Scores
 from ensemble.evaluate import evaluate
 from ensemble.stages.comparison import COMPRESSION
 from ensemble.stages.config import RecipeConfig, StageConfig, TimingConfig
@@ -152,7 +152,7 @@ class Arm(FinishedRun):
 
 def start_of(name: str, seed: int, folder: Path, more: Sequence[str] = ()) -> Arm:
     """The network that all experts of an architecture begin with: an ensemble of one."""
-    return Arm(finished([*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1", *more]))
+    return Arm.of(name, [*_given(name, seed, folder), *RECIPES[name].start, "partition.num_experts=1", *more])
 
 
 def trained_on(name: str, seed: int, folder: Path, training: TrainingConfig) -> Arm:
@@ -163,14 +163,14 @@ def trained_on(name: str, seed: int, folder: Path, training: TrainingConfig) -> 
         f"expert.training.lr={training.lr}",
         f"expert.init={start_of(name, seed, folder).folder('expert_0')}",
     )
-    return Arm(finished([*_given(name, seed, folder), *own, "partition.num_experts=1"]))
+    return Arm.of(name, [*_given(name, seed, folder), *own, "partition.num_experts=1"])
 
 
 def train(name: str, seed: int, folder: Path, more: Sequence[str] = ()) -> Arm:
     """The trained ensemble of an architecture; what is finished already is found."""
     recipe, start = RECIPES[name], start_of(name, seed, folder)
     own = [*recipe.own, f"partition.num_experts={recipe.num_experts}", f"expert.init={start.folder('expert_0')}"]
-    return Arm(finished([*_given(name, seed, folder), *own, *more]))
+    return Arm.of(name, [*_given(name, seed, folder), *own, *more])
 
 
 def _given(name: str, seed: int, folder: Path) -> list[str]:

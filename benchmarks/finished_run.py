@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 
@@ -26,6 +26,14 @@ class FinishedRun:
 
     config: RunConfig
 
+    @classmethod
+    def of(cls, name: str, overrides: Sequence[str]) -> Self:
+        """A run that is brought to its end now; what is finished already is found. `name` is said if it is stopped."""
+        config = parse_config(compose(overrides))
+        if run_pipeline(config, Console(quiet=True)).stopped:
+            raise SystemExit(f"stopped in {name!r} with seed {config.seed}; the same command goes on from there")
+        return cls(config)
+
     @cached_property
     def run(self) -> RunFolder:
         """The run folder, which other runs may share."""
@@ -39,11 +47,3 @@ class FinishedRun:
     def folder(self, stage: str) -> Path:
         """A stage's artifact."""
         return self.run.artifact(self.stages[stage])
-
-
-def finished(overrides: Sequence[str]) -> RunConfig:
-    """The configuration of a run that has been brought to its end; what is finished already is found."""
-    config = parse_config(compose(overrides))
-    if run_pipeline(config, Console(quiet=True)).stopped:
-        raise SystemExit("stopped; the same command goes on from there")
-    return config

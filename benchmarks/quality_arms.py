@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from artifacts import Workspace, read_json, read_manifest
-from benchmarks.finished_run import SPACES, FinishedRun, Scores, finished
+from benchmarks.finished_run import SPACES, FinishedRun, Scores
 from data_partition.features import load_extractor
 from ensemble.config import SamplingConfig
 from ensemble.evaluate import evaluate, held_out_classes
@@ -144,7 +144,7 @@ class Arm(FinishedRun):
 
 def run_arm(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> Arm:
     """Bring one arm to its end; what is finished already is found."""
-    return Arm(finished([*BASE, *ARMS[name], f"seed={seed}", f"folder={folder}", *overrides]))
+    return Arm.of(name, [*BASE, *ARMS[name], f"seed={seed}", f"folder={folder}", *overrides])
 
 
 def lost_expert(arm: Arm) -> Scores:

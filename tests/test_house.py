@@ -93,21 +93,18 @@ def test_the_configuration_imports_neither_torch_nor_ray():
     assert python(code) == "[]\n"
 
 
-def test_plan_imports_neither_torch_nor_ray():
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        (["plan", "experiment=demo"], ("torch", "ray", "wandb", "diffusers")),
+        (["--help"], ("numpy", "pydantic", "hydra", "omegaconf", "torch")),
+    ],
+)
+def test_a_command_that_answers_at_once_imports_nothing_heavy(words, heavy):
     code = (
         "import sys; from orchestrator.cli import app\n"
-        "app(['plan', 'experiment=demo'], standalone_mode=False)\n"
-        "print([name for name in ('torch', 'ray', 'wandb', 'diffusers') if name in sys.modules])"
-    )
-    assert python(code).endswith("[]\n")
-
-
-def test_help_answers_at_once_as_it_imports_next_to_nothing():
-    code = (
-        "import sys; from orchestrator.cli import app\n"
-        "app(['--help'], standalone_mode=False)\n"
-        "heavy = {'numpy', 'pydantic', 'hydra', 'omegaconf', 'torch'}\n"
-        "print(sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
+        f"app({words!r}, standalone_mode=False)\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     assert python(code).endswith("[]\n")
 

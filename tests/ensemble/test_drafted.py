@@ -81,11 +81,10 @@ def test_a_course_begins_with_noise_as_strong_as_there_is_at_its_first_time(star
         Ensemble(experts={0: student}, path=STRAIGHT), PixelCodec(image_shape=(4, 4, 1)), range(4), STICKY
     ).latents
     unknown, noise = Condition.null(4), [noise_for(range(4), SHAPE, occasion) for occasion in range(3)]
-    half = start / 2
     last = noised_at(student, noise, unknown, student.course, 1)
-    torch.testing.assert_close(clean_said(student, last, torch.full((4,), half), unknown), alone)
+    torch.testing.assert_close(clean_said(student, last, torch.full((4,), start / 2), unknown), alone)
     drafted = DraftedExpert(draft=student, refiner=replace(student, course=Course.even(1, "euler", start=0.3)))
-    drawn = drafted.drawn(lambda occasion: noise[max(occasion - OF_DRAFT, 0)], unknown, Recall(name=""))
+    drawn = drafted.drawn(lambda occasion: noise[occasion - OF_DRAFT], unknown, Recall(name=""))
     torch.testing.assert_close(drawn, alone)
 
 
