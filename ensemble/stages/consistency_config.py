@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from artifacts import STRICT
 from experts.config import TrainingConfig
 
-TRAINING = TrainingConfig(steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, checkpoint_every=200)
+CONSISTENCY_TRAINING = TrainingConfig(steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, checkpoint_every=200)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -20,7 +20,7 @@ class ConsistencyConfig:
     """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Times at which the student is asked, with fresh noise between."""
-    training: TrainingConfig = TRAINING
+    training: TrainingConfig = CONSISTENCY_TRAINING
     """How it is trained; its distribution of t serves `t_choice` logit_normal alone."""
     teacher: bool = False
     """Whether the neighbouring point is found by a step of the expert (distillation) or the same noise (training)."""

@@ -10,7 +10,7 @@ from experts.config import TrainingConfig
 
 FeatureKind = Literal["expert", "latents", "random_conv"]
 
-TRAINING = TrainingConfig(steps=500, batch_size=128, lr=1e-4, warmup_steps=20, clip_norm=0.5, checkpoint_every=100)
+MMD_TRAINING = TrainingConfig(steps=500, batch_size=128, lr=1e-4, warmup_steps=20, clip_norm=0.5, checkpoint_every=100)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -30,7 +30,7 @@ class MMDConfig:
     never trained say of them."""
     across: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of its kernel that a pair of unlike conditions keeps; at 1 conditions do not matter."""
-    training: TrainingConfig = TRAINING
+    training: TrainingConfig = MMD_TRAINING
     """How the chain is trained; a batch is as many samples as it is of the cluster's latents."""
     seed: int = 0
     """The random filters are a function of it."""

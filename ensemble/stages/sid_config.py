@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from artifacts import STRICT
 from experts.config import TrainingConfig
 
-TRAINING = TrainingConfig(
+SID_TRAINING = TrainingConfig(
     steps=2000, batch_size=64, lr=1e-4, warmup_steps=50, t_mean=0.7, t_std=1.6, checkpoint_every=200
 )
 
@@ -32,7 +32,7 @@ class SiDConfig:
     """How much of the distance between the two scores itself is taken off the loss; 1.0 to 1.2."""
     weighting: Literal["signal", "one"] = "signal"
     """Weight of a t in the student's loss: the share of signal in a sample there, or the same for each."""
-    training: TrainingConfig = TRAINING
+    training: TrainingConfig = SID_TRAINING
     """How student and fake score are trained: turns, samples each, and the distribution of t."""
     fake_updates: Annotated[int, Field(ge=1)] = 1
     """Steps of the fake score before each of the student's."""

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from artifacts import STRICT
 from experts.config import TrainingConfig
 
-TRAINING = TrainingConfig(steps=1000, batch_size=128, lr=2e-3, warmup_steps=50)
+DRAFT_TRAINING = TrainingConfig(steps=1000, batch_size=128, lr=2e-3, warmup_steps=50)
 
 Start = Annotated[float, Field(gt=0, lt=1)]
 
@@ -35,7 +35,7 @@ class TruncateConfig:
     """Centroids of the draft `anchors`, never more than the cluster has samples."""
     width: Annotated[int, Field(ge=8)] = 128
     """Features of the network of the draft `autoregressive`."""
-    training: TrainingConfig = TRAINING
+    training: TrainingConfig = DRAFT_TRAINING
     """How that is trained."""
     seed: int = 0
     """Centroids, and the noise of what is compared, are functions of it."""
