@@ -17,7 +17,7 @@ from benchmarks.accelerate_found import DEEP, LATE, LATER, LEARNING, PARTS, REFI
 from benchmarks.compress import Section, Seeds, claim, mean, text, write_sections
 from benchmarks.compress_found import Found, all_found, asked
 from benchmarks.record import Claim, Listing
-from ensemble.stages.similarity import best_steps
+from ensemble.compression.acceleration.adaptive_schedule import best_steps
 
 KINDS = ("anchors", "autoregressive", "expert", "student")
 """Of drafts."""

@@ -12,24 +12,21 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from artifacts import read_json, write_json
 from benchmarks.compress_arms import Arm, start_of, train
 from benchmarks.compress_found import Found, Parts, compared
 from benchmarks.finished_run import SPACES
-from ensemble.draws import RowFlops
-from ensemble.metrics import vendi_score
+from ddm_core.artifacts import read_json, write_json
+from ensemble.compression.acceleration.config import BaseFirstConfig, CacheConfig, HookConfig, TruncateConfig
+from ensemble.compression.config import ComputeConfig, WeightsConfig
+from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
+from ensemble.compression.pruning.config import LaptopConfig
+from ensemble.evaluation.generate import RowFlops
+from ensemble.evaluation.metrics import vendi_score
+from ensemble.evaluation.scoring import Reference
 from ensemble.pipeline import DDMPipeline
-from ensemble.scoring import Reference
-from ensemble.stages.cache_config import CacheConfig, HookConfig
-from ensemble.stages.config import ComputeConfig, WeightsConfig
-from ensemble.stages.consistency_config import ConsistencyConfig
-from ensemble.stages.laptop_config import LaptopConfig
-from ensemble.stages.mmd_config import MMDConfig
-from ensemble.stages.sid_config import SiDConfig
-from ensemble.stages.truncate_config import BaseFirstConfig, TruncateConfig
 from experts.config import TrainingConfig
-from experts.course import Course
-from orchestrator.graph import plain_evaluation
+from experts.diffusion.few_step import Course
+from orchestrator.pipeline.graph import plain_evaluation
 
 STEPS = 50
 """Of the samples that everything is compared with."""

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from artifacts import is_finished, read_json, read_manifest
-from orchestrator.attempts import CONTINUED, continued_from
-from orchestrator.compose import compose
-from orchestrator.compute_config import ComputeConfig, IslandConfig
-from orchestrator.config import RunConfig, parse_config
-from orchestrator.graph import build_graph
-from orchestrator.lease import process_start
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
+from ddm_core.artifacts import is_finished, read_json, read_manifest
+from orchestrator.config.compute import ComputeConfig, IslandConfig
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, parse_config
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import Stage
+from orchestrator.run.attempts import CONTINUED, continued_from
+from orchestrator.run.lease import process_start
+from orchestrator.run.run_folder import RunFolder
 
 OVERRIDES = (
     "experiment=digits",

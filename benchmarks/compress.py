@@ -14,9 +14,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from artifacts import plain
 from benchmarks.compress_found import INT8, PARTS, PRUNED, SLIM, Found, all_found, asked, origins
 from benchmarks.record import RESULTS, Claim, Listing, write_result
+from ddm_core.artifacts import plain
 
 Seeds = Sequence[Found]
 

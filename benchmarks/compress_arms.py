@@ -12,16 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from artifacts import Workspace, read_json
 from benchmarks.finished_run import SPACES, FinishedRun, Scores
-from ensemble.evaluate import evaluate
-from ensemble.stages.comparison import COMPRESSION
-from ensemble.stages.config import RecipeConfig, StageConfig, TimingConfig
-from ensemble.stages.run import run_stage
-from ensemble.stages.timing import TIMING, Timing, time_both
+from ddm_core.artifacts import Workspace, read_json
+from ensemble.compression.config import RecipeConfig, StageConfig, TimingConfig
+from ensemble.compression.measurement import COMPRESSION, TIMING, Timing, time_both
+from ensemble.compression.run import run_stage
+from ensemble.evaluation.evaluate import evaluate
 from experts.config import TrainingConfig
-from orchestrator.graph import plain_evaluation
-from orchestrator.matching import by_cluster
+from orchestrator.pipeline.flop_matching import by_cluster
+from orchestrator.pipeline.graph import plain_evaluation
 
 BASE = (
     "data=fashion_full",

@@ -16,22 +16,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from artifacts import read_json, write_json
 from benchmarks.compress_arms import Arm, start_of, train, trained_on
 from benchmarks.record import RESULTS, machine
+from ddm_core.artifacts import read_json, write_json
+from ensemble.compression.config import ComputeConfig, SwitchConfig, WeightsConfig
+from ensemble.compression.measurement import COMPRESSION, Comparison, model_bytes
+from ensemble.compression.per_expert import OUTCOME
+from ensemble.compression.pruning.config import EcoDiffConfig, LaptopConfig
+from ensemble.compression.quantization.config import QuESTConfig, ShareConfig, SVDQuantConfig
 from ensemble.pipeline import DDMPipeline
-from ensemble.stages.comparison import COMPRESSION, Comparison, model_bytes
-from ensemble.stages.config import ComputeConfig, SwitchConfig, WeightsConfig
-from ensemble.stages.ecodiff_config import EcoDiffConfig
-from ensemble.stages.laptop_config import LaptopConfig
-from ensemble.stages.parts import OUTCOME
-from ensemble.stages.quest_config import QuESTConfig
-from ensemble.stages.share_config import ShareConfig
-from ensemble.stages.svdquant_config import SVDQuantConfig
+from experts.compressed.quantization.int8_linear import computes_in_int8
+from experts.compressed.quantization.shared_weight_io import bases_of
 from experts.config import TrainingConfig
 from experts.expert import Expert
-from experts.int8_linear import computes_in_int8
-from experts.shared_folder import bases_of
 from orchestrator.controller import project_commit
 from router.router import Router
 

@@ -28,8 +28,8 @@ ROWS = (
         bar="a named error within seconds, nothing lost; bit flips 100 % detected",
         tests=(
             "tests/laws/test_corruption.py",
-            "tests/orchestrator/islands/test_storage_faults.py",
-            "tests/orchestrator/islands/test_check.py",
+            "tests/orchestrator/islands/storage/test_storage_faults.py",
+            "tests/orchestrator/islands/preflight/test_check.py",
         ),
     ),
     Row(

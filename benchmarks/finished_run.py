@@ -8,12 +8,12 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from orchestrator.compose import compose
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
-from orchestrator.graph import build_graph
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import Stage
+from orchestrator.run.run_folder import RunFolder
 
 Scores = dict[str, Any]
 SPACES = ("pixels", "efficientnet_lite0")

@@ -15,8 +15,8 @@ from pathlib import Path
 from benchmarks.bed import Killer, Recipe, Trial
 from benchmarks.record import Claim, Listing, write_result
 from benchmarks.reliability import NOTES, Bench, strip_to_template, undisturbed
-from orchestrator.attempts import Attempt, all_attempts
-from orchestrator.islands.local import LocalIslands
+from orchestrator.islands.local.clusters import LocalIslands
+from orchestrator.run.attempts import Attempt, all_attempts
 
 INTERVALS = 10
 """Mean time to preemption, in checkpoint intervals."""

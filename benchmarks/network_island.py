@@ -16,8 +16,8 @@ from pathlib import Path
 
 from moto.server import ThreadedMotoServer
 
-from artifacts import plain
-from orchestrator.islands.local import LocalIslands
+from ddm_core.artifacts import plain
+from orchestrator.islands.local.clusters import LocalIslands
 
 S3_PORT, TUNNEL_PORT = 9300, 9301
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}

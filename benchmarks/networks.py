@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.network_island import CREDENTIALS
-from orchestrator.compute_config import IslandConfig
+from orchestrator.config.compute import IslandConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 1. K experts through the runner on Ray, against the same K trainings by hand: `python -m experts`, one process per
    expert, as many at once as there are cores. Both sides train from the same shards to the same bytes.
-2. A training step of `experts.train.fit`, against a bare PyTorch loop over the same model, data and mathematics.
+2. A training step of `fit`, against a bare PyTorch loop over the same model, data and mathematics.
 
 Sides take turns. The start-up of Ray is reported apart.
 """
@@ -22,24 +22,24 @@ from pathlib import Path
 
 import torch
 
-from artifacts import Workspace, plain, write_json
 from benchmarks.record import Claim, Listing, median_and_range, write_result
-from experts.codecs import load_codec
+from ddm_core.artifacts import Workspace, plain, write_json
+from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig, TrainingConfig
-from experts.ema import MovingAverage
-from experts.latents import LatentDataset, batch_of, encode_latents
-from experts.loss import expert_loss
-from experts.networks import build_network
-from experts.noise_path import PATHS
-from experts.train import fit, learning_rate
-from orchestrator.compose import compose
-from orchestrator.compute_config import ComputeConfig
-from orchestrator.config import RunConfig, parse_config
-from orchestrator.graph import build_graph
-from orchestrator.inline_backend import InlineBackend
-from orchestrator.run_folder import RunFolder
-from orchestrator.runner import Runner
-from orchestrator.stage import Stage
+from experts.diffusion.noise_schedule import PATHS
+from experts.networks.registry import build_network
+from experts.training.ema import MovingAverage
+from experts.training.latent_dataset import LatentDataset, batch_of, encode_latents
+from experts.training.loss import expert_loss
+from experts.training.trainer import fit, learning_rate
+from orchestrator.backends.inline import InlineBackend
+from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, parse_config
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import Stage
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.runner import Runner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def take_turn(prepared: RunFolder, config: RunConfig, folder: Path) -> Turn:
 
 def by_ddm(run: RunFolder, graph: list[Stage], policy: ComputeConfig) -> tuple[float, float]:
     """Seconds that Ray took to start, and seconds from the first submission to the last finished expert."""
-    from orchestrator.ray_backend import RayBackend
+    from orchestrator.backends.ray_tasks import RayBackend
 
     started = time.monotonic()
     backend = RayBackend(policy)

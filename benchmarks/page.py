@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from artifacts import write_text
 from benchmarks.record import RESULTS
+from ddm_core.artifacts import write_text
 
 INTRODUCTION = """# Benchmarks
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts import plain, read_json
 from benchmarks.finished_run import SPACES, Scores
 from benchmarks.quality_arms import ARMS, Arm, blind_rows, lost_expert, run_arm
 from benchmarks.record import Claim, Listing, write_result
+from ddm_core.artifacts import plain, read_json
 
 MAIN, OURS = "K = 8", "sticky"
 MOST_CALLS = 1.25

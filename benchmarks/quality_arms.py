@@ -15,17 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from artifacts import Workspace, read_json, read_manifest
 from benchmarks.finished_run import SPACES, FinishedRun, Scores
-from data_partition.features import load_extractor
+from data_partition.features.extract import load_extractor
+from ddm_core.artifacts import Workspace, read_json, read_manifest
 from ensemble.config import SamplingConfig
-from ensemble.evaluate import evaluate, held_out_classes
+from ensemble.evaluation.class_probe import Probe
+from ensemble.evaluation.evaluate import evaluate, held_out_classes
+from ensemble.evaluation.feature_space import scaled
+from ensemble.evaluation.reference import PIXELS
 from ensemble.membership import without_experts
 from ensemble.pipeline import DDMPipeline
-from ensemble.probe import Probe
-from ensemble.references import PIXELS
-from ensemble.spaces import scaled
-from orchestrator.graph import plain_evaluation
+from orchestrator.pipeline.graph import plain_evaluation
 from router.config import SelectionConfig, row_name
 from router.router import Router
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from artifacts import write_json
+from ddm_core.artifacts import write_json
 from orchestrator.controller import project_commit
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"

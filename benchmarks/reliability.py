@@ -18,15 +18,15 @@ from pathlib import Path
 from signal import SIGTERM
 from statistics import median
 
-from artifacts import read_json
 from benchmarks.bed import Killer, Recipe, Trial, end, last_step, lost_steps, restart_seconds, run_config
 from benchmarks.faults import faults_claims
 from benchmarks.network_island import S3_PORT
 from benchmarks.networks import Host, forwarded, separate_networks
 from benchmarks.record import Claim, Listing, write_result
-from orchestrator.attempts import continued_from
-from orchestrator.compute_config import ComputeConfig
-from orchestrator.islands.local import LocalIslands
+from ddm_core.artifacts import read_json
+from orchestrator.config.compute import ComputeConfig
+from orchestrator.islands.local.clusters import LocalIslands
+from orchestrator.run.attempts import continued_from
 
 LONGEST_LIFE_S = 14.0
 """A training is killed at a random time up to so long after it was first seen."""

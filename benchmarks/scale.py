@@ -16,19 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from artifacts import publish
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 from benchmarks.simulation import Outcome as Simulated
 from benchmarks.simulation import World, averaged, islands, monolith
-from orchestrator.backend import Backend, Job, Outcome
-from orchestrator.compute_config import ComputeConfig, IslandConfig
+from ddm_core.artifacts import publish
+from orchestrator.backends.inline import InlineBackend
+from orchestrator.config.compute import ComputeConfig, IslandConfig
 from orchestrator.controller import shield
-from orchestrator.graph import NothingConfig
-from orchestrator.inline_backend import InlineBackend
 from orchestrator.islands.placement import load_of, place
-from orchestrator.run_folder import RunFolder
-from orchestrator.runner import Runner
-from orchestrator.stage import Stage
+from orchestrator.pipeline.graph import NothingConfig
+from orchestrator.pipeline.stage import Stage
+from orchestrator.run.backend import Backend, Job, Outcome
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.runner import Runner
 
 SIZES = (10, 100, 1000, 10_000)
 SIMULATED_ISLANDS = 16
@@ -120,11 +120,11 @@ def _backend(where: Where, config: ComputeConfig, graph: Sequence[Stage]) -> Bac
     if where == "islands":
         return SimulatedIslands(config)
     if where == "inline":
-        import orchestrator.worker  # noqa: F401 - what a stage would import first of all
+        import orchestrator.run.worker  # noqa: F401 - what a stage would import first of all
 
         return InlineBackend()
     shield(None)
-    from orchestrator.ray_backend import RayBackend
+    from orchestrator.backends.ray_tasks import RayBackend
 
     backend = RayBackend(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from statistics import mean
 
 import simpy
 
-from orchestrator.planning.risk import best_interval_s
+from orchestrator.planning.estimate import best_interval_s
 
 HOUR = 3600.0
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from artifacts import STRICT
+from ddm_core.artifacts import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -14,7 +14,7 @@ class DataConfig:
     """Which images to learn from, and the size they are brought to."""
 
     source: Literal["fashion", "fashion_full", "digits", "image_folder", "webdataset"] = "fashion"
-    """Where images come from; `data_partition/sources.py` has one function for each."""
+    """Where images come from; `data_partition/datasets/sources.py` has one function for each."""
 
     path: str | None = None
     """Folder of images, or a brace-expanded URL of tars; only some sources need one."""
@@ -69,10 +69,10 @@ class PartitionConfig:
     """K: how many clusters, and so how many experts."""
 
     by: Literal["features", "labels", "random"] = "features"
-    """What decides about a sample's cluster; `data_partition/division.py` has one function for each."""
+    """What decides about a sample's cluster; `data_partition/clustering/strategies.py` has one function for each."""
 
     features: Literal["pixels", "random_conv", "efficientnet_lite0"] = "pixels"
-    """The space in which the clusters are found; `data_partition/features.py` has one extractor for each."""
+    """The space in which the clusters are found; `data_partition/features/extract.py` has one extractor for each."""
 
     components: Annotated[int, Field(ge=2)] = 64
     """Principal components kept of `pixels` features."""

@@ -15,19 +15,48 @@ import numpy as np
 from jaxtyping import Float32, Int64, Integer, UInt8
 from safetensors.numpy import load_file
 
-from artifacts import Workspace, read_json, save_arrays, write_json
-from data_partition.assignment import AssignmentTable, count_ids, store_ids
-from data_partition.balance import Balance, evenness
-from data_partition.clusters import write_clusters
+from data_partition.assignment import AssignmentTable, count_ids, store_ids, write_clusters
+from data_partition.clustering.balanced_kmeans import distortion
+from data_partition.clustering.kmeans import BLOCK_ROWS, fine_centroids, nearest, num_fine, training_rows
+from data_partition.clustering.strategies import DIVISIONS, Division, Seen
 from data_partition.config import PartitionConfig
-from data_partition.consolidate import distortion
-from data_partition.division import DIVISIONS, Division, Seen
 from data_partition.errors import EmptyCluster, FeaturesMismatch
-from data_partition.feature_file import FEATURES, KEYS
-from data_partition.features import FeatureExtractor, load_extractor
-from data_partition.kmeans import BLOCK_ROWS, fine_centroids, nearest, num_fine, training_rows
-from data_partition.shards import read_batches, read_index
-from data_partition.watch import Watch
+from data_partition.features.extract import FeatureExtractor, load_extractor
+from data_partition.features.store import FEATURES, KEYS
+from data_partition.progress import Watch
+from data_partition.shards.shards import read_batches, read_index
+from ddm_core.artifacts import Workspace, read_json, save_arrays, write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """The sizes of the clusters; also written as `balance.json`."""
+
+    counts: tuple[int, ...]
+    holdout_counts: tuple[int, ...]
+    holdout_looks: tuple[int, ...]
+    """Held-out samples of each cluster by their looks alone, as generated images are counted; the same as
+    `holdout_counts` where the features decide."""
+    shares: tuple[float, ...]
+    """Of the training samples."""
+    smallest_over_mean: float
+    largest_over_mean: float
+    """Both are 1 for a perfect balance."""
+    evenness: float
+    """Entropy of the shares over that of equal shares, from 0 to 1."""
+    num_fine: int
+    distortion: float
+    """Mean squared distance of a sample's fine centroid from the mean of its cluster."""
+    class_names: tuple[str, ...]
+    class_counts: tuple[tuple[int, ...], ...]
+    """For each class, its training samples in each cluster."""
+
+
+def evenness(counts: Int64[np.ndarray, " cluster"]) -> float:
+    """Entropy of the shares over its maximum; 1 for a single cluster."""
+    shares = counts[counts > 0] / counts.sum()
+    return 1.0 if len(counts) == 1 else float(-(shares * np.log(shares)).sum() / np.log(len(counts)))
+
 
 TENSORS, FACTS, EXTRACTOR = "partition.safetensors", "partition.json", "extractor"
 

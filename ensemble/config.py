@@ -6,9 +6,44 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from artifacts import LATER, STRICT
+from ddm_core.artifacts import LATER, STRICT
 from experts.config import PathName
-from router.config import SelectionConfig
+from router.config import AUTO, SelectionConfig
+
+CANDIDATES = (
+    SelectionConfig(name="sticky"),
+    SelectionConfig(name="redraw", t_switch=0.5),
+    SelectionConfig(name="sticky_at", t_switch=0.5),
+    SelectionConfig(name="sticky_at", t_switch=0.8),
+    SelectionConfig(name="coupled"),
+    SelectionConfig(name="switch"),
+    SelectionConfig(name="top_k", k=1),
+    SelectionConfig(name="threshold"),
+    SelectionConfig(name="full"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChoiceConfig:
+    """How the selection `auto` is turned into one with a name: a short trial of each candidate."""
+
+    candidates: Annotated[tuple[SelectionConfig, ...], Field(min_length=1)] = CANDIDATES
+    """What is tried; of equals the first is chosen."""
+    num_samples: Annotated[int, Field(ge=16)] = 500
+    """Images drawn with each candidate, from seeds that no score draws."""
+    steps: Annotated[int, Field(ge=1)] = 10
+    """Solver steps of each of them."""
+    most_calls: Annotated[float, Field(ge=1)] = 1.25
+    """Expert calls that the chosen one may make on average for one evaluation of a velocity; both branches of guidance
+    may make as many each."""
+
+    @model_validator(mode="after")
+    def _has_rules(self) -> "ChoiceConfig":
+        """The choice is among rules."""
+        if any(candidate.name == AUTO for candidate in self.candidates):
+            raise ValueError("choice.candidates are what `auto` is chosen from, so `auto` is none: leave it out")
+        return self
+
 
 Solver = Literal["euler", "heun", "flow_match_euler", "flow_match_heun"]
 FeatureSpace = Literal["pixels", "random_conv", "efficientnet_lite0"]
@@ -104,3 +139,37 @@ class DrawsConfig:
     """Torch device of the drawing."""
     seed: int = 0
     """Draws are functions of (seed, expert, row)."""
+
+
+Quantile = Annotated[float, Field(gt=0, lt=1)]
+Weighting = Literal["velocity", "likelihood"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AuditConfig:
+    """How samples are compared with the training set."""
+
+    quantiles: Annotated[tuple[Quantile, ...], Field(min_length=1)] = (0.01, 0.05)
+    """A sample is near if it is nearer to the training set than this share of the held-out images."""
+    suspects: Annotated[int, Field(ge=1)] = 8
+    """Samples shown beside their nearest training images."""
+    selection: SelectionConfig = SelectionConfig()
+    """How the samples were drawn; a pinned selection tells which expert made which."""
+    conditional: bool = False
+    """Whether the samples were drawn with the classes of the held-out images."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClassifierConfig:
+    """How images are classified by denoising them."""
+
+    images: Annotated[int, Field(ge=1)] = 256
+    """Held-out images, as many from every cluster as it has."""
+    draws: Annotated[int, Field(ge=1)] = 16
+    """Values of t, each with a noise of its own, that an error is averaged over; the same for all classes."""
+    weighting: Weighting = "velocity"
+    """`velocity`: every t counts alike, as in Li et al. `likelihood`: as in the likelihood's bound."""
+    batch_size: Annotated[int, Field(ge=1)] = 4096
+    """Rows that go through a network at once."""
+    seed: int = 0
+    """Seed of t and noise."""

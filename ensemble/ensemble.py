@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ensemble.routing import Routing
-from ensemble.sampler import beginning
+from ensemble.solvers import beginning
+from experts.compressed.caching.feature_cache import Recall
 from experts.condition import Condition
-from experts.course import Course
-from experts.noise_path import NoiseOf, NoisePath, expand
-from experts.reuse import Recall
+from experts.diffusion.few_step import Course
+from experts.diffusion.noise_schedule import NoiseOf, NoisePath, expand
 from router.config import SelectionConfig
-from router.select import rule_of
+from router.selection import rule_of
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, "batch *inside"]

@@ -1,14 +1,15 @@
 """Experts that leave an ensemble, come back to it, or join it; what was there stays as it is.
 
 Who leaves is missing from then on: the others share its gates, and nobody's id changes. Who comes back takes a place
-that is missing. Who joins is the last, and needs a router that knows it: see `router/change.py`.
+that is missing. Who joins is the last, and needs a router that knows it: see `router/add_remove.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ensemble.ensemble import Posterior, Speaker
+from ensemble.ensemble import Ensemble, Posterior, Speaker
 from ensemble.pipeline import DDMPipeline, PipelineError
+from experts.condition import Condition
 from experts.expert import Expert
 
 
@@ -58,3 +59,29 @@ def _check_fit(pipeline: DDMPipeline, expert: Expert) -> None:
 
 def _with(pipeline: DDMPipeline, experts: Mapping[int, Speaker], router: Posterior | None) -> DDMPipeline:
     return replace(pipeline, ensemble=replace(pipeline.ensemble, experts=experts, router=router))
+
+
+def data_shares(ensemble: Ensemble) -> tuple[float, ...]:
+    """The share of the training samples that each expert stands for, be it missing or not."""
+    if ensemble.router is None:
+        return (1.0,)
+    return tuple(ensemble.router.prior_logits(Condition.null(1)).softmax(-1)[0].tolist())
+
+
+def missing_share(ensemble: Ensemble) -> float:
+    """The share of the training samples whose experts are missing."""
+    shares = data_shares(ensemble)
+    return sum((shares[k] for k in ensemble.missing), 0.0)
+
+
+def missing_warning(ensemble: Ensemble) -> str:
+    """Which experts are missing and what they stood for, in a sentence; empty if all are there."""
+    missing = ensemble.missing
+    if not missing:
+        return ""
+    ids = ", ".join(map(str, missing))
+    verb = "is" if len(missing) == 1 else "are"
+    return (
+        f"{len(missing)} of {ensemble.num_experts} experts {verb} missing ({ids}), which stood for "
+        f"{100 * missing_share(ensemble):.1f} % of the data: what they knew is not drawn, the others share their gates"
+    )

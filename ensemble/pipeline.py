@@ -18,19 +18,26 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, read_json, replaced_folder, write_json
+from ddm_core.artifacts import (
+    MANIFEST,
+    ArtifactError,
+    CorruptArtifact,
+    files_in,
+    read_json,
+    replaced_folder,
+    write_json,
+)
 from ensemble.config import SamplingConfig
-from ensemble.drafted import DraftedExpert, is_drafted
 from ensemble.ensemble import Ensemble
-from ensemble.sample import Progress, Samples, sample
-from ensemble.schedule import ScheduledExpert, is_scheduled
+from ensemble.multi_network_experts import DraftedExpert, ScheduledExpert, is_drafted, is_scheduled
+from ensemble.sampling.sample import Progress, Samples, sample
+from experts.baselines.cluster_conditioned import ToldExpert, is_told
 from experts.codec import Codec
-from experts.codecs import load_codec
+from experts.codecs.registry import load_codec
+from experts.compressed.quantization.shared_weight_io import SHARED, bases_of, link, load_bases, save_bases
 from experts.config import PathName
+from experts.diffusion.noise_schedule import PATHS
 from experts.expert import Expert
-from experts.noise_path import PATHS
-from experts.shared_folder import SHARED, bases_of, link, load_bases, save_bases
-from experts.told import ToldExpert, is_told
 from router.router import Router
 
 AnyExpert = Expert | ScheduledExpert | DraftedExpert | ToldExpert

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float, UInt64
 from torch import Tensor
 
-from data_partition.splitmix import scrambled
-from experts.reuse import Recall
+from ddm_core.random_bits import scrambled
+from experts.compressed.caching.feature_cache import Recall
 from router.config import SelectionConfig
-from router.select import Selection, coupling, rule_of, sample
+from router.selection import Selection, coupling, rule_of, sample
 
 Gates = Float[Tensor, "batch expert"]
 Logits = Float[Tensor, "batch expert"]

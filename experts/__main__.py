@@ -13,15 +13,15 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from artifacts import ArtifactError, Preempted, Workspace, checksum, files_in, fingerprint, publish
 from data_partition.errors import DataError
-from experts.checkpoint import CheckpointError
-from experts.codecs import fit_codec
+from ddm_core.artifacts import ArtifactError, Preempted, Workspace, checksum, files_in, fingerprint, publish
+from ddm_core.signals import stopping_on_sigterm
+from experts.codecs.registry import fit_codec
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
-from experts.init_folder import init_checksum
-from experts.signals import stopping_on_sigterm
-from experts.train import TrainingDiverged
+from experts.networks.pretrained_files import init_checksum
+from experts.training.checkpoint import CheckpointError
+from experts.training.trainer import TrainingDiverged
 
 PREEMPTED = 75
 """Exit code of a training that has saved its work and can go on (EX_TEMPFAIL)."""

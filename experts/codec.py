@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from artifacts import write_json
-from experts.noise_path import Latents
+from ddm_core.artifacts import write_json
+from experts.diffusion.noise_schedule import Latents
 
 Images = UInt8[np.ndarray, "batch height width channel"]
 Decoded = Float[Tensor, "batch height width channel"]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from artifacts import LATER, STRICT
+from ddm_core.artifacts import LATER, STRICT
 
 Prediction = Literal["velocity", "noise", "clean"]
 PathName = Literal["straight", "cosine", "linear_beta"]

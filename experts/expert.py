@@ -9,24 +9,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from artifacts import CorruptArtifact, Workspace, read_json, write_json
-from data_partition.shards import read_index
-from experts.cache_plan import CachePlan
-from experts.codecs import load_codec
+from data_partition.shards.shards import read_index
+from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
+from experts.codecs.registry import load_codec
+from experts.compressed.caching.feature_cache import Recall, Rows
+from experts.compressed.caching.plan import CachePlan
 from experts.condition import Condition
 from experts.config import ExpertConfig, Prediction, TrainingConfig
-from experts.course import Course
-from experts.flops import forward_flops, training_flops
-from experts.init import Start, start_of
-from experts.init_folder import check_unchanged
-from experts.latents import Batch, LatentDataset, LatentError, encode_latents
-from experts.loss import converted_loss, expert_loss
-from experts.model_folder import save_model
-from experts.networks import call_network, load_network
-from experts.noise_path import PATHS, Latents, NoisePath, Times, matched
-from experts.predictions import asked, parts_said
-from experts.reuse import Recall, Rows
-from experts.train import Loss, fit, write_rows
+from experts.diffusion.few_step import Course
+from experts.diffusion.noise_schedule import PATHS, Latents, NoisePath, Times, matched
+from experts.diffusion.predictions import asked, parts_said
+from experts.networks.model_io import save_model
+from experts.networks.pretrained import Start, start_of
+from experts.networks.pretrained_files import check_unchanged
+from experts.networks.registry import call_network, load_network
+from experts.training.flops import forward_flops, training_flops
+from experts.training.latent_dataset import Batch, LatentDataset, LatentError, encode_latents
+from experts.training.loss import converted_loss, expert_loss
+from experts.training.trainer import Loss, fit, write_rows
 
 CACHE = "cache.json"
 

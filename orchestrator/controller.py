@@ -14,19 +14,19 @@ from types import FrameType
 
 from rich.console import Console
 
-from experts.signals import hearing
-from orchestrator.backend import Backend
-from orchestrator.compute_config import ComputeConfig
-from orchestrator.config import RunConfig
-from orchestrator.disk import refusals_named
-from orchestrator.display import Display
+from ddm_core.signals import hearing
+from orchestrator.backends.inline import InlineBackend
+from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError, RunFailed
-from orchestrator.graph import build_graph
-from orchestrator.inline_backend import InlineBackend
-from orchestrator.lease import hold
-from orchestrator.run_folder import RunFolder
-from orchestrator.runner import Runner, RunResult, end_orphans
-from orchestrator.tracking import Tracker
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.reporting.progress import Display
+from orchestrator.reporting.wandb_tracker import Tracker
+from orchestrator.run.backend import Backend
+from orchestrator.run.disk_errors import refusals_named
+from orchestrator.run.lease import hold
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.runner import Runner, RunResult, end_orphans
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several machines, which it reads when it is imported: with "0" it listens on loopback
@@ -136,7 +136,7 @@ def shield(address: str | None) -> None:
 def _ray(config: ComputeConfig, run: RunFolder) -> Backend:
     address = config.address or os.environ.get(SUBMITTED_TO)
     shield(address)
-    from orchestrator.ray_backend import RayBackend
+    from orchestrator.backends.ray_tasks import RayBackend
 
     return RayBackend(replace(config, address=address))
 
@@ -149,7 +149,7 @@ def _islands(config: ComputeConfig, run: RunFolder) -> Backend:
 
 
 def _slurm(config: ComputeConfig, run: RunFolder) -> Backend:
-    from orchestrator.slurm_backend import SlurmBackend
+    from orchestrator.backends.slurm import SlurmBackend
 
     return SlurmBackend(config, run)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from artifacts import LATER, STRICT
+from ddm_core.artifacts import LATER, STRICT
 from experts.config import PathName, TrainingConfig
 
 SelectionName = Literal[
@@ -62,7 +62,7 @@ class SelectionConfig:
     """How logits become gates; each number is used by the selections that its sentence names."""
 
     name: SelectionName | Literal["auto"] = "sticky"
-    """The rule, of which `router/select.py` holds them all; `auto` lets the run choose one by `choice`."""
+    """The rule, of which `router/selection.py` holds them all; `auto` lets the run choose one by `choice`."""
     k: Annotated[int, Field(ge=1)] = 1
     """Experts kept by `top_k`."""
     probability: Annotated[float, Field(gt=0, lt=1)] = 0.05

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Final
 
-from experts.flops import training_flops
-from router.answers import ROWS
-from router.centroids import MOMENT_ROWS
+from experts.training.flops import training_flops
+from router.calibration.temperature import ROWS
+from router.calibration.time_bins import BINS
 from router.config import RouterConfig, RouterKind
-from router.density_ratio import share_of_batch
-from router.t_bins import BINS
+from router.models.density_ratio import share_of_batch
+from router.models.nearest_centroid import MOMENT_ROWS
 
 
 def _whole_batches(config: RouterConfig, _num_experts: int) -> int:

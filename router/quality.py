@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.condition import Condition
-from experts.latents import LatentDataset
-from router.calibration import cooled
-from router.calibration_error import calibration_error, calibration_error_floor
+from experts.training.latent_dataset import LatentDataset
+from router.calibration.ece import calibration_error, calibration_error_floor
+from router.calibration.temperature import cooled
+from router.calibration.time_bins import BINS
 from router.router import Router
-from router.t_bins import BINS
 
 DRAWS = 4
 """Noise draws for every image in every bin."""

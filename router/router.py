@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from artifacts import CorruptArtifact, read_json, write_json
+from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.condition import Condition
-from experts.model_folder import load_model, save_model
-from experts.noise_path import PATHS, NoisePath
-from router.calibration import Temperatures, cooled, no_temperatures
-from router.model import ROUTERS
-from router.t_bins import BINS
+from experts.diffusion.noise_schedule import PATHS, NoisePath
+from experts.networks.model_io import load_model, save_model
+from router.calibration.temperature import Temperatures, cooled, no_temperatures
+from router.calibration.time_bins import BINS
+from router.models.registry import ROUTERS
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
@@ -27,7 +27,7 @@ class Router:
     """Which expert a noised sample speaks to, before any selection."""
 
     model: nn.Module
-    """(noised, t, class index) -> logits; one of `router/model.py`."""
+    """(noised, t, class index) -> logits; one of `router/models/registry.py`."""
     path: NoisePath
     """The noise path it was trained on, which is the ensemble's."""
     prior_counts: Float[Tensor, "condition expert"]

@@ -8,27 +8,40 @@ from typing import Final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
-from artifacts import Workspace, write_json
-from data_partition.shards import read_index
-from experts.codecs import load_codec
+from data_partition.shards.shards import read_index
+from ddm_core.artifacts import Workspace, write_json
+from experts.codecs.registry import load_codec
 from experts.condition import Condition
+from experts.diffusion.noise_schedule import PATHS, NoisePath
 from experts.expert import check_classes
-from experts.flops import forward_flops
-from experts.latents import Batch, LatentDataset, encode_latents
-from experts.noise_path import PATHS
-from experts.train import Fitted, fit, write_rows
-from router.calibration import fit_temperatures
-from router.centroids import fit_centroids
+from experts.training.flops import forward_flops
+from experts.training.latent_dataset import Batch, LatentDataset, encode_latents
+from experts.training.trainer import Fitted, fit, write_rows
+from router.calibration.temperature import fit_temperatures
 from router.config import RouterConfig, RouterKind
 from router.costs import gradient_rows, is_calibrated, recipe_flops
-from router.density_ratio import fit_ratios
-from router.drawn import Drawn
-from router.loss import router_loss
-from router.model import build_router
+from router.expert_samples import Drawn
+from router.models.density_ratio import fit_ratios
+from router.models.nearest_centroid import fit_centroids
+from router.models.prior_table import fit_table
+from router.models.registry import build_router
 from router.quality import Quality, halves, measure_quality
 from router.router import Router, count_priors
-from router.table import fit_table
+
+
+def router_loss(model: nn.Module, batch: Batch, path: NoisePath, num_classes: int) -> dict[str, Float[Tensor, ""]]:
+    """Cross-entropy of the cluster given the noised sample, and the share of samples that are sent home.
+
+    The samples come at the true proportions of the clusters: the probabilities are mixing coefficients, so
+    the classes of this classifier are never balanced.
+    """
+    # Algorithm 1 of McAllister et al. 2025, arXiv:2501.05450: - E log p(k | x, t, c), x = alpha clean + sigma noise.
+    noised = path.noised(batch.clean, batch.noise, batch.t)
+    logits = model(noised, batch.t, batch.condition.table_index(num_classes)).float()
+    is_home = logits.argmax(-1) == batch.cluster_id
+    return {"loss": functional.cross_entropy(logits, batch.cluster_id), "accuracy": is_home.float().mean()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,9 +29,9 @@ PROOFS = (
     "orchestrator/planning",
     "orchestrator/pools",
     "orchestrator/sweeps",
-    "orchestrator/test_slurm_backend.py",
-    "orchestrator/test_submission.py",
-    "orchestrator/test_train_group.py",
+    "orchestrator/backends/test_ray_train.py",
+    "orchestrator/backends/test_slurm.py",
+    "orchestrator/cli/test_submit.py",
 )
 """Where a slow test is a proof, unless it is one of those below."""
 

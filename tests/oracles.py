@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experts.condition import Condition
-from experts.noise_path import STRAIGHT, NoisePath, expand
+from experts.diffusion.noise_schedule import STRAIGHT, NoisePath, expand
 
 
 def gaussian_velocity(noised: Tensor, t: Tensor, mean: Tensor, deviation: float, path: NoisePath) -> Tensor:

@@ -26,7 +26,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_has_data_configuration_and_licences(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("cluster_configs/experiment/demo.yaml", "orchestrator/report/page.html", "artifacts.py"):
+    for needed in ("cluster_configs/experiment/demo.yaml", "orchestrator/reporting/page.html", "ddm_core/artifacts.py"):
         assert needed in names
     assert [name for name in names if name.startswith("data_partition/fashion/") and name.endswith(".tar.gz")]
     assert [name for name in names if name.endswith("LICENSE.fashion-mnist")]

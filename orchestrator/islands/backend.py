@@ -7,13 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from artifacts import write_json
-from orchestrator.backend import Backend, Job, Outcome
-from orchestrator.compute_config import HOME, ComputeConfig
-from orchestrator.islands.line import Line
+from ddm_core.artifacts import write_json
+from orchestrator.config.compute import HOME, ComputeConfig
+from orchestrator.islands.connection import Line
 from orchestrator.islands.placement import load_of, place
 from orchestrator.islands.wheel import build_wheel
-from orchestrator.run_folder import RunFolder
+from orchestrator.run.backend import Backend, Job, Outcome
+from orchestrator.run.run_folder import RunFolder
 
 
 class IslandsBackend:

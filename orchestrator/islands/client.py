@@ -17,7 +17,7 @@ from ray import __version__ as ray_version
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from orchestrator.compute_config import IslandConfig, ResourcesConfig
+from orchestrator.config.compute import IslandConfig, ResourcesConfig
 from orchestrator.errors import IslandError, Unreachable
 from orchestrator.islands.token import read_token
 

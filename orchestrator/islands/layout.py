@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from artifacts import plain
-from orchestrator.backend import Job
+from ddm_core.artifacts import plain
 from orchestrator.errors import IslandError
+from orchestrator.run.backend import Job
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.backend import Job
-from orchestrator.compute_config import HOME, ComputeConfig, IslandConfig, ResourcesConfig
+from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.errors import ConfigError
+from orchestrator.run.backend import Job
 
 TRAININGS = ("expert", "router", "monolith", "told", "student")
 """Kinds of stages that go to islands unless the configuration says otherwise; all others stay at home."""

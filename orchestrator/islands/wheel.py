@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import artifacts
 from orchestrator.errors import OrchestratorError
 
 PROJECT = "decentralized-diffusion"
-PACKAGES = ("data_partition", "experts", "router", "ensemble", "orchestrator", "cluster_configs")
+PACKAGES = ("ddm_core", "data_partition", "experts", "router", "ensemble", "orchestrator", "cluster_configs")
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time that every file in the wheel has: the earliest that zip knows."""
@@ -40,7 +39,7 @@ def build_wheel(folder: Path) -> Path:
 
 def project_release() -> str:
     """The project's version without a content hash: of the checkout if this is one, or as installed."""
-    declared = Path(artifacts.__file__).with_name("pyproject.toml")
+    declared = _folder("ddm_core").with_name("pyproject.toml")
     if declared.is_file():
         return str(tomllib.loads(declared.read_text(encoding="utf-8"))["project"]["version"])
     try:
@@ -53,7 +52,6 @@ def project_release() -> str:
 
 def _files() -> Iterator[tuple[str, Path]]:
     """Every file of the project by its path in the wheel; what Python and editors leave behind is left out."""
-    yield "artifacts.py", Path(artifacts.__file__)
     for package in PACKAGES:
         root = _folder(package)
         for path in root.rglob("*"):

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from artifacts import write_json
-from experts.signals import stopping_on_sigterm
-from orchestrator.backend import EXIT_CODES, Job, Outcome, attempt_folder
+from ddm_core.artifacts import write_json
+from ddm_core.signals import stopping_on_sigterm
+from orchestrator.islands.checkpoint_mirror import Mirror
 from orchestrator.islands.layout import Names, job_of, names_of, relocated
-from orchestrator.islands.mirror import Mirror
-from orchestrator.islands.storage import CorruptTransfer, Storage, StorageError, StorageUnreachable
+from orchestrator.islands.storage.storage import CorruptTransfer, Storage, StorageError, StorageUnreachable
+from orchestrator.run.backend import EXIT_CODES, Job, Outcome, attempt_folder
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +100,10 @@ def run(storage: Storage, sent: Job, node: Node, stopping: Callable[[], bool]) -
 
 def _execute(job: Job, stopping: Callable[[], bool]) -> Outcome:
     if job.resources.workers > 1:
-        from orchestrator.train_group import run_in_group
+        from orchestrator.backends.ray_train import run_in_group
 
         return run_in_group(job, stopping)
-    from orchestrator.worker import execute
+    from orchestrator.run.worker import execute
 
     return execute(job, stopping)
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -22,25 +23,70 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from artifacts import ArtifactError, plain, write_json
 from data_partition.errors import DataError
-from data_partition.shards import read_index
-from experts.conv_decoder import ConvDecoder
+from data_partition.shards.shards import read_index
+from ddm_core.artifacts import ArtifactError, plain, write_json
+from experts.architectures.conv_decoder import ConvDecoder
 from experts.expert import expert_flops
-from experts.flops import forward_flops, training_flops
-from experts.train import DeviceError
-from orchestrator.compute_config import HOME
-from orchestrator.config import RunConfig, parse_config
-from orchestrator.errors import OrchestratorError
-from orchestrator.graph import build_graph
+from experts.training.flops import forward_flops, training_flops
+from experts.training.trainer import DeviceError
+from orchestrator.config.compute import HOME, IslandConfig, ResourcesConfig
+from orchestrator.config.schema import RunConfig, parse_config
+from orchestrator.errors import IslandError, OrchestratorError
+from orchestrator.islands.client import IslandClient
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import SAID, Calibration, Place, Speed, identity
-from orchestrator.planning.rehearsal import Rehearsed, rehearse
-from orchestrator.planning.speeds import Networks, Probe, build_networks, time_networks
-from orchestrator.planning.synchronised import BYTES_PER_PARAMETER
-from orchestrator.planning.work import Facts, count_images, work_of
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
-from orchestrator.threads import limited_threads
+from orchestrator.planning.cost_model import Facts, count_images, work_of
+from orchestrator.planning.dry_run import Rehearsed, rehearse
+from orchestrator.planning.microbenchmarks import Networks, Probe, build_networks, time_networks
+from orchestrator.planning.synchronous_baseline import BYTES_PER_PARAMETER
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.worker import limited_threads
+
+LONGEST_S = 300.0
+LOOK_S = 0.5
+
+
+def probe_island(
+    name: str, island: IslandConfig, probe: Probe, resources: ResourcesConfig, wheel: Path, grace_s: float
+) -> Place:
+    """The island as an expert would find it; one that refuses or does not answer is a place with a problem."""
+    client, submission = IslandClient(name, island), f"ddm-probe-{secrets.token_hex(4)}"
+    command = ["python", "-m", "orchestrator.planning.calibrate", "--probe", json.dumps(plain(probe))]
+    started, asked = time.monotonic(), replace(resources, workers=1)
+    try:
+        client.reach()
+        client.submit(submission, command, wheel=wheel, resources=asked, grace_s=grace_s)
+        if not _ends(client, submission):
+            client.stop(submission)
+            return Place(problem=f"its probe did not end within {LONGEST_S:g} s")
+        took_s = time.monotonic() - started
+        measured = read_place(client.log(submission))
+        client.delete(submission)
+    except IslandError as error:
+        return Place(problem=str(error))
+    return measured if measured.problem else replace(measured, start_s=max(0.0, took_s - measured.start_s))
+
+
+def read_place(log: str) -> Place:
+    """What a probe has printed; if it has not come so far, its last line is the problem."""
+    lines = log.strip().splitlines()
+    said = next((line for line in lines if line.startswith(SAID)), None)
+    if said is None:
+        return Place(problem=f"its probe failed: {lines[-1] if lines else 'it printed nothing'}")
+    return TypeAdapter(Place).validate_json(said.removeprefix(SAID))
+
+
+def _ends(client: IslandClient, submission: str) -> bool:
+    """Wait for the probe; False if it takes too long."""
+    give_up = time.monotonic() + LONGEST_S
+    while time.monotonic() < give_up:
+        state = client.states().get(submission)
+        if state is not None and state.has_ended:
+            return True
+        time.sleep(LOOK_S)
+    return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +188,7 @@ def _is_installed(name: str) -> bool:
 def _start_s() -> float:
     """How long a new process takes until it could begin with a stage."""
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import orchestrator.worker"], check=True)
+    subprocess.run([sys.executable, "-c", "import orchestrator.run.worker"], check=True)
     return time.monotonic() - began
 
 
@@ -202,7 +248,6 @@ def _measure_islands(config: RunConfig, probe: Probe) -> dict[str, Place]:
     if not compute.islands:
         return {}
     from orchestrator.islands.wheel import build_wheel
-    from orchestrator.planning.probes import probe_island
 
     with tempfile.TemporaryDirectory(prefix="ddm-wheel-") as folder, ThreadPoolExecutor(len(compute.islands)) as pool:
         wheel = build_wheel(Path(folder))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
-from artifacts import fingerprint, plain, read_json
-from orchestrator.compute_config import ComputeConfig
-from orchestrator.config import RunConfig
+from ddm_core.artifacts import fingerprint, plain, read_json
+from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
+from orchestrator.pipeline.stage import Stage
+from orchestrator.run.run_folder import RunFolder
 
 LONGEST_S = 900.0
 """A calibration that takes longer is stuck."""

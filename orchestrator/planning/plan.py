@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
-from artifacts import read_manifest
-from orchestrator.compute_config import HOME
-from orchestrator.config import RunConfig
-from orchestrator.graph import build_graph
+from ddm_core.artifacts import read_manifest
+from orchestrator.config.compute import HOME
+from orchestrator.config.schema import RunConfig
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
-from orchestrator.planning.comparison import Comparison, compare
 from orchestrator.planning.estimate import Estimate, estimate, training_of
-from orchestrator.planning.movement import Movement, movements, name_of
-from orchestrator.planning.schedule import Visit, critical_path, walk
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Stage
+from orchestrator.planning.simulate import Visit, critical_path, walk
+from orchestrator.planning.synchronous_baseline import Comparison, compare
+from orchestrator.planning.transfers import Movement, movements, name_of
+from orchestrator.run.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.costs import size
-from orchestrator.display import clock
 from orchestrator.planning.plan import Plan, PlannedStage
-from orchestrator.planning.synchronised import FORMULA
+from orchestrator.planning.synchronous_baseline import FORMULA
+from orchestrator.reporting.costs import size
+from orchestrator.reporting.progress import clock
 
 UNKNOWN = "–"
 

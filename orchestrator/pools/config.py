@@ -1,17 +1,125 @@
 """What a pool is: its machines, who may reach it, and what it may cost."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from artifacts import STRICT
-from orchestrator.compute_config import Money, StorageUrl
-from orchestrator.islands.head import ADDRESS, PORTS
-from orchestrator.pools.machines import HeadConfig, NodeConfig
-from orchestrator.pools.software import PACKAGES, PYTHON_VERSION, RAY_VERSION
-from orchestrator.pools.surroundings import KubernetesConfig, NetworkConfig
+from ddm_core.artifacts import STRICT
+from orchestrator.config.compute import Money, StorageUrl
+from orchestrator.islands.local.ray_head import ADDRESS, PORTS
+from orchestrator.pools.providers.node_setup import PACKAGES, PYTHON_VERSION, RAY_VERSION
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HeadConfig:
+    """A machine. The head runs Ray and no stage; it is always on demand, since the pool ends with it."""
+
+    machine: str = ""
+    """The cloud's name of the machine type, such as g6.xlarge; unused by kuberay and local."""
+    cpus: Annotated[int, Field(ge=1)] = 2
+    """Its CPUs."""
+    memory_gb: Annotated[float, Field(gt=0)] = 8.0
+    """Its memory."""
+    disk_gb: Annotated[int, Field(ge=10)] = 100
+    """Its disk."""
+    price_per_hour: Money = 0.0
+    """What one costs, in the currency of your bill."""
+    selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the Kubernetes nodes that may carry it; kuberay only."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NodeConfig(HeadConfig):
+    """One type of node: one kind of GPU, spot or on demand."""
+
+    gpu: str = ""
+    """Kind of GPU as SkyPilot and Ray write it, such as L4 or A100-80GB; empty is a node without."""
+    gpus: Count = 0
+    """GPUs of one node."""
+    accelerator: str = ""
+    """Google's name of a GPU that is no part of the machine type, such as nvidia-tesla-t4; gcp only."""
+    spot: bool = False
+    """Whether it is cheap and may be taken away."""
+    fallback: str | None = None
+    """The on-demand type that stands in when this one cannot be had: Ray itself never changes over."""
+    min_nodes: Count = 0
+    """Nodes that stay while nothing runs."""
+    max_nodes: Count = 1
+    """Nodes at most; 0 withdraws the type."""
+    losses_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    """How often one is lost, for `ddm plan`."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Check what no single field can."""
+        if self.min_nodes > self.max_nodes:
+            raise ValueError(f"min_nodes={self.min_nodes} is more than max_nodes={self.max_nodes}")
+        if bool(self.gpu) != bool(self.gpus):
+            raise ValueError(f"gpu={self.gpu!r} and gpus={self.gpus}: a node with GPUs says which kind and how many")
+        if self.fallback and not self.spot:
+            raise ValueError(f"fallback={self.fallback} needs spot=true: on-demand nodes are not taken away")
+        return self
+
+    @property
+    def slots(self) -> int:
+        """How much it has of its own resource: one for each GPU, or for each CPU when it has none."""
+        return self.gpus or self.cpus
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NetworkConfig:
+    """Who may reach the machines; they have no public address and no open port but ssh (aws and gcp)."""
+
+    subnets: tuple[str, ...] = ()
+    """Private subnets, one for each zone that may be used: AWS ids, or one Google path regions/R/subnetworks/S."""
+    vpc: str = ""
+    """AWS VPC of those subnets, in which a security group is made; unused when one is named."""
+    security_group: str = ""
+    """AWS security group to use; empty makes one that lets in its own members, and ssh from `ssh_source`."""
+    ssh_source: str = ""
+    """Addresses that may use ssh, such as 10.0.0.0/16; empty: nobody from outside, so go through a proxy."""
+    ssh_user: str = "ubuntu"
+    """Account on the machines."""
+    ssh_proxy_command: str = ""
+    """ssh's ProxyCommand, such as AWS Session Manager or Google's IAP tunnel; %h is the machine's id."""
+
+    @model_validator(mode="after")
+    def _is_private(self) -> Self:
+        """Check that ssh is not open to the world."""
+        if self.ssh_source:
+            network = ipaddress.ip_network(self.ssh_source, strict=False)
+            if network.prefixlen < (8 if network.version == 4 else 32):
+                raise ValueError(f"ssh_source={self.ssh_source} is half the world; name your own network")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class KubernetesConfig:
+    """Where in Kubernetes the pool lies (kuberay)."""
+
+    namespace: str = "default"
+    """Namespace of the pool."""
+    operator_namespace: str = "kuberay-system"
+    """Namespace of the KubeRay operator, the only stranger that may reach the head."""
+    tolerations: tuple[str, ...] = ("nvidia.com/gpu",)
+    """Taints that the pods put up with, by key."""
+    run: tuple[str, ...] = ()
+    """Overrides of a run for a RayJob, which brings its own Ray cluster and takes it away; empty renders none."""
+    claim: str = ""
+    """Persistent volume claim (ReadWriteMany) for that run's folder."""
+
+    @model_validator(mode="after")
+    def _is_kept(self) -> Self:
+        """Check that a run's folder outlives its pods."""
+        if self.run and not self.claim:
+            raise ValueError("run needs claim: the run's folder would vanish with the pods")
+        return self
+
 
 ProviderName = Literal["aws", "gcp", "kuberay", "skypilot", "local"]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts import read_json, write_json, write_text
-from orchestrator.pools import cloud, kubernetes, local_cluster, sky
-from orchestrator.pools.composing import parse_pool
+from ddm_core.artifacts import read_json, write_json, write_text
 from orchestrator.pools.config import PoolConfig
-from orchestrator.pools.rendering import render
+from orchestrator.pools.load_config import parse_pool
+from orchestrator.pools.providers import cloud, kuberay, local, skypilot
+from orchestrator.pools.render import render
+from orchestrator.pools.shell import PoolError
 from orchestrator.pools.token import ensure_token
-from orchestrator.pools.tools import PoolError
 
 CONFIG = "pool.json"
 """The configuration with which the pool was started; there while the pool is."""
@@ -31,9 +31,9 @@ class Provider:
 PROVIDERS = {
     "aws": Provider(check=cloud.check_aws, up=cloud.up_aws, down=cloud.down_aws, left=cloud.left_aws),
     "gcp": Provider(check=cloud.check_gcp, up=cloud.up, down=cloud.down, left=cloud.left_gcp),
-    "kuberay": Provider(check=kubernetes.check, up=kubernetes.up, down=kubernetes.down, left=kubernetes.left),
-    "skypilot": Provider(check=sky.check, up=sky.up, down=sky.down, left=sky.left),
-    "local": Provider(check=local_cluster.check, up=local_cluster.up, down=local_cluster.down, left=local_cluster.left),
+    "kuberay": Provider(check=kuberay.check, up=kuberay.up, down=kuberay.down, left=kuberay.left),
+    "skypilot": Provider(check=skypilot.check, up=skypilot.up, down=skypilot.down, left=skypilot.left),
+    "local": Provider(check=local.check, up=local.up, down=local.down, left=local.left),
 }
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from orchestrator.islands.token import exposure, new_token
-from orchestrator.pools.tools import PoolError
+from orchestrator.pools.shell import PoolError
 
 
 def ensure_token(path: Path) -> None:

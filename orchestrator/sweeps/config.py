@@ -6,8 +6,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from artifacts import STRICT
+from ddm_core.artifacts import STRICT
 from orchestrator.errors import ConfigError
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Environment variable that makes Hydra raise its errors; it is set while a sweep is on, for this process alone."""
 
 Settings = TypeVar("Settings")
 

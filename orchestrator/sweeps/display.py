@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.display import clock, figure
-from orchestrator.graph import build_graph
-from orchestrator.sweeps.pool import Member
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.reporting.progress import clock, figure
 from orchestrator.sweeps.trial import Trial, TrialEnd
+from orchestrator.sweeps.trial_pool import Member
 
 MARKS = {"finished": "[green]✔[/]", "failed": "[red]✘[/]", "stopped": "[yellow]■[/]"}
 

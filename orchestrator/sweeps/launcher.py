@@ -3,33 +3,65 @@
 It also is what our own sweeper asks for trials.
 """
 
+import contextlib
+import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.plugin import Plugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from orchestrator.compose import swept_keys, to_dictionary
-from orchestrator.compute_config import ComputeConfig
-from orchestrator.config import RunConfig
+from ddm_core.artifacts import plain
+from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.hydra_compose import swept_keys, to_dictionary
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.sweeps.budget import shared_budget
 from orchestrator.sweeps.config import LauncherConfig, settings
 from orchestrator.sweeps.display import SweepDisplay
-from orchestrator.sweeps.drive import conclude, drive, only_sweep
-from orchestrator.sweeps.plugins import HYDRA_MODULE
-from orchestrator.sweeps.pool import TrialPool
+from orchestrator.sweeps.loop import conclude, drive, only_sweep
+from orchestrator.sweeps.resources import shared_budget
 from orchestrator.sweeps.scores import default_metric
 from orchestrator.sweeps.summary import show_summary
 from orchestrator.sweeps.trial import Trial, TrialEnd, swept_parameters, trial_config, trial_label
+from orchestrator.sweeps.trial_pool import TrialPool
+
+PACKAGE, NAME = "hydra_plugins", "ddm"
+
+HYDRA_MODULE = f"{PACKAGE}.{NAME}"
+"""The module that a plugin of ours says it is from: its class attribute `__module__`."""
+
+
+def register(kind: type[Plugin], choice: str, defaults: object) -> None:
+    """Let Hydra know a choice such as `hydra/launcher=ddm_ray`, with the fields of `defaults` as its keys."""
+    group, _, name = choice.partition("=")
+    Plugins.instance().register(kind)
+    setattr(_module(), kind.__name__, kind)
+    node = {"_target_": f"{HYDRA_MODULE}.{kind.__name__}", **plain(defaults)}
+    ConfigStore.instance().store(name, node, group=group, provider=NAME)
+
+
+def _module() -> ModuleType:
+    """The module `hydra_plugins.ddm`, beside whatever other plugins are installed."""
+    if HYDRA_MODULE not in sys.modules:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(PACKAGE)
+        package = sys.modules.setdefault(PACKAGE, ModuleType(PACKAGE))
+        module = sys.modules[HYDRA_MODULE] = ModuleType(HYDRA_MODULE)
+        setattr(package, NAME, module)
+    return sys.modules[HYDRA_MODULE]
 
 
 class TrialLauncher(Launcher):

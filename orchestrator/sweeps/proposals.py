@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from orchestrator.sweeps.space import Proposal
+from orchestrator.sweeps.search_space import Proposal
 from orchestrator.sweeps.study import Study
 from orchestrator.sweeps.trial import Trial, TrialEnd
 

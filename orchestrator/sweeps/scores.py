@@ -2,10 +2,10 @@
 
 import math
 
-from orchestrator.config import RunConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.results import score_rows, standing_graph
-from orchestrator.run_folder import RunFolder
+from orchestrator.reporting.results import score_rows, standing_graph
+from orchestrator.run.run_folder import RunFolder
 from router.config import row_name
 
 

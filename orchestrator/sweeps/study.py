@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.config import OptunaConfig
-from orchestrator.sweeps.space import Axis, Proposal
+from orchestrator.sweeps.search_space import Axis, Proposal
 
 MEANING = "meaning"
 """Name of the study's attribute that says what its scores mean: the same in every call of one sweep."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from artifacts import write_json, write_text
+from ddm_core.artifacts import write_json, write_text
 from orchestrator.sweeps.display import ranked, ranking
 from orchestrator.sweeps.trial import TrialEnd
 
@@ -34,7 +34,7 @@ def show_summary(console: Console, folder: Path, ends: Sequence[TrialEnd], metri
         if end.score is not None
     ]
     if scores:
-        from orchestrator.report.charts import trial_chart
+        from orchestrator.reporting.charts import trial_chart
 
         write_text(folder / "sweep.svg", trial_chart(scores, metric, maximize=maximize))
         console.print(ranking(ends, metric, maximize=maximize))

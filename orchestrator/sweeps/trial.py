@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.results import standing_graph
-from orchestrator.run_folder import RunFolder
+from orchestrator.reporting.results import standing_graph
+from orchestrator.run.run_folder import RunFolder
 
 LONGEST_LABEL = 150
 """Characters of a folder's name; file systems allow 255 bytes."""

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from artifacts import Workspace
 from data_partition.config import DataConfig
-from data_partition.dataset import build_dataset
-from data_partition.shards import Sample, ShardWriter
+from data_partition.datasets.build import build_dataset
+from data_partition.shards.shards import Sample, ShardWriter
+from ddm_core.artifacts import Workspace
 
 
 @pytest.fixture

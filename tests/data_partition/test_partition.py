@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from artifacts import Preempted, Workspace
-from data_partition import clusters
-from data_partition.balance import evenness
+from data_partition import assignment as clusters
 from data_partition.config import PartitionConfig
 from data_partition.errors import EmptyCluster, FeaturesMismatch, TooFewSamples
-from data_partition.features import extract_features
-from data_partition.partition import Partition, load_partition, make_partition
-from data_partition.shards import read_batches, read_index, read_samples
+from data_partition.features.extract import extract_features
+from data_partition.partition import Partition, evenness, load_partition, make_partition
+from data_partition.shards.shards import read_batches, read_index, read_samples
+from ddm_core.artifacts import Preempted, Workspace
 from tests.data_partition.conftest import files_of
 
 CONFIG = PartitionConfig(num_experts=3, components=16, iterations=8)

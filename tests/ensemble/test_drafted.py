@@ -5,23 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from artifacts import CorruptArtifact, write_json
+from ddm_core.artifacts import CorruptArtifact, write_json
+from ensemble.compression.distillation.student import clean_said, noised_at
 from ensemble.config import ReflectionConfig, SamplingConfig
-from ensemble.drafted import DRAFTED, OF_DRAFT, DraftedExpert
-from ensemble.draws import RowFlops
 from ensemble.ensemble import Ensemble, EnsembleError
+from ensemble.evaluation.generate import RowFlops
+from ensemble.multi_network_experts import DRAFTED, OF_DRAFT, DraftedExpert
 from ensemble.pipeline import DDMPipeline
-from ensemble.sample import sample
-from ensemble.sampler import noise_for
-from ensemble.stages.chain import clean_said, noised_at
+from ensemble.sampling.sample import sample
+from ensemble.solvers import noise_for
+from experts.architectures.draft_generators import Anchors, Autoregressive
 from experts.codec import PixelCodec
+from experts.compressed.caching.feature_cache import Recall
 from experts.condition import Condition
-from experts.course import Course
-from experts.drafts import Anchors, Autoregressive
+from experts.diffusion.few_step import Course
+from experts.diffusion.noise_schedule import STRAIGHT
 from experts.expert import Expert
-from experts.flops import forward_flops
-from experts.noise_path import STRAIGHT
-from experts.reuse import Recall
+from experts.training.flops import forward_flops
 from router.config import SelectionConfig
 from tests.ensemble.test_pipeline import SHAPE, make_expert, parts, put_together
 from tests.oracles import IdentityCodec, MixtureOfGaussians, Oracle

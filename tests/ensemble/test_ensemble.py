@@ -4,9 +4,9 @@ import torch
 from ensemble.ensemble import Ensemble, EnsembleError, Spoken, mix
 from ensemble.routing import uniforms_at, uniforms_once
 from experts.condition import Condition
-from experts.noise_path import COSINE, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, STRAIGHT
 from router.config import SelectionConfig
-from router.select import SELECTIONS
+from router.selection import SELECTIONS
 from tests.oracles import MixtureOfGaussians
 
 MIXTURE = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1))

@@ -7,10 +7,10 @@ from ensemble.config import SamplingConfig
 from ensemble.membership import with_expert_back, with_new_expert, without_experts
 from ensemble.pipeline import DDMPipeline, PipelineError
 from experts.condition import Condition
+from experts.diffusion.noise_schedule import STRAIGHT
 from experts.expert import Expert
-from experts.noise_path import STRAIGHT
 from router.config import RouterConfig, SelectionConfig
-from router.model import build_router
+from router.models.registry import build_router
 from router.router import Router
 from tests.ensemble.test_pipeline import SHAPE, make_expert, parts, put_together
 

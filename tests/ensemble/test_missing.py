@@ -5,8 +5,8 @@ import re
 import pytest
 
 from ensemble.ensemble import Ensemble
-from ensemble.missing import missing_share, missing_warning
-from experts.noise_path import STRAIGHT
+from ensemble.membership import missing_share, missing_warning
+from experts.diffusion.noise_schedule import STRAIGHT
 from tests.oracles import MixtureOfGaussians
 
 MIXTURE = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1))

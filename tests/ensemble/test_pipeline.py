@@ -3,17 +3,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts import CorruptArtifact, files_in, read_json, write_json
+from ddm_core.artifacts import CorruptArtifact, files_in, read_json, write_json
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import EnsembleError
 from ensemble.pipeline import DDMPipeline, PipelineError, assemble
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig
+from experts.diffusion.noise_schedule import STRAIGHT
 from experts.expert import Expert
-from experts.networks import build_network
-from experts.noise_path import STRAIGHT
+from experts.networks.registry import build_network
 from router.config import RouterConfig, SelectionConfig
-from router.model import build_router
+from router.models.registry import build_router
 from router.router import Router
 
 SHAPE = (1, 4, 4)

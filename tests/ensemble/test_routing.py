@@ -6,13 +6,13 @@ from torch import Tensor
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.guidance import guided
-from ensemble.sample import sample
-from ensemble.sampler import SOLVERS, uniform_times
+from ensemble.sampling.guidance import guided
+from ensemble.sampling.sample import sample
+from ensemble.solvers import SOLVERS, uniform_times
 from experts.condition import Condition
-from experts.noise_path import STRAIGHT
+from experts.diffusion.noise_schedule import STRAIGHT
 from router.config import SelectionConfig
-from router.select import SELECTIONS
+from router.selection import SELECTIONS
 from tests.oracles import IdentityCodec, MixtureOfGaussians
 
 MIXTURE = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1), radius=0.8, allowed=((0, 1, 2), (1, 2, 3)))

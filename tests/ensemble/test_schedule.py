@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from artifacts import CorruptArtifact, write_json
-from ensemble.draws import RowFlops
+from ddm_core.artifacts import CorruptArtifact, write_json
 from ensemble.ensemble import Ensemble
+from ensemble.evaluation.generate import RowFlops
+from ensemble.multi_network_experts import SCHEDULE, ScheduledExpert
 from ensemble.pipeline import DDMPipeline
-from ensemble.schedule import SCHEDULE, ScheduledExpert
 from experts.condition import Condition
+from experts.diffusion.noise_schedule import STRAIGHT
 from experts.expert import Expert
-from experts.noise_path import STRAIGHT
 from tests.ensemble.test_pipeline import FULL, SHAPE, make_expert, parts, put_together
 
 __all__ = ["parts"]

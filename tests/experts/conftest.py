@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts import Workspace
-from data_partition.shards import Sample, ShardWriter
-from experts.latents import LatentDataset
+from data_partition.shards.shards import Sample, ShardWriter
+from ddm_core.artifacts import Workspace
+from experts.training.latent_dataset import LatentDataset
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts import CorruptArtifact, write_json
-from data_partition.shards import read_batches
-from experts.codecs import CODECS, fit_codec, load_codec
+from data_partition.shards.shards import read_batches
+from ddm_core.artifacts import CorruptArtifact, write_json
+from experts.codecs.registry import CODECS, fit_codec, load_codec
 from experts.config import CodecConfig, TrainingConfig
 
 

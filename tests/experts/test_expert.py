@@ -3,15 +3,15 @@ import json
 import pytest
 import torch
 
-from artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, files_in, read_json, write_json
-from experts.codecs import fit_codec, load_codec
+from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, files_in, read_json, write_json
+from experts.architectures.residual_mlp import ResidualMLP
+from experts.codecs.registry import fit_codec, load_codec
 from experts.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
+from experts.diffusion.noise_schedule import COSINE, STRAIGHT
 from experts.expert import Expert, train_expert
-from experts.latents import LatentError
-from experts.networks import NetworkError, call_network
-from experts.noise_path import COSINE, STRAIGHT
-from experts.residual_mlp import ResidualMLP
+from experts.networks.registry import NetworkError, call_network
+from experts.training.latent_dataset import LatentError
 
 TRAINING = TrainingConfig(steps=12, batch_size=100, warmup_steps=2, log_every=5)
 CONFIG = ExpertConfig(network=ResidualMLPConfig(width=16, depth=1), training=TRAINING)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import artifacts
-from artifacts import files_in, read_manifest, write_json
+from ddm_core import artifacts
+from ddm_core.artifacts import files_in, read_manifest, write_json
 from experts.__main__ import main
 
 CONFIG = {
@@ -28,7 +28,7 @@ def command(shards, folder, out, config=CONFIG):
 
 
 def started(arguments):
-    path = os.pathsep.join([str(Path(artifacts.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(artifacts.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
 

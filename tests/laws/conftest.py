@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator.compose import compose
-from orchestrator.config import RunConfig, parse_config
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
 
 TINY = (

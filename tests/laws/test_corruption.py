@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, plain, read_manifest, verify
 from data_partition.errors import ShardError
-from data_partition.shards import read_encoded
-from experts.checkpoint import DamagedCheckpoint, restore_checkpoint, save_checkpoint
-from orchestrator.backend import Job
-from orchestrator.graph import build_graph
-from orchestrator.results import score_rows
-from orchestrator.run_folder import RunFolder
-from orchestrator.sampling import pipeline_folder
-from orchestrator.stage import Stage
-from orchestrator.worker import execute
+from data_partition.shards.shards import read_encoded
+from ddm_core.artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, plain, read_manifest, verify
+from experts.training.checkpoint import DamagedCheckpoint, restore_checkpoint, save_checkpoint
+from orchestrator.cli.sample import pipeline_folder
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import Stage
+from orchestrator.reporting.results import score_rows
+from orchestrator.run.backend import Job
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.worker import execute
 from tests.data_partition.conftest import write_samples
-from tests.experts.test_checkpoint import started, trained
+from tests.experts.training.test_checkpoint import started, trained
 from tests.laws.conftest import tiny_config, walk
 
 KINDS = ("dataset", "codec", "features", "partition", "expert", "router", "reference", "ensemble", "score", "monolith")

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.guidance import guided
-from ensemble.sample import sample
-from ensemble.sampler import SOLVERS, uniform_times
+from ensemble.sampling.guidance import guided
+from ensemble.sampling.sample import sample
+from ensemble.solvers import SOLVERS, uniform_times
 from experts.condition import Condition
-from experts.noise_path import COSINE, PATHS, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, PATHS, STRAIGHT
 from router.config import SelectionConfig
-from router.select import SELECTIONS
+from router.selection import SELECTIONS
 from tests.oracles import IdentityCodec, MixtureOfGaussians, Oracle, gaussian_velocity
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from artifacts import files_in, read_manifest, save_arrays, verify, write_json
-from orchestrator.disk import explained
+from ddm_core.artifacts import files_in, read_manifest, save_arrays, verify, write_json
 from orchestrator.errors import OrchestratorError, RunFolderError
-from orchestrator.graph import build_graph
-from orchestrator.run_folder import RunFolder
-from orchestrator.worker import execute
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.run.disk_errors import explained
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.worker import execute
 from tests.laws.conftest import tiny_config, walk
 from tests.laws.test_corruption import job, stage_of
 
@@ -168,7 +168,7 @@ def test_a_full_disk_is_known_by_whatever_library_runs_into_it(disk):
 
 def test_an_array_that_does_not_fit_is_an_error_and_not_the_end_of_the_process(disk):
     code = (
-        "import errno, sys; from pathlib import Path; from data_partition.arrays import new_array\n"
+        "import errno, sys; from pathlib import Path; from ddm_core.memmaps import new_array\n"
         "try: new_array(Path(sys.argv[1]), 'float32', (10**7,))[:] = 1\n"
         "except OSError as error: print(errno.errorcode[error.errno])"
     )

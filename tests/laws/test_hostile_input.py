@@ -16,27 +16,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from artifacts import ArtifactError, CorruptArtifact, Workspace, publish, read_json, write_json
 from data_partition.config import DataConfig
-from data_partition.dataset import build_dataset
+from data_partition.datasets.build import build_dataset
+from data_partition.datasets.image_folder import class_folders, read_tree
+from data_partition.datasets.source import Unreadable
+from data_partition.datasets.webdataset_source import MAX_ANNOTATION_BYTES, MAX_CAPTION, read_urls
 from data_partition.errors import ShardError, TooManyUnreadable, UnprintableName, UnreadableImage
-from data_partition.image_tree import class_folders, read_tree
-from data_partition.images import decode_image
-from data_partition.shards import Sample
-from data_partition.source import Unreadable
-from data_partition.tar_source import MAX_ANNOTATION_BYTES, MAX_CAPTION, read_urls
-from data_partition.tars import MAX_SAMPLE_BYTES, read_tar
+from data_partition.shards.images import decode_image
+from data_partition.shards.shards import Sample
+from data_partition.shards.tar import MAX_SAMPLE_BYTES, read_tar
+from ddm_core.artifacts import ArtifactError, CorruptArtifact, Workspace, publish, read_json, write_json
 from ensemble.pipeline import DDMPipeline, PipelineError, assemble
-from experts.codecs import load_codec
+from experts.codecs.registry import load_codec
 from experts.expert import Expert
-from orchestrator.compose import compose, config_folder, sweep
-from orchestrator.config import parse_config
+from orchestrator.config.hydra_compose import compose, config_folder
+from orchestrator.config.schema import parse_config
 from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.run_folder import RunFolder
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.sweeps.hydra_entry import sweep
 from router.router import Router
-from tests.data_partition.test_image_tree import write
-from tests.data_partition.test_tar_source import PNG
-from tests.data_partition.test_tars import tar_of
+from tests.data_partition.datasets.test_image_folder import write
+from tests.data_partition.datasets.test_webdataset_source import PNG
+from tests.data_partition.shards.test_tar import tar_of
 from tests.ensemble.test_pipeline import make_expert, parts, put_together  # noqa: F401 - `parts` is a fixture
 
 TEN_GB = 10 * 2**30
@@ -112,7 +113,7 @@ def test_a_tar_that_claims_or_names_too_much_is_refused_at_once(hostile, words):
 )
 def test_a_sample_that_unpacks_to_gigabytes_is_refused(monkeypatch, between):
     """Each member is bearable, and the file small: what counts is what the sample would take of the memory."""
-    monkeypatch.setattr("data_partition.tars.MAX_SAMPLE_BYTES", 2**20)
+    monkeypatch.setattr("data_partition.shards.tar.MAX_SAMPLE_BYTES", 2**20)
     size = 300 * 2**10
     bomb = gzip.compress(
         tar_with(*(each for k in range(4) for each in ((member(f"x.a{k}", size), bytes(size)), *between)))
@@ -436,7 +437,7 @@ def test_a_yaml_file_that_calls_or_looks_up_is_refused_by_name(tmp_path, monkeyp
     (tmp_path / "experiment").unlink()
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
-    monkeypatch.setattr("orchestrator.compose.config_folder", lambda: str(tmp_path))
+    monkeypatch.setattr("orchestrator.config.hydra_compose.config_folder", lambda: str(tmp_path))
     with pytest.raises(ConfigError, match=words):
         parse_config(compose(["experiment=evil"]))
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from artifacts import Workspace
-from data_partition import kmeans
+from data_partition.clustering import kmeans
 from data_partition.config import DataConfig, PartitionConfig
-from data_partition.dataset import build_dataset
-from data_partition.features import extract_features
+from data_partition.datasets.build import build_dataset
+from data_partition.features.extract import extract_features
 from data_partition.partition import make_partition
-from data_partition.shards import Sample, ShardWriter, read_samples
+from data_partition.shards.shards import Sample, ShardWriter, read_samples
+from ddm_core.artifacts import Workspace
 from tests.data_partition.conftest import files_of
 
 CONFIG = PartitionConfig(num_experts=4, components=16, iterations=6, num_fine=25)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experts.architectures.residual_mlp import ResidualMLP
 from experts.condition import Condition
+from experts.diffusion.noise_schedule import PATHS, expand, matched
+from experts.diffusion.predictions import MOST_NOISE, from_velocity, target_of, to_clean, to_noise, to_velocity
 from experts.expert import Expert
-from experts.noise_path import PATHS, expand, matched
-from experts.predictions import MOST_NOISE, from_velocity, target_of, to_clean, to_noise, to_velocity
-from experts.residual_mlp import ResidualMLP
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -88,7 +88,7 @@ class GaussianOracle(ResidualMLP):
 
 
 def oracle(kind, path, monkeypatch):
-    from experts import networks
+    from experts.networks import registry as networks
 
     model = GaussianOracle(latent_shape=[4])
     model.kind, model.path = kind, path

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import read_json, verify
-from orchestrator.lease import process_start
-from orchestrator.run_folder import RunFolder
+from ddm_core.artifacts import read_json, verify
+from orchestrator.run.lease import process_start
+from orchestrator.run.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

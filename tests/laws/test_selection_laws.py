@@ -10,8 +10,8 @@ import torch
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.sample import sample
-from experts.noise_path import STRAIGHT
+from ensemble.sampling.sample import sample
+from experts.diffusion.noise_schedule import STRAIGHT
 from router.config import SelectionConfig
 from tests.oracles import IdentityCodec, MixtureOfGaussians
 

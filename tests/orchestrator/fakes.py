@@ -4,12 +4,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts import publish, write_json
 from data_partition.config import DataConfig
-from orchestrator.backend import Job, Outcome, attempt_folder
-from orchestrator.lease import this_process
-from orchestrator.run_folder import RunFolder
-from orchestrator.stage import Input, Stage
+from ddm_core.artifacts import publish, write_json
+from orchestrator.pipeline.stage import Input, Stage
+from orchestrator.run.backend import Job, Outcome, attempt_folder
+from orchestrator.run.lease import this_process
+from orchestrator.run.run_folder import RunFolder
 
 
 @dataclass

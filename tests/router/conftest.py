@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from artifacts import Workspace
-from data_partition.shards import Sample, ShardWriter
-from experts.codecs import fit_codec
+from data_partition.shards.shards import Sample, ShardWriter
+from ddm_core.artifacts import Workspace
+from experts.codecs.registry import fit_codec
 from experts.config import CodecConfig
 
 CLASSES = ("dark", "bright")

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from experts.condition import Condition
-from experts.latents import Batch
-from experts.noise_path import STRAIGHT
-from router.loss import router_loss
+from experts.diffusion.noise_schedule import STRAIGHT
+from experts.training.latent_dataset import Batch
+from router.train import router_loss
 
 
 class Fixed(nn.Module):

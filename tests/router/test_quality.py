@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from experts.condition import Condition
-from experts.latents import LatentDataset
-from experts.noise_path import STRAIGHT
+from experts.diffusion.noise_schedule import STRAIGHT
+from experts.training.latent_dataset import LatentDataset
 from router.quality import halves, measure_quality
 from router.router import Router
 from tests.oracles import MixtureOfGaussians

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts import CorruptArtifact, UnfinishedArtifact, read_json, write_json
+from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, read_json, write_json
 from experts.condition import Condition
-from experts.noise_path import COSINE
+from experts.diffusion.noise_schedule import COSINE
 from router.config import RouterConfig
-from router.model import build_router
+from router.models.registry import build_router
 from router.router import Router, count_priors
 
 COUNTS = torch.tensor([[6, 2, 0], [0, 0, 0], [0, 0, 4], [10, 4, 6]], dtype=torch.float64)

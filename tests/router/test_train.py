@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts import Workspace, files_in, read_json
+from ddm_core.artifacts import Workspace, files_in, read_json
 from experts.condition import Condition
 from experts.config import TrainingConfig
 from router.config import RouterConfig
 from router.costs import recipe_flops
-from router.model import ROUTERS
+from router.models.registry import ROUTERS
 from router.router import Router
 from router.train import router_flops, train_router
 

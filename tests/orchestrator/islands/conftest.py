@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.islands.local import LocalIslands
-from orchestrator.islands.storage import Storage
+from orchestrator.islands.local.clusters import LocalIslands
+from orchestrator.islands.storage.storage import Storage
 from orchestrator.islands.wheel import build_wheel
 
 

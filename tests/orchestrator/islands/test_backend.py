@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import read_json, read_manifest
-from orchestrator.compose import compose
-from orchestrator.compute_config import ComputeConfig
-from orchestrator.config import RunConfig, parse_config
+from ddm_core.artifacts import read_json, read_manifest
+from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import IslandError
-from orchestrator.graph import build_graph
 from orchestrator.islands.backend import IslandsBackend
-from orchestrator.islands.local import LocalIslands
-from orchestrator.run_folder import RunFolder
+from orchestrator.islands.local.clusters import LocalIslands
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.run.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.backend import Job
-from orchestrator.compute_config import HOME, ComputeConfig, IslandConfig, ResourcesConfig
+from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.errors import ConfigError
 from orchestrator.islands.placement import Load, load_of, place
+from orchestrator.run.backend import Job
 
 
 def job(kind="expert", losses=0, **asked) -> Job:

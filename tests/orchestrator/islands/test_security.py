@@ -18,11 +18,11 @@ import pytest
 import ray.core.generated
 import requests
 
-from orchestrator.compute_config import ResourcesConfig
+from orchestrator.config.compute import ResourcesConfig
 from orchestrator.islands.client import IslandClient
-from orchestrator.islands.marked import MARK, kill_marked, marked_processes
+from orchestrator.islands.local.processes import MARK, kill_marked, marked_processes
+from tests.orchestrator.islands.local.test_clusters import wait_for
 from tests.orchestrator.islands.sockets import listeners
-from tests.orchestrator.islands.test_local import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -174,8 +174,8 @@ def test_no_process_shows_a_token_in_its_command(busy):
 
 def test_the_embedded_ray_cluster_refuses_strangers_at_every_port(tmp_path):
     code = (
-        "from pathlib import Path; from orchestrator.compute_config import ComputeConfig\n"
-        "from orchestrator.controller import _backend; from orchestrator.run_folder import RunFolder\n"
+        "from pathlib import Path; from orchestrator.config.compute import ComputeConfig\n"
+        "from orchestrator.controller import _backend; from orchestrator.run.run_folder import RunFolder\n"
         "with _backend(ComputeConfig(cpus=1), RunFolder(Path())): print('up', flush=True); input()"
     )
     mark = str(tmp_path)

@@ -21,11 +21,9 @@ def checkout(tmp_path, monkeypatch):
     for name in (*PACKAGES, "cluster_configs/data"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text(f"NAME = {name!r}\n")
-    (folder / "artifacts.py").write_text("")
     (folder / "cluster_configs" / "data" / "digits.yaml").write_text("source: digits\n")
     (folder / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
     monkeypatch.setattr(wheels, "_folder", lambda package: folder / package)
-    monkeypatch.setattr(wheels.artifacts, "__file__", str(folder / "artifacts.py"))
     return folder
 
 
@@ -49,7 +47,7 @@ def test_what_python_leaves_behind_changes_nothing(checkout, tmp_path):
     assert build_wheel(tmp_path / "b").read_bytes() == before.read_bytes()
 
 
-@pytest.mark.parametrize("changed", ["artifacts.py", "router/__init__.py", "cluster_configs/data/digits.yaml"])
+@pytest.mark.parametrize("changed", ["ddm_core/__init__.py", "router/__init__.py", "cluster_configs/data/digits.yaml"])
 def test_one_changed_byte_gives_another_name(checkout, tmp_path, changed):
     before = build_wheel(tmp_path / "a")
     (checkout / changed).write_text((checkout / changed).read_text() + "#")
@@ -77,7 +75,7 @@ def test_the_record_names_every_file(wheel):
 
 def test_the_wheel_has_code_and_data_and_nothing_else(wheel):
     found = [entry.filename for entry in entries(wheel)]
-    for needed in ("artifacts.py", "orchestrator/islands/worker.py", "cluster_configs/experiment/digits.yaml"):
+    for needed in ("ddm_core/artifacts.py", "orchestrator/islands/worker.py", "cluster_configs/experiment/digits.yaml"):
         assert needed in found
     assert [name for name in found if name.startswith("data_partition/fashion/") and name.endswith(".tar.gz")]
     assert [name for name in found if name.endswith(".html")]

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from artifacts import read_manifest
 from data_partition.config import DataConfig
-from orchestrator.attempts import attempts_of
-from orchestrator.compose import compose
-from orchestrator.config import parse_config
+from ddm_core.artifacts import read_manifest
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import parse_config
 from orchestrator.controller import run_pipeline
-from orchestrator.costs import cost_line, cost_rows, total
-from orchestrator.graph import build_graph
+from orchestrator.pipeline.graph import build_graph
 from orchestrator.planning.calibration import CalibrationFailed, calibrate
 from orchestrator.planning.plan import plan
-from orchestrator.report.page import write_report
-from orchestrator.run_folder import RunFolder
+from orchestrator.reporting.costs import cost_line, cost_rows, total
+from orchestrator.reporting.page import write_report
+from orchestrator.run.attempts import attempts_of
+from orchestrator.run.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from artifacts import plain, publish, write_json
 from data_partition.config import DataConfig, PartitionConfig
+from ddm_core.artifacts import plain, publish, write_json
 from experts.config import ExpertConfig, TrainingConfig
-from orchestrator.compute_config import HOME, ComputeConfig, IslandConfig, ResourcesConfig, StagesConfig
-from orchestrator.config import RunConfig
-from orchestrator.graph import build_graph
+from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig, StagesConfig
+from orchestrator.config.schema import RunConfig
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.planning.calibrate import read_place
 from orchestrator.planning.calibration import (
     SAID,
     Calibration,
@@ -22,11 +23,10 @@ from orchestrator.planning.calibration import (
     find_calibration,
     identity,
 )
+from orchestrator.planning.estimate import best_interval_s, expected_seconds, loss_probability
 from orchestrator.planning.plan import as_json, plan
-from orchestrator.planning.probes import read_place
-from orchestrator.planning.risk import best_interval_s, expected_seconds, loss_probability
 from orchestrator.planning.tables import duration, metric, plan_tables
-from orchestrator.run_folder import RunFolder
+from orchestrator.run.run_folder import RunFolder
 from router.config import RouterConfig
 
 TRAINING = TrainingConfig(steps=100, batch_size=40, checkpoint_every=30)

@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from orchestrator.pools.composing import parse_pool, pool_config
 from orchestrator.pools.config import PoolConfig
-from orchestrator.pools.rendering import render
+from orchestrator.pools.load_config import parse_pool, pool_config
+from orchestrator.pools.render import render
 
 FOLDER = Path(__file__).parents[3] / "cluster_configs" / "pool"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml"))

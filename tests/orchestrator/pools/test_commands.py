@@ -6,9 +6,9 @@ import stat
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.cli.pools import app
 from orchestrator.errors import ConfigError
-from orchestrator.pools.commands import app
-from orchestrator.pools.tools import PoolError, answer, found, library
+from orchestrator.pools.shell import PoolError, answer, found, library
 
 
 def pool(*arguments, says=None):

@@ -7,12 +7,12 @@ import pytest
 import ray
 from hypothesis import given
 
-from artifacts import plain
+from ddm_core.artifacts import plain
 from orchestrator.errors import ConfigError
-from orchestrator.pools.composing import parse_pool, pool_config
-from orchestrator.pools.machines import NodeConfig
-from orchestrator.pools.rendering import RENDERERS
-from orchestrator.pools.software import PACKAGES, PYTHON_VERSION, RAY_VERSION
+from orchestrator.pools.config import NodeConfig
+from orchestrator.pools.load_config import parse_pool, pool_config
+from orchestrator.pools.providers.node_setup import PACKAGES, PYTHON_VERSION, RAY_VERSION
+from orchestrator.pools.render import RENDERERS
 from tests.orchestrator.pools.pools import FOLDER, SHIPPED, pools, shipped
 
 ROOT = Path(__file__).parents[3]

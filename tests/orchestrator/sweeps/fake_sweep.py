@@ -10,16 +10,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.config import RunConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.sweeps.config import OptunaConfig
 from orchestrator.sweeps.display import SweepDisplay
-from orchestrator.sweeps.drive import conclude, drive, only_sweep
-from orchestrator.sweeps.pool import TrialPool
+from orchestrator.sweeps.loop import conclude, drive, only_sweep
 from orchestrator.sweeps.proposals import Proposals
-from orchestrator.sweeps.space import Axis, Proposal
+from orchestrator.sweeps.search_space import Axis, Proposal
 from orchestrator.sweeps.study import Study
 from orchestrator.sweeps.summary import show_summary
 from orchestrator.sweeps.trial import Trial, trial_label
+from orchestrator.sweeps.trial_pool import TrialPool
 
 METRIC = "sticky.pixels.fd"
 AXES = [

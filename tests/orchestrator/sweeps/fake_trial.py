@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from artifacts import publish
+from ddm_core.artifacts import publish
 from orchestrator.controller import _stop_on_signals
-from orchestrator.graph import build_graph
-from orchestrator.lease import hold
-from orchestrator.lifeline import end_with_input
-from orchestrator.run_folder import RunFolder
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.run.die_with_parent import end_with_input
+from orchestrator.run.lease import hold
+from orchestrator.run.run_folder import RunFolder
 
 FAILS, NEVER_ENDS = 1, 2
 

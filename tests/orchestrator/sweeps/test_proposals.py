@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.sweeps.config import OptunaConfig
 from orchestrator.sweeps.proposals import Proposals
-from orchestrator.sweeps.space import Axis
+from orchestrator.sweeps.search_space import Axis
 from orchestrator.sweeps.study import Study
 from orchestrator.sweeps.trial import TrialEnd
 from tests.orchestrator.sweeps.fake_sweep import METRIC, trial_in

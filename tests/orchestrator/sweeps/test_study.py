@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.config import OptunaConfig
-from orchestrator.sweeps.space import Axis
+from orchestrator.sweeps.search_space import Axis
 from orchestrator.sweeps.study import Study
 
 AXES = (

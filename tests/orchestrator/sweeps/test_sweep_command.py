@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.controller import LOOPBACK_ONLY
-from tests.orchestrator.sweeps.test_pool import wait_until
+from tests.orchestrator.sweeps.test_trial_pool import wait_until
 
 TINY = (
     "experiment=digits",

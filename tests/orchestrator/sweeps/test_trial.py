@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator.config import RunConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.trial import LONGEST_LABEL, Trial, swept_parameters, trial_config, trial_label
 

@@ -1,0 +1,1 @@
+"""Read images from folders, WebDataset shards and packaged data sets."""

@@ -1,0 +1,1 @@
+"""Turn images into the features in which clusters are computed."""

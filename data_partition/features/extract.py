@@ -1,0 +1,145 @@
+"""The spaces in which clusters are found: images → feature vectors of length one.
+
+    pixels              principal components of the pixels
+    random_conv         a convolutional network with fixed random parameters
+    efficientnet_lite0  a small network trained on ImageNet, from two PyPI packages
+
+To add an extractor (DINOv2, say), write a class with the members of `FeatureExtractor` and its `fit`, and enter
+both in `EXTRACTORS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from data_partition.config import PartitionConfig
+from data_partition.errors import UnknownExtractor
+from data_partition.features.efficientnet import EfficientNetFeatures
+from data_partition.features.pixels import PixelFeatures
+from data_partition.features.random_conv import RandomConvFeatures
+from data_partition.features.store import FeatureFile
+from data_partition.shards.shards import read_batches, read_index
+from ddm_core.artifacts import (
+    Preempted,
+    Workspace,
+    checksum,
+    files_in,
+    fingerprint,
+    read_json,
+    replaced_folder,
+    write_json,
+)
+
+EXTRACTOR = "extractor.json"
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """Images of one shape to vectors of length one."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of a feature vector."""
+
+    @property
+    def flops_per_image(self) -> float:
+        """Floating point operations spent on one image."""
+
+    @property
+    def fit_flops_per_image(self) -> float:
+        """Floating point operations spent on each image while fitting."""
+
+    def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
+        """Features of a batch, each row of Euclidean length one."""
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` of the same class needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extractor:
+    """How one kind of extractor comes to be."""
+
+    fit: Callable[[Path, int, int], FeatureExtractor]
+    """From a folder of shards, a number of components and a seed; what an extractor has no use for it ignores."""
+    load: Callable[[Path], FeatureExtractor]
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    "pixels": Extractor(PixelFeatures.fit, PixelFeatures.load),
+    "random_conv": Extractor(RandomConvFeatures.fit, RandomConvFeatures.load),
+    "efficientnet_lite0": Extractor(EfficientNetFeatures.fit, EfficientNetFeatures.load),
+}
+
+
+def fit_extractor(name: str, shards: Path, components: int, seed: int) -> FeatureExtractor:
+    """An extractor fitted on the images in `shards`; the same images and seed give the same extractor."""
+    return EXTRACTORS[name].fit(shards, components, seed)
+
+
+def save_extractor(name: str, extractor: FeatureExtractor, folder: Path) -> None:
+    """Write an extractor into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    extractor.save(folder)
+    write_json(folder / EXTRACTOR, {"name": name, "dimension": extractor.dimension})
+
+
+def load_extractor(folder: Path) -> FeatureExtractor:
+    """Read what `save_extractor` wrote; raises `UnknownExtractor` for a name this version does not know."""
+    name = read_json(folder / EXTRACTOR)["name"]
+    if name not in EXTRACTORS:
+        raise UnknownExtractor(
+            f"{folder} holds features named {name!r}, known are {', '.join(EXTRACTORS)}; extract again"
+        )
+    return EXTRACTORS[name].load(folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSummary:
+    """How many features there are, and what they cost."""
+
+    count: int
+    dimension: int
+    flops: float
+
+
+def extract_features(config: PartitionConfig, dataset: Path, out: Path, workspace: Workspace) -> FeatureSummary:
+    """Write `out/features.npy` (float32), `out/keys.txt` and `out/extractor` for the images in `dataset/train`.
+
+    Every finished batch stays in the scratch folder, so that a later attempt goes on with the next one.
+    Raises `Preempted` when it is asked to stop.
+    """
+    shards = dataset / "train"
+    count = read_index(shards).count
+    kept = workspace.scratch / f"features-{_identity(config, shards)}"
+    extractor = _kept_extractor(config, shards, kept / "extractor")
+    with FeatureFile(kept, count, extractor.dimension) as file:
+        for batch in read_batches(shards, config.batch_size, start=file.rows):
+            file.append(batch.keys, extractor(batch.images))
+            workspace.report(file.rows, count, unit="images")
+            if file.rows < count and workspace.stop_requested():
+                raise Preempted(f"stopped after the features of {file.rows} of {count} images, which are kept")
+        file.copy_to(out)
+    save_extractor(config.features, extractor, out / "extractor")
+    flops = count * (extractor.flops_per_image + extractor.fit_flops_per_image)
+    return FeatureSummary(count=count, dimension=extractor.dimension, flops=flops)
+
+
+def _identity(config: PartitionConfig, shards: Path) -> str:
+    """What the features depend on, as 16 hex digits."""
+    chosen = (config.features, config.components, config.seed, config.batch_size)
+    files = {path.name: checksum(path) for path in files_in(shards)}
+    return fingerprint("features", chosen, files)[:16]
+
+
+def _kept_extractor(config: PartitionConfig, shards: Path, folder: Path) -> FeatureExtractor:
+    """The extractor of an earlier attempt, or a new one."""
+    if not folder.exists():
+        extractor = fit_extractor(config.features, shards, config.components, config.seed)
+        with replaced_folder(folder) as temporary:
+            save_extractor(config.features, extractor, temporary)
+    return load_extractor(folder)

@@ -1,0 +1,66 @@
+"""Features that are principal components of the pixels, of large images after they have been made smaller."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch.nn import functional
+
+from data_partition.features.pca import PCA, fit_pca, unit_rows
+from data_partition.shards.shards import read_batches
+
+FILE = "pca.safetensors"
+FIT_BATCH = 512
+LARGEST_SIDE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PixelFeatures:
+    """Principal components of flattened pixels in [0, 1]; images above `LARGEST_SIDE` are scaled down to it."""
+
+    pca: PCA
+
+    @classmethod
+    def fit(cls, shards: Path, components: int, seed: int) -> "PixelFeatures":
+        """Fit on every image in `shards`; there is nothing random in it."""
+        return cls(fit_pca((flat(batch.images) for batch in read_batches(shards, FIT_BATCH)), components))
+
+    @property
+    def dimension(self) -> int:
+        """Components kept."""
+        return len(self.pca.components)
+
+    @property
+    def flops_per_image(self) -> float:
+        """Two for each entry of the basis."""
+        return 2.0 * self.pca.components.size
+
+    @property
+    def fit_flops_per_image(self) -> float:
+        """Two for each entry of the covariance."""
+        return 2.0 * len(self.pca.mean) ** 2
+
+    def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
+        """Coordinates in the basis, of length one."""
+        return unit_rows(self.pca.encode(flat(images)))
+
+    def save(self, folder: Path) -> None:
+        """Write the basis."""
+        self.pca.save(folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "PixelFeatures":
+        """Read the basis."""
+        return cls(PCA.load(folder / FILE))
+
+
+def flat(images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
+    """Pixels as rows in [0, 1]."""
+    values = images.astype(np.float32) / np.float32(255)
+    if max(images.shape[1:3]) > LARGEST_SIDE:
+        pictures = torch.from_numpy(values).permute(0, 3, 1, 2)
+        small = functional.interpolate(pictures, (LARGEST_SIDE, LARGEST_SIDE), mode="bilinear", antialias=True)
+        values = small.permute(0, 2, 3, 1).numpy()
+    return values.reshape(len(images), -1)

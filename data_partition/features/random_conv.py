@@ -1,0 +1,95 @@
+"""Features of a convolutional network that was never trained.
+
+Random embeddings suffice to tell distributions apart, and owe nothing to another data set
+(Naeem et al. 2020, arXiv:2002.09797, section 3.3).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_partition.features.cnn_input import network_input
+from data_partition.features.pca import unit_rows
+from data_partition.shards.shards import read_batches
+
+FILE = "random_conv.safetensors"
+SIDE = 32
+WIDTHS = (3, 32, 64, 64)
+CELLS = 4 * 4
+"""Places at which the last layer looks, one for each 8 x 8 pixels."""
+FIT_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RandomConvFeatures:
+    """The answers of the last of three layers of random filters, less their mean over the data."""
+
+    filters: tuple[Float[Tensor, "_ _ 3 3"], ...]
+    mean: Float32[np.ndarray, " feature"]
+
+    @classmethod
+    def fit(cls, shards: Path, components: int, seed: int) -> "RandomConvFeatures":
+        """Draw the filters from `seed` and find the mean of what they answer to the images in `shards`."""
+        filters = random_filters(seed)
+        total, count = np.zeros(CELLS * WIDTHS[-1]), 0
+        for batch in read_batches(shards, FIT_BATCH):
+            total += responses(filters, batch.images).sum(axis=0, dtype=np.float64)
+            count += len(batch.images)
+        return cls(filters, (total / max(count, 1)).astype(np.float32))
+
+    @property
+    def dimension(self) -> int:
+        """One for each filter of the last layer and place."""
+        return len(self.mean)
+
+    @property
+    def flops_per_image(self) -> float:
+        """Counted on one image."""
+        with FlopCounterMode(display=False) as counter:
+            responses(self.filters, np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8))
+        return float(counter.get_total_flops())
+
+    @property
+    def fit_flops_per_image(self) -> float:
+        """As many as to use it."""
+        return self.flops_per_image
+
+    def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
+        """What the filters answer, of length one."""
+        return unit_rows(responses(self.filters, images) - self.mean)
+
+    def save(self, folder: Path) -> None:
+        """Write the filters themselves, so that they do not depend on a version's random numbers."""
+        tensors = {f"filters_{layer}": tensor for layer, tensor in enumerate(self.filters)}
+        save_file({**tensors, "mean": torch.from_numpy(self.mean)}, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "RandomConvFeatures":
+        """Read what `save` wrote."""
+        found = load_file(folder / FILE)
+        return cls(tuple(found[f"filters_{layer}"] for layer in range(len(found) - 1)), found["mean"].numpy())
+
+
+def random_filters(seed: int) -> tuple[Float[Tensor, "_ _ 3 3"], ...]:
+    """Gaussian 3 x 3 filters that keep the variance through a ReLU (He et al. 2015, arXiv:1502.01852)."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = zip(WIDTHS, WIDTHS[1:], strict=False)
+    return tuple(torch.randn(out, into, 3, 3, generator=generator) * (2 / (9 * into)) ** 0.5 for into, out in pairs)
+
+
+@torch.inference_mode()
+def responses(
+    filters: tuple[Float[Tensor, "_ _ 3 3"], ...], images: UInt8[np.ndarray, "batch height width channel"]
+) -> Float32[np.ndarray, "batch feature"]:
+    """What the last layer answers at every place."""
+    hidden = network_input(images, SIDE) * 2 - 1
+    for layer in filters:
+        hidden = functional.relu(functional.conv2d(hidden, layer, stride=2, padding=1))
+    return hidden.flatten(1).numpy()

@@ -1,0 +1,250 @@
+"""Samples in shards: a folder of tars of PNG images and an `index.json` that says what is in them.
+
+    folder/shard-00000.tar     <key>.png, <key>.cls if it has a class, <key>.txt if it has a caption
+    folder/index.json          how many, of what shape, of which classes, in which tars, with their checksums
+
+The same samples always give the same bytes. A tar is compared with its checksum each time it is opened, and the index
+carries its own, so that a changed bit anywhere is an error, wherever the folder has been copied to.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from data_partition.errors import ShardError, UnreadableImage
+from data_partition.shards.images import decode_image, encode_png
+from data_partition.shards.tar import Encoded, TarWriter, read_tar
+from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, checksum, read_sealed, sealed, write_text
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image and what is known about it."""
+
+    key: str
+    image: UInt8[np.ndarray, "height width channel"]
+    label: int = -1
+    """-1: none."""
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageBatch:
+    """Images of one shape, with their keys and classes (-1: none)."""
+
+    keys: list[str]
+    images: UInt8[np.ndarray, "batch height width channel"]
+    labels: Int64[np.ndarray, " batch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardIndex:
+    """What a folder of shards holds."""
+
+    count: int
+    image_shape: tuple[int, int, int]
+    """Height, width, channels; zeros in an empty folder that was given no shape."""
+    class_names: tuple[str, ...]
+    """Empty: the samples carry no classes."""
+    shards: tuple[str, ...]
+    shard_counts: tuple[int, ...]
+    """Samples in each shard."""
+    checksums: tuple[str, ...]
+    """SHA-256 of each shard."""
+
+
+class ShardWriter:
+    """Writes samples into numbered shards; `close` writes the index, without which a folder is unfinished.
+
+    As a context it only lets go of its file when the block ends with an error.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        samples_per_shard: int = 2048,
+        class_names: tuple[str, ...] = (),
+        image_shape: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.samples_per_shard = samples_per_shard
+        self.class_names = class_names
+        self.image_shape = image_shape
+        self.shard_counts: list[int] = []
+        self._tar: TarWriter | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with contextlib.suppress(OSError):
+                self._close_tar()
+
+    @property
+    def count(self) -> int:
+        """Samples written so far."""
+        return sum(self.shard_counts)
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample; raises `ValueError` if its image has another shape than the others."""
+        shape = sample.image.shape
+        if self.image_shape == (0, 0, 0):
+            self.image_shape = (shape[0], shape[1], shape[2])
+        if shape != self.image_shape:
+            raise ValueError(f"{sample.key} has shape {shape}, the shards hold {self.image_shape}; resize it first")
+        self.add_encoded(encode_sample(sample))
+
+    def add_encoded(self, sample: Encoded) -> None:
+        """Append a sample as `read_encoded` gives it; its image is taken to have the right shape."""
+        if self._tar is None or self.shard_counts[-1] == self.samples_per_shard:
+            self._close_tar()
+            self._tar = TarWriter(self.folder / shard_name(len(self.shard_counts)))
+            self.shard_counts.append(0)
+        self._tar.add(sample)
+        self.shard_counts[-1] += 1
+
+    def close(self) -> ShardIndex:
+        """Finish the last shard and write the index."""
+        self._close_tar()
+        shards = tuple(shard_name(number) for number in range(len(self.shard_counts)))
+        index = ShardIndex(
+            count=self.count,
+            image_shape=self.image_shape,
+            class_names=self.class_names,
+            shards=shards,
+            shard_counts=tuple(self.shard_counts),
+            checksums=tuple(checksum(self.folder / name) for name in shards),
+        )
+        write_text(self.folder / INDEX, sealed(index))
+        return index
+
+    def _close_tar(self) -> None:
+        tar, self._tar = self._tar, None
+        if tar is not None:
+            tar.close()
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.tar"
+
+
+def encode_sample(sample: Sample) -> Encoded:
+    """A sample as the files that stand for it in a tar."""
+    files = {"png": encode_png(sample.image)}
+    if sample.label >= 0:
+        files["cls"] = str(sample.label).encode()
+    if sample.caption:
+        files["txt"] = sample.caption.encode()
+    return Encoded(key=sample.key, files=files)
+
+
+def decode_sample(encoded: Encoded, shard: str) -> Sample:
+    """The sample in these files, which `encode_sample` has written; raises `ShardError` otherwise."""
+    try:
+        image = decode_image(encoded.files["png"])
+        label = encoded_label(encoded)
+        caption = encoded.files.get("txt", b"").decode()
+    except (KeyError, ValueError, UnreadableImage) as error:
+        raise ShardError(
+            f"shard {shard}: sample {encoded.key!r} is not as it was written ({error}); make the shards again"
+        ) from error
+    return Sample(key=encoded.key, image=image, label=label, caption=caption)
+
+
+def encoded_label(encoded: Encoded) -> int:
+    """The class of a sample that is still encoded, -1 without."""
+    return int(encoded.files.get("cls", b"-1"))
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """What `folder` holds; raises `ShardError` if its index is missing, changed, or names files outside the folder."""
+    try:
+        found = read_sealed(folder / INDEX)
+        height, width, channels = found["image_shape"]
+        index = ShardIndex(
+            count=found["count"],
+            image_shape=(height, width, channels),
+            class_names=tuple(found["class_names"]),
+            shards=tuple(found["shards"]),
+            shard_counts=tuple(found["shard_counts"]),
+            checksums=tuple(found["checksums"]),
+        )
+    except (UnfinishedArtifact, CorruptArtifact, KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{folder} is not a folder of shards: {error}; make the shards again") from error
+    if index.shards != tuple(shard_name(number) for number in range(len(index.shard_counts))):
+        raise ShardError(f"{folder / INDEX} names other files than its shards: {index.shards[:3]}; make them again")
+    return index
+
+
+def read_encoded(folder: Path, start: int = 0) -> Iterator[Encoded]:
+    """Samples `start`, `start` + 1, … without decoding their images; shards before `start` are not opened."""
+    for _, encoded in _read_shards(folder, start):
+        yield encoded
+
+
+def read_samples(folder: Path, start: int = 0) -> Iterator[Sample]:
+    """Samples `start`, `start` + 1, … in the order they were written; raises `ShardError`."""
+    for shard, encoded in _read_shards(folder, start):
+        yield decode_sample(encoded, shard)
+
+
+def read_batches(folder: Path, batch_size: int, start: int = 0) -> Iterator[ImageBatch]:
+    """Batches of `batch_size` images from sample `start` on, the last one smaller; raises `ShardError`."""
+    batch: list[Sample] = []
+    for sample in read_samples(folder, start):
+        batch.append(sample)
+        if len(batch) == batch_size:
+            yield batch_of(batch)
+            batch = []
+    if batch:
+        yield batch_of(batch)
+
+
+def batch_of(samples: list[Sample]) -> ImageBatch:
+    """Samples of one shape, stacked."""
+    return ImageBatch(
+        keys=[sample.key for sample in samples],
+        images=np.stack([sample.image for sample in samples]),
+        labels=np.array([sample.label for sample in samples], dtype=np.int64),
+    )
+
+
+def _read_shards(folder: Path, start: int) -> Iterator[tuple[str, Encoded]]:
+    index = read_index(folder)
+    for name, count, digest in zip(index.shards, index.shard_counts, index.checksums, strict=True):
+        if start < count:
+            _check_shard(folder / name, digest)
+            for number, encoded in enumerate(_read_shard(folder / name, count)):
+                if number >= start:
+                    yield str(folder / name), encoded
+        start = max(start - count, 0)
+
+
+def _check_shard(path: Path, digest: str) -> None:
+    """Raise `ShardError` unless the shard is as it was written."""
+    if not path.is_file():
+        raise ShardError(f"shard {path} is missing; make the shards again")
+    if checksum(path) != digest:
+        raise ShardError(f"shard {path} is truncated or changed, by its checksum; make the shards again")
+
+
+def _read_shard(path: Path, count: int) -> Iterator[Encoded]:
+    found = 0
+    with path.open("rb") as file:
+        for encoded in read_tar(file, str(path)):
+            found += 1
+            yield encoded
+    if found != count:
+        raise ShardError(f"shard {path} holds {found} samples where its index says {count}; make the shards again")

@@ -1,0 +1,1 @@
+"""What every room stands on: artifacts that are complete or absent, random bits, signals; no torch."""

@@ -1,0 +1,1 @@
+"""Memorization tests and the Diffusion Classifier."""

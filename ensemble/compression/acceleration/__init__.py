@@ -1,0 +1,1 @@
+"""Feature caches, diffusers' cache hooks and truncated starts."""

@@ -1,0 +1,1 @@
+"""Few-step students: SiD, consistency training, MMD fine-tuning."""

@@ -1,0 +1,1 @@
+"""Remove layers (LAPTOP-Diff) or units (EcoDiff)."""

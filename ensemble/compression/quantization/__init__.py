@@ -1,0 +1,1 @@
+"""Weight-only and mixed-precision quantization, SVDQuant, QuEST, a shared base."""

@@ -1,0 +1,1 @@
+"""Generate samples and score them against held-out images."""

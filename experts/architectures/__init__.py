@@ -1,0 +1,1 @@
+"""Network architectures that diffusers does not have."""

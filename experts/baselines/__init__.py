@@ -1,0 +1,1 @@
+"""Models that the experts are compared with."""

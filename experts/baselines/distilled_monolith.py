@@ -1,0 +1,105 @@
+"""One dense network that learns from the experts, each on samples of its own cluster; no router is needed.
+
+McAllister et al. 2025 (arXiv:2501.05450, section on distillation) reach the monolith at a quarter of its batch, and
+leave the experts' own training out of the account. Here all three parts are counted: student, teachers' calls, experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data_partition.shards.shards import read_index
+from ddm_core.artifacts import Workspace, read_json, write_json
+from experts.codecs.registry import load_codec
+from experts.config import ExpertConfig, Prediction
+from experts.diffusion.noise_schedule import NoisePath
+from experts.diffusion.predictions import from_velocity, target_of
+from experts.expert import Expert, ExpertSummary, check_classes, network_flops, train_network
+from experts.networks.pretrained import start_of
+from experts.networks.registry import call_network
+from experts.training.latent_dataset import Batch, encode_latents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentSummary:
+    """What a student cost, part by part, in FLOPs."""
+
+    student: float
+    """Its own training."""
+    teachers: float
+    """The experts' calls while it learns."""
+    experts: float
+    """The experts' own training, which happened before."""
+
+    @property
+    def flops(self) -> float:
+        """What this stage took: the experts' own training is on their account."""
+        return self.student + self.teachers
+
+
+def train_student(
+    config: ExpertConfig,
+    teachers: Mapping[int, Path],
+    clusters: Sequence[Path],
+    codec: Path,
+    out: Path,
+    workspace: Workspace,
+) -> StudentSummary:
+    """Train on the samples of all clusters and write the student to `out`, as an expert with `student.json`.
+
+    The sample of a cluster whose teacher is missing teaches what it would teach an expert.
+    """
+    dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
+    num_classes = len(read_index(clusters[0]).class_names)
+    check_classes(dataset, num_classes)
+    start = start_of(config, dataset.latent_shape, num_classes)
+    experts = {k: Expert.load(folder) for k, folder in teachers.items()}
+    for expert in experts.values():
+        expert.to(config.training.device)
+
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        return {"loss": student_loss(model, batch, experts, start.prediction, start.path)}
+
+    trained = train_network(config.training, dataset, start, loss, out, workspace, num_classes)
+    shares = torch.bincount(dataset.cluster_id, minlength=len(clusters)).double() / len(dataset)
+    summary = _summary(trained, config, experts, teachers, shares.tolist(), dataset.latent_shape)
+    write_json(out / "student.json", summary)
+    return summary
+
+
+def student_loss(
+    model: nn.Module, batch: Batch, teachers: Mapping[int, Expert], prediction: Prediction, path: NoisePath
+) -> Float[Tensor, ""]:
+    """Mean squared distance between the student and the expert of each sample's own cluster."""
+    # E || v_student(x, t, c) - v_k(x, t, c) ||^2, x = alpha clean + sigma noise, clean in cluster k.
+    noised = path.noised(batch.clean, batch.noise, batch.t)
+    target = target_of(prediction, batch.clean, batch.noise, batch.t, path)
+    with torch.no_grad():
+        for k, teacher in teachers.items():
+            rows = (batch.cluster_id == k).nonzero().squeeze(-1)
+            if len(rows):
+                velocity = teacher.velocity(noised[rows], batch.t[rows], batch.condition.rows(rows), path)
+                said = from_velocity(prediction, velocity, noised[rows], batch.t[rows], path)
+                target = target.index_copy(0, rows, said.to(target.dtype))
+    predicted = call_network(model, noised, batch.t, batch.condition)
+    return functional.mse_loss(predicted.float(), target)
+
+
+def _summary(
+    trained: ExpertSummary,
+    config: ExpertConfig,
+    experts: Mapping[int, Expert],
+    folders: Mapping[int, Path],
+    shares: Sequence[float],
+    latent_shape: tuple[int, ...],
+) -> StudentSummary:
+    """The costs; each teacher is called on its cluster's share of all rows."""
+    rows = config.training.batch_size * config.training.steps
+    calls = sum(rows * shares[k] * network_flops(expert.to("cpu").model, latent_shape) for k, expert in experts.items())
+    before = sum(float(read_json(folder / "training.json")["flops"]) for folder in folders.values())
+    return StudentSummary(student=trained.flops, teachers=calls, experts=before)

@@ -1,0 +1,1 @@
+"""Encode images as latents, and decode latents to images."""

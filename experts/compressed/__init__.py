@@ -1,0 +1,1 @@
+"""The layers, weights and caches of a compressed network."""

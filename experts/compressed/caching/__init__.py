@@ -1,0 +1,1 @@
+"""Cache features along a sampling trajectory."""

@@ -1,0 +1,1 @@
+"""Remove layers and units from a network."""

@@ -1,0 +1,1 @@
+"""Noise schedules, prediction types and few-step schedules."""

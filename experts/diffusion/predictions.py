@@ -1,0 +1,116 @@
+"""Velocity, noise and clean predictions of one noised sample, and every conversion between them.
+
+With x = alpha clean + sigma noise and u = alpha' clean + sigma' noise, two knowns give the other two:
+
+    noise = (alpha u - alpha' x) / w     clean = (sigma' x - sigma u) / w     w = alpha sigma' - alpha' sigma
+    clean = (x - sigma noise) / alpha     noise = (x - alpha clean) / sigma
+
+The second line divides by what vanishes at an end of the path, so its divisors are floored at `FLOOR`;
+inside [0.01, 0.99] no floor is reached and every conversion is exact.
+
+Exact is not enough for a trained network: near t = 1 its noise prediction is right to a few per cent, and sigma / alpha
+times that is no clean sample. So above `MOST_NOISE` it is `asked` as if the sample were there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from experts.config import Prediction
+from experts.diffusion.noise_schedule import Latents, Matched, NoisePath, Times, expand
+
+FLOOR = 1e-3
+
+MOST_NOISE = 5.0
+"""The noise-to-signal ratio above which a network's noise prediction tells no clean sample. Lower, errors grow less on
+their way to the clean sample; higher, fewer values of t are asked about elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a noised sample consists of; both together give its velocity on any path."""
+
+    clean: Latents
+    noise: Latents
+
+
+def _parts_of_velocity(velocity: Latents, noised: Latents, t: Times, path: NoisePath) -> Parts:
+    alpha, sigma, alpha_dot, sigma_dot = path.alpha(t), path.sigma(t), path.alpha_dot(t), path.sigma_dot(t)
+    wronskian = alpha * sigma_dot - alpha_dot * sigma
+    return Parts(
+        clean=(sigma_dot * noised - sigma * velocity) / wronskian,
+        noise=(alpha * velocity - alpha_dot * noised) / wronskian,
+    )
+
+
+def _parts_of_noise(noise: Latents, noised: Latents, t: Times, path: NoisePath) -> Parts:
+    return Parts(clean=(noised - path.sigma(t) * noise) / path.alpha(t).clamp(min=FLOOR), noise=noise)
+
+
+def _parts_of_clean(clean: Latents, noised: Latents, t: Times, path: NoisePath) -> Parts:
+    return Parts(clean=clean, noise=(noised - path.alpha(t) * clean) / path.sigma(t).clamp(min=FLOOR))
+
+
+_PARTS: dict[Prediction, Callable[[Latents, Latents, Times, NoisePath], Parts]] = {
+    "velocity": _parts_of_velocity,
+    "noise": _parts_of_noise,
+    "clean": _parts_of_clean,
+}
+
+
+def parts_of(prediction: Prediction, predicted: Latents, noised: Latents, t: Times, path: NoisePath) -> Parts:
+    """The clean sample and the noise that a prediction implies."""
+    return _PARTS[prediction](predicted, noised, expand(t, noised), path)
+
+
+def to_velocity(prediction: Prediction, predicted: Latents, noised: Latents, t: Times, path: NoisePath) -> Latents:
+    """The velocity that a prediction implies; a velocity is returned untouched."""
+    if prediction == "velocity":
+        return predicted
+    parts = parts_of(prediction, predicted, noised, t, path)
+    return path.velocity(parts.clean, parts.noise, t)
+
+
+def to_noise(prediction: Prediction, predicted: Latents, noised: Latents, t: Times, path: NoisePath) -> Latents:
+    """The noise that a prediction implies."""
+    return parts_of(prediction, predicted, noised, t, path).noise
+
+
+def to_clean(prediction: Prediction, predicted: Latents, noised: Latents, t: Times, path: NoisePath) -> Latents:
+    """The clean sample that a prediction implies."""
+    return parts_of(prediction, predicted, noised, t, path).clean
+
+
+def from_velocity(prediction: Prediction, velocity: Latents, noised: Latents, t: Times, path: NoisePath) -> Latents:
+    """The prediction of the wanted kind that a velocity implies."""
+    if prediction == "velocity":
+        return velocity
+    parts = parts_of("velocity", velocity, noised, t, path)
+    return parts.noise if prediction == "noise" else parts.clean
+
+
+def target_of(prediction: Prediction, clean: Latents, noise: Latents, t: Times, path: NoisePath) -> Latents:
+    """What a network of this prediction should put out for a known clean sample and noise."""
+    if prediction == "velocity":
+        return path.velocity(clean, noise, t)
+    return noise if prediction == "noise" else clean
+
+
+def asked(prediction: Prediction, sample: Matched, path: NoisePath) -> Matched:
+    """Where a network is asked about a sample on its own path: there, or at `MOST_NOISE` if it puts out noise."""
+    if prediction != "noise":
+        return sample
+    t = torch.minimum(sample.t, path.t_at(torch.full_like(sample.t, MOST_NOISE)))
+    scale = torch.hypot(path.alpha(t), path.sigma(t)) / torch.hypot(path.alpha(sample.t), path.sigma(sample.t))
+    return Matched(noised=sample.noised * expand(scale, sample.noised), t=t)
+
+
+def parts_said(prediction: Prediction, predicted: Latents, seen: Matched, sample: Matched, path: NoisePath) -> Parts:
+    """The parts of a sample by what a network said where it was `asked`, at `seen`."""
+    parts = parts_of(prediction, predicted, seen.noised, seen.t, path)
+    if prediction != "noise":
+        return parts
+    rest = parts_of("clean", parts.clean, sample.noised, sample.t, path).noise
+    is_above = expand(seen.t, rest) < expand(sample.t, rest)
+    return Parts(clean=parts.clean, noise=torch.where(is_above, rest, parts.noise))

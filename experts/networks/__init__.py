@@ -1,0 +1,1 @@
+"""Build, load and save the diffusers models that experts train."""

@@ -1,0 +1,186 @@
+"""Latents of one or more clusters, and the batch that training sees at each step.
+
+`encode_latents` runs the codec once over all shards; `batch_of` is a pure function of (seed, step), so
+that order, noise, t and dropped conditions need no state and survive any interruption.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from data_partition.shards.shards import read_batches, read_index
+from ddm_core.artifacts import CACHE, Preempted, Workspace, checksum, files_in, read_json, replaced_folder, write_json
+from ddm_core.memmaps import new_array
+from experts.codec import Codec
+from experts.condition import Condition
+from experts.config import TrainingConfig
+from experts.diffusion.noise_schedule import Latents
+from experts.training.distributed import Group
+
+logger = logging.getLogger(__name__)
+
+ENCODE_BATCH = 512
+_ORDER, _NOISE, _STEP = range(3)
+"""Purposes of random numbers; no two share a stream."""
+
+
+class LatentError(ValueError):
+    """Latents and their conditions cannot be trained on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentDataset:
+    """Latents with the class and the cluster of each; may lie in memory-mapped files."""
+
+    clean: Latents
+    class_id: Int[Tensor, " batch"]
+    """-1 for samples without a class."""
+    cluster_id: Int[Tensor, " batch"]
+    """Index of the folder that the sample came from."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent."""
+        return tuple(self.clean.shape[1:])
+
+    def __len__(self) -> int:
+        return self.clean.shape[0]
+
+    def unlabelled(self) -> "LatentDataset":
+        """The same latents without their classes."""
+        return replace(self, class_id=torch.full_like(self.class_id, -1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one training step sees; everything has one row per sample."""
+
+    clean: Latents
+    noise: Latents
+    t: Float[Tensor, " batch"]
+    condition: Condition
+    cluster_id: Int[Tensor, " batch"]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        if device.type == "cpu":
+            return self
+        return Batch(
+            clean=self.clean.to(device, non_blocking=True),
+            noise=self.noise.to(device, non_blocking=True),
+            t=self.t.to(device, non_blocking=True),
+            condition=self.condition.to(device),
+            cluster_id=self.cluster_id.to(device, non_blocking=True),
+        )
+
+
+def batch_of(dataset: LatentDataset, config: TrainingConfig, step: int, share: slice = slice(None)) -> Batch:
+    """The batch of a step, counted from 0: a new order each epoch, logit-normal t, some conditions dropped.
+
+    Every sample comes once an epoch; a batch may lie across epochs. t = sigmoid(mean + std * normal)
+    (Esser et al. 2024, arXiv:2403.03206, section 3.1). `share` gives those of its rows alone.
+    """
+    every = rows_of(len(dataset), config.batch_size, config.seed, step)
+    rows = every[share]
+    generator = torch.Generator().manual_seed(mixed_seed(_NOISE, config.seed, step))
+    noise = torch.randn(len(every), *dataset.latent_shape, generator=generator)
+    t = torch.randn(len(every), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
+    dropped = torch.rand(len(every), generator=generator) < config.condition_dropout
+    return Batch(
+        clean=dataset.clean.index_select(0, rows),
+        noise=noise[share],
+        t=t[share],
+        condition=Condition(dataset.class_id.index_select(0, rows)).dropped(dropped[share]),
+        cluster_id=dataset.cluster_id.index_select(0, rows),
+    )
+
+
+def rows_of(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " batch"]:
+    """Which of `count` samples a step sees: the next `batch_size` of the endless row of shuffled epochs."""
+    parts = []
+    position, end = step * batch_size, (step + 1) * batch_size
+    while position < end:
+        epoch, offset = divmod(position, count)
+        taken = min(count - offset, end - position)
+        parts.append(epoch_order(count, seed, epoch)[offset : offset + taken])
+        position += taken
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " sample"]:
+    """A permutation of the samples that depends on (seed, epoch) alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(_ORDER, seed, epoch)))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of whatever a network itself draws at a step, such as its dropout."""
+    return mixed_seed(_STEP, seed, step)
+
+
+def mixed_seed(purpose: int, seed: int, index: int) -> int:
+    """32 well-mixed bits of three numbers; torch's CPU generator looks at no more."""
+    return int(np.random.SeedSequence((purpose, seed % 2**64, index)).generate_state(1)[0])
+
+
+def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, workspace: Workspace) -> LatentDataset:
+    """Encode every sample of the shard folders once; a later attempt finds them in the scratch folder.
+
+    Raises `Preempted` if it is asked to stop; encoding then begins again. In a group the first worker alone encodes.
+    """
+    folder = workspace.scratch / CACHE / "latents"
+    counts = [read_index(path).count for path in shards]
+    if not sum(counts):
+        raise LatentError(f"there are no samples in {', '.join(map(str, shards))}; leave this cluster out")
+    source = {
+        "shards": [[str(path), {file.name: file.stat().st_size for file in files_in(path)}] for path in shards],
+        "codec": {str(path.relative_to(codec_folder)): checksum(path) for path in files_in(codec_folder)},
+    }
+
+    def encode() -> None:
+        if (folder / "source.json").is_file() and read_json(folder / "source.json") == source:
+            return
+        logger.info("encoding %d samples of %d folders", sum(counts), len(shards))
+        with replaced_folder(folder) as temporary:
+            _write_latents(temporary, shards, sum(counts), codec, workspace)
+            write_json(temporary / "source.json", source)
+
+    Group.joined().done_once(encode)
+    return read_latents(folder)
+
+
+def read_latents(folder: Path) -> LatentDataset:
+    """Open encoded latents as memory maps."""
+    opened = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _FIELDS}
+    return LatentDataset(clean=opened["clean"], class_id=opened["class_id"], cluster_id=opened["cluster_id"])
+
+
+_FIELDS = ("clean", "class_id", "cluster_id")
+
+
+def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Codec, workspace: Workspace) -> None:
+    shapes = {"clean": codec.latent_shape, "class_id": (), "cluster_id": ()}
+    maps = {
+        name: new_array(folder / f"{name}.npy", np.float32 if name == "clean" else np.int64, (count, *shape))
+        for name, shape in shapes.items()
+    }
+    row = 0
+    for cluster_id, path in enumerate(shards):
+        for batch in read_batches(path, ENCODE_BATCH):
+            rows = slice(row, row + len(batch.labels))
+            maps["clean"][rows] = codec.encode(batch.images).numpy()
+            maps["class_id"][rows] = batch.labels
+            maps["cluster_id"][rows] = cluster_id
+            row = rows.stop
+            workspace.report(row, count, unit="images encoded")
+            if row < count and workspace.stop_requested():
+                raise Preempted(f"stopped after {row} of {count} images were encoded; encoding begins again")
+    for written in maps.values():
+        written.flush()

@@ -1,0 +1,194 @@
+"""The training loop, for experts and router alike: AdamW, warm-up, clipping, moving average, checkpoints."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddm_core.artifacts import Preempted, Workspace, write_text
+from experts.config import TrainingConfig
+from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
+from experts.training.distributed import Group
+from experts.training.ema import MovingAverage
+from experts.training.latent_dataset import Batch, LatentDataset, batch_of, step_seed
+
+logger = logging.getLogger(__name__)
+
+Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""(model, batch) to named scalars; `loss` is what is minimised, the others are only logged."""
+
+
+class TrainingDiverged(Exception):  # noqa: N818 - names what happened
+    """The loss is no longer a finite number."""
+
+
+class DeviceError(ValueError):
+    """The device of the configuration cannot be used here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A finished training."""
+
+    model: nn.Module
+    """Holds the moving average of the parameters; on the CPU, ready for inference."""
+    rows: list[MetricsRow]
+    """Means over `log_every` steps each: step, lr, grad_norm, loss and whatever else the loss gave."""
+
+
+def fit(model: nn.Module, loss: Loss, dataset: LatentDataset, config: TrainingConfig, workspace: Workspace) -> Fitted:
+    """Train `model` in place, from the newest checkpoint in the scratch folder if there is one.
+
+    Interrupted and continued, it gives the same bits as uninterrupted. Raises `Preempted` (after saving),
+    `TrainingDiverged`, `CheckpointError` or `DeviceError`; in a group of several workers, each of which calls it,
+    `GroupError` or `GroupBroken` too.
+    """
+    group, checkpoints = Group.joined(), workspace.scratch / "checkpoints"
+    share = group.share(config.batch_size)
+    device = usable_device(config.device)
+    with group.united(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        state = new_state(model.to(device), config)
+        restore_checkpoint(checkpoints, state)
+        group.check_equal(state.step)
+        losses, journal = group.parallel(model, loss), _Journal(workspace, state, group)
+        while state.step < config.steps:
+            if group.any(workspace.stop_requested()):
+                _save(checkpoints, state, group)
+                raise Preempted(f"stopped at step {state.step} of {config.steps}; start it again to continue")
+            _step(state, losses, batch_of(dataset, config, state.step, share).to(device), group)
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                journal.write(_closed_row(state))
+            if state.step % config.checkpoint_every == 0 and state.step < config.steps:
+                _save(checkpoints, state, group)
+    averaged = deepcopy(model)
+    state.average.copy_to(averaged)
+    return Fitted(model=averaged.to("cpu").eval(), rows=state.rows)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device, after one tensor was put there; `DeviceError` if that fails."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"device {name!r} cannot be used here ({reason}); set training.device=cpu") from error
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """The learning rate of a step, counted from 0: a linear rise, then a linear fall that ends at zero."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    return config.lr * (config.steps - step) / (config.steps - config.warmup_steps)
+
+
+def write_rows(path: Path, rows: list[MetricsRow]) -> None:
+    """Write metrics rows as JSON, one a line."""
+    write_text(path, "".join(_line(row) for row in rows))
+
+
+def _line(row: MetricsRow) -> str:
+    """A row as JSON; sorted, since a row that was read from a checkpoint has lost its order."""
+    return json.dumps(row, sort_keys=True) + "\n"
+
+
+def new_state(model: nn.Module, config: TrainingConfig, betas: tuple[float, float] = (0.9, 0.999)) -> TrainingState:
+    """A network before its first step, with AdamW of these betas."""
+    model.train()
+    if config.compile:
+        model.compile()
+    return TrainingState(
+        config=config,
+        model=model,
+        average=MovingAverage(model, config.ema_width),
+        optimizer=torch.optim.AdamW(
+            model.parameters(), config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+        ),
+        scaler=torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.autocast == "float16"),
+    )
+
+
+def _step(state: TrainingState, losses: Callable[[Batch], dict[str, Tensor]], batch: Batch, group: Group) -> None:
+    """One step of the optimiser; nothing in it waits for the device."""
+    config = state.config
+    _seed(step_seed(config.seed, state.step) + group.rank, batch.t.device)
+    for parameters in state.optimizer.param_groups:
+        parameters["lr"] = learning_rate(state.step, config)
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch.t.device.type, PRECISIONS[config.autocast], enabled=config.autocast != "none"):
+        values = losses(batch)
+    torch.autograd.backward(state.scaler.scale(values["loss"]))
+    values = group.mean(values)
+    state.scaler.unscale_(state.optimizer)
+    values["grad_norm"] = nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    state.average.update(state.step)
+    for name, value in values.items():
+        value = value.detach()
+        state.sums[name] = state.sums[name] + value if name in state.sums else value
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what a network draws from, such as dropout; ten times quicker than `torch.manual_seed`."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+PRECISIONS = {"none": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _closed_row(state: TrainingState) -> MetricsRow:
+    """Turn the sums into the next metrics row; this is where the device is waited for."""
+    _check_finite(state)
+    steps = state.step % state.config.log_every or state.config.log_every
+    means = {name: float(value) / steps for name, value in state.sums.items()}
+    row: MetricsRow = {"step": state.step, "lr": learning_rate(state.step - 1, state.config)} | means
+    state.rows.append(row)
+    state.sums = {}
+    return row
+
+
+def _check_finite(state: TrainingState) -> None:
+    loss = float(state.sums.get("loss", 0.0))
+    if not math.isfinite(loss):
+        raise TrainingDiverged(
+            f"the loss is {loss} at step {state.step} with a learning rate of "
+            f"{learning_rate(state.step - 1, state.config):.2g}; lower training.lr, raise training.warmup_steps, "
+            "or check the data for values that are not finite"
+        )
+
+
+def _save(folder: Path, state: TrainingState, group: Group) -> None:
+    """Save a checkpoint, unless the parameters are past saving; all workers of a group have the same."""
+    _check_finite(state)
+    group.done_once(lambda: save_checkpoint(folder, state))
+
+
+class _Journal:
+    """Says how far the training is: live metrics rows and progress, neither of which enters an artifact."""
+
+    def __init__(self, workspace: Workspace, state: TrainingState, group: Group) -> None:
+        self.workspace, self.config, self.is_silent = workspace, state.config, not group.is_first
+        self.path = workspace.attempt / "metrics.jsonl"
+        self.started, self.first_step = time.monotonic(), state.step
+        if not self.is_silent:
+            write_rows(self.path, state.rows)
+
+    def write(self, row: MetricsRow) -> None:
+        """Append a row, report the progress."""
+        if self.is_silent:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+        images = (row["step"] - self.first_step) * self.config.batch_size
+        figures = {"loss": row["loss"], "images_per_s": images / (time.monotonic() - self.started)}
+        self.workspace.report(int(row["step"]), self.config.steps, figures, unit="steps")

@@ -1,0 +1,1 @@
+"""Where attempts run: inline, Ray tasks, Ray Train workers, Slurm jobs."""

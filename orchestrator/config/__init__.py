@@ -1,0 +1,1 @@
+"""The typed configuration, and how Hydra composes it."""

@@ -1,0 +1,1 @@
+"""`ddm islands check`: test an island before a run depends on it."""

@@ -1,0 +1,1 @@
+"""What a run consists of: stages, their configurations, their graph."""

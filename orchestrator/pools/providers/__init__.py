@@ -1,0 +1,1 @@
+"""Start and stop rented nodes, one file per provider."""

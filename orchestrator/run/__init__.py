@@ -1,0 +1,1 @@
+"""One execution of the pipeline: run folder, lease, queue, runner, worker."""

@@ -1,0 +1,1 @@
+"""Temperatures and calibration errors of a router."""

@@ -1,0 +1,50 @@
+"""A folder of latents that the experts drew, from which a router learns without the data.
+
+clean.npy, class_id.npy, cluster_id.npy     as `experts.training.latent_dataset` keeps encoded images
+prior_counts.json                           the clusters' true counts by class, all that is told about the data
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddm_core.artifacts import CorruptArtifact, read_json, write_json
+from experts.training.latent_dataset import LatentDataset, read_latents
+
+PRIOR_COUNTS = "prior_counts.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """Latents from all experts, and the true sizes of their clusters."""
+
+    dataset: LatentDataset
+    prior_counts: Float[Tensor, "condition expert"]
+    """As in `Router.prior_counts`."""
+
+    def save(self, folder: Path) -> None:
+        """Write the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            "clean": self.dataset.clean,
+            "class_id": self.dataset.class_id,
+            "cluster_id": self.dataset.cluster_id,
+        }
+        for name, values in arrays.items():
+            np.save(folder / f"{name}.npy", values.numpy(), allow_pickle=False)
+        write_json(folder / PRIOR_COUNTS, self.prior_counts.tolist())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Drawn":
+        """Read what `save` wrote; raises an `ArtifactError` if it does not fit together."""
+        dataset, counts = read_latents(folder), torch.tensor(read_json(folder / PRIOR_COUNTS), dtype=torch.float64)
+        if counts.ndim != 2 or dataset.cluster_id.amax() >= counts.shape[1]:
+            raise CorruptArtifact(
+                f"{folder / PRIOR_COUNTS} counts clusters of shape {tuple(counts.shape)}, and there are draws from "
+                f"expert {int(dataset.cluster_id.amax())}; draw them again"
+            )
+        return cls(dataset=dataset, prior_counts=counts)

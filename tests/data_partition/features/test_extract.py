@@ -1,0 +1,103 @@
+import importlib.util
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+
+from data_partition.config import PartitionConfig
+from data_partition.errors import MissingExtra, UnknownExtractor
+from data_partition.features.extract import EXTRACTORS, extract_features, fit_extractor, load_extractor, save_extractor
+from data_partition.features.random_conv import random_filters
+from data_partition.shards.shards import read_batches
+from ddm_core.artifacts import Preempted, Workspace, write_json
+from tests.data_partition.conftest import files_of
+
+HAS_EXTRA = importlib.util.find_spec("efficientnet_lite_pytorch") is not None
+NAMES = [
+    "pixels",
+    "random_conv",
+    pytest.param("efficientnet_lite0", marks=pytest.mark.skipif(not HAS_EXTRA, reason="needs the extra `features`")),
+]
+CONFIG = PartitionConfig(batch_size=100, components=16)
+
+
+class StopAfter(Workspace):
+    """A workspace whose stop is requested after so many questions."""
+
+    questions = 0
+
+    def stop_requested(self) -> bool:
+        type(self).questions -= 1
+        return type(self).questions < 0
+
+
+def test_every_name_of_the_config_has_an_extractor():
+    assert set(EXTRACTORS) == set(get_args(get_type_hints(PartitionConfig)["features"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_have_length_one_and_come_back(name: str, digits: Path, tmp_path: Path):
+    extractor = fit_extractor(name, digits / "train", 16, 0)
+    images = next(read_batches(digits / "train", 20)).images
+    rows = extractor(images)
+    assert rows.shape == (20, extractor.dimension)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-5)
+    assert extractor.flops_per_image > 0
+    save_extractor(name, extractor, tmp_path)
+    np.testing.assert_array_equal(load_extractor(tmp_path)(images), rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_depends_on_its_image_alone(name: str, digits: Path):
+    extractor = fit_extractor(name, digits / "train", 16, 0)
+    images = next(read_batches(digits / "train", 8)).images
+    np.testing.assert_allclose(extractor(images[3:4])[0], extractor(images)[3], atol=1e-5)
+
+
+def test_random_filters_follow_their_seed():
+    one, same, other = random_filters(1), random_filters(1), random_filters(2)
+    assert all((a == b).all() for a, b in zip(one, same, strict=True))
+    assert not (one[0] == other[0]).any()
+
+
+def test_features_are_written_for_every_key(digits: Path, tmp_path: Path, workspace: Workspace):
+    summary = extract_features(CONFIG, digits, tmp_path, workspace)
+    rows = np.load(tmp_path / "features.npy", mmap_mode="r", allow_pickle=False)
+    keys = (tmp_path / "keys.txt").read_text().splitlines()
+    assert rows.shape == (600, 16) == (summary.count, summary.dimension)
+    assert rows.dtype == np.float32
+    assert keys == [key for batch in read_batches(digits / "train", 64) for key in batch.keys]
+    batch = next(read_batches(digits / "train", 100, start=500))
+    np.testing.assert_array_equal(load_extractor(tmp_path / "extractor")(batch.images), rows[500:])
+    assert summary.flops == 600 * (2 * 16 * 64 + 2 * 64 * 64)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 5])
+def test_a_stopped_extraction_goes_on_to_the_same_bytes(
+    digits: Path, tmp_path: Path, workspace: Workspace, batches: int
+):
+    extract_features(CONFIG, digits, tmp_path / "whole", workspace)
+    StopAfter.questions = batches - 1
+    again = Workspace.at(tmp_path / "again")
+    with pytest.raises(Preempted, match=f"{100 * batches} of 600"):
+        extract_features(CONFIG, digits, tmp_path / "part", StopAfter(again.scratch, again.attempt))
+    (progress,) = again.scratch.glob("features-*/progress.json")
+    assert f'"rows": {100 * batches}' in progress.read_text()
+    (keys,) = again.scratch.glob("features-*/keys.txt")
+    keys.write_bytes(keys.read_bytes() + b"half a ba")
+    extract_features(CONFIG, digits, tmp_path / "part", again)
+    assert files_of(tmp_path / "part") == files_of(tmp_path / "whole")
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'decentralized-diffusion\[features\]'"):
+        fit_extractor("efficientnet_lite0", tmp_path, 16, 0)
+
+
+def test_unknown_features_are_an_error(tmp_path: Path):
+    write_json(tmp_path / "extractor.json", {"name": "dinov9", "dimension": 3})
+    with pytest.raises(UnknownExtractor, match="'dinov9', known are pixels"):
+        load_extractor(tmp_path)

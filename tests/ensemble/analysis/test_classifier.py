@@ -1,0 +1,105 @@
+"""The classifier by denoising against the classifier that Bayes would be, on Gaussians."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble.analysis.diffusion_classifier import denoising_errors, ensemble_and_experts, knowledge
+from ensemble.config import ClassifierConfig
+from ensemble.ensemble import Ensemble
+from experts.condition import Condition
+from experts.diffusion.noise_schedule import COSINE, STRAIGHT, NoisePath
+from tests.oracles import MixtureOfGaussians, gaussian_velocity
+
+MEANS = torch.tensor([[0.0, 0.0], [1.0, 0.5], [-0.5, 1.5]], dtype=torch.float64)
+IMAGES = 1.2 * torch.randn(300, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@dataclass
+class ClassGaussians:
+    """One Gaussian a class, with the exact velocity of each."""
+
+    deviations: tuple[float, ...]
+    path: NoisePath = STRAIGHT
+
+    def voices(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        velocity = torch.zeros_like(noised)
+        for class_id, deviation in enumerate(self.deviations):
+            rows = condition.class_id == class_id
+            velocity[rows] = gaussian_velocity(noised[rows], t[rows], MEANS[class_id], deviation, self.path)
+        return velocity[None]
+
+    def bayes(self, images: Tensor) -> Tensor:
+        pairs = zip(MEANS, self.deviations, strict=True)
+        logs = [torch.distributions.Normal(mean, deviation).log_prob(images).sum(1) for mean, deviation in pairs]
+        return torch.stack(logs, dim=1)
+
+
+def agreement(classes: ClassGaussians, draws: int, weighting: str) -> float:
+    config = ClassifierConfig(draws=draws, weighting=weighting)
+    errors = denoising_errors(classes.voices, IMAGES, 3, classes.path, config)
+    return float((errors[0].argmin(1) == classes.bayes(IMAGES).argmax(1)).double().mean())
+
+
+@pytest.mark.parametrize("path", [STRAIGHT, COSINE])
+def test_it_becomes_the_classifier_of_bayes_as_draws_grow(path):
+    classes = ClassGaussians((0.7, 0.7, 0.7), path)
+    few, many = agreement(classes, 1, "velocity"), agreement(classes, 500, "velocity")
+    assert few < 0.9 and many > 0.98
+
+
+def test_with_the_likelihoods_weighting_also_where_classes_differ_in_width():
+    classes = ClassGaussians((0.4, 0.8, 1.6))
+    assert agreement(classes, 400, "likelihood") > 0.96
+    assert agreement(classes, 400, "velocity") < 0.94
+
+
+def test_the_likelihoods_weighting_gives_differences_of_log_likelihoods():
+    classes = ClassGaussians((0.4, 0.8, 1.6), COSINE)
+    config = ClassifierConfig(draws=1500, weighting="likelihood")
+    errors = denoising_errors(classes.voices, IMAGES[:20], 3, COSINE, config)[0]
+    logs = -errors * IMAGES.shape[1]
+    difference = (logs - logs[:, :1]) - (classes.bayes(IMAGES[:20]) - classes.bayes(IMAGES[:20])[:, :1])
+    assert difference.abs().mean() < 0.25
+
+
+def test_errors_do_not_depend_on_the_batch():
+    classes = ClassGaussians((0.7, 0.7, 0.7))
+    whole = denoising_errors(classes.voices, IMAGES, 3, STRAIGHT, ClassifierConfig(draws=2))
+    small = denoising_errors(classes.voices, IMAGES, 3, STRAIGHT, ClassifierConfig(draws=2, batch_size=7))
+    torch.testing.assert_close(whole, small, rtol=0, atol=0)
+
+
+def test_voices_are_the_ensemble_and_then_its_experts():
+    mixture = MixtureOfGaussians((0.5, 0.3, 0.2))
+    experts = {k: expert for k, expert in mixture.experts().items() if k != 1}
+    ensemble = Ensemble(experts=experts, path=STRAIGHT, router=mixture.router())
+    t = torch.full((len(IMAGES),), 0.4, dtype=torch.float64)
+    said = ensemble_and_experts(ensemble)(IMAGES, t, Condition.null(len(IMAGES)))
+    assert said.shape == (3, *IMAGES.shape)
+    for row, k in ((1, 0), (2, 2)):
+        alone = gaussian_velocity(IMAGES, t, mixture.means[k], mixture.deviation, STRAIGHT)
+        torch.testing.assert_close(said[row], alone)
+    whole = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    exact = mixture.marginal_velocity(IMAGES, t, STRAIGHT)
+    torch.testing.assert_close(ensemble_and_experts(whole)(IMAGES, t, Condition.null(len(IMAGES)))[0], exact)
+
+
+def test_knowledge_counts_by_cluster():
+    # Two voices (the ensemble, expert 1), four images of classes 0 0 1 1, two clusters of 30 and 10 images.
+    errors = torch.tensor([[[0, 1], [0, 1], [1, 0], [0, 1]], [[1, 0], [0, 1], [1, 0], [1, 0]]]).double()
+    labels, clusters = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1])
+    found = knowledge(errors, labels, clusters, (30, 10), (1,))
+    assert found.voices == ("ensemble", "expert_1")
+    assert found.accuracy == ((1.0, 0.0), (pytest.approx(2 / 3), 1.0))
+    assert found.overall == (pytest.approx(0.75), pytest.approx((2 / 3 * 30 + 10) / 40))
+    assert (found.home, found.abroad) == (1.0, pytest.approx(2 / 3))
+    assert found.images == (3, 1) and found.floor == (pytest.approx(2 / 3), 1.0) and found.chance == 0.5
+
+
+def test_a_cluster_without_images_has_no_accuracy():
+    errors = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64)
+    found = knowledge(errors, torch.tensor([0]), torch.tensor([0]), (5, 0), (0,))
+    assert found.accuracy[0] == (1.0, None) and found.floor == (1.0, None) and found.abroad is None

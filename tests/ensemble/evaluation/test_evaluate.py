@@ -1,0 +1,282 @@
+"""Evaluation end to end on digits: deterministic, and it sees what it should."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_partition.config import DataConfig, PartitionConfig
+from data_partition.datasets.build import build_dataset
+from data_partition.features.extract import extract_features
+from data_partition.partition import make_partition
+from data_partition.shards.shards import ShardWriter, read_index, read_samples
+from ddm_core.artifacts import Preempted, Workspace, checksum, files_in
+from ensemble.config import EvaluationConfig, SamplingConfig
+from ensemble.evaluation.evaluate import evaluate
+from ensemble.evaluation.generate import draw
+from ensemble.evaluation.reference import EvaluationError, build_reference, fitted_to
+from ensemble.evaluation.scoring import Reference, score_clusters
+from ensemble.pipeline import assemble
+from experts.codecs.registry import fit_codec
+from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
+from experts.expert import train_expert
+from router.config import RouterConfig, SelectionConfig
+from router.train import train_router
+
+CONFIG = EvaluationConfig(num_samples=150, components=16)
+SAMPLING = SamplingConfig(steps=4, batch_size=64)
+TRAINING = TrainingConfig(steps=40, batch_size=64, warmup_steps=5)
+NETWORK = ResidualMLPConfig(width=32, depth=1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def dataset(root) -> Path:
+    build_dataset(DataConfig(source="digits", image_size=8), root / "data", Workspace.at(root / "work_data"))
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def partition(root, dataset) -> Path:
+    config, work = PartitionConfig(num_experts=2, components=16), Workspace.at(root / "work_partition")
+    for name in ("features", "partition"):
+        (root / name).mkdir()
+    extract_features(config, dataset, root / "features", work)
+    make_partition(config, dataset, root / "features", root / "partition", work)
+    return root / "partition"
+
+
+@pytest.fixture(scope="module")
+def reference(root, dataset) -> Path:
+    build_reference(dataset, CONFIG, root / "reference", Workspace.at(root / "work_reference"))
+    return root / "reference"
+
+
+@pytest.fixture(scope="module")
+def pipeline(root, dataset, partition) -> Path:
+    """Two hardly trained experts and their router."""
+    codec, clusters = root / "codec", [partition / "clusters" / str(k) for k in range(2)]
+    codec.mkdir()
+    fit_codec(CodecConfig(components=16), dataset / "train", codec, Workspace.at(root / "work_codec"))
+    config = ExpertConfig(network=NETWORK, training=TRAINING)
+    for k, cluster in enumerate(clusters):
+        work = Workspace.at(root / f"work_expert_{k}")
+        train_expert(config, [cluster], codec, root / f"expert_{k}", work, num_classes=10, cluster_id=k)
+    holdouts = [partition / "holdout" / str(k) for k in range(2)]
+    routing = RouterConfig(width=16, depth=1, training=TRAINING)
+    (root / "router").mkdir()
+    train_router(
+        routing, clusters, codec, holdouts, root / "router", Workspace.at(root / "work_router"), num_classes=10
+    )
+    assemble({k: root / f"expert_{k}" for k in range(2)}, root / "router", codec, root / "pipeline")
+    return root / "pipeline"
+
+
+def images_of(folder: Path):
+    """All images of a folder of shards, and their labels."""
+    samples = list(read_samples(folder))
+    return np.stack([sample.image for sample in samples]), np.array([sample.label for sample in samples])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): checksum(path) for path in files_in(folder)}
+
+
+def score(reference: Path, images):
+    """Scores of any images in one go: pixels, classes, copies."""
+    real = Reference.load(reference, CONFIG)
+    spaces = real.extract(images).spaces
+    classes = real.score_classes(spaces["pixels"])
+    return real.score_space("pixels", spaces["pixels"]), classes, real.nearest_ratio(spaces["pixels"])
+
+
+# The real side
+
+
+@pytest.mark.slow
+def test_the_reference_is_the_same_twice(dataset, reference, tmp_path):
+    build_reference(dataset, CONFIG, tmp_path / "again", Workspace.at(tmp_path / "work"))
+    assert contents(tmp_path / "again") == contents(reference)
+
+
+def test_the_reference_holds_no_pickle(reference):
+    assert {path.suffix for path in files_in(reference)} <= {".safetensors", ".npy", ".json"}
+
+
+def test_held_out_images_score_like_the_floor(dataset, reference):
+    images, _ = images_of(dataset / "train")
+    chosen = np.random.default_rng(7).choice(len(images), 150, replace=False)
+    space, classes, nearest = score(reference, images[chosen])
+    assert space.fd == pytest.approx(space.fd_floor, rel=0.5)
+    assert abs(space.kid) < 4 * space.kid_std
+    assert space.precision == pytest.approx(space.precision_floor, abs=0.1)
+    assert classes.coverage == 1
+    assert classes.tv < 2 * classes.tv_floor
+    assert classes.probe_accuracy > 0.85
+    assert nearest == 0  # training images are copies of themselves
+
+
+def test_new_images_are_as_near_as_held_out_ones(dataset, reference):
+    images, _ = images_of(dataset / "holdout")
+    space, classes, nearest = score(reference, images)
+    assert nearest == pytest.approx(1)
+    assert (classes.tv, classes.coverage) == (0, 1)
+    assert (space.precision, space.recall) == (1, 1)
+    assert space.fd == pytest.approx(0, abs=1e-4)
+
+
+def test_lost_classes_are_seen(dataset, reference):
+    images, labels = images_of(dataset / "train")
+    everything, all_classes, _ = score(reference, images[:150])
+    kept, kept_classes, _ = score(reference, images[labels >= 3][:150])
+    assert kept_classes.coverage <= 0.8 < all_classes.coverage
+    assert kept_classes.tv > all_classes.tv + 0.1
+    assert kept.kid > everything.kid
+    assert kept.fd > everything.fd
+    assert kept.recall < everything.recall
+
+
+def test_noise_is_seen(dataset, reference):
+    images, _ = images_of(dataset / "train")
+    noise = np.random.default_rng(0).integers(0, 256, images[:150].shape, dtype=np.uint8)
+    space, classes, nearest = score(reference, noise)
+    assert space.precision < 0.2
+    assert space.fd > 5 * space.fd_floor
+    assert classes.tv > 2 * classes.tv_floor
+    assert nearest > 1
+
+
+def test_held_out_images_have_the_clusters_shares(dataset, partition):
+    images, _ = images_of(dataset / "holdout")
+    found = score_clusters(partition, images)
+    assert found.tv == 0
+    assert found.shares == found.data_shares
+
+
+def test_one_cluster_alone_is_seen(partition):
+    images, _ = images_of(partition / "clusters" / "0")
+    found = score_clusters(partition, images)
+    assert found.shares == (1, 0)
+    assert found.tv == pytest.approx(found.data_shares[1])
+
+
+def test_a_reference_of_another_configuration_is_refused(reference):
+    with pytest.raises(EvaluationError, match="neighbours is 5, was 3; build the reference again"):
+        Reference.load(reference, replace(CONFIG, neighbours=5))
+    Reference.load(reference, replace(CONFIG, conditional=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EvaluationConfig(num_samples=300, spaces=("pixels",), neighbours=200), "more than 200 rows, not 195"),
+    ],
+)
+def test_too_few_images_say_the_way_out(dataset, tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        build_reference(dataset, config, tmp_path / "out", Workspace.at(tmp_path / "work"))
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "samples", "components"),
+    [(10_000, 10_000, 5000, 64), (1602, 195, 1602, 64), (600, 60, 600, 30), (40, 1000, 40, 20)],
+)
+def test_bounds_come_down_to_what_a_small_data_set_gives(training, held_out, samples, components):
+    fitted = fitted_to(EvaluationConfig(num_samples=5000, components=64), training, held_out)
+    assert (fitted.num_samples, fitted.components) == (samples, components)
+
+
+def test_too_few_held_out_images_say_the_way_out():
+    with pytest.raises(EvaluationError, match="raise data.holdout"):
+        fitted_to(EvaluationConfig(), 100, 15)
+
+
+@pytest.mark.slow
+def test_data_without_labels_have_no_class_scores(dataset, tmp_path):
+    for name in ("train", "holdout"):
+        writer = ShardWriter(tmp_path / "data" / name)
+        for sample in read_samples(dataset / name):
+            writer.add(replace(sample, label=-1))
+        writer.close()
+    assert read_index(tmp_path / "data" / "train").class_names == ()
+    config = replace(CONFIG, spaces=("pixels",))
+    summary = build_reference(tmp_path / "data", config, tmp_path / "reference", Workspace.at(tmp_path / "work"))
+    assert summary.probe_accuracy is None
+    assert Reference.load(tmp_path / "reference", config).score_classes(np.zeros((3, 16), np.float32)) is None
+
+
+# A pipeline
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_the_same_byte_for_byte(pipeline, reference, partition, tmp_path):
+    for name in ("first", "second"):
+        work = Workspace.at(tmp_path / f"work_{name}")
+        evaluate(pipeline, reference, partition, CONFIG, SAMPLING, tmp_path / name, work)
+    assert set(contents(tmp_path / "first")) == {"scores.json", "images.npy", "seeds.npy", "grid.png"}
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+def test_scores_of_a_pipeline(pipeline, reference, partition, tmp_path):
+    scores = evaluate(pipeline, reference, partition, CONFIG, SAMPLING, tmp_path, Workspace.at(tmp_path / "work"))
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["spaces"]["pixels"]["fd"] == scores.spaces["pixels"].fd
+    assert not any("second" in key for key in written)
+    assert set(scores.spaces) == {"pixels", "random_conv"}
+    assert all(space.fd > space.fd_floor for space in scores.spaces.values())
+    assert sum(scores.cluster_shares) == pytest.approx(1)
+    assert scores.num_samples == 150
+    assert scores.selection == "sticky"
+    images = np.load(tmp_path / "images.npy", allow_pickle=False)
+    assert (images.shape, images.dtype) == ((150, 8, 8, 1), np.uint8)
+    assert np.load(tmp_path / "seeds.npy", allow_pickle=False).tolist() == list(range(150))
+    assert Image.open(tmp_path / "grid.png").size == (71, 71)
+
+
+def test_calls_and_flops_follow_the_selection(pipeline, tmp_path):
+    def cost(name):
+        sampling = replace(SAMPLING, solver="euler", selection=SelectionConfig(name=name))
+        return draw(pipeline, range(40), None, sampling, Workspace.at(tmp_path))
+
+    sticky, full = cost("sticky"), cost("full")
+    assert sticky.calls.experts.total() == 40 * 4
+    assert full.calls.experts.total() == 2 * 40 * 4
+    assert (sticky.calls.router, full.calls.router) == (0, 40 * 4)
+    assert full.flops > 2 * sticky.flops > 0
+
+
+def test_drawing_goes_on_where_it_was_stopped(pipeline, tmp_path):
+    whole = draw(pipeline, range(150), None, SAMPLING, Workspace.at(tmp_path / "whole"))
+    half = Workspace.at(tmp_path / "half")
+    draw(pipeline, range(150), None, SAMPLING, half)
+    first, *_, last = sorted(half.scratch.glob("images-*/*.safetensors"))
+    last.unlink()
+    stamp = first.stat().st_mtime_ns
+    resumed = draw(pipeline, range(150), None, SAMPLING, half)
+    assert first.stat().st_mtime_ns == stamp
+    assert np.array_equal(resumed.images, whole.images)
+    assert resumed.calls == whole.calls
+    other = draw(pipeline, range(150), None, replace(SAMPLING, steps=5), half)
+    assert not np.array_equal(other.images, whole.images)
+
+
+def test_a_stop_is_heard(pipeline, tmp_path):
+    work = Workspace.at(tmp_path)
+    (tmp_path / "stop").touch()
+    with pytest.raises(Preempted):
+        draw(pipeline, range(10), None, SAMPLING, work)
+
+
+def test_conditional_samples_have_the_classes_of_the_data(pipeline, reference, partition, tmp_path):
+    config = replace(CONFIG, conditional=True)
+    conditional = evaluate(pipeline, reference, partition, config, SAMPLING, tmp_path, Workspace.at(tmp_path / "work"))
+    guided = replace(SAMPLING, guidance_scale=2.0)
+    twice = evaluate(pipeline, reference, partition, config, guided, tmp_path, Workspace.at(tmp_path / "work"))
+    assert twice.calls_per_step == 2 * conditional.calls_per_step

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble.solvers import SOLVERS, noise_for, uniform_times
+
+
+def test_times_fall_from_noise_to_clean() -> None:
+    assert uniform_times(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_a_constant_velocity_is_integrated_exactly(name: str) -> None:
+    noise = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    clean = SOLVERS[name](lambda noised, t: torch.full_like(noised, 2.0), noise, uniform_times(5))
+    torch.testing.assert_close(clean, noise - 2)
+
+
+def test_heun_is_exact_for_a_velocity_linear_in_t_but_for_its_last_step() -> None:
+    def velocity(noised: Tensor, t: Tensor) -> Tensor:
+        return 2 * t[:, None] * torch.ones_like(noised)
+
+    clean = SOLVERS["heun"](velocity, torch.zeros(1, 1, dtype=torch.float64), uniform_times(4))
+    # Trapezoids from 1 to 1/4 give 1/16 - 1; the last step is Euler's: -1/4 * 2 * 1/4.
+    assert clean.item() == pytest.approx(-15 / 16 - 1 / 8, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "visits"), [("euler", 3), ("heun", 5), ("flow_match_euler", 3), ("flow_match_heun", 5)]
+)
+def test_every_solver_visits_the_times_it_was_given(name: str, visits: int) -> None:
+    seen = []
+
+    def velocity(noised: Tensor, t: Tensor) -> Tensor:
+        seen.append(t[0].item())
+        return noised
+
+    times = torch.tensor([1.0, 0.5, 0.125, 0.0], dtype=torch.float64)
+    SOLVERS[name](velocity, torch.ones(2, 3), times)
+    assert len(seen) == visits
+    assert set(seen) == {1.0, 0.5, 0.125}
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_diffusers_schedulers_take_the_same_steps(name: str) -> None:
+    def velocity(noised: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(3 * noised) + t[:, None] ** 2
+
+    noise, times = noise_for(range(8), (3,)), torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
+    ours, theirs = SOLVERS[name](velocity, noise, times), SOLVERS[f"flow_match_{name}"](velocity, noise, times)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_a_trajectory_may_end_before_clean() -> None:
+    times = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+    for name, solver in SOLVERS.items():
+        clean = solver(lambda noised, t: torch.ones_like(noised), torch.zeros(1, 2), times)
+        assert clean.tolist() == [[-0.75, -0.75]], name
+
+
+def test_noise_depends_on_its_own_seed_alone() -> None:
+    together, alone = noise_for([7, 2**40, 7], (2, 3)), noise_for([2**40], (2, 3))
+    assert torch.equal(together[1:2], alone)
+    assert torch.equal(together[0], together[2])
+    assert not torch.equal(together[0], together[1])
+
+
+def test_noise_is_unit_gaussian() -> None:
+    noise = noise_for(range(2000), (8,))
+    assert abs(noise.mean()) < 0.03
+    assert abs(noise.std() - 1) < 0.03
+
+
+def test_no_seeds_give_no_rows() -> None:
+    assert noise_for([], (2, 3)).shape == (0, 2, 3)

@@ -1,0 +1,70 @@
+"""The drawing decoder: the latents of plain PCA, images nearer to the truth, a training that can be stopped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data_partition.config import DataConfig
+from data_partition.datasets.build import build_dataset
+from data_partition.shards.shards import read_batches
+from ddm_core.artifacts import Preempted, Workspace
+from experts.architectures.conv_decoder import ConvDecoder, drawing_loss
+from experts.codecs.registry import fit_codec, load_codec
+from experts.config import CodecConfig, TrainingConfig
+
+CONFIG = CodecConfig(
+    kind="pca_conv",
+    components=12,
+    decoder_width=16,
+    decoder_training=TrainingConfig(steps=400, batch_size=32, lr=4e-3, warmup_steps=10, checkpoint_every=20),
+)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    build_dataset(DataConfig(source="digits", image_size=8, limit=500), folder, Workspace.at(folder / "work"))
+    return folder
+
+
+def error(codec, images):
+    return (codec.decode(codec.encode(images)) - torch.from_numpy(images).float() / 255).abs().mean()
+
+
+@pytest.mark.slow
+def test_it_has_the_latents_of_pca_and_draws_unseen_images_better(digits, tmp_path):
+    for kind in ("pca", "pca_conv"):
+        fit_codec(replace(CONFIG, kind=kind), digits / "train", tmp_path / kind, Workspace.at(tmp_path / "work" / kind))
+    linear, drawn = load_codec(tmp_path / "pca"), load_codec(tmp_path / "pca_conv")
+    unseen = next(read_batches(digits / "holdout", 60)).images
+    assert torch.equal(linear.encode(unseen), drawn.encode(unseen))
+    assert error(drawn, unseen) < error(linear, unseen)
+
+
+@pytest.mark.slow
+def test_stopped_and_continued_equals_uninterrupted(digits, tmp_path):
+    brief = replace(CONFIG, decoder_training=replace(CONFIG.decoder_training, steps=60))
+    fit_codec(brief, digits / "train", tmp_path / "whole", Workspace.at(tmp_path / "work"))
+    stopped = Workspace.at(tmp_path / "stopped")
+    (tmp_path / "stopped" / "stop").touch()
+    with pytest.raises(Preempted):
+        fit_codec(brief, digits / "train", tmp_path / "again", stopped)
+    (tmp_path / "stopped" / "stop").unlink()
+    fit_codec(brief, digits / "train", tmp_path / "again", stopped)
+    name = "decoder/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (30, 33, 3)])
+def test_any_image_shape_is_drawn(shape):
+    height, width, channels = shape
+    assert ConvDecoder(5, shape, 8)(torch.zeros(2, 5)).shape == (2, channels, height, width)
+
+
+def test_the_loss_counts_edges():
+    image = torch.zeros(1, 1, 4, 4)
+    step = image.clone()
+    step[..., 2:] = 1.0
+    assert drawing_loss(step, step) == 0
+    assert drawing_loss(step, image).item() == pytest.approx(8 / 16 + 0 + 4 / 12)

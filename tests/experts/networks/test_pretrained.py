@@ -1,0 +1,143 @@
+"""A training starts from a checkpoint of any known kind, or says why it cannot."""
+
+import diffusers
+import pytest
+import torch
+
+from ddm_core.artifacts import Workspace, read_json
+from experts.codecs.registry import fit_codec
+from experts.condition import Condition
+from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
+from experts.diffusion.noise_schedule import LINEAR_BETA, PATHS
+from experts.expert import Expert, expert_flops, train_expert
+from experts.networks.model_io import save_model
+from experts.networks.pretrained import start_of
+from experts.networks.pretrained_files import InitError, check_unchanged, init_checksum
+from experts.networks.registry import build_network, call_network
+from experts.training.latent_dataset import batch_of, read_latents
+from experts.training.loss import converted_loss
+
+SHAPE = (1, 4, 4)
+KINDS = {
+    "unet": UNetConfig(channels=(8, 8), attention=False),
+    "dit": DiTConfig(patch_size=2, heads=1, head_width=8, depth=1),
+    "residual_mlp": ResidualMLPConfig(width=8, depth=1),
+}
+
+
+def saved(folder, kind="unet", shape=SHAPE, num_classes=3):
+    model = build_network(KINDS[kind], shape, num_classes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model(model, folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bare_model_predicts_ddpms_noise_unless_told_otherwise(kind, tmp_path):
+    model, noised = saved(tmp_path, kind), torch.randn(2, *SHAPE)
+    start = start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+    assert (start.prediction, start.path) == ("noise", LINEAR_BETA)
+    asked = (noised, torch.tensor([0.2, 0.9]), Condition(torch.tensor([1, -1])))
+    assert torch.equal(call_network(start.model.eval(), *asked), call_network(model, *asked))
+    told = ExpertConfig(init=str(tmp_path), init_prediction="clean", init_path="cosine", prediction="noise")
+    start = start_of(told, SHAPE, 3)
+    assert (start.prediction, start.path.name) == ("clean", "cosine")
+
+
+def test_one_of_our_experts_says_itself_what_it_predicts(tmp_path):
+    described = {"prediction": "clean", "path": PATHS["cosine"], "latent_shape": SHAPE, "num_classes": 3}
+    Expert(model=saved(tmp_path / "bare"), cluster_id=1, **described).save(tmp_path / "ours")
+    start = start_of(ExpertConfig(init=str(tmp_path / "ours")), SHAPE, 3)
+    assert (start.prediction, start.path.name) == ("clean", "cosine")
+
+
+def test_a_plain_unconditional_unet_of_diffusers_is_taken(tmp_path):
+    model = diffusers.UNet2DModel(
+        sample_size=4,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=8,
+        add_attention=False,
+    )
+    model.save_pretrained(tmp_path)
+    start = start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 0)
+    assert call_network(start.model, torch.zeros(2, *SHAPE), torch.rand(2), Condition.null(2)).shape == (2, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_classes", "message"),
+    [
+        ((1, 8, 8), 3, r"knows latents of shape \(1, 4, 4\), and the data have \(1, 8, 8\)"),
+        ((8,), 3, r"the data have \(8,\)"),
+        (SHAPE, 0, "knows 3 classes and the null class, and the data have 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape, num_classes, message, tmp_path):
+    saved(tmp_path)
+    with pytest.raises(InitError, match=message):
+        start_of(ExpertConfig(init=str(tmp_path)), shape, num_classes)
+
+
+def test_a_learned_variance_is_refused(tmp_path):
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4, "patch_size": 2}
+    diffusers.DiTTransformer2DModel(**sizes, in_channels=1, out_channels=2, num_embeds_ada_norm=3).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(InitError, match="predicts a variance"):
+        start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(InitError, match=r"no config\.json$"):
+        init_checksum(tmp_path / "nowhere")
+    saved(tmp_path / "pipeline" / "unet")
+    with pytest.raises(InitError, match="it has the parts unet: name one of them"):
+        init_checksum(tmp_path / "pipeline")
+
+
+def test_a_pickle_is_refused(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InitError, match="pickles, and those are never loaded: diffusion_pytorch_model.bin"):
+        start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+
+
+def test_the_checksum_is_of_the_content(tmp_path):
+    saved(tmp_path / "a")
+    before = init_checksum(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("words")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert init_checksum(tmp_path / "b") == before
+    config = ExpertConfig(init=str(tmp_path / "b"), init_checksum=before)
+    check_unchanged(config)
+    saved(tmp_path / "b")
+    with pytest.raises(InitError, match="has changed since"):
+        check_unchanged(config)
+
+
+@pytest.mark.parametrize("init_loss", ["own", "converted"])
+def test_an_expert_goes_on_from_a_checkpoint_and_stays_what_it_was(init_loss, shards, tmp_path, workspace):
+    fit_codec(CodecConfig(kind="pixels"), shards, tmp_path / "codec", workspace)
+    training = TrainingConfig(steps=40, batch_size=20, warmup_steps=2, log_every=20, lr=3e-3)
+    first = ExpertConfig(network=KINDS["residual_mlp"], prediction="noise", path="cosine", training=training)
+    train_expert(first, [shards], tmp_path / "codec", tmp_path / "first", workspace)
+    second = ExpertConfig(training=training, init=str(tmp_path / "first"), init_loss=init_loss, prediction="clean")
+    fresh = Workspace.at(tmp_path / "second_work")
+    train_expert(second, [shards], tmp_path / "codec", tmp_path / "second", fresh)
+    was, now = Expert.load(tmp_path / "first"), Expert.load(tmp_path / "second")
+    assert (now.prediction, now.path.name) == ("noise", "cosine")
+    assert type(now.model) is type(was.model)
+    assert expert_flops(second, SHAPE, 3) == expert_flops(first, SHAPE, 3)
+    distance = sum((a - b).abs().mean() for a, b in zip(now.model.parameters(), was.model.parameters(), strict=True))
+    assert 0 < distance < 1
+    loss = read_json(tmp_path / "second" / "training.json")["final_loss"]
+    model, dataset = was.model, read_latents(fresh.scratch / "cache" / "latents")
+    wanted = ("noise", PATHS["cosine"]) if init_loss == "own" else ("clean", PATHS["straight"])
+    batches = [batch_of(dataset, training, step) for step in range(20, 40)]
+    start = sum(converted_loss(model, batch, ("noise", PATHS["cosine"]), wanted).item() for batch in batches) / 20
+    assert loss == pytest.approx(start, rel=0.3)

@@ -1,0 +1,132 @@
+import diffusers
+import pytest
+import torch
+
+from ddm_core.artifacts import CorruptArtifact, write_json
+from experts.condition import Condition
+from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
+from experts.networks.model_io import save_model
+from experts.networks.registry import NETWORKS, NetworkError, build_network, call_network, load_network
+
+TINY = {
+    "residual_mlp": (ResidualMLPConfig(width=16, depth=2), (6,)),
+    "unet": (UNetConfig(channels=(8, 16)), (1, 8, 8)),
+    "dit": (DiTConfig(patch_size=2, heads=2, head_width=8, depth=2), (2, 8, 8)),
+}
+
+
+def built(kind, num_classes=3):
+    """A network whose zero-initialised layers are filled too, so that every input matters."""
+    torch.manual_seed(0)
+    config, shape = TINY[kind]
+    model = build_network(config, shape, num_classes)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model, torch.randn(4, *shape), torch.tensor([0.1, 0.4, 0.6, 0.9])
+
+
+def test_every_network_is_tried_here():
+    assert set(TINY) == set(NETWORKS)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_what_is_saved_is_what_is_loaded(kind, tmp_path):
+    model, noised, t = built(kind)
+    condition = Condition(torch.tensor([0, 1, 2, -1]))
+    save_model(model, tmp_path)
+    loaded = load_network(tmp_path)
+    assert type(loaded) is NETWORKS[kind].model_class
+    assert not loaded.training
+    model.eval()
+    assert torch.equal(call_network(loaded, noised, t, condition), call_network(model, noised, t, condition))
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".json", ".safetensors"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("unet", "UNet2DModel"), ("dit", "DiTTransformer2DModel")])
+def test_diffusers_itself_can_load_what_is_saved(kind, name, tmp_path):
+    model, noised, t = built(kind)
+    save_model(model, tmp_path)
+    theirs = getattr(diffusers, name).from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
+    labels = torch.tensor([0, 1, 2, 3])
+    expected = theirs(noised, t * 1000, labels, return_dict=False)[0]
+    ours = call_network(model.eval(), noised, t, Condition(torch.tensor([0, 1, 2, -1])))
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_saving_twice_gives_the_same_bytes(kind, tmp_path):
+    model, _, _ = built(kind)
+    for name in ("a", "b"):
+        save_model(model, tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_t_class_and_null_all_matter(kind):
+    model, noised, t = built(kind)
+    model.eval()
+    base = call_network(model, noised, t, Condition(torch.zeros(4, dtype=torch.int64)))
+    assert base.shape == noised.shape
+    assert not torch.allclose(base, call_network(model, noised, 1 - t, Condition(torch.zeros(4, dtype=torch.int64))))
+    for other in (Condition.null(4), Condition(torch.ones(4, dtype=torch.int64))):
+        assert not torch.allclose(base, call_network(model, noised, t, other))
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_no_network_drops_labels_by_itself(kind, tmp_path):
+    model, noised, t = built(kind)
+    save_model(model, tmp_path)
+    condition = Condition(torch.tensor([0, 1, 2, 1]))
+    for network in (model, load_network(tmp_path)):
+        calls = [call_network(network.train(), noised, t, condition) for _ in range(30)]
+        assert all(torch.equal(calls[0], call) for call in calls)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_unconditional_networks_know_only_null(kind):
+    model, noised, t = built(kind, num_classes=0)
+    assert call_network(model, noised, t, Condition.null(4)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_one_t_for_all_rows(kind):
+    model, noised, _ = built(kind)
+    condition = Condition.null(4)
+    one = call_network(model.eval(), noised, torch.tensor(0.3), condition)
+    assert torch.equal(one, call_network(model, noised, torch.full((4,), 0.3), condition))
+
+
+def test_the_residual_mlp_starts_at_zero_and_takes_any_shape():
+    model = build_network(ResidualMLPConfig(width=8, depth=1), (2, 3, 5), 0)
+    predicted = call_network(model, torch.randn(4, 2, 3, 5), torch.rand(4), Condition.null(4))
+    assert torch.equal(predicted, torch.zeros(4, 2, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        (UNetConfig(), (96,), "residual_mlp"),
+        (DiTConfig(), (96,), "residual_mlp"),
+        (UNetConfig(), (1, 8, 12), "side, side"),
+        (UNetConfig(channels=(8, 8, 8)), (1, 14, 14), "at most 2 entries"),
+        (UNetConfig(channels=(8, 12)), (1, 8, 8), "multiple of 8"),
+        (DiTConfig(patch_size=3), (1, 28, 28), "does not divide 28"),
+    ],
+)
+def test_a_network_that_does_not_fit_says_the_way_out(config, shape, message):
+    with pytest.raises(NetworkError, match=message):
+        build_network(config, shape, 0)
+
+
+def test_t_inside_a_sample_is_refused():
+    model, noised, _ = built("residual_mlp")
+    with pytest.raises(NetworkError, match="one t a row"):
+        call_network(model, noised, torch.rand(4, 6), Condition.null(4))
+
+
+def test_an_unknown_class_is_not_loaded(tmp_path):
+    write_json(tmp_path / "config.json", {"_class_name": "FluxTransformer2DModel"})
+    with pytest.raises(CorruptArtifact, match="FluxTransformer2DModel"):
+        load_network(tmp_path)

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from experts.architectures.residual_mlp import ResidualMLP
+from experts.condition import Condition
+from experts.diffusion.noise_schedule import PATHS
+from experts.training.latent_dataset import Batch
+from experts.training.loss import converted_loss, expert_loss
+
+
+def batch():
+    clean = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    noise = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    return Batch(
+        clean=clean,
+        noise=noise,
+        t=torch.tensor([0.25, 0.5]),
+        condition=Condition.null(2),
+        cluster_id=torch.zeros(2, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [("velocity", (4 + 4 + 1 + 4) / 4), ("noise", (9 + 0 + 1 + 1) / 4), ("clean", (1 + 4 + 0 + 1) / 4)],
+)
+def test_a_network_that_says_zero_loses_the_mean_square_of_its_target(prediction, expected):
+    model = ResidualMLP(latent_shape=[2], width=8, depth=1)
+    assert expert_loss(model, batch(), prediction, PATHS["straight"]).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
+def test_converted_to_itself_a_loss_is_what_it_was(prediction, name):
+    model = ResidualMLP(latent_shape=[2], width=8, depth=1)
+    torch.nn.init.normal_(model.exit.bias)
+    own = (prediction, PATHS[name])
+    expected = expert_loss(model, batch(), *own)
+    torch.testing.assert_close(converted_loss(model, batch(), own, own), expected, rtol=1e-4, atol=1e-5)
+
+
+class KnowsNoise(ResidualMLP):
+    """Puts out the noise of the batch, whatever it is shown."""
+
+    def forward(self, noised, t, class_index):
+        return batch().noise
+
+
+def test_a_network_that_knows_the_noise_loses_nothing_in_any_other_currency(monkeypatch):
+    from experts.networks import registry as networks
+
+    monkeypatch.setitem(networks._CALLS, KnowsNoise, networks._call_residual_mlp)
+    model, own = KnowsNoise(latent_shape=[2]), ("noise", PATHS["linear_beta"])
+    for name in PATHS:
+        for prediction in ("velocity", "noise", "clean"):
+            assert converted_loss(model, batch(), own, (prediction, PATHS[name])).item() < 1e-8

@@ -1,0 +1,169 @@
+"""Experts that differ and more baselines in the graph: what depends on what, and one whole run."""
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from ddm_core.artifacts import read_json, read_manifest
+from ensemble.pipeline import DDMPipeline
+from experts.architectures.residual_mlp import ResidualMLP
+from experts.config import ExpertConfig, ResidualMLPConfig, StudentConfig
+from experts.expert import Expert
+from experts.networks.model_io import save_model
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, parse_config
+from orchestrator.controller import run_pipeline
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import without
+from orchestrator.reporting.results import score_rows, training_flops
+from orchestrator.run.run_folder import RunFolder
+
+ALL = RunConfig(baselines=("told", "student"))
+
+
+def by_name(config):
+    return {stage.name: stage for stage in build_graph(config)}
+
+
+def changed_by(before, after):
+    old = by_name(before)
+    return {
+        name for name, stage in by_name(after).items() if name not in old or old[name].fingerprint != stage.fingerprint
+    }
+
+
+def with_router(config, **changes):
+    return replace(config, router=replace(config.router, **changes))
+
+
+def test_one_expert_that_differs_changes_itself_and_what_holds_it():
+    noise = ExpertConfig(prediction="noise", path="cosine")
+    after = RunConfig(experts={1: noise})
+    assert changed_by(RunConfig(), after) == {"expert_1", "ensemble", "score_sticky"}
+    assert by_name(after)["expert_1"].config.expert.prediction == "noise"
+
+
+def test_a_larger_expert_gives_the_monolith_more_steps():
+    after = RunConfig(experts={1: ExpertConfig(network=ResidualMLPConfig(width=512))})
+    assert "monolith" in changed_by(RunConfig(), after)
+    costs = by_name(after)["monolith"].config.experts
+    assert [cost.network.width for cost in costs] == [448, 512, 448, 448]
+    assert {cost.training.batch_size for cost in costs} == {60}
+    dearer = replace(after, experts={1: replace(after.experts[1], prediction="clean")})
+    assert changed_by(after, dearer) == {"expert_1", "ensemble", "score_sticky"}
+
+
+def test_baselines_stand_beside_what_was_there():
+    added = {f"{kind}{name}" for name in ("told", "student") for kind in ("", "score_")}
+    assert changed_by(RunConfig(), ALL) == added | {"told_ensemble", "student_ensemble"}
+    graph = by_name(ALL)
+    assert graph["told"].config == graph["monolith"].config
+    assert set(graph["told_ensemble"].inputs) == {"codec", "shards", "told", "router"}
+    assert graph["score_told"].config.sampling.selection.name == "sticky"
+    assert {f"expert_{k}" for k in range(4)} <= set(graph["student"].inputs)
+    assert "router" not in graph["student"].inputs
+
+
+def test_a_student_has_a_recipe_of_its_own_and_does_without_a_lost_teacher():
+    config = replace(ALL, student=StudentConfig(from_expert=1, steps=7, batch_size=60))
+    student = by_name(config)["student"]
+    assert (student.config.expert.training.steps, student.config.expert.training.batch_size) == (7, 60)
+    assert student.inputs["init"].stage.name == "expert_1"
+    assert changed_by(ALL, config) == {"student", "student_ensemble", "score_student"}
+    rest = {stage.name: stage for stage in without(build_graph(config), "expert_1")}["student"]
+    assert "init" not in rest.inputs and "expert_1" not in rest.inputs and "expert_0" in rest.inputs
+
+
+def test_a_router_without_data_waits_for_the_draws_and_those_for_the_experts():
+    after = with_router(RunConfig(), data="samples")
+    graph = by_name(after)
+    assert {given.stage.name for given in graph["draws"].inputs.values()} == {
+        "partition",
+        *(f"expert_{k}" for k in range(4)),
+    }
+    assert set(graph["router"].inputs) == {"codec", "draws", "holdouts"}
+    names = list(graph)
+    assert names.index("expert_3") < names.index("draws") < names.index("router") < names.index("ensemble")
+    changed = changed_by(RunConfig(), after)
+    assert changed == {"draws", "router", "ensemble", "score_sticky", "monolith", "monolith_ensemble", "score_monolith"}
+    assert changed_by(RunConfig(), with_router(RunConfig(), sample_steps=5)) >= {"router"}
+
+
+def test_a_checkpoint_is_copied_once_and_its_content_reaches_the_experts():
+    def config(checksum, **more):
+        base = ExpertConfig(init="/a", init_checksum=checksum)
+        return RunConfig(expert=base, **more)
+
+    graph = by_name(config("x"))
+    assert [name for name, stage in graph.items() if stage.kind == "init"] == ["init_0"]
+    for name in ("expert_0", "expert_3", "monolith"):
+        assert graph[name].inputs["init"].stage.name == "init_0"
+        assert graph[name].config.expert.init is None
+    changed = changed_by(config("x"), config("y"))
+    assert {"init_0", "expert_0", "monolith"} <= changed and changed.isdisjoint({"router", "partition", "codec"})
+    two = by_name(config("x", experts={2: ExpertConfig(init="/b", init_checksum="z")}))
+    assert two["expert_2"].inputs["init"].stage.name == two["monolith"].inputs["init_2"].stage.name == "init_1"
+
+
+FEW = (
+    "experiment=digits",
+    "compute=inline",
+    "compute.backoff_s=0",
+    "wandb.mode=disabled",
+    "data.limit=200",
+    "expert.training.steps=6",
+    "expert.training.batch_size=8",
+    "expert.network.width=16",
+    "router.training.steps=4",
+    "router.width=8",
+    "scores.num_samples=16",
+    "scores.components=4",
+    "codec.components=4",
+    "ensemble.steps=2",
+)
+
+
+def walk(folder, *overrides):
+    config = parse_config(compose([*FEW, f"folder={folder}", *overrides]))
+    run_pipeline(config, Console(file=io.StringIO()))
+    run = RunFolder(folder)
+    return run, build_graph(config), {stage.name: run.artifact(stage) for stage in build_graph(config)}
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without_data(tmp_path):
+    run, graph, found = walk(
+        tmp_path / "run",
+        "experts.1.prediction=noise",
+        "experts.1.network.width=128",
+        "baselines=[told,student]",
+        "router.data=samples",
+        "router.samples_per_expert=12",
+    )
+    assert {row.name for row in score_rows(run, graph)} == {"sticky", "monolith", "told", "student"}
+    flops = training_flops(run, graph)
+    ours = sum(value for name, value in flops.items() if name != "monolith")
+    step = flops["monolith"] / read_json(found["monolith"] / "training.json")["steps"]
+    assert abs(ours - flops["monolith"]) <= 0.51 * step
+    assert read_manifest(found["told"]).flops == flops["monolith"]
+    assert flops["expert_1"] > flops["expert_0"]
+    experts = DDMPipeline.from_pretrained(found["ensemble"]).ensemble.experts
+    assert [experts[k].prediction for k in (0, 1)] == ["velocity", "noise"]
+    counted = read_json(found["student"] / "student.json")
+    assert counted["experts"] == flops["expert_0"] + flops["expert_1"]
+    assert read_manifest(found["student"]).flops == counted["student"] + counted["teachers"]
+    assert len(list((found["told_ensemble"]).glob("*/diffusion_pytorch_model.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_a_whole_run_from_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    save_model(ResidualMLP(latent_shape=[4], num_classes=10, width=24, depth=1), tmp_path / "model")
+    overrides = (f"expert.init={tmp_path / 'model'}", "experts.1.init_loss=converted", "scores.selections=[]")
+    _, _, found = walk(tmp_path / "run", *overrides)
+    for name in ("expert_0", "expert_1", "monolith"):
+        expert = Expert.load(found[name])
+        assert (expert.prediction, expert.path.name, expert.model.config.width) == ("noise", "linear_beta", 24)

@@ -1,0 +1,150 @@
+"""Kubernetes: pods and policy against Kubernetes' own schema, Ray clusters against Ray's reading and KubeRay's fields.
+
+No package ships KubeRay's schema, so its fields are listed here from its documentation.
+"""
+
+import json
+import shlex
+
+import pytest
+from hypothesis import given, settings
+from jsonschema import Draft202012Validator
+from kubernetes_validate import validate
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+from orchestrator.pools.render import render
+from tests.orchestrator.pools.pools import document, nodes, shipped
+
+KUBERNETES = "1.34"
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+COUNT = {"type": "integer", "minimum": 0}
+DNS = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 50}
+
+
+def fields(required=(), **known):
+    return {"type": "object", "properties": known, "required": list(required), "additionalProperties": False}
+
+
+CLUSTER = fields(
+    ["headGroupSpec", "rayVersion", "authOptions"],
+    rayVersion={"type": "string"},
+    authOptions=fields(["mode", "secretName"], mode={"const": "token"}, secretName=DNS),
+    enableInTreeAutoscaling={"const": True},
+    autoscalerOptions=fields(
+        idleTimeoutSeconds=COUNT, upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]}
+    ),
+    headGroupSpec=fields(
+        ["template"], serviceType={"const": "ClusterIP"}, rayStartParams=TEXTS, template={"type": "object"}
+    ),
+    workerGroupSpecs={
+        "type": "array",
+        "items": fields(
+            ["groupName", "minReplicas", "maxReplicas", "template"],
+            groupName=DNS,
+            replicas=COUNT,
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            rayStartParams=TEXTS,
+            template={"type": "object"},
+        ),
+    },
+)
+JOB = fields(
+    ["rayClusterSpec", "entrypoint"],
+    entrypoint={"type": "string"},
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+    shutdownAfterJobFinishes={"type": "boolean"},
+    ttlSecondsAfterFinished=COUNT,
+    backoffLimit=COUNT,
+    rayClusterSpec=CLUSTER,
+)
+
+
+def manifest(kind, spec):
+    named = fields(["name"], name=DNS, namespace=DNS, labels=TEXTS)
+    return fields(
+        ["apiVersion", "kind", "metadata", "spec"],
+        apiVersion={"const": "ray.io/v1"},
+        kind={"const": kind},
+        metadata=named,
+        spec=spec,
+    )
+
+
+def templates(cluster):
+    return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+
+
+def test_a_ray_cluster_has_kuberays_fields_and_no_other():
+    Draft202012Validator(manifest("RayCluster", CLUSTER)).validate(document(shipped("kuberay"), "ray_cluster.yaml"))
+
+
+def test_a_ray_job_has_kuberays_fields_and_no_other():
+    Draft202012Validator(manifest("RayJob", JOB)).validate(document(shipped("kuberay"), "ray_job.yaml"))
+
+
+def test_pods_and_policy_are_kubernetes():
+    validate(document(shipped("kuberay"), "network_policy.yaml"), KUBERNETES, strict=True)
+    for file in ("ray_cluster.yaml", "ray_job.yaml"):
+        spec = document(shipped("kuberay"), file)["spec"]
+        for template in templates(spec.get("rayClusterSpec", spec)):
+            validate({"apiVersion": "v1", "kind": "Pod", **template}, KUBERNETES, strict=True)
+
+
+@settings(deadline=None, max_examples=25)
+@given(nodes())
+def test_rays_autoscaler_reads_the_resources_of_any_node(node):
+    config = shipped("kuberay", f"nodes.one_type={json.dumps(node)}")
+    read = _derive_autoscaling_config_from_ray_cr(document(config, "ray_cluster.yaml"))
+    found = read["available_node_types"]["one-type"]
+    assert (found["min_workers"], found["max_workers"]) == (node["min_nodes"], node["max_nodes"])
+    assert found["resources"]["pool_one_type"] == (node["gpus"] or node["cpus"])
+    assert (found["resources"]["CPU"], found["resources"].get("GPU", 0)) == (node["cpus"], node["gpus"])
+    assert read["available_node_types"]["headgroup"]["resources"]["CPU"] == 0
+
+
+def test_the_token_comes_from_a_secret_that_no_file_holds(tmp_path):
+    (tmp_path / "token").write_text("a-secret-of-its-own")
+    files = render(shipped("kuberay", f"token_file={tmp_path}/token"))
+    assert not [file for file, text in files.items() if "a-secret-of-its-own" in text or "kind: Secret" in text]
+
+
+def test_only_its_own_pods_and_the_operator_reach_it():
+    spec = document(shipped("kuberay", "kubernetes.operator_namespace=op"), "network_policy.yaml")["spec"]
+    own, operator = spec["ingress"]
+    assert spec["podSelector"] == own["from"][0]["podSelector"] == {"matchLabels": {"ddm-pool": "kuberay"}}
+    assert operator["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "op"}}}]
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    cluster = document(shipped("kuberay"), "ray_cluster.yaml")["spec"]
+    assert all(one["metadata"]["labels"]["ddm-pool"] == "kuberay" for one in templates(cluster))
+
+
+def test_no_container_can_become_root():
+    for template in templates(document(shipped("kuberay"), "ray_cluster.yaml")["spec"]):
+        (container,) = template["spec"]["containers"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["runAsNonRoot"] is True
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_a_run_is_one_word_a_value_and_its_folder_outlives_the_pods():
+    config = shipped("kuberay", 'kubernetes.run=["name=a b; rm -rf /"]')
+    job = document(config, "ray_job.yaml")["spec"]
+    words = shlex.split(job["entrypoint"])
+    assert words[:2] == ["ddm", "run"] and words[-1] == "name=a b; rm -rf /"
+    assert "folder=/runs/kuberay" in words
+    for template in templates(job["rayClusterSpec"]):
+        assert template["spec"]["volumes"][0]["persistentVolumeClaim"] == {"claimName": "ddm-runs"}
+
+
+def test_without_a_run_there_is_no_job():
+    assert "ray_job.yaml" not in render(shipped("kuberay", "kubernetes.run=[]", "kubernetes.claim="))
+
+
+@pytest.mark.parametrize("name", ["l4_spot", "l4"])
+def test_a_gpu_is_asked_for_where_it_is(name):
+    groups = document(shipped("kuberay"), "ray_cluster.yaml")["spec"]["workerGroupSpecs"]
+    (pod,) = [group["template"]["spec"] for group in groups if group["groupName"] == name.replace("_", "-")]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-l4"
+    assert {one["key"] for one in pod["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}

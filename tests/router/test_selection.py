@@ -1,0 +1,117 @@
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from router.config import SelectionConfig, SelectionName, row_name
+from router.selection import SELECTIONS, coupling, rule_of
+
+LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.05, 0.1, 0.8]], dtype=torch.float64).log()
+T = torch.tensor([0.9, 0.1], dtype=torch.float64)
+
+
+def gates_of(logits: Tensor = LOGITS, t: Tensor = T, uniforms: Tensor | None = None, **chosen: object) -> Tensor:
+    config = SelectionConfig(**chosen)
+    rule = SELECTIONS[config.name]
+    if uniforms is None:
+        uniforms = torch.full((len(logits), rule.draws(config)), 0.5, dtype=torch.float64)
+    return rule.gates(logits, t, uniforms, config)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({"name": "full"}, [[0.5, 0.3, 0.15, 0.05], [0.05, 0.05, 0.1, 0.8]]),
+        ({"name": "top_k", "k": 1}, [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "top_k", "k": 2}, [[0.625, 0.375, 0, 0], [0, 0, 1 / 9, 8 / 9]]),
+        ({"name": "threshold", "probability": 0.12}, [[10 / 19, 6 / 19, 3 / 19, 0], [0, 0, 0, 1]]),
+        ({"name": "nucleus", "total": 0.79}, [[0.625, 0.375, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "nucleus", "total": 0.81}, [[10 / 19, 6 / 19, 3 / 19, 0], [0, 0, 1 / 9, 8 / 9]]),
+        ({"name": "anneal", "t_switch": 0.5}, [[0.5, 0.3, 0.15, 0.05], [0, 0, 0, 1]]),
+        ({"name": "switch", "probability": 0.2}, [[0.625, 0.375, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "switch", "t_switch": 0.95}, [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "sticky_at"}, [[0.5, 0.3, 0.15, 0.05], [0, 0, 0, 1]]),
+        ({"name": "redraw"}, [[0, 1, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "sample"}, [[0, 1, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "sticky"}, [[0, 1, 0, 0], [0, 0, 0, 1]]),
+    ],
+)
+def test_gates_worked_out_by_hand(chosen: dict[str, object], expected: list[list[float]]) -> None:
+    torch.testing.assert_close(gates_of(**chosen), torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_threshold_above_every_probability_keeps_the_best() -> None:
+    assert gates_of(name="threshold", probability=0.95).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+def test_what_opens_with_a_draw_from_the_prior() -> None:
+    assert [name for name, rule in SELECTIONS.items() if rule.opens] == ["sticky", "redraw", "coupled"]
+
+
+def test_auto_is_no_rule_and_says_the_way_out() -> None:
+    assert set(SELECTIONS) == set(get_args(SelectionName))
+    with pytest.raises(ValueError, match=r"choice.json .* one of full, .* coupled"):
+        rule_of(SelectionConfig(name="auto"))
+
+
+def test_every_number_that_a_selection_reads_is_in_its_name() -> None:
+    """Two configurations of one name are one row, so they must draw alike."""
+    others = {"k": 2, "probability": 0.2, "total": 0.6, "draws": 2, "t_switch": 0.95}
+    for name, (key, value) in itertools.product(SELECTIONS, others.items()):
+        plain, changed = SelectionConfig(name=name), SelectionConfig(**{"name": name, key: value})
+        same = torch.equal(gates_of(name=name), gates_of(**{"name": name, key: value}))
+        if row_name(plain) == row_name(changed):
+            assert same and rules_at(plain) == rules_at(changed), (name, key)
+
+
+def rules_at(config: SelectionConfig) -> list[bool]:
+    rule = SELECTIONS[config.name]
+    return [*rule.asks(T, config).tolist(), *rule.settles(T, config).tolist(), rule.draws(config) == 1]
+
+
+def test_draws_follow_the_softmax() -> None:
+    uniforms = torch.rand(40_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gates = gates_of(LOGITS[:1].expand(40_000, -1), torch.ones(40_000), uniforms, name="sample")
+    torch.testing.assert_close(gates.mean(0), LOGITS[0].exp(), atol=0.01, rtol=0)
+
+
+def test_several_draws_share_the_gates() -> None:
+    uniforms = torch.tensor([[0.1, 0.2, 0.6, 0.99]], dtype=torch.float64)
+    gates = gates_of(LOGITS[:1], T[:1], uniforms, name="sample", draws=4)
+    assert gates.tolist() == [[0.5, 0.25, 0, 0.25]]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
+def test_an_impossible_expert_is_never_drawn(uniform: float) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    gates = gates_of(logits, T[:1], torch.tensor([[uniform]], dtype=torch.float64), name="sample")
+    assert gates[0, [0, 3]].tolist() == [0, 0]
+    assert gates.sum() == 1
+
+
+@st.composite
+def two_laws(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Two distributions over the same few experts, some of them impossible in either."""
+    experts = draw(st.integers(1, 6))
+    parts = st.lists(st.integers(0, 9), min_size=experts, max_size=experts).filter(any)
+    before, now = (torch.tensor(draw(parts), dtype=torch.float64) for _ in range(2))
+    return before / before.sum(), now / now.sum()
+
+
+@settings(deadline=None)
+@given(two_laws())
+def test_a_coupling_has_the_law_of_now_and_changes_as_seldom_as_can_be(laws: tuple[Tensor, Tensor]) -> None:
+    """In closed form: the next expert's law is averaged over every expert that could have been drawn before."""
+    before, now = laws
+    possible = before > 0
+    drawn = torch.eye(len(before), dtype=torch.float64)[possible]
+    given_each = coupling(before.expand(len(drawn), -1), drawn, now.expand(len(drawn), -1))
+    assert (given_each >= 0).all()
+    torch.testing.assert_close(given_each.sum(1), torch.ones(len(drawn), dtype=torch.float64))
+    torch.testing.assert_close(before[possible] @ given_each, now)
+    changes = 1 - (before[possible] * (given_each * drawn).sum(1)).sum()
+    torch.testing.assert_close(changes, (before - now).abs().sum() / 2, atol=1e-12, rtol=0)
