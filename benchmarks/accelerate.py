@@ -17,7 +17,7 @@ from benchmarks.accelerate_found import DEEP, LATE, LATER, LEARNING, PARTS, REFI
 from benchmarks.compress import Section, Seeds, claim, mean, text, write_sections
 from benchmarks.compress_found import Found, all_found, asked
 from benchmarks.record import Claim, Listing
-from ensemble.compression.acceleration.adaptive_schedule import best_steps
+from ensemble.compression.acceleration.adaptive_schedule import optimal_compute_steps
 
 KINDS = ("anchors", "autoregressive", "expert", "student")
 """Of drafts."""
@@ -98,7 +98,7 @@ def of_programme() -> Claim:
             similar = generator.normal(size=(steps, steps))
             every = [(0, *rest) for rest in combinations(range(1, steps), count - 1)]
             best = max(value_of(similar, chosen) for chosen in every)
-            equal += abs(value_of(similar, best_steps(similar, count)) - best) < 1e-9
+            equal += abs(value_of(similar, optimal_compute_steps(similar, count)) - best) < 1e-9
             tried += 1
     return Claim(
         name="adaptive caching: the dynamic programme's value equals that of trying all schedules",

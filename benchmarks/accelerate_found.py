@@ -17,7 +17,7 @@ from benchmarks.compress_found import Found, Parts, compared
 from benchmarks.finished_run import SPACES
 from ddm_core.artifacts import read_json, write_json
 from ensemble.compression.acceleration.config import BaseFirstConfig, CacheConfig, HookConfig, TruncateConfig
-from ensemble.compression.config import ComputeConfig, WeightsConfig
+from ensemble.compression.config import DynamicInt8Config, WeightOnlyConfig
 from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.evaluation.generate import RowFlops
@@ -25,7 +25,7 @@ from ensemble.evaluation.metrics import vendi_score
 from ensemble.evaluation.scoring import Reference
 from ensemble.pipeline import DDMPipeline
 from experts.config import TrainingConfig
-from experts.diffusion.few_step import Course
+from experts.diffusion.few_step import FewStepSchedule
 from orchestrator.pipeline.graph import plain_evaluation
 
 STEPS = 50
@@ -109,8 +109,8 @@ def unet_caches(seed: int, folder: Path) -> Found:
         "interval 2": replace(whole, interval=2),
         "interval 3": whole,
         "interval 5": replace(whole, interval=5),
-        "interval 3, closer together at the clean end": replace(whole, centre=1.0),
-        "interval 3, closer together at the noisy end": replace(whole, centre=0.0),
+        "interval 3, closer together at the clean end": replace(whole, center=1.0),
+        "interval 3, closer together at the noisy end": replace(whole, center=0.0),
         "interval 3, order 1": replace(whole, order=1),
         "interval 5, order 1": replace(whole, interval=5, order=1),
     }
@@ -215,17 +215,17 @@ def student(arm: Arm, name: str, steps: int) -> Path:
     if not isinstance(recipe, ConsistencyConfig):
         return arm.made(f"fast-student-{number}-{steps}", replace(recipe, steps=steps))
     trained = arm.made(f"fast-student-{number}", recipe)
-    course = Course.even(steps, "fresh", is_distilled=True)
+    course = FewStepSchedule.uniform(steps, "renoise", is_distilled=True)
     return going(arm, trained, f"fast-student-{number}-{steps}", "expert_*/expert.json", course)
 
 
-def going(arm: Arm, pipeline: Path, name: str, files: str, course: Course) -> Path:
+def going(arm: Arm, pipeline: Path, name: str, files: str, course: FewStepSchedule) -> Path:
     """The same networks on another course."""
     out = arm.extra(name)
     if not out.exists():
         shutil.copytree(pipeline, out)
         for file in out.glob(files):
-            write_json(file, read_json(file) | {"course": course.described()})
+            write_json(file, read_json(file) | {"few_step": course.described()})
     return out
 
 
@@ -237,7 +237,7 @@ def truncated(judge: Judge, distilled: Path) -> Found:
         searched = arm.made(f"fast-draft-{name}", recipe, distilled if name == "student" else arm.whole)
         found[f"draft {name}"] = judge.of(searched)
         for t in STARTS:
-            course = Course.even(recipe.steps, "euler", start=t)
+            course = FewStepSchedule.uniform(recipe.steps, "euler", start=t)
             one = going(arm, searched, f"fast-draft-{name}-{t}", "expert_*/refiner/expert.json", course)
             found[f"draft {name} at {t}"] = judge.of(one)
     return found
@@ -249,8 +249,8 @@ def everything(seed: int, folder: Path) -> Found:
     judge, found = Judge(arm=arm), Found()
     found["whole"] = judge.of(arm.whole)
     found |= {f"plain, {steps}": judge.of(arm.whole, steps) for steps in (2, 4, 8, 16)}
-    distilling = SiDConfig(steps=1, training=replace(LEARNING, steps=120), common_steps=200)
-    pruning = LaptopConfig(share=0.1, retraining=TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=20))
+    distilling = SiDConfig(steps=1, training=replace(LEARNING, steps=120), shared_warmup_steps=200)
+    pruning = LaptopConfig(ratio=0.1, finetune=TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=20))
     student = arm.made("fast-all-1", distilling)
     refined = arm.made("fast-all-1-refined", REFINED, student)
     pruned = arm.made("fast-all-1-pruned", pruning, refined)
@@ -258,13 +258,13 @@ def everything(seed: int, folder: Path) -> Found:
     made = {
         name: refined,
         f"{name}, pruned": pruned,
-        f"{name}, pruned, 8 bits": arm.made("fast-all-1-pruned-8", ComputeConfig(), pruned),
-        f"{name}, pruned, weights in 8 bits": arm.made("fast-all-1-pruned-w8", WeightsConfig(), pruned),
+        f"{name}, pruned, 8 bits": arm.made("fast-all-1-pruned-8", DynamicInt8Config(), pruned),
+        f"{name}, pruned, weights in 8 bits": arm.made("fast-all-1-pruned-w8", WeightOnlyConfig(), pruned),
     }
     found |= {title: judged(judge, one) for title, one in made.items()}
     cached = arm.made("fast-all-cached", CacheConfig(interval=4, order=1))
     found["cached"] = judged(judge, cached)
-    found["cached, 8 bits"] = judged(judge, arm.made("fast-all-cached-8", ComputeConfig(), cached))
+    found["cached, 8 bits"] = judged(judge, arm.made("fast-all-cached-8", DynamicInt8Config(), cached))
     return found
 
 

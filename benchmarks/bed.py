@@ -20,7 +20,7 @@ from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
-from orchestrator.run.attempts import CONTINUED, continued_from
+from orchestrator.run.attempts import CONTINUED, resumed_from_step
 from orchestrator.run.lease import process_start
 from orchestrator.run.run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def run_config(folder: Path, recipe: Recipe, islands: dict[str, IslandConfig], p
         "partition.num_experts": recipe.num_experts,
     }
     composed = compose([*OVERRIDES, *(f"{key}={value}" for key, value in training.items()), f"folder={folder}"])
-    stages = replace(policy.stages, router=replace(policy.stages.router, islands=("home",)))
+    stages = replace(policy.stages, router=replace(policy.stages.router, islands=("controller",)))
     compute = replace(policy, backend="islands", islands=islands, stages=stages, cpus=1)
     return replace(parse_config(composed), compute=compute)
 
@@ -206,4 +206,4 @@ def last_step(attempt: Path) -> int:
 def lost_steps(attempts: Sequence[Path]) -> list[int]:
     """Steps that were done again, for every pair of attempts that follow each other and both trained."""
     pairs = zip(attempts, attempts[1:], strict=False)
-    return [max(0, last_step(before) - continued_from(after)) for before, after in pairs if last_step(after)]
+    return [max(0, last_step(before) - resumed_from_step(after)) for before, after in pairs if last_step(after)]

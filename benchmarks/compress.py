@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.compress_found import INT8, PARTS, PRUNED, SLIM, Found, all_found, asked, origins
 from benchmarks.record import RESULTS, Claim, Listing, write_result
-from ddm_core.artifacts import plain
+from ddm_core.artifacts import to_jsonable
 
 Seeds = Sequence[Found]
 
@@ -54,7 +54,7 @@ def write_sections(script: str, sections: Mapping[str, Section], found: Mapping[
         where=where,
         commit=commit,
     )
-    print(json.dumps(plain(result["claims"]), indent=1))
+    print(json.dumps(to_jsonable(result["claims"]), indent=1))
 
 
 def of_layers(seeds: Seeds) -> Iterator[Claim]:

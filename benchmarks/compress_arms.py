@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.finished_run import SPACES, FinishedRun, Scores
 from ddm_core.artifacts import Workspace, read_json
-from ensemble.compression.config import RecipeConfig, StageConfig, TimingConfig
-from ensemble.compression.measurement import COMPRESSION, TIMING, Timing, time_both
+from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
+from ensemble.compression.measurement import REPORT_FILE, TIMING_FILE, Timing, time_both
 from ensemble.compression.run import run_stage
 from ensemble.evaluation.evaluate import evaluate
 from experts.config import TrainingConfig
@@ -99,13 +99,13 @@ class Arm(FinishedRun):
         """The ensemble that nothing was done to."""
         return self.folder("ensemble")
 
-    def made(self, name: str, recipe: RecipeConfig, ensemble: Path | None = None) -> Path:
+    def made(self, name: str, recipe: MethodConfig, ensemble: Path | None = None) -> Path:
         """The ensemble that a recipe makes, with its comparison; what is finished already is found."""
         out = self.extra(name)
-        if not (out / COMPRESSION).exists():
+        if not (out / REPORT_FILE).exists():
             shutil.rmtree(out, ignore_errors=True)
             clusters = by_cluster(self.folder("partition") / "clusters")
-            config = StageConfig(recipe=recipe, sampling=self.config.ensemble, labelled=False)
+            config = CompressionConfig(method=recipe, sampling=self.config.ensemble, labelled=False)
             space = Workspace.at(self.run.root / "work" / f"{out.name}")
             run_stage(config, ensemble or self.whole, self.whole, clusters, out, space)
             shutil.rmtree(space.scratch)
@@ -137,12 +137,12 @@ class Arm(FinishedRun):
     def cpu(self, pipeline: Path, *, compile: bool = False, images: int = TimingConfig.num_images) -> Timing:
         """Processor time of an image against the whole ensemble's, both of them compiled or neither; measured once."""
         out = self.extra(f"{'compiled' if compile else 'timing'}-{images}-{pipeline.name}")
-        if not (out / TIMING).exists():
+        if not (out / TIMING_FILE).exists():
             out.mkdir(parents=True, exist_ok=True)
             space = Workspace.at(self.run.root / "work" / out.name)
             sampling = replace(self.config.ensemble, compile=compile)
             time_both(TimingConfig(sampling=sampling, num_images=images), pipeline, self.whole, out, space)
-        return Timing(**read_json(out / TIMING))
+        return Timing(**read_json(out / TIMING_FILE))
 
     def extra(self, name: str) -> Path:
         """A folder beside the run's own artifacts, one for each number of experts and seed."""

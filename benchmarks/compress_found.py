@@ -19,11 +19,11 @@ from torch import nn
 from benchmarks.compress_arms import Arm, start_of, train, trained_on
 from benchmarks.record import RESULTS, machine
 from ddm_core.artifacts import read_json, write_json
-from ensemble.compression.config import ComputeConfig, SwitchConfig, WeightsConfig
-from ensemble.compression.measurement import COMPRESSION, Comparison, model_bytes
-from ensemble.compression.per_expert import OUTCOME
+from ensemble.compression.config import DynamicInt8Config, StitchConfig, WeightOnlyConfig
+from ensemble.compression.measurement import REPORT_FILE, CompressionReport, model_bytes
+from ensemble.compression.per_expert import RESULT_FILE
 from ensemble.compression.pruning.config import EcoDiffConfig, LaptopConfig
-from ensemble.compression.quantization.config import QuESTConfig, ShareConfig, SVDQuantConfig
+from ensemble.compression.quantization.config import QuESTConfig, SharedBaseConfig, SVDQuantConfig
 from ensemble.pipeline import DDMPipeline
 from experts.compressed.quantization.int8_linear import computes_in_int8
 from experts.compressed.quantization.shared_weight_io import bases_of
@@ -37,7 +37,7 @@ FOUND = RESULTS / "found"
 INT8 = "processor computes in eight bits"
 AGAIN = TrainingConfig(steps=250, batch_size=32, lr=1e-3, warmup_steps=20)
 """How a pruned network learns from the whole one; after 1,000 steps it is better than that, however it was pruned."""
-RETRAINED = LaptopConfig(retraining=AGAIN)
+RETRAINED = LaptopConfig(finetune=AGAIN)
 """Half of the parameters goes."""
 LONGER = TrainingConfig(steps=1500, batch_size=32, lr=5e-4, warmup_steps=20)
 
@@ -65,9 +65,9 @@ def layers(seed: int, folder: Path) -> Found:
     for criterion in ("learned", "magnitude", "random"):
         eco = arm.made(f"ecodiff-{criterion}", EcoDiffConfig(criterion=criterion))
         found[f"ecodiff {criterion}"] = compared(eco).relative_l2
-    for small in ("clean", "noisy"):
-        mixed = arm.made(f"switch-{small}", SwitchConfig(small=small), ours)
-        found[f"switch {small}"] = {"l2": compared(mixed).relative_l2, "kid": arm.kid(mixed), "flops": flops(mixed)}
+    for side, small in (("clean", "late"), ("noisy", "early")):
+        mixed = arm.made(f"stitch-{small}", StitchConfig(small=small), ours)
+        found[f"switch {side}"] = {"l2": compared(mixed).relative_l2, "kid": arm.kid(mixed), "flops": flops(mixed)}
     return found
 
 
@@ -76,13 +76,13 @@ def together(seed: int, folder: Path) -> Found:
     arm = train("unet", seed, folder)
     one = model_bytes(arm.whole) / 8
     recipes: Mapping[str, Any] = {
-        "4 bits": WeightsConfig(bits=4, group=32),
-        "3 bits": WeightsConfig(bits=3, group=32),
-        "base of 8 bits, differences of 3": ShareConfig(base_bits=8, bits=3, group=32),
-        "5 bits": WeightsConfig(bits=5, group=32),
-        "base of 8 bits, differences of low rank": ShareConfig(difference="low_rank", bits=8, group=32),
-        "base of 8 bits, tailors": ShareConfig(difference="tailors", bits=8, group=32),
-        "base of 8 bits, differences of 2": ShareConfig(base_bits=8, bits=2, group=32),
+        "4 bits": WeightOnlyConfig(bits=4, group_size=32),
+        "3 bits": WeightOnlyConfig(bits=3, group_size=32),
+        "base of 8 bits, differences of 3": SharedBaseConfig(base_bits=8, bits=3, group_size=32),
+        "5 bits": WeightOnlyConfig(bits=5, group_size=32),
+        "base of 8 bits, differences of low rank": SharedBaseConfig(delta="low_rank", bits=8, group_size=32),
+        "base of 8 bits, tailors": SharedBaseConfig(delta="tailors", bits=8, group_size=32),
+        "base of 8 bits, differences of 2": SharedBaseConfig(base_bits=8, bits=2, group_size=32),
     }
     found: Found = {}
     for number, (name, recipe) in enumerate(recipes.items()):
@@ -119,12 +119,12 @@ def numbers(seed: int, folder: Path) -> Found:
     found["quest"] = {name: float(np.mean([one[name] for one in errors])) for name in errors[0]}
     found["quest share"] = all_details(quest)[0]["trained_share"]
     found["quest l2"] = compared(quest).relative_l2
-    compute = arm.made("compute8", ComputeConfig())
+    compute = arm.made("compute8", DynamicInt8Config())
     found["compute"] = speeds(arm, compute) | {"kid": arm.kid(compute), "l2": compared(compute).relative_l2}
-    pruned = arm.made("laptop", replace(RETRAINED, share=PRUNED, retraining=LONGER, additivity_sets=100))
+    pruned = arm.made("laptop", replace(RETRAINED, ratio=PRUNED, finetune=LONGER, additivity_sets=100))
     found["additivity"] = details_of(pruned)["additivity"]
     found["pruned kid"] = arm.kid(pruned)
-    small = arm.made("laptop-compute6", ComputeConfig(bits=6), pruned)
+    small = arm.made("laptop-compute6", DynamicInt8Config(bits=6), pruned)
     found["both"] = speeds(arm, small) | {
         "bytes": compared(small).bytes_after / compared(small).bytes_before,
         "kid": arm.kid(small),
@@ -199,9 +199,9 @@ def bytes_held(pipeline: Path) -> int:
     return sum(held.values())
 
 
-def compared(pipeline: Path) -> Comparison:
+def compared(pipeline: Path) -> CompressionReport:
     """The comparison with the whole ensemble."""
-    return Comparison.read(pipeline / COMPRESSION)
+    return CompressionReport.read(pipeline / REPORT_FILE)
 
 
 def flops(pipeline: Path) -> float:
@@ -216,7 +216,7 @@ def in_bf16(pipeline: Path) -> float:
 
 def all_details(pipeline: Path) -> list[Found]:
     """What a method said of every expert."""
-    return [dict(read_json(path)["details"]) for path in sorted(pipeline.glob(f"expert_*/{OUTCOME}"))]
+    return [dict(read_json(path)["details"]) for path in sorted(pipeline.glob(f"expert_*/{RESULT_FILE}"))]
 
 
 def details_of(pipeline: Path) -> Found:

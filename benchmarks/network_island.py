@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moto.server import ThreadedMotoServer
 
-from ddm_core.artifacts import plain
+from ddm_core.artifacts import to_jsonable
 from orchestrator.islands.local.clusters import LocalIslands
 
 S3_PORT, TUNNEL_PORT = 9300, 9301
@@ -38,7 +38,7 @@ def main() -> None:
         config = islands.configs["island_1"]
         _serve(host, int(config.address.rpartition(":")[2]))
         reached = replace(config, address=f"http://{host}:{TUNNEL_PORT}")
-        print(json.dumps(plain(reached)), flush=True)
+        print(json.dumps(to_jsonable(reached)), flush=True)
         sys.stdin.read()
     storage.stop()
 

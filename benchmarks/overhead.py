@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import Claim, Listing, median_and_range, write_result
-from ddm_core.artifacts import Workspace, plain, write_json
+from ddm_core.artifacts import Workspace, to_jsonable, write_json
 from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig, TrainingConfig
-from experts.diffusion.noise_schedule import PATHS
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.networks.registry import build_network
 from experts.training.ema import MovingAverage
-from experts.training.latent_dataset import LatentDataset, batch_of, encode_latents
+from experts.training.latent_dataset import LatentDataset, encode_latents, make_batch
 from experts.training.loss import expert_loss
 from experts.training.trainer import fit, learning_rate
 from orchestrator.backends.inline import InlineBackend
@@ -85,7 +85,7 @@ def prepare(config: RunConfig) -> RunFolder:
     run = RunFolder(Path(config.folder))
     run.root.mkdir(parents=True)
     before = [stage for stage in experts_and_before(config) if stage.kind != "expert"]
-    Runner(run=run, graph=before, backend=InlineBackend(), policy=config.compute).walk()
+    Runner(run=run, graph=before, backend=InlineBackend(), policy=config.compute).run_to_end()
     return run
 
 
@@ -112,7 +112,7 @@ def by_ddm(run: RunFolder, graph: list[Stage], policy: ComputeConfig) -> tuple[f
     backend = RayBackend(policy)
     ready = time.monotonic()
     try:
-        result = Runner(run=run, graph=graph, backend=backend, policy=policy).walk()
+        result = Runner(run=run, graph=graph, backend=backend, policy=policy).run_to_end()
         ended = time.monotonic()
     finally:
         backend.close()
@@ -132,7 +132,7 @@ def by_hand(prepared: RunFolder, experts: list[Stage], folder: Path) -> float:
 
 def _train_by_hand(prepared: RunFolder, stage: Stage, folder: Path) -> None:
     recipe = folder / f"{stage.name}.json"
-    write_json(recipe, plain(stage.config.expert))
+    write_json(recipe, to_jsonable(stage.config.expert))
     inputs = {role: str(prepared.input(given)) for role, given in stage.inputs.items()}
     command = [sys.executable, "-m", "experts", "--shards", inputs["shards"], "--codec", inputs["codec"]]
     command += [
@@ -177,7 +177,7 @@ def cpu_seconds(work: Callable[[], None]) -> float:
 
 def run_fit(recipe: ExpertConfig, training: TrainingConfig, dataset: LatentDataset, scratch: Path) -> None:
     """The project's own loop, with its metrics, progress and checkpoints."""
-    path = PATHS[recipe.path]
+    path = NOISE_SCHEDULES[recipe.noise_schedule]
     model = build_network(recipe.network, dataset.latent_shape, 10)
     fit(
         model,
@@ -190,12 +190,12 @@ def run_fit(recipe: ExpertConfig, training: TrainingConfig, dataset: LatentDatas
 
 def run_bare(recipe: ExpertConfig, training: TrainingConfig, dataset: LatentDataset) -> None:
     """The same mathematics with nothing around it."""
-    path = PATHS[recipe.path]
+    path = NOISE_SCHEDULES[recipe.noise_schedule]
     model = build_network(recipe.network, dataset.latent_shape, 10).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.0, fused=True)
     average = MovingAverage(model, training.ema_width)
     for step in range(training.steps):
-        batch = batch_of(dataset, training, step)
+        batch = make_batch(dataset, training, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, training)
         optimizer.zero_grad(set_to_none=True)
@@ -252,7 +252,7 @@ def report(turns: list[Turn], blocks: list[float], seconds: float) -> None:
         "inside the measured time, as the processes started by hand do; they are used again for the next expert, "
         "those are not."
     ]
-    print(json.dumps(plain(write_result("overhead", seconds, claims, [listing], notes)), indent=1))
+    print(json.dumps(to_jsonable(write_result("overhead", seconds, claims, [listing], notes)), indent=1))
 
 
 if __name__ == "__main__":

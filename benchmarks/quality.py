@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.finished_run import SPACES, Scores
 from benchmarks.quality_arms import ARMS, Arm, blind_rows, lost_expert, run_arm
 from benchmarks.record import Claim, Listing, write_result
-from ddm_core.artifacts import plain, read_json
+from ddm_core.artifacts import read_json, to_jsonable
 
 MAIN, OURS = "K = 8", "sticky"
 MOST_CALLS = 1.25
@@ -49,7 +49,7 @@ def main() -> None:
     result = write_result(
         "quality", time.monotonic() - started, list(claims(seeds)), [*listings(seeds)], [notes(len(seeds))]
     )
-    print(json.dumps(plain(result["claims"]), indent=1))
+    print(json.dumps(to_jsonable(result["claims"]), indent=1))
 
 
 def run_seed(seed: int, folder: Path, overrides: Sequence[str]) -> Seed:
@@ -92,8 +92,8 @@ def training_costs(arms: dict[str, Arm]) -> dict[str, float]:
         "clustering": main_arm.flops("features", "partition"),
         "half": arms["K = 8, half the steps"].flops(*ours),
         "monolith": main_arm.flops("monolith"),
-        "told": main_arm.flops("told"),
-        "student": main_arm.flops("student"),
+        "cluster_conditioned": main_arm.flops("cluster_conditioned"),
+        "distilled_monolith": main_arm.flops("distilled_monolith"),
         "long monolith": arms["monolith at the FLOPs of experts and student"].flops("expert"),
     }
 
@@ -150,8 +150,8 @@ def best(seeds: Sequence[Seed]) -> Ratio:
     return min((Ratio.of(seeds, name, MONOLITH) for name in cheap), key=lambda ratio: ratio.worst)
 
 
-MONOLITH, TOLD, STUDENT = (f"{MAIN}: {name}" for name in ("monolith", "told", "student"))
-BASELINES = ("monolith", "told", "student", "one missing")
+MONOLITH, TOLD, STUDENT = (f"{MAIN}: {name}" for name in ("monolith", "cluster_conditioned", "distilled_monolith"))
+BASELINES = ("monolith", "cluster_conditioned", "distilled_monolith", "one missing")
 
 
 def mean(seeds: Sequence[Seed], value: Callable[[Seed], float]) -> float:

@@ -19,14 +19,14 @@ from benchmarks.finished_run import SPACES, FinishedRun, Scores
 from data_partition.features.extract import load_extractor
 from ddm_core.artifacts import Workspace, read_json, read_manifest
 from ensemble.config import SamplingConfig
-from ensemble.evaluation.class_probe import Probe
+from ensemble.evaluation.class_probe import ClassProbe
 from ensemble.evaluation.evaluate import evaluate, held_out_classes
 from ensemble.evaluation.feature_space import scaled
 from ensemble.evaluation.reference import PIXELS
 from ensemble.membership import without_experts
 from ensemble.pipeline import DDMPipeline
 from orchestrator.pipeline.graph import plain_evaluation
-from router.config import SelectionConfig, row_name
+from router.config import SelectionConfig, selection_label
 from router.router import Router
 
 STEPS = 2000
@@ -72,7 +72,7 @@ GUIDED = (
 )
 
 ARMS: Mapping[str, Sequence[str]] = {
-    "K = 8": ("monolith=true", "baselines=[told,student]", SELECTIONS),
+    "K = 8": ("monolith=true", "baselines=[cluster_conditioned,distilled_monolith]", SELECTIONS),
     "K = 8, half the steps": (f"expert.training.steps={STEPS // 2}",),
     "K = 2": ("partition.num_experts=2",),
     "K = 4": ("partition.num_experts=4",),
@@ -119,7 +119,7 @@ class Arm(FinishedRun):
         """Share of conditional samples in which the probe sees the class that was asked for."""
         reference = self.folder("reference")
         drawn = np.load(images, allow_pickle=False)
-        seen = Probe.load(reference / "probe.safetensors").predict(
+        seen = ClassProbe.load(reference / "probe.safetensors").predict(
             scaled(load_extractor(reference / "extractors" / PIXELS)(drawn))
         )
         return float((seen == np.array(held_out_classes(reference, len(drawn)))).mean())
@@ -164,8 +164,11 @@ def blind_rows(arm: Arm) -> dict[str, tuple[Scores, float]]:
     rows: dict[str, tuple[Scores, float]] = {}
     for selection in (SelectionConfig(), *arm.config.scores.selections):
         sampling = replace(arm.config.ensemble, selection=selection)
-        out = arm.scored(f"blind_{row_name(selection)}", blind, sampling)
-        rows[row_name(selection)] = (dict(read_json(out / "scores.json")), arm.class_accuracy(out / "images.npy"))
+        out = arm.scored(f"blind_{selection_label(selection)}", blind, sampling)
+        rows[selection_label(selection)] = (
+            dict(read_json(out / "scores.json")),
+            arm.class_accuracy(out / "images.npy"),
+        )
     return rows
 
 

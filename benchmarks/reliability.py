@@ -26,7 +26,7 @@ from benchmarks.record import Claim, Listing, write_result
 from ddm_core.artifacts import read_json
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.islands.local.clusters import LocalIslands
-from orchestrator.run.attempts import continued_from
+from orchestrator.run.attempts import resumed_from_step
 
 LONGEST_LIFE_S = 14.0
 """A training is killed at a random time up to so long after it was first seen."""
@@ -236,7 +236,7 @@ def _lost_to_notice(before: Path, after: Path) -> int:
     """Steps between where an attempt says that it stopped and where the next one went on."""
     words = read_json(before / "outcome.json")["error"]
     stopped = int(words.split("stopped at step ")[1].split()[0]) if "stopped at step" in words else last_step(before)
-    return max(0, stopped - continued_from(after)) if (after / "log.txt").is_file() else 0
+    return max(0, stopped - resumed_from_step(after)) if (after / "log.txt").is_file() else 0
 
 
 def networks(folder: Path, recipe: Recipe, cut_s: float) -> tuple[list[Claim], Listing]:

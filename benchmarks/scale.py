@@ -26,7 +26,7 @@ from orchestrator.controller import shield
 from orchestrator.islands.placement import load_of, place
 from orchestrator.pipeline.graph import NothingConfig
 from orchestrator.pipeline.stage import Stage
-from orchestrator.run.backend import Backend, Job, Outcome
+from orchestrator.run.backend import AttemptOutcome, Backend, Job
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.runner import Runner
 
@@ -67,7 +67,7 @@ class SimulatedIslands:
         """Nothing outlives this process."""
         return False
 
-    def poll(self, timeout_s: float) -> list[Outcome]:
+    def poll(self, timeout_s: float) -> list[AttemptOutcome]:
         """Every job ends at once."""
         ended = [job for jobs in self.running.values() for job in jobs]
         self.running = {name: [] for name in self.running}
@@ -80,9 +80,9 @@ class SimulatedIslands:
         """Nothing was started."""
 
 
-def _ended(job: Job) -> Outcome:
+def _ended(job: Job) -> AttemptOutcome:
     publish(Path(job.artifact), lambda out: 0.0, stage=job.stage, config=job.config, inputs=job.input_fingerprints)
-    return Outcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
+    return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
 
 
 def walk(where: Where, count: int, folder: Path) -> Walk:
@@ -99,7 +99,7 @@ def _walk(where: Where, count: int, folder: Path) -> Walk:
     root = Path(tempfile.mkdtemp(dir=folder))
     before = _memory_mb()
     started = time.perf_counter()
-    result = Runner(run=RunFolder(root), graph=graph, backend=backend, policy=config).walk()
+    result = Runner(run=RunFolder(root), graph=graph, backend=backend, policy=config).run_to_end()
     seconds, after = time.perf_counter() - started, _memory_mb()
     backend.close()
     shutil.rmtree(root)
@@ -128,7 +128,7 @@ def _backend(where: Where, config: ComputeConfig, graph: Sequence[Stage]) -> Bac
 
     backend = RayBackend(config)
     with tempfile.TemporaryDirectory() as folder:
-        Runner(run=RunFolder(Path(folder)), graph=list(graph[:8]), backend=backend, policy=config).walk()
+        Runner(run=RunFolder(Path(folder)), graph=list(graph[:8]), backend=backend, policy=config).run_to_end()
     return backend
 
 
@@ -186,7 +186,7 @@ def simulate(world: World, seeds: int) -> tuple[list[Claim], list[Listing]]:
     rows, gains = [], []
     for nodes in (8, 32, 100, 316, 1000):
         for rate in (0.0, 0.01, 0.05, 0.2):
-            here = replace(world, nodes=nodes, losses_per_hour=rate)
+            here = replace(world, nodes=nodes, preemptions_per_hour=rate)
             ours = averaged([islands(here, seed) for seed in range(seeds)])
             spot = averaged([monolith(here, seed, spot=True) for seed in range(seeds)])
             firm = monolith(here, 0, spot=False)

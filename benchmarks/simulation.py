@@ -27,7 +27,7 @@ class World:
     """Islands of one node each; one expert an island."""
     work_h: float = 48.0
     """Hours of undisturbed training for each expert, and for the monolith on all nodes."""
-    losses_per_hour: float = 0.05
+    preemptions_per_hour: float = 0.05
     """How often a spot node is taken away."""
     provision_s: float = 300.0
     """From the loss of a node to a new one."""
@@ -86,7 +86,7 @@ class _Islands:
     def _expert(self, number: int) -> Generator[simpy.Event, None, None]:
         world, clock = self.world, self.clock
         transfer_s = world.checkpoint_gb / world.node_gb_s
-        interval = best_interval_s(transfer_s, world.losses_per_hour)
+        interval = best_interval_s(transfer_s, world.preemptions_per_hour)
         done, started = 0.0, False
         while done < world.work_h * HOUR:
             with self.controller.request() as turn:
@@ -116,7 +116,7 @@ class _Islands:
             yield self.clock.timeout(seconds)
 
     def _lifetime(self) -> float:
-        rate = self.world.losses_per_hour / HOUR
+        rate = self.world.preemptions_per_hour / HOUR
         return self.draw.expovariate(rate) if rate else math.inf
 
 
@@ -131,7 +131,7 @@ def monolith(world: World, seed: int, *, spot: bool) -> Outcome:
     On demand, nothing is lost and the fabric is paid for; on spot the nodes are cheap and every loss costs everybody.
     """
     draw, losses, now, done = random.Random(seed), 0, 0.0, 0.0
-    rate = world.nodes * world.losses_per_hour / HOUR if spot else 0.0
+    rate = world.nodes * world.preemptions_per_hour / HOUR if spot else 0.0
     save_s = world.checkpoint_gb / world.node_gb_s / min(world.nodes, world.store_gb_s / world.node_gb_s)
     interval = best_interval_s(save_s, rate * HOUR)
     goal, limit = world.work_h * HOUR, 50 * world.work_h * HOUR

@@ -18,12 +18,12 @@ from safetensors.numpy import load_file
 from data_partition.assignment import AssignmentTable, count_ids, store_ids, write_clusters
 from data_partition.clustering.balanced_kmeans import distortion
 from data_partition.clustering.kmeans import BLOCK_ROWS, fine_centroids, nearest, num_fine, training_rows
-from data_partition.clustering.strategies import DIVISIONS, Division, Seen
+from data_partition.clustering.strategies import STRATEGIES, ClusterAssignment, PartitionInputs
 from data_partition.config import PartitionConfig
 from data_partition.errors import EmptyCluster, FeaturesMismatch
 from data_partition.features.extract import FeatureExtractor, load_extractor
 from data_partition.features.store import FEATURES, KEYS
-from data_partition.progress import Watch
+from data_partition.progress import ProgressTracker
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import Workspace, read_json, save_arrays, write_json
 
@@ -141,15 +141,15 @@ def make_partition(
     out.mkdir(parents=True, exist_ok=True)
     index, held_out = read_index(dataset / "train"), read_index(dataset / "holdout")
     values = open_features(features, index.count)
-    watch = Watch(workspace, 2 * (index.count + held_out.count))
+    watch = ProgressTracker(workspace, 2 * (index.count + held_out.count))
     fine = num_fine(config.num_fine, index.count, config.num_experts)
     centroids = fine_centroids(values, fine, config.iterations, config.seed)
     fine_ids = store_ids(
         workspace.scratch / "fine_ids.npy", index.count, watch.over(_nearest_blocks(values, centroids))
     )
     fine_counts = count_ids(fine_ids, fine, BLOCK_ROWS)
-    division = DIVISIONS[config.by](
-        Seen(
+    division = STRATEGIES[config.by](
+        PartitionInputs(
             config=config,
             dataset=dataset,
             features=values,
@@ -197,7 +197,7 @@ def _nearest_blocks(
 
 
 def _counted(
-    division: Division, centroids: Float32[np.ndarray, "fine feature"], count: int, clusters: int
+    division: ClusterAssignment, centroids: Float32[np.ndarray, "fine feature"], count: int, clusters: int
 ) -> Partition:
     """The partition, still without its class counts."""
     blocks = (slice(start, start + BLOCK_ROWS) for start in range(0, count, BLOCK_ROWS))
@@ -216,9 +216,9 @@ def _write_training(
     partition: Partition,
     shards: Path,
     keys: Path,
-    division: Division,
+    division: ClusterAssignment,
     out: Path,
-    watch: Watch,
+    watch: ProgressTracker,
 ) -> Partition:
     """Write the clusters and their table; returns the partition with its class counts."""
 
@@ -232,7 +232,7 @@ def _write_training(
 
 
 def _by_looks(
-    partition: Partition, shards: Path, batch_size: int, scratch: Path, watch: Watch
+    partition: Partition, shards: Path, batch_size: int, scratch: Path, watch: ProgressTracker
 ) -> Integer[np.ndarray, " sample"]:
     """The cluster of every held-out sample, known by its looks alone."""
     batches = (partition.assign_images(batch.images) for batch in read_batches(shards, batch_size))
@@ -244,7 +244,7 @@ def _write_holdout(
     shards: Path,
     cluster_of: Callable[[slice], Integer[np.ndarray, " block"]],
     out: Path,
-    watch: Watch,
+    watch: ProgressTracker,
 ) -> tuple[int, ...]:
     """Write the held-out samples by the same rule; returns how many each cluster has."""
     indices = write_clusters(

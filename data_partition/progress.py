@@ -9,7 +9,7 @@ from data_partition.shards.tar import Encoded
 from ddm_core.artifacts import Preempted, Workspace
 
 
-class Watch:
+class ProgressTracker:
     """Counts samples up to `total`, reports them, and raises `Preempted` once a stop is requested."""
 
     def __init__(self, workspace: Workspace, total: int) -> None:
@@ -18,7 +18,7 @@ class Watch:
     def step(self, samples: int) -> None:
         """`samples` more are done."""
         self.done += samples
-        self.workspace.report(self.done, self.total, unit="images")
+        self.workspace.report_progress(self.done, self.total, unit="images")
         if self.workspace.stop_requested():
             raise Preempted(f"stopped after {self.done} of {self.total} images; this stage starts again")
 

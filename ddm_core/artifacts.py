@@ -24,13 +24,13 @@ from safetensors.numpy import save_file
 STRICT = ConfigDict(extra="forbid")
 """For every configuration dataclass: an unknown key is an error, never ignored."""
 
-LATER = {"later": True}
+UNHASHED_IF_DEFAULT = {"later": True}
 """Metadata of a configuration's field that came later: it enters no fingerprint while it has its default, so that what
 was made before it came is still found."""
 
 MANIFEST = "manifest.json"
 
-SEAL = "sha256_of_the_rest"
+CHECKSUM_KEY = "sha256_of_the_rest"
 """The key under which a sealed JSON file carries its own checksum."""
 
 CACHE = "cache"
@@ -72,14 +72,14 @@ class Manifest:
     attempt: int = 1
 
 
-def plain(value: object) -> Any:
+def to_jsonable(value: object) -> Any:
     """`value` as JSON knows it: dataclasses become objects, paths become strings, tuples become lists."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return to_jsonable(asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_jsonable(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -100,7 +100,7 @@ def _identity(value: object) -> Any:
         }
     if isinstance(value, Mapping):
         return {str(key): _identity(item) for key, item in value.items()}
-    return [_identity(item) for item in value] if isinstance(value, list | tuple) else plain(value)
+    return [_identity(item) for item in value] if isinstance(value, list | tuple) else to_jsonable(value)
 
 
 def checksum(path: Path) -> str:
@@ -138,14 +138,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def as_json(value: object) -> str:
+def to_json(value: object) -> str:
     """`value` as JSON, the same text for the same content."""
-    return json.dumps(plain(value), indent=1, sort_keys=True) + "\n"
+    return json.dumps(to_jsonable(value), indent=1, sort_keys=True) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, whole or not at all."""
-    write_text(path, as_json(value))
+    write_text(path, to_json(value))
 
 
 def read_json(path: Path) -> Any:
@@ -164,17 +164,17 @@ def _parsed(path: Path) -> tuple[Any, bytes]:
         raise CorruptArtifact(f"{path} is not valid JSON ({error}); delete its folder and run again") from error
 
 
-def sealed(value: object) -> str:
+def with_checksum(value: object) -> str:
     """A JSON object that carries its own checksum."""
-    content = plain(value)
-    return as_json(content | {SEAL: hashlib.sha256(as_json(content).encode()).hexdigest()})
+    content = to_jsonable(value)
+    return to_json(content | {CHECKSUM_KEY: hashlib.sha256(to_json(content).encode()).hexdigest()})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_with_checksum(path: Path) -> dict[str, Any]:
     """Read what was `sealed`; raises what `read_json` does, and `CorruptArtifact` for a single changed bit."""
     found, data = _parsed(path)
-    rest = {name: value for name, value in found.items() if name != SEAL} if isinstance(found, dict) else {}
-    if data != sealed(rest).encode():
+    rest = {name: value for name, value in found.items() if name != CHECKSUM_KEY} if isinstance(found, dict) else {}
+    if data != with_checksum(rest).encode():
         raise CorruptArtifact(f"{path} is not as it was written, by its own checksum; delete its folder and run again")
     return rest
 
@@ -188,7 +188,7 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that takes the name `folder` when the block ends without an error.
 
     Everything is fsynced before the rename, so a crash leaves the old folder, none or the new one, never half of one.
@@ -229,7 +229,7 @@ def publish(
     if is_finished(folder):
         return read_manifest(folder)
     started = time.monotonic()
-    with replaced_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         flops = fill(temporary)
         checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
         if not may_commit() or is_finished(folder):
@@ -237,7 +237,7 @@ def publish(
     manifest = Manifest(
         stage=stage,
         fingerprint=fingerprint(stage, config, inputs),
-        config=plain(config),
+        config=to_jsonable(config),
         inputs=dict(inputs),
         checksums=checksums,
         flops=flops,
@@ -246,7 +246,7 @@ def publish(
         island=island,
         attempt=attempt,
     )
-    write_text(folder / MANIFEST, sealed(manifest))
+    write_text(folder / MANIFEST, with_checksum(manifest))
     return manifest
 
 
@@ -257,7 +257,7 @@ def is_finished(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished artifact; raises `UnfinishedArtifact` or `CorruptArtifact`."""
-    found = read_sealed(folder / MANIFEST)
+    found = read_with_checksum(folder / MANIFEST)
     try:
         return Manifest(**found)
     except TypeError as error:
@@ -302,7 +302,7 @@ class Workspace:
         part: Self = replace(self, scratch=scratch)
         return part
 
-    def report(
+    def report_progress(
         self, done: int, total: int | None, figures: Mapping[str, float] | None = None, *, unit: str = ""
     ) -> None:
         """Say how far the work is; `total` None is unknown, another unit is another piece of work.

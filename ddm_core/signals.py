@@ -10,7 +10,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 @contextlib.contextmanager
-def hearing(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+def handle_signals(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
     """Give signals to a handler while the block lasts, and then to whoever had them before."""
     earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -21,7 +21,7 @@ def hearing(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping_on_sigterm() -> Iterator[Callable[[], bool]]:
+def sigterm_flag() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether SIGTERM has come; the handler sets a flag and nothing else.
 
     Once it has come, this process is ending: a later one is ignored, so that it cannot change the exit code.

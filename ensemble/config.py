@@ -6,17 +6,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from ddm_core.artifacts import LATER, STRICT
-from experts.config import PathName
+from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from experts.config import NoiseScheduleName
 from router.config import AUTO, SelectionConfig
 
 CANDIDATES = (
     SelectionConfig(name="sticky"),
-    SelectionConfig(name="redraw", t_switch=0.5),
-    SelectionConfig(name="sticky_at", t_switch=0.5),
-    SelectionConfig(name="sticky_at", t_switch=0.8),
-    SelectionConfig(name="coupled"),
-    SelectionConfig(name="switch"),
+    SelectionConfig(name="sticky_resample", t_switch=0.5),
+    SelectionConfig(name="full_then_sticky", t_switch=0.5),
+    SelectionConfig(name="full_then_sticky", t_switch=0.8),
+    SelectionConfig(name="coupled_resample"),
+    SelectionConfig(name="threshold_then_top1"),
     SelectionConfig(name="top_k", k=1),
     SelectionConfig(name="threshold"),
     SelectionConfig(name="full"),
@@ -24,7 +24,7 @@ CANDIDATES = (
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChoiceConfig:
+class SelectionSearchConfig:
     """How the selection `auto` is turned into one with a name: a short trial of each candidate."""
 
     candidates: Annotated[tuple[SelectionConfig, ...], Field(min_length=1)] = CANDIDATES
@@ -33,15 +33,17 @@ class ChoiceConfig:
     """Images drawn with each candidate, from seeds that no score draws."""
     steps: Annotated[int, Field(ge=1)] = 10
     """Solver steps of each of them."""
-    most_calls: Annotated[float, Field(ge=1)] = 1.25
+    max_calls: Annotated[float, Field(ge=1)] = 1.25
     """Expert calls that the chosen one may make on average for one evaluation of a velocity; both branches of guidance
     may make as many each."""
 
     @model_validator(mode="after")
-    def _has_rules(self) -> "ChoiceConfig":
+    def _has_rules(self) -> "SelectionSearchConfig":
         """The choice is among rules."""
         if any(candidate.name == AUTO for candidate in self.candidates):
-            raise ValueError("choice.candidates are what `auto` is chosen from, so `auto` is none: leave it out")
+            raise ValueError(
+                "selection_search.candidates are what `auto` is chosen from, so `auto` is none: leave it out"
+            )
         return self
 
 
@@ -89,10 +91,10 @@ class SamplingConfig:
     """Images drawn at once; an image does not depend on it."""
     device: str = "cpu"
     """Torch device of the sampling."""
-    reflection: ReflectionConfig | None = field(default=None, metadata=LATER)
+    reflection: ReflectionConfig | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """Weak-to-strong reflection of the first steps; needs the solver `euler` or `heun`."""
 
-    compile: bool = field(default=False, metadata=LATER)
+    compile: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
     """Whether networks go through `torch.compile` first, which takes half a minute and a C++ compiler on a CPU; quicker
     by a fifth as they are, by half where they compute in eight bits."""
 
@@ -124,14 +126,14 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DrawsConfig:
+class ExpertSamplesConfig:
     """How the experts are drawn from, to train a router without the data."""
 
     samples_per_expert: Annotated[int, Field(ge=1)] = 2048
     """Draws from an expert on average; each has its cluster's share of all of them."""
     steps: Annotated[int, Field(ge=2)] = 10
     """Heun steps of a draw."""
-    path: PathName = "straight"
+    noise_schedule: NoiseScheduleName = "rectified_flow"
     """The noise path of the ensemble, which the draws follow."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Latents drawn at once."""
@@ -165,7 +167,7 @@ class ClassifierConfig:
 
     images: Annotated[int, Field(ge=1)] = 256
     """Held-out images, as many from every cluster as it has."""
-    draws: Annotated[int, Field(ge=1)] = 16
+    noises_per_image: Annotated[int, Field(ge=1)] = 16
     """Values of t, each with a noise of its own, that an error is averaged over; the same for all classes."""
     weighting: Weighting = "velocity"
     """`velocity`: every t counts alike, as in Li et al. `likelihood`: as in the likelihood's bound."""

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ensemble.routing import Routing
-from ensemble.solvers import beginning
-from experts.compressed.caching.feature_cache import Recall
+from ensemble.routing import RoutingState
+from ensemble.solvers import scale_initial_noise
+from experts.compressed.caching.feature_cache import ExpertCache
 from experts.condition import Condition
-from experts.diffusion.few_step import Course
-from experts.diffusion.noise_schedule import NoiseOf, NoisePath, expand
+from experts.diffusion.few_step import FewStepSchedule
+from experts.diffusion.noise_schedule import NoiseSchedule, NoiseSource, expand
 from router.config import SelectionConfig
-from router.selection import rule_of
+from router.selection import get_selection
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, "batch *inside"]
@@ -34,13 +34,13 @@ class EnsembleError(ValueError):
 
 
 @runtime_checkable
-class Speaker(Protocol):
+class ExpertModel(Protocol):
     """What the ensemble knows of an expert: `experts.expert.Expert`, or anything with a velocity."""
 
-    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath) -> Latents:
+    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoiseSchedule) -> Latents:
         """The velocity of every row on `path`."""
 
-    def to(self, device: torch.device | str) -> "Speaker":
+    def to(self, device: torch.device | str) -> "ExpertModel":
         """The same expert on another device."""
 
     def save(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Coursed(Protocol):
     """An expert that may be asked at few t only."""
 
     @property
-    def course(self) -> Course | None:
+    def few_step(self) -> FewStepSchedule | None:
         """Those t; None is any t."""
 
 
@@ -60,7 +60,9 @@ class Coursed(Protocol):
 class Beginning(Protocol):
     """An expert whose trajectories begin with a draft of their own."""
 
-    def begun(self, noise: NoiseOf, condition: Condition, path: NoisePath, kept: Recall) -> Latents:
+    def initial_latents(
+        self, noise: NoiseSource, condition: Condition, path: NoiseSchedule, kept: ExpertCache
+    ) -> Latents:
         """Noised samples at the first t of its course."""
 
 
@@ -68,14 +70,20 @@ class Beginning(Protocol):
 class Recalling(Protocol):
     """An expert that may have a cache."""
 
-    def recall(
-        self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath, rows: Int[Tensor, " row"], kept: Recall
+    def create_cache(
+        self,
+        noised: Latents,
+        t: Tensor,
+        condition: Condition,
+        path: NoiseSchedule,
+        rows: Int[Tensor, " row"],
+        kept: ExpertCache,
     ) -> Latents:
         """The velocity of these rows of a trajectory, with what they have kept."""
 
 
 @runtime_checkable
-class Posterior(Protocol):
+class RouterModel(Protocol):
     """What the ensemble knows of a router: `router.router.Router`, or anything that knows p(k | ...)."""
 
     @property
@@ -88,7 +96,7 @@ class Posterior(Protocol):
     def prior_logits(self, condition: Condition, present: Bool[Tensor, " expert"] | None = None) -> Logits:
         """log p(k | condition) among the present experts, up to a constant a row."""
 
-    def to(self, device: torch.device | str) -> "Posterior":
+    def to(self, device: torch.device | str) -> "RouterModel":
         """The same router on another device."""
 
     def save(self, folder: Path) -> None:
@@ -96,7 +104,7 @@ class Posterior(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spoken:
+class ExpertOutput:
     """What one expert said, for the rows that asked it."""
 
     rows: Int[Tensor, " row"]
@@ -104,7 +112,7 @@ class Spoken:
     velocity: Latents
 
 
-def mix(like: Latents, spoken: Sequence[Spoken]) -> Latents:
+def combine_velocities(like: Latents, spoken: Sequence[ExpertOutput]) -> Latents:
     """The experts' velocities, added by their gates: the one place that knows in which space experts mix."""
     mixed = torch.zeros_like(like)
     for said in spoken:
@@ -117,10 +125,10 @@ def mix(like: Latents, spoken: Sequence[Spoken]) -> Latents:
 class Ensemble:
     """Experts by their ids, of which some may be missing, and the router that knows how many there should be."""
 
-    experts: Mapping[int, Speaker]
-    path: NoisePath
+    experts: Mapping[int, ExpertModel]
+    noise_schedule: NoiseSchedule
     """The noise path of what is sampled; experts of another path are matched to it."""
-    router: Posterior | None = None
+    router: RouterModel | None = None
     """None only for a single expert, of id 0."""
 
     def __post_init__(self) -> None:
@@ -131,10 +139,10 @@ class Ensemble:
         if unknown := sorted(set(self.experts) - set(allowed)):
             way_out = "add their router" if self.router is None else "use the router of their partition"
             raise EnsembleError(f"expert ids must be in 0 ... {len(allowed) - 1}; got {unknown}; {way_out}")
-        path = getattr(self.router, "path", self.path)
-        if path.name != self.path.name:
+        path = getattr(self.router, "noise_schedule", self.noise_schedule)
+        if path.name != self.noise_schedule.name:
             raise EnsembleError(
-                f"the router was trained on the {path.name} path, the ensemble is on {self.path.name}; use the former"
+                f"the router was trained on the {path.name} path, the ensemble is on {self.noise_schedule.name}; use the former"
             )
 
     @property
@@ -143,9 +151,9 @@ class Ensemble:
         return 1 if self.router is None else self.router.num_experts
 
     @property
-    def course(self) -> Course | None:
+    def few_step(self) -> FewStepSchedule | None:
         """The few t at which its experts are to be asked; None is any t. `EnsembleError` if they do not agree."""
-        found = {expert.course if isinstance(expert, Coursed) else None for expert in self.experts.values()}
+        found = {expert.few_step if isinstance(expert, Coursed) else None for expert in self.experts.values()}
         if len(found) > 1:
             raise EnsembleError(
                 "the experts of an ensemble go through the same times, and these have courses of "
@@ -163,58 +171,60 @@ class Ensemble:
         experts = {k: expert.to(device) for k, expert in self.experts.items()}
         return replace(self, experts=experts, router=self.router and self.router.to(device))
 
-    def begin(self, seeds: Sequence[int], condition: Condition, selection: SelectionConfig) -> Routing:
+    def init_routing(self, seeds: Sequence[int], condition: Condition, selection: SelectionConfig) -> RoutingState:
         """The state of new trajectories; `sticky` and its like draw their experts now, from p(k | condition)."""
         if len(seeds) != len(condition):
             raise ValueError(f"every row needs a seed; got {len(seeds)} seeds for {len(condition)} conditions")
-        if not rule_of(selection).opens:
-            return Routing(seeds=tuple(seeds), selection=selection)
-        return Routing.opened(seeds, self._prior_logits(condition), selection)
+        if not get_selection(selection).draws_from_prior:
+            return RoutingState(seeds=tuple(seeds), selection=selection)
+        return RoutingState.from_prior(seeds, self._prior_logits(condition), selection)
 
-    def gates(self, noised: Latents, t: Times, condition: Condition, routing: Routing) -> Gates:
+    def gates(self, noised: Latents, t: Times, condition: Condition, routing: RoutingState) -> Gates:
         """Mixing coefficients of every row; missing experts are silent, the others share what was theirs."""
-        t = _one_a_row(t)
-        standing = routing.standing(t)
+        t = _gates_of_rows(t)
+        standing = routing.fixed_gates(t)
         if standing is not None:
             return standing
         routing.calls.router += len(noised) if self.router else 0
-        return routing.decide(self._logits(noised, t, condition), t)
+        return routing.update_gates(self._logits(noised, t, condition), t)
 
-    def velocity(self, noised: Latents, t: Times, condition: Condition, routing: Routing) -> Latents:
+    def velocity(self, noised: Latents, t: Times, condition: Condition, routing: RoutingState) -> Latents:
         """The marginal velocity; each expert is called once at most, on the rows that chose it."""
         gates = self.gates(noised, t, condition, routing)
         spoken = []
         for k in sorted(self.experts):
             rows = gates[:, k].nonzero().squeeze(-1)
             if len(rows):
-                said = self._said(k, noised[rows], t[rows], condition.rows(rows), rows, routing)
-                spoken.append(Spoken(rows=rows, gates=gates[rows, k], velocity=said))
+                said = self._expert_velocity(k, noised[rows], t[rows], condition.rows(rows), rows, routing)
+                spoken.append(ExpertOutput(rows=rows, gates=gates[rows, k], velocity=said))
                 routing.calls.experts[k] += len(rows)
-        return mix(noised, spoken)
+        return combine_velocities(noised, spoken)
 
-    def begun(self, noise: NoiseOf, condition: Condition, routing: Routing) -> Latents:
+    def initial_latents(self, noise: NoiseSource, condition: Condition, routing: RoutingState) -> Latents:
         """Where trajectories begin: with noise, or with the draft of an expert that the prior draws for each."""
-        begun = beginning(noise(0), self.course, self.path)
+        begun = scale_initial_noise(noise(0), self.few_step, self.noise_schedule)
         if not any(isinstance(expert, Beginning) for expert in self.experts.values()):
             return begun
-        opened = Routing.opened(routing.seeds, self._prior_logits(condition), SelectionConfig(name="sticky"))
+        opened = RoutingState.from_prior(routing.seeds, self._prior_logits(condition), SelectionConfig(name="sticky"))
         gates = opened.gates if routing.memory.gates is None else routing.memory.gates
         for k, expert in sorted(self.experts.items()):
             rows = gates[:, k].nonzero().squeeze(-1)
             if isinstance(expert, Beginning) and len(rows):
-                own = expert.begun(_rows_of(noise, rows), condition.rows(rows), self.path, routing.recalled(k))
+                own = expert.initial_latents(
+                    _rows_of(noise, rows), condition.rows(rows), self.noise_schedule, routing.cache_for(k)
+                )
                 begun = begun.index_copy(0, rows, own.to(begun.dtype))
         return begun
 
-    def _said(
-        self, k: int, noised: Latents, t: Times, condition: Condition, rows: Int[Tensor, " row"], routing: Routing
+    def _expert_velocity(
+        self, k: int, noised: Latents, t: Times, condition: Condition, rows: Int[Tensor, " row"], routing: RoutingState
     ) -> Latents:
         """What an expert says of some rows of a trajectory, which may have kept some of its features."""
-        expert, kept = self.experts[k], routing.recalled(k)
+        expert, kept = self.experts[k], routing.cache_for(k)
         if isinstance(expert, Recalling):
-            return expert.recall(noised, t, condition, self.path, rows, kept)
+            return expert.create_cache(noised, t, condition, self.noise_schedule, rows, kept)
         kept.count(float(len(rows)))
-        return expert.velocity(noised, t, condition, self.path)
+        return expert.velocity(noised, t, condition, self.noise_schedule)
 
     def _present(self, device: torch.device) -> Bool[Tensor, " expert"]:
         return torch.tensor([k in self.experts for k in range(self.num_experts)], device=device)
@@ -233,10 +243,10 @@ class Ensemble:
         return self.router.prior_logits(condition, self._present(condition.class_id.device))
 
 
-def _rows_of(noise: NoiseOf, rows: Int[Tensor, " row"]) -> NoiseOf:
+def _rows_of(noise: NoiseSource, rows: Int[Tensor, " row"]) -> NoiseSource:
     return lambda occasion: noise(occasion)[rows]
 
 
-def _one_a_row(t: Times) -> RowTimes:
+def _gates_of_rows(t: Times) -> RowTimes:
     """What the router sees of t: its mean over the row."""
     return t if t.ndim == 1 else t.flatten(1).mean(1)

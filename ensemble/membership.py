@@ -7,7 +7,7 @@ that is missing. Who joins is the last, and needs a router that knows it: see `r
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ensemble.ensemble import Ensemble, Posterior, Speaker
+from ensemble.ensemble import Ensemble, ExpertModel, RouterModel
 from ensemble.pipeline import DDMPipeline, PipelineError
 from experts.condition import Condition
 from experts.expert import Expert
@@ -35,7 +35,7 @@ def with_expert_back(pipeline: DDMPipeline, expert: Expert, place: int) -> DDMPi
     return _with(pipeline, experts, pipeline.ensemble.router)
 
 
-def with_new_expert(pipeline: DDMPipeline, expert: Expert, router: Posterior) -> DDMPipeline:
+def with_new_expert(pipeline: DDMPipeline, expert: Expert, router: RouterModel) -> DDMPipeline:
     """The ensemble with one expert more, of id K, and a router that knows K + 1."""
     last = pipeline.ensemble.num_experts
     if router.num_experts != last + 1:
@@ -57,7 +57,7 @@ def _check_fit(pipeline: DDMPipeline, expert: Expert) -> None:
         )
 
 
-def _with(pipeline: DDMPipeline, experts: Mapping[int, Speaker], router: Posterior | None) -> DDMPipeline:
+def _with(pipeline: DDMPipeline, experts: Mapping[int, ExpertModel], router: RouterModel | None) -> DDMPipeline:
     return replace(pipeline, ensemble=replace(pipeline.ensemble, experts=experts, router=router))
 
 

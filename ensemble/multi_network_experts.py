@@ -1,6 +1,6 @@
 """An expert whose samples begin with a draft, which is noised to some t below 1 and refined from there.
 
-expert_k/drafted.json    which kind of draft it is
+expert_k/truncated.json    which kind of draft it is
 expert_k/draft           the generator of clean latents: an expert with its own course, or one of `draft_generators`
 expert_k/refiner         the expert, with the course that begins at that t
 
@@ -17,22 +17,22 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
-from ensemble.solvers import beginning, travel
+from ensemble.solvers import sample_few_step, scale_initial_noise
 from experts.architectures.draft_generators import DRAFTS
-from experts.compressed.caching.feature_cache import Recall, Rows
+from experts.compressed.caching.feature_cache import ExpertCache, Rows
 from experts.condition import Condition
-from experts.diffusion.few_step import Course
-from experts.diffusion.noise_schedule import Latents, NoiseOf, NoisePath
+from experts.diffusion.few_step import FewStepSchedule
+from experts.diffusion.noise_schedule import Latents, NoiseSchedule, NoiseSource
 from experts.expert import Expert
 from experts.networks.model_io import load_model, save_model
 
-DRAFTED = "drafted.json"
+TRUNCATED = "truncated.json"
 OF_DRAFT = 1000
 """What a draft is drawn from has occasions from here on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraftedExpert:
+class TruncatedExpert:
     """One expert to the ensemble: its velocity is the refiner's."""
 
     draft: Expert | nn.Module
@@ -42,13 +42,13 @@ class DraftedExpert:
 
     def __post_init__(self) -> None:
         """Refuse what has no beginning."""
-        if self.refiner.course is None:
+        if self.refiner.few_step is None:
             raise ValueError("a drafted expert needs a course for its refiner, from where drafts are noised to")
 
     @property
-    def course(self) -> Course | None:
+    def few_step(self) -> FewStepSchedule | None:
         """The refiner's."""
-        return self.refiner.course
+        return self.refiner.few_step
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -60,52 +60,54 @@ class DraftedExpert:
         """0 is unconditional."""
         return self.refiner.num_classes
 
-    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath) -> Latents:
+    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoiseSchedule) -> Latents:
         """The refiner's."""
         return self.refiner.velocity(noised, t, condition, path)
 
-    def recall(
+    def create_cache(
         self,
         noised: Latents,
         t: Tensor,
         condition: Condition,
-        path: NoisePath,
+        path: NoiseSchedule,
         rows: Int[Tensor, " row"],
-        kept: Recall,
+        kept: ExpertCache,
     ) -> Latents:
         """The same with what these rows of the trajectory have kept."""
-        return self.refiner.recall(noised, t, condition, path, rows, kept.part("refiner"))
+        return self.refiner.create_cache(noised, t, condition, path, rows, kept.part("refiner"))
 
-    def begun(self, noise: NoiseOf, condition: Condition, path: NoisePath, kept: Recall) -> Latents:
+    def initial_latents(
+        self, noise: NoiseSource, condition: Condition, path: NoiseSchedule, kept: ExpertCache
+    ) -> Latents:
         """Drafts, noised to the first t of the course."""
-        start = self.refiner.course.times[0] if self.refiner.course else 1.0
-        clean = self.drawn(noise, condition, kept.part("draft"))
-        return path.noised(clean, noise(0), clean.new_full((len(clean),), start))
+        start = self.refiner.few_step.times[0] if self.refiner.few_step else 1.0
+        clean = self.sample_draft(noise, condition, kept.part("draft"))
+        return path.add_noise(clean, noise(0), clean.new_full((len(clean),), start))
 
-    def drawn(self, noise: NoiseOf, condition: Condition, kept: Recall) -> Latents:
+    def sample_draft(self, noise: NoiseSource, condition: Condition, kept: ExpertCache) -> Latents:
         """Clean drafts."""
         own, draft = noise(OF_DRAFT), self.draft
         if isinstance(draft, nn.Module):
             kept.count(float(len(own)))
-            said: Latents = draft(own, condition.table_index(self.num_classes))
+            said: Latents = draft(own, condition.embedding_index(self.num_classes))
             return said
-        course = draft.course or Course.even(1, "euler")
+        course = draft.few_step or FewStepSchedule.uniform(1, "euler")
         kept.count(float(len(own) * len(course.times)))
 
         def velocity(noised: Latents, t: Tensor) -> Latents:
             return draft.velocity(noised, t, condition)
 
-        begun = beginning(own, course, draft.path)
-        return travel(velocity, begun, course, draft.path, lambda step: noise(OF_DRAFT + 1 + step))
+        begun = scale_initial_noise(own, course, draft.noise_schedule)
+        return sample_few_step(velocity, begun, course, draft.noise_schedule, lambda step: noise(OF_DRAFT + 1 + step))
 
-    def to(self, device: torch.device | str) -> "DraftedExpert":
+    def to(self, device: torch.device | str) -> "TruncatedExpert":
         """Move both networks to a device, in place."""
         self.draft.to(device)
         self.refiner.to(device)
         return self
 
     def save(self, folder: Path) -> None:
-        """Write both, and `drafted.json` beside them."""
+        """Write both, and `truncated.json` beside them."""
         folder.mkdir(parents=True, exist_ok=True)
         is_expert = isinstance(self.draft, Expert)
         if isinstance(self.draft, Expert):
@@ -113,37 +115,37 @@ class DraftedExpert:
         else:
             save_model(self.draft, folder / "draft")
         self.refiner.save(folder / "refiner")
-        write_json(folder / DRAFTED, {"draft": "expert" if is_expert else type(self.draft).__name__})
+        write_json(folder / TRUNCATED, {"draft": "expert" if is_expert else type(self.draft).__name__})
 
     @classmethod
-    def load(cls, folder: Path) -> "DraftedExpert":
+    def load(cls, folder: Path) -> "TruncatedExpert":
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing or broken."""
-        found = read_json(folder / DRAFTED)
+        found = read_json(folder / TRUNCATED)
         try:
             is_expert = found["draft"] == "expert"
             draft = Expert.load(folder / "draft") if is_expert else load_model(DRAFTS, folder / "draft")
             return cls(draft=draft, refiner=Expert.load(folder / "refiner"))
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifact(f"{folder / DRAFTED} is no draft: {error}; make the ensemble again") from error
+            raise CorruptArtifact(f"{folder / TRUNCATED} is no draft: {error}; make the ensemble again") from error
 
 
-def is_drafted(folder: Path) -> bool:
+def is_truncated(folder: Path) -> bool:
     """Whether an expert's folder holds a draft and its refiner."""
-    return (folder / DRAFTED).is_file()
+    return (folder / TRUNCATED).is_file()
 
 
-SCHEDULE = "schedule.json"
+TIME_SPLIT = "time_split.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledExpert:
+class TimeSplitExpert:
     """One expert to the ensemble; which network speaks for a row is decided by its t."""
 
     networks: Sequence[Expert]
     """From t = 0 to t = 1."""
     bounds: Sequence[float]
     """The t where each network but the last gives way to the next; at a bound the later one speaks."""
-    course: Course | None = None
+    few_step: FewStepSchedule | None = None
     """The few t at which it is to be asked; None is any t."""
 
     def __post_init__(self) -> None:
@@ -169,13 +171,13 @@ class ScheduledExpert:
         """Length of every network's interval."""
         return [high - low for low, high in pairwise([0.0, *self.bounds, 1.0])]
 
-    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath) -> Latents:
+    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoiseSchedule) -> Latents:
         """Each network is called on the rows of its interval, if there are any."""
         rows = torch.arange(len(noised), device=noised.device)
-        return self.recall(noised, t, condition, path, rows, Recall(name=""))
+        return self.create_cache(noised, t, condition, path, rows, ExpertCache(name=""))
 
-    def recall(
-        self, noised: Latents, t: Tensor, condition: Condition, path: NoisePath, rows: Rows, kept: Recall
+    def create_cache(
+        self, noised: Latents, t: Tensor, condition: Condition, path: NoiseSchedule, rows: Rows, kept: ExpertCache
     ) -> Latents:
         """The same with what these rows of the trajectory have kept of each network."""
         index = torch.bucketize(t.contiguous(), torch.tensor(self.bounds, dtype=t.dtype, device=t.device), right=True)
@@ -184,36 +186,36 @@ class ScheduledExpert:
             its = (index == number).nonzero().squeeze(-1)
             if len(its):
                 own = (noised[its], t[its], condition.rows(its), path, rows[its], kept.part(str(number)))
-                said = said.index_copy(0, its, expert.recall(*own).to(said.dtype))
+                said = said.index_copy(0, its, expert.create_cache(*own).to(said.dtype))
         return said
 
-    def to(self, device: torch.device | str) -> "ScheduledExpert":
+    def to(self, device: torch.device | str) -> "TimeSplitExpert":
         """Move the networks to a device, in place."""
         for expert in self.networks:
             expert.to(device)
         return self
 
     def save(self, folder: Path) -> None:
-        """Write every network, and `schedule.json` beside them."""
+        """Write every network, and `time_split.json` beside them."""
         folder.mkdir(parents=True, exist_ok=True)
         for number, expert in enumerate(self.networks):
             expert.save(folder / str(number))
-        course = {} if self.course is None else {"course": self.course.described()}
-        write_json(folder / SCHEDULE, {"bounds": list(self.bounds)} | course)
+        course = {} if self.few_step is None else {"few_step": self.few_step.described()}
+        write_json(folder / TIME_SPLIT, {"bounds": list(self.bounds)} | course)
 
     @classmethod
-    def load(cls, folder: Path) -> "ScheduledExpert":
+    def load(cls, folder: Path) -> "TimeSplitExpert":
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing or broken."""
-        found = read_json(folder / SCHEDULE)
+        found = read_json(folder / TIME_SPLIT)
         try:
             bounds = tuple(float(bound) for bound in found["bounds"])
             networks = [Expert.load(folder / str(number)) for number in range(len(bounds) + 1)]
-            course = Course.parsed(found["course"]) if "course" in found else None
-            return cls(networks=networks, bounds=bounds, course=course)
+            course = FewStepSchedule.parsed(found["few_step"]) if "few_step" in found else None
+            return cls(networks=networks, bounds=bounds, few_step=course)
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifact(f"{folder / SCHEDULE} is no schedule: {error}; make the ensemble again") from error
+            raise CorruptArtifact(f"{folder / TIME_SPLIT} is no schedule: {error}; make the ensemble again") from error
 
 
-def is_scheduled(folder: Path) -> bool:
+def is_time_split(folder: Path) -> bool:
     """Whether an expert's folder holds several networks."""
-    return (folder / SCHEDULE).is_file()
+    return (folder / TIME_SPLIT).is_file()

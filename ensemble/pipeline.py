@@ -22,27 +22,27 @@ from ddm_core.artifacts import (
     MANIFEST,
     ArtifactError,
     CorruptArtifact,
+    atomic_folder,
     files_in,
     read_json,
-    replaced_folder,
     write_json,
 )
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.multi_network_experts import DraftedExpert, ScheduledExpert, is_drafted, is_scheduled
-from ensemble.sampling.sample import Progress, Samples, sample
-from experts.baselines.cluster_conditioned import ToldExpert, is_told
+from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert, is_time_split, is_truncated
+from ensemble.sampling.sample import Progress, SampleResult, sample
+from experts.baselines.cluster_conditioned import ClusterConditionedExpert, is_cluster_conditioned
 from experts.codec import Codec
 from experts.codecs.registry import load_codec
 from experts.compressed.quantization.shared_weight_io import SHARED, bases_of, link, load_bases, save_bases
-from experts.config import PathName
-from experts.diffusion.noise_schedule import PATHS
+from experts.config import NoiseScheduleName
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert
 from router.router import Router
 
-AnyExpert = Expert | ScheduledExpert | DraftedExpert | ToldExpert
+AnyExpert = Expert | TimeSplitExpert | TruncatedExpert | ClusterConditionedExpert
 
-INDEX, TOLD = "model_index.json", "told"
+INDEX, CLUSTER_CONDITIONED = "model_index.json", "cluster_conditioned"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 NOT_COPIED = (MANIFEST, "metrics.jsonl")
 
@@ -68,7 +68,7 @@ class DDMPipeline:
         class_ids: Sequence[int] | None = None,
         on_progress: Progress | None = None,
         weak: Ensemble | None = None,
-    ) -> Samples:
+    ) -> SampleResult:
         """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally.
 
         `weak` None: if the configuration reflects, what it names is loaded anew.
@@ -95,16 +95,18 @@ class DDMPipeline:
                 f"reflection.expert_id must be one of {sorted(present)}, the experts of this ensemble; "
                 f"got {reflection.expert_id}"
             )
-        return Ensemble(experts={0: present[reflection.expert_id]}, path=self.ensemble.path)
+        return Ensemble(experts={0: present[reflection.expert_id]}, noise_schedule=self.ensemble.noise_schedule)
 
     def _weak_in(self, folder: Path) -> Ensemble:
         """The ensemble of a pipeline's folder, or an expert's folder as an ensemble of one."""
         if not (folder / INDEX).is_file():
-            expert, path = Expert.load(folder), self.ensemble.path
+            expert, path = Expert.load(folder), self.ensemble.noise_schedule
             _check_shapes({0: expert}, self.codec, self.num_classes)
-            return Ensemble(experts={0: expert}, path=path)
+            return Ensemble(experts={0: expert}, noise_schedule=path)
         other = DDMPipeline.from_pretrained(folder)
-        ours, theirs = ((one.codec.latent_shape, one.num_classes, one.ensemble.path.name) for one in (self, other))
+        ours, theirs = (
+            (one.codec.latent_shape, one.num_classes, one.ensemble.noise_schedule.name) for one in (self, other)
+        )
         if ours != theirs:
             raise PipelineError(
                 f"{folder} has (latents, classes, noise path) {theirs}, this pipeline {ours}; reflection needs the same"
@@ -113,16 +115,18 @@ class DDMPipeline:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the pipeline's folder, whole or not at all; one that is there is replaced."""
-        with replaced_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             for k, expert in self.ensemble.experts.items():
-                expert.save(temporary / (TOLD if isinstance(expert, ToldExpert) else f"expert_{k}"))
+                expert.save(
+                    temporary / (CLUSTER_CONDITIONED if isinstance(expert, ClusterConditionedExpert) else f"expert_{k}")
+                )
             if bases := bases_of(_models(self.ensemble.experts.values())):
                 save_bases(bases, temporary / SHARED)
             if self.ensemble.router is not None:
                 self.ensemble.router.save(temporary / "router")
-            self.codec.save(_made(temporary / "codec"))
+            self.codec.save(_make_pipeline(temporary / "codec"))
             index = _Index(
-                path=self.ensemble.path.name,
+                noise_schedule=self.ensemble.noise_schedule.name,
                 expert_ids=tuple(sorted(self.ensemble.experts)),
                 missing_ids=self.ensemble.missing,
                 has_router=self.ensemble.router is not None,
@@ -141,11 +145,15 @@ class DDMPipeline:
         _refuse_pickles(folder)
         index = _Index.read(folder)
         ids = [k for k in index.expert_ids if k not in index.missing_ids]
-        experts = _told(folder, ids) if is_told(folder / TOLD) else _experts(folder, ids)
+        experts = (
+            _load_cluster_conditioned(folder, ids)
+            if is_cluster_conditioned(folder / CLUSTER_CONDITIONED)
+            else _experts(folder, ids)
+        )
         codec = load_codec(folder / "codec")
         _check_shapes(experts, codec, index.num_classes)
         router = Router.load(folder / "router") if index.has_router else None
-        ensemble = Ensemble(experts=experts, path=PATHS[index.path], router=router)
+        ensemble = Ensemble(experts=experts, noise_schedule=NOISE_SCHEDULES[index.noise_schedule], router=router)
         if ensemble.missing != index.missing_ids:
             raise PipelineError(
                 f"{folder / INDEX} lists {list(index.missing_ids)} as missing, but the router knows "
@@ -168,22 +176,25 @@ def assemble(
     """
     if not expert_folders:
         raise PipelineError("there is no expert to assemble, all are missing; finish at least one")
-    parts = {TOLD if is_told(folder) else f"expert_{k}": folder for k, folder in expert_folders.items()}
+    parts = {
+        CLUSTER_CONDITIONED if is_cluster_conditioned(folder) else f"expert_{k}": folder
+        for k, folder in expert_folders.items()
+    }
     parts["codec"] = codec
     if router is not None:
         parts["router"] = router
     folder = next(iter(expert_folders.values()))
-    first = ToldExpert.load_all(folder)[0] if is_told(folder) else Expert.load(folder)
-    path = first.path.name if router is None else Router.load(router).path.name
+    first = ClusterConditionedExpert.load_all(folder)[0] if is_cluster_conditioned(folder) else Expert.load(folder)
+    path = first.noise_schedule.name if router is None else Router.load(router).noise_schedule.name
     index = _Index(
-        path=path,
+        noise_schedule=path,
         expert_ids=tuple(sorted(expert_folders)),
         missing_ids=tuple(sorted(missing_ids)),
         has_router=router is not None,
         num_classes=first.num_classes,
         class_names=tuple(class_names),
     )
-    with replaced_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         for name, folder in parts.items():
             _copy(folder, temporary / name)
         index.write(temporary)
@@ -194,7 +205,7 @@ def assemble(
 class _Index:
     """What `model_index.json` says."""
 
-    path: PathName
+    noise_schedule: NoiseScheduleName
     expert_ids: tuple[int, ...]
     missing_ids: tuple[int, ...]
     has_router: bool
@@ -208,7 +219,7 @@ class _Index:
             "_class_name": DDMPipeline.__name__,
             "_diffusers_version": version("diffusers"),
             "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
-            "path": self.path,
+            "noise_schedule": self.noise_schedule,
             "experts": self.expert_ids,
             "missing": self.missing_ids,
             "has_router": self.has_router,
@@ -222,10 +233,10 @@ class _Index:
         """Raises `CorruptArtifact` if the index is not one of ours."""
         found = read_json(folder / INDEX)
         try:
-            if found["path"] not in PATHS or found["_class_name"] != DDMPipeline.__name__:
-                raise ValueError(f"class {found['_class_name']} on path {found['path']}")
+            if found["noise_schedule"] not in NOISE_SCHEDULES or found["_class_name"] != DDMPipeline.__name__:
+                raise ValueError(f"class {found['_class_name']} on noise schedule {found['noise_schedule']}")
             return cls(
-                path=found["path"],
+                noise_schedule=found["noise_schedule"],
                 expert_ids=tuple(int(k) for k in found["experts"]),
                 missing_ids=tuple(sorted(int(k) for k in found["missing"])),
                 has_router=bool(found["has_router"]),
@@ -247,7 +258,7 @@ def _copy(folder: Path, target: Path) -> None:
             shutil.copyfile(file, copy)
 
 
-def _made(folder: Path) -> Path:
+def _make_pipeline(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
 
@@ -266,9 +277,9 @@ def _refuse_pickles(folder: Path) -> None:
 def _models(experts: Iterable[object]) -> Iterator[nn.Module]:
     """The networks that may share weights."""
     for expert in experts:
-        if isinstance(expert, ScheduledExpert):
+        if isinstance(expert, TimeSplitExpert):
             yield from _models(expert.networks)
-        elif isinstance(expert, DraftedExpert):
+        elif isinstance(expert, TruncatedExpert):
             yield from _models([expert.draft, expert.refiner])
         elif isinstance(expert, Expert):
             yield expert.model
@@ -284,17 +295,19 @@ def _experts(folder: Path, ids: Sequence[int]) -> dict[int, AnyExpert]:
     return {**experts}
 
 
-def _expert(folder: Path) -> Expert | ScheduledExpert | DraftedExpert:
-    if is_scheduled(folder):
-        return ScheduledExpert.load(folder)
-    return DraftedExpert.load(folder) if is_drafted(folder) else Expert.load(folder)
+def _expert(folder: Path) -> Expert | TimeSplitExpert | TruncatedExpert:
+    if is_time_split(folder):
+        return TimeSplitExpert.load(folder)
+    return TruncatedExpert.load(folder) if is_truncated(folder) else Expert.load(folder)
 
 
-def _told(folder: Path, ids: Sequence[int]) -> dict[int, AnyExpert]:
+def _load_cluster_conditioned(folder: Path, ids: Sequence[int]) -> dict[int, AnyExpert]:
     """The one network for each of its clusters; `PipelineError` if there are others."""
-    found = ToldExpert.load_all(folder / TOLD)
+    found = ClusterConditionedExpert.load_all(folder / CLUSTER_CONDITIONED)
     if unknown := sorted(set(ids) - set(found)):
-        raise PipelineError(f"{folder / TOLD} was not told of the clusters {unknown} of {INDEX}; assemble it again")
+        raise PipelineError(
+            f"{folder / CLUSTER_CONDITIONED} was not told of the clusters {unknown} of {INDEX}; assemble it again"
+        )
     return {k: found[k] for k in ids}
 
 

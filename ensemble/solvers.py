@@ -13,26 +13,26 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from jaxtyping import Float
 from torch import Tensor
 
-from ddm_core.random_bits import scrambled
+from ddm_core.random_bits import splitmix64_finalize
 from ensemble.config import Solver
-from experts.diffusion.few_step import Course
-from experts.diffusion.noise_schedule import NoisePath
+from experts.diffusion.few_step import FewStepSchedule
+from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.diffusion.predictions import to_clean
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
-Schedule = Float[Tensor, " time"]
+TimeGrid = Float[Tensor, " time"]
 """Falling values of t, usually from 1 to 0; one more than there are steps."""
 VelocityField = Callable[[Latents, Times], Latents]
 """(noised, t) -> d noised / d t; one expert, an ensemble, either of them with guidance."""
 
 
-def uniform_times(steps: int) -> Schedule:
+def uniform_times(steps: int) -> TimeGrid:
     """`steps` equal steps from t = 1 to t = 0, in float64 so that no solver adds rounding to them."""
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
-def euler(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+def euler(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
     """First order, one velocity a step."""
     noised = noise
     for t, t_next in pairwise(times.tolist()):
@@ -45,7 +45,7 @@ def euler_step(velocity: VelocityField, noised: Latents, t: float, t_next: float
     return noised + (t_next - t) * velocity(noised, _rows(t, noised))
 
 
-def heun(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+def heun(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
     """Second order: two velocities a step, one in the last.
 
     The last step is Euler's, as in Karras et al. 2022, arXiv:2206.00364, algorithm 1: at t = 0 a noise or
@@ -64,36 +64,42 @@ def heun_step(velocity: VelocityField, noised: Latents, t: float, t_next: float)
     return noised + (t_next - t) * (slope + ahead) / 2
 
 
-def fresh_step(
-    velocity: VelocityField, noised: Latents, t: float, t_next: float, path: NoisePath, fresh: Latents
+def renoise_step(
+    velocity: VelocityField, noised: Latents, t: float, t_next: float, path: NoiseSchedule, fresh: Latents
 ) -> Latents:
     """From t to the clean estimate there, and back to `t_next` with fresh noise; to the clean estimate at 0."""
     # Song et al. 2023, arXiv:2303.01469, algorithm 1.
     times = _rows(t, noised)
     clean = to_clean("velocity", velocity(noised, times), noised, times, path)
-    return path.noised(clean, fresh, _rows(t_next, noised)) if t_next else clean
+    return path.add_noise(clean, fresh, _rows(t_next, noised)) if t_next else clean
 
 
-def beginning(noise: Latents, course: Course | None, path: NoisePath) -> Latents:
+def scale_initial_noise(noise: Latents, course: FewStepSchedule | None, path: NoiseSchedule) -> Latents:
     """Noise where a course begins: at t < 1 it is as strong as the noise of a sample there, and nothing is added."""
     # Zhou et al. 2024, arXiv:2404.04057, section 4.1: the generator is given sigma_init z.
     start = 1.0 if course is None else course.times[0]
     return noise if start == 1 else path.sigma(noise.new_tensor(start)) * noise
 
 
-def travel(
-    velocity: VelocityField, noised: Latents, course: Course, path: NoisePath, fresh: Callable[[int], Latents]
+def sample_few_step(
+    velocity: VelocityField,
+    noised: Latents,
+    course: FewStepSchedule,
+    path: NoiseSchedule,
+    fresh: Callable[[int], Latents],
 ) -> Latents:
     """From the beginning of a course to its end; `fresh` gives the noise of every step that wants some."""
-    for index, (way, t, t_next) in enumerate(zip(course.ways, course.times, (*course.times[1:], 0.0), strict=True)):
-        if way == "fresh":
-            noised = fresh_step(velocity, noised, t, t_next, path, fresh(index))
+    for index, (way, t, t_next) in enumerate(
+        zip(course.step_types, course.times, (*course.times[1:], 0.0), strict=True)
+    ):
+        if way == "renoise":
+            noised = renoise_step(velocity, noised, t, t_next, path, fresh(index))
         else:
             noised = euler_step(velocity, noised, t, t_next)
     return noised
 
 
-def flow_match_euler(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+def flow_match_euler(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
     """diffusers' `FlowMatchEulerDiscreteScheduler` on the given times; float32."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=times[:-1].tolist())
@@ -101,7 +107,7 @@ def flow_match_euler(velocity: VelocityField, noise: Latents, times: Schedule) -
     return _scheduled(scheduler, velocity, noise, times[:-1])
 
 
-def flow_match_heun(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+def flow_match_heun(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
     """diffusers' `FlowMatchHeunDiscreteScheduler` on the given times; float32."""
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(len(times) - 1)
@@ -116,7 +122,7 @@ def _scheduled(
     scheduler: FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler,
     velocity: VelocityField,
     noise: Latents,
-    visited: Schedule,
+    visited: TimeGrid,
 ) -> Latents:
     """Let one of diffusers' schedulers take its steps through the `visited` times."""
     scheduler.set_begin_index(0)
@@ -138,12 +144,12 @@ def noise_for(seeds: Sequence[int], shape: Sequence[int], occasion: int = 0) -> 
     """
     if occasion:
         bits = np.array([seed % 2**64 for seed in seeds], np.uint64)
-        seeds = [int(seed) for seed in scrambled(bits ^ np.uint64(occasion << 32))]
+        seeds = [int(seed) for seed in splitmix64_finalize(bits ^ np.uint64(occasion << 32))]
     rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
-SOLVERS: dict[Solver, Callable[[VelocityField, Latents, Schedule], Latents]] = {
+SOLVERS: dict[Solver, Callable[[VelocityField, Latents, TimeGrid], Latents]] = {
     "euler": euler,
     "heun": heun,
     "flow_match_euler": flow_match_euler,

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_partition.errors import DataError
 from ddm_core.artifacts import ArtifactError, Preempted, Workspace, checksum, files_in, fingerprint, publish
-from ddm_core.signals import stopping_on_sigterm
+from ddm_core.signals import sigterm_flag
 from experts.codecs.registry import fit_codec
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
@@ -33,7 +33,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = read_config(arguments.config)
-        with stopping_on_sigterm() as stopping:
+        with sigterm_flag() as stopping:
             train(arguments, config, stopping)
     except Preempted as stopped:
         sys.stderr.write(f"{stopped}\n")

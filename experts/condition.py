@@ -23,7 +23,7 @@ class Condition:
         return cls(torch.full((batch,), NULL_CLASS, dtype=torch.int64, device=device))
 
     @classmethod
-    def joined(cls, parts: Sequence["Condition"]) -> "Condition":
+    def concatenate(cls, parts: Sequence["Condition"]) -> "Condition":
         """The rows of all parts, one after the other."""
         return cls(torch.cat([part.class_id for part in parts]))
 
@@ -31,7 +31,7 @@ class Condition:
         """The chosen rows."""
         return Condition(self.class_id[index])
 
-    def dropped(self, mask: Bool[Tensor, " batch"]) -> "Condition":
+    def drop(self, mask: Bool[Tensor, " batch"]) -> "Condition":
         """Null wherever `mask` is true."""
         return Condition(self.class_id.masked_fill(mask, NULL_CLASS))
 
@@ -39,7 +39,7 @@ class Condition:
         """The same condition on another device."""
         return Condition(self.class_id.to(device))
 
-    def table_index(self, num_classes: int) -> Int[Tensor, " batch"]:
+    def embedding_index(self, num_classes: int) -> Int[Tensor, " batch"]:
         """Rows of a class embedding: null is row `num_classes`, behind all classes."""
         return self.class_id.masked_fill(self.class_id < 0, num_classes)
 

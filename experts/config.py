@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ddm_core.artifacts import LATER, STRICT
+from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 
 Prediction = Literal["velocity", "noise", "clean"]
-PathName = Literal["straight", "cosine", "linear_beta"]
+NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -126,26 +126,26 @@ class ExpertConfig:
     """The diffusers model and its size."""
     prediction: Prediction = "velocity"
     """What the network puts out."""
-    path: PathName = "straight"
+    noise_schedule: NoiseScheduleName = "rectified_flow"
     """The noise path: alpha(t) and sigma(t)."""
     training: TrainingConfig = TrainingConfig()
     """Steps, batch, learning rate and so on."""
-    init: str | None = field(default=None, metadata=LATER)
+    init: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """Folder of a checkpoint to start from: a diffusers model that we know, or one of our experts. Its network takes
     the place of `network`; it must know the same latents and classes."""
-    init_prediction: Prediction = field(default="noise", metadata=LATER)
+    init_prediction: Prediction = field(default="noise", metadata=UNHASHED_IF_DEFAULT)
     """What a checkpoint without an `expert.json` puts out."""
-    init_path: PathName = field(default="linear_beta", metadata=LATER)
+    init_noise_schedule: NoiseScheduleName = field(default="linear_beta", metadata=UNHASHED_IF_DEFAULT)
     """The noise path that such a checkpoint was trained on; `linear_beta` is DDPM's."""
-    init_loss: Literal["own", "converted"] = field(default="own", metadata=LATER)
+    init_loss: Literal["own", "converted"] = field(default="own", metadata=UNHASHED_IF_DEFAULT)
     """`own`: the checkpoint is trained on as it was, on its own prediction and path. `converted`: the loss is on
     `prediction` and `path` above, to which what it puts out is converted at equal noise-to-signal ratio."""
-    init_checksum: str = field(default="", metadata=LATER)
+    init_checksum: str = field(default="", metadata=UNHASHED_IF_DEFAULT)
     """Checksum of that folder, filled in when a run is composed: a folder that has changed since is an error."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class StudentConfig:
+class DistilledMonolithConfig:
     """One network that is distilled from the experts; the rest of its recipe is the monolith's."""
 
     from_expert: Annotated[int, Field(ge=0)] | None = None

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
-from experts.compressed.caching.feature_cache import Recall, Rows
-from experts.compressed.caching.plan import CachePlan
+from experts.compressed.caching.feature_cache import ExpertCache, Rows
+from experts.compressed.caching.plan import CacheSchedule
 from experts.condition import Condition
 from experts.config import ExpertConfig, Prediction, TrainingConfig
-from experts.diffusion.few_step import Course
-from experts.diffusion.noise_schedule import PATHS, Latents, NoisePath, Times, matched
-from experts.diffusion.predictions import asked, parts_said
+from experts.diffusion.few_step import FewStepSchedule
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES, Latents, NoiseSchedule, Times, to_schedule
+from experts.diffusion.predictions import clamp_noise_level, clean_and_noise_at
 from experts.networks.model_io import save_model
-from experts.networks.pretrained import Start, start_of
+from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset, LatentError, encode_latents
 from experts.training.loss import converted_loss, expert_loss
-from experts.training.trainer import Loss, fit, write_rows
+from experts.training.trainer import LossFn, fit, write_rows
 
 CACHE = "cache.json"
 
@@ -37,33 +37,33 @@ class Expert:
 
     model: nn.Module
     prediction: Prediction
-    path: NoisePath
+    noise_schedule: NoiseSchedule
     """The noise path that the network was trained on."""
     latent_shape: tuple[int, ...]
     num_classes: int
     """0 is unconditional."""
     cluster_id: int
-    course: Course | None = None
+    few_step: FewStepSchedule | None = None
     """The few t at which it is to be asked; None is any t."""
-    cache: CachePlan | None = None
+    cache: CacheSchedule | None = None
     """Which of its modules a trajectory need not call at every evaluation; None is none."""
 
-    def velocity(self, noised: Latents, t: Times, condition: Condition, path: NoisePath | None = None) -> Latents:
+    def velocity(self, noised: Latents, t: Times, condition: Condition, path: NoiseSchedule | None = None) -> Latents:
         """The velocity on `path` (default: the expert's own), matched at equal noise-to-signal ratio.
 
         A velocity network on its own path is passed on bit for bit.
         """
-        path = path or self.path
-        sample = matched(noised, t, path, self.path)
-        seen = asked(self.prediction, sample, self.path)
+        path = path or self.noise_schedule
+        sample = to_schedule(noised, t, path, self.noise_schedule)
+        seen = clamp_noise_level(self.prediction, sample, self.noise_schedule)
         predicted = call_network(self.model, seen.noised, seen.t, condition)
-        if self.prediction == "velocity" and path.name == self.path.name:
+        if self.prediction == "velocity" and path.name == self.noise_schedule.name:
             return predicted
-        parts = parts_said(self.prediction, predicted, seen, sample, self.path)
+        parts = clean_and_noise_at(self.prediction, predicted, seen, sample, self.noise_schedule)
         return path.velocity(parts.clean, parts.noise, t)
 
-    def recall(
-        self, noised: Latents, t: Times, condition: Condition, path: NoisePath, rows: Rows, kept: Recall
+    def create_cache(
+        self, noised: Latents, t: Times, condition: Condition, path: NoiseSchedule, rows: Rows, kept: ExpertCache
     ) -> Latents:
         """The velocity with what these rows of the trajectory have kept; with a cache, all of them are at one t.
 
@@ -80,9 +80,9 @@ class Expert:
 
         if (hook := self.cache.hook) is not None:
             index = self.cache.index(float(t[0]))
-            kept.count(len(rows) * self.cache.costs[index])
-            return kept.hooked.answer(self.model, hook, index, rows, said)
-        velocity, work = kept.features.answer(self.model, self.cache, float(t[0]), rows, said)
+            kept.count(len(rows) * self.cache.relative_flops[index])
+            return kept.hooked.run(self.model, hook, index, rows, said)
+        velocity, work = kept.features.run(self.model, self.cache, float(t[0]), rows, said)
         kept.count(work)
         return velocity
 
@@ -97,13 +97,13 @@ class Expert:
         save_model(self.model, folder)
         described: dict[str, Any] = {
             "prediction": self.prediction,
-            "path": self.path.name,
+            "noise_schedule": self.noise_schedule.name,
             "latent_shape": self.latent_shape,
             "num_classes": self.num_classes,
             "cluster_id": self.cluster_id,
         }
-        if self.course is not None:
-            described["course"] = self.course.described()
+        if self.few_step is not None:
+            described["few_step"] = self.few_step.described()
         write_json(folder / "expert.json", described)
         if self.cache is not None:
             write_json(folder / CACHE, self.cache.described())
@@ -118,12 +118,12 @@ class Expert:
             return cls(
                 model=model,
                 prediction=described["prediction"],
-                path=PATHS[described["path"]],
+                noise_schedule=NOISE_SCHEDULES[described["noise_schedule"]],
                 latent_shape=tuple(described["latent_shape"]),
                 num_classes=described["num_classes"],
                 cluster_id=described["cluster_id"],
-                course=Course.parsed(described["course"]) if "course" in described else None,
-                cache=CachePlan.parsed(read_json(folder / CACHE)) if (folder / CACHE).exists() else None,
+                few_step=FewStepSchedule.parsed(described["few_step"]) if "few_step" in described else None,
+                cache=CacheSchedule.parsed(read_json(folder / CACHE)) if (folder / CACHE).exists() else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / 'expert.json'} lacks or does not know {error}; train it again") from error
@@ -163,7 +163,7 @@ def train_expert(
         num_classes = len(read_index(shards[0]).class_names)
     check_classes(dataset, num_classes)
     check_unchanged(config)
-    start = start_of(config, dataset.latent_shape, num_classes)
+    start = build_initial_model(config, dataset.latent_shape, num_classes)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         return {"loss": _loss(model, batch, config, start)}
@@ -171,18 +171,18 @@ def train_expert(
     return train_network(config.training, dataset, start, loss, out, workspace, num_classes, cluster_id)
 
 
-def _loss(model: nn.Module, batch: Batch, config: ExpertConfig, start: Start) -> Float[Tensor, ""]:
+def _loss(model: nn.Module, batch: Batch, config: ExpertConfig, start: InitialModel) -> Float[Tensor, ""]:
     if config.init is None or config.init_loss == "own":
-        return expert_loss(model, batch, start.prediction, start.path)
-    own, wanted = (start.prediction, start.path), (config.prediction, PATHS[config.path])
+        return expert_loss(model, batch, start.prediction, start.noise_schedule)
+    own, wanted = (start.prediction, start.noise_schedule), (config.prediction, NOISE_SCHEDULES[config.noise_schedule])
     return converted_loss(model, batch, own, wanted)
 
 
 def train_network(
     training: TrainingConfig,
     dataset: LatentDataset,
-    start: Start,
-    loss: Loss,
+    start: InitialModel,
+    loss: LossFn,
     out: Path,
     workspace: Workspace,
     num_classes: int,
@@ -194,7 +194,7 @@ def train_network(
     Expert(
         model=fitted.model,
         prediction=start.prediction,
-        path=start.path,
+        noise_schedule=start.noise_schedule,
         latent_shape=dataset.latent_shape,
         num_classes=num_classes,
         cluster_id=cluster_id,
@@ -223,7 +223,7 @@ def check_classes(dataset: LatentDataset, num_classes: int) -> None:
 
 def expert_flops(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> float:
     """FLOPs of a whole training by this recipe, without doing it."""
-    model = start_of(config, latent_shape, num_classes).model
+    model = build_initial_model(config, latent_shape, num_classes).model
     return training_flops(network_flops(model, latent_shape), config.training.batch_size, config.training.steps)
 
 

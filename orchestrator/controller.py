@@ -14,19 +14,19 @@ from types import FrameType
 
 from rich.console import Console
 
-from ddm_core.signals import hearing
+from ddm_core.signals import handle_signals
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.reporting.progress import Display
-from orchestrator.reporting.wandb_tracker import Tracker
+from orchestrator.reporting.progress import RunDisplay
+from orchestrator.reporting.wandb_tracker import WandbTracker
 from orchestrator.run.backend import Backend
-from orchestrator.run.disk_errors import refusals_named
-from orchestrator.run.lease import hold
+from orchestrator.run.disk_errors import disk_errors_as_messages
+from orchestrator.run.lease import hold_lease
 from orchestrator.run.run_folder import RunFolder
-from orchestrator.run.runner import Runner, RunResult, end_orphans
+from orchestrator.run.runner import Runner, RunResult, kill_orphan_workers
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several machines, which it reads when it is imported: with "0" it listens on loopback
@@ -42,37 +42,37 @@ no part of the configuration, since a run folder outlives the Ray cluster on whi
 def run_pipeline(config: RunConfig, console: Console) -> RunResult:
     """Bring the run to its end, or as far as it comes; raises `RunFailed` if a stage that is needed failed."""
     run = RunFolder(Path(config.folder).expanduser())
-    with refusals_named(run.root):
+    with disk_errors_as_messages(run.root):
         run.root.mkdir(parents=True, exist_ok=True)
-        result = _held(config, run, console)
+        result = _run_under_lease(config, run, console)
     if result.failed and not result.stopped:
         _raise_if_needed(config, run, result)
     return result
 
 
-def _held(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
-    with hold(run):
-        run.mend_journal()
+def _run_under_lease(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
+    with hold_lease(run):
+        run.repair_journal()
         run.stop.unlink(missing_ok=True)
         run.clear_unfinished()
         run.save_config(config)
-        return _walk(config, run, console)
+        return _run_graph(config, run, console)
 
 
-def _walk(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
+def _run_graph(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
     graph = build_graph(config)
     unfinished = [stage for stage in graph if not run.finished(stage)]
     if not unfinished:
         console.print(f"All {len(graph)} stages of {run.root} are finished; nothing to do.")
         return RunResult(finished=tuple(stage.name for stage in graph), submitted=0, failed={}, stopped=False)
-    end_orphans(run, unfinished)
+    kill_orphan_workers(run, unfinished)
     commit = project_commit()
     run.record("run_started", stages=len(graph), unfinished=len(unfinished), commit=commit)
-    tracker = Tracker(run, config.wandb, config.name)
+    tracker = WandbTracker(run, config.wandb, config.name)
     with (
         _backend(config.compute, run) as backend,
         _stop_on_signals(run, console),
-        Display(run, console) as display,
+        RunDisplay(run, console) as display,
     ):
         runner = Runner(
             run=run,
@@ -83,7 +83,7 @@ def _walk(config: RunConfig, run: RunFolder, console: Console) -> RunResult:
             on_event=display.event,
             on_tick=(display.tick, tracker.follow),
         )
-        result = runner.walk()
+        result = runner.run_to_end()
         tracker.close(runner.graph)
     run.record("run_ended", submitted=result.submitted, failed=result.failed, stopped=result.stopped)
     run.stop.unlink(missing_ok=True)
@@ -169,7 +169,7 @@ def _stop_on_signals(run: RunFolder, console: Console) -> Iterator[None]:
         said = f"Stopping; go on later with `ddm resume {run.root}`. Press Ctrl-C again to stop at once."
         console.print(said, soft_wrap=True)
 
-    with hearing(stop, signal.SIGINT, signal.SIGTERM):
+    with handle_signals(stop, signal.SIGINT, signal.SIGTERM):
         yield
 
 

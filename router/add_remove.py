@@ -17,7 +17,7 @@ from experts.training.checkpoint import MetricsRow
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import LatentDataset, encode_latents
 from experts.training.trainer import write_rows
-from router.models.density_ratio import RouterRatios, seeded_head, share_of_batch, train_head
+from router.models.density_ratio import DensityRatioRouter, seeded_head, share_of_batch, train_head
 from router.router import Router, count_priors
 
 
@@ -26,7 +26,7 @@ class RouterChangeError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grown:
+class ExtendedRouter:
     """A router with a new expert, and what its head took."""
 
     router: Router
@@ -34,9 +34,9 @@ class Grown:
     flops: float
 
 
-def with_head(
+def add_head(
     router: Router, cluster: LatentDataset, reference: LatentDataset, training: TrainingConfig, workspace: Workspace
-) -> Grown:
+) -> ExtendedRouter:
     """The same router with one expert more, of id K, whose data are `cluster`.
 
     `reference` must be the data that the router was first trained on, all clusters of that time together, without what
@@ -44,16 +44,16 @@ def with_head(
     """
     ratios = _ratios(router)
     head, shared = seeded_head(ratios, training.seed), share_of_batch(training, router.num_experts)
-    row, t, null = torch.zeros(1, *cluster.latent_shape), torch.full((1,), 0.5), Condition.null(1).table_index(0)
+    row, t, null = torch.zeros(1, *cluster.latent_shape), torch.full((1,), 0.5), Condition.null(1).embedding_index(0)
     flops = training_flops(forward_flops(lambda: head(row, t, null)), shared.batch_size, shared.steps)
-    fitted = train_head(head, cluster, reference, shared, router.path, workspace)
+    fitted = train_head(head, cluster, reference, shared, router.noise_schedule, workspace)
     ids = torch.zeros(len(cluster), dtype=torch.int64)
     column = count_priors(ids, cluster.class_id, 1, router.num_classes).to(router.prior_counts)
     counts = torch.cat([router.prior_counts, column], dim=1)
-    return Grown(router=_of(router, [*ratios.heads, fitted.model], counts), rows=fitted.rows, flops=flops)
+    return ExtendedRouter(router=_of(router, [*ratios.heads, fitted.model], counts), rows=fitted.rows, flops=flops)
 
 
-def without(router: Router, expert_id: int) -> Router:
+def remove_head(router: Router, expert_id: int) -> Router:
     """The same router without one expert; the ids above it move down by one."""
     ratios, left = _ratios(router), [k for k in range(router.num_experts) if k != expert_id]
     if len(left) == router.num_experts or not left:
@@ -81,7 +81,7 @@ def add_expert(
     aside = replace(workspace, scratch=workspace.scratch / "reference")
     cluster, whole = encode_latents([shards], loaded, codec, workspace), encode_latents(reference, loaded, codec, aside)
     check_classes(cluster, router.num_classes)
-    grown = with_head(router, cluster, whole, training, workspace)
+    grown = add_head(router, cluster, whole, training, workspace)
     grown.router.save(out)
     write_rows(out / "metrics.jsonl", grown.rows)
     write_json(out / "training.json", {"flops": grown.flops, "steps": training.steps, "images": len(cluster)})
@@ -90,19 +90,19 @@ def add_expert(
 
 def remove_expert(folder: Path, expert_id: int, out: Path) -> None:
     """Write the router of `folder` to `out` without one expert; raises `RouterChangeError`."""
-    without(Router.load(folder), expert_id).save(out)
+    remove_head(Router.load(folder), expert_id).save(out)
 
 
-def _ratios(router: Router) -> RouterRatios:
-    if not isinstance(router.model, RouterRatios):
+def _ratios(router: Router) -> DensityRatioRouter:
+    if not isinstance(router.model, DensityRatioRouter):
         raise RouterChangeError(
             "experts are added to and removed from routers of kind density_ratio alone, and this one is a "
             f"{type(router.model).__name__}: train the router again, with router=density_ratio to change it later"
         )
-    ratios: RouterRatios = router.model
+    ratios: DensityRatioRouter = router.model
     return ratios
 
 
 def _of(router: Router, heads: Sequence[nn.Module], counts: Float[Tensor, "condition expert"]) -> Router:
-    model: nn.Module = RouterRatios.of(heads, counts, _ratios(router))
+    model: nn.Module = DensityRatioRouter.of(heads, counts, _ratios(router))
     return replace(router, model=model, prior_counts=counts)

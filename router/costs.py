@@ -26,8 +26,8 @@ def _none(_config: RouterConfig, _num_experts: int) -> int:
 GRADIENT_ROWS: Final[dict[RouterKind, Callable[[RouterConfig, int], int]]] = {
     "mlp": _whole_batches,
     "transformer": _whole_batches,
-    "table": _none,
-    "centroids": _none,
+    "prior_table": _none,
+    "nearest_centroid": _none,
     "density_ratio": _shared_batches,
 }
 
@@ -39,15 +39,15 @@ def gradient_rows(config: RouterConfig, num_experts: int) -> int:
 
 def is_calibrated(config: RouterConfig) -> bool:
     """Whether temperatures are fitted: not for a table, and not where nothing but samples from experts is given."""
-    return config.calibrate and config.kind != "table" and config.data == "real"
+    return config.calibrate and config.kind != "prior_table" and config.data == "real"
 
 
 def forward_rows(config: RouterConfig) -> int:
     """Rows that temperatures and scales are fitted on; a row of a covariance counts as one, which is never too few."""
     calibration = 2 * BINS * ROWS if is_calibrated(config) else 0
-    return calibration + (MOMENT_ROWS + BINS * ROWS if config.kind == "centroids" else 0)
+    return calibration + (MOMENT_ROWS + BINS * ROWS if config.kind == "nearest_centroid" else 0)
 
 
-def recipe_flops(config: RouterConfig, row_flops: float, num_experts: int) -> float:
+def training_cost(config: RouterConfig, row_flops: float, num_experts: int) -> float:
     """FLOPs of a whole training, from those of one row through the network."""
     return training_flops(row_flops, gradient_rows(config, num_experts), 1) + row_flops * forward_rows(config)

@@ -19,7 +19,7 @@ PRIOR_COUNTS = "prior_counts.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
+class ExpertSamples:
     """Latents from all experts, and the true sizes of their clusters."""
 
     dataset: LatentDataset
@@ -39,7 +39,7 @@ class Drawn:
         write_json(folder / PRIOR_COUNTS, self.prior_counts.tolist())
 
     @classmethod
-    def load(cls, folder: Path) -> "Drawn":
+    def load(cls, folder: Path) -> "ExpertSamples":
         """Read what `save` wrote; raises an `ArtifactError` if it does not fit together."""
         dataset, counts = read_latents(folder), torch.tensor(read_json(folder / PRIOR_COUNTS), dtype=torch.float64)
         if counts.ndim != 2 or dataset.cluster_id.amax() >= counts.shape[1]:

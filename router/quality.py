@@ -16,11 +16,11 @@ from torch.nn import functional
 from experts.condition import Condition
 from experts.training.latent_dataset import LatentDataset
 from router.calibration.ece import calibration_error, calibration_error_floor
-from router.calibration.temperature import cooled
+from router.calibration.temperature import apply_temperature
 from router.calibration.time_bins import BINS
 from router.router import Router
 
-DRAWS = 4
+NOISES_PER_IMAGE = 4
 """Noise draws for every image in every bin."""
 MAX_IMAGES = 2048
 BLOCK = 1024
@@ -69,7 +69,7 @@ class Quality:
     """The share of the largest cluster: the floor of `accuracy_null` at t = 1."""
 
 
-def halves(held_out: LatentDataset) -> tuple[LatentDataset, LatentDataset]:
+def calibration_split(held_out: LatentDataset) -> tuple[LatentDataset, LatentDataset]:
     """Every other sample to measure with, and those between to fit temperatures on; the second may be empty."""
     first, second = (
         LatentDataset(
@@ -105,9 +105,11 @@ def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
 
 def _measure_bin(router: Router, seen: LatentDataset, index: int) -> BinQuality:
     generator = torch.Generator().manual_seed(SEED + index)
-    t = (index + torch.rand(DRAWS, len(seen), generator=generator)) / BINS
-    noise = torch.randn(DRAWS, *seen.clean.shape, generator=generator)
-    noised = torch.stack([router.path.noised(seen.clean, noise[draw], t[draw]) for draw in range(DRAWS)])
+    t = (index + torch.rand(NOISES_PER_IMAGE, len(seen), generator=generator)) / BINS
+    noise = torch.randn(NOISES_PER_IMAGE, *seen.clean.shape, generator=generator)
+    noised = torch.stack(
+        [router.noise_schedule.add_noise(seen.clean, noise[draw], t[draw]) for draw in range(NOISES_PER_IMAGE)]
+    )
     told = _figures(router, noised, t, Condition(seen.class_id), seen.cluster_id)
     untold = _figures(router, noised, t, Condition.null(len(seen)), seen.cluster_id)
     null = {f"{name}_null": value for name, value in untold.items()}
@@ -128,7 +130,7 @@ def _figures(
         for block in blocks:
             rows = condition.rows(block)
             before.append(router.uncalibrated_logits(noised[draw, block], t[draw, block], rows))
-            after.append(cooled(before[-1], router.temperatures, t[draw, block], rows))
+            after.append(apply_temperature(before[-1], router.temperatures, t[draw, block], rows))
     raw, logits, targets = torch.cat(before), torch.cat(after), cluster_id.repeat(len(t))
     return {
         "cross_entropy": float(functional.cross_entropy(logits, targets)),

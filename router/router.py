@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import PATHS, NoisePath
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.networks.model_io import load_model, save_model
-from router.calibration.temperature import Temperatures, cooled, no_temperatures
+from router.calibration.temperature import Temperatures, apply_temperature, unit_temperatures
 from router.calibration.time_bins import BINS
 from router.models.registry import ROUTERS
 
@@ -28,11 +28,11 @@ class Router:
 
     model: nn.Module
     """(noised, t, class index) -> logits; one of `router/models/registry.py`."""
-    path: NoisePath
+    noise_schedule: NoiseSchedule
     """The noise path it was trained on, which is the ensemble's."""
     prior_counts: Float[Tensor, "condition expert"]
     """Training samples of every class in every cluster; the last row counts all samples."""
-    temperatures: Temperatures = field(default_factory=no_temperatures)
+    temperatures: Temperatures = field(default_factory=unit_temperatures)
     """What the network's logits are divided by, over t."""
 
     @property
@@ -47,11 +47,11 @@ class Router:
 
     def logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
         """log p(k | noised, t, condition) up to a constant a row; a null condition gives p(k | noised, t)."""
-        return cooled(self.uncalibrated_logits(noised, t, condition), self.temperatures, t, condition)
+        return apply_temperature(self.uncalibrated_logits(noised, t, condition), self.temperatures, t, condition)
 
     def uncalibrated_logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
         """What the network says."""
-        logits: Logits = self.model(noised, t, condition.table_index(self.num_classes))
+        logits: Logits = self.model(noised, t, condition.embedding_index(self.num_classes))
         return logits
 
     def prior_logits(self, condition: Condition, present: Bool[Tensor, " expert"] | None = None) -> Logits:
@@ -62,7 +62,7 @@ class Router:
         counts = self.prior_counts.to(condition.class_id.device)
         if present is not None:
             counts = counts * present.to(counts.device)
-        rows = counts[condition.table_index(self.num_classes)]
+        rows = counts[condition.embedding_index(self.num_classes)]
         return torch.where(rows.sum(-1, keepdim=True) > 0, rows, counts[-1]).log()
 
     def to(self, device: torch.device | str) -> "Router":
@@ -76,7 +76,7 @@ class Router:
         save_model(self.model, folder)
         settings = {
             "kind": kind,
-            "path": self.path.name,
+            "noise_schedule": self.noise_schedule.name,
             "prior_counts": self.prior_counts.tolist(),
             "temperatures": self.temperatures.tolist(),
         }
@@ -87,7 +87,7 @@ class Router:
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing, broken or of another version."""
         found = read_json(folder / SETTINGS)
         try:
-            network, path = ROUTERS[found["kind"]], PATHS[found["path"]]
+            network, path = ROUTERS[found["kind"]], NOISE_SCHEDULES[found["noise_schedule"]]
             counts = torch.tensor(found["prior_counts"], dtype=torch.float64)
             if counts.ndim != 2:
                 raise ValueError(f"prior_counts of shape {tuple(counts.shape)}")
@@ -97,7 +97,7 @@ class Router:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / SETTINGS} was written by another version: {error}") from error
         model = load_model((network,), folder)
-        return cls(model=model, path=path, prior_counts=counts, temperatures=temperatures)
+        return cls(model=model, noise_schedule=path, prior_counts=counts, temperatures=temperatures)
 
 
 def count_priors(

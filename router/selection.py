@@ -16,7 +16,7 @@
 Why sticky, sticky_at and redraw are exact: cluster k's own density is moved by its own velocity alone, d p_k / d t =
 - div(u_k p_k), so who starts at (x, k) with probability p(x, t) p(k | x, t) and follows u_k stays so distributed, and a
 draw from p(k | x, t) at any fixed t changes nothing about it. Whatever draws more often where p(k | x, t) falls along
-its own path, as `coupled` does, does change it (`tests/laws/test_selection_laws.py` has the numbers).
+its own path, as `coupled_resample` does, does change it (`tests/laws/test_selection_laws.py` has the numbers).
 
 Kept gates are always renormalised. To add a selection, write the function and add it to `SELECTIONS`.
 """
@@ -40,17 +40,17 @@ Uniforms = Float[Tensor, "batch draw"]
 Rows = Bool[Tensor, " batch"]
 
 
-def never(t: Times, _config: SelectionConfig) -> Rows:
+def at_no_t(t: Times, _config: SelectionConfig) -> Rows:
     """At no t."""
     return torch.zeros_like(t, dtype=torch.bool)
 
 
-def always(t: Times, _config: SelectionConfig) -> Rows:
+def at_all_t(t: Times, _config: SelectionConfig) -> Rows:
     """At every t."""
     return torch.ones_like(t, dtype=torch.bool)
 
 
-def once_switched(t: Times, config: SelectionConfig) -> Rows:
+def below_switch(t: Times, config: SelectionConfig) -> Rows:
     """At `config.t_switch` and below."""
     return t <= config.t_switch
 
@@ -62,20 +62,20 @@ class Selection:
     gates: Callable[[Logits, Times, Uniforms, SelectionConfig], Gates]
     draws: Callable[[SelectionConfig], int] = lambda _config: 0
     """How many uniform numbers a row needs."""
-    occasion: Literal["t", "trajectory", "evaluation"] = "t"
+    draw_key: Literal["t", "trajectory", "evaluation"] = "t"
     """What those depend on besides the seed: on t, on nothing, or on how many evaluations came before."""
-    opens: bool = False
+    draws_from_prior: bool = False
     """Whether one expert is drawn from the prior before the first evaluation, and speaks until the router is asked."""
-    asks: Callable[[Times, SelectionConfig], Rows] = always
+    queries_router: Callable[[Times, SelectionConfig], Rows] = at_all_t
     """Where the router is asked; elsewhere the gates stay as they are."""
-    settles: Callable[[Times, SelectionConfig], Rows] = never
+    freezes_gates: Callable[[Times, SelectionConfig], Rows] = at_no_t
     """Where the gates are settled for the rest of the trajectory, even if t should rise again."""
     is_chain: bool = False
     """Whether what is drawn follows from the draw before by `coupling`."""
 
-    def is_one_for_both(self, t: Times, config: SelectionConfig) -> Rows:
+    def shares_expert_across_guidance(self, t: Times, config: SelectionConfig) -> Rows:
         """Where both branches of guidance have the expert that was drawn for the condition."""
-        return always(t, config) if self.opens else self.settles(t, config)
+        return at_all_t(t, config) if self.draws_from_prior else self.freezes_gates(t, config)
 
 
 def full(logits: Logits, _t: Times, _uniforms: Uniforms, _config: SelectionConfig) -> Gates:
@@ -115,25 +115,25 @@ def sample(logits: Logits, _t: Times, uniforms: Uniforms, _config: SelectionConf
     return votes / uniforms.shape[-1]
 
 
-def anneal(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
+def full_then_top1(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
     """All experts while t is above `config.t_switch`, the most probable one below."""
     is_early = (t > config.t_switch).unsqueeze(-1)
     return torch.where(is_early, full(logits, t, uniforms, config), _kept(logits, _best(logits)))
 
 
-def switch(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
+def threshold_then_top1(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
     """`threshold` while t is above `config.t_switch`, the most probable expert below."""
     is_early = (t > config.t_switch).unsqueeze(-1)
     return torch.where(is_early, threshold(logits, t, uniforms, config), _kept(logits, _best(logits)))
 
 
-def sticky_at(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
+def full_then_sticky(logits: Logits, t: Times, uniforms: Uniforms, config: SelectionConfig) -> Gates:
     """All experts while t is above `config.t_switch`; below, the draw of `sample`, which is then settled."""
     is_early = (t > config.t_switch).unsqueeze(-1)
     return torch.where(is_early, full(logits, t, uniforms, config), sample(logits, t, uniforms, config))
 
 
-def coupling(before: Gates, drawn: Gates, now: Gates) -> Gates:
+def sticky_resample(before: Gates, drawn: Gates, now: Gates) -> Gates:
     """The law of the next expert, given the one `drawn` (one-hot rows) from the probabilities `before`.
 
     Whoever was drawn from `before` is by this law distributed as `now`, and changes as seldom as can be: with the
@@ -163,27 +163,31 @@ SELECTIONS: dict[SelectionName, Selection] = {
     "threshold": Selection(gates=threshold),
     "nucleus": Selection(gates=nucleus),
     "sample": Selection(gates=sample, draws=lambda config: config.draws),
-    "sticky": Selection(gates=sample, draws=lambda _config: 1, opens=True, asks=never),
-    "anneal": Selection(gates=anneal),
-    "switch": Selection(gates=switch),
-    "sticky_at": Selection(gates=sticky_at, draws=lambda _config: 1, occasion="trajectory", settles=once_switched),
-    "redraw": Selection(
+    "sticky": Selection(gates=sample, draws=lambda _config: 1, draws_from_prior=True, queries_router=at_no_t),
+    "full_then_top1": Selection(gates=full_then_top1),
+    "threshold_then_top1": Selection(gates=threshold_then_top1),
+    "full_then_sticky": Selection(
+        gates=full_then_sticky, draws=lambda _config: 1, draw_key="trajectory", freezes_gates=below_switch
+    ),
+    "sticky_resample": Selection(
         gates=sample,
         draws=lambda _config: 1,
-        occasion="trajectory",
-        opens=True,
-        asks=once_switched,
-        settles=once_switched,
+        draw_key="trajectory",
+        draws_from_prior=True,
+        queries_router=below_switch,
+        freezes_gates=below_switch,
     ),
-    "coupled": Selection(gates=sample, draws=lambda _config: 1, occasion="evaluation", opens=True, is_chain=True),
+    "coupled_resample": Selection(
+        gates=sample, draws=lambda _config: 1, draw_key="evaluation", draws_from_prior=True, is_chain=True
+    ),
 }
 
 
-def rule_of(config: SelectionConfig) -> Selection:
+def get_selection(config: SelectionConfig) -> Selection:
     """The rule that a configuration names; raises `ValueError` for `auto`, which is none."""
     if config.name == AUTO:
         raise ValueError(
-            "selection `auto` is no rule: a run's stage `choice` finds one, and its choice.json names it; "
+            "selection `auto` is no rule: a run's stage `selection_search` finds one, and its selection_choice.json names it; "
             f"sample with that, or with one of {', '.join(SELECTIONS)}"
         )
     return SELECTIONS[config.name]

@@ -14,32 +14,32 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace, write_json
 from experts.codecs.registry import load_codec
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import PATHS, NoisePath
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert import check_classes
 from experts.training.flops import forward_flops
 from experts.training.latent_dataset import Batch, LatentDataset, encode_latents
-from experts.training.trainer import Fitted, fit, write_rows
+from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
 from router.config import RouterConfig, RouterKind
-from router.costs import gradient_rows, is_calibrated, recipe_flops
-from router.expert_samples import Drawn
+from router.costs import gradient_rows, is_calibrated, training_cost
+from router.expert_samples import ExpertSamples
 from router.models.density_ratio import fit_ratios
 from router.models.nearest_centroid import fit_centroids
 from router.models.prior_table import fit_table
 from router.models.registry import build_router
-from router.quality import Quality, halves, measure_quality
+from router.quality import Quality, calibration_split, measure_quality
 from router.router import Router, count_priors
 
 
-def router_loss(model: nn.Module, batch: Batch, path: NoisePath, num_classes: int) -> dict[str, Float[Tensor, ""]]:
+def router_loss(model: nn.Module, batch: Batch, path: NoiseSchedule, num_classes: int) -> dict[str, Float[Tensor, ""]]:
     """Cross-entropy of the cluster given the noised sample, and the share of samples that are sent home.
 
     The samples come at the true proportions of the clusters: the probabilities are mixing coefficients, so
     the classes of this classifier are never balanced.
     """
     # Algorithm 1 of McAllister et al. 2025, arXiv:2501.05450: - E log p(k | x, t, c), x = alpha clean + sigma noise.
-    noised = path.noised(batch.clean, batch.noise, batch.t)
-    logits = model(noised, batch.t, batch.condition.table_index(num_classes)).float()
+    noised = path.add_noise(batch.clean, batch.noise, batch.t)
+    logits = model(noised, batch.t, batch.condition.embedding_index(num_classes)).float()
     is_home = logits.argmax(-1) == batch.cluster_id
     return {"loss": functional.cross_entropy(logits, batch.cluster_id), "accuracy": is_home.float().mean()}
 
@@ -80,7 +80,7 @@ def train_router(
             f"every cluster needs its held-out samples; got {len(clusters)} clusters, {len(holdouts)} holdouts"
         )
     loaded = load_codec(codec)
-    drawn = None if draws is None else Drawn.load(draws)
+    drawn = None if draws is None else ExpertSamples.load(draws)
     dataset = encode_latents(clusters, loaded, codec, workspace) if drawn is None else drawn.dataset
     aside = replace(workspace, scratch=workspace.scratch / "holdout")
     holdout = encode_latents(holdouts, loaded, codec, aside)
@@ -96,9 +96,9 @@ def train_router(
 
 def fit_network(
     config: RouterConfig, dataset: LatentDataset, counts: Float[Tensor, "condition expert"], workspace: Workspace
-) -> Fitted:
+) -> TrainingResult:
     """One network for all experts, by cross-entropy."""
-    num_classes, path = len(counts) - 1, PATHS[config.path]
+    num_classes, path = len(counts) - 1, NOISE_SCHEDULES[config.noise_schedule]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         model = build_router(config, dataset.latent_shape, counts.shape[1], num_classes)
@@ -109,11 +109,11 @@ def fit_network(
     return fit(model, loss, dataset, config.training, workspace)
 
 
-FITS: Final[dict[RouterKind, Callable[[RouterConfig, LatentDataset, Tensor, Workspace], Fitted]]] = {
+FITS: Final[dict[RouterKind, Callable[[RouterConfig, LatentDataset, Tensor, Workspace], TrainingResult]]] = {
     "mlp": fit_network,
     "transformer": fit_network,
-    "table": fit_table,
-    "centroids": fit_centroids,
+    "prior_table": fit_table,
+    "nearest_centroid": fit_centroids,
     "density_ratio": fit_ratios,
 }
 
@@ -127,15 +127,15 @@ def _fit_router(
     counts: Float[Tensor, "condition expert"],
 ) -> RouterSummary:
     fitted = FITS[config.kind](config, dataset, counts, workspace)
-    router = Router(model=fitted.model, path=PATHS[config.path], prior_counts=counts)
-    measured, between = halves(holdout)
+    router = Router(model=fitted.model, noise_schedule=NOISE_SCHEDULES[config.noise_schedule], prior_counts=counts)
+    measured, between = calibration_split(holdout)
     if is_calibrated(config) and len(between):
-        found = fit_temperatures(router.uncalibrated_logits, between, router.path)
+        found = fit_temperatures(router.uncalibrated_logits, between, router.noise_schedule)
         router = replace(router, temperatures=found)
     router.save(out)
     num_experts = counts.shape[1]
     summary = RouterSummary(
-        flops=recipe_flops(config, _row_flops(router, dataset.latent_shape), num_experts),
+        flops=training_cost(config, _row_flops(router, dataset.latent_shape), num_experts),
         steps=config.training.steps if fitted.rows else 0,
         epochs=gradient_rows(config, num_experts) / len(dataset),
         images=len(dataset),
@@ -152,8 +152,12 @@ def _fit_router(
 def router_flops(config: RouterConfig, latent_shape: tuple[int, ...], num_classes: int, num_experts: int) -> float:
     """FLOPs of a whole training by this recipe, without doing it."""
     model = build_router(config, latent_shape, num_experts, num_classes)
-    router = Router(model=model, path=PATHS[config.path], prior_counts=torch.ones(num_classes + 1, num_experts))
-    return recipe_flops(config, _row_flops(router, latent_shape), num_experts)
+    router = Router(
+        model=model,
+        noise_schedule=NOISE_SCHEDULES[config.noise_schedule],
+        prior_counts=torch.ones(num_classes + 1, num_experts),
+    )
+    return training_cost(config, _row_flops(router, latent_shape), num_experts)
 
 
 def _row_flops(router: Router, latent_shape: Sequence[int]) -> float:

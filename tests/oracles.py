@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import STRAIGHT, NoisePath, expand
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW, NoiseSchedule, expand
 
 
-def gaussian_velocity(noised: Tensor, t: Tensor, mean: Tensor, deviation: float, path: NoisePath) -> Tensor:
+def gaussian_velocity(noised: Tensor, t: Tensor, mean: Tensor, deviation: float, path: NoiseSchedule) -> Tensor:
     """E[alpha' clean + sigma' noise | noised] for clean ~ N(mean, deviation^2)."""
     t = expand(t, noised)
     alpha, sigma = path.alpha(t), path.sigma(t)
@@ -35,7 +35,7 @@ class Oracle:
     null_rows: int = 0
     latent_shape: tuple[int, ...] = (2,)
 
-    def velocity(self, noised: Tensor, t: Tensor, condition: Condition, path: NoisePath) -> Tensor:
+    def velocity(self, noised: Tensor, t: Tensor, condition: Condition, path: NoiseSchedule) -> Tensor:
         self.calls += 1
         self.rows += len(noised)
         self.null_rows += int((condition.class_id < 0).sum())
@@ -55,7 +55,7 @@ class OracleRouter:
     means: Tensor
     deviations: Sequence[float]
     shares: Sequence[float]
-    path: NoisePath = STRAIGHT
+    noise_schedule: NoiseSchedule = RECTIFIED_FLOW
     allowed: Sequence[Sequence[int]] = ()
     calls: int = 0
 
@@ -66,7 +66,7 @@ class OracleRouter:
     def logits(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.calls += 1
         t = expand(t, noised)
-        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        alpha, sigma = self.noise_schedule.alpha(t), self.noise_schedule.sigma(t)
         columns = []
         for mean, deviation in zip(self.means.to(noised), self.deviations, strict=True):
             variance = alpha**2 * deviation**2 + sigma**2
@@ -106,11 +106,11 @@ class MixtureOfGaussians:
     def experts(self) -> dict[int, Oracle]:
         return {k: Oracle(mean, self.deviation) for k, mean in enumerate(self.means)}
 
-    def router(self, path: NoisePath = STRAIGHT) -> OracleRouter:
+    def router(self, path: NoiseSchedule = RECTIFIED_FLOW) -> OracleRouter:
         deviations = [self.deviation] * len(self.shares)
         return OracleRouter(self.means, deviations, self.shares, path, self.allowed)
 
-    def marginal_velocity(self, noised: Tensor, t: Tensor, path: NoisePath) -> Tensor:
+    def marginal_velocity(self, noised: Tensor, t: Tensor, path: NoiseSchedule) -> Tensor:
         """The mixture's own velocity, from the score of its density by automatic differentiation.
 
         u = alpha'/alpha x - (sigma' sigma - alpha'/alpha sigma^2) score (Lipman et al. 2024, arXiv:2412.06264).

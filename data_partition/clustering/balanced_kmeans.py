@@ -22,7 +22,7 @@ Weights = Float[np.ndarray, " fine"]
 Ids = Int64[np.ndarray, " fine"]
 
 
-def consolidate(
+def merge_centroids(
     centroids: Points, counts: Int64[np.ndarray, " fine"], num_clusters: int, balanced: bool, seed: int
 ) -> Ids:
     """The cluster of each fine centroid, whose weight is how many samples are nearest to it.
@@ -54,7 +54,7 @@ def weighted_kmeans(
     generator: np.random.Generator,
 ) -> Ids:
     """Lloyd's algorithm from a k-means++ start; the best of its rounds."""
-    ids = assign(squared_distances(points, spread_start(points, weights, num_clusters, generator)), weights)
+    ids = assign(squared_distances(points, kmeans_plus_plus(points, weights, num_clusters, generator)), weights)
     best, least = ids, distortion(points, weights, ids, num_clusters)
     for _ in range(ROUNDS):
         distances = squared_distances(points, weighted_means(points, weights, ids, num_clusters))
@@ -67,7 +67,7 @@ def weighted_kmeans(
     return best
 
 
-def spread_start(points: Points, weights: Weights, num_clusters: int, generator: np.random.Generator) -> Means:
+def kmeans_plus_plus(points: Points, weights: Weights, num_clusters: int, generator: np.random.Generator) -> Means:
     """Points drawn far from each other: k-means++ (Arthur and Vassilvitskii 2007)."""
     chosen = [int(generator.choice(len(points), p=weights / weights.sum()))]
     for _ in range(num_clusters - 1):
@@ -99,7 +99,7 @@ def balanced_ids(distances: Distances, weights: Weights) -> Ids:
     takes, at the least cost, until all are within `TOLERANCE` or no move evens them out.
     """
     mean = weights.sum() / distances.shape[1]
-    ids, loads = _in_order_of_regret(distances, weights, mean)
+    ids, loads = _assign_by_regret(distances, weights, mean)
     while (move := _cheapest_move(ids, loads, distances, weights, mean)) is not None:
         point, cluster = move
         loads[ids[point]] -= weights[point]
@@ -108,9 +108,7 @@ def balanced_ids(distances: Distances, weights: Weights) -> Ids:
     return ids
 
 
-def _in_order_of_regret(
-    distances: Distances, weights: Weights, mean: float
-) -> tuple[Ids, Float[np.ndarray, " cluster"]]:
+def _assign_by_regret(distances: Distances, weights: Weights, mean: float) -> tuple[Ids, Float[np.ndarray, " cluster"]]:
     """Each point to the nearest cluster that has room for at least half of it."""
     preferences = distances.argsort(axis=1, kind="stable")
     two = np.sort(distances, axis=1)[:, :2]

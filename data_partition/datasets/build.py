@@ -89,7 +89,7 @@ class _Build:
         if writer is self.train:
             self.labels[label] += 1
         done = self.train.count + self.holdout.count
-        self.workspace.report(done, None, unit="images")
+        self.workspace.report_progress(done, None, unit="images")
         if self.workspace.stop_requested():
             raise Preempted(f"stopped after {done} images; reading starts again")
 
@@ -110,7 +110,7 @@ class _Build:
             skipped=tuple(self.skipped),
         )
         write_json(self.out / "dataset.json", summary)
-        self.workspace.report(
+        self.workspace.report_progress(
             summary.count + summary.holdout_count, summary.count + summary.holdout_count, unit="images"
         )
         return summary

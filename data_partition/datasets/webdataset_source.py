@@ -32,7 +32,7 @@ def read_urls(path: str | None) -> Iterator[Sample | Unreadable]:
         raise SourceMissing("data.path is empty; data.source=webdataset needs a path or URL of tars, braces allowed")
     for number, url in enumerate(urls):
         for encoded in read_url(url):
-            yield read_foreign(encoded, number, url)
+            yield parse_sample(encoded, number, url)
 
 
 def read_url(url: str) -> Iterator[Encoded]:
@@ -45,7 +45,7 @@ def read_url(url: str) -> Iterator[Encoded]:
         raise SourceUnreachable(reason) from error
 
 
-def read_foreign(encoded: Encoded, number: int, url: str) -> Sample | Unreadable:
+def parse_sample(encoded: Encoded, number: int, url: str) -> Sample | Unreadable:
     """A sample with a key that is unique among all tars."""
     stem = PurePosixPath(urlsplit(url).path).name.split(".")[0]
     key = quote(f"{number:05d}-{stem}/{encoded.key}", safe="/").replace(".", "%2E")

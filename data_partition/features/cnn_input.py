@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def network_input(
+def cnn_input(
     images: UInt8[np.ndarray, "batch height width channel"], side: int
 ) -> Float32[Tensor, "batch 3 side side"]:
     """RGB in [0, 1], scaled to `side` x `side`, with channels last in memory."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_partition.errors import MissingExtra
-from data_partition.features.cnn_input import network_input
-from data_partition.features.pca import unit_rows
+from data_partition.features.cnn_input import cnn_input
+from data_partition.features.pca import l2_normalize
 from ddm_core.artifacts import checksum
 
 SIDE = 64
@@ -56,8 +56,8 @@ class EfficientNetFeatures:
     @torch.inference_mode()
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
         """Pooled channels, of length one."""
-        channels = self.channels((network_input(images, SIDE) - MEAN) / SCALE)
-        return unit_rows(channels.mean(dim=(2, 3)).numpy())
+        channels = self.channels((cnn_input(images, SIDE) - MEAN) / SCALE)
+        return l2_normalize(channels.mean(dim=(2, 3)).numpy())
 
     def save(self, folder: Path) -> None:
         """Write nothing: the parameters stay in their package, whose checksum is verified."""

@@ -26,11 +26,11 @@ from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import (
     Preempted,
     Workspace,
+    atomic_folder,
     checksum,
     files_in,
     fingerprint,
     read_json,
-    replaced_folder,
     write_json,
 )
 
@@ -61,7 +61,7 @@ class FeatureExtractor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Extractor:
+class ExtractorKind:
     """How one kind of extractor comes to be."""
 
     fit: Callable[[Path, int, int], FeatureExtractor]
@@ -69,10 +69,10 @@ class Extractor:
     load: Callable[[Path], FeatureExtractor]
 
 
-EXTRACTORS: dict[str, Extractor] = {
-    "pixels": Extractor(PixelFeatures.fit, PixelFeatures.load),
-    "random_conv": Extractor(RandomConvFeatures.fit, RandomConvFeatures.load),
-    "efficientnet_lite0": Extractor(EfficientNetFeatures.fit, EfficientNetFeatures.load),
+EXTRACTORS: dict[str, ExtractorKind] = {
+    "pixels": ExtractorKind(PixelFeatures.fit, PixelFeatures.load),
+    "random_conv": ExtractorKind(RandomConvFeatures.fit, RandomConvFeatures.load),
+    "efficientnet_lite0": ExtractorKind(EfficientNetFeatures.fit, EfficientNetFeatures.load),
 }
 
 
@@ -120,7 +120,7 @@ def extract_features(config: PartitionConfig, dataset: Path, out: Path, workspac
     with FeatureFile(kept, count, extractor.dimension) as file:
         for batch in read_batches(shards, config.batch_size, start=file.rows):
             file.append(batch.keys, extractor(batch.images))
-            workspace.report(file.rows, count, unit="images")
+            workspace.report_progress(file.rows, count, unit="images")
             if file.rows < count and workspace.stop_requested():
                 raise Preempted(f"stopped after the features of {file.rows} of {count} images, which are kept")
         file.copy_to(out)
@@ -140,6 +140,6 @@ def _kept_extractor(config: PartitionConfig, shards: Path, folder: Path) -> Feat
     """The extractor of an earlier attempt, or a new one."""
     if not folder.exists():
         extractor = fit_extractor(config.features, shards, config.components, config.seed)
-        with replaced_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             save_extractor(config.features, extractor, temporary)
     return load_extractor(folder)

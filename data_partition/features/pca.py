@@ -87,7 +87,7 @@ def _leading(mean: Float[np.ndarray, " feature"], covariance: Float[np.ndarray, 
     )
 
 
-def unit_rows(values: Float[np.ndarray, "batch feature"]) -> Float32[np.ndarray, "batch feature"]:
+def l2_normalize(values: Float[np.ndarray, "batch feature"]) -> Float32[np.ndarray, "batch feature"]:
     """Each row divided by its Euclidean length; a row of zeros becomes the first unit vector."""
     lengths = np.linalg.norm(values, axis=1, keepdims=True)
     rows: Float32[np.ndarray, "batch feature"] = (values / np.maximum(lengths, 1e-30)).astype(np.float32)

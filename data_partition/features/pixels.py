@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch.nn import functional
 
-from data_partition.features.pca import PCA, fit_pca, unit_rows
+from data_partition.features.pca import PCA, fit_pca, l2_normalize
 from data_partition.shards.shards import read_batches
 
 FILE = "pca.safetensors"
@@ -44,7 +44,7 @@ class PixelFeatures:
 
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
         """Coordinates in the basis, of length one."""
-        return unit_rows(self.pca.encode(flat(images)))
+        return l2_normalize(self.pca.encode(flat(images)))
 
     def save(self, folder: Path) -> None:
         """Write the basis."""

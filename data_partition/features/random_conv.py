@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_partition.features.cnn_input import network_input
-from data_partition.features.pca import unit_rows
+from data_partition.features.cnn_input import cnn_input
+from data_partition.features.pca import l2_normalize
 from data_partition.shards.shards import read_batches
 
 FILE = "random_conv.safetensors"
@@ -63,7 +63,7 @@ class RandomConvFeatures:
 
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
         """What the filters answer, of length one."""
-        return unit_rows(responses(self.filters, images) - self.mean)
+        return l2_normalize(responses(self.filters, images) - self.mean)
 
     def save(self, folder: Path) -> None:
         """Write the filters themselves, so that they do not depend on a version's random numbers."""
@@ -89,7 +89,7 @@ def responses(
     filters: tuple[Float[Tensor, "_ _ 3 3"], ...], images: UInt8[np.ndarray, "batch height width channel"]
 ) -> Float32[np.ndarray, "batch feature"]:
     """What the last layer answers at every place."""
-    hidden = network_input(images, SIDE) * 2 - 1
+    hidden = cnn_input(images, SIDE) * 2 - 1
     for layer in filters:
         hidden = functional.relu(functional.conv2d(hidden, layer, stride=2, padding=1))
     return hidden.flatten(1).numpy()

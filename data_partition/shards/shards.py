@@ -19,7 +19,14 @@ from jaxtyping import Int64, UInt8
 from data_partition.errors import ShardError, UnreadableImage
 from data_partition.shards.images import decode_image, encode_png
 from data_partition.shards.tar import Encoded, TarWriter, read_tar
-from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, checksum, read_sealed, sealed, write_text
+from ddm_core.artifacts import (
+    CorruptArtifact,
+    UnfinishedArtifact,
+    checksum,
+    read_with_checksum,
+    with_checksum,
+    write_text,
+)
 
 INDEX = "index.json"
 
@@ -126,7 +133,7 @@ class ShardWriter:
             shard_counts=tuple(self.shard_counts),
             checksums=tuple(checksum(self.folder / name) for name in shards),
         )
-        write_text(self.folder / INDEX, sealed(index))
+        write_text(self.folder / INDEX, with_checksum(index))
         return index
 
     def _close_tar(self) -> None:
@@ -171,7 +178,7 @@ def encoded_label(encoded: Encoded) -> int:
 def read_index(folder: Path) -> ShardIndex:
     """What `folder` holds; raises `ShardError` if its index is missing, changed, or names files outside the folder."""
     try:
-        found = read_sealed(folder / INDEX)
+        found = read_with_checksum(folder / INDEX)
         height, width, channels = found["image_shape"]
         index = ShardIndex(
             count=found["count"],

@@ -22,7 +22,7 @@ from data_partition.features.pixels import flat
 from data_partition.partition import Partition, load_partition
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import read_json, write_json
-from ensemble.analysis.nearest_neighbors import Images, Nearest, Space, features_of, find_nearest, read_rows
+from ensemble.analysis.nearest_neighbors import Images, NearestNeighbors, Space, features_of, find_nearest, read_rows
 from ensemble.config import AuditConfig
 from ensemble.ensemble import Ensemble
 from ensemble.evaluation.reference import PIXELS
@@ -38,7 +38,7 @@ OtherDistances = Float[np.ndarray, " other"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NearShare:
+class NearNeighborRate:
     """The samples that are nearer to the training set than nearly all held-out images."""
 
     quantile: float
@@ -58,30 +58,30 @@ class NearShare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nearness:
+class MemorizationTest:
     """A set of samples beside the held-out images that it is measured by."""
 
     samples: int
     held_out: int
     ratio: float | None
     """Mean distance to the nearest training image over that of held-out images; None if either is without images."""
-    shares: tuple[NearShare, ...]
+    shares: tuple[NearNeighborRate, ...]
     """By quantile; empty if there are no samples, or no held-out images."""
 
 
-def compare_nearness(samples: Distances, held_out: OtherDistances, quantiles: Sequence[float]) -> Nearness:
+def measure_memorization(samples: Distances, held_out: OtherDistances, quantiles: Sequence[float]) -> MemorizationTest:
     """Distances of samples to the training set beside those of held-out images."""
     sizes = len(samples), len(held_out)
     mean = float(held_out.mean()) if all(sizes) else 0.0
-    return Nearness(
+    return MemorizationTest(
         samples=sizes[0],
         held_out=sizes[1],
         ratio=float(samples.mean()) / mean if mean > 0 else None,
-        shares=tuple(near_share(samples, held_out, quantile) for quantile in quantiles) if all(sizes) else (),
+        shares=tuple(near_neighbor_rate(samples, held_out, quantile) for quantile in quantiles) if all(sizes) else (),
     )
 
 
-def near_share(samples: Distances, held_out: OtherDistances, quantile: float) -> NearShare:
+def near_neighbor_rate(samples: Distances, held_out: OtherDistances, quantile: float) -> NearNeighborRate:
     """The share of `samples` below the held-out images' quantile."""
     count, known = len(samples), len(held_out)
     rank = min(max(1, round(quantile * (known + 1))), known)
@@ -89,7 +89,7 @@ def near_share(samples: Distances, held_out: OtherDistances, quantile: float) ->
     nearer = int((samples < threshold).sum())
     interval = binomtest(nearer, count).proportion_ci(CONFIDENCE)
     fresh = betabinom(count, rank, known + 1 - rank)
-    return NearShare(
+    return NearNeighborRate(
         quantile=quantile,
         expected=rank / (known + 1),
         threshold=threshold,
@@ -109,8 +109,8 @@ HeldOutIds = Int64[np.ndarray, " held_out"]
 class AuditedSpace:
     """Nearness in one feature space."""
 
-    overall: Nearness
-    clusters: tuple[Nearness, ...]
+    overall: MemorizationTest
+    clusters: tuple[MemorizationTest, ...]
     """Of the samples that each expert made, measured by the held-out images of its own cluster."""
 
 
@@ -140,7 +140,7 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
+class AuditedSamples:
     """What is audited."""
 
     images: Images
@@ -152,7 +152,7 @@ class Samples:
 
 
 def audit_samples(
-    samples: Samples,
+    samples: AuditedSamples,
     dataset: Path,
     partition: Path,
     reference: Path,
@@ -165,7 +165,7 @@ def audit_samples(
     held_out = np.concatenate([*_seen_through(samples.codec, dataset / "holdout")])
     queries = np.concatenate([samples.images, held_out])
     found = find_nearest(queries, audit_spaces(reference), dataset / "train", lambda done: on_progress(done, total))
-    looks = _looks(division, queries)
+    looks = cluster_by_features(division, queries)
     count = len(samples.images)
     made = looks[:count] if samples.experts is None else samples.experts
     clusters = (made, looks[count:])
@@ -199,7 +199,7 @@ def drawn_experts(
     condition = Condition.null(len(seeds)) if class_ids is None else Condition(torch.tensor(list(class_ids)))
     if ensemble.num_experts == 1:
         return None
-    gates = ensemble.begin(seeds, condition, selection).standing(torch.zeros(len(seeds)))
+    gates = ensemble.init_routing(seeds, condition, selection).fixed_gates(torch.zeros(len(seeds)))
     return None if gates is None else gates.argmax(1).numpy()
 
 
@@ -215,7 +215,7 @@ def _seen_through(codec: Codec, shards: Path) -> Iterator[Images]:
         yield to_bytes(codec.decode(codec.encode(batch.images)))
 
 
-def _looks(division: Partition, images: Images) -> Ids:
+def cluster_by_features(division: Partition, images: Images) -> Ids:
     """The cluster of each image by the partition's rule."""
     extractor = division.extractor
     if extractor is None:
@@ -223,12 +223,14 @@ def _looks(division: Partition, images: Images) -> Ids:
     return division.assign(features_of(extractor, images))
 
 
-def _audited(nearest: Nearest, made: Ids, looks: HeldOutIds, num_clusters: int, config: AuditConfig) -> AuditedSpace:
+def _audited(
+    nearest: NearestNeighbors, made: Ids, looks: HeldOutIds, num_clusters: int, config: AuditConfig
+) -> AuditedSpace:
     samples, held_out = nearest.distances[: len(made)], nearest.distances[len(made) :]
     clusters = tuple(
-        compare_nearness(samples[made == k], held_out[looks == k], config.quantiles) for k in range(num_clusters)
+        measure_memorization(samples[made == k], held_out[looks == k], config.quantiles) for k in range(num_clusters)
     )
-    return AuditedSpace(overall=compare_nearness(samples, held_out, config.quantiles), clusters=clusters)
+    return AuditedSpace(overall=measure_memorization(samples, held_out, config.quantiles), clusters=clusters)
 
 
 def _suspicion(distances: Float[np.ndarray, " query"], made: Ids, looks: HeldOutIds) -> Float[np.ndarray, " image"]:

@@ -26,7 +26,7 @@ Space = Callable[[Images], Features]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nearest:
+class NearestNeighbors:
     """Of every query."""
 
     distances: Float[np.ndarray, " query"]
@@ -37,10 +37,10 @@ class Nearest:
 
 def find_nearest(
     queries: Images, spaces: Mapping[str, Space], shards: Path, on_progress: Callable[[int], None]
-) -> dict[str, Nearest]:
+) -> dict[str, NearestNeighbors]:
     """The nearest image of the shards, in every space; `on_progress` hears how many images were compared."""
     sought = {name: features_of(space, queries) for name, space in spaces.items()}
-    found: dict[str, Nearest] = {}
+    found: dict[str, NearestNeighbors] = {}
     start = 0
     for batch in read_batches(shards, CHUNK):
         for name, space in spaces.items():
@@ -66,15 +66,15 @@ def read_rows(shards: Path, rows: Int64[np.ndarray, " wanted"]) -> list[Sample]:
     return [found[row] for row in rows.tolist()]
 
 
-def _nearest_among(sought: Features, known: KnownFeatures, first_row: int) -> Nearest:
+def _nearest_among(sought: Features, known: KnownFeatures, first_row: int) -> NearestNeighbors:
     """Among these features; the distance is that of the two vectors themselves, so a copy's is exactly zero."""
     ids = nearest(sought, known)
-    return Nearest(distances=np.linalg.norm(sought - known[ids], axis=1), rows=ids + first_row)
+    return NearestNeighbors(distances=np.linalg.norm(sought - known[ids], axis=1), rows=ids + first_row)
 
 
-def _nearer(one: Nearest, other: Nearest) -> Nearest:
+def _nearer(one: NearestNeighbors, other: NearestNeighbors) -> NearestNeighbors:
     is_nearer = other.distances < one.distances
-    return Nearest(
+    return NearestNeighbors(
         distances=np.where(is_nearer, other.distances, one.distances),
         rows=np.where(is_nearer, other.rows, one.rows),
     )

@@ -19,11 +19,11 @@ from ensemble.evaluation.generate import RowFlops
 from ensemble.pipeline import DDMPipeline
 from ensemble.sampling.sample import sample
 
-COMPRESSION = "compression.json"
+REPORT_FILE = "compression.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class CompressionReport:
     """What the stages up to this one did to the whole ensemble; written as `compression.json`."""
 
     stages: tuple[str, ...]
@@ -41,7 +41,7 @@ class Comparison:
     num_samples: int
 
     @classmethod
-    def read(cls, path: Path) -> "Comparison":
+    def read(cls, path: Path) -> "CompressionReport":
         """What was written as JSON."""
         found = read_json(path)
         return cls(**found | {"stages": tuple(found["stages"])})
@@ -61,18 +61,18 @@ def compare(
     sampling: SamplingConfig,
     count: int,
     workspace: Workspace,
-) -> Comparison:
+) -> CompressionReport:
     """Draw the same `count` images from both."""
     images, flops = [], []
     for number, folder in enumerate((whole, smaller)):
-        workspace.report(number * count, 2 * count, unit="images")
+        workspace.report_progress(number * count, 2 * count, unit="images")
         pipeline = DDMPipeline.from_pretrained(folder)
         costs = RowFlops.of(pipeline)
         drawn = sample(pipeline.ensemble, pipeline.codec, list(range(count)), sampling)
         images.append(drawn.images.double())
         flops.append(costs.times(drawn.calls) / count)
     distance = torch.linalg.vector_norm(images[1] - images[0]) / torch.linalg.vector_norm(images[0])
-    return Comparison(
+    return CompressionReport(
         stages=stages,
         modules=modules,
         bytes_before=model_bytes(whole),
@@ -84,7 +84,7 @@ def compare(
     )
 
 
-def describe(found: Comparison) -> str:
+def describe(found: CompressionReport) -> str:
     """One line for a terminal."""
     share, work = found.bytes_after / found.bytes_before, found.flops_after / found.flops_before
     return (
@@ -94,7 +94,7 @@ def describe(found: Comparison) -> str:
     )
 
 
-TIMING = "timing.json"
+TIMING_FILE = "timing.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, works
         flops = [RowFlops.of(one).times(calls) for one, calls in zip(pipelines, warm, strict=True)]
         draws = [max(1, round(LEAST * max(flops) / own)) for own in flops]
         for turn in range(config.turns):
-            workspace.report(turn, config.turns, unit="turns")
+            workspace.report_progress(turn, config.turns, unit="turns")
             if workspace.stop_requested():
                 raise Preempted(f"stopped after {turn} turns; a measurement starts again")
             for one, count, found in zip(pipelines, draws, seconds, strict=True):
@@ -145,7 +145,7 @@ def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, works
         highest=max(ratios),
         turns=config.turns,
     )
-    write_json(out / TIMING, timing)
+    write_json(out / TIMING_FILE, timing)
     return sum(own * (1 + count * config.turns) for own, count in zip(flops, draws, strict=True))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddm_core.artifacts import Workspace
 from ensemble.config import SamplingConfig
-from ensemble.ensemble import Speaker
+from ensemble.ensemble import ExpertModel
 from ensemble.pipeline import DDMPipeline
 from experts.codecs.registry import load_codec
 from experts.expert import Expert
@@ -19,10 +19,10 @@ class StageError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class ExpertResult:
     """A smaller expert, and what making it took."""
 
-    expert: Speaker
+    expert: ExpertModel
     modules: int
     """Weights, layers or whatever the method works on, that it has changed; 0 is an error of the stage."""
     flops: float
@@ -38,7 +38,7 @@ class Outcome:
         return self.expert
 
 
-Method = Callable[[Expert, LatentDataset, Any, Workspace], Outcome]
+Method = Callable[[Expert, LatentDataset, Any, Workspace], ExpertResult]
 """(expert, latents of its own cluster, configuration, this expert's workspace) to a smaller one.
 
 The expert that is given is not changed. Raises `StageError` if nothing would change, `Preempted` between two steps.
@@ -69,24 +69,24 @@ class Clusters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class CompressionContext:
     """Everything that such a stage may look at."""
 
     ensemble: Path
-    whole: Path
+    original: Path
     """The ensemble that nothing was done to."""
     data: Clusters
     sampling: SamplingConfig
     workspace: Workspace
 
-    def speakers(self, *, whole: bool = False) -> Mapping[int, Speaker]:
+    def ensembles(self, *, whole: bool = False) -> Mapping[int, ExpertModel]:
         """The experts by their ids, whatever they are."""
-        return DDMPipeline.from_pretrained(self.whole if whole else self.ensemble).ensemble.experts
+        return DDMPipeline.from_pretrained(self.original if whole else self.ensemble).ensemble.experts
 
     def experts(self, name: str) -> dict[int, Expert]:
         """Those of the ensemble; `StageError` if one is not a network of its own."""
         found = {}
-        for k, expert in self.speakers().items():
+        for k, expert in self.ensembles().items():
             if not isinstance(expert, Expert):
                 raise StageError(f"{name} works on experts of their own, and expert {k} is a {type(expert).__name__}")
             found[k] = expert
@@ -96,22 +96,22 @@ class Given:
         """The latents of their clusters."""
         return {k: self.data.latents(k, self.workspace.part(f"cluster_{k}")) for k in ids}
 
-    def check_paths(self, name: str) -> None:
+    def check_noise_schedules(self, name: str) -> None:
         """Raise `StageError` for an expert of another noise path: courses are gone through on the ensemble's own."""
         ensemble = DDMPipeline.from_pretrained(self.ensemble).ensemble
         for k, expert in ensemble.experts.items():
-            if isinstance(expert, Expert) and expert.path.name != ensemble.path.name:
+            if isinstance(expert, Expert) and expert.noise_schedule.name != ensemble.noise_schedule.name:
                 raise StageError(
-                    f"{name} works on the ensemble's noise path, {ensemble.path.name}, and expert {k} is on "
-                    f"{expert.path.name}; leave it out, or train it on that path"
+                    f"{name} works on the ensemble's noise path, {ensemble.noise_schedule.name}, and expert {k} is on "
+                    f"{expert.noise_schedule.name}; leave it out, or train it on that path"
                 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Together:
+class EnsembleResult:
     """The smaller experts, and what making them took."""
 
-    experts: Mapping[int, Speaker]
+    experts: Mapping[int, ExpertModel]
     modules: int
     """Weights that were changed, over all experts; 0 is an error of the stage."""
     flops: float
@@ -122,5 +122,5 @@ class Together:
     """False if one network stands for all experts."""
 
 
-TogetherMethod = Callable[[Any, Given], Together]
+EnsembleMethod = Callable[[Any, CompressionContext], EnsembleResult]
 """(configuration, what it is given) to the experts."""

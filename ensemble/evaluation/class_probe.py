@@ -14,7 +14,7 @@ from ddm_core.artifacts import save_arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class ClassProbe:
     """Multinomial logistic regression; `classes` holds the class id of every row of `slopes`."""
 
     slopes: Float[np.ndarray, "class feature"]
@@ -35,7 +35,7 @@ class Probe:
         save_arrays(file, {"slopes": self.slopes, "offsets": self.offsets, "classes": self.classes})
 
     @classmethod
-    def load(cls, file: Path) -> "Probe":
+    def load(cls, file: Path) -> "ClassProbe":
         """Read what `save` wrote."""
         found = load_file(file)
         return cls(slopes=found["slopes"], offsets=found["offsets"], classes=found["classes"])
@@ -43,7 +43,7 @@ class Probe:
 
 def fit_probe(
     features: Float[np.ndarray, "sample feature"], labels: Int[np.ndarray, " sample"], iterations: int = 300
-) -> Probe:
+) -> ClassProbe:
     """Fit the probe; one that has not converged is fine, since its accuracy is shown beside what it says."""
     if len(np.unique(labels)) < 2:
         raise ValueError(
@@ -56,7 +56,7 @@ def fit_probe(
     slopes, offsets = fitted.coef_, fitted.intercept_
     if len(fitted.classes_) == 2:
         slopes, offsets = np.concatenate([0 * slopes, slopes]), np.concatenate([0 * offsets, offsets])
-    return Probe(
+    return ClassProbe(
         slopes=slopes.astype(np.float32),
         offsets=offsets.astype(np.float32),
         classes=fitted.classes_.astype(np.int64),

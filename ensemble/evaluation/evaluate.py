@@ -14,12 +14,12 @@ from jaxtyping import UInt8
 
 from ddm_core.artifacts import Workspace, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig
-from ensemble.evaluation.generate import draw
+from ensemble.evaluation.generate import generate
 from ensemble.evaluation.reference import PIXELS, EvaluationError
 from ensemble.evaluation.scores import Scores
 from ensemble.evaluation.scoring import Reference, score_clusters
 from ensemble.sampling.images import grid, png
-from router.config import row_name
+from router.config import selection_label
 
 GRID_IMAGES = 64
 """Samples shown in `grid.png`, eight a row."""
@@ -43,13 +43,13 @@ def evaluate(
     config = real.config
     seeds = range(config.seed * config.num_samples, (config.seed + 1) * config.num_samples)
     class_ids = held_out_classes(reference, config.num_samples) if config.conditional else None
-    drawn = draw(pipeline_folder, seeds, class_ids, sampling, workspace)
+    drawn = generate(pipeline_folder, seeds, class_ids, sampling, workspace)
     found = real.extract(drawn.images)
     classes = real.score_classes(found.spaces[PIXELS])
     clusters = score_clusters(partition, drawn.images)
     scores = Scores(
         num_samples=config.num_samples,
-        selection=row_name(sampling.selection),
+        selection=selection_label(sampling.selection),
         spaces={name: real.score_space(name, found.spaces[name]) for name in config.spaces},
         class_coverage=classes.coverage if classes else None,
         class_tv=classes.tv if classes else None,

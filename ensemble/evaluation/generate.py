@@ -18,13 +18,13 @@ from safetensors.numpy import load_file
 
 from ddm_core.artifacts import Preempted, Workspace, checksum, files_in, fingerprint, save_arrays
 from ensemble.config import SamplingConfig
-from ensemble.ensemble import Speaker
+from ensemble.ensemble import ExpertModel
 from ensemble.membership import missing_warning
-from ensemble.multi_network_experts import DraftedExpert, ScheduledExpert
+from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert
 from ensemble.pipeline import DDMPipeline
-from ensemble.routing import Calls
+from ensemble.routing import CallCounts
 from ensemble.sampling.images import to_bytes
-from ensemble.sampling.sample import Samples
+from ensemble.sampling.sample import SampleResult
 from experts.condition import Condition
 from experts.expert import Expert
 from experts.training.flops import forward_flops
@@ -36,22 +36,22 @@ WEAK = "weak_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
+class GeneratedImages:
     """Images and what they cost."""
 
     images: UInt8[np.ndarray, "batch height width channel"]
-    calls: Calls
+    calls: CallCounts
     flops: float
     """Of all expert and router calls."""
 
 
-def draw(
+def generate(
     folder: Path,
     seeds: Sequence[int],
     class_ids: Sequence[int] | None,
     sampling: SamplingConfig,
     workspace: Workspace,
-) -> Drawn:
+) -> GeneratedImages:
     """One image for each seed; batches that an earlier attempt finished are read, not drawn again.
 
     Raises `Preempted` between two batches if it is asked to stop.
@@ -63,9 +63,9 @@ def draw(
     costs, weak_costs = RowFlops.of(pipeline), weak and RowFlops.of(replace(pipeline, ensemble=weak))
     kept = workspace.scratch / f"images-{_identity(folder, seeds, class_ids, sampling)}"
     kept.mkdir(parents=True, exist_ok=True)
-    images, calls = [], Calls()
+    images, calls = [], CallCounts()
     for start in range(0, len(seeds), sampling.batch_size):
-        workspace.report(start, len(seeds), unit="images")
+        workspace.report_progress(start, len(seeds), unit="images")
         if workspace.stop_requested():
             raise Preempted(f"stopped after {start} of {len(seeds)} images, which are kept")
         rows = slice(start, start + sampling.batch_size)
@@ -75,9 +75,9 @@ def draw(
         found = load_file(file)
         images.append(found["images"])
         calls.add(_calls_of(found))
-    workspace.report(len(seeds), len(seeds), unit="images")
+    workspace.report_progress(len(seeds), len(seeds), unit="images")
     flops = costs.times(calls) + (weak_costs.times(calls.weak) if weak_costs and calls.weak else 0.0)
-    return Drawn(images=np.concatenate(images), calls=calls, flops=flops)
+    return GeneratedImages(images=np.concatenate(images), calls=calls, flops=flops)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,18 +96,18 @@ class RowFlops:
         ensemble = pipeline.ensemble
         row, t, null = torch.zeros(1, *pipeline.codec.latent_shape), torch.full((1,), 0.5), Condition.null(1)
 
-        def parts(name: str, expert: Speaker) -> Iterator[tuple[str, float]]:
-            if isinstance(expert, ScheduledExpert):
+        def parts(name: str, expert: ExpertModel) -> Iterator[tuple[str, float]]:
+            if isinstance(expert, TimeSplitExpert):
                 for number, network in enumerate(expert.networks):
                     yield from parts(f"{name}/{number}", network)
-            elif isinstance(expert, DraftedExpert):
+            elif isinstance(expert, TruncatedExpert):
                 yield from parts(f"{name}/refiner", expert.refiner)
                 if isinstance(draft := expert.draft, Expert):
                     yield from parts(f"{name}/draft", draft)
                 else:
-                    yield f"{name}/draft", forward_flops(partial(draft, row, null.table_index(expert.num_classes)))
+                    yield f"{name}/draft", forward_flops(partial(draft, row, null.embedding_index(expert.num_classes)))
             else:
-                yield name, forward_flops(partial(expert.velocity, row, t, null, ensemble.path))
+                yield name, forward_flops(partial(expert.velocity, row, t, null, ensemble.noise_schedule))
 
         networks = {name: flops for k, one in ensemble.experts.items() for name, flops in parts(str(k), one)}
         return cls(
@@ -116,17 +116,17 @@ class RowFlops:
             router=forward_flops(partial(ensemble.router.logits, row, t, null)) if ensemble.router else 0.0,
         )
 
-    def times(self, calls: Calls) -> float:
+    def times(self, calls: CallCounts) -> float:
         """Floating point operations of these calls."""
-        experts = sum(self.networks[name] * count for name, count in calls.work.items())
+        experts = sum(self.networks[name] * count for name, count in calls.full_calls.items())
         return experts + self.router * calls.router
 
 
-def _mean_flops(name: str, expert: Speaker, networks: Mapping[str, float]) -> float:
+def _mean_flops(name: str, expert: ExpertModel, networks: Mapping[str, float]) -> float:
     """Of a call at a t that is drawn evenly."""
-    if isinstance(expert, DraftedExpert):
+    if isinstance(expert, TruncatedExpert):
         return networks[f"{name}/refiner"]
-    if not isinstance(expert, ScheduledExpert):
+    if not isinstance(expert, TimeSplitExpert):
         return networks[name]
     parts = enumerate(zip(expert.widths, expert.networks, strict=True))
     return sum(width * _mean_flops(f"{name}/{number}", network, networks) for number, (width, network) in parts)
@@ -141,7 +141,7 @@ def _identity(folder: Path, seeds: Sequence[int], class_ids: Sequence[int] | Non
     return fingerprint("images", [list(seeds), class_ids, sampling], files)[:16]
 
 
-def _write(file: Path, drawn: Samples) -> None:
+def _write(file: Path, drawn: SampleResult) -> None:
     arrays = {"images": to_bytes(drawn.images)} | _arrays_of(drawn.calls, "")
     if drawn.calls.weak is not None:
         arrays |= _arrays_of(drawn.calls.weak, WEAK)
@@ -150,24 +150,24 @@ def _write(file: Path, drawn: Samples) -> None:
     temporary.replace(file)
 
 
-def _arrays_of(calls: Calls, prefix: str) -> dict[str, np.ndarray]:
-    ids, names = sorted(calls.experts), sorted(calls.work)
+def _arrays_of(calls: CallCounts, prefix: str) -> dict[str, np.ndarray]:
+    ids, names = sorted(calls.experts), sorted(calls.full_calls)
     return {
         f"{prefix}expert_ids": np.array(ids, np.int64),
         f"{prefix}expert_calls": np.array([calls.experts[k] for k in ids], np.int64),
         f"{prefix}networks": np.frombuffer("\n".join(names).encode(), np.uint8),
-        f"{prefix}network_calls": np.array([calls.work[name] for name in names], np.float64),
+        f"{prefix}network_calls": np.array([calls.full_calls[name] for name in names], np.float64),
         f"{prefix}router_calls": np.array([calls.router], np.int64),
         f"{prefix}evaluations": np.array([calls.evaluations], np.int64),
     }
 
 
-def _calls_of(found: dict[str, np.ndarray], prefix: str = "") -> Calls:
+def _calls_of(found: dict[str, np.ndarray], prefix: str = "") -> CallCounts:
     ids, counts = found[f"{prefix}expert_ids"].tolist(), found[f"{prefix}expert_calls"].tolist()
     names = found[f"{prefix}networks"].tobytes().decode().splitlines()
-    return Calls(
+    return CallCounts(
         experts=Counter(dict(zip(ids, counts, strict=True))),
-        work=dict(zip(names, found[f"{prefix}network_calls"].tolist(), strict=True)),
+        full_calls=dict(zip(names, found[f"{prefix}network_calls"].tolist(), strict=True)),
         router=int(found[f"{prefix}router_calls"][0]),
         evaluations=int(found[f"{prefix}evaluations"][0]),
         weak=_calls_of(found, WEAK) if not prefix and f"{WEAK}expert_ids" in found else None,

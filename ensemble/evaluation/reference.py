@@ -89,7 +89,7 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceSummary:
+class ReferenceStatistics:
     """What a reference holds; its scores are in `reference.json`."""
 
     held_out: int
@@ -101,13 +101,13 @@ class ReferenceSummary:
     """Counted work of the feature extractors."""
 
 
-def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspace: Workspace) -> ReferenceSummary:
+def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspace: Workspace) -> ReferenceStatistics:
     """Write everything that scores need of the real images in `dataset/train` and `dataset/holdout`.
 
     Raises `EvaluationError` if there are too few held-out images.
     """
     asked, count = config, read_index(dataset / "train").count
-    config = fitted_to(asked, count, read_index(dataset / "holdout").count)
+    config = fit_extractor_to(asked, count, read_index(dataset / "holdout").count)
     extractors = _fit_extractors(dataset, config, out)
     training, held_out = _read_both(dataset, extractors, config, workspace)
     spaces: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspac
     np.save(out / "labels.npy", held_out.labels, allow_pickle=False)
     classes = len(read_index(dataset / "train").class_names)
     probe = _write_probe(training, held_out, classes, out) if classes > 1 else None
-    summary = ReferenceSummary(
+    summary = ReferenceStatistics(
         held_out=len(held_out.labels),
         neighbours=len(training.features[PIXELS]),
         probe_accuracy=probe["accuracy"] if probe else None,
@@ -167,7 +167,7 @@ def _progress(workspace: Workspace, *counts: int) -> list[Callable[[int], None]]
 
     def reporter(before: int) -> Callable[[int], None]:
         def report(done: int) -> None:
-            workspace.report(before + done, sum(counts), unit="images")
+            workspace.report_progress(before + done, sum(counts), unit="images")
             if workspace.stop_requested():
                 raise Preempted(f"stopped after {before + done} real images; reading starts again")
 
@@ -188,7 +188,7 @@ def _write_probe(training: RealImages, held_out: RealImages, classes: int, out: 
     }
 
 
-def fitted_to(config: EvaluationConfig, training: int, held_out: int) -> EvaluationConfig:
+def fit_extractor_to(config: EvaluationConfig, training: int, held_out: int) -> EvaluationConfig:
     """The configuration with its upper bounds brought down to what a data set of this size can give."""
     if held_out < HELD_OUT_LEAST:
         raise EvaluationError(

@@ -11,9 +11,9 @@ from pydantic import TypeAdapter
 
 from data_partition.features.extract import load_extractor
 from data_partition.partition import load_partition
-from ddm_core.artifacts import plain, read_json
+from ddm_core.artifacts import read_json, to_jsonable
 from ensemble.config import EvaluationConfig
-from ensemble.evaluation.class_probe import Probe
+from ensemble.evaluation.class_probe import ClassProbe
 from ensemble.evaluation.feature_space import RealSpace, scaled
 from ensemble.evaluation.metrics import (
     coverage,
@@ -54,7 +54,7 @@ class Reference:
     def load(cls, folder: Path, config: EvaluationConfig) -> "Reference":
         """Raises `EvaluationError` if the reference was made for another configuration."""
         found = read_json(folder / "reference.json")
-        made_for, asked = found.get("config", {}), plain(config)
+        made_for, asked = found.get("config", {}), to_jsonable(config)
         differing = sorted(key for key in asked if key != "conditional" and made_for.get(key) != asked[key])
         if differing:
             raise EvaluationError(
@@ -76,7 +76,7 @@ class Reference:
         probe = self.found["probe"]
         if probe is None:
             return None
-        seen = Probe.load(self.folder / "probe.safetensors").counts(features, self.found["classes"])
+        seen = ClassProbe.load(self.folder / "probe.safetensors").counts(features, self.found["classes"])
         real = np.array(probe["counts"], np.float64)
         return ClassScores(
             coverage=coverage(seen, real),

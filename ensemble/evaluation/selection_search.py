@@ -15,20 +15,20 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
-from ensemble.config import ChoiceConfig, EvaluationConfig, SamplingConfig
+from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchConfig
 from ensemble.evaluation.evaluate import held_out_classes
-from ensemble.evaluation.generate import draw
+from ensemble.evaluation.generate import generate
 from ensemble.evaluation.reference import EvaluationError
 from ensemble.evaluation.scoring import Reference
-from router.config import SelectionConfig, row_name
+from router.config import SelectionConfig, selection_label
 
-CHOICE = "choice.json"
+CHOICE_FILE = "selection_choice.json"
 FIRST_SEED = 2**40
 """Scores draw their images from the seeds 0, 1, 2 …; a choice from here on, so that none is scored by its own luck."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class SelectionTrial:
     """What one candidate gave."""
 
     selection: SelectionConfig
@@ -56,7 +56,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class SelectionChoice:
     """The selection that was chosen, and why."""
 
     selection: SelectionConfig
@@ -65,10 +65,10 @@ class Choice:
     candidates: tuple[Candidate, ...]
 
 
-def choose(
+def search_selection(
     pipeline_folder: Path,
     reference: Path,
-    config: ChoiceConfig,
+    config: SelectionSearchConfig,
     evaluation: EvaluationConfig,
     sampling: SamplingConfig,
     out: Path,
@@ -86,10 +86,10 @@ def choose(
     trials, flops = [], 0.0
     for selection in dict.fromkeys(config.candidates):
         short = replace(sampling, selection=selection, steps=config.steps, reflection=None)
-        drawn = draw(pipeline_folder, seeds, class_ids, short, workspace)
+        drawn = generate(pipeline_folder, seeds, class_ids, short, workspace)
         found = real.extract(drawn.images)
         scores = {name: real.score_space(name, found.spaces[name]) for name in real.config.spaces}
-        trial = Trial(
+        trial = SelectionTrial(
             selection=selection,
             fd={name: score.fd for name, score in scores.items()},
             kid={name: score.kid for name, score in scores.items()},
@@ -97,11 +97,11 @@ def choose(
         )
         trials.append(trial)
         flops += drawn.flops + found.flops
-    write_json(out / CHOICE, pick(trials, config.most_calls))
+    write_json(out / CHOICE_FILE, best_candidate(trials, config.max_calls))
     return flops
 
 
-def pick(trials: Sequence[Trial], most_calls: float) -> Choice:
+def best_candidate(trials: Sequence[SelectionTrial], most_calls: float) -> SelectionChoice:
     """The candidate of the smallest mean among those with at most `most_calls` expert calls; of equals the first."""
     spaces = list(trials[0].fd)
     if len(spaces) < 2:
@@ -116,10 +116,10 @@ def pick(trials: Sequence[Trial], most_calls: float) -> Choice:
         fewest = min(trial.calls for trial in trials)
         raise EvaluationError(
             f"no candidate makes at most {most_calls:g} expert calls a step, the fewest are {fewest:.2f}: "
-            "raise `choice.most_calls`, or add sticky to `choice.candidates`, which makes one"
+            "raise `selection_search.max_calls`, or add sticky to `selection_search.candidates`, which makes one"
         )
     ranked = sorted(affordable, key=lambda number: candidates[number].mean)
-    return Choice(
+    return SelectionChoice(
         selection=trials[ranked[0]].selection,
         name=candidates[ranked[0]].name,
         why=_why([candidates[number] for number in ranked], len(candidates), most_calls),
@@ -127,19 +127,19 @@ def pick(trials: Sequence[Trial], most_calls: float) -> Choice:
     )
 
 
-def read_choice(folder: Path) -> Choice:
-    """Read the `choice.json` of a choice's folder; raises `CorruptArtifact` if it is not one."""
-    found = read_json(folder / CHOICE)
+def read_choice(folder: Path) -> SelectionChoice:
+    """Read the `selection_choice.json` of a choice's folder; raises `CorruptArtifact` if it is not one."""
+    found = read_json(folder / CHOICE_FILE)
     try:
-        return TypeAdapter(Choice).validate_python(found)
+        return TypeAdapter(SelectionChoice).validate_python(found)
     except ValidationError as error:
-        raise CorruptArtifact(f"{folder / CHOICE} was written by another version: {error}") from error
+        raise CorruptArtifact(f"{folder / CHOICE_FILE} was written by another version: {error}") from error
 
 
-def _candidate(trial: Trial, best: Mapping[str, float], most_calls: float) -> Candidate:
+def _candidate(trial: SelectionTrial, best: Mapping[str, float], most_calls: float) -> Candidate:
     relative = {space: fd / best[space] for space, fd in trial.fd.items()}
     return Candidate(
-        name=row_name(trial.selection),
+        name=selection_label(trial.selection),
         fd=trial.fd,
         kid=trial.kid,
         relative=relative,

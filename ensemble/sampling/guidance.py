@@ -16,18 +16,20 @@ from torch import Tensor
 
 from ensemble.config import Solver
 from ensemble.ensemble import Ensemble
-from ensemble.routing import Routing
-from ensemble.solvers import SOLVERS, STEPS, Latents, Schedule, VelocityField, euler_step
+from ensemble.routing import RoutingState
+from ensemble.solvers import SOLVERS, STEPS, Latents, TimeGrid, VelocityField, euler_step
 from experts.condition import Condition
 
 Times = Float[Tensor, " batch"]
 
 
-def guided(ensemble: Ensemble, condition: Condition, routing: Routing, guidance_scale: float) -> VelocityField:
+def guided_velocity(
+    ensemble: Ensemble, condition: Condition, routing: RoutingState, guidance_scale: float
+) -> VelocityField:
     """The velocity field of these trajectories; a scale of 1 never evaluates the unconditional branch."""
     if guidance_scale == 1:
         return lambda noised, t: ensemble.velocity(noised, t, condition, routing)
-    both = Condition.joined([condition, Condition.null(len(condition), condition.class_id.device)])
+    both = Condition.concatenate([condition, Condition.null(len(condition), condition.class_id.device)])
     twice = routing.repeated(2)
 
     def velocity(noised: Latents, t: Times) -> Latents:
@@ -38,7 +40,7 @@ def guided(ensemble: Ensemble, condition: Condition, routing: Routing, guidance_
     return velocity
 
 
-def reflect(strong: VelocityField, weak: VelocityField, noised: Latents, t: float, t_next: float) -> Latents:
+def reflection_step(strong: VelocityField, weak: VelocityField, noised: Latents, t: float, t_next: float) -> Latents:
     """Where the sample would be at t if the weak velocity had led to where the strong one leads.
 
     The way back is Euler's rule run backwards, from t' at t': equal fields come back but for O((t - t')^2).
@@ -46,20 +48,20 @@ def reflect(strong: VelocityField, weak: VelocityField, noised: Latents, t: floa
     return euler_step(weak, euler_step(strong, noised, t, t_next), t_next, t)
 
 
-def reflecting(
+def reflected_solver(
     solver: Solver, strong: VelocityField, weak: VelocityField, steps: int
-) -> Callable[[VelocityField, Latents, Schedule], Latents]:
+) -> Callable[[VelocityField, Latents, TimeGrid], Latents]:
     """The solver with its first `steps` steps reflected, but never the last: at t = 0 nothing need have a velocity.
 
     `strong` and the velocity that the solver is called with are the same field; they may be counted apart.
     """
     step = STEPS[solver]
 
-    def solve(velocity: VelocityField, noise: Latents, times: Schedule) -> Latents:
+    def solve(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
         first = min(steps, len(times) - 2)
         noised = noise
         for t, t_next in pairwise(times[: first + 1].tolist()):
-            noised = step(velocity, reflect(strong, weak, noised, t, t_next), t, t_next)
+            noised = step(velocity, reflection_step(strong, weak, noised, t, t_next), t, t_next)
         return SOLVERS[solver](velocity, noised, times[first:])
 
     return solve

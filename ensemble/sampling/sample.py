@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.multi_network_experts import DraftedExpert, ScheduledExpert
-from ensemble.routing import Calls
-from ensemble.sampling.guidance import guided, reflecting
-from ensemble.solvers import SOLVERS, noise_for, travel, uniform_times
+from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert
+from ensemble.routing import CallCounts
+from ensemble.sampling.guidance import guided_velocity, reflected_solver
+from ensemble.solvers import SOLVERS, noise_for, sample_few_step, uniform_times
 from experts.codec import Codec
 from experts.compressed.quantization.int8_linear import Int8Linear
 from experts.condition import Condition
@@ -23,9 +23,9 @@ from experts.expert import Expert
 def compile_networks(experts: Iterable[object]) -> None:
     """In place; what is no network of our own, has a cache, or is compiled already, stays."""
     for expert in experts:
-        if isinstance(expert, ScheduledExpert):
+        if isinstance(expert, TimeSplitExpert):
             compile_networks(expert.networks)
-        elif isinstance(expert, DraftedExpert):
+        elif isinstance(expert, TruncatedExpert):
             compile_networks([expert.draft, expert.refiner])
         elif isinstance(expert, Expert) and expert.cache is None:
             _compile(expert.model)
@@ -47,13 +47,13 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
+class SampleResult:
     """What one sample call gave, and what it took."""
 
     images: Float[Tensor, "batch height width channel"]
     """From 0 to 1, on the CPU."""
     latents: Latents
-    calls: Calls
+    calls: CallCounts
     """Rows that each expert and the router were called on."""
     calls_per_step: float
     """`Calls.per_evaluation`: 1 for sticky, K for full, twice that with guidance."""
@@ -68,7 +68,7 @@ def sample(
     class_ids: Sequence[int] | None = None,
     on_progress: Progress | None = None,
     weak: Ensemble | None = None,
-) -> Samples:
+) -> SampleResult:
     """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally.
 
     Experts with a course go through that instead of `config`'s solver and steps; where it was distilled, guidance is
@@ -80,10 +80,10 @@ def sample(
         raise ValueError(f"give at least one seed, and a class for every seed or none; got {len(seeds)} and {classes}")
     if (weak is None) != (config.reflection is None):
         raise ValueError("reflection needs a weak ensemble, and nothing else does; give both, or neither")
-    course = ensemble.course
-    if config.reflection is not None and (course is not None or (weak is not None and weak.course is not None)):
+    course = ensemble.few_step
+    if config.reflection is not None and (course is not None or (weak is not None and weak.few_step is not None)):
         raise ValueError("reflection goes between steps of a solver, and these experts have a course; leave it out")
-    started, calls, latents = time.monotonic(), Calls(), []
+    started, calls, latents = time.monotonic(), CallCounts(), []
     ensembles = ensemble.to(config.device), weak and weak.to(config.device)
     if config.compile:
         compile_networks(ensembles[0].experts.values())
@@ -99,7 +99,7 @@ def sample(
         scale = config.guidance_scale if is_guided else 1.0
         latents.append(_trajectory(*ensembles, codec, seeds[rows], config, condition, scale, calls, report))
     images = torch.cat([codec.decode(batch).float().cpu() for batch in latents])
-    return Samples(
+    return SampleResult(
         images=images,
         latents=torch.cat(latents),
         calls=calls,
@@ -117,12 +117,12 @@ def _trajectory(
     config: SamplingConfig,
     condition: Condition,
     guidance_scale: float,
-    calls: Calls,
+    calls: CallCounts,
     report: Callable[[float], None],
 ) -> Latents:
     """The clean latents of one batch, on the CPU."""
-    routing = ensemble.begin(seeds, condition, config.selection)
-    field = guided(ensemble, condition, routing, guidance_scale)
+    routing = ensemble.init_routing(seeds, condition, config.selection)
+    field = guided_velocity(ensemble, condition, routing, guidance_scale)
 
     def velocity(noised: Latents, t: Times) -> Latents:
         report(float(t[0]))
@@ -132,17 +132,17 @@ def _trajectory(
     def noise(occasion: int) -> Latents:
         return noise_for(seeds, codec.latent_shape, occasion).to(config.device)
 
-    begun, solver = ensemble.begun(noise, condition, routing), SOLVERS[config.solver]
+    begun, solver = ensemble.initial_latents(noise, condition, routing), SOLVERS[config.solver]
     if config.reflection is not None and weak is not None:
-        other = weak.begin(seeds, condition, config.selection)
+        other = weak.init_routing(seeds, condition, config.selection)
         routing.calls.weak = other.calls
-        weak_field = guided(weak, condition, other, guidance_scale)
-        solver = reflecting(config.solver, field, weak_field, config.reflection.steps)
-    course = ensemble.course
+        weak_field = guided_velocity(weak, condition, other, guidance_scale)
+        solver = reflected_solver(config.solver, field, weak_field, config.reflection.steps)
+    course = ensemble.few_step
     if course is None:
         clean = solver(velocity, begun, uniform_times(config.steps))
     else:
-        clean = travel(velocity, begun, course, ensemble.path, lambda step: noise(1 + step))
+        clean = sample_few_step(velocity, begun, course, ensemble.noise_schedule, lambda step: noise(1 + step))
     report(0.0)
     calls.add(routing.calls)
     return clean.cpu()

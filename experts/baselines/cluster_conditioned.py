@@ -17,17 +17,17 @@ from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
 from experts.condition import Condition
 from experts.config import ExpertConfig
-from experts.diffusion.noise_schedule import Latents, NoisePath, Times
+from experts.diffusion.noise_schedule import Latents, NoiseSchedule, Times
 from experts.expert import Expert, ExpertSummary, check_classes, train_network
-from experts.networks.pretrained import start_of
+from experts.networks.pretrained import build_initial_model
 from experts.training.latent_dataset import Batch, encode_latents
 from experts.training.loss import expert_loss
 
-SETTINGS = "told.json"
+SETTINGS = "cluster_conditioned.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToldExpert:
+class ClusterConditionedExpert:
     """The one network, told one cluster; K of them share it, and stand for K experts in an ensemble."""
 
     shared: Expert
@@ -41,22 +41,22 @@ class ToldExpert:
         return self.shared.num_classes // self.num_clusters - 1
 
     @property
-    def path(self) -> NoisePath:
+    def noise_schedule(self) -> NoiseSchedule:
         """The noise path that the network was trained on."""
-        return self.shared.path
+        return self.shared.noise_schedule
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one latent."""
         return self.shared.latent_shape
 
-    def velocity(self, noised: Latents, t: Times, condition: Condition, path: NoisePath | None = None) -> Latents:
+    def velocity(self, noised: Latents, t: Times, condition: Condition, path: NoiseSchedule | None = None) -> Latents:
         """The velocity on `path` (default: the network's own) of samples of this cluster."""
         clusters = torch.full_like(condition.class_id, self.cluster_id)
         told = with_cluster(condition, clusters, self.num_classes, self.num_clusters)
         return self.shared.velocity(noised, t, told, path)
 
-    def to(self, device: torch.device | str) -> "ToldExpert":
+    def to(self, device: torch.device | str) -> "ClusterConditionedExpert":
         """Move the shared network to a device, in place."""
         self.shared.to(device)
         return self
@@ -67,7 +67,7 @@ class ToldExpert:
         write_json(folder / SETTINGS, {"num_clusters": self.num_clusters})
 
     @classmethod
-    def load_all(cls, folder: Path) -> Mapping[int, "ToldExpert"]:
+    def load_all(cls, folder: Path) -> Mapping[int, "ClusterConditionedExpert"]:
         """The network once for every cluster; raises an `ArtifactError` if a file is missing or broken."""
         shared, said = Expert.load(folder), read_json(folder / SETTINGS)
         clusters = said.get("num_clusters") if isinstance(said, dict) else None
@@ -79,7 +79,7 @@ class ToldExpert:
         return {k: cls(shared=shared, cluster_id=k, num_clusters=clusters) for k in range(clusters)}
 
 
-def is_told(folder: Path) -> bool:
+def is_cluster_conditioned(folder: Path) -> bool:
     """Whether a folder holds a network that is told the cluster."""
     return (folder / SETTINGS).is_file()
 
@@ -88,10 +88,10 @@ def with_cluster(
     condition: Condition, cluster_id: Int[Tensor, " batch"], num_classes: int, num_clusters: int
 ) -> Condition:
     """The pair (class, cluster) as one class; the null class comes behind all others, with each cluster too."""
-    return Condition(condition.table_index(num_classes) * num_clusters + cluster_id)
+    return Condition(condition.embedding_index(num_classes) * num_clusters + cluster_id)
 
 
-def train_told(
+def train_cluster_conditioned(
     config: ExpertConfig, clusters: Sequence[Path], codec: Path, out: Path, workspace: Workspace
 ) -> ExpertSummary:
     """Train the network on the samples of all clusters, each with its cluster's number, and write it to `out`."""
@@ -99,11 +99,11 @@ def train_told(
     num_classes, num_clusters = len(read_index(clusters[0]).class_names), len(clusters)
     check_classes(dataset, num_classes)
     pairs = (num_classes + 1) * num_clusters
-    start = start_of(config, dataset.latent_shape, pairs)
+    start = build_initial_model(config, dataset.latent_shape, pairs)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         told = with_cluster(batch.condition, batch.cluster_id, num_classes, num_clusters)
-        return {"loss": expert_loss(model, replace(batch, condition=told), start.prediction, start.path)}
+        return {"loss": expert_loss(model, replace(batch, condition=told), start.prediction, start.noise_schedule)}
 
     summary = train_network(config.training, dataset, start, loss, out, workspace, pairs)
     write_json(out / SETTINGS, {"num_clusters": num_clusters})

@@ -17,16 +17,16 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig, Prediction
-from experts.diffusion.noise_schedule import NoisePath
-from experts.diffusion.predictions import from_velocity, target_of
+from experts.diffusion.noise_schedule import NoiseSchedule
+from experts.diffusion.predictions import from_velocity, training_target
 from experts.expert import Expert, ExpertSummary, check_classes, network_flops, train_network
-from experts.networks.pretrained import start_of
+from experts.networks.pretrained import build_initial_model
 from experts.networks.registry import call_network
 from experts.training.latent_dataset import Batch, encode_latents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StudentSummary:
+class DistilledMonolithSummary:
     """What a student cost, part by part, in FLOPs."""
 
     student: float
@@ -42,14 +42,14 @@ class StudentSummary:
         return self.student + self.teachers
 
 
-def train_student(
+def train_distilled_monolith(
     config: ExpertConfig,
     teachers: Mapping[int, Path],
     clusters: Sequence[Path],
     codec: Path,
     out: Path,
     workspace: Workspace,
-) -> StudentSummary:
+) -> DistilledMonolithSummary:
     """Train on the samples of all clusters and write the student to `out`, as an expert with `student.json`.
 
     The sample of a cluster whose teacher is missing teaches what it would teach an expert.
@@ -57,28 +57,28 @@ def train_student(
     dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
     num_classes = len(read_index(clusters[0]).class_names)
     check_classes(dataset, num_classes)
-    start = start_of(config, dataset.latent_shape, num_classes)
+    start = build_initial_model(config, dataset.latent_shape, num_classes)
     experts = {k: Expert.load(folder) for k, folder in teachers.items()}
     for expert in experts.values():
         expert.to(config.training.device)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return {"loss": student_loss(model, batch, experts, start.prediction, start.path)}
+        return {"loss": student_loss(model, batch, experts, start.prediction, start.noise_schedule)}
 
     trained = train_network(config.training, dataset, start, loss, out, workspace, num_classes)
     shares = torch.bincount(dataset.cluster_id, minlength=len(clusters)).double() / len(dataset)
     summary = _summary(trained, config, experts, teachers, shares.tolist(), dataset.latent_shape)
-    write_json(out / "student.json", summary)
+    write_json(out / "distilled_monolith.json", summary)
     return summary
 
 
 def student_loss(
-    model: nn.Module, batch: Batch, teachers: Mapping[int, Expert], prediction: Prediction, path: NoisePath
+    model: nn.Module, batch: Batch, teachers: Mapping[int, Expert], prediction: Prediction, path: NoiseSchedule
 ) -> Float[Tensor, ""]:
     """Mean squared distance between the student and the expert of each sample's own cluster."""
     # E || v_student(x, t, c) - v_k(x, t, c) ||^2, x = alpha clean + sigma noise, clean in cluster k.
-    noised = path.noised(batch.clean, batch.noise, batch.t)
-    target = target_of(prediction, batch.clean, batch.noise, batch.t, path)
+    noised = path.add_noise(batch.clean, batch.noise, batch.t)
+    target = training_target(prediction, batch.clean, batch.noise, batch.t, path)
     with torch.no_grad():
         for k, teacher in teachers.items():
             rows = (batch.cluster_id == k).nonzero().squeeze(-1)
@@ -97,9 +97,9 @@ def _summary(
     folders: Mapping[int, Path],
     shares: Sequence[float],
     latent_shape: tuple[int, ...],
-) -> StudentSummary:
+) -> DistilledMonolithSummary:
     """The costs; each teacher is called on its cluster's share of all rows."""
     rows = config.training.batch_size * config.training.steps
     calls = sum(rows * shares[k] * network_flops(expert.to("cpu").model, latent_shape) for k, expert in experts.items())
     before = sum(float(read_json(folder / "training.json")["flops"]) for folder in folders.values())
-    return StudentSummary(student=trained.flops, teachers=calls, experts=before)
+    return DistilledMonolithSummary(student=trained.flops, teachers=calls, experts=before)

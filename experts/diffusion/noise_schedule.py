@@ -11,32 +11,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experts.config import PathName
+from experts.config import NoiseScheduleName
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, "..."]
-OfTime = Callable[[Tensor], Tensor]
-NoiseOf = Callable[[int], Latents]
+TimeFunction = Callable[[Tensor], Tensor]
+NoiseSource = Callable[[int], Latents]
 """Noise of the same samples for an occasion; 0 is their beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoisePath:
+class NoiseSchedule:
     """A noise path and its slopes, all functions of t."""
 
-    name: PathName
-    alpha: OfTime
-    sigma: OfTime
-    alpha_dot: OfTime
-    sigma_dot: OfTime
-    t_at: OfTime
+    name: NoiseScheduleName
+    alpha: TimeFunction
+    sigma: TimeFunction
+    alpha_dot: TimeFunction
+    sigma_dot: TimeFunction
+    t_at: TimeFunction
     """The inverse of `noise_to_signal`; takes 0 to 0 and infinity to 1."""
 
     def noise_to_signal(self, t: Times) -> Times:
         """sigma(t) / alpha(t), from 0 to infinity."""
         return self.sigma(t) / self.alpha(t)
 
-    def noised(self, clean: Latents, noise: Latents, t: Times) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, t: Times) -> Latents:
         """What lies between clean and noise at t."""
         t = expand(t, clean)
         return self.alpha(t) * clean + self.sigma(t) * noise
@@ -48,7 +48,7 @@ class NoisePath:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Matched:
+class NoisedSample:
     """The same sample at the same noise-to-signal ratio, on another path."""
 
     noised: Latents
@@ -60,21 +60,21 @@ def expand(t: Times, like: Latents) -> Times:
     return t.reshape(-1, *[1] * (like.ndim - 1)) if t.ndim == 1 else t
 
 
-def matched(noised: Latents, t: Times, source: NoisePath, target: NoisePath) -> Matched:
+def to_schedule(noised: Latents, t: Times, source: NoiseSchedule, target: NoiseSchedule) -> NoisedSample:
     """Move a noised sample from one path to another at equal noise-to-signal ratio; nothing about it is lost.
 
     Two points of equal ratio differ by a factor only, |(alpha, sigma)| of one over that of the other.
     """
     if source.name == target.name:
-        return Matched(noised=noised, t=t)
+        return NoisedSample(noised=noised, t=t)
     moved = target.t_at(source.noise_to_signal(t))
     scale = torch.hypot(target.alpha(moved), target.sigma(moved)) / torch.hypot(source.alpha(t), source.sigma(t))
-    return Matched(noised=noised * expand(scale, noised), t=moved)
+    return NoisedSample(noised=noised * expand(scale, noised), t=moved)
 
 
 # Straight path (rectified flow; Liu et al. 2023, arXiv:2209.03003): alpha = 1 - t, sigma = t.
-STRAIGHT = NoisePath(
-    name="straight",
+RECTIFIED_FLOW = NoiseSchedule(
+    name="rectified_flow",
     alpha=lambda t: 1 - t,
     sigma=lambda t: t,
     alpha_dot=lambda t: -torch.ones_like(t),
@@ -85,7 +85,7 @@ STRAIGHT = NoisePath(
 # Variance-preserving cosine path (Nichol & Dhariwal 2021, arXiv:2102.09672, without offset):
 # alpha = cos(pi t / 2), sigma = sin(pi t / 2). Written as a sine, alpha is exactly 0 at t = 1.
 QUARTER_TURN = math.pi / 2
-COSINE = NoisePath(
+COSINE = NoiseSchedule(
     name="cosine",
     alpha=lambda t: torch.sin(QUARTER_TURN * (1 - t)),
     sigma=lambda t: torch.sin(QUARTER_TURN * t),
@@ -150,7 +150,7 @@ def _linear_t_at(ratio: Tensor) -> Tensor:
     return torch.where(sigma < FIRST_SIGMA, TIMESTEP * sigma / FIRST_SIGMA, late)
 
 
-LINEAR_BETA = NoisePath(
+LINEAR_BETA = NoiseSchedule(
     name="linear_beta",
     alpha=_linear_alpha,
     sigma=_linear_sigma,
@@ -159,4 +159,6 @@ LINEAR_BETA = NoisePath(
     t_at=_linear_t_at,
 )
 
-PATHS: dict[PathName, NoisePath] = {path.name: path for path in (STRAIGHT, COSINE, LINEAR_BETA)}
+NOISE_SCHEDULES: dict[NoiseScheduleName, NoiseSchedule] = {
+    path.name: path for path in (RECTIFIED_FLOW, COSINE, LINEAR_BETA)
+}

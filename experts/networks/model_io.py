@@ -1,6 +1,6 @@
 """A diffusers model as a folder: `config.json` and safetensors, and nothing that could run code.
 
-`structure.json` says what a pruned model lacks of its configuration, `forms.json` which of its layers and weights have
+`structure.json` says what a pruned model lacks of its configuration, `quantization_config.json` which of its layers and weights have
 been replaced. Whole models have neither.
 
 diffusers' own `from_pretrained` starts what a file lacks at random, ignores what it does not know, and follows an index
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.compressed.pruning.structure import Structure
-from experts.compressed.quantization.registry import apply_forms, forms_of
+from experts.compressed.quantization.registry import quantized_modules, replace_modules
 
-STRUCTURE, FORMS = "structure.json", "forms.json"
+STRUCTURE, FORMS = "structure.json", "quantization_config.json"
 DIFFUSERS = "diffusion_pytorch_model"
 WAY_OUT = "copy it again from where it was trained, or train it again"
 
@@ -28,7 +28,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     """Write the model as diffusers does, and what it lacks or has replaced."""
     saver: Any = model
     saver.save_pretrained(folder, safe_serialization=True)
-    structure, forms = Structure.of(model), forms_of(model)
+    structure, forms = Structure.of(model), quantized_modules(model)
     if not structure.is_whole:
         write_json(folder / STRUCTURE, structure)
     if forms:
@@ -51,7 +51,7 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
         if (folder / STRUCTURE).exists():
             Structure.parsed(read_json(folder / STRUCTURE)).apply(model)
         if (folder / FORMS).exists():
-            apply_forms(model, read_json(folder / FORMS))
+            replace_modules(model, read_json(folder / FORMS))
         model.load_state_dict(_read_tensors(folder))
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:500]

@@ -16,31 +16,35 @@ from torch import nn
 
 from ddm_core.artifacts import ArtifactError, read_json
 from experts.config import ExpertConfig, Prediction
-from experts.diffusion.noise_schedule import PATHS, NoisePath
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.networks.pretrained_files import InitError, init_files
 from experts.networks.registry import NetworkError, build_network, load_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class InitialModel:
     """A network before its first step, and what its predictions mean."""
 
     model: nn.Module
     prediction: Prediction
-    path: NoisePath
+    noise_schedule: NoiseSchedule
 
 
-def start_of(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> Start:
+def build_initial_model(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> InitialModel:
     """A fresh network, or that of the checkpoint; raises `NetworkError` or `InitError` if it does not fit."""
     if config.init is not None:
         return _from_checkpoint(config, Path(config.init), latent_shape, num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         model = build_network(config.network, latent_shape, num_classes)
-    return Start(model=model, prediction=config.prediction, path=PATHS[config.path])
+    return InitialModel(
+        model=model, prediction=config.prediction, noise_schedule=NOISE_SCHEDULES[config.noise_schedule]
+    )
 
 
-def _from_checkpoint(config: ExpertConfig, folder: Path, latent_shape: tuple[int, ...], num_classes: int) -> Start:
+def _from_checkpoint(
+    config: ExpertConfig, folder: Path, latent_shape: tuple[int, ...], num_classes: int
+) -> InitialModel:
     init_files(folder)
     try:
         model = load_network(folder)
@@ -48,14 +52,17 @@ def _from_checkpoint(config: ExpertConfig, folder: Path, latent_shape: tuple[int
         raise InitError(f"init={folder}: {error}") from error
     _check_fits(model, folder, latent_shape, num_classes)
     said = read_json(folder / "expert.json") if (folder / "expert.json").is_file() else {}
-    prediction, path = said.get("prediction", config.init_prediction), said.get("path", config.init_path)
-    if path not in PATHS:
-        raise InitError(f"init={folder} is on the unknown noise path {path!r}; known are {', '.join(PATHS)}")
-    return Start(model=model, prediction=prediction, path=PATHS[path])
+    prediction, path = (
+        said.get("prediction", config.init_prediction),
+        said.get("noise_schedule", config.init_noise_schedule),
+    )
+    if path not in NOISE_SCHEDULES:
+        raise InitError(f"init={folder} is on the unknown noise path {path!r}; known are {', '.join(NOISE_SCHEDULES)}")
+    return InitialModel(model=model, prediction=prediction, noise_schedule=NOISE_SCHEDULES[path])
 
 
 def _check_fits(model: nn.Module, folder: Path, latent_shape: tuple[int, ...], num_classes: int) -> None:
-    knows = known_by(model)
+    knows = model_signature(model)
     if knows.latent_shape != latent_shape:
         raise InitError(
             f"init={folder} knows latents of shape {knows.latent_shape}, and the data have {latent_shape}; "
@@ -74,7 +81,7 @@ def _check_fits(model: nn.Module, folder: Path, latent_shape: tuple[int, ...], n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class ModelSignature:
     """What a network was made for."""
 
     latent_shape: tuple[int, ...]
@@ -82,17 +89,17 @@ class Known:
     num_classes: int
 
 
-def known_by(model: nn.Module) -> Known:
+def model_signature(model: nn.Module) -> ModelSignature:
     """What a network of `experts.networks` says of itself; a UNet without class embedding knows no classes."""
     config: Any = model.config
     if not isinstance(model, UNet2DModel | DiTTransformer2DModel):
         shape = tuple(config.latent_shape)
-        return Known(latent_shape=shape, out_channels=shape[0], num_classes=config.num_classes)
+        return ModelSignature(latent_shape=shape, out_channels=shape[0], num_classes=config.num_classes)
     if not isinstance(config.sample_size, int):
         raise NetworkError(f"this network is for samples of size {config.sample_size}; only square ones are known here")
     is_unet = isinstance(model, UNet2DModel)
     embeds = (config.num_class_embeds or 1) - 1 if is_unet else config.num_embeds_ada_norm
-    return Known(
+    return ModelSignature(
         latent_shape=(config.in_channels, config.sample_size, config.sample_size),
         out_channels=config.out_channels or config.in_channels,
         num_classes=embeds,

@@ -49,7 +49,7 @@ def _build_residual_mlp(config: ResidualMLPConfig, latent_shape: tuple[int, ...]
 
 
 def _call_residual_mlp(model: ResidualMLP, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
-    predicted: Tensor = model(noised, t, condition.table_index(model.config.num_classes))
+    predicted: Tensor = model(noised, t, condition.embedding_index(model.config.num_classes))
     return predicted
 
 
@@ -84,7 +84,7 @@ def _build_unet(config: UNetConfig, latent_shape: tuple[int, ...], num_classes: 
 
 def _call_unet(model: UNet2DModel, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
     embeds = model.config.num_class_embeds
-    labels = None if embeds is None else condition.table_index(embeds - 1)
+    labels = None if embeds is None else condition.embedding_index(embeds - 1)
     predicted: Tensor = model(noised, t * TIMESTEPS, labels, return_dict=False)[0]
     return predicted
 
@@ -109,7 +109,7 @@ def _build_dit(config: DiTConfig, latent_shape: tuple[int, ...], num_classes: in
 
 
 def _call_dit(model: DiTTransformer2DModel, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
-    labels = condition.table_index(model.config.num_embeds_ada_norm)
+    labels = condition.embedding_index(model.config.num_embeds_ada_norm)
     predicted: Tensor = model(noised, t * TIMESTEPS, labels, return_dict=False)[0]
     return predicted
 

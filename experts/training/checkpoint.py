@@ -18,7 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddm_core.artifacts import ArtifactError, checksum, plain, read_sealed, replaced_folder, sealed, write_text
+from ddm_core.artifacts import (
+    ArtifactError,
+    atomic_folder,
+    checksum,
+    read_with_checksum,
+    to_jsonable,
+    with_checksum,
+    write_text,
+)
 from experts.config import TrainingConfig
 from experts.training.ema import MovingAverage
 
@@ -56,7 +64,7 @@ class TrainingState:
 def save_checkpoint(folder: Path, state: TrainingState) -> None:
     """Write the state under `folder`, whole or not at all, and remove what was there before."""
     new = folder / f"step-{state.step:08d}"
-    with replaced_folder(new) as temporary:
+    with atomic_folder(new) as temporary:
         save_file(_tensors_of(state), temporary / TENSORS)
         described = {
             "step": state.step,
@@ -65,7 +73,7 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
             "scaler": state.scaler.state_dict(),
             "sha256": checksum(temporary / TENSORS),
         }
-        write_text(temporary / STATE, sealed(described))
+        write_text(temporary / STATE, with_checksum(described))
     for path in folder.iterdir():
         if path != new:
             shutil.rmtree(path)
@@ -100,7 +108,7 @@ def restore_checkpoint(folder: Path, state: TrainingState) -> bool:
 def _read_whole(newest: Path) -> dict[str, Any]:
     """What a checkpoint says of itself; one that is not as it was written is set aside, with `DamagedCheckpoint`."""
     try:
-        described = read_sealed(newest / STATE)
+        described = read_with_checksum(newest / STATE)
         if checksum(newest / TENSORS) == described["sha256"]:
             return described
         reason = f"{TENSORS} is truncated or changed"
@@ -117,7 +125,7 @@ def _read_whole(newest: Path) -> dict[str, Any]:
 
 def _identity(config: TrainingConfig) -> dict[str, object]:
     """The configuration without what may differ between two attempts: where they run."""
-    return {name: value for name, value in plain(config).items() if name != "device"}
+    return {name: value for name, value in to_jsonable(config).items() if name != "device"}
 
 
 def _tensors_of(state: TrainingState) -> dict[str, Tensor]:

@@ -24,12 +24,12 @@ class GroupError(ValueError):
     """These workers cannot train together."""
 
 
-class GroupBroken(Exception):  # noqa: N818 - names what happened
+class WorkerLost(Exception):  # noqa: N818 - names what happened
     """Another worker of the group is gone; what the first one has saved can be continued."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class DataParallelGroup:
     """This worker's place among those that train together."""
 
     rank: int = 0
@@ -37,18 +37,18 @@ class Group:
     size: int = 1
 
     @classmethod
-    def joined(cls) -> "Group":
+    def join(cls) -> "DataParallelGroup":
         """The process group of torch.distributed that this process has joined, or a group of one."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this worker is the one that writes."""
         return self.rank == 0
 
-    def share(self, batch_size: int) -> slice:
+    def local_rows(self, batch_size: int) -> slice:
         """This worker's rows of a global batch; `GroupError` if the workers would not get equally many."""
         if batch_size % self.size:
             below = batch_size - batch_size % self.size
@@ -59,7 +59,7 @@ class Group:
         rows = batch_size // self.size
         return slice(self.rank * rows, (self.rank + 1) * rows) if self.size > 1 else slice(None)
 
-    def parallel(
+    def wrap_model(
         self, model: nn.Module, loss: Callable[[nn.Module, Rows], dict[str, Tensor]]
     ) -> Callable[[Rows], dict[str, Tensor]]:
         """The loss of this worker's rows, whose backward pass gives every worker the mean gradient of all."""
@@ -77,7 +77,7 @@ class Group:
         distributed.all_reduce(stacked)
         return dict(zip(values, (stacked / self.size).unbind(), strict=True))
 
-    def any(self, said: bool) -> bool:  # noqa: FBT001 - what this worker says is the value
+    def any_rank(self, said: bool) -> bool:  # noqa: FBT001 - what this worker says is the value
         """Whether at least one worker says yes; all of them get the same answer."""
         if self.size == 1:
             return said
@@ -98,31 +98,31 @@ class Group:
                 "scratch folder; put it on a disk that all of them share, or all workers on one node"
             )
 
-    def done_once(self, work: Callable[[], None]) -> None:
+    def run_on_main(self, work: Callable[[], None]) -> None:
         """Let the first worker do what all need; the others wait, and raise `Preempted` if it does not end well."""
         if self.size == 1:
             work()
             return
-        done = not self.is_first
-        with self.united():
+        done = not self.is_main
+        with self.worker_loss_as_error():
             try:
-                if self.is_first:
+                if self.is_main:
                     work()
                     done = True
             finally:
-                is_missing = self.any(not done)
+                is_missing = self.any_rank(not done)
             if is_missing:
                 raise Preempted("the first worker of the group stopped, and says why")
 
     @contextlib.contextmanager
-    def united(self) -> Iterator[None]:
+    def worker_loss_as_error(self) -> Iterator[None]:
         """Turn the errors of a connection to a worker that is gone into `GroupBroken`."""
         try:
             yield
         except RuntimeError as error:  # gloo raises no class of its own
             if self.size > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
                 reason = str(error).partition(". ")[0]
-                raise GroupBroken(f"another of the {self.size} workers is gone ({reason})") from error
+                raise WorkerLost(f"another of the {self.size} workers is gone ({reason})") from error
             raise
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 
-def gamma_of(width: float) -> float:
+def power_law_gamma(width: float) -> float:
     """The exponent whose power-function average has this relative width (0 to 0.28).
 
     Karras et al. 2024, arXiv:2312.02696, equation 123: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
@@ -22,7 +22,7 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, width: float) -> None:
-        self.gamma = gamma_of(width)
+        self.gamma = power_law_gamma(width)
         self.source = dict(model.named_parameters())
         self.average = {name: parameter.detach().clone() for name, parameter in self.source.items()}
         self._targets = list(self.average.values())

@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data_partition.shards.shards import read_batches, read_index
-from ddm_core.artifacts import CACHE, Preempted, Workspace, checksum, files_in, read_json, replaced_folder, write_json
+from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, files_in, read_json, write_json
 from ddm_core.memmaps import new_array
 from experts.codec import Codec
 from experts.condition import Condition
 from experts.config import TrainingConfig
 from experts.diffusion.noise_schedule import Latents
-from experts.training.distributed import Group
+from experts.training.distributed import DataParallelGroup
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +81,15 @@ class Batch:
         )
 
 
-def batch_of(dataset: LatentDataset, config: TrainingConfig, step: int, share: slice = slice(None)) -> Batch:
+def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, share: slice = slice(None)) -> Batch:
     """The batch of a step, counted from 0: a new order each epoch, logit-normal t, some conditions dropped.
 
     Every sample comes once an epoch; a batch may lie across epochs. t = sigmoid(mean + std * normal)
     (Esser et al. 2024, arXiv:2403.03206, section 3.1). `share` gives those of its rows alone.
     """
-    every = rows_of(len(dataset), config.batch_size, config.seed, step)
+    every = sample_indices(len(dataset), config.batch_size, config.seed, step)
     rows = every[share]
-    generator = torch.Generator().manual_seed(mixed_seed(_NOISE, config.seed, step))
+    generator = torch.Generator().manual_seed(derive_seed(_NOISE, config.seed, step))
     noise = torch.randn(len(every), *dataset.latent_shape, generator=generator)
     t = torch.randn(len(every), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
     dropped = torch.rand(len(every), generator=generator) < config.condition_dropout
@@ -97,12 +97,12 @@ def batch_of(dataset: LatentDataset, config: TrainingConfig, step: int, share: s
         clean=dataset.clean.index_select(0, rows),
         noise=noise[share],
         t=t[share],
-        condition=Condition(dataset.class_id.index_select(0, rows)).dropped(dropped[share]),
+        condition=Condition(dataset.class_id.index_select(0, rows)).drop(dropped[share]),
         cluster_id=dataset.cluster_id.index_select(0, rows),
     )
 
 
-def rows_of(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " batch"]:
+def sample_indices(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " batch"]:
     """Which of `count` samples a step sees: the next `batch_size` of the endless row of shuffled epochs."""
     parts = []
     position, end = step * batch_size, (step + 1) * batch_size
@@ -117,15 +117,15 @@ def rows_of(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " 
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " sample"]:
     """A permutation of the samples that depends on (seed, epoch) alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(_ORDER, seed, epoch)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(_ORDER, seed, epoch)))
 
 
 def step_seed(seed: int, step: int) -> int:
     """The seed of whatever a network itself draws at a step, such as its dropout."""
-    return mixed_seed(_STEP, seed, step)
+    return derive_seed(_STEP, seed, step)
 
 
-def mixed_seed(purpose: int, seed: int, index: int) -> int:
+def derive_seed(purpose: int, seed: int, index: int) -> int:
     """32 well-mixed bits of three numbers; torch's CPU generator looks at no more."""
     return int(np.random.SeedSequence((purpose, seed % 2**64, index)).generate_state(1)[0])
 
@@ -148,11 +148,11 @@ def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, wor
         if (folder / "source.json").is_file() and read_json(folder / "source.json") == source:
             return
         logger.info("encoding %d samples of %d folders", sum(counts), len(shards))
-        with replaced_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             _write_latents(temporary, shards, sum(counts), codec, workspace)
             write_json(temporary / "source.json", source)
 
-    Group.joined().done_once(encode)
+    DataParallelGroup.join().run_on_main(encode)
     return read_latents(folder)
 
 
@@ -179,7 +179,7 @@ def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Code
             maps["class_id"][rows] = batch.labels
             maps["cluster_id"][rows] = cluster_id
             row = rows.stop
-            workspace.report(row, count, unit="images encoded")
+            workspace.report_progress(row, count, unit="images encoded")
             if row < count and workspace.stop_requested():
                 raise Preempted(f"stopped after {row} of {count} images were encoded; encoding begins again")
     for written in maps.values():

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ddm_core.artifacts import Preempted, Workspace, write_text
 from experts.config import TrainingConfig
 from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
-from experts.training.distributed import Group
+from experts.training.distributed import DataParallelGroup
 from experts.training.ema import MovingAverage
-from experts.training.latent_dataset import Batch, LatentDataset, batch_of, step_seed
+from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
 
 logger = logging.getLogger(__name__)
 
-Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
+LossFn = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """(model, batch) to named scalars; `loss` is what is minimised, the others are only logged."""
 
 
@@ -34,7 +34,7 @@ class DeviceError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
+class TrainingResult:
     """A finished training."""
 
     model: nn.Module
@@ -43,33 +43,35 @@ class Fitted:
     """Means over `log_every` steps each: step, lr, grad_norm, loss and whatever else the loss gave."""
 
 
-def fit(model: nn.Module, loss: Loss, dataset: LatentDataset, config: TrainingConfig, workspace: Workspace) -> Fitted:
+def fit(
+    model: nn.Module, loss: LossFn, dataset: LatentDataset, config: TrainingConfig, workspace: Workspace
+) -> TrainingResult:
     """Train `model` in place, from the newest checkpoint in the scratch folder if there is one.
 
     Interrupted and continued, it gives the same bits as uninterrupted. Raises `Preempted` (after saving),
     `TrainingDiverged`, `CheckpointError` or `DeviceError`; in a group of several workers, each of which calls it,
     `GroupError` or `GroupBroken` too.
     """
-    group, checkpoints = Group.joined(), workspace.scratch / "checkpoints"
-    share = group.share(config.batch_size)
+    group, checkpoints = DataParallelGroup.join(), workspace.scratch / "checkpoints"
+    share = group.local_rows(config.batch_size)
     device = usable_device(config.device)
-    with group.united(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with group.worker_loss_as_error(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         state = new_state(model.to(device), config)
         restore_checkpoint(checkpoints, state)
         group.check_equal(state.step)
-        losses, journal = group.parallel(model, loss), _Journal(workspace, state, group)
+        losses, journal = group.wrap_model(model, loss), _TrainingLog(workspace, state, group)
         while state.step < config.steps:
-            if group.any(workspace.stop_requested()):
+            if group.any_rank(workspace.stop_requested()):
                 _save(checkpoints, state, group)
                 raise Preempted(f"stopped at step {state.step} of {config.steps}; start it again to continue")
-            _step(state, losses, batch_of(dataset, config, state.step, share).to(device), group)
+            _step(state, losses, make_batch(dataset, config, state.step, share).to(device), group)
             if state.step % config.log_every == 0 or state.step == config.steps:
                 journal.write(_closed_row(state))
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
                 _save(checkpoints, state, group)
     averaged = deepcopy(model)
     state.average.copy_to(averaged)
-    return Fitted(model=averaged.to("cpu").eval(), rows=state.rows)
+    return TrainingResult(model=averaged.to("cpu").eval(), rows=state.rows)
 
 
 def usable_device(name: str) -> torch.device:
@@ -114,7 +116,9 @@ def new_state(model: nn.Module, config: TrainingConfig, betas: tuple[float, floa
     )
 
 
-def _step(state: TrainingState, losses: Callable[[Batch], dict[str, Tensor]], batch: Batch, group: Group) -> None:
+def _step(
+    state: TrainingState, losses: Callable[[Batch], dict[str, Tensor]], batch: Batch, group: DataParallelGroup
+) -> None:
     """One step of the optimiser; nothing in it waits for the device."""
     config = state.config
     _seed(step_seed(config.seed, state.step) + group.rank, batch.t.device)
@@ -167,17 +171,17 @@ def _check_finite(state: TrainingState) -> None:
         )
 
 
-def _save(folder: Path, state: TrainingState, group: Group) -> None:
+def _save(folder: Path, state: TrainingState, group: DataParallelGroup) -> None:
     """Save a checkpoint, unless the parameters are past saving; all workers of a group have the same."""
     _check_finite(state)
-    group.done_once(lambda: save_checkpoint(folder, state))
+    group.run_on_main(lambda: save_checkpoint(folder, state))
 
 
-class _Journal:
+class _TrainingLog:
     """Says how far the training is: live metrics rows and progress, neither of which enters an artifact."""
 
-    def __init__(self, workspace: Workspace, state: TrainingState, group: Group) -> None:
-        self.workspace, self.config, self.is_silent = workspace, state.config, not group.is_first
+    def __init__(self, workspace: Workspace, state: TrainingState, group: DataParallelGroup) -> None:
+        self.workspace, self.config, self.is_silent = workspace, state.config, not group.is_main
         self.path = workspace.attempt / "metrics.jsonl"
         self.started, self.first_step = time.monotonic(), state.step
         if not self.is_silent:
@@ -191,4 +195,4 @@ class _Journal:
             file.write(_line(row))
         images = (row["step"] - self.first_step) * self.config.batch_size
         figures = {"loss": row["loss"], "images_per_s": images / (time.monotonic() - self.started)}
-        self.workspace.report(int(row["step"]), self.config.steps, figures, unit="steps")
+        self.workspace.report_progress(int(row["step"]), self.config.steps, figures, unit="steps")

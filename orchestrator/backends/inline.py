@@ -3,7 +3,7 @@
 from collections import deque
 
 from orchestrator.errors import ConfigError
-from orchestrator.run.backend import Job, Outcome
+from orchestrator.run.backend import AttemptOutcome, Job
 
 
 class InlineBackend:
@@ -11,7 +11,7 @@ class InlineBackend:
 
     def __init__(self) -> None:
         self._waiting: deque[Job] = deque()
-        self._killed: list[Outcome] = []
+        self._killed: list[AttemptOutcome] = []
 
     def place(self, job: Job) -> str | None:
         """Here, one at a time."""
@@ -30,7 +30,7 @@ class InlineBackend:
             )
         self._waiting.append(job)
 
-    def poll(self, timeout_s: float) -> list[Outcome]:
+    def poll(self, timeout_s: float) -> list[AttemptOutcome]:
         """Run one job to its end; `timeout_s` does not matter here."""
         if self._killed or not self._waiting:
             killed, self._killed = self._killed, []
@@ -43,7 +43,7 @@ class InlineBackend:
         """Take a waiting job out; a running one can only be asked to stop, as it runs in this very process."""
         for job in [job for job in self._waiting if job.stage == stage]:
             self._waiting.remove(job)
-            self._killed.append(Outcome(stage=stage, attempt=job.attempt, state="lost", transient=True))
+            self._killed.append(AttemptOutcome(stage=stage, attempt=job.attempt, state="lost", transient=True))
 
     def close(self) -> None:
         """Nothing was started."""

@@ -22,11 +22,11 @@ os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
 import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
-from ddm_core.signals import stopping_on_sigterm
-from orchestrator.backends.ray_train_driver import GroupProcesses
+from ddm_core.signals import sigterm_flag
+from orchestrator.backends.ray_train_driver import TrainDrivers
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.run.backend import Job, Outcome
+from orchestrator.run.backend import AttemptOutcome, Job
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +39,17 @@ SHARED_ADDRESS = "DDM_RAY_ADDRESS"
 REACH_S = 5.0
 """Longest wait for a running Ray cluster to take a connection."""
 
-GROUP_LOOK_S = 0.1
+GROUP_POLL_INTERVAL_S = 0.1
 """How often it is looked whether the process of a group has ended."""
 
-MOST_QUEUED = 64
+MAX_QUEUED = 64
 """Tasks that Ray is given at once, waiting ones included."""
 
 
-def _execute(job: Job) -> Outcome:
+def _execute(job: Job) -> AttemptOutcome:
     from orchestrator.run.worker import execute  # torch is imported in the worker, never in the controller
 
-    with stopping_on_sigterm() as stopping:
+    with sigterm_flag() as stopping:
         return execute(job, stopping)
 
 
@@ -60,11 +60,11 @@ class RayBackend:
         _connect(config)
         self._is_embedded = config.address is None
         self._running: dict[ray.ObjectRef, Job] = {}
-        self._groups = GroupProcesses()
+        self._groups = TrainDrivers()
 
     def place(self, job: Job) -> str | None:
         """This Ray cluster, which queues what it has no room for; a bounded number, so that looking stays quick."""
-        return "" if len(self._running) + len(self._groups) < MOST_QUEUED else None
+        return "" if len(self._running) + len(self._groups) < MAX_QUEUED else None
 
     def attach(self, job: Job) -> bool:
         """A task ends with the controller that submitted it."""
@@ -86,10 +86,10 @@ class RayBackend:
         )
         self._running[task.remote(job)] = job
 
-    def poll(self, timeout_s: float) -> list[Outcome]:
+    def poll(self, timeout_s: float) -> list[AttemptOutcome]:
         """Outcomes of the tasks and groups that have ended; a task whose worker died is lost."""
         if self._groups:
-            timeout_s = min(timeout_s, GROUP_LOOK_S)
+            timeout_s = min(timeout_s, GROUP_POLL_INTERVAL_S)
             if not self._running:
                 time.sleep(timeout_s)
         ended = ray.wait(list(self._running), num_returns=1, timeout=timeout_s)[0] if self._running else []
@@ -120,15 +120,15 @@ class RayBackend:
                 f"change compute.stages.{job.kind}, compute.cpus or compute.gpus"
             )
 
-    def _outcome(self, reference: ray.ObjectRef) -> Outcome:
+    def _outcome(self, reference: ray.ObjectRef) -> AttemptOutcome:
         job = self._running.pop(reference)
         try:
-            outcome: Outcome = ray.get(reference)
+            outcome: AttemptOutcome = ray.get(reference)
         except RayTaskError as error:
-            return Outcome(stage=job.stage, attempt=job.attempt, state="failed", error=str(error).strip())
+            return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed", error=str(error).strip())
         except RayError as error:
             reason = f"its worker is gone ({type(error).__name__})"
-            return Outcome(stage=job.stage, attempt=job.attempt, state="lost", error=reason, transient=True)
+            return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="lost", error=reason, transient=True)
         return outcome
 
 
@@ -178,7 +178,7 @@ def _refuse_silent(address: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class RayCluster:
     """The Ray cluster that this process has joined."""
 
     address: str
@@ -186,11 +186,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def joined_cluster(config: ComputeConfig) -> Iterator[Cluster]:
+def join_cluster(config: ComputeConfig) -> Iterator[RayCluster]:
     """Be on a Ray cluster, an embedded one if the configuration names none, while the block lasts."""
     _connect(config)
     try:
-        yield Cluster(
+        yield RayCluster(
             address=ray.get_runtime_context().gcs_address, cpus=max(1, int(ray.cluster_resources().get("CPU", 0)))
         )
     finally:

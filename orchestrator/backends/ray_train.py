@@ -36,10 +36,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ddm_core.artifacts import write_json
 from experts.training.distributed import GroupError
-from orchestrator.run.backend import Job, Outcome, attempt_folder
-from orchestrator.run.disk_errors import explained
+from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
+from orchestrator.run.disk_errors import explain_disk_error
 
-LOOK_S = 0.2
+POLL_INTERVAL_S = 0.2
 """How often the process that started a group looks whether it is asked to stop."""
 
 PATIENCE = timedelta(days=30)
@@ -52,12 +52,12 @@ _terminated = threading.Event()
 class StageEnded(Exception):  # noqa: N818 - names what happened
     """A worker's stage did not finish; it carries the outcome, and makes Ray Train end the other workers."""
 
-    def __init__(self, outcome: Outcome) -> None:
+    def __init__(self, outcome: AttemptOutcome) -> None:
         super().__init__(outcome)
         self.outcome = outcome
 
 
-def run_in_group(job: Job, stopping: Callable[[], bool] = lambda: False) -> Outcome:
+def run_with_ray_train(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome:
     """Run the job on `job.resources.workers` workers and say how it ended, in `outcome.json` too.
 
     Asked to stop by `stopping`, it passes that on through a file named `stop` in the attempt's folder.
@@ -69,8 +69,8 @@ def run_in_group(job: Job, stopping: Callable[[], bool] = lambda: False) -> Outc
             shutil.rmtree(job.scratch, ignore_errors=True)
         write_json(folder / "outcome.json", outcome)
     except OSError as error:
-        reason = explained(error, folder)
-        return Outcome(stage=job.stage, attempt=job.attempt, state="failed", error=reason, transient=True)
+        reason = explain_disk_error(error, folder)
+        return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed", error=reason, transient=True)
     return outcome
 
 
@@ -80,7 +80,7 @@ def _fitted(job: Job, meeting: Path, stop: Path, stopping: Callable[[], bool]) -
     meeting.mkdir(parents=True)
     try:
         trainer = _trainer(replace(job, stop_files=(*job.stop_files, str(stop))), meeting)
-        return _patiently(trainer.fit, stopping, stop)
+        return _run_until_stopped(trainer.fit, stopping, stop)
     finally:
         shutil.rmtree(meeting, ignore_errors=True)
 
@@ -93,7 +93,7 @@ def _trainer(job: Job, meeting: Path) -> TorchTrainer:
     return TorchTrainer(
         _work,
         train_loop_config={"job": job, "meeting": meeting},
-        torch_config=_Meeting(folder=str(meeting)),
+        torch_config=_GlooBackendConfig(folder=str(meeting)),
         scaling_config=ScalingConfig(
             num_workers=asked.workers,
             use_gpu=asked.gpus > 0,
@@ -109,22 +109,22 @@ def _trainer(job: Job, meeting: Path) -> TorchTrainer:
 
 def _work(given: dict[str, Any]) -> dict[str, Any]:
     """What every worker does."""
-    from orchestrator.run.worker import take_part  # torch and every room are imported in the workers alone
+    from orchestrator.run.worker import execute_rank  # torch and every room are imported in the workers alone
 
     rank = ray.train.get_context().get_world_rank()
-    outcome = take_part(given["job"], rank, given["meeting"] / f"aside_{rank}", _terminated.is_set)
+    outcome = execute_rank(given["job"], rank, given["meeting"] / f"aside_{rank}", _terminated.is_set)
     if outcome.state in ("failed", "lost"):
         raise StageEnded(outcome)
     return {"outcome": outcome}
 
 
-def _patiently(work: Callable[[], Result], stopping: Callable[[], bool], stop: Path) -> Result:
+def _run_until_stopped(work: Callable[[], Result], stopping: Callable[[], bool], stop: Path) -> Result:
     """Do the work in a thread, while this one hears signals and passes a stop on to the workers."""
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(work)
         while True:
             try:
-                return ended.result(timeout=LOOK_S)
+                return ended.result(timeout=POLL_INTERVAL_S)
             except NotYet:
                 if ended.done():
                     raise
@@ -132,11 +132,11 @@ def _patiently(work: Callable[[], Result], stopping: Callable[[], bool], stop: P
                     stop.touch()
 
 
-def _outcome(job: Job, run: Callable[[], Result]) -> Outcome:
+def _outcome(job: Job, run: Callable[[], Result]) -> AttemptOutcome:
     """How the group ended: as its first worker did, or else as the one that broke it."""
-    lost = Outcome(stage=job.stage, attempt=job.attempt, state="lost", transient=True)
+    lost = AttemptOutcome(stage=job.stage, attempt=job.attempt, state="lost", transient=True)
     try:
-        ended_well: Outcome = run().return_value["outcome"]
+        ended_well: AttemptOutcome = run().return_value["outcome"]
     except ray.train.WorkerGroupError as error:
         ended = [found.outcome for found in error.worker_failures.values() if isinstance(found, StageEnded)]
         failed = [outcome for outcome in ended if outcome.state == "failed"]
@@ -156,7 +156,7 @@ def _outcome(job: Job, run: Callable[[], Result]) -> Outcome:
 
 
 @dataclass
-class _Meeting(TorchConfig):
+class _GlooBackendConfig(TorchConfig):
     """How the workers meet: through a file in `folder`."""
 
     folder: str = ""
@@ -164,26 +164,31 @@ class _Meeting(TorchConfig):
     @property
     def backend_cls(self) -> type[Backend]:
         """What Ray Train runs when the workers are up."""
-        return _Process
+        return _GlooBackend
 
 
-class _Process(Backend):
+class _GlooBackend(Backend):
     """The process group of torch.distributed, begun and ended in each worker's main thread."""
 
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: _Meeting) -> None:
+    def on_start(self, worker_group: Any, backend_config: _GlooBackendConfig) -> None:
         """Let all workers meet."""
         size, gpus = len(worker_group), worker_group.get_resources_per_worker().get("GPU", 0)
         kind = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         folder = Path(backend_config.folder)
-        ray.get([worker_group.execute_single_async(rank, _meet, folder, kind, rank, size) for rank in range(size)])
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _init_process_group, folder, kind, rank, size)
+                for rank in range(size)
+            ]
+        )
 
-    def on_shutdown(self, worker_group: Any, backend_config: _Meeting) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: _GlooBackendConfig) -> None:
         """The workers' processes end with the group."""
 
 
-def _meet(folder: Path, kind: str, rank: int, size: int) -> None:
+def _init_process_group(folder: Path, kind: str, rank: int, size: int) -> None:
     """Check that the folder is shared, hear SIGTERM from now on, and join the process group."""
     from torch import distributed
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ddm_core.artifacts import plain
-from ddm_core.signals import stopping_on_sigterm
-from orchestrator.run.backend import Job, Outcome, attempt_folder, read_outcome
-from orchestrator.run.die_with_parent import end_with_input
+from ddm_core.artifacts import to_jsonable
+from ddm_core.signals import sigterm_flag
+from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder, read_outcome
+from orchestrator.run.die_with_parent import die_with_parent
 
 
-class GroupProcesses:
+class TrainDrivers:
     """The trainings that run, by the name of their stage."""
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class GroupProcesses:
                 start_new_session=True,
             )
         if process.stdin is not None:
-            process.stdin.write(json.dumps(plain(job)).encode() + b"\n")
+            process.stdin.write(json.dumps(to_jsonable(job)).encode() + b"\n")
             process.stdin.flush()
         self._running[job.stage] = (job, process)
 
-    def ended(self) -> list[Outcome]:
+    def ended(self) -> list[AttemptOutcome]:
         """The outcomes of those that have ended since the last call."""
         gone = [stage for stage, (_, process) in self._running.items() if process.poll() is not None]
         return [_outcome(*self._running.pop(stage)) for stage in gone]
@@ -63,7 +63,7 @@ class GroupProcesses:
         self._running.clear()
 
 
-def _outcome(job: Job, process: subprocess.Popen[bytes]) -> Outcome:
+def _outcome(job: Job, process: subprocess.Popen[bytes]) -> AttemptOutcome:
     """What the process wrote down, or how it ended if it could not."""
     if process.stdin is not None:
         process.stdin.close()
@@ -72,9 +72,9 @@ def _outcome(job: Job, process: subprocess.Popen[bytes]) -> Outcome:
     if process.returncode < 0:
         shutil.rmtree(attempt_folder(job) / "group", ignore_errors=True)
         error = f"the process that started its workers got signal {-process.returncode}"
-        return Outcome(stage=job.stage, attempt=job.attempt, state="lost", error=error, transient=True)
+        return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="lost", error=error, transient=True)
     lines = _log_of(job).read_text(errors="replace").strip().splitlines()
-    return Outcome(
+    return AttemptOutcome(
         stage=job.stage, attempt=job.attempt, state="failed", error=lines[-1] if lines else "it said nothing"
     )
 
@@ -86,11 +86,11 @@ def _log_of(job: Job) -> Path:
 def main() -> None:
     """Run the job that comes in; a SIGTERM makes its workers save their work."""
     job = TypeAdapter(Job).validate_json(sys.stdin.readline())
-    end_with_input()
-    with stopping_on_sigterm() as stopping:
-        from orchestrator.backends.ray_train import run_in_group  # Ray Train takes seconds to import
+    die_with_parent()
+    with sigterm_flag() as stopping:
+        from orchestrator.backends.ray_train import run_with_ray_train  # Ray Train takes seconds to import
 
-        run_in_group(job, stopping)
+        run_with_ray_train(job, stopping)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.backends.slurm_queue import LOOK_S, LocalQueue, Queue, SlurmQueue
+from orchestrator.backends.slurm_queue import POLL_INTERVAL_S, LocalQueue, Queue, SlurmQueue
 from orchestrator.backends.slurm_worker import claim, claim_file
 from orchestrator.config.compute import ComputeConfig, ResourcesConfig
 from orchestrator.errors import ConfigError
-from orchestrator.run.backend import Job, Outcome, attempt_folder, read_outcome, submission_name
+from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder, read_outcome, submission_name
 from orchestrator.run.run_folder import RunFolder
 
 try:
@@ -56,7 +56,7 @@ class _Watched:
     name: str
     folder: Path
     killed: float = 0.0
-    given_up: bool = False
+    cancel_reason: bool = False
     """Whether we hold the claim ourselves, so that it can never begin."""
 
 
@@ -68,7 +68,7 @@ class SlurmBackend:
         self._cluster = str(config.slurm.get("cluster", "slurm"))
         self._config, self._run_id = config, run.run_id()
         self._watched: dict[str, _Watched] = {}
-        self._refused: list[Outcome] = []
+        self._refused: list[AttemptOutcome] = []
         self._next_look = 0.0
         self._refuse_impossible()
         self._executor(run.root, "check", ResourcesConfig())
@@ -91,7 +91,7 @@ class SlurmBackend:
             if not self.attach(job):
                 reason = f"Slurm refuses the job: {'; '.join(str(error).split(chr(10)))}"
                 self._refused.append(
-                    Outcome(stage=job.stage, attempt=job.attempt, state="failed", error=reason, transient=True)
+                    AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed", error=reason, transient=True)
                 )
             return
         self._queue.add(name, handle)
@@ -106,7 +106,7 @@ class SlurmBackend:
         self._watched[job.stage] = entry
         return True
 
-    def poll(self, timeout_s: float) -> list[Outcome]:
+    def poll(self, timeout_s: float) -> list[AttemptOutcome]:
         """Outcomes that attempts have written, and those of attempts that are gone without a word."""
         deadline = time.monotonic() + timeout_s
         while not (ended := self._ended()) and self._watched and time.monotonic() < deadline:
@@ -116,16 +116,16 @@ class SlurmBackend:
     def kill(self, stage: str) -> None:
         """Cancel the stage's job; one that has not begun never will."""
         entry = self._watched.get(stage)
-        if entry is None or time.monotonic() - entry.killed < LOOK_S:
+        if entry is None or time.monotonic() - entry.killed < POLL_INTERVAL_S:
             return
         entry.killed = time.monotonic()
-        entry.given_up = entry.given_up or claim(entry.folder)
+        entry.cancel_reason = entry.cancel_reason or claim(entry.folder)
         self._queue.cancel(entry.name, entry.folder)
 
     def close(self) -> None:
         """Leave the jobs to Slurm: they go on, and the next controller takes them over."""
 
-    def _ended(self) -> list[Outcome]:
+    def _ended(self) -> list[AttemptOutcome]:
         """The attempts that have ended, looked for as often as a shared disk should be asked."""
         ended, self._refused = self._refused, []
         if time.monotonic() >= self._next_look:
@@ -135,18 +135,18 @@ class SlurmBackend:
             self._watched.pop(outcome.stage, None)
         return ended
 
-    def _outcome(self, entry: _Watched) -> Outcome | None:
+    def _outcome(self, entry: _Watched) -> AttemptOutcome | None:
         """How the attempt ended, if it has; looked for in its folder before and after Slurm is asked."""
         if written := read_outcome(entry.job):
             return written
-        end = "cancelled before it began" if entry.given_up else self._queue.end_of(entry.name, entry.folder)
+        end = "cancelled before it began" if entry.cancel_reason else self._queue.end_of(entry.name, entry.folder)
         if not end:
             return None
         if not claim_file(entry.folder).exists() and not claim(entry.folder):
             return None
         if written := read_outcome(entry.job):
             return written
-        return Outcome(
+        return AttemptOutcome(
             stage=entry.job.stage,
             attempt=entry.job.attempt,
             state="preempted" if end == "PREEMPTED" else "lost",

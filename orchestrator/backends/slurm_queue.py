@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 from ddm_core.artifacts import read_json
 from orchestrator.backends.slurm_worker import claim_file
-from orchestrator.run.lease import is_alive, silence_s, this_process
+from orchestrator.run.lease import idle_s, is_alive, this_process
 
-LOOK_S = 10.0
+POLL_INTERVAL_S = 10.0
 """Slurm is asked for all jobs at once, and at most so often; how an attempt ended is seen in its folder before that."""
 
-ANSWER_S = 20.0
+TIMEOUT_S = 20.0
 """Longest wait for an answer of Slurm."""
 
 QUIET_S = 30.0
@@ -64,20 +64,20 @@ class SlurmQueue:
 
     def __init__(self) -> None:
         self._states: dict[str, str] | None = None
-        self._looked = -LOOK_S
+        self._looked = -POLL_INTERVAL_S
 
     def add(self, name: str, handle: Any) -> None:
         """Slurm knows it by its name, but the last list does not."""
-        self._looked = -LOOK_S
+        self._looked = -POLL_INTERVAL_S
 
     def end_of(self, name: str, attempt: Path, *, now: bool = False) -> str:
         """Slurm's word for a job that has ended, or that it is not in the queue any more."""
-        if now or time.monotonic() - self._looked >= LOOK_S:
+        if now or time.monotonic() - self._looked >= POLL_INTERVAL_S:
             self._states = self._list()
             self._looked = time.monotonic()
         if self._states is None or (self._states.get(name, "COMPLETED") not in ENDED):
             return ""
-        if claim_file(attempt).exists() and silence_s(attempt) <= QUIET_S:
+        if claim_file(attempt).exists() and idle_s(attempt) <= QUIET_S:
             return ""
         return self._states.get(name, "not in the queue")
 
@@ -112,7 +112,7 @@ class LocalQueue:
         if name in self._handles and not self._handles[name].done():
             return ""
         claimed = claim_file(attempt)
-        if claimed.exists() and is_alive(read_json(claimed), silence_s(attempt)):
+        if claimed.exists() and is_alive(read_json(claimed), idle_s(attempt)):
             return ""
         return "its process is gone"
 
@@ -129,6 +129,6 @@ class LocalQueue:
 def _ask(*command: str) -> str | None:
     """What one of Slurm's commands prints; None if it fails or does not end."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_S).stdout  # noqa: S603
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None

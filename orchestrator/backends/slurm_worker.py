@@ -16,8 +16,8 @@ from types import FrameType
 from pydantic import TypeAdapter
 
 from ddm_core.artifacts import read_json, write_json
-from ddm_core.signals import stopping_on_sigterm
-from orchestrator.run.backend import EXIT_CODES, Job, Outcome
+from ddm_core.signals import sigterm_flag
+from orchestrator.run.backend import EXIT_CODES, AttemptOutcome, Job
 from orchestrator.run.lease import this_process
 
 
@@ -42,7 +42,7 @@ def claim_file(attempt: Path) -> Path:
     return attempt / "claim.json"
 
 
-def execute_attempt(attempt: Path, stopping: Callable[[], bool] = lambda: False) -> Outcome | None:
+def execute_attempt(attempt: Path, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome | None:
     """Run the attempt that `job.json` describes; None if it is not ours to run."""
     if not claim(attempt):
         return None
@@ -55,7 +55,7 @@ def execute_attempt(attempt: Path, stopping: Callable[[], bool] = lambda: False)
 def main() -> None:
     """Run one attempt; SIGTERM (preemption) and SIGUSR2 (soon out of time) ask it to save its work."""
     with ExitStack() as stack:
-        stopping = stack.enter_context(stopping_on_sigterm())
+        stopping = stack.enter_context(sigterm_flag())
         signal.signal(signal.SIGUSR2, _as_sigterm)
         outcome = execute_attempt(Path(sys.argv[1]), stopping)
     if outcome is None:

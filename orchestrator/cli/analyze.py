@@ -19,7 +19,7 @@ def audit(
     row: Annotated[str, typer.Option(help="Row of the table of scores: sticky, full, monolith …")] = "",
 ) -> None:
     """Look for copies: samples beside their nearest training images, for each expert apart."""
-    from orchestrator.reporting.analyses import found_by, run_audit
+    from orchestrator.reporting.analyses import load_result, run_audit
     from orchestrator.reporting.analysis_tables import audit_tables
     from orchestrator.reporting.page import write_report
     from orchestrator.run.run_folder import RunFolder
@@ -27,7 +27,7 @@ def audit(
     folder = RunFolder(run.expanduser())
     with _progress("Comparing with the training set") as on_progress:
         stage = run_audit(folder, row, on_progress)
-    for part in audit_tables(found_by(folder, stage, "audit.json")):
+    for part in audit_tables(load_result(folder, stage, "audit.json")):
         console.print(part)
     places = [folder.artifact(stage) / "audit.json", folder.artifact(stage) / "suspects.png", write_report(folder)]
     console.print("\n".join(map(str, places)), soft_wrap=True, highlight=False, markup=False)
@@ -39,14 +39,14 @@ def classify(
     draws: Annotated[int, typer.Option(help="Values of t and noises that an error is averaged over", min=1)] = 16,
 ) -> None:
     """Classify held-out images by denoising them: what the ensemble knows, and each expert alone."""
-    from orchestrator.reporting.analyses import found_by, run_classify
+    from orchestrator.reporting.analyses import load_result, run_classify
     from orchestrator.reporting.analysis_tables import knowledge_table
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(run.expanduser())
     with _progress("Denoising under every class") as on_progress:
         stage = run_classify(folder, images, draws, on_progress)
-    console.print(knowledge_table(found_by(folder, stage, "classify.json")))
+    console.print(knowledge_table(load_result(folder, stage, "classify.json")))
     console.print(str(folder.artifact(stage) / "classify.json"), soft_wrap=True, highlight=False, markup=False)
 
 

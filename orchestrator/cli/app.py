@@ -157,7 +157,7 @@ def sample(
     ensemble: Annotated[Path | None, typer.Option(help="Draw from an ensemble that `ddm experts` has made")] = None,
 ) -> None:
     """Draw images from a finished run into one picture."""
-    from orchestrator.cli.sample import draw
+    from orchestrator.cli.sample import sample_run
 
     folder = _opened(run)
     if monolith and select:
@@ -165,7 +165,7 @@ def sample(
     if monolith and ensemble:
         raise ConfigError(f"--monolith and --ensemble {ensemble} are two models: leave out one")
     chosen = (parse_seeds(seeds), label, select, out, steps, guidance_scale)
-    drawn = draw(folder, *chosen, monolith=monolith, ensemble=ensemble)
+    drawn = sample_run(folder, *chosen, monolith=monolith, ensemble=ensemble)
     console.print(drawn, soft_wrap=True)
 
 
@@ -188,7 +188,9 @@ def compress(
     run: RunArgument,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="distill=sid …, accelerate=cache …, prune=laptop …, quantize=int4, quantize.group=32 …"),
+        typer.Argument(
+            help="distill=sid …, accelerate=cache …, prune=laptop …, quantize=int4_weight_only, quantize.group_size=32 …"
+        ),
     ] = None,
     budget: Annotated[
         str, typer.Option(help="Search for a compression instead: bytes<=0.25,kid<=1.05 (also flops, cpu, fd, l2)")
@@ -265,7 +267,7 @@ def _sweep(overrides: list[str]) -> None:
 
 def _run(config: Any) -> None:
     from orchestrator.controller import run_pipeline
-    from orchestrator.reporting.results import score_rows, score_table, standing_graph
+    from orchestrator.reporting.results import current_graph, score_rows, score_table
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(Path(config.folder).expanduser())
@@ -274,7 +276,7 @@ def _run(config: Any) -> None:
         raise typer.Exit(130)
     if result.submitted or not folder.report.exists():
         _write_report(folder.root)
-    if rows := score_rows(folder, standing_graph(folder, config)):
+    if rows := score_rows(folder, current_graph(folder, config)):
         console.print(score_table(rows))
     console.print(f"Report: {folder.report}", soft_wrap=True)
 

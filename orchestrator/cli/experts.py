@@ -69,10 +69,10 @@ def add(
 
 
 def _base(run: Path, ensemble: Path | None) -> Any:
-    from orchestrator.cli.membership import Base
+    from orchestrator.cli.membership import BaseEnsemble
     from orchestrator.run.run_folder import RunFolder
 
-    return Base.of(RunFolder(run.expanduser()), ensemble and ensemble.expanduser())
+    return BaseEnsemble.of(RunFolder(run.expanduser()), ensemble and ensemble.expanduser())
 
 
 def _said(run: Path, made: Path) -> None:
@@ -107,4 +107,4 @@ def _table(pipeline: Any) -> Table:
 
 def _facts(expert: Any) -> tuple[str, ...]:
     parameters = sum(parameter.numel() for parameter in expert.model.parameters())
-    return type(expert.model).__name__, f"{parameters:,}", expert.prediction, expert.path.name
+    return type(expert.model).__name__, f"{parameters:,}", expert.prediction, expert.noise_schedule.name

@@ -14,21 +14,21 @@ from orchestrator.cli.sample import pipeline_folder
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.flop_matching import by_cluster
 from orchestrator.pipeline.stage import Stage
-from orchestrator.reporting.results import standing_graph
+from orchestrator.reporting.results import current_graph
 from orchestrator.run.run_folder import RunFolder
 from router.add_remove import RouterChangeError, add_expert
 from router.router import Router
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseEnsemble:
     """The ensemble that a change starts from."""
 
     run: RunFolder
     folder: Path
 
     @classmethod
-    def of(cls, run: RunFolder, ensemble: Path | None) -> "Base":
+    def of(cls, run: RunFolder, ensemble: Path | None) -> "BaseEnsemble":
         """The run's own ensemble, or one that was made of it earlier; compared with its checksums."""
         if ensemble is None:
             return cls(run, pipeline_folder(run, monolith=False))
@@ -43,21 +43,21 @@ class Base:
         return DDMPipeline.from_pretrained(self.folder)
 
 
-def remove(base: Base, ids: Sequence[int], out: Path | None) -> Path:
+def remove(base: BaseEnsemble, ids: Sequence[int], out: Path | None) -> Path:
     """The ensemble without these experts, as a folder of its own."""
     changed = without_experts(base.load(), ids)
     name = "ensemble_without_" + "_".join(map(str, sorted(set(ids))))
     return _published(base, name, {"removed": sorted(set(ids))}, changed, out)
 
 
-def bring_back(base: Base, folder: Path, place: int, out: Path | None) -> Path:
+def bring_back(base: BaseEnsemble, folder: Path, place: int, out: Path | None) -> Path:
     """The ensemble with an expert in the place of a missing one, as a folder of its own."""
     changed = with_expert_back(base.load(), _checked_expert(base.run, folder), place)
     facts = {"place": place, "expert": content_of(folder)}
     return _published(base, f"ensemble_with_{place}", facts, changed, out)
 
 
-def join(base: Base, folder: Path, shards: Path, out: Path | None) -> Path:
+def join(base: BaseEnsemble, folder: Path, shards: Path, out: Path | None) -> Path:
     """The ensemble with one expert more, and a head for it in the router, trained on its samples in `shards`."""
     pipeline, expert = base.load(), _checked_expert(base.run, folder)
     place = pipeline.ensemble.num_experts
@@ -94,7 +94,7 @@ def _checked_expert(run: RunFolder, folder: Path) -> Expert:
     return Expert.load(folder)
 
 
-def _grown_router(base: Base, shards: Path, scratch: Path) -> Router:
+def _grown_router(base: BaseEnsemble, shards: Path, scratch: Path) -> Router:
     """The router with a head for the samples in `shards`, whose reference are the clusters of the run."""
     run, config = base.run, base.run.load_config()
     if config.router.data != "real":
@@ -113,10 +113,10 @@ def _grown_router(base: Base, shards: Path, scratch: Path) -> Router:
 
 
 def _stage(run: RunFolder, name: str) -> Stage:
-    return next(stage for stage in standing_graph(run, run.load_config()) if stage.name == name)
+    return next(stage for stage in current_graph(run, run.load_config()) if stage.name == name)
 
 
-def _published(base: Base, name: str, facts: dict[str, Any], changed: DDMPipeline, out: Path | None) -> Path:
+def _published(base: BaseEnsemble, name: str, facts: dict[str, Any], changed: DDMPipeline, out: Path | None) -> Path:
     """Write the changed ensemble to `out`, or beside the run's artifacts; raises `ConfigError` if `out` is taken."""
     inputs = {"ensemble": content_of(base.folder)}
     folder = out or base.run.root / "artifacts" / f"{name}-{fingerprint(name, facts, inputs)[:12]}"

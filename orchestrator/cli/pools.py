@@ -67,7 +67,7 @@ def end_pool(
     from orchestrator.pools import lifecycle
 
     where = _folder(name, folder)
-    config = lifecycle.started(where)
+    config = lifecycle.is_started(where)
     if not yes:
         typer.confirm(f"End pool {config.name} and every job on it?", abort=True)
     lifecycle.down(config, where)

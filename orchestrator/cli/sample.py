@@ -8,9 +8,9 @@ from typing import get_args
 from ddm_core.artifacts import verify
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.reporting.results import chosen, standing_graph
+from orchestrator.reporting.results import current_graph, selection_choice
 from orchestrator.run.run_folder import RunFolder
-from router.config import AUTO, SelectionConfig, SelectionName, row_name
+from router.config import AUTO, SelectionConfig, SelectionName, selection_label
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".webp")
 
@@ -24,8 +24,13 @@ def selection_named(name: str, config: RunConfig) -> SelectionConfig:
         return config.ensemble.selection
     names = (*get_args(SelectionName), AUTO)
     defaults = [SelectionConfig(name=known) for known in names]
-    for selection in (config.ensemble.selection, *config.scores.selections, *config.choice.candidates, *defaults):
-        if name in (selection.name, row_name(selection)):
+    for selection in (
+        config.ensemble.selection,
+        *config.scores.selections,
+        *config.selection_search.candidates,
+        *defaults,
+    ):
+        if name in (selection.name, selection_label(selection)):
             return selection
     raise ConfigError(f"{name!r} is not a selection; known: {', '.join(names)}")
 
@@ -34,7 +39,7 @@ def resolved(run: RunFolder, selection: SelectionConfig) -> SelectionConfig:
     """The selection itself, or the one that the run has chosen for `auto`."""
     if selection.name != AUTO:
         return selection
-    choice = chosen(run, standing_graph(run, run.load_config()))
+    choice = selection_choice(run, current_graph(run, run.load_config()))
     if choice is None:
         raise RunFolderError(
             f"{run.root} has not chosen a selection; let it choose with `ddm evaluate {run.root} --select auto`, "
@@ -46,7 +51,7 @@ def resolved(run: RunFolder, selection: SelectionConfig) -> SelectionConfig:
 def pipeline_folder(run: RunFolder, *, monolith: bool) -> Path:
     """The finished pipeline folder of the ensemble or of the monolith, compared with its checksums."""
     name = "monolith_ensemble" if monolith else "ensemble"
-    graph = standing_graph(run, run.load_config())
+    graph = current_graph(run, run.load_config())
     stage = next((stage for stage in graph if stage.name == name), None)
     if stage is None or not run.finished(stage):
         raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
@@ -54,7 +59,7 @@ def pipeline_folder(run: RunFolder, *, monolith: bool) -> Path:
     return run.artifact(stage)
 
 
-def draw(
+def sample_run(
     run: RunFolder,
     seeds: Sequence[int],
     label: str,
@@ -86,7 +91,7 @@ def draw(
     from ensemble.sampling.images import grid
 
     pipeline = DDMPipeline.from_pretrained(folder)
-    course = pipeline.ensemble.course
+    course = pipeline.ensemble.few_step
     if course is not None and steps is not None:
         raise ConfigError(
             f"--steps is for experts that can be asked at any t; those in {folder} have their own {len(course.times)}: "
@@ -100,7 +105,7 @@ def draw(
     picture = grid(samples.images, columns=max(1, round(len(seeds) ** 0.5)))
     enlargement = max(1, READABLE_WIDTH // picture.width)
     picture.resize((picture.width * enlargement, picture.height * enlargement), Resampling.NEAREST).save(out)
-    said = f"{out}: {len(seeds)} images, {row_name(selection)}, {samples.calls_per_step:.2f} expert calls a step"
+    said = f"{out}: {len(seeds)} images, {selection_label(selection)}, {samples.calls_per_step:.2f} expert calls a step"
     warning = missing_warning(pipeline.ensemble)
     return f"{said}\n[yellow]Warning:[/] {warning}" if warning else said
 

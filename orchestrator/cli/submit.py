@@ -20,7 +20,7 @@ from orchestrator.controller import SUBMITTED_TO
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.islands.client import IslandClient, JobState
 from orchestrator.islands.wheel import build_wheel
-from orchestrator.run.lease import hold, this_process
+from orchestrator.run.lease import hold_lease, this_process
 from orchestrator.run.run_folder import RunFolder
 
 CLOSING_S = 30.0
@@ -50,7 +50,7 @@ def submit_run(config: RunConfig, client: IslandClient) -> Submission:
 
     Raises `RunIsLocked` if somebody elsewhere walks the run.
     """
-    client.reach()
+    client.check_reachable()
     run = RunFolder(Path(config.folder))
     run.root.mkdir(parents=True, exist_ok=True)
     name = f"ddm-{run.run_id()}-c"
@@ -58,7 +58,7 @@ def submit_run(config: RunConfig, client: IslandClient) -> Submission:
     last = max((int(key.removeprefix(name)) for key in states), default=0)
     if last and not states[f"{name}{last}"].has_ended:
         return Submission(id=f"{name}{last}", folder=run.root, is_new=False)
-    with hold(run):
+    with hold_lease(run):
         run.save_config(config)
         write_json(run.submission, {"id": f"{name}{last + 1}"})
     is_new = _send(client, f"{name}{last + 1}", run.root, config.compute.grace_s + CLOSING_S)
@@ -90,7 +90,7 @@ def wait_until_seen(submission: Submission, client: IslandClient, timeout_s: flo
     raise OrchestratorError(f"{submission.id} has not begun within {timeout_s:g} s: that Ray cluster has no CPU free")
 
 
-def look(run: RunFolder, submission_id: str) -> None:
+def confirm_folder_seen(run: RunFolder, submission_id: str) -> None:
     """The job's first act: find what was written when it was submitted, and answer it.
 
     Raises `RunFolderError` if this is another folder under the same path, or none.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.cli.app import main as ddm
-from orchestrator.cli.submit import look
+from orchestrator.cli.submit import confirm_folder_seen
 from orchestrator.errors import RunFolderError
 from orchestrator.run.run_folder import RunFolder
 
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> None:
     """Be the submitted controller of a run folder: `python -m orchestrator.cli.submitted_controller FOLDER ID`."""
     folder, submission_id = arguments
     try:
-        look(RunFolder(Path(folder)), submission_id)
+        confirm_folder_seen(RunFolder(Path(folder)), submission_id)
     except RunFolderError as error:
         sys.exit(f"Error: {error}")
     sys.argv = ["ddm", "resume", folder]

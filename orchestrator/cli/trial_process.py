@@ -6,9 +6,9 @@ What it leaves is what any killed controller leaves, and the next one goes on fr
 import sys
 
 from orchestrator.cli.app import main
-from orchestrator.run.die_with_parent import end_with_input
+from orchestrator.run.die_with_parent import die_with_parent
 
 if __name__ == "__main__":
-    end_with_input()
+    die_with_parent()
     sys.argv[1:1] = ["resume"]
     main()

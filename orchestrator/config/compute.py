@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
 
-HOME = "home"
+CONTROLLER = "controller"
 """The name of the place where the controller itself is; stages there run on an embedded Ray cluster."""
 
 Money = Annotated[float, Field(ge=0)]
@@ -56,19 +56,19 @@ class StagesConfig:
     """Copying a checkpoint to start from."""
     expert: ResourcesConfig = ResourcesConfig()
     """One expert's training."""
-    draws: ResourcesConfig = ResourcesConfig()
+    expert_samples: ResourcesConfig = ResourcesConfig()
     """Drawing latents from the experts, for a router that sees no data."""
     router: ResourcesConfig = ResourcesConfig()
     """The router's training."""
     monolith: ResourcesConfig = ResourcesConfig()
     """The baseline's training."""
-    told: ResourcesConfig = ResourcesConfig()
+    cluster_conditioned: ResourcesConfig = ResourcesConfig()
     """Training of the baseline that is told the cluster."""
-    student: ResourcesConfig = ResourcesConfig()
+    distilled_monolith: ResourcesConfig = ResourcesConfig()
     """Distillation of the experts into one network."""
     ensemble: ResourcesConfig = ResourcesConfig()
     """Putting trained models into one folder."""
-    choice: ResourcesConfig = ResourcesConfig()
+    selection_search: ResourcesConfig = ResourcesConfig()
     """Trying selections for `auto`."""
     distill: ResourcesConfig = ResourcesConfig()
     """Training few-step students of the experts."""
@@ -78,7 +78,7 @@ class StagesConfig:
     """Taking parts out of the experts, and training what is left."""
     quantize: ResourcesConfig = ResourcesConfig()
     """Putting the ensemble's weights into few bits."""
-    switch: ResourcesConfig = ResourcesConfig()
+    stitch: ResourcesConfig = ResourcesConfig()
     """Putting a smaller and the whole ensemble together."""
     timing: ResourcesConfig = ResourcesConfig()
     """Measuring the processor time of an image."""
@@ -112,7 +112,7 @@ class IslandConfig:
     """Price of the whole island at full use, in the currency of your bill."""
     preemptible: bool = False
     """Whether its nodes may vanish (spot)."""
-    losses_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    preemptions_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """How often a node of it is lost, for `ddm plan`."""
 
 
@@ -148,7 +148,7 @@ class ComputeConfig:
     """How long a stage may take to save its work when it is asked to stop."""
     lease_s: Annotated[float, Field(gt=0)] = 180.0
     """An island that cannot be reached and shows no sign of life for so long has lost its stages."""
-    spot_losses: Annotated[int, Field(ge=0)] = 2
+    max_spot_preemptions: Annotated[int, Field(ge=0)] = 2
     """After so many losses on preemptible islands a stage goes to one that is not preemptible, if there is any."""
 
     @property
@@ -169,16 +169,16 @@ class ComputeConfig:
                 "islands need backend=islands"
             )
         shared = sorted(kind for kind, asked in vars(self.stages).items() if asked.workers > 1)
-        if set(shared) - {"expert", "router", "monolith", "told", "student"} or (
+        if set(shared) - {"expert", "router", "monolith", "cluster_conditioned", "distilled_monolith"} or (
             shared and self.backend in ("inline", "slurm")
         ):
             raise ValueError(
                 f"stages.{', '.join(shared)} ask for several workers with backend={self.backend}: only trainings "
                 "(expert, router, monolith, told, student) can have them, and only with backend=ray or backend=islands"
             )
-        if HOME in self.islands:
-            raise ValueError(f"an island cannot be called {HOME!r}: that is where the controller is")
+        if CONTROLLER in self.islands:
+            raise ValueError(f"an island cannot be called {CONTROLLER!r}: that is where the controller is")
         named = {name for kind in vars(self.stages).values() for name in kind.islands}
-        if unknown := sorted(named - self.islands.keys() - {HOME}):
+        if unknown := sorted(named - self.islands.keys() - {CONTROLLER}):
             raise ValueError(f"stages ask for unknown island(s) {', '.join(unknown)}; known: {', '.join(self.islands)}")
         return self

@@ -18,7 +18,7 @@ TAG = "kind"
 """The key that says which keys its neighbours may be: another kind begins with its own defaults."""
 
 
-def with_whole_experts(composed: Mapping[str, Any]) -> dict[str, Any]:
+def complete_expert_overrides(composed: Mapping[str, Any]) -> dict[str, Any]:
     """The composed configuration with every entry of `experts` laid over `expert`; raises `ConfigError`."""
     values = dict(composed)
     if isinstance(values.get("expert"), Mapping):
@@ -27,20 +27,20 @@ def with_whole_experts(composed: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         return values
     whole: dict[int, Any] = {}
-    base = laid_over(asdict(ExpertConfig()), values.get("expert", {}))
+    base = apply_overrides(asdict(ExpertConfig()), values.get("expert", {}))
     for key, overrides in given.items():
         for expert_id in ids_in(str(key)):
-            whole[expert_id] = _with_checksum(_own(laid_over(whole.get(expert_id, base), overrides), overrides))
+            whole[expert_id] = _with_checksum(_own(apply_overrides(whole.get(expert_id, base), overrides), overrides))
     return values | {"experts": whole}
 
 
-def laid_over(base: Any, overrides: Any) -> Any:
+def apply_overrides(base: Any, overrides: Any) -> Any:
     """`base` with the keys of `overrides` in place of its own, at every depth."""
     if not isinstance(base, Mapping) or not isinstance(overrides, Mapping):
         return overrides
     if TAG in overrides and overrides[TAG] != base.get(TAG):
         return dict(overrides)
-    return dict(base) | {key: laid_over(base.get(key), value) for key, value in overrides.items()}
+    return dict(base) | {key: apply_overrides(base.get(key), value) for key, value in overrides.items()}
 
 
 def ids_in(key: str) -> list[int]:

@@ -13,12 +13,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddm_core.artifacts import plain
+from ddm_core.artifacts import to_jsonable
 from orchestrator.config.injection_guard import check_composed, check_overrides
 from orchestrator.config.schema import RunConfig, known_keys
 from orchestrator.errors import ConfigError
 
-OPTIONAL = ("experiment", "distill", "accelerate", "prune", "quantize", "switch")
+OPTIONAL = ("experiment", "distill", "accelerate", "prune", "quantize", "stitch")
 """Groups of which a run need not have a file."""
 
 
@@ -80,7 +80,7 @@ def register_defaults() -> None:
 
     The network is left out: its keys depend on its kind, and so each file of the group `expert` names them all.
     """
-    defaults = plain(RunConfig())
+    defaults = to_jsonable(RunConfig())
     del defaults["expert"]["network"]
     ConfigStore.instance().store("dataclass_defaults", defaults)
 

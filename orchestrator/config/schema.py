@@ -18,13 +18,13 @@ from ensemble.compression.config import (
     DistillConfig,
     PruneConfig,
     QuantizeConfig,
-    SwitchConfig,
+    StitchConfig,
     check_order,
 )
-from ensemble.config import ChoiceConfig, EvaluationConfig, SamplingConfig
-from experts.config import CodecConfig, ExpertConfig, StudentConfig
+from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchConfig
+from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig
 from orchestrator.config.compute import ComputeConfig
-from orchestrator.config.expert_overrides import with_whole_experts
+from orchestrator.config.expert_overrides import complete_expert_overrides
 from orchestrator.errors import ConfigError
 from router.config import AUTO, RouterConfig, SelectionConfig
 
@@ -71,13 +71,13 @@ class RunConfig:
     """The router."""
     monolith: bool = True
     """Whether a FLOP-matched monolith is trained beside the experts."""
-    baselines: tuple[Literal["told", "student"], ...] = ()
+    baselines: tuple[Literal["cluster_conditioned", "distilled_monolith"], ...] = ()
     """More to compare with: `told`, a monolith that is told the cluster; `student`, distilled from the experts."""
-    student: StudentConfig = StudentConfig()
+    distilled_monolith: DistilledMonolithConfig = DistilledMonolithConfig()
     """How the student differs from the monolith."""
     ensemble: SamplingConfig = SamplingConfig()
     """How the ensemble is sampled."""
-    choice: ChoiceConfig = ChoiceConfig()
+    selection_search: SelectionSearchConfig = SelectionSearchConfig()
     """How `ensemble.selection.name=auto` finds its selection."""
     distill: DistillConfig | None = None
     """A faster ensemble beside the whole one: its experts learn to do with few steps,"""
@@ -87,7 +87,7 @@ class RunConfig:
     """a smaller one: layers, heads or hidden units are taken out,"""
     quantize: QuantizeConfig | None = None
     """weights, or weights and activations, are brought to few bits,"""
-    switch: SwitchConfig | None = None
+    stitch: StitchConfig | None = None
     """and the whole one speaks on the other side of a t."""
     scores: ScoresConfig = ScoresConfig()
     """How samples are scored."""
@@ -108,8 +108,8 @@ class RunConfig:
         batches = {
             "expert": batch // experts,
             "monolith": batch,
-            "told": batch,
-            "student": self.student.batch_size or batch,
+            "cluster_conditioned": batch,
+            "distilled_monolith": self.distilled_monolith.batch_size or batch,
             "router": self.router.training.batch_size,
         }
         for kind, rows in batches.items():
@@ -118,14 +118,14 @@ class RunConfig:
                     f"a batch of {rows} samples cannot be shared equally by the {workers} workers of {kind}; "
                     f"change the batch_size or compute.stages.{kind}.workers"
                 )
-        if self.router.path != self.expert.path:
+        if self.router.noise_schedule != self.expert.noise_schedule:
             raise ValueError(
-                f"router.path is {self.router.path} and expert.path is {self.expert.path}; the router must see "
+                f"router.noise_schedule is {self.router.noise_schedule} and expert.noise_schedule is {self.expert.noise_schedule}; the router must see "
                 "samples noised as the ensemble's are: give both the same path"
             )
         check_experts(self)
         check_choice(self)
-        kinds = ("distill", "accelerate", "prune", "quantize", "switch")
+        kinds = ("distill", "accelerate", "prune", "quantize", "stitch")
         check_order({kind: getattr(self, kind) for kind in kinds}, reflects=self.ensemble.reflection is not None)
         return self
 
@@ -142,12 +142,12 @@ def check_experts(config: RunConfig) -> None:
                 f"experts.{k}.training.batch_size is divided by partition.num_experts and by the workers of an expert: "
                 f"{batch} / {count * workers} is not whole"
             )
-    if "told" in config.baselines and (count == 1 or config.expert.init is not None):
+    if "cluster_conditioned" in config.baselines and (count == 1 or config.expert.init is not None):
         raise ValueError(
             "baselines=[told] needs partition.num_experts > 1, and no expert.init: no checkpoint knows the clusters"
         )
-    if (ours := config.student.from_expert) is not None and ours >= count:
-        raise ValueError(f"student.from_expert is {ours}, and expert ids go from 0 to {count - 1}")
+    if (ours := config.distilled_monolith.from_expert) is not None and ours >= count:
+        raise ValueError(f"distilled_monolith.from_expert is {ours}, and expert ids go from 0 to {count - 1}")
 
 
 def check_choice(config: RunConfig) -> None:
@@ -163,7 +163,7 @@ def check_choice(config: RunConfig) -> None:
 def parse_config(composed: Mapping[str, Any]) -> RunConfig:
     """The typed configuration; raises `ConfigError` with every mistake and, for unknown keys, the known ones."""
     try:
-        return TypeAdapter(RunConfig).validate_python(with_whole_experts(composed))
+        return TypeAdapter(RunConfig).validate_python(complete_expert_overrides(composed))
     except ValidationError as error:
         raise ConfigError(listed(error, "configuration", known_keys)) from None
 

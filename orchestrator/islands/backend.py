@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ddm_core.artifacts import write_json
-from orchestrator.config.compute import HOME, ComputeConfig
-from orchestrator.islands.connection import Line
+from orchestrator.config.compute import CONTROLLER, ComputeConfig
+from orchestrator.islands.connection import IslandConnection
 from orchestrator.islands.placement import load_of, place
 from orchestrator.islands.wheel import build_wheel
-from orchestrator.run.backend import Backend, Job, Outcome
+from orchestrator.run.backend import AttemptOutcome, Backend, Job
 from orchestrator.run.run_folder import RunFolder
 
 
@@ -24,12 +24,12 @@ class IslandsBackend:
 
     def __init__(self, config: ComputeConfig, run: RunFolder, home: Callable[[], Backend]) -> None:
         self.config, self.run = config, run
-        self._outcomes: queue.Queue[Outcome] = queue.Queue()
+        self._outcomes: queue.Queue[AttemptOutcome] = queue.Queue()
         self._open_home = functools.cache(home)
         self._at_home: set[str] = set()
         wheel = build_wheel(run.root / "wheels")
         self.lines = {
-            name: Line(
+            name: IslandConnection(
                 name=name,
                 config=island,
                 run_root=run.root.absolute(),
@@ -43,7 +43,7 @@ class IslandsBackend:
             for name, island in config.islands.items()
         }
         with ThreadPoolExecutor(len(self.lines)) as pool:
-            list(pool.map(Line.introduce, self.lines.values()))
+            list(pool.map(IslandConnection.connect, self.lines.values()))
 
     def place(self, job: Job) -> str | None:
         """Home, or the island that suits the job best among those that have room."""
@@ -56,11 +56,11 @@ class IslandsBackend:
             for name, line in self.lines.items()
         }
         chosen = place(job, self.config, loads)
-        return chosen if chosen != HOME or self._open_home().place(job) is not None else None
+        return chosen if chosen != CONTROLLER or self._open_home().place(job) is not None else None
 
     def submit(self, job: Job) -> None:
         """Send the job where it was placed."""
-        if job.island == HOME:
+        if job.island == CONTROLLER:
             self._at_home.add(job.stage)
             self._open_home().submit(job)
         else:
@@ -73,10 +73,10 @@ class IslandsBackend:
         self.lines[job.island].add(job)
         return True
 
-    def poll(self, timeout_s: float) -> list[Outcome]:
+    def poll(self, timeout_s: float) -> list[AttemptOutcome]:
         """The attempts that have ended, at home or anywhere."""
         for line in self.lines.values():
-            line.watch()
+            line.start_polling()
         found = self._open_home().poll(timeout_s / 2) if self._at_home else []
         self._at_home -= {outcome.stage for outcome in found}
         try:
@@ -107,5 +107,5 @@ class IslandsBackend:
             write_json(self.run.islands, {name: _standing(line) for name, line in self.lines.items()})
 
 
-def _standing(line: Line) -> dict[str, Any]:
+def _standing(line: IslandConnection) -> dict[str, Any]:
     return {"unreachable_since": line.unreachable_since, "error": line.reason, "written": time.time()}

@@ -14,16 +14,16 @@ from orchestrator.islands.storage.storage import Storage, StorageError, StorageU
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.5
+SYNC_INTERVAL_S = 0.5
 """How soon after it is written a checkpoint is on its way."""
 
-BEAT_S = 3.0
+HEARTBEAT_S = 3.0
 
 PATIENCE_S = 600.0
 """How long a finished attempt tries to reach a storage that does not answer."""
 
 
-class Mirror:
+class CheckpointMirror:
     """A thread that sends what has changed; a storage that is away for a while costs nothing but the copies."""
 
     def __init__(self, storage: Storage, names: Names, attempt: Path, state: Path) -> None:
@@ -31,7 +31,7 @@ class Mirror:
         self._ended = threading.Event()
         self._sending = threading.Lock()
         self._beats, self._beat_at, self._seen = 0, 0.0, 0
-        self._thread = threading.Thread(target=self._follow, daemon=True, name="mirror")
+        self._thread = threading.Thread(target=self._sync_loop, daemon=True, name="mirror")
 
     def __enter__(self) -> Self:
         """Start following."""
@@ -44,7 +44,7 @@ class Mirror:
         """Send the last word, how it ended included."""
         self._ended.set()
         self._thread.join()
-        self.patiently(lambda: self.storage.put_tree(self.attempt, self.names.folder))
+        self.retry_while_unreachable(lambda: self.storage.put_tree(self.attempt, self.names.folder))
 
     def is_fenced(self) -> bool:
         """Whether a later attempt of the stage was submitted to this storage."""
@@ -56,9 +56,9 @@ class Mirror:
     def push_state(self) -> None:
         """Send the checkpoints as they are now."""
         if self.state.is_dir() and not self.is_fenced():
-            self.patiently(self._send_state)
+            self.retry_while_unreachable(self._send_state)
 
-    def patiently(self, send: Callable[[], object]) -> None:
+    def retry_while_unreachable(self, send: Callable[[], object]) -> None:
         """Do it, again and again while the storage does not answer."""
         give_up = time.monotonic() + PATIENCE_S
         while True:
@@ -68,20 +68,20 @@ class Mirror:
             except StorageUnreachable:
                 if time.monotonic() > give_up:
                     raise
-                time.sleep(LOOK_S)
+                time.sleep(SYNC_INTERVAL_S)
             else:
                 return
 
-    def _follow(self) -> None:
-        while not self._ended.wait(LOOK_S):
+    def _sync_loop(self) -> None:
+        while not self._ended.wait(SYNC_INTERVAL_S):
             try:
                 with self._sending:
-                    self._round()
+                    self._sync_once()
             except (StorageError, OSError) as error:
                 log.warning("not mirrored yet: %s", error)
 
-    def _round(self) -> None:
-        if time.monotonic() - self._beat_at > BEAT_S:
+    def _sync_once(self) -> None:
+        if time.monotonic() - self._beat_at > HEARTBEAT_S:
             self._beats, self._beat_at = self._beats + 1, time.monotonic()
             self.storage.put_json(self.names.beat, {"beats": self._beats})
         newest = self._newest()

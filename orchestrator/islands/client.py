@@ -64,7 +64,7 @@ class IslandClient:
         self.name, self.config = name, config
         self._opened: _Client | None = None
 
-    def reach(self) -> str:
+    def check_reachable(self) -> str:
         """The island's Ray version, after checking that it is one we speak to."""
         version = self._ask(lambda client: client.ray_version())
         if minor(version) != minor(ray_version):

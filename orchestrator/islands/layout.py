@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ddm_core.artifacts import plain
+from ddm_core.artifacts import to_jsonable
 from orchestrator.errors import IslandError
 from orchestrator.run.backend import Job
 
@@ -63,7 +63,7 @@ def names_of(job: Job) -> Names:
     return Names(Path(job.artifact).name, job.attempt)
 
 
-def relocated(job: Job, source: Path, target: Path) -> Job:
+def rebase_paths(job: Job, source: Path, target: Path) -> Job:
     """The job with every path below `source` moved to the same place below `target`."""
 
     def moved(path: str) -> str:
@@ -95,4 +95,4 @@ def job_of(spec: dict[str, Any], expected: str) -> Job:
 
 def spec_of(job: Job) -> dict[str, Any]:
     """The plain form of a job."""
-    return dict(plain(job))
+    return dict(to_jsonable(job))

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig
+from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.errors import ConfigError
 from orchestrator.run.backend import Job
 
-TRAININGS = ("expert", "router", "monolith", "told", "student")
+TRAININGS = ("expert", "router", "monolith", "cluster_conditioned", "distilled_monolith")
 """Kinds of stages that go to islands unless the configuration says otherwise; all others stay at home."""
 
 
@@ -40,9 +40,9 @@ def allowed_islands(job: Job, config: ComputeConfig) -> tuple[str, ...]:
 
     Raises `ConfigError` if none of them is ever large enough.
     """
-    named = job.resources.islands or (tuple(config.islands) if job.kind in TRAININGS else (HOME,))
-    if HOME in named:
-        return (HOME,)
+    named = job.resources.islands or (tuple(config.islands) if job.kind in TRAININGS else (CONTROLLER,))
+    if CONTROLLER in named:
+        return (CONTROLLER,)
     fitting = [name for name in named if _fits(job.resources, config.islands[name], Load())]
     if not fitting:
         sizes = {name: config.islands[name] for name in named}
@@ -53,7 +53,7 @@ def allowed_islands(job: Job, config: ComputeConfig) -> tuple[str, ...]:
             f"GB and no island is that large ({largest}); change compute.stages.{job.kind} or compute.islands"
         )
     firm = [name for name in fitting if not config.islands[name].preemptible]
-    return tuple(firm) if firm and job.losses >= config.spot_losses else tuple(fitting)
+    return tuple(firm) if firm and job.preemption_count >= config.max_spot_preemptions else tuple(fitting)
 
 
 def place(job: Job, config: ComputeConfig, loads: Mapping[str, Load]) -> str | None:
@@ -64,13 +64,13 @@ def place(job: Job, config: ComputeConfig, loads: Mapping[str, Load]) -> str | N
     free = [
         name
         for name in allowed_islands(job, config)
-        if name == HOME or (loads[name].is_reachable and _fits(job.resources, config.islands[name], loads[name]))
+        if name == CONTROLLER or (loads[name].is_reachable and _fits(job.resources, config.islands[name], loads[name]))
     ]
     return min(free, key=lambda name: _rank(job, config, loads, name)) if free else None
 
 
 def _rank(job: Job, config: ComputeConfig, loads: Mapping[str, Load], name: str) -> tuple[bool, float, float]:
-    if name == HOME:
+    if name == CONTROLLER:
         return False, 0.0, 0.0
     island, load = config.islands[name], loads[name]
     size = max(island.gpus, 0.0) or island.cpus

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ddm_core.artifacts import write_json
-from ddm_core.signals import stopping_on_sigterm
-from orchestrator.islands.checkpoint_mirror import Mirror
-from orchestrator.islands.layout import Names, job_of, names_of, relocated
+from ddm_core.signals import sigterm_flag
+from orchestrator.islands.checkpoint_mirror import CheckpointMirror
+from orchestrator.islands.layout import Names, job_of, names_of, rebase_paths
 from orchestrator.islands.storage.storage import CorruptTransfer, Storage, StorageError, StorageUnreachable
-from orchestrator.run.backend import EXIT_CODES, Job, Outcome, attempt_folder
+from orchestrator.run.backend import EXIT_CODES, AttemptOutcome, Job, attempt_folder
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ class Node:
         """Where an input is here; an artifact and a part of it lie apart, so that one can be replaced alone."""
         return self.shared / "inputs" / tree_name(sent).replace("/", "..")
 
-    def localized(self, job: Job) -> Job:
+    def to_local_paths(self, job: Job) -> Job:
         """The job with this node's paths."""
         inputs = {role: str(self.input(sent)) for role, sent in job.inputs.items()}
-        return replace(relocated(job, SENT_ROOT, self.own), inputs=inputs)
+        return replace(rebase_paths(job, SENT_ROOT, self.own), inputs=inputs)
 
 
 def tree_name(sent: str) -> str:
@@ -76,19 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     storage = Storage(given.storage, json.loads(given.options))
-    with stopping_on_sigterm() as stopping:
+    with sigterm_flag() as stopping:
         job = job_of(storage.get_json(given.job) or {}, given.digest)
         outcome = run(storage, job, Node.of(given.storage.rstrip("/").rpartition("/")[2], names_of(job)), stopping)
     log.info("%s %s", outcome.state, outcome.error)
     return EXIT_CODES[outcome.state]
 
 
-def run(storage: Storage, sent: Job, node: Node, stopping: Callable[[], bool]) -> Outcome:
+def run(storage: Storage, sent: Job, node: Node, stopping: Callable[[], bool]) -> AttemptOutcome:
     """Fetch, train, bring back; the outcome is in the storage before it is returned."""
-    names, job = names_of(sent), node.localized(sent)
+    names, job = names_of(sent), node.to_local_paths(sent)
     folder = attempt_folder(job)
     folder.mkdir(parents=True, exist_ok=True)
-    with Mirror(storage, names, folder, Path(job.scratch)) as mirror:
+    with CheckpointMirror(storage, names, folder, Path(job.scratch)) as mirror:
         outcome = _fetched(storage, names, sent, job, node) or _execute(job, stopping)
         mirror.push_state()
         if outcome.state == "finished":
@@ -98,19 +98,19 @@ def run(storage: Storage, sent: Job, node: Node, stopping: Callable[[], bool]) -
     return outcome
 
 
-def _execute(job: Job, stopping: Callable[[], bool]) -> Outcome:
+def _execute(job: Job, stopping: Callable[[], bool]) -> AttemptOutcome:
     if job.resources.workers > 1:
-        from orchestrator.backends.ray_train import run_in_group
+        from orchestrator.backends.ray_train import run_with_ray_train
 
-        return run_in_group(job, stopping)
+        return run_with_ray_train(job, stopping)
     from orchestrator.run.worker import execute
 
     return execute(job, stopping)
 
 
-def _fetched(storage: Storage, names: Names, sent: Job, job: Job, node: Node) -> Outcome | None:
+def _fetched(storage: Storage, names: Names, sent: Job, job: Job, node: Node) -> AttemptOutcome | None:
     """Bring inputs and the latest checkpoint here; an outcome if that cannot be done."""
-    outcome = Outcome(stage=job.stage, attempt=job.attempt, state="failed", started=time.time())
+    outcome = AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed", started=time.time())
     try:
         for given in set(sent.inputs.values()):
             with _locked(node.input(given)):
@@ -144,12 +144,14 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _published(storage: Storage, names: Names, job: Job, mirror: Mirror, outcome: Outcome) -> Outcome:
+def _published(
+    storage: Storage, names: Names, job: Job, mirror: CheckpointMirror, outcome: AttemptOutcome
+) -> AttemptOutcome:
     """Bring the artifact to the storage; an attempt that a later one has replaced must not."""
     if mirror.is_fenced():
         return replace(outcome, state="preempted", error=f"a later attempt than {job.attempt} owns {job.stage}")
     try:
-        mirror.patiently(lambda: storage.put_tree(Path(job.artifact), names.artifact))
+        mirror.retry_while_unreachable(lambda: storage.put_tree(Path(job.artifact), names.artifact))
     except StorageError as error:
         return replace(outcome, state="failed", error=f"{type(error).__name__}: {error}", transient=True)
     return outcome

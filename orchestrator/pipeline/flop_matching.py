@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import read_manifest
-from ensemble.sampling.expert_samples import draws_flops, draws_of, true_counts
+from ensemble.sampling.expert_samples import expert_samples_flops, proportional_counts, sample_counts
 from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig
 from experts.expert import expert_flops
@@ -18,13 +18,13 @@ from router.train import router_flops
 Inputs = Mapping[str, Path]
 
 
-def matched_recipe(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
+def flop_matched_config(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
     """The monolith's recipe, with extra steps for the router, the clustering, and what experts cost that differ."""
     latent_shape = load_codec(inputs["codec"]).latent_shape
     num_classes = len(read_index(by_cluster(inputs["partition"] / "clusters")[0]).class_names)
-    expert, training = started(config.expert, inputs), config.expert.training
+    expert, training = with_pretrained(config.expert, inputs), config.expert.training
     whole = expert_flops(expert, latent_shape, num_classes)
-    own = [started(one, inputs, f"init_{k}") for k, one in enumerate(config.experts)]
+    own = [with_pretrained(one, inputs, f"init_{k}") for k, one in enumerate(config.experts)]
     ours = [expert_flops(one, latent_shape, num_classes) for one in own]
     overhead = read_manifest(inputs["features"]).flops + read_manifest(inputs["partition"]).flops
     if config.router is not None:
@@ -38,7 +38,7 @@ def matched_recipe(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
     return replace(expert, training=replace(training, steps=steps))
 
 
-def started(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:
+def with_pretrained(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:
     """The recipe with its checkpoint, if the stage was given one."""
     return replace(expert, init=str(inputs[role])) if role in inputs else expert
 
@@ -50,5 +50,5 @@ def by_cluster(folder: Path) -> list[Path]:
 
 def _drawing(router: RouterConfig, partition: Path, rows: Sequence[float]) -> float:
     """FLOPs of drawing for a router that sees no data, from those of one row through each expert."""
-    sizes = draws_of(true_counts(partition)[-1], router.samples_per_expert)
-    return sum(draws_flops(row, size, router.sample_steps) for row, size in zip(rows, sizes, strict=True))
+    sizes = sample_counts(proportional_counts(partition)[-1], router.samples_per_expert)
+    return sum(expert_samples_flops(row, size, router.sample_steps) for row, size in zip(rows, sizes, strict=True))

@@ -20,25 +20,25 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ddm_core.artifacts import LATER, STRICT
-from ensemble.compression.config import StageConfig, TimingConfig, label_of
-from ensemble.config import ChoiceConfig, EvaluationConfig, SamplingConfig
+from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from ensemble.compression.config import CompressionConfig, TimingConfig, compression_label
+from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchConfig
 from experts.config import ExpertConfig
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.pipeline.stage_configs import (
+    DistilledMonolithStageConfig,
     InitStageConfig,
-    StudentStageConfig,
-    costs_of,
-    draws_recipe,
+    compression_configs,
+    distilled_monolith_config,
+    expert_samples_config,
     features_only,
-    recipe_of,
-    recipes_of,
+    monolith_config,
     router_cost,
-    student_recipe,
+    router_costs,
 )
-from router.config import AUTO, RouterConfig, SelectionConfig, row_name
+from router.config import AUTO, RouterConfig, SelectionConfig, selection_label
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -61,12 +61,12 @@ class MonolithStageConfig:
     """The router whose training is worth some more steps; None if the run has no router."""
     num_experts: int
     """K, which the router's size depends on."""
-    experts: tuple[ExpertConfig, ...] = field(default=(), metadata=LATER)
+    experts: tuple[ExpertConfig, ...] = field(default=(), metadata=UNHASHED_IF_DEFAULT)
     """What each expert's FLOPs depend on; empty if all cost the same."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AssemblyStageConfig:
+class EnsembleStageConfig:
     """An ensemble that is put together."""
 
     expert_ids: tuple[int, ...]
@@ -84,10 +84,10 @@ class ScoreStageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChoiceStageConfig:
+class SelectionSearchStageConfig:
     """The choice of a selection."""
 
-    choice: ChoiceConfig
+    choice: SelectionSearchConfig
     """The candidates, and how they are tried."""
     evaluation: EvaluationConfig
     """In which spaces they are compared."""
@@ -105,7 +105,7 @@ class NothingConfig:
 
 def build_graph(config: RunConfig) -> list[Stage]:
     """All stages of a run, every one behind its inputs."""
-    return _Graph(config).stages
+    return _GraphBuilder(config).stages
 
 
 def plain_evaluation(config: RunConfig) -> EvaluationConfig:
@@ -114,7 +114,7 @@ def plain_evaluation(config: RunConfig) -> EvaluationConfig:
     return EvaluationConfig(**{field.name: getattr(scores, field.name) for field in fields(EvaluationConfig)})
 
 
-class _Graph:
+class _GraphBuilder:
     """The stages so far, in the order in which they were added."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -135,10 +135,10 @@ class _Graph:
         trained = self._add_ensemble()
         if config.monolith:
             self._add_baseline("monolith", self._add_monolith("monolith"))
-        if "told" in config.baselines:
-            self._add_baseline("told", self._add_monolith("told"), trained["router"])
-        if "student" in config.baselines:
-            self._add_baseline("student", self._add_student(trained))
+        if "cluster_conditioned" in config.baselines:
+            self._add_baseline("cluster_conditioned", self._add_monolith("cluster_conditioned"), trained["router"])
+        if "distilled_monolith" in config.baselines:
+            self._add_baseline("distilled_monolith", self._add_distilled_monolith(trained))
 
     def _add(
         self, kind: str, config: object, inputs: dict[str, Input], name: str = "", *, optional: bool = False
@@ -159,48 +159,50 @@ class _Graph:
         experts = {f"expert_{k}": self._add_expert(k) for k in range(num_experts)}
         if num_experts > 1 and config.router.data == "samples":
             inputs = experts | {"partition": Input(stage=self.partition)}
-            trained["router"] = self._add_router("draws", Input(stage=self._add("draws", draws_recipe(config), inputs)))
+            trained["router"] = self._add_router(
+                "expert_samples", Input(stage=self._add("expert_samples", expert_samples_config(config), inputs))
+            )
         trained |= experts
         inputs = {"codec": self.codec, "shards": self.shards} | trained
-        ensemble = self._add("ensemble", AssemblyStageConfig(expert_ids=tuple(range(num_experts))), inputs)
+        ensemble = self._add("ensemble", EnsembleStageConfig(expert_ids=tuple(range(num_experts))), inputs)
         for selection in dict.fromkeys((config.ensemble.selection, *config.scores.selections)):
-            chosen = {"choice": self._add_choice(ensemble)} if selection.name == AUTO else {}
-            self._add_score(f"score_{row_name(selection)}", ensemble, selection, chosen)
-        self._add_smaller(ensemble)
+            chosen = {"selection_search": self._add_selection_search(ensemble)} if selection.name == AUTO else {}
+            self._add_score(f"score_{selection_label(selection)}", ensemble, selection, chosen)
+        self._add_compression_stages(ensemble)
         return trained
 
-    def _add_smaller(self, whole: Stage) -> None:
+    def _add_compression_stages(self, whole: Stage) -> None:
         """The ensemble after each stage that makes it smaller, scored as the whole one is by default."""
         selection, is_auto = self.config.ensemble.selection, self.config.ensemble.selection.name == AUTO
         known = SelectionConfig() if is_auto else selection
         sampling = replace(self.config.ensemble, selection=known, reflection=None)
-        choices = [stage for stage in self.stages if stage.kind == "choice"]
-        chosen = {"choice": Input(stage=choices[0])} if is_auto else {}
+        choices = [stage for stage in self.stages if stage.kind == "selection_search"]
+        chosen = {"selection_search": Input(stage=choices[0])} if is_auto else {}
         labelled = self.config.expert.training.condition_dropout < 1
         smaller, labels = whole, ["score"]
-        for kind, recipe in recipes_of(self.config).items():
+        for kind, recipe in compression_configs(self.config).items():
             inputs = {
                 "ensemble": Input(stage=smaller),
                 "whole": Input(stage=whole),
                 "clusters": Input(stage=self.partition, part="clusters"),
             }
-            smaller = self._add(kind, StageConfig(recipe=recipe, sampling=sampling, labelled=labelled), inputs)
-            labels.append(label_of(recipe))
+            smaller = self._add(kind, CompressionConfig(method=recipe, sampling=sampling, labelled=labelled), inputs)
+            labels.append(compression_label(recipe))
             self._add_score("_".join(labels), smaller, selection, chosen)
             both = {"ensemble": Input(stage=smaller), "whole": Input(stage=whole)}
             self._add("timing", TimingConfig(sampling=sampling), both, "_".join(["timing", *labels[1:]]))
 
-    def _add_choice(self, ensemble: Stage) -> Input:
+    def _add_selection_search(self, ensemble: Stage) -> Input:
         """What `auto` stands for; with a single expert, all selections are one."""
         config = self.config
-        few = config.choice.candidates[: 1 if config.partition.num_experts == 1 else None]
-        recipe = ChoiceStageConfig(
-            choice=replace(config.choice, candidates=few),
+        few = config.selection_search.candidates[: 1 if config.partition.num_experts == 1 else None]
+        recipe = SelectionSearchStageConfig(
+            choice=replace(config.selection_search, candidates=few),
             evaluation=plain_evaluation(config),
             sampling=replace(config.ensemble, selection=SelectionConfig()),
         )
         inputs = {"ensemble": Input(stage=ensemble), "reference": Input(stage=self.reference)}
-        return Input(stage=self._add("choice", recipe, inputs))
+        return Input(stage=self._add("selection_search", recipe, inputs))
 
     def _add_router(self, role: str, data: Input) -> Input:
         holdouts = Input(stage=self.partition, part="holdout")
@@ -208,7 +210,7 @@ class _Graph:
         return Input(stage=self._add("router", self.config.router, inputs))
 
     def _add_expert(self, k: int) -> Input:
-        expert, start = self._started(recipe_of(self.config, k))
+        expert, start = self._started(monolith_config(self.config, k))
         inputs = {"shards": Input(stage=self.partition, part=f"clusters/{k}"), "codec": self.codec} | start
         recipe = ExpertStageConfig(expert=expert, cluster_id=k)
         is_optional = self.config.partition.num_experts > 1
@@ -217,9 +219,9 @@ class _Graph:
     def _add_monolith(self, kind: str) -> Stage:
         """The monolith, or the one that is told the cluster: each is given as many FLOPs as all on our side."""
         config, num_experts = self.config, self.config.partition.num_experts
-        (expert, start), costs = self._started(config.expert), costs_of(config)
+        (expert, start), costs = self._started(config.expert), router_costs(config)
         for k in range(len(costs)):
-            start |= {f"init_{k}": given for given in self._started(recipe_of(config, k))[1].values()}
+            start |= {f"init_{k}": given for given in self._started(monolith_config(config, k))[1].values()}
         recipe = MonolithStageConfig(
             expert=expert,
             router=router_cost(config.router) if num_experts > 1 else None,
@@ -229,14 +231,14 @@ class _Graph:
         inputs = {"codec": self.codec, "partition": Input(stage=self.partition), "features": self.features}
         return self._add(kind, recipe, inputs | start)
 
-    def _add_student(self, trained: dict[str, Input]) -> Stage:
-        expert, start = self._started(student_recipe(self.config))
-        chosen = self.config.student.from_expert
+    def _add_distilled_monolith(self, trained: dict[str, Input]) -> Stage:
+        expert, start = self._started(distilled_monolith_config(self.config))
+        chosen = self.config.distilled_monolith.from_expert
         if chosen is not None:
             start = {"init": trained[f"expert_{chosen}"]}
         teachers = {role: given for role, given in trained.items() if role != "router"}
         inputs = {"codec": self.codec, "partition": Input(stage=self.partition)} | teachers | start
-        return self._add("student", StudentStageConfig(expert=expert, from_expert=chosen), inputs)
+        return self._add("distilled_monolith", DistilledMonolithStageConfig(expert=expert, from_expert=chosen), inputs)
 
     def _add_baseline(self, name: str, trained: Stage, router: Input | None = None) -> None:
         """Put a baseline into a pipeline of its own and score it; with a router, its clusters are drawn once."""
@@ -244,7 +246,7 @@ class _Graph:
         if router is not None:
             inputs = {"codec": self.codec, "shards": self.shards, name: Input(stage=trained), "router": router}
             count = self.config.partition.num_experts
-        recipe = AssemblyStageConfig(expert_ids=tuple(range(count)))
+        recipe = EnsembleStageConfig(expert_ids=tuple(range(count)))
         assembled = self._add("ensemble", recipe, inputs, f"{name}_ensemble")
         self._add_score(f"score_{name}", assembled, SelectionConfig(name="sticky" if router else "full"))
 

@@ -8,19 +8,19 @@ from pydantic.dataclasses import dataclass
 
 from data_partition.config import PartitionConfig
 from ddm_core.artifacts import STRICT
-from ensemble.compression.config import RecipeConfig
-from ensemble.config import DrawsConfig
+from ensemble.compression.config import MethodConfig
+from ensemble.config import ExpertSamplesConfig
 from experts.config import ExpertConfig, TrainingConfig
 from orchestrator.config.schema import RunConfig
 from router.config import RouterConfig
 
-SMALLER = ("distill", "accelerate", "prune", "quantize", "switch")
+COMPRESSION_KINDS = ("distill", "accelerate", "prune", "quantize", "stitch")
 """Kinds of stages that make an ensemble smaller or faster, in their order: a cache needs many steps to save some of,
 pruning is measured on the steps that are left, and what is rounded can no longer be trained."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class StudentStageConfig:
+class DistilledMonolithStageConfig:
     """One network that learns from all experts."""
 
     expert: ExpertConfig
@@ -39,14 +39,14 @@ class InitStageConfig:
     """What was in it when the run was composed."""
 
 
-def recipe_of(config: RunConfig, expert_id: int) -> ExpertConfig:
+def monolith_config(config: RunConfig, expert_id: int) -> ExpertConfig:
     """One expert's recipe with its part of the global batch."""
     return _divided(config.experts.get(expert_id, config.expert), config.partition.num_experts)
 
 
-def costs_of(config: RunConfig) -> tuple[ExpertConfig, ...]:
+def router_costs(config: RunConfig) -> tuple[ExpertConfig, ...]:
     """What the FLOPs of each expert depend on, a checkpoint left out; empty if all cost the same."""
-    recipes = [recipe_of(config, k) for k in range(config.partition.num_experts)]
+    recipes = [monolith_config(config, k) for k in range(config.partition.num_experts)]
     base, costs = _divided(config.expert, config.partition.num_experts), tuple(map(_cost, recipes))
     are_alike = set(costs) == {_cost(base)} and {one.init for one in recipes} == {base.init}
     return () if are_alike else costs
@@ -61,20 +61,20 @@ def _cost(expert: ExpertConfig) -> ExpertConfig:
     return ExpertConfig(network=expert.network, training=training)
 
 
-def student_recipe(config: RunConfig) -> ExpertConfig:
+def distilled_monolith_config(config: RunConfig) -> ExpertConfig:
     """The monolith's recipe with what the student has of its own."""
-    training, own = config.expert.training, config.student
+    training, own = config.expert.training, config.distilled_monolith
     steps, batch_size = own.steps or training.steps, own.batch_size or training.batch_size
     return replace(config.expert, training=replace(training, steps=steps, batch_size=batch_size))
 
 
-def draws_recipe(config: RunConfig) -> DrawsConfig:
+def expert_samples_config(config: RunConfig) -> ExpertSamplesConfig:
     """How the experts are drawn from for the router."""
     router, sampling = config.router, config.ensemble
-    return DrawsConfig(
+    return ExpertSamplesConfig(
         samples_per_expert=router.samples_per_expert,
         steps=router.sample_steps,
-        path=router.path,
+        noise_schedule=router.noise_schedule,
         batch_size=sampling.batch_size,
         device=sampling.device,
         seed=router.training.seed,
@@ -91,10 +91,10 @@ def features_only(config: PartitionConfig) -> PartitionConfig:
 def router_cost(config: RouterConfig) -> RouterConfig:
     """What the router's FLOPs depend on; the rest is set to its default, so that it does not touch the monolith."""
     training = TrainingConfig(steps=config.training.steps, batch_size=config.training.batch_size)
-    return replace(config, path="straight", training=training)
+    return replace(config, noise_schedule="rectified_flow", training=training)
 
 
-def recipes_of(config: RunConfig) -> dict[str, RecipeConfig]:
+def compression_configs(config: RunConfig) -> dict[str, MethodConfig]:
     """The stages that make the ensemble smaller, by kind and in their order."""
-    asked = {kind: getattr(config, kind) for kind in SMALLER}
+    asked = {kind: getattr(config, kind) for kind in COMPRESSION_KINDS}
     return {kind: recipe for kind, recipe in asked.items() if recipe is not None}

@@ -25,21 +25,21 @@ from pydantic import TypeAdapter
 
 from data_partition.errors import DataError
 from data_partition.shards.shards import read_index
-from ddm_core.artifacts import ArtifactError, plain, write_json
+from ddm_core.artifacts import ArtifactError, to_jsonable, write_json
 from experts.architectures.conv_decoder import ConvDecoder
 from experts.expert import expert_flops
 from experts.training.flops import forward_flops, training_flops
 from experts.training.trainer import DeviceError
-from orchestrator.config.compute import HOME, IslandConfig, ResourcesConfig
+from orchestrator.config.compute import CONTROLLER, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import IslandError, OrchestratorError
 from orchestrator.islands.client import IslandClient
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
-from orchestrator.planning.calibration import SAID, Calibration, Place, Speed, identity
-from orchestrator.planning.cost_model import Facts, count_images, work_of
-from orchestrator.planning.dry_run import Rehearsed, rehearse
-from orchestrator.planning.microbenchmarks import Networks, Probe, build_networks, time_networks
+from orchestrator.planning.calibration import SAID, Calibration, Place, StageSpeed, identity
+from orchestrator.planning.cost_model import DatasetFacts, count_images, estimate_work
+from orchestrator.planning.dry_run import DryRun, dry_run
+from orchestrator.planning.microbenchmarks import NetworkProbe, Networks, build_networks, time_networks
 from orchestrator.planning.synchronous_baseline import BYTES_PER_PARAMETER
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.worker import limited_threads
@@ -49,14 +49,14 @@ LOOK_S = 0.5
 
 
 def probe_island(
-    name: str, island: IslandConfig, probe: Probe, resources: ResourcesConfig, wheel: Path, grace_s: float
+    name: str, island: IslandConfig, probe: NetworkProbe, resources: ResourcesConfig, wheel: Path, grace_s: float
 ) -> Place:
     """The island as an expert would find it; one that refuses or does not answer is a place with a problem."""
     client, submission = IslandClient(name, island), f"ddm-probe-{secrets.token_hex(4)}"
-    command = ["python", "-m", "orchestrator.planning.calibrate", "--probe", json.dumps(plain(probe))]
+    command = ["python", "-m", "orchestrator.planning.calibrate", "--probe", json.dumps(to_jsonable(probe))]
     started, asked = time.monotonic(), replace(resources, workers=1)
     try:
-        client.reach()
+        client.check_reachable()
         client.submit(submission, command, wheel=wheel, resources=asked, grace_s=grace_s)
         if not _ends(client, submission):
             client.stop(submission)
@@ -97,10 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.probe:
             began = time.monotonic()
-            probe = TypeAdapter(Probe).validate_json(given.probe)
+            probe = TypeAdapter(NetworkProbe).validate_json(given.probe)
             place = measure_place(build_networks(probe), probe)
             took_s = time.monotonic() - began
-            sys.stdout.write(SAID + json.dumps(plain(replace(place, start_s=took_s))) + "\n")
+            sys.stdout.write(SAID + json.dumps(to_jsonable(replace(place, start_s=took_s))) + "\n")
         else:
             calibrate(parse_config(json.load(sys.stdin)))
     except (OrchestratorError, ArtifactError, DataError, ValueError) as error:
@@ -117,7 +117,7 @@ def calibrate(config: RunConfig) -> None:
         tempfile.TemporaryDirectory(prefix="ddm-rehearsal-") as folder,
         limited_threads(config.compute.stages.dataset.cpus),
     ):
-        rehearsed = rehearse(config, Path(folder))
+        rehearsed = dry_run(config, Path(folder))
     probe = probe_of(config, rehearsed)
     networks = build_networks(probe)
     facts = _facts(config, run, graph, rehearsed, networks)
@@ -126,19 +126,19 @@ def calibrate(config: RunConfig) -> None:
     calibration = Calibration(
         fingerprint=identity(graph, config.compute),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        work=work_of(graph, facts),
+        work=estimate_work(graph, facts),
         bytes=_sizes(graph, facts, rehearsed, networks.parameters),
-        places={HOME: home} | _measure_islands(config, probe),
+        places={CONTROLLER: home} | _measure_islands(config, probe),
         parameters=networks.parameters["expert"],
     )
     run.root.mkdir(parents=True, exist_ok=True)
     write_json(run.calibration, calibration)
 
 
-def probe_of(config: RunConfig, rehearsed: Rehearsed) -> Probe:
+def probe_of(config: RunConfig, rehearsed: DryRun) -> NetworkProbe:
     """What has to be known to time the networks."""
     stages = config.compute.stages
-    return Probe(
+    return NetworkProbe(
         expert=config.expert,
         router=config.router,
         num_experts=config.partition.num_experts,
@@ -150,7 +150,7 @@ def probe_of(config: RunConfig, rehearsed: Rehearsed) -> Probe:
     )
 
 
-def measure_place(networks: Networks, probe: Probe) -> Place:
+def measure_place(networks: Networks, probe: NetworkProbe) -> Place:
     """How quick this machine is; without the device of the configuration only what is the matter."""
     versions = {name: version(name) for name in ("torch", "decentralized-diffusion") if _is_installed(name)}
     place = Place(machine=machine(), versions={"python": platform.python_version()} | versions)
@@ -161,7 +161,7 @@ def measure_place(networks: Networks, probe: Probe) -> Place:
     return replace(place, speeds=speeds, checkpoint_s=checkpoint_s, cpu_share=_cpu_share(speeds, probe))
 
 
-def _cpu_share(speeds: Mapping[str, Speed], probe: Probe) -> float:
+def _cpu_share(speeds: Mapping[str, StageSpeed], probe: NetworkProbe) -> float:
     """CPU time of the experts' steps over what their threads could have had; an accelerator's is not looked at."""
     if probe.expert.training.device != "cpu":
         return 1.0
@@ -193,14 +193,14 @@ def _start_s() -> float:
 
 
 def _facts(
-    config: RunConfig, run: RunFolder, graph: Sequence[Stage], rehearsed: Rehearsed, networks: Networks
-) -> Facts:
+    config: RunConfig, run: RunFolder, graph: Sequence[Stage], rehearsed: DryRun, networks: Networks
+) -> DatasetFacts:
     """The number of images is exact once the data set is finished."""
     images, held_out = count_images(config.data)
     dataset = next(stage for stage in graph if stage.kind == "dataset")
     if run.finished(dataset):
         images, held_out = (read_index(run.artifact(dataset) / part).count for part in ("train", "holdout"))
-    return Facts(
+    return DatasetFacts(
         images=images,
         held_out=held_out,
         row_flops=networks.row_flops | _decoder_flops(config) | _different_experts(config, rehearsed),
@@ -210,7 +210,7 @@ def _facts(
     )
 
 
-def _different_experts(config: RunConfig, rehearsed: Rehearsed) -> dict[str, float]:
+def _different_experts(config: RunConfig, rehearsed: DryRun) -> dict[str, float]:
     shape, classes = rehearsed.latent_shape, rehearsed.num_classes
     return {
         f"expert_{k}": expert_flops(expert, shape, classes)
@@ -227,7 +227,9 @@ def _decoder_flops(config: RunConfig) -> dict[str, float]:
     return {"decoder": forward_flops(lambda: decoder(torch.zeros(1, components)))}
 
 
-def _sizes(graph: Sequence[Stage], facts: Facts, rehearsed: Rehearsed, parameters: Mapping[str, int]) -> dict[str, int]:
+def _sizes(
+    graph: Sequence[Stage], facts: DatasetFacts, rehearsed: DryRun, parameters: Mapping[str, int]
+) -> dict[str, int]:
     """Bytes of what may have to be moved, as far as they can be told before."""
     sizes = {"codec": float(rehearsed.codec_bytes)}
     networks = {"expert": parameters["expert"], "monolith": parameters["expert"], "router": parameters["router"]}
@@ -242,7 +244,7 @@ def _sizes(graph: Sequence[Stage], facts: Facts, rehearsed: Rehearsed, parameter
     return {name: round(size) for name, size in sizes.items()}
 
 
-def _measure_islands(config: RunConfig, probe: Probe) -> dict[str, Place]:
+def _measure_islands(config: RunConfig, probe: NetworkProbe) -> dict[str, Place]:
     """All islands at once."""
     compute = config.compute
     if not compute.islands:

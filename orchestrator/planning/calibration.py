@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
-from ddm_core.artifacts import fingerprint, plain, read_json
+from ddm_core.artifacts import fingerprint, read_json, to_jsonable
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError
@@ -30,7 +30,7 @@ class CalibrationFailed(OrchestratorError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
+class StageSpeed:
     """How long one unit of work takes: an image through a training step, a row through a network, an image read."""
 
     unit_s: float
@@ -73,7 +73,7 @@ class Place:
     """From submission to the first line of a stage, in a new process."""
     checkpoint_s: float = 0.0
     """To save one checkpoint of an expert."""
-    speeds: dict[str, Speed] = field(default_factory=dict)
+    speeds: dict[str, StageSpeed] = field(default_factory=dict)
     cpu_share: float = 1.0
     """How much of its CPUs the machine gave to the measurement; less than all means that it was busy."""
     problem: str = ""
@@ -125,7 +125,12 @@ def calibrate(config: RunConfig) -> None:
     command = [sys.executable, "-m", "orchestrator.planning.calibrate"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(plain(config)), capture_output=True, text=True, timeout=LONGEST_S, check=False
+            command,
+            input=json.dumps(to_jsonable(config)),
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise CalibrationFailed(f"the calibration took more than {LONGEST_S:g} s and was ended") from None

@@ -9,19 +9,24 @@ from data_partition.clustering.kmeans import num_fine, training_rows
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS
 from data_partition.datasets.image_folder import image_files, tree_root
-from ensemble.config import ChoiceConfig, DrawsConfig, EvaluationConfig, SamplingConfig
+from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
 from ensemble.evaluation.reference import HELD_OUT_LIMIT, NEIGHBOUR_LIMIT
 from experts.config import CodecConfig
 from experts.training.flops import training_flops
-from orchestrator.pipeline.graph import ChoiceStageConfig, ExpertStageConfig, MonolithStageConfig, ScoreStageConfig
+from orchestrator.pipeline.graph import (
+    ExpertStageConfig,
+    MonolithStageConfig,
+    ScoreStageConfig,
+    SelectionSearchStageConfig,
+)
 from orchestrator.pipeline.stage import Input, Stage
-from orchestrator.pipeline.stage_configs import StudentStageConfig
+from orchestrator.pipeline.stage_configs import DistilledMonolithStageConfig
 from orchestrator.planning.calibration import Part, Work
-from orchestrator.planning.dry_run import Extractor
+from orchestrator.planning.dry_run import ExtractorCost
 from router.calibration.time_bins import BINS
 from router.config import RouterConfig, SelectionConfig
-from router.costs import forward_rows, gradient_rows, recipe_flops
-from router.quality import DRAWS, MAX_IMAGES
+from router.costs import forward_rows, gradient_rows, training_cost
+from router.quality import MAX_IMAGES, NOISES_PER_IMAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +53,11 @@ def calls_per_image(
         "nucleus": lambda t: K,
         "sample": lambda t: min(selection.draws, K),
         "sticky": lambda t: 1,
-        "anneal": lambda t: K if t > selection.t_switch else 1,
-        "switch": lambda t: most if t > selection.t_switch else 1,
-        "sticky_at": lambda t: K if t > selection.t_switch else 1,
-        "redraw": lambda t: 1,
-        "coupled": lambda t: 1,
+        "full_then_top1": lambda t: K if t > selection.t_switch else 1,
+        "threshold_then_top1": lambda t: most if t > selection.t_switch else 1,
+        "full_then_sticky": lambda t: K if t > selection.t_switch else 1,
+        "sticky_resample": lambda t: 1,
+        "coupled_resample": lambda t: 1,
     }
     return CallsPerImage(
         expert=branches * sum(experts[selection.name](t) for t in moments),
@@ -61,7 +66,7 @@ def calls_per_image(
     )
 
 
-def dearest(candidates: Sequence[CallsPerImage], most_calls: float) -> CallsPerImage:
+def most_expensive(candidates: Sequence[CallsPerImage], most_calls: float) -> CallsPerImage:
     """What the choice among candidates costs at worst, if `most_calls` times the fewest calls are allowed."""
     allowed = math.floor(most_calls * min(calls.expert for calls in candidates))
     return CallsPerImage(
@@ -75,11 +80,15 @@ def _routed(selection: SelectionConfig, moments: Sequence[float]) -> int:
     """How often the router is asked; a draw that is settled needs it no more."""
     early = sum(t > selection.t_switch for t in moments)
     settling = min(1, len(moments) - early)
-    return {"sticky": 0, "redraw": settling, "sticky_at": early + settling}.get(selection.name, len(moments))
+    return {"sticky": 0, "sticky_resample": settling, "full_then_sticky": early + settling}.get(
+        selection.name, len(moments)
+    )
 
 
 def _depends_on_data(selection: SelectionConfig) -> bool:
-    return selection.name in ("threshold", "nucleus", "switch") or (selection.name == "sample" and selection.draws > 1)
+    return selection.name in ("threshold", "nucleus", "threshold_then_top1") or (
+        selection.name == "sample" and selection.draws > 1
+    )
 
 
 def _moments(sampling: SamplingConfig) -> list[float]:
@@ -94,7 +103,7 @@ UNKNOWN = Work(flops=None, parts=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class DatasetFacts:
     """What the work of all stages follows from."""
 
     images: int | None
@@ -102,13 +111,13 @@ class Facts:
     held_out: int | None
     row_flops: Mapping[str, float]
     """One row through an `expert`, the `router`, the codec's `decoder`, and each expert that differs."""
-    extractors: Mapping[str, Extractor]
+    extractors: Mapping[str, ExtractorCost]
     """Of the `partition`, and of each space of the scores as `score/<name>`."""
     num_experts: int
     partition: PartitionConfig
 
 
-def work_of(graph: Sequence[Stage], facts: Facts) -> dict[str, Work]:
+def estimate_work(graph: Sequence[Stage], facts: DatasetFacts) -> dict[str, Work]:
     """The work of every stage, by its name."""
     found: dict[str, Work] = {}
     for stage in graph:
@@ -132,13 +141,13 @@ def _files(root: Path) -> int:
     return sum(1 for _ in image_files(root, root.resolve()))
 
 
-def _dataset(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _dataset(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     if facts.images is None or facts.held_out is None:
         return Work(flops=0.0, parts=None)
     return Work(flops=0.0, parts=(Part(speed="dataset", count=facts.images + facts.held_out),))
 
 
-def _codec(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _codec(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     config: CodecConfig = stage.config
     if facts.images is None:
         return UNKNOWN
@@ -150,14 +159,14 @@ def _codec(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     return Work(flops=flops, parts=tuple(parts))
 
 
-def _features(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _features(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     if facts.images is None:
         return UNKNOWN
     one = facts.extractors["partition"]
     return Work(flops=facts.images * (one.flops + one.fit_flops), parts=(Part(speed="features", count=facts.images),))
 
 
-def _partition(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _partition(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """As `data_partition/partition.py` counts them."""
     config, one = facts.partition, facts.extractors["partition"]
     if facts.images is None or facts.held_out is None:
@@ -168,7 +177,7 @@ def _partition(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     return Work(flops=flops, parts=(Part(speed="partition", count=facts.images),))
 
 
-def _reference(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _reference(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """As `ensemble/evaluation/reference.py` counts them: each space on as many images as are drawn, pixels on all."""
     config: EvaluationConfig = stage.config
     if facts.images is None or facts.held_out is None:
@@ -181,7 +190,7 @@ def _reference(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     return Work(flops=flops, parts=(Part(speed="reference", count=facts.images + facts.held_out),))
 
 
-def _expert(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _expert(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """Speeds were measured with the network of most experts; another one's time is taken to go with its FLOPs."""
     config: ExpertStageConfig = stage.config
     training, usual = config.expert.training, facts.row_flops["expert"]
@@ -191,25 +200,25 @@ def _expert(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     return Work(flops=flops, parts=_trained("expert", round(training.batch_size * training.steps * row / usual), share))
 
 
-def _router(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _router(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """Training, temperatures, and the look at its quality with and without the class."""
     config: RouterConfig = stage.config
-    flops = recipe_flops(config, facts.row_flops["router"], facts.num_experts)
+    flops = training_cost(config, facts.row_flops["router"], facts.num_experts)
     rows, fitted = gradient_rows(config, facts.num_experts), forward_rows(config)
     if facts.images is None or facts.held_out is None:
         return Work(flops=flops, parts=_trained("router", rows, None))
-    looked_at = 2 * BINS * DRAWS * min(-(-facts.held_out // 2), MAX_IMAGES)
+    looked_at = 2 * BINS * NOISES_PER_IMAGE * min(-(-facts.held_out // 2), MAX_IMAGES)
     trained = _trained("router", rows, facts.images + facts.held_out)
     return Work(flops=flops, parts=(*trained, Part(speed="router_row", count=fitted + looked_at)))
 
 
-def _monolith(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _monolith(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """With extra steps worth the router and the clustering, as in `orchestrator/pipeline/stage_kinds.py`."""
     config: MonolithStageConfig = stage.config
     training, row = config.expert.training, facts.row_flops["expert"]
     needed = [found[name].flops for name in ("features", "partition")]
     if config.router is not None:
-        needed.append(recipe_flops(config.router, facts.row_flops["router"], config.num_experts))
+        needed.append(training_cost(config.router, facts.row_flops["router"], config.num_experts))
         if config.router.data == "samples":
             needed.append(
                 config.router.samples_per_expert * config.num_experts * (2 * config.router.sample_steps - 1) * row
@@ -228,18 +237,18 @@ def _monolith(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     )
 
 
-def _draws(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _draws(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """As `ensemble/sampling/expert_samples.py` counts them."""
-    config: DrawsConfig = stage.config
+    config: ExpertSamplesConfig = stage.config
     rows = config.samples_per_expert * facts.num_experts * (2 * config.steps - 1)
     row = _mean_row(stage.inputs, facts)
     called = round(rows * row / facts.row_flops["expert"])
     return Work(flops=rows * row, parts=(Part(speed="expert_row", count=called),))
 
 
-def _student(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _student(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """Training, and one call of a teacher for every row."""
-    config: StudentStageConfig = stage.config
+    config: DistilledMonolithStageConfig = stage.config
     training, row = config.expert.training, facts.row_flops["expert"]
     rows = training.batch_size * training.steps
     teacher = _mean_row(stage.inputs, facts)
@@ -253,24 +262,24 @@ def _trained(speed: str, units: int, images: float | None) -> tuple[Part, ...]:
     return (*encoded, Part(speed=speed, count=units))
 
 
-def _no_work(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _no_work(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     return Work(flops=0.0, parts=())
 
 
-def _score(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _score(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """Images of one selection; for `auto`, of the dearest that may be chosen."""
     config: ScoreStageConfig = stage.config
     images = min(config.evaluation.num_samples, facts.images or config.evaluation.num_samples)
-    if "choice" not in stage.inputs:
+    if "selection_search" not in stage.inputs:
         return _drawn(images, _calls(stage, config.sampling), _row_of(stage, facts), facts)
-    choice: ChoiceConfig = stage.inputs["choice"].stage.config.choice
+    choice: SelectionSearchConfig = stage.inputs["selection_search"].stage.config.choice
     calls = [_calls(stage, replace(config.sampling, selection=selection)) for selection in choice.candidates]
-    return _drawn(images, dearest(calls, choice.most_calls), _row_of(stage, facts), facts)
+    return _drawn(images, most_expensive(calls, choice.max_calls), _row_of(stage, facts), facts)
 
 
-def _choice(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _choice(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """A few images of every candidate."""
-    config: ChoiceStageConfig = stage.config
+    config: SelectionSearchStageConfig = stage.config
     short, row = replace(config.sampling, steps=config.choice.steps), _row_of(stage, facts)
     trials = [
         _drawn(config.choice.num_samples, _calls(stage, replace(short, selection=selection)), row, facts)
@@ -283,17 +292,17 @@ def _choice(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
     )
 
 
-def _smaller(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _smaller(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """A few images of the ensemble before and after; what a method trains comes on top."""
     return _compared(stage, facts, 2 * stage.config.num_samples)
 
 
-def _timing(stage: Stage, facts: Facts, found: Mapping[str, Work]) -> Work:
+def _timing(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
     """Some turns of both ensembles, and one that is not timed."""
     return _compared(stage, facts, 2 * (stage.config.turns + 1) * stage.config.num_images)
 
 
-def _compared(stage: Stage, facts: Facts, images: int) -> Work:
+def _compared(stage: Stage, facts: DatasetFacts, images: int) -> Work:
     """So many images, as if both ensembles were whole."""
     ensemble = assembly(stage)
     calls = calls_per_image(
@@ -327,18 +336,18 @@ def _calls(stage: Stage, sampling: SamplingConfig) -> CallsPerImage:
     )
 
 
-def _row_of(stage: Stage, facts: Facts) -> float:
+def _row_of(stage: Stage, facts: DatasetFacts) -> float:
     return _mean_row(assembly(stage).inputs, facts)
 
 
-def _mean_row(inputs: Mapping[str, Input], facts: Facts) -> float:
+def _mean_row(inputs: Mapping[str, Input], facts: DatasetFacts) -> float:
     """FLOPs of a row through one of the experts among the inputs, on average."""
     usual = facts.row_flops["expert"]
     rows = [facts.row_flops.get(given.stage.name, usual) for role, given in inputs.items() if role.startswith("expert")]
     return sum(rows) / len(rows) if rows else usual
 
 
-def _drawn(images: int, calls: CallsPerImage, row: float, facts: Facts) -> Work:
+def _drawn(images: int, calls: CallsPerImage, row: float, facts: DatasetFacts) -> Work:
     """Images times velocities times calls times a forward pass, and the features of the samples."""
     spaces = sum(one.flops for _, one in _spaces(facts))
     drawn = calls.expert * row + calls.router * facts.row_flops["router"]
@@ -350,7 +359,7 @@ def _drawn(images: int, calls: CallsPerImage, row: float, facts: Facts) -> Work:
     return Work(flops=images * (drawn + spaces), parts=parts, is_upper_bound=calls.is_upper_bound)
 
 
-def _spaces(facts: Facts) -> list[tuple[str, Extractor]]:
+def _spaces(facts: DatasetFacts) -> list[tuple[str, ExtractorCost]]:
     return [(name.removeprefix("score/"), one) for name, one in facts.extractors.items() if name.startswith("score/")]
 
 
@@ -363,7 +372,7 @@ COUNTS: dict[str, Callable[[DataConfig], int | None]] = {
 }
 """Images of each source before any is held out."""
 
-WORK: dict[str, Callable[[Stage, Facts, Mapping[str, Work]], Work]] = {
+WORK: dict[str, Callable[[Stage, DatasetFacts, Mapping[str, Work]], Work]] = {
     "dataset": _dataset,
     "codec": _codec,
     "features": _features,
@@ -372,15 +381,15 @@ WORK: dict[str, Callable[[Stage, Facts, Mapping[str, Work]], Work]] = {
     "expert": _expert,
     "router": _router,
     "monolith": _monolith,
-    "told": _monolith,
-    "student": _student,
+    "cluster_conditioned": _monolith,
+    "distilled_monolith": _student,
     "init": _no_work,
-    "draws": _draws,
+    "expert_samples": _draws,
     "ensemble": _no_work,
-    "choice": _choice,
+    "selection_search": _choice,
     "prune": _smaller,
     "quantize": _smaller,
-    "switch": _smaller,
+    "stitch": _smaller,
     "timing": _timing,
     "score": _score,
 }

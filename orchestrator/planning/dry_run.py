@@ -24,9 +24,9 @@ from experts.codecs.registry import load_codec
 from experts.config import CodecConfig
 from experts.training.latent_dataset import encode_latents
 from orchestrator.config.schema import RunConfig
-from orchestrator.pipeline.stage_kinds import KINDS
-from orchestrator.planning.calibration import Speed
-from orchestrator.planning.microbenchmarks import NOTHING, Taken, per_unit, timed
+from orchestrator.pipeline.stage_kinds import STAGE_KINDS
+from orchestrator.planning.calibration import StageSpeed
+from orchestrator.planning.microbenchmarks import NOTHING, Duration, measure, per_unit
 from orchestrator.planning.transfers import folder_bytes
 
 LEAST_IMAGES = 256
@@ -38,7 +38,7 @@ DECODER_STEPS = (2, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Extractor:
+class ExtractorCost:
     """What an extractor of features costs."""
 
     flops: float
@@ -49,17 +49,17 @@ class Extractor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsed:
+class DryRun:
     """What was found out."""
 
-    speeds: dict[str, Speed]
+    speeds: dict[str, StageSpeed]
     """By kind of stage, for each image; `decoder` for each image of a training step, `encode` for an expert's."""
     latent_shape: tuple[int, ...]
     num_classes: int
     image_bytes: float
     """Of one image in a shard."""
     codec_bytes: int
-    extractors: dict[str, Extractor]
+    extractors: dict[str, ExtractorCost]
     """Of the partition and of the scores, by name."""
 
 
@@ -67,13 +67,13 @@ class Rehearsed:
 class _Turn:
     """One walk through the stages."""
 
-    taken: dict[str, Taken]
+    taken: dict[str, Duration]
     counts: dict[str, int]
     """Images that each of them was about."""
     folder: Path
 
 
-def rehearse(config: RunConfig, folder: Path) -> Rehearsed:
+def dry_run(config: RunConfig, folder: Path) -> DryRun:
     """Walk three times; raises what the stages themselves would raise."""
     few = max(LEAST_IMAGES, 0 if config.codec.kind == "pixels" else 2 * config.codec.components)
     cold, warm, long = (
@@ -84,7 +84,7 @@ def rehearse(config: RunConfig, folder: Path) -> Rehearsed:
         speeds["decoder"] = _decoder_speed(config.codec, long)
     codec, dataset = long.folder / "codec", long.folder / "dataset" / "train"
     index = read_index(dataset)
-    return Rehearsed(
+    return DryRun(
         speeds=speeds,
         latent_shape=load_codec(codec).latent_shape,
         num_classes=len(index.class_names),
@@ -110,20 +110,20 @@ def _walk(config: RunConfig, folder: Path, images: int) -> _Turn:
     ]
     taken = {kind: _run(kind, chosen, inputs, folder) for kind, chosen, inputs in plans}
     codec, workspace = load_codec(at["codec"]), Workspace.at(folder / "scratch" / "encode")
-    taken["encode"] = timed(lambda: encode_latents([at["dataset"] / "train"], codec, at["codec"], workspace))
+    taken["encode"] = measure(lambda: encode_latents([at["dataset"] / "train"], codec, at["codec"], workspace))
     samples = np.stack(list(_images(at["dataset"] / "train", scores.num_samples)))
-    taken["score"] = timed(lambda: _score(codec, at["reference"], at["partition"], scores, samples))
+    taken["score"] = measure(lambda: _score(codec, at["reference"], at["partition"], scores, samples))
     count, held_out = (read_index(at["dataset"] / part).count for part in ("train", "holdout"))
     both = dict.fromkeys(("dataset", "reference"), count + held_out)
     return _Turn(taken, dict.fromkeys(taken, count) | both | {"score": len(samples)}, folder)
 
 
-def _run(kind: str, config: object, inputs: Mapping[str, Path], folder: Path) -> Taken:
+def _run(kind: str, config: object, inputs: Mapping[str, Path], folder: Path) -> Duration:
     """One stage by the function that the run itself would call."""
     out = folder / kind
     out.mkdir(parents=True)
     workspace = Workspace.at(folder / "scratch" / kind)
-    return timed(lambda: KINDS[kind].run(config, inputs, out, workspace))
+    return measure(lambda: STAGE_KINDS[kind].run(config, inputs, out, workspace))
 
 
 def _score(codec: Codec, reference: Path, partition: Path, config: EvaluationConfig, images: Images) -> None:
@@ -146,31 +146,31 @@ def _short(config: CodecConfig, steps: int) -> CodecConfig:
     return replace(config, decoder_training=replace(config.decoder_training, steps=steps))
 
 
-def _speed(kind: str, cold: _Turn, warm: _Turn, long: _Turn) -> Speed:
+def _speed(kind: str, cold: _Turn, warm: _Turn, long: _Turn) -> StageSpeed:
     """A straight line through two sizes, or through the origin if there are no more; and what was slow at first."""
     count, more = warm.counts[kind], long.counts[kind] - warm.counts[kind]
     unit = per_unit(warm.taken[kind], long.taken[kind], more) if more else per_unit(NOTHING, warm.taken[kind], count)
     fixed_s = max(0.0, warm.taken[kind].wall_s - unit.wall_s * count)
     once_s = fixed_s + max(0.0, cold.taken[kind].wall_s - warm.taken[kind].wall_s)
-    return Speed(unit_s=unit.wall_s, cpu_s=unit.cpu_s, once_s=once_s)
+    return StageSpeed(unit_s=unit.wall_s, cpu_s=unit.cpu_s, once_s=once_s)
 
 
-def _decoder_speed(config: CodecConfig, turn: _Turn) -> Speed:
+def _decoder_speed(config: CodecConfig, turn: _Turn) -> StageSpeed:
     """From fitting the codec with a few more steps."""
     folder, inputs = turn.folder / "decoder", {"shards": turn.folder / "dataset" / "train"}
     took = [_run("codec", _short(config, steps), inputs, folder / str(steps)) for steps in DECODER_STEPS]
     images = (DECODER_STEPS[1] - DECODER_STEPS[0]) * config.decoder_training.batch_size
     unit = per_unit(took[0], took[1], images)
-    return Speed(unit_s=unit.wall_s, cpu_s=unit.cpu_s)
+    return StageSpeed(unit_s=unit.wall_s, cpu_s=unit.cpu_s)
 
 
-def _extractors(config: RunConfig, folder: Path) -> dict[str, Extractor]:
+def _extractors(config: RunConfig, folder: Path) -> dict[str, ExtractorCost]:
     """Of the partition under its own name, of the scores under `score/<name>`."""
     spaces = dict.fromkeys((*config.scores.spaces, "pixels"))
     folders = {"partition": folder / "features" / "extractor"}
     folders |= {f"score/{name}": folder / "reference" / "extractors" / name for name in spaces}
     loaded = {name: load_extractor(path) for name, path in folders.items()}
     return {
-        name: Extractor(flops=one.flops_per_image, fit_flops=one.fit_flops_per_image, dimension=one.dimension)
+        name: ExtractorCost(flops=one.flops_per_image, fit_flops=one.fit_flops_per_image, dimension=one.dimension)
         for name, one in loaded.items()
     }

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from ddm_core.artifacts import STRICT, Workspace
 from experts.condition import Condition
 from experts.config import ExpertConfig, TrainingConfig
-from experts.diffusion.noise_schedule import PATHS
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert, network_flops
 from experts.networks.registry import build_network
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.loss import expert_loss
 from experts.training.trainer import fit, usable_device
-from orchestrator.planning.calibration import Speed
+from orchestrator.planning.calibration import StageSpeed
 from orchestrator.run.worker import limited_threads
 from router.config import RouterConfig
 from router.costs import gradient_rows
@@ -38,43 +38,43 @@ from router.train import router_loss
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Duration:
     """Wall clock, and CPU time of all threads."""
 
     wall_s: float
     cpu_s: float
 
 
-NOTHING = Taken(0.0, 0.0)
+NOTHING = Duration(0.0, 0.0)
 
 
-def timed(act: Callable[[], object]) -> Taken:
+def measure(act: Callable[[], object]) -> Duration:
     """How long an action takes."""
     wall, cpu = time.perf_counter(), time.process_time()
     act()
-    return Taken(time.perf_counter() - wall, time.process_time() - cpu)
+    return Duration(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def per_unit(short: Taken, long: Taken, units: float) -> Taken:
+def per_unit(short: Duration, long: Duration, units: float) -> Duration:
     """What each of the units takes that the longer of two tries did more.
 
     No clock on the wall can be ahead of the processors: where noise says so, these are believed.
     """
     cpu_s = max(0.0, long.cpu_s - short.cpu_s) / units
     wall_s = max(0.0, long.wall_s - short.wall_s) / units
-    return Taken(max(wall_s, cpu_s / torch.get_num_threads()), cpu_s)
+    return Duration(max(wall_s, cpu_s / torch.get_num_threads()), cpu_s)
 
 
 TRAINING_S = 0.7
 """How long the timed steps of a training take together, if that many are as short."""
 MOST_STEPS = 200
-TURNS = 2
+REPEATS = 2
 """The best of so many turns counts: a busy machine makes everything slower and nothing quicker."""
 CALLS_S = 0.3
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class Probe:
+class NetworkProbe:
     """What has to be known to time the networks anywhere."""
 
     expert: ExpertConfig
@@ -110,13 +110,13 @@ class Networks:
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
-def build_networks(probe: Probe) -> Networks:
+def build_networks(probe: NetworkProbe) -> Networks:
     """The networks on the CPU; raises `NetworkError` if they do not fit the latents."""
     shape = probe.latent_shape
     expert = build_network(probe.expert.network, shape, probe.num_classes)
     router = Router(
         model=build_router(probe.router, shape, probe.num_experts, probe.num_classes),
-        path=PATHS[probe.router.path],
+        noise_schedule=NOISE_SCHEDULES[probe.router.noise_schedule],
         prior_counts=torch.ones(probe.num_classes + 1, probe.num_experts),
     )
     row, t = torch.zeros(1, *shape), torch.full((1,), 0.5)
@@ -134,9 +134,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def time_networks(networks: Networks, probe: Probe) -> tuple[dict[str, Speed], float]:
+def time_networks(networks: Networks, probe: NetworkProbe) -> tuple[dict[str, StageSpeed], float]:
     """Speeds of training and sampling, and seconds to save a checkpoint; raises `DeviceError` without the device."""
-    path, recipe, speeds = PATHS[probe.expert.path], probe.expert.training, {}
+    path, recipe, speeds = NOISE_SCHEDULES[probe.expert.noise_schedule], probe.expert.training, {}
     alone = replace(recipe, batch_size=recipe.batch_size // probe.num_experts)
 
     def loss_of_expert(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
@@ -155,34 +155,38 @@ def time_networks(networks: Networks, probe: Probe) -> tuple[dict[str, Speed], f
     if gradient_rows(probe.router, probe.num_experts):
         train("router", networks.router.model, loss_of_router, probe.router.training, flops["router"])
     else:
-        speeds["router"] = Speed(unit_s=0.0)
+        speeds["router"] = StageSpeed(unit_s=0.0)
     with limited_threads(probe.cpus["expert"]):
         checkpoint_s = _time_checkpoint(networks.expert, loss_of_expert, alone, probe, speeds["expert"])
     with limited_threads(probe.cpus["score"]):
         return speeds | _time_calls(networks, probe), checkpoint_s
 
 
-def _time_training(model: nn.Module, loss: Loss, config: TrainingConfig, probe: Probe, unit_flops: float) -> Speed:
+def _time_training(
+    model: nn.Module, loss: Loss, config: TrainingConfig, probe: NetworkProbe, unit_flops: float
+) -> StageSpeed:
     """From trainings of one step and of many."""
     dataset = _random_latents(probe, config.batch_size)
 
-    def train(steps: int) -> Taken:
-        return timed(lambda: _fit(model, loss, dataset, replace(config, steps=steps, checkpoint_every=steps)))
+    def train(steps: int) -> Duration:
+        return measure(lambda: _fit(model, loss, dataset, replace(config, steps=steps, checkpoint_every=steps)))
 
     cold, warm = train(1), train(1)
-    more = max(2, min(MOST_STEPS, math.ceil(TRAINING_S / TURNS / warm.wall_s)))
-    turns = [per_unit(train(1), train(1 + more), more * config.batch_size) for _ in range(TURNS)]
+    more = max(2, min(MOST_STEPS, math.ceil(TRAINING_S / REPEATS / warm.wall_s)))
+    turns = [per_unit(train(1), train(1 + more), more * config.batch_size) for _ in range(REPEATS)]
     best = min(turns, key=lambda turn: turn.wall_s)
-    return Speed(
+    return StageSpeed(
         unit_s=best.wall_s, cpu_s=best.cpu_s, once_s=max(0.0, cold.wall_s - warm.wall_s), unit_flops=unit_flops
     )
 
 
-def _time_checkpoint(model: nn.Module, loss: Loss, config: TrainingConfig, probe: Probe, speed: Speed) -> float:
+def _time_checkpoint(
+    model: nn.Module, loss: Loss, config: TrainingConfig, probe: NetworkProbe, speed: StageSpeed
+) -> float:
     """From a training of four steps that saves after each of the first three."""
     dataset = _random_latents(probe, config.batch_size)
-    once = timed(lambda: _fit(model, loss, dataset, replace(config, steps=1)))
-    saving = timed(lambda: _fit(model, loss, dataset, replace(config, steps=4, checkpoint_every=1)))
+    once = measure(lambda: _fit(model, loss, dataset, replace(config, steps=1)))
+    saving = measure(lambda: _fit(model, loss, dataset, replace(config, steps=4, checkpoint_every=1)))
     return max(0.0, saving.wall_s - once.wall_s - 3 * config.batch_size * speed.unit_s) / 3
 
 
@@ -191,7 +195,7 @@ def _fit(model: nn.Module, loss: Loss, dataset: LatentDataset, config: TrainingC
         fit(model, loss, dataset, config, Workspace.at(Path(folder)))
 
 
-def _random_latents(probe: Probe, count: int) -> LatentDataset:
+def _random_latents(probe: NetworkProbe, count: int) -> LatentDataset:
     generator = torch.Generator().manual_seed(0)
     return LatentDataset(
         clean=torch.randn(count, *probe.latent_shape, generator=generator),
@@ -200,13 +204,13 @@ def _random_latents(probe: Probe, count: int) -> LatentDataset:
     )
 
 
-def _time_calls(networks: Networks, probe: Probe) -> dict[str, Speed]:
+def _time_calls(networks: Networks, probe: NetworkProbe) -> dict[str, StageSpeed]:
     """Rows through the expert and the router, as in sampling."""
-    path, device = PATHS[probe.expert.path], usable_device(probe.sampling_device)
+    path, device = NOISE_SCHEDULES[probe.expert.noise_schedule], usable_device(probe.sampling_device)
     expert = Expert(
         model=networks.expert.eval(),
         prediction=probe.expert.prediction,
-        path=path,
+        noise_schedule=path,
         latent_shape=probe.latent_shape,
         num_classes=probe.num_classes,
         cluster_id=0,
@@ -223,18 +227,18 @@ def _time_calls(networks: Networks, probe: Probe) -> dict[str, Speed]:
 
 
 @torch.inference_mode()
-def _time_call(call: Callable[[], Tensor], rows: int, unit_flops: float) -> Speed:
-    cold, warm = timed(lambda: call().sum().item()), timed(lambda: call().sum().item())
-    times = max(1, min(MOST_STEPS, math.ceil(CALLS_S / TURNS / warm.wall_s)))
+def _time_call(call: Callable[[], Tensor], rows: int, unit_flops: float) -> StageSpeed:
+    cold, warm = measure(lambda: call().sum().item()), measure(lambda: call().sum().item())
+    times = max(1, min(MOST_STEPS, math.ceil(CALLS_S / REPEATS / warm.wall_s)))
 
     def repeat() -> None:
         for _ in range(times):
             said = call()
         said.sum().item()
 
-    best = min((timed(repeat) for _ in range(TURNS)), key=lambda turn: turn.wall_s)
+    best = min((measure(repeat) for _ in range(REPEATS)), key=lambda turn: turn.wall_s)
     units = times * rows
-    return Speed(
+    return StageSpeed(
         unit_s=best.wall_s / units,
         cpu_s=best.cpu_s / units,
         once_s=max(0.0, cold.wall_s - warm.wall_s),

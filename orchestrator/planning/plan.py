@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pydantic import TypeAdapter
 
 from ddm_core.artifacts import read_manifest
-from orchestrator.config.compute import HOME
+from orchestrator.config.compute import CONTROLLER
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
-from orchestrator.planning.estimate import Estimate, estimate, training_of
-from orchestrator.planning.simulate import Visit, critical_path, walk
-from orchestrator.planning.synchronous_baseline import Comparison, compare
-from orchestrator.planning.transfers import Movement, movements, name_of
+from orchestrator.planning.estimate import Estimate, estimate, training_config
+from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
+from orchestrator.planning.synchronous_baseline import BaselineComparison, compare
+from orchestrator.planning.transfers import Transfer, estimate_transfers, name_of
 from orchestrator.run.run_folder import RunFolder
 
 
@@ -45,7 +45,7 @@ class PlannedStage:
     """Seconds from now."""
     ends_s: float | None = None
     estimate: Estimate | None = None
-    movement: Movement = Movement()
+    movement: Transfer = Transfer()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Plan:
     """Of all stages on islands, with expected losses."""
     unknown: tuple[str, ...]
     """Stages whose time is not known and counts as nothing in the sums."""
-    comparison: Comparison | None
+    comparison: BaselineComparison | None
     """With one monolith on one synchronised Ray cluster."""
     calibration: str
     """When and where it was measured, or how to do that."""
@@ -77,9 +77,9 @@ def plan(config: RunConfig, run: RunFolder) -> Plan:
     finished = {stage.name for stage in graph if run.finished(stage)}
     calibration, said = find_calibration(run, graph, config.compute)
     guess = _Guess(config, calibration)
-    visits = walk(graph, finished, config.compute, guess.seconds, guess.start_s())
+    visits = simulate_run(graph, finished, config.compute, guess.seconds, guess.start_s())
     at = {visit.stage: visit for visit in visits}
-    moved = movements(run, graph, visits, calibration.bytes if calibration else {})
+    moved = estimate_transfers(run, graph, visits, calibration.bytes if calibration else {})
     stages = tuple(_row(run, stage, at.get(stage.name), guess, moved) for stage in graph)
     unknown = tuple(row.name for row in stages if row.state != "finished" and row.estimate is None)
     lasting = {visit.stage: visit.ends_s - visit.starts_s for visit in visits}
@@ -116,7 +116,7 @@ class _Guess:
     def seconds(self, stage: Stage, place: str) -> float:
         """With what losses are expected to add."""
         if self.calibration is None:
-            training = training_of(stage)
+            training = training_config(stage)
             return float(training.steps * training.batch_size) if training else 0.0
         found = self.of(stage, place)
         return 0.0 if found is None else found.seconds + found.extra_s
@@ -128,7 +128,7 @@ class _Guess:
 
 
 def _row(
-    run: RunFolder, stage: Stage, visit: Visit | None, guess: _Guess, moved: Mapping[str, Movement]
+    run: RunFolder, stage: Stage, visit: PlannedExecution | None, guess: _Guess, moved: Mapping[str, Transfer]
 ) -> PlannedStage:
     asked, calibration = stage.resources, guess.calibration
     row = PlannedStage(
@@ -145,7 +145,7 @@ def _row(
     if visit is None:
         manifest = read_manifest(run.artifact(stage))
         took = Estimate(seconds=manifest.seconds)
-        return replace(row, place=manifest.island or HOME, flops=manifest.flops, estimate=took)
+        return replace(row, place=manifest.island or CONTROLLER, flops=manifest.flops, estimate=took)
     row = replace(row, state="would run", place=visit.place, movement=moved[stage.name])
     if calibration is None:
         return row

@@ -10,16 +10,16 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.compute import HOME, ComputeConfig
+from orchestrator.config.compute import CONTROLLER, ComputeConfig
 from orchestrator.errors import ConfigError
 from orchestrator.islands.placement import load_of, place
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.backend import Job
-from orchestrator.run.ready_queue import Frontier
+from orchestrator.run.ready_queue import ReadyQueue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Visit:
+class PlannedExecution:
     """A stage at its place, from when to when, in seconds from now."""
 
     stage: str
@@ -46,18 +46,18 @@ def home_capacity(compute: ComputeConfig) -> Capacity:
     return Capacity(cpus=compute.cpus_here, gpus=compute.gpus)
 
 
-def walk(
+def simulate_run(
     graph: Sequence[Stage],
     finished: Collection[str],
     compute: ComputeConfig,
     seconds: Callable[[Stage, str], float],
     start_s: Mapping[str, float],
-) -> list[Visit]:
+) -> list[PlannedExecution]:
     """The visits of all stages that are not finished, in the order of their starts; raises `ConfigError`.
 
     `start_s` is the time that a new process needs at each place; home uses its processes again.
     """
-    clock, frontier, taken = _Clock(compute, seconds, start_s), Frontier(graph), set[str]()
+    clock, frontier, taken = _Simulator(compute, seconds, start_s), ReadyQueue(graph), set[str]()
 
     def take(stage: Stage) -> bool:
         if stage.name in finished:
@@ -69,7 +69,7 @@ def walk(
 
     while len(taken) < len(graph) or clock.running:
         before = len(taken)
-        frontier.take(take)
+        frontier.dispatch(take)
         if len(taken) > before:
             continue
         if not clock.running:
@@ -92,7 +92,7 @@ def critical_path(graph: Sequence[Stage], finished: Collection[str], seconds: Ma
     return max(ends.values(), default=0.0)
 
 
-class _Clock:
+class _Simulator:
     """What runs now, and what has run."""
 
     def __init__(
@@ -102,7 +102,7 @@ class _Clock:
         self.home = home_capacity(compute)
         self.now = 0.0
         self.running: list[tuple[float, int, Job]] = []
-        self.visits: list[Visit] = []
+        self.visits: list[PlannedExecution] = []
         self._numbers = itertools.count()
         self._processes_at_home = 0
 
@@ -114,7 +114,7 @@ class _Clock:
             return False
         ends_s = self.now + self._start_s(chosen) + self.seconds(stage, chosen)
         heapq.heappush(self.running, (ends_s, next(self._numbers), _job(stage, chosen)))
-        self.visits.append(Visit(stage=stage.name, place=chosen, starts_s=self.now, ends_s=ends_s))
+        self.visits.append(PlannedExecution(stage=stage.name, place=chosen, starts_s=self.now, ends_s=ends_s))
         return True
 
     def advance(self) -> list[str]:
@@ -128,18 +128,18 @@ class _Clock:
     def _place(self, job: Job) -> str | None:
         at = {name: [other for _, _, other in self.running if other.island == name] for name in self.compute.islands}
         loads = {name: load_of(jobs) for name, jobs in at.items()}
-        chosen = place(job, self.compute, loads) if self.compute.islands else HOME
-        return chosen if chosen != HOME or self._home_has_room(job) else None
+        chosen = place(job, self.compute, loads) if self.compute.islands else CONTROLLER
+        return chosen if chosen != CONTROLLER or self._home_has_room(job) else None
 
     def _home_has_room(self, job: Job) -> bool:
-        here = [other for _, _, other in self.running if other.island == HOME]
+        here = [other for _, _, other in self.running if other.island == CONTROLLER]
         load = load_of([*here, job])
         return len(here) < self.home.stages and load.cpus <= self.home.cpus and load.gpus <= self.home.gpus + 1e-9
 
     def _start_s(self, chosen: str) -> float:
         """How long the stage waits for a process; at home the next one finds that of the last."""
-        if chosen == HOME and self.compute.backend != "slurm":
-            if sum(job.island == HOME for _, _, job in self.running) < self._processes_at_home:
+        if chosen == CONTROLLER and self.compute.backend != "slurm":
+            if sum(job.island == CONTROLLER for _, _, job in self.running) < self._processes_at_home:
                 return 0.0
             self._processes_at_home += 1
         return self.start_s.get(chosen, 0.0)

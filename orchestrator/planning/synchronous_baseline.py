@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig
+from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration
 from orchestrator.planning.estimate import estimate, expected_seconds
-from orchestrator.planning.simulate import Visit, home_capacity, walk
+from orchestrator.planning.simulate import PlannedExecution, home_capacity, simulate_run
 from orchestrator.reporting.costs import share_of
 
 COMMUNICATION_SHARE = 0.1
@@ -26,11 +26,11 @@ class Worker:
 
     images_per_s: float
     price_per_hour: float = 0.0
-    losses_per_hour: float = 0.0
+    preemptions_per_hour: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Synchronised:
+class SynchronousRun:
     """What the monolith would take there."""
 
     workers: int
@@ -58,7 +58,7 @@ def all_reduce_bytes(parameters: int, workers: int) -> float:
     return 2 * parameters * BYTES_PER_PARAMETER * (workers - 1) / workers
 
 
-def synchronise(
+def estimate_synchronous(
     workers: Sequence[Worker],
     *,
     parameters: int,
@@ -66,14 +66,14 @@ def synchronise(
     steps: int,
     checkpoint_every: int,
     restart_s: float,
-) -> Synchronised:
+) -> SynchronousRun:
     """One training of so many steps with the global batch divided equally among the workers."""
     count = len(workers)
     step_s = batch_size / count / min(worker.images_per_s for worker in workers)
     sent = all_reduce_bytes(parameters, count)
-    losses = sum(worker.losses_per_hour for worker in workers)
+    losses = sum(worker.preemptions_per_hour for worker in workers)
     expected_s = expected_seconds(steps * step_s, checkpoint_every * step_s, losses, restart_s)
-    return Synchronised(
+    return SynchronousRun(
         workers=count,
         step_s=step_s,
         seconds=steps * step_s,
@@ -89,13 +89,13 @@ OURS = ("expert", "router")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class BaselineComparison:
     """Training alone, baseline and scores left out."""
 
     experts_s: float
     """From the first expert's or the router's first step to the last one's end; starts of processes left out."""
     experts_price: float
-    monolith: Synchronised
+    monolith: SynchronousRun
     """On as many workers as experts can train at once, every one as quick as it is for an expert."""
 
 
@@ -104,19 +104,19 @@ def compare(
     calibration: Calibration,
     seconds: Callable[[Stage, str], float],
     start_s: Mapping[str, float],
-) -> Comparison | None:
+) -> BaselineComparison | None:
     """None where the speed of a machine is not known."""
     workers = available_workers(config, calibration)
     if not workers:
         return None
     graph = [stage for stage in build_graph(replace(config, monolith=False)) if stage.kind in OURS]
     alone = [replace(stage, inputs={}) for stage in graph]
-    visits = walk(alone, (), config.compute, seconds, {})
+    visits = simulate_run(alone, (), config.compute, seconds, {})
     training = config.expert.training
-    return Comparison(
+    return BaselineComparison(
         experts_s=max(visit.ends_s for visit in visits),
         experts_price=_price(alone, visits, config.compute, calibration),
-        monolith=synchronise(
+        monolith=estimate_synchronous(
             workers,
             parameters=calibration.parameters,
             batch_size=training.batch_size,
@@ -130,7 +130,7 @@ def compare(
 def available_workers(config: RunConfig, calibration: Calibration) -> list[Worker]:
     """As many workers of an expert's size as there is room for, at most one for each expert."""
     compute, asked = config.compute, config.compute.stages.expert
-    slots = _island_slots(compute, asked) if compute.islands else [(HOME, None)] * _home_slots(config)
+    slots = _island_slots(compute, asked) if compute.islands else [(CONTROLLER, None)] * _home_slots(config)
     measured = {name: place.speeds["expert"] for name, place in calibration.places.items() if "expert" in place.speeds}
     if any(name not in measured for name, _ in slots):
         return []
@@ -138,7 +138,7 @@ def available_workers(config: RunConfig, calibration: Calibration) -> list[Worke
         Worker(
             images_per_s=asked.workers / measured[name].unit_s,
             price_per_hour=island.price_per_hour * share_of(island, asked) if island else 0.0,
-            losses_per_hour=island.losses_per_hour * asked.workers if island else 0.0,
+            preemptions_per_hour=island.preemptions_per_hour * asked.workers if island else 0.0,
         )
         for name, island in slots[: config.partition.num_experts]
     ]
@@ -159,7 +159,9 @@ def _home_slots(config: RunConfig) -> int:
     return int(min(room, config.partition.num_experts))
 
 
-def _price(graph: list[Stage], visits: list[Visit], compute: ComputeConfig, calibration: Calibration) -> float:
+def _price(
+    graph: list[Stage], visits: list[PlannedExecution], compute: ComputeConfig, calibration: Calibration
+) -> float:
     place_of = {visit.stage: visit.place for visit in visits}
     found = [estimate(stage, place_of[stage.name], compute, calibration) for stage in graph]
     return sum(one.price for one in found if one is not None)

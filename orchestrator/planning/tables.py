@@ -67,7 +67,7 @@ def _extra(row: PlannedStage) -> str:
 
 
 def _risk(row: PlannedStage) -> str:
-    return f"{row.estimate.loss_probability:.1%}" if row.estimate and row.estimate.loss_probability else ""
+    return f"{row.estimate.preemption_probability:.1%}" if row.estimate and row.estimate.preemption_probability else ""
 
 
 def _price(row: PlannedStage) -> str:
@@ -83,7 +83,7 @@ def _is_calibrated(plan: Plan) -> bool:
 
 
 def _may_be_lost(plan: Plan) -> bool:
-    return any(row.estimate and row.estimate.loss_probability for row in plan.stages)
+    return any(row.estimate and row.estimate.preemption_probability for row in plan.stages)
 
 
 STAGES = (

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddm_core.artifacts import files_in
-from orchestrator.config.compute import HOME
+from orchestrator.config.compute import CONTROLLER
 from orchestrator.pipeline.stage import Input, Stage
-from orchestrator.planning.simulate import Visit
+from orchestrator.planning.simulate import PlannedExecution
 from orchestrator.run.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Movement:
+class Transfer:
     """Bytes that one stage moves; None is not known yet."""
 
     bytes_out: int | None = 0
@@ -21,20 +21,20 @@ class Movement:
     """Back: the artifact. Checkpoints come only from attempts that did not finish."""
 
 
-def movements(
-    run: RunFolder, graph: Sequence[Stage], visits: Sequence[Visit], sizes: Mapping[str, int]
-) -> dict[str, Movement]:
+def estimate_transfers(
+    run: RunFolder, graph: Sequence[Stage], visits: Sequence[PlannedExecution], sizes: Mapping[str, int]
+) -> dict[str, Transfer]:
     """Of every visit, by the stage's name; exact for inputs that are finished, else by `sizes` of a calibration."""
     by_name = {stage.name: stage for stage in graph}
     sent: set[tuple[str, str]] = set()
     found = {}
     for visit in visits:
-        moved = Movement()
-        if visit.place != HOME:
+        moved = Transfer()
+        if visit.place != CONTROLLER:
             inputs = {name_of(given): given for given in by_name[visit.stage].inputs.values()}
             new = [given for name, given in inputs.items() if (visit.place, name) not in sent]
             sent |= {(visit.place, name) for name in inputs}
-            moved = Movement(
+            moved = Transfer(
                 bytes_out=_sum([_size(run, given, sizes) for given in new]), bytes_in=sizes.get(visit.stage)
             )
         found[visit.stage] = moved

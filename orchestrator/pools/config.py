@@ -51,7 +51,7 @@ class NodeConfig(HeadConfig):
     """Nodes that stay while nothing runs."""
     max_nodes: Count = 1
     """Nodes at most; 0 withdraws the type."""
-    losses_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    preemptions_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """How often one is lost, for `ddm plan`."""
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """A pool as islands: what `ddm run` needs to be told, one island for each type of nodes."""
 
-from ddm_core.artifacts import plain
+from ddm_core.artifacts import to_jsonable
 from orchestrator.config.compute import IslandConfig
 from orchestrator.pools.config import NodeConfig, PoolConfig
 from orchestrator.pools.providers.ray_launcher import USABLE_MEMORY, resource
@@ -20,9 +20,9 @@ def islands(config: PoolConfig) -> dict[str, IslandConfig]:
 
 def render_islands(config: PoolConfig) -> str:
     """The islands as YAML to put below `compute.islands`, with only what differs from the defaults."""
-    ordinary = plain(IslandConfig(address="http://localhost", token_file="", storage="/"))
+    ordinary = to_jsonable(IslandConfig(address="http://localhost", token_file="", storage="/"))
     written = {
-        name: {key: value for key, value in plain(island).items() if value != ordinary[key]}
+        name: {key: value for key, value in to_jsonable(island).items() if value != ordinary[key]}
         for name, island in islands(config).items()
     }
     about = f"Pool {config.name} as islands; every stage there waits until its node is up."
@@ -40,5 +40,5 @@ def _island(config: PoolConfig, name: str, node: NodeConfig) -> IslandConfig:
         resources={resource(name): 1.0},
         price_per_hour=node.price_per_hour * node.max_nodes,
         preemptible=node.spot,
-        losses_per_hour=node.losses_per_hour,
+        preemptions_per_hour=node.preemptions_per_hour,
     )

@@ -24,16 +24,16 @@ class Provider:
     """Raise `PoolError` if a tool or credentials are missing; changes nothing."""
     up: Callable[[PoolConfig, Path], None]
     down: Callable[[PoolConfig, Path], None]
-    left: Callable[[PoolConfig, Path], list[str]]
+    remaining: Callable[[PoolConfig, Path], list[str]]
     """What is still there; raises `PoolError` if that cannot be found out."""
 
 
 PROVIDERS = {
-    "aws": Provider(check=cloud.check_aws, up=cloud.up_aws, down=cloud.down_aws, left=cloud.left_aws),
-    "gcp": Provider(check=cloud.check_gcp, up=cloud.up, down=cloud.down, left=cloud.left_gcp),
-    "kuberay": Provider(check=kuberay.check, up=kuberay.up, down=kuberay.down, left=kuberay.left),
-    "skypilot": Provider(check=skypilot.check, up=skypilot.up, down=skypilot.down, left=skypilot.left),
-    "local": Provider(check=local.check, up=local.up, down=local.down, left=local.left),
+    "aws": Provider(check=cloud.check_aws, up=cloud.up_aws, down=cloud.down_aws, remaining=cloud.remaining_aws),
+    "gcp": Provider(check=cloud.check_gcp, up=cloud.up, down=cloud.down, remaining=cloud.remaining_gcp),
+    "kuberay": Provider(check=kuberay.check, up=kuberay.up, down=kuberay.down, remaining=kuberay.remaining),
+    "skypilot": Provider(check=skypilot.check, up=skypilot.up, down=skypilot.down, remaining=skypilot.remaining),
+    "local": Provider(check=local.check, up=local.up, down=local.down, remaining=local.remaining),
 }
 
 
@@ -61,7 +61,7 @@ def up(config: PoolConfig, folder: Path) -> None:
         raise PoolError(f"{error}; end what was started with `ddm pool down {config.name}`") from error
 
 
-def started(folder: Path) -> PoolConfig:
+def is_started(folder: Path) -> PoolConfig:
     """The pool that was started from `folder`; raises `PoolError` if none was."""
     if not (folder / CONFIG).is_file():
         others = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))) or "none"
@@ -73,7 +73,7 @@ def down(config: PoolConfig, folder: Path) -> None:
     """End the pool and look whether it is gone; raises `PoolError` naming what is left, which may still cost money."""
     provider = PROVIDERS[config.provider]
     provider.down(config, folder)
-    if left := provider.left(config, folder):
+    if left := provider.remaining(config, folder):
         raise PoolError(
             f"pool {config.name} is not gone: {', '.join(left[:10])}; run `ddm pool down {config.name}` again, or end "
             "it by hand"

@@ -15,7 +15,7 @@ class PoolError(OrchestratorError):
     """A pool cannot be started or ended; the message says what is still there."""
 
 
-def found(tool: str, way_out: str) -> str:
+def require_tool(tool: str, way_out: str) -> str:
     """The path of a tool, beside this Python or on the PATH; raises `PoolError` with the way out if there is none."""
     beside = Path(sys.executable).with_name(tool)
     path = str(beside) if beside.is_file() else shutil.which(tool)
@@ -24,7 +24,7 @@ def found(tool: str, way_out: str) -> str:
     return path
 
 
-def library(name: str, way_out: str) -> Any:
+def require_library(name: str, way_out: str) -> Any:
     """A library that only one cloud needs; raises `PoolError` with the way out if it is not installed."""
     try:
         return importlib.import_module(name)
@@ -32,7 +32,7 @@ def library(name: str, way_out: str) -> Any:
         raise PoolError(f"the library {name.partition('.')[0]} is not installed; {way_out}") from None
 
 
-def answer(command: Sequence[str], *, timeout_s: float = 120.0, way_out: str = "") -> str:
+def tool_output(command: Sequence[str], *, timeout_s: float = 120.0, way_out: str = "") -> str:
     """What a command prints; raises `PoolError` with its last words if it fails or does not end."""
     ended = _run(command, timeout_s=timeout_s, show=False)
     if ended.returncode:
@@ -40,7 +40,7 @@ def answer(command: Sequence[str], *, timeout_s: float = 120.0, way_out: str = "
     return ended.stdout.strip()
 
 
-def show(command: Sequence[str], *, timeout_s: float = 3600.0) -> None:
+def run_command(command: Sequence[str], *, timeout_s: float = 3600.0) -> None:
     """Run a command on the user's screen; raises `PoolError` if it fails or does not end."""
     ended = _run(command, timeout_s=timeout_s, show=True)
     if ended.returncode:

@@ -15,7 +15,7 @@ from ddm_core.artifacts import publish, read_json, verify
 from ensemble.config import AuditConfig, ClassifierConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.stage import Input, Stage
-from orchestrator.reporting.results import standing_graph
+from orchestrator.reporting.results import current_graph
 from orchestrator.run.run_folder import RunFolder
 
 Progress = Callable[[int, int], None]
@@ -37,7 +37,7 @@ def finished_audits(run: RunFolder, graph: Sequence[Stage]) -> list[Stage]:
 
 def run_audit(run: RunFolder, row: str, on_progress: Progress) -> Stage:
     """Audit the samples of a row, the default selection's if it is empty; returns the finished stage."""
-    scores = _scores(standing_graph(run, run.load_config()))
+    scores = _scores(current_graph(run, run.load_config()))
     names = [score.name.removeprefix("score_") for score in scores]
     if row and row not in names:
         raise ConfigError(f"--row {row!r} is not a row of the table of scores; known: {', '.join(names)}")
@@ -64,13 +64,15 @@ def run_audit(run: RunFolder, row: str, on_progress: Progress) -> Stage:
 
 def run_classify(run: RunFolder, images: int, draws: int, on_progress: Progress) -> Stage:
     """Classify held-out images through the ensemble and through each expert alone; returns the finished stage."""
-    graph = {stage.name: stage for stage in standing_graph(run, run.load_config())}
+    graph = {stage.name: stage for stage in current_graph(run, run.load_config())}
     needed = {name: Input(stage=graph[name]) for name in ("ensemble", "partition")}
     if unfinished := [name for name, given in needed.items() if not run.finished(given.stage)]:
         raise RunFolderError(
             f"{run.root} has no finished {' and '.join(unfinished)}; finish the run with `ddm resume {run.root}`"
         )
-    stage = Stage(name="classify", kind="classify", config=ClassifierConfig(images=images, draws=draws), inputs=needed)
+    stage = Stage(
+        name="classify", kind="classify", config=ClassifierConfig(images=images, noises_per_image=draws), inputs=needed
+    )
 
     def fill(out: Path) -> float:
         from ensemble.analysis.diffusion_classifier import classify
@@ -84,7 +86,7 @@ def run_classify(run: RunFolder, images: int, draws: int, on_progress: Progress)
     return stage
 
 
-def found_by(run: RunFolder, stage: Stage, file: str) -> dict[str, Any]:
+def load_result(run: RunFolder, stage: Stage, file: str) -> dict[str, Any]:
     """What a finished examination wrote, once it has been compared with its checksum."""
     return dict(read_json(run.checked(stage, file)))
 
@@ -99,15 +101,15 @@ def _publish(run: RunFolder, stage: Stage, fill: Fill) -> None:
 
 def _samples(folders: dict[str, Path], config: AuditConfig) -> Any:
     """The samples of a finished score, and which expert made each."""
-    from ensemble.analysis.memorization import Samples, drawn_experts
+    from ensemble.analysis.memorization import AuditedSamples, drawn_experts
     from ensemble.evaluation.evaluate import held_out_classes
     from ensemble.evaluation.selection_search import read_choice
     from ensemble.pipeline import DDMPipeline
 
     images, seeds = (np.load(folders["score"] / f"{name}.npy", allow_pickle=False) for name in ("images", "seeds"))
-    if "choice" in folders:
-        config = replace(config, selection=read_choice(folders["choice"]).selection)
+    if "selection_search" in folders:
+        config = replace(config, selection=read_choice(folders["selection_search"]).selection)
     pipeline = DDMPipeline.from_pretrained(folders["ensemble"])
     class_ids = held_out_classes(folders["reference"], len(seeds)) if config.conditional else None
     experts = drawn_experts(pipeline.ensemble, seeds.tolist(), class_ids, config.selection)
-    return Samples(images=images, seeds=seeds, experts=experts, codec=pipeline.codec)
+    return AuditedSamples(images=images, seeds=seeds, experts=experts, codec=pipeline.codec)

@@ -63,14 +63,16 @@ def knowledge_table(found: dict[str, Any]) -> Table:
     for cluster in range(len(found["images"])):
         table.add_column(f"cluster {cluster}", justify="right")
     table.add_column("all", justify="right")
-    for voice, row, overall in zip(found["voices"], found["accuracy"], found["overall"], strict=True):
+    for voice, row, overall in zip(found["models"], found["accuracy"], found["overall"], strict=True):
         own = voice.removeprefix("expert_")
         cells = [f"[bold]{_percent(value)}[/]" if str(k) == own else _percent(value) for k, value in enumerate(row)]
         table.add_row(voice, *cells, _percent(overall))
     table.add_section()
     table.add_row("[dim]commonest class[/]", *map(_percent, found["floor"]), f"{_percent(found['chance'])} by chance")
     table.add_row("[dim]images[/]", *(f"{count:,}" for count in found["images"]), f"{sum(found['images']):,}")
-    table.caption = f"experts on their own cluster {_percent(found['home'])}, on others {_percent(found['abroad'])}"
+    table.caption = (
+        f"experts on their own cluster {_percent(found['own_cluster'])}, on others {_percent(found['other_clusters'])}"
+    )
     return table
 
 

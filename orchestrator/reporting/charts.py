@@ -11,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from orchestrator.reporting.pareto import Point
+from orchestrator.reporting.pareto import CompressionPoint
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 MONOLITH = "#555555"
@@ -100,7 +100,7 @@ def trial_chart(scores: Sequence[tuple[float, float]], metric: str, *, maximize:
     return svg.getvalue()
 
 
-def pareto_chart(points: Sequence[Point], front: Sequence[Point]) -> str:
+def pareto_chart(points: Sequence[CompressionPoint], front: Sequence[CompressionPoint]) -> str:
     """Bytes and processor time against KID, as ratios to the whole ensemble, which is the star; the front is filled."""
     costs = (("bytes", "bytes"), ("cpu", "CPU time of an image"))
     with _figures(10.4, 3.6, len(costs)) as (axes, svg):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
-from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig
+from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.reporting.progress import clock
 from orchestrator.run.attempts import Attempt, all_attempts
 from orchestrator.run.run_folder import RunFolder
@@ -89,10 +89,10 @@ def price_of(island: IslandConfig, asked: ResourcesConfig, seconds: float) -> fl
 def cost_line(run: RunFolder) -> str:
     """The whole run in one line; empty before its first attempt."""
     rows = cost_rows(run)
-    return describe(total(rows)) if rows else ""
+    return describe_costs(total(rows)) if rows else ""
 
 
-def describe(row: CostRow) -> str:
+def describe_costs(row: CostRow) -> str:
     """A row in words; what is nothing goes unsaid."""
     words = [f"{row.attempts} attempts", f"{clock(row.cpu_seconds)} CPU time"]
     if row.gpu_seconds:
@@ -117,7 +117,7 @@ def _cost(attempt: Attempt, compute: ComputeConfig, waits: dict[tuple[str, int],
     """What one attempt held, and for how long."""
     asked, island = attempt.resources, compute.islands.get(attempt.island)
     submitted = waits.get((attempt.folder.parent.name, attempt.attempt), attempt.start)
-    is_gone = island is None and attempt.island not in ("", HOME)
+    is_gone = island is None and attempt.island not in ("", CONTROLLER)
     return CostRow(
         stage=attempt.stage,
         attempts=1,

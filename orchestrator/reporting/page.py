@@ -7,18 +7,18 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ddm_core.artifacts import plain, write_text
+from ddm_core.artifacts import to_jsonable, write_text
 from orchestrator.config.schema import RunConfig
 from orchestrator.controller import project_version
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting import charts, facts
 from orchestrator.reporting.costs import cost_rows, size, total
-from orchestrator.reporting.pareto import front_of, points_of
+from orchestrator.reporting.pareto import compression_points, front_of
 from orchestrator.reporting.progress import clock
-from orchestrator.reporting.results import ScoreRow, chosen, score_rows, standing_graph, training_flops
+from orchestrator.reporting.results import ScoreRow, current_graph, score_rows, selection_choice, training_flops
 from orchestrator.run.attempts import Attempt, attempts_of
-from orchestrator.run.disk_errors import refusals_named
+from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
 from router.config import AUTO
 
@@ -26,13 +26,13 @@ from router.config import AUTO
 def write_report(run: RunFolder) -> Path:
     """Write `report.html` from whatever is finished, and return its path."""
     config = run.load_config()
-    graph = standing_graph(run, config)
+    graph = current_graph(run, config)
     templates = Environment(
         loader=PackageLoader("orchestrator.reporting", "."), autoescape=True, undefined=StrictUndefined
     )
     templates.filters |= {"data_url": _data_url, "si": _si, "clock": clock, "size": size}
     page = templates.get_template("page.html").render(**_page_facts(run, config, graph))
-    with refusals_named(run.root):
+    with disk_errors_as_messages(run.root):
         write_text(run.report, page)
     return run.report
 
@@ -43,11 +43,11 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
     attempts, costs = attempts_of(run, graph), cost_rows(run)
     quality = facts.router_quality(run, graph)
     standing = {stage.name for stage in graph}
-    points = points_of(run, graph)
+    points = compression_points(run, graph)
     missing = [stage.name for stage in build_graph(config) if stage.name not in standing]
     return {
         "config": config,
-        "yaml": yaml.safe_dump(plain(config), sort_keys=False),
+        "yaml": yaml.safe_dump(to_jsonable(config), sort_keys=False),
         "version": project_version(),
         "unfinished": [stage.name for stage in graph if stage.name not in finished],
         "missing": missing,
@@ -55,13 +55,15 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "audits": facts.audit_facts(run, graph),
         "rows": rows,
         "why": explain_default(rows),
-        "choice": chosen(run, graph),
+        "selection_search": selection_choice(run, graph),
         "points": points,
         "front": front_of(points),
         "pareto_chart": charts.pareto_chart(points, front_of(points)) if points else "",
         "grids": _grids(run, graph, rows),
         "clusters": facts.cluster_facts(run, graph) if "partition" in finished else [],
-        "loss_chart": _chart(facts.loss_curves(run, graph, ("expert", "monolith", "told")), "step", "loss"),
+        "loss_chart": _chart(
+            facts.loss_curves(run, graph, ("expert", "monolith", "cluster_conditioned")), "step", "loss"
+        ),
         "router_loss_chart": _chart(facts.loss_curves(run, graph, ("router",)), "step", "cross-entropy (nats)"),
         "router_charts": _router_charts(quality) if quality else [],
         "attempts": attempts,

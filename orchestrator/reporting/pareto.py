@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ddm_core.artifacts import Manifest, is_finished, read_json, read_manifest
-from ensemble.compression.measurement import COMPRESSION, TIMING, Comparison
+from ensemble.compression.measurement import REPORT_FILE, TIMING_FILE, CompressionReport
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
@@ -17,7 +17,7 @@ MEASURES = ("bytes", "flops", "cpu", "kid", "fd", "l2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class CompressionPoint:
     """One compressed ensemble."""
 
     name: str
@@ -36,7 +36,7 @@ class Point:
     fd: float | None
     """The same of the Fréchet distance."""
 
-    def dominates(self, other: "Point") -> bool:
+    def dominates(self, other: "CompressionPoint") -> bool:
         """Whether it is nowhere worse in bytes, processor time (or FLOPs) and KID (or L2), and somewhere better."""
         ours, theirs = self._costs(), other._costs()
         return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
@@ -49,7 +49,7 @@ class Point:
         )
 
 
-def points_of(run: RunFolder, graph: Sequence[Stage]) -> list[Point]:
+def compression_points(run: RunFolder, graph: Sequence[Stage]) -> list[CompressionPoint]:
     """Every compressed version of the run's ensemble, the heaviest first."""
     by_name = {stage.name: stage for stage in graph}
     default = next((stage for stage in graph if stage.kind == "score"), None)
@@ -61,17 +61,17 @@ def points_of(run: RunFolder, graph: Sequence[Stage]) -> list[Point]:
     points = [
         _point(folder, manifest, found, score, baseline)
         for folder, manifest in found.items()
-        if (folder / COMPRESSION).exists() and manifest.inputs.get("whole") == whole
+        if (folder / REPORT_FILE).exists() and manifest.inputs.get("whole") == whole
     ]
     return sorted(points, key=lambda point: -point.bytes)
 
 
-def front_of(points: Sequence[Point]) -> list[Point]:
+def front_of(points: Sequence[CompressionPoint]) -> list[CompressionPoint]:
     """Those that no other dominates."""
     return [point for point in points if not any(other.dominates(point) for other in points)]
 
 
-def pareto_table(points: Sequence[Point]) -> Table:
+def pareto_table(points: Sequence[CompressionPoint]) -> Table:
     """For a terminal; the front is bold."""
     table, front = Table(title="Compressed ensembles, as ratios to the whole one"), front_of(points)
     for heading in ("", "bytes", "FLOPs", "CPU time", "KID", "FD", "relative L2"):
@@ -92,12 +92,12 @@ def _finished(run: RunFolder) -> Iterator[tuple[Path, Manifest]]:
 
 def _point(
     folder: Path, manifest: Manifest, found: dict[Path, Manifest], score: Manifest, baseline: dict[str, Any]
-) -> Point:
-    compared = Comparison.read(folder / COMPRESSION)
+) -> CompressionPoint:
+    compared = CompressionReport.read(folder / REPORT_FILE)
     behind = {path: one for path, one in found.items() if one.inputs.get("ensemble") == manifest.fingerprint}
     scores = [read_json(path / "scores.json") for path, one in behind.items() if one.config == score.config]
-    timings = [read_json(path / TIMING) for path in behind if (path / TIMING).exists()]
-    return Point(
+    timings = [read_json(path / TIMING_FILE) for path in behind if (path / TIMING_FILE).exists()]
+    return CompressionPoint(
         name=" + ".join(compared.stages),
         folder=folder,
         bytes=compared.bytes_after / compared.bytes_before,

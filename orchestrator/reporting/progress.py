@@ -54,7 +54,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-class Display:
+class RunDisplay:
     """Shows a walk while the block lasts."""
 
     def __init__(self, run: RunFolder, console: Console) -> None:

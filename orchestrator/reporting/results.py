@@ -32,7 +32,7 @@ class ScoreRow:
         return f"{self.name}: {self.scores['selection']}" if self.name == AUTO else self.name
 
 
-def standing_graph(run: RunFolder, config: RunConfig) -> list[Stage]:
+def current_graph(run: RunFolder, config: RunConfig) -> list[Stage]:
     """The graph of what there is: without the experts that a finished ensemble had to do without."""
     whole = build_graph(config)
     lost = [stage.name for stage in whole if stage.optional and not run.finished(stage)]
@@ -56,15 +56,15 @@ def score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:
     return sorted(rows, key=lambda row: (row.name != "monolith", not row.is_default))
 
 
-def chosen(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
-    """The run's `choice.json`: what `auto` stands for, why, and the candidates; None as long as there is none."""
-    stage = next((stage for stage in graph if stage.kind == "choice" and run.finished(stage)), None)
-    return None if stage is None else dict(read_json(run.checked(stage, "choice.json")))
+def selection_choice(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
+    """The run's `selection_choice.json`: what `auto` stands for, why, and the candidates; None as long as there is none."""
+    stage = next((stage for stage in graph if stage.kind == "selection_search" and run.finished(stage)), None)
+    return None if stage is None else dict(read_json(run.checked(stage, "selection_choice.json")))
 
 
 def training_flops(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
     """FLOPs of every finished stage that belongs to the training of one side or the other; a choice is ours."""
-    kinds = ("features", "partition", "expert", "draws", "router", "choice", "monolith")
+    kinds = ("features", "partition", "expert", "expert_samples", "router", "selection_search", "monolith")
     return {
         stage.name: read_manifest(run.artifact(stage)).flops
         for stage in graph

@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddm_core.artifacts import read_json, read_manifest
-from orchestrator.config.compute import HOME
+from orchestrator.config.compute import CONTROLLER
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.costs import cost_line
 from orchestrator.reporting.progress import clock, describe, progress_of
-from orchestrator.run.lease import holder, is_alive, silence_s
+from orchestrator.run.lease import holder, idle_s, is_alive
 from orchestrator.run.run_folder import RunFolder
 
 STRAGGLER = 1.5
@@ -88,8 +88,8 @@ def _state(run: RunFolder, stage: Stage, attempts: Sequence[Path], island: str) 
         outcome = read_json(attempts[-1] / "outcome.json")
         return f"[yellow]{outcome['state']}[/]", escape(outcome["error"])
     worker = attempts[-1] / "worker.json"
-    at_home = island in ("", HOME)
-    if at_home and worker.is_file() and not is_alive(read_json(worker), silence_s(attempts[-1])):
+    at_home = island in ("", CONTROLLER)
+    if at_home and worker.is_file() and not is_alive(read_json(worker), idle_s(attempts[-1])):
         return "[red]lost[/]", describe(progress_of(attempts[-1]))
     return "running", describe(progress_of(attempts[-1]))
 

@@ -19,10 +19,10 @@ from orchestrator.reporting.costs import cost_rows
 from orchestrator.run.run_folder import RunFolder
 
 FOLLOW_EVERY_S = 2.0
-TRAINED = ("expert", "router", "monolith", "told", "student")
+TRAINED = ("expert", "router", "monolith", "cluster_conditioned", "distilled_monolith")
 
 
-class Tracker:
+class WandbTracker:
     """Tells wandb what the attempts have written since the last time."""
 
     def __init__(self, run: RunFolder, config: TrackingConfig, group: str) -> None:
@@ -47,7 +47,7 @@ class Tracker:
         for stage in graph:
             if stage.kind in TRAINED and self.run.attempts(stage):
                 self._log_rows(stage)
-            if stage.kind == "score" and self.run.finished(stage) and not self._told(stage):
+            if stage.kind == "score" and self.run.finished(stage) and not self._logged_so_far(stage):
                 self._log_score(stage)
         self._log_costs()
         for run in self._runs.values():
@@ -62,7 +62,7 @@ class Tracker:
                 self._runs[row.stage].summary.update({f"cost/{name}": value for name, value in figures.items()})
 
     def _log_rows(self, stage: Stage) -> None:
-        last = self._told(stage)
+        last = self._logged_so_far(stage)
         rows = [row for row in self._rows(stage) if row["step"] > last]
         for row in rows:
             self._wandb_run(stage).log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
@@ -105,7 +105,7 @@ class Tracker:
             )
         return self._runs[stage.name]
 
-    def _told(self, stage: Stage) -> int:
+    def _logged_so_far(self, stage: Stage) -> int:
         """The last step that wandb knows of; 0 for none."""
         written = self.run.tracking / f"{stage.folder_name}.json"
         return int(read_json(written)["step"]) if written.is_file() else 0

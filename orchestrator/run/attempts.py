@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ddm_core.artifacts import is_finished, read_json, read_manifest
-from orchestrator.config.compute import HOME, ResourcesConfig
+from orchestrator.config.compute import CONTROLLER, ResourcesConfig
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder, attempt_number
 
@@ -71,7 +71,7 @@ def attempts_of(run: RunFolder, graph: Sequence[Stage]) -> list[Attempt]:
 
 def all_attempts(run: RunFolder) -> list[Attempt]:
     """Every attempt that was ever begun in this run folder, those of earlier configurations too, in their order."""
-    found = [_read(run, folder, last=folder == folders[-1]) for folders in run.tried() for folder in folders]
+    found = [_read(run, folder, last=folder == folders[-1]) for folders in run.attempted_stages() for folder in folders]
     return sorted((attempt for attempt in found if attempt is not None), key=lambda attempt: attempt.start)
 
 
@@ -91,7 +91,7 @@ def _read(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None:
         place=f"{worker['host']}:{worker['pid']}",
         resources=TypeAdapter(ResourcesConfig).validate_python(job.get("resources", {})),
         start=start,
-        end=max(start, outcome.get("ended") or _last_word(folder, progress, at_home=island in ("", HOME))),
+        end=max(start, outcome.get("ended") or _last_word(folder, progress, at_home=island in ("", CONTROLLER))),
         state=outcome.get("state") or _state_without_word(run, folder, last=last),
         error=outcome.get("error", ""),
         steps=_steps(folder, progress),
@@ -124,13 +124,13 @@ def _steps(folder: Path, progress: dict[str, Any]) -> Steps | None:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         return None
-    first = continued_from(folder)
+    first = resumed_from_step(folder)
     rows = metrics.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
     last = int(json.loads(rows[-1])["step"]) if rows else 0
     return Steps(first=first, last=max(first, last), seconds_each=_pace(progress))
 
 
-def continued_from(attempt: Path) -> int:
+def resumed_from_step(attempt: Path) -> int:
     """The step from which an attempt went on, by its log; 0 if it began at the beginning."""
     log = attempt / "log.txt"
     said = CONTINUED.findall(log.read_text(encoding="utf-8")) if log.is_file() else []

@@ -33,7 +33,7 @@ class Job:
     commit: str = ""
     island: str = ""
     """Where it runs; empty for backends that are one place."""
-    losses: int = 0
+    preemption_count: int = 0
     """How many of its attempts were lost on preemptible islands."""
 
 
@@ -44,7 +44,7 @@ EXIT_CODES: dict[State, int] = {"finished": 0, "preempted": 75, "lost": 1, "fail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class AttemptOutcome:
     """How an attempt ended.
 
     `finished`: the artifact is published. `preempted`: asked to stop, its work is saved. `lost`: its worker
@@ -74,7 +74,7 @@ class Backend(Protocol):
     def attach(self, job: Job) -> bool:
         """Take over an attempt that an earlier controller submitted; False if it cannot have outlived that."""
 
-    def poll(self, timeout_s: float) -> list[Outcome]:
+    def poll(self, timeout_s: float) -> list[AttemptOutcome]:
         """The attempts that have ended since the last call, waiting up to `timeout_s` for one."""
 
     def kill(self, stage: str) -> None:
@@ -89,7 +89,7 @@ def submission_name(run_id: str, job: Job) -> str:
     return f"ddm-{run_id}-{Path(job.artifact).name}-a{job.attempt}"
 
 
-def read_outcome(job: Job) -> Outcome | None:
+def read_outcome(job: Job) -> AttemptOutcome | None:
     """What the attempt says of its end; None if it has not, or did not live to.
 
     Raises `CorruptArtifact` for what no worker writes.
@@ -98,7 +98,7 @@ def read_outcome(job: Job) -> Outcome | None:
     if not written.is_file():
         return None
     try:
-        return TypeAdapter(Outcome).validate_python(read_json(written))
+        return TypeAdapter(AttemptOutcome).validate_python(read_json(written))
     except ValidationError as error:
         raise CorruptArtifact(f"{written} does not say how an attempt ended ({error}); delete it") from error
 

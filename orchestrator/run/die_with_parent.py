@@ -10,7 +10,7 @@ import sys
 import threading
 
 
-def end_with_input() -> None:
+def die_with_parent() -> None:
     """From now on, SIGKILL this process when its standard input ends; what is left in that is not read by anyone."""
     threading.Thread(target=_wait, daemon=True, name="lifeline").start()
 

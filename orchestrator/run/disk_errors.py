@@ -34,7 +34,7 @@ def error_number(error: BaseException) -> int | None:
     return errno.ENOSPC if isinstance(error, OSError) and NUMPYS_WORDS.match(str(error)) else None
 
 
-def explained(error: BaseException, place: Path) -> str:
+def explain_disk_error(error: BaseException, place: Path) -> str:
     """Name and text of an error; if the disk at `place` is the reason, with what is free there and the way out."""
     refusal = REFUSALS.get(error_number(error) or 0)
     if refusal is None:
@@ -46,11 +46,11 @@ def explained(error: BaseException, place: Path) -> str:
 
 
 @contextlib.contextmanager
-def refusals_named(place: Path) -> Iterator[None]:
+def disk_errors_as_messages(place: Path) -> Iterator[None]:
     """Turn what the disk at `place` refuses while the block lasts into a `RunFolderError`."""
     try:
         yield
     except OSError as error:
         if error_number(error) not in REFUSALS:
             raise
-        raise RunFolderError(explained(error, place)) from error
+        raise RunFolderError(explain_disk_error(error, place)) from error

@@ -75,7 +75,7 @@ def holder(run: RunFolder) -> Holder | None:
         return None
 
 
-def silence_s(attempt: Path) -> float:
+def idle_s(attempt: Path) -> float:
     """Seconds since anything in an attempt's folder has changed."""
     return time.time() - max(path.stat().st_mtime for path in (attempt, *attempt.iterdir()))
 
@@ -88,11 +88,11 @@ def is_alive(process: dict[str, Any], heartbeat_s: float) -> bool:
 
 
 @contextlib.contextmanager
-def hold(run: RunFolder) -> Iterator[None]:
+def hold_lease(run: RunFolder) -> Iterator[None]:
     """Be the run's only controller while the block lasts; raises `RunIsLocked` naming the other one."""
     _take(run)
     ended = threading.Event()
-    pulse = threading.Thread(target=_beat, args=(run.lease, ended), daemon=True, name="lease")
+    pulse = threading.Thread(target=_heartbeat, args=(run.lease, ended), daemon=True, name="lease")
     pulse.start()
     try:
         yield
@@ -133,7 +133,7 @@ def _is_ours(lease: Path) -> bool:
     return lease.exists() and bool(read_json(lease) == this_process())
 
 
-def _beat(lease: Path, ended: threading.Event) -> None:
+def _heartbeat(lease: Path, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
         if _is_ours(lease):
             lease.touch()

@@ -17,7 +17,7 @@ Demand = tuple[str, ResourcesConfig, int]
 """What placing a stage depends on: its kind, its resources, and how often it was lost on preemptible islands."""
 
 
-class Frontier:
+class ReadyQueue:
     """The border between what is finished and what is not."""
 
     def __init__(self, graph: Sequence[Stage], finished: Collection[str] = (), taken: Collection[str] = ()) -> None:
@@ -43,12 +43,12 @@ class Frontier:
             if not self._lacks[reader.name] and reader.name not in self._taken:
                 self._queue(reader)
 
-    def give_back(self, stage: Stage, not_before: float, losses: int = 0) -> None:
+    def requeue(self, stage: Stage, not_before: float, losses: int = 0) -> None:
         """A stage is to be started again, but not before a moment (seconds since the epoch)."""
         self._losses[stage.name] = losses
         heapq.heappush(self._delayed, (not_before, next(self._numbers), stage))
 
-    def take(self, start: Callable[[Stage], bool]) -> None:
+    def dispatch(self, start: Callable[[Stage], bool]) -> None:
         """Offer every ready stage to `start`, until it refuses one; others of the same demand are then not offered."""
         while self._delayed and self._delayed[0][0] <= time.time():
             self._queue(heapq.heappop(self._delayed)[2])
@@ -57,7 +57,7 @@ class Frontier:
                 queue.popleft()
         self._ready = {demand: queue for demand, queue in self._ready.items() if queue}
 
-    def losses(self, stage: Stage) -> int:
+    def preemption_count(self, stage: Stage) -> int:
         """How often the stage was lost on preemptible islands, as far as this walk was told."""
         return self._losses.get(stage.name, 0)
 
@@ -65,7 +65,7 @@ class Frontier:
         """Whether nothing is ready and nothing will be by waiting."""
         return not self._ready and not self._delayed
 
-    def waits_only(self) -> bool:
+    def only_delayed(self) -> bool:
         """Whether there is nothing to do but to wait for a delay to end."""
         return bool(self._delayed) and not self._ready
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from ddm_core.artifacts import CorruptArtifact, is_finished, plain, verify, write_text
+from ddm_core.artifacts import CorruptArtifact, is_finished, to_jsonable, verify, write_text
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Input, Stage
@@ -114,7 +114,7 @@ class RunFolder:
         """All attempts of a stage, the first one first."""
         return sorted(self.work(stage).glob("attempt_*"), key=attempt_number)
 
-    def tried(self) -> list[list[Path]]:
+    def attempted_stages(self) -> list[list[Path]]:
         """The attempts of every stage that was ever tried here, of earlier configurations too."""
         found = [list(work.glob("attempt_*")) for work in sorted(self.root.glob("work/*"))]
         return [sorted(folders, key=attempt_number) for folders in found if folders]
@@ -138,7 +138,7 @@ class RunFolder:
 
     def save_config(self, config: RunConfig) -> None:
         """Write `config.yaml`."""
-        write_text(self.root / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+        write_text(self.root / "config.yaml", yaml.safe_dump(to_jsonable(config), sort_keys=False))
 
     def load_config(self) -> RunConfig:
         """The configuration of the latest `ddm run` here; raises `RunFolderError` if this is not a run folder."""
@@ -155,7 +155,7 @@ class RunFolder:
 
     def record(self, event: str, **facts: Any) -> None:
         """Append one event to the journal and flush it to the disk."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **plain(facts)}) + "\n"
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **to_jsonable(facts)}) + "\n"
         descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             end = os.lseek(descriptor, 0, os.SEEK_END)
@@ -166,7 +166,7 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def mend_journal(self) -> None:
+    def repair_journal(self) -> None:
         """Cut off a last line that a crash has torn, so that the next event starts a line of its own."""
         if self.journal.is_file():
             whole = self.journal.read_bytes()

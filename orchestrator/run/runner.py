@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ddm_core.artifacts import plain, read_json, write_json
-from orchestrator.config.compute import HOME, ComputeConfig, ResourcesConfig
+from ddm_core.artifacts import read_json, to_jsonable, write_json
+from orchestrator.config.compute import CONTROLLER, ComputeConfig, ResourcesConfig
 from orchestrator.pipeline.stage import Stage, without
-from orchestrator.run.attempts import continued_from
-from orchestrator.run.backend import Backend, Job, Outcome, attempt_folder
+from orchestrator.run.attempts import resumed_from_step
+from orchestrator.run.backend import AttemptOutcome, Backend, Job, attempt_folder
 from orchestrator.run.lease import is_alive, is_here
-from orchestrator.run.ready_queue import Frontier
+from orchestrator.run.ready_queue import ReadyQueue
 from orchestrator.run.run_folder import RunFolder
 
 POLL_S = 0.2
@@ -50,10 +50,10 @@ class _Running:
     stage: Stage
     job: Job
     submitted: float
-    asked_to_stop: float | None = None
-    given_up: str = ""
+    stop_requested: float | None = None
+    cancel_reason: str = ""
     """Why the attempt was cut off, if it was."""
-    was_cut: bool = False
+    is_final: bool = False
     """Whether the stage is to be given up, not only the attempt."""
 
 
@@ -77,23 +77,23 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.run = RunFolder(self.run.root.absolute())  # a worker may have another working folder
-        self.frontier = Frontier(self.graph)
+        self.frontier = ReadyQueue(self.graph)
 
-    def walk(self) -> RunResult:
+    def run_to_end(self) -> RunResult:
         """Come as far as possible, and say how far that was."""
-        self._take_over()
+        self._reattach_running()
         while True:
             stopping = self.run.stop.exists()
             if not stopping:
-                self.frontier.take(self._start)
-            self._watch_clocks(stopping=stopping)
+                self.frontier.dispatch(self._start)
+            self._enforce_timeouts(stopping=stopping)
             for look in self.on_tick:
                 look([entry.stage for entry in self.running.values()])
             for outcome in self.backend.poll(POLL_S):
-                self._settle(outcome)
+                self._handle_outcome(outcome)
             if not self.running and (stopping or self.frontier.is_exhausted()):
                 break
-            if not self.running and self.frontier.waits_only():
+            if not self.running and self.frontier.only_delayed():
                 time.sleep(POLL_S / 4)
         return RunResult(
             finished=tuple(stage.name for stage in self.graph if stage.name in self.finished),
@@ -113,7 +113,7 @@ class Runner:
                 found.append(stage)
         return found
 
-    def _take_over(self) -> None:
+    def _reattach_running(self) -> None:
         """Attach to the attempts of an earlier controller that may still run."""
         for stage in self.graph:
             attempts = self.run.attempts(stage)
@@ -126,13 +126,13 @@ class Runner:
                 self._job(stage, int(earlier["attempt"]), str(earlier["island"])),
                 resources=TypeAdapter(ResourcesConfig).validate_python(earlier["resources"]),
                 commit=str(earlier["commit"]),
-                losses=int(earlier["losses"]),
+                preemption_count=int(earlier["preemption_count"]),
             )
             if self.backend.attach(job):
                 self.running[stage.name] = _Running(stage, job, (attempts[-1] / "job.json").stat().st_mtime)
                 self.run.record("attached", stage=stage.name, attempt=job.attempt, island=job.island)
                 self.on_event("attached", stage, f"attempt {job.attempt} on {job.island}")
-        self.frontier = Frontier(self.graph, taken=self.running)
+        self.frontier = ReadyQueue(self.graph, taken=self.running)
 
     def _start(self, stage: Stage) -> bool:
         """Start a ready stage; False if no island has room for it now."""
@@ -158,7 +158,7 @@ class Runner:
         return Job(
             stage=stage.name,
             kind=stage.kind,
-            config=plain(stage.config),
+            config=to_jsonable(stage.config),
             inputs={role: str(self.run.input(given)) for role, given in stage.inputs.items()},
             input_fingerprints=stage.input_fingerprints,
             artifact=str(self.run.artifact(stage)),
@@ -168,7 +168,7 @@ class Runner:
             island=island,
             resources=stage.resources,
             commit=self.commit,
-            losses=self.frontier.losses(stage),
+            preemption_count=self.frontier.preemption_count(stage),
         )
 
     def _reserve_attempt(self, stage: Stage) -> int:
@@ -182,12 +182,12 @@ class Runner:
         self.finished.add(stage.name)
         self.frontier.finish(stage.name)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _handle_outcome(self, outcome: AttemptOutcome) -> None:
         entry = self.running.pop(outcome.stage)
-        cut_off = bool(entry.given_up) and outcome.state != "finished"
-        stopped = entry.asked_to_stop is not None and not cut_off and outcome.state == "lost"
+        cut_off = bool(entry.cancel_reason) and outcome.state != "finished"
+        stopped = entry.stop_requested is not None and not cut_off and outcome.state == "lost"
         state = "failed" if cut_off else "preempted" if stopped else outcome.state
-        error = entry.given_up if cut_off else outcome.error
+        error = entry.cancel_reason if cut_off else outcome.error
         written = attempt_folder(entry.job) / "outcome.json"
         if not written.exists():
             write_json(written, replace(outcome, state=state, error=error))
@@ -203,49 +203,49 @@ class Runner:
             self._finish(entry.stage)
             self.on_event("finished", entry.stage, f"in {time.time() - outcome.started:.1f} s")
         elif state == "preempted":
-            self._go_on_later(entry, self._counted(self.preemptions, entry.stage), error or "preempted")
+            self._requeue_with_backoff(entry, self._counted(self.preemptions, entry.stage), error or "preempted")
         else:
-            transient = (outcome.transient or cut_off) and not entry.was_cut
-            self._retry_or_give_up(entry, error, transient=transient)
+            transient = (outcome.transient or cut_off) and not entry.is_final
+            self._retry_or_fail(entry, error, transient=transient)
 
-    def _retry_or_give_up(self, entry: _Running, error: str, *, transient: bool) -> None:
+    def _retry_or_fail(self, entry: _Running, error: str, *, transient: bool) -> None:
         stage = entry.stage
-        if self._has_come_further(entry):
+        if self._made_progress(entry):
             self.failures[stage.name] = 0
         failures = self._counted(self.failures, stage)
         if transient and failures <= self.policy.retries:
-            self._go_on_later(entry, failures, f"{error}; retry {failures} of {self.policy.retries}")
+            self._requeue_with_backoff(entry, failures, f"{error}; retry {failures} of {self.policy.retries}")
             return
         self.on_event("failed", stage, error)
         self.failed[stage.name] = error
         if stage.optional and self._has_sibling(stage):
-            self._leave_out(stage, error)
+            self._drop_optional_stage(stage, error)
 
-    def _go_on_later(self, entry: _Running, count: int, reason: str) -> None:
+    def _requeue_with_backoff(self, entry: _Running, count: int, reason: str) -> None:
         """Start the stage again after a wait that doubles each time, give or take half."""
         wait_s = min(LONGEST_WAIT_S, self.policy.backoff_s * 2 ** min(count - 1, 30)) * random.uniform(0.5, 1.5)  # noqa: S311
         island = self.policy.islands.get(entry.job.island)
-        losses = entry.job.losses + (island is not None and island.preemptible)
-        self.frontier.give_back(entry.stage, time.time() + wait_s, losses)
-        if entry.asked_to_stop is None or entry.given_up:
+        losses = entry.job.preemption_count + (island is not None and island.preemptible)
+        self.frontier.requeue(entry.stage, time.time() + wait_s, losses)
+        if entry.stop_requested is None or entry.cancel_reason:
             self.on_event("retry", entry.stage, f"{reason}; again in {wait_s:.1f} s")
 
-    def _leave_out(self, lost: Stage, error: str) -> None:
+    def _drop_optional_stage(self, lost: Stage, error: str) -> None:
         """Go on with the graph as it is without an optional stage."""
         delays, before = self.frontier.delays(), self.frontier
         self.graph = without(self.graph, lost.name)
-        self.frontier = Frontier(self.graph, self.finished, {*self.running, *self.failed, *delays})
+        self.frontier = ReadyQueue(self.graph, self.finished, {*self.running, *self.failed, *delays})
         for stage in self.graph:
             if stage.name in delays:
-                self.frontier.give_back(stage, delays[stage.name], before.losses(stage))
+                self.frontier.requeue(stage, delays[stage.name], before.preemption_count(stage))
         self.run.record("left_out", stage=lost.name, fingerprint=lost.fingerprint)
         self.on_event("left_out", lost, error)
 
-    def _has_come_further(self, entry: _Running) -> bool:
+    def _made_progress(self, entry: _Running) -> bool:
         """Whether an attempt began at a later checkpoint than the one before: what is lost now and then, yet goes on,
         uses up no retries; what dies at the same place does."""
         before = self.run.attempt(entry.stage, entry.job.attempt - 1)
-        return continued_from(attempt_folder(entry.job)) > continued_from(before)
+        return resumed_from_step(attempt_folder(entry.job)) > resumed_from_step(before)
 
     @staticmethod
     def _counted(counts: dict[str, int], stage: Stage) -> int:
@@ -256,21 +256,21 @@ class Runner:
         """Whether another stage of the kind is left, without which nothing could be assembled."""
         return any(other.kind == stage.kind and other.name != stage.name for other in self.graph)
 
-    def _watch_clocks(self, *, stopping: bool) -> None:
+    def _enforce_timeouts(self, *, stopping: bool) -> None:
         """Ask attempts that are out of time to stop, and kill those that do not."""
         now = time.time()
         for entry in self.running.values():
             folder = attempt_folder(entry.job)
-            if not entry.given_up:
-                entry.given_up, entry.was_cut = self._overtime(entry, now)
-                if entry.given_up:
+            if not entry.cancel_reason:
+                entry.cancel_reason, entry.is_final = self._timeout_reason(entry, now)
+                if entry.cancel_reason:
                     (folder / "stop").touch()
-            if (stopping or entry.given_up) and entry.asked_to_stop is None:
-                entry.asked_to_stop = now
-            if entry.asked_to_stop is not None and now - entry.asked_to_stop > self.policy.grace_s:
+            if (stopping or entry.cancel_reason) and entry.stop_requested is None:
+                entry.stop_requested = now
+            if entry.stop_requested is not None and now - entry.stop_requested > self.policy.grace_s:
                 self.backend.kill(entry.stage.name)
 
-    def _overtime(self, entry: _Running, now: float) -> tuple[str, bool]:
+    def _timeout_reason(self, entry: _Running, now: float) -> tuple[str, bool]:
         """Why an attempt has to end, if it has to, and whether the whole stage is given up; queueing is free."""
         worker, limit, deadline = (
             attempt_folder(entry.job) / "worker.json",
@@ -286,7 +286,7 @@ class Runner:
         return "", False
 
 
-def end_orphans(run: RunFolder, graph: Sequence[Stage]) -> None:
+def kill_orphan_workers(run: RunFolder, graph: Sequence[Stage]) -> None:
     """Kill workers on this machine that a dead controller left at unfinished attempts; what they saved is kept.
 
     One on an island goes on, and the next controller takes it over. One on another machine is left alone: its attempt
@@ -306,4 +306,4 @@ def end_orphans(run: RunFolder, graph: Sequence[Stage]) -> None:
 def _is_elsewhere(attempt: Path) -> bool:
     """Whether an attempt was given to a place that outlives its controller."""
     given = attempt / "job.json"
-    return given.is_file() and read_json(given)["island"] not in ("", HOME)
+    return given.is_file() and read_json(given)["island"] not in ("", CONTROLLER)

@@ -23,11 +23,11 @@ from threadpoolctl import ThreadpoolController
 from data_partition.errors import DownloadFailed, SourceUnreachable
 from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify, write_json
 from experts.training.checkpoint import DamagedCheckpoint
-from experts.training.distributed import Group, GroupBroken
-from orchestrator.config.compute import HOME
-from orchestrator.pipeline.stage_kinds import KINDS
-from orchestrator.run.backend import Job, Outcome, attempt_folder
-from orchestrator.run.disk_errors import error_number, explained
+from experts.training.distributed import DataParallelGroup, WorkerLost
+from orchestrator.config.compute import CONTROLLER
+from orchestrator.pipeline.stage_kinds import STAGE_KINDS
+from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
+from orchestrator.run.disk_errors import error_number, explain_disk_error
 from orchestrator.run.lease import this_process
 
 
@@ -58,7 +58,7 @@ TRANSIENT = (OSError, MemoryError, DownloadFailed, SourceUnreachable, DamagedChe
 log = logging.getLogger(__name__)
 
 
-def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> Outcome:
+def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome:
     """Run the job to its end and say how it ended, in `outcome.json` too for a controller that comes back later.
 
     Asked to stop by `stopping`, or by one of the job's stop files, it saves its work and ends as preempted.
@@ -68,17 +68,17 @@ def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> Outcome:
         write_json(folder / "worker.json", this_process() | {"time": time.time()})
         outcome = _attempt(job, _workspace(job, folder, stopping), partial(_publish, job))
     except OSError as error:
-        outcome = _failed(Outcome(stage=job.stage, attempt=job.attempt, state="failed"), error, folder)
+        outcome = _failed(AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed"), error, folder)
     if outcome.state == "finished":
         shutil.rmtree(job.scratch, ignore_errors=True)
     try:
         write_json(folder / "outcome.json", outcome)
     except OSError as error:
-        log.warning("how %s ended is not written down: %s", job.stage, explained(error, folder))
+        log.warning("how %s ended is not written down: %s", job.stage, explain_disk_error(error, folder))
     return outcome
 
 
-def take_part(job: Job, rank: int, aside: Path, stopping: Callable[[], bool] = lambda: False) -> Outcome:
+def execute_rank(job: Job, rank: int, aside: Path, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome:
     """Run the job as one worker of the group that this process has joined; whoever started the group says the outcome.
 
     The first worker publishes and reports. The others do their share of the training, write their log below the
@@ -95,15 +95,15 @@ def _workspace(job: Job, folder: Path, stopping: Callable[[], bool]) -> Workspac
     return Workspace(Path(job.scratch), folder, tuple(Path(path) for path in job.stop_files), stopping)
 
 
-def _attempt(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> Outcome:
+def _attempt(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> AttemptOutcome:
     """Run the stage with its log, and turn whatever it raises into an outcome."""
-    outcome = Outcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
+    outcome = AttemptOutcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
     with _logging_to(workspace.attempt / "log.txt"), limited_threads(job.resources.cpus):
         try:
             _run(job, workspace, write)
         except Preempted as notice:
             outcome = replace(outcome, state="preempted", error=str(notice))
-        except GroupBroken as error:
+        except WorkerLost as error:
             outcome = replace(outcome, state="lost", error=str(error), transient=True)
         except Exception as error:  # noqa: BLE001 - the border between a stage and whoever runs it
             log.error("%s", traceback.format_exc())
@@ -111,16 +111,16 @@ def _attempt(job: Job, workspace: Workspace, write: Callable[[object, Fill], obj
     return replace(outcome, ended=time.time())
 
 
-def _failed(outcome: Outcome, error: Exception, place: Path) -> Outcome:
+def _failed(outcome: AttemptOutcome, error: Exception, place: Path) -> AttemptOutcome:
     is_transient = isinstance(error, TRANSIENT) or error_number(error) is not None
-    return replace(outcome, state="failed", error=explained(error, place), transient=is_transient)
+    return replace(outcome, state="failed", error=explain_disk_error(error, place), transient=is_transient)
 
 
 def _run(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> None:
-    kind = KINDS[job.kind]
+    kind = STAGE_KINDS[job.kind]
     config = TypeAdapter(kind.config).validate_python(job.config)
     workspace.scratch.mkdir(parents=True, exist_ok=True)
-    if Group.joined().any(workspace.stop_requested()):
+    if DataParallelGroup.join().any_rank(workspace.stop_requested()):
         raise Preempted(f"{job.stage} was asked to stop before it began")
     inputs = {role: Path(folder) for role, folder in job.inputs.items()}
     for folder in inputs.values():
@@ -136,7 +136,7 @@ def _publish(job: Job, config: object, fill: Fill) -> None:
         stage=job.stage,
         config=config,
         inputs=job.input_fingerprints,
-        island=socket.gethostname() if job.island in ("", HOME) else job.island,
+        island=socket.gethostname() if job.island in ("", CONTROLLER) else job.island,
         attempt=job.attempt,
         commit=job.commit,
         may_commit=lambda: not attempt_folder(replace(job, attempt=job.attempt + 1)).exists(),

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting.progress import clock, figure
-from orchestrator.sweeps.trial import Trial, TrialEnd
-from orchestrator.sweeps.trial_pool import Member
+from orchestrator.sweeps.trial import SweepTrial, TrialEnd
+from orchestrator.sweeps.trial_pool import RunningTrial
 
 MARKS = {"finished": "[green]✔[/]", "failed": "[red]✘[/]", "stopped": "[yellow]■[/]"}
 
@@ -31,7 +31,7 @@ class SweepDisplay:
         self.ends: list[TrialEnd] = []
 
     @contextmanager
-    def showing(self, members: Mapping[str, Member]) -> Iterator[None]:
+    def showing(self, members: Mapping[str, RunningTrial]) -> Iterator[None]:
         """Keep the table of the members up to date on a terminal."""
         if not self.console.is_terminal:
             yield
@@ -44,10 +44,10 @@ class SweepDisplay:
         ):
             yield
 
-    def started(self, trial: Trial) -> None:
+    def started(self, trial: SweepTrial) -> None:
         """Say on a log that a trial has a place; a terminal has its row."""
         if not self.console.is_terminal:
-            self.say(f"▶ {trial.number:>3} {escape(trial.label)}")
+            self.print(f"▶ {trial.number:>3} {escape(trial.label)}")
 
     def ended(self, end: TrialEnd) -> None:
         """Say how a trial ended."""
@@ -58,13 +58,13 @@ class SweepDisplay:
             "stopped": "stopped; its work is saved",
         }[end.state]
         score = "" if end.score is None else f", {self.metric} {figure(end.score)}"
-        self.say(f"{MARKS[end.state]} {end.trial.number:>3} {escape(end.trial.label)} {words}{score}")
+        self.print(f"{MARKS[end.state]} {end.trial.number:>3} {escape(end.trial.label)} {words}{score}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def _table(self, members: Sequence[Member]) -> RenderableType:
+    def _table(self, members: Sequence[RunningTrial]) -> RenderableType:
         counts = Counter(end.state for end in self.ends)
         waiting = self.total - len(self.ends) - len(members)
         words = [f"{count} {state}" for state, count in counts.items()]
@@ -80,7 +80,7 @@ class SweepDisplay:
         return table
 
 
-def _stages(trial: Trial) -> str:
+def _stages(trial: SweepTrial) -> str:
     """How many of its stages are finished."""
     if trial.config is None:
         return "–"

@@ -24,18 +24,18 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from ddm_core.artifacts import plain
+from ddm_core.artifacts import to_jsonable
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.hydra_compose import swept_keys, to_dictionary
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.config import LauncherConfig, settings
 from orchestrator.sweeps.display import SweepDisplay
-from orchestrator.sweeps.loop import conclude, drive, only_sweep
+from orchestrator.sweeps.loop import finish_sweep, only_sweep, run_trials
 from orchestrator.sweeps.resources import shared_budget
 from orchestrator.sweeps.scores import default_metric
 from orchestrator.sweeps.summary import show_summary
-from orchestrator.sweeps.trial import Trial, TrialEnd, swept_parameters, trial_config, trial_label
+from orchestrator.sweeps.trial import SweepTrial, TrialEnd, swept_parameters, trial_config, trial_label
 from orchestrator.sweeps.trial_pool import TrialPool
 
 PACKAGE, NAME = "hydra_plugins", "ddm"
@@ -49,7 +49,7 @@ def register(kind: type[Plugin], choice: str, defaults: object) -> None:
     group, _, name = choice.partition("=")
     Plugins.instance().register(kind)
     setattr(_module(), kind.__name__, kind)
-    node = {"_target_": f"{HYDRA_MODULE}.{kind.__name__}", **plain(defaults)}
+    node = {"_target_": f"{HYDRA_MODULE}.{kind.__name__}", **to_jsonable(defaults)}
     ConfigStore.instance().store(name, node, group=group, provider=NAME)
 
 
@@ -94,23 +94,23 @@ class TrialLauncher(Launcher):
         with only_sweep(self.folder):
             self._walk(trials, ends, metric)
             show_summary(self.console, self.folder, ends, metric, maximize=False)
-        conclude(ends, unstarted=len(trials) - len(ends))
+        finish_sweep(ends, unstarted=len(trials) - len(ends))
         return [JobReturn(overrides=overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
 
-    def _walk(self, trials: Sequence[Trial], ends: list[TrialEnd], metric: str) -> None:
+    def _walk(self, trials: Sequence[SweepTrial], ends: list[TrialEnd], metric: str) -> None:
         display = SweepDisplay(self.console, len(trials), metric)
         following = iter(trials)
         with self.pool("") as pool, display.showing(pool.members):
-            drive(pool, lambda: next(following, None), ends.append, display)
+            run_trials(pool, lambda: next(following, None), ends.append, display)
 
-    def trial(self, number: int, overrides: Sequence[str], parameters: Mapping[str, str]) -> Trial:
+    def trial(self, number: int, overrides: Sequence[str], parameters: Mapping[str, str]) -> SweepTrial:
         """A trial from its overrides; what Hydra or the configuration refuses becomes its error."""
         label = trial_label(parameters)
         try:
             config, error = self.config(overrides, label), ""
         except ConfigError as refused:
             config, error = None, str(refused)
-        return Trial(number=number, label=label, config=config, parameters=dict(parameters), error=error)
+        return SweepTrial(number=number, label=label, config=config, parameters=dict(parameters), error=error)
 
     def config(self, overrides: Sequence[str], label: str) -> RunConfig:
         """The configuration of a trial; raises `ConfigError`."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ddm_core.signals import hearing
+from ddm_core.signals import handle_signals
 from orchestrator.errors import RunFailed, RunIsLocked
-from orchestrator.run.lease import hold
+from orchestrator.run.lease import hold_lease
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.sweeps.display import SweepDisplay
-from orchestrator.sweeps.trial import SweepStopped, Trial, TrialEnd
+from orchestrator.sweeps.trial import SweepStopped, SweepTrial, TrialEnd
 from orchestrator.sweeps.trial_pool import TrialPool
 
 POLL_S = 0.5
@@ -25,9 +25,9 @@ class _Notice:
     times: int = 0
 
 
-def drive(
+def run_trials(
     pool: TrialPool,
-    following: Callable[[], Trial | None],
+    following: Callable[[], SweepTrial | None],
     ended: Callable[[TrialEnd], None],
     display: SweepDisplay,
 ) -> None:
@@ -49,7 +49,7 @@ def drive(
                 display.ended(end)
             if notice.times > heard:
                 (pool.kill if heard else pool.stop)()
-                display.say("Stopping; the same command goes on later. Press Ctrl-C again to stop at once.")
+                display.print("Stopping; the same command goes on later. Press Ctrl-C again to stop at once.")
                 heard = notice.times
 
 
@@ -61,7 +61,7 @@ def _listening() -> Iterator[_Notice]:
     def note(number: int, frame: FrameType | None) -> None:
         notice.times += 1
 
-    with hearing(note, signal.SIGINT, signal.SIGTERM):
+    with handle_signals(note, signal.SIGINT, signal.SIGTERM):
         yield notice
 
 
@@ -71,7 +71,7 @@ def only_sweep(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(RunFolder(folder)))
+            stack.enter_context(hold_lease(RunFolder(folder)))
         except RunIsLocked as error:
             raise RunIsLocked(
                 f"another sweep is at work here: {str(error).partition(';')[0]}; wait for it, stop it with Ctrl-C, or "
@@ -80,7 +80,7 @@ def only_sweep(folder: Path) -> Iterator[None]:
         yield
 
 
-def conclude(ends: Sequence[TrialEnd], *, unstarted: int = 0) -> None:
+def finish_sweep(ends: Sequence[TrialEnd], *, unstarted: int = 0) -> None:
     """Raise `SweepStopped` if trials were stopped or never started, `RunFailed` naming all that failed."""
     failed = [end for end in ends if end.state == "failed"]
     stopped = sum(end.state == "stopped" for end in ends) + unstarted

@@ -20,11 +20,11 @@ from orchestrator.errors import ConfigError
 from orchestrator.sweeps.config import OptunaConfig, settings
 from orchestrator.sweeps.display import SweepDisplay
 from orchestrator.sweeps.launcher import HYDRA_MODULE, TrialLauncher
-from orchestrator.sweeps.loop import conclude, drive, only_sweep
+from orchestrator.sweeps.loop import finish_sweep, only_sweep, run_trials
 from orchestrator.sweeps.scores import default_metric, refuse_unknown_rows
 from orchestrator.sweeps.search_space import Axis, Proposal
 from orchestrator.sweeps.summary import show_summary
-from orchestrator.sweeps.trial import Trial, trial_label
+from orchestrator.sweeps.trial import SweepTrial, trial_label
 
 if TYPE_CHECKING:
     from orchestrator.sweeps.proposals import Proposals
@@ -69,10 +69,10 @@ class OptunaSweeper(Sweeper):
             proposals = self._proposals(axes, fixed, metric, is_parallel=self.settings.n_jobs != 1)
             display = SweepDisplay(launcher.console, self.settings.n_trials, metric)
             with launcher.pool(metric, self.settings.n_jobs) as pool, display.showing(pool.members):
-                drive(pool, proposals.following, proposals.ended, display)
+                run_trials(pool, proposals.next_trial, proposals.ended, display)
             maximize = self.settings.direction == "maximize"
             show_summary(launcher.console, folder, proposals.every_end(), metric, maximize=maximize)
-        conclude(proposals.ends, unstarted=proposals.unstarted)
+        finish_sweep(proposals.ends, unstarted=proposals.unstarted)
 
     def _space(self, arguments: list[str]) -> tuple[list[Axis], list[str]]:
         """What is swept, and the overrides that all trials share."""
@@ -108,7 +108,7 @@ class OptunaSweeper(Sweeper):
         study.refuse_other_meaning(_meaning(fixed), metric)
         return Proposals(study, partial(self._trial, fixed), self.settings.n_trials, metric)
 
-    def _trial(self, fixed: Sequence[str], proposal: Proposal) -> Trial:
+    def _trial(self, fixed: Sequence[str], proposal: Proposal) -> SweepTrial:
         overrides = [*fixed, *(f"{key}={value}" for key, value in proposal.parameters.items())]
         return self.launcher.trial(proposal.number, overrides, proposal.parameters)
 

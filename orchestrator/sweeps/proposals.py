@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.sweeps.search_space import Proposal
 from orchestrator.sweeps.study import Study
-from orchestrator.sweeps.trial import Trial, TrialEnd
+from orchestrator.sweeps.trial import SweepTrial, TrialEnd
 
 
 @dataclass
@@ -13,13 +13,13 @@ class Proposals:
     """Gives out trials, those that an earlier call left open first, and tells the study their scores."""
 
     study: Study
-    trial_of: Callable[[Proposal], Trial]
+    trial_of: Callable[[Proposal], SweepTrial]
     n_trials: int
     metric: str
     ends: list[TrialEnd] = field(default_factory=list)
     """How the trials of this call ended."""
     _open: list[Proposal] = field(init=False)
-    _at_work: dict[str, list[Trial]] = field(default_factory=dict)
+    _at_work: dict[str, list[SweepTrial]] = field(default_factory=dict)
     """By label: one run may be the trial of several proposals."""
 
     def __post_init__(self) -> None:
@@ -36,10 +36,10 @@ class Proposals:
         """Trials that no run was started for in this call: only a sweep that was stopped has any."""
         return self.unproposed + len(self._open)
 
-    def following(self) -> Trial | None:
+    def next_trial(self) -> SweepTrial | None:
         """The next trial to run; None if there is none."""
         while self._open or self.unproposed:
-            trial = self.trial_of(self._open.pop(0) if self._open else self.study.ask())
+            trial = self.trial_of(self._open.pop(0) if self._open else self.study.propose())
             same = self._at_work.setdefault(trial.label, [])
             same.append(trial)
             if len(same) == 1:
@@ -52,7 +52,7 @@ class Proposals:
             end = replace(end, state="failed", error=f"its scores have no {self.metric}")
         for trial in self._at_work.pop(end.trial.label):
             if end.state == "finished" and end.score is not None:
-                self.study.tell(trial.number, end.score)
+                self.study.record(trial.number, end.score)
             self.ends.append(replace(end, trial=trial))
 
     def every_end(self) -> list[TrialEnd]:

@@ -19,7 +19,7 @@ IDLE_MS = ("RAY_idle_worker_killing_time_threshold_ms", "60000")
 would have to import torch again."""
 
 
-class Budget:
+class SweepResources:
     """What trials may use together; nothing is started before one of them asks for it."""
 
     def __init__(self, compute: ComputeConfig, stack: contextlib.ExitStack) -> None:
@@ -44,18 +44,18 @@ class Budget:
 
 
 @contextlib.contextmanager
-def shared_budget(compute: ComputeConfig) -> Iterator[Budget]:
+def shared_budget(compute: ComputeConfig) -> Iterator[SweepResources]:
     """What the trials share; it ends with the block."""
     with contextlib.ExitStack() as stack:
-        yield Budget(compute, stack)
+        yield SweepResources(compute, stack)
 
 
 def _cpus_at(compute: ComputeConfig, address: str) -> int:
     """CPUs of a running Ray cluster."""
     shield(address)
-    from orchestrator.backends.ray_tasks import joined_cluster
+    from orchestrator.backends.ray_tasks import join_cluster
 
-    with joined_cluster(compute) as cluster:
+    with join_cluster(compute) as cluster:
         return cluster.cpus
 
 
@@ -65,7 +65,7 @@ def _embedded(compute: ComputeConfig) -> Iterator[dict[str, str]]:
     shield(None)
     os.environ.setdefault(*IDLE_MS)
     added = {name: os.environ[name] for name in (LOOPBACK_ONLY, AUTH_MODE, AUTH_TOKEN) if name in os.environ}
-    from orchestrator.backends.ray_tasks import SHARED_ADDRESS, joined_cluster  # Ray reads all that when it is imported
+    from orchestrator.backends.ray_tasks import SHARED_ADDRESS, join_cluster  # Ray reads all that when it is imported
 
-    with joined_cluster(compute) as cluster:
+    with join_cluster(compute) as cluster:
         yield {**added, SHARED_ADDRESS: cluster.address}

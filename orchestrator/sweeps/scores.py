@@ -4,19 +4,19 @@ import math
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.reporting.results import score_rows, standing_graph
+from orchestrator.reporting.results import current_graph, score_rows
 from orchestrator.run.run_folder import RunFolder
-from router.config import row_name
+from router.config import selection_label
 
 
 def default_metric(config: RunConfig) -> str:
     """The Fréchet distance of the run's own selection in its first feature space."""
-    return f"{row_name(config.ensemble.selection)}.{config.scores.spaces[0]}.fd"
+    return f"{selection_label(config.ensemble.selection)}.{config.scores.spaces[0]}.fd"
 
 
 def refuse_unknown_rows(metric: str, config: RunConfig) -> None:
     """Raise `ConfigError` if the metric belongs to a row that the run will not score; before anything runs."""
-    rows = [row_name(selection) for selection in (config.ensemble.selection, *config.scores.selections)]
+    rows = [selection_label(selection) for selection in (config.ensemble.selection, *config.scores.selections)]
     known = [*dict.fromkeys(rows), *(["monolith"] if config.monolith else []), *config.baselines]
     if not any(metric.startswith(f"{row}.") for row in known):
         raise ConfigError(
@@ -28,7 +28,7 @@ def refuse_unknown_rows(metric: str, config: RunConfig) -> None:
 def numbers(run: RunFolder, config: RunConfig) -> dict[str, float]:
     """Every number that the run was scored with, such as `sticky.pixels.fd` or `monolith.nn_ratio`."""
     found: dict[str, float] = {}
-    for row in score_rows(run, standing_graph(run, config)):
+    for row in score_rows(run, current_graph(run, config)):
         groups = {f"{row.name}.{space}": scores for space, scores in row.scores["spaces"].items()}
         for prefix, group in {row.name: row.scores, **groups}.items():
             found |= {f"{prefix}.{key}": float(value) for key, value in group.items() if isinstance(value, int | float)}

@@ -78,7 +78,7 @@ class Study:
         """Proposals with a score."""
         return [self._proposal(trial) for trial in self._study.get_trials(False, (TrialState.COMPLETE,))]
 
-    def ask(self) -> Proposal:
+    def propose(self) -> Proposal:
         """One more proposal."""
         self._study.sampler = TPESampler(
             seed=int(np.random.SeedSequence((self._config.seed, self.total)).generate_state(1)[0]),
@@ -88,7 +88,7 @@ class Study:
         trial = self._study.ask(self._space)
         return Proposal(number=trial.number, parameters=self._texts(trial.params))
 
-    def tell(self, number: int, score: float) -> None:
+    def record(self, number: int, score: float) -> None:
         """Close a proposal with its score."""
         self._study.tell(number, score)
 

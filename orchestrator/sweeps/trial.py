@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.reporting.results import standing_graph
+from orchestrator.reporting.results import current_graph
 from orchestrator.run.run_folder import RunFolder
 
 LONGEST_LABEL = 150
@@ -21,7 +21,7 @@ class SweepStopped(OrchestratorError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class SweepTrial:
     """One run of a sweep."""
 
     number: int
@@ -51,7 +51,7 @@ class Trial:
 class TrialEnd:
     """How a trial ended, this time."""
 
-    trial: Trial
+    trial: SweepTrial
     state: Literal["finished", "failed", "stopped"]
     seconds: float = 0.0
     """How long it took this time; 0 if it was finished before."""
@@ -62,7 +62,7 @@ class TrialEnd:
 
 def is_finished(run: RunFolder, config: RunConfig) -> bool:
     """Whether every stage of the run is finished but for experts that its ensemble had to do without."""
-    return run.report.is_file() and all(run.finished(stage) for stage in standing_graph(run, config))
+    return run.report.is_file() and all(run.finished(stage) for stage in current_graph(run, config))
 
 
 def trial_config(composed: Mapping[str, Any], label: str) -> RunConfig:

@@ -12,7 +12,7 @@ from ddm_core.artifacts import ArtifactError
 from orchestrator.run.lease import holder
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.sweeps.scores import score_of
-from orchestrator.sweeps.trial import Trial, TrialEnd
+from orchestrator.sweeps.trial import SweepTrial, TrialEnd
 
 TICK_S = 0.1
 
@@ -20,16 +20,16 @@ STOPPED = 130
 """Exit code of a controller that was asked to stop and has saved its work."""
 
 
-def resume_command(trial: Trial) -> list[str]:
+def resume_command(trial: SweepTrial) -> list[str]:
     """The command that goes on with a trial until it is finished."""
     return [sys.executable, "-m", "orchestrator.cli.trial_process", str(trial.run.root)]
 
 
 @dataclass(slots=True)
-class Member:
+class RunningTrial:
     """A trial that has a place in the pool."""
 
-    trial: Trial
+    trial: SweepTrial
     began: float = field(default_factory=time.monotonic)
     process: subprocess.Popen[bytes] | None = None
     """None while another controller, such as one that outlived an earlier sweep, still walks the run."""
@@ -48,9 +48,9 @@ class TrialPool:
         limit: Callable[[], int],
         environment: Callable[[], Mapping[str, str]],
         metric: str = "",
-        command: Callable[[Trial], Sequence[str]] = resume_command,
+        command: Callable[[SweepTrial], Sequence[str]] = resume_command,
     ) -> None:
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, RunningTrial] = {}
         self._limit, self._environment = limit, environment
         self._metric, self._command = metric, command
         self._at_once: list[TrialEnd] = []
@@ -68,21 +68,21 @@ class TrialPool:
         """Whether nothing is running and there is nothing left to say."""
         return not self.members and not self._at_once
 
-    def start(self, trial: Trial) -> None:
+    def start(self, trial: SweepTrial) -> None:
         """Give the trial a place; one that is finished, or that cannot begin, ends with the next `poll`."""
         if trial.config is None:
             self._at_once.append(TrialEnd(trial=trial, state="failed", error=trial.error))
         elif trial.is_finished:
             self._at_once.append(self._finished(trial, 0.0))
         else:
-            self._begin(self.members.setdefault(trial.label, Member(trial)))
+            self._begin(self.members.setdefault(trial.label, RunningTrial(trial)))
 
     def poll(self, timeout_s: float) -> list[TrialEnd]:
         """The trials that have ended since the last call, waiting up to `timeout_s` for one."""
         deadline = time.monotonic() + timeout_s
         while True:
             ended, self._at_once = self._at_once, []
-            ended += [end for member in list(self.members.values()) if (end := self._look(member))]
+            ended += [end for member in list(self.members.values()) if (end := self._poll_trial(member))]
             if ended or not self.members or time.monotonic() >= deadline:
                 return ended
             time.sleep(TICK_S)
@@ -102,7 +102,7 @@ class TrialPool:
             if member.process is not None:
                 member.process.send_signal(number)
 
-    def _begin(self, member: Member) -> None:
+    def _begin(self, member: RunningTrial) -> None:
         """Start the controller unless another one is at it; then the pool looks again later."""
         trial = member.trial
         try:
@@ -113,7 +113,7 @@ class TrialPool:
             del self.members[trial.label]
             self._at_once.append(TrialEnd(trial=trial, state="failed", error=str(error)))
 
-    def _spawn(self, member: Member) -> None:
+    def _spawn(self, member: RunningTrial) -> None:
         trial = member.trial
         log = trial.run.root / "controller.log"
         with log.open("ab") as output:
@@ -127,7 +127,7 @@ class TrialPool:
                 start_new_session=True,
             )
 
-    def _look(self, member: Member) -> TrialEnd | None:
+    def _poll_trial(self, member: RunningTrial) -> TrialEnd | None:
         """How a member ended, which frees its place; None as long as it goes on."""
         if member.process is None:
             return self._look_at_waiting(member)
@@ -138,7 +138,7 @@ class TrialPool:
             member.process.stdin.close()
         return self._leave(member, code)
 
-    def _look_at_waiting(self, member: Member) -> TrialEnd | None:
+    def _look_at_waiting(self, member: RunningTrial) -> TrialEnd | None:
         if self._stopping:
             return self._leave(member, STOPPED)
         if not has_controller(member.trial.run):
@@ -147,7 +147,7 @@ class TrialPool:
             self._begin(member)
         return None
 
-    def _leave(self, member: Member, code: int) -> TrialEnd:
+    def _leave(self, member: RunningTrial, code: int) -> TrialEnd:
         del self.members[member.trial.label]
         seconds = time.monotonic() - member.began
         if code == 0 and member.trial.is_finished:
@@ -157,7 +157,7 @@ class TrialPool:
         error = _last_words(member.trial.run.root / "controller.log", member.log_start, code)
         return TrialEnd(trial=member.trial, state="failed", seconds=seconds, error=error)
 
-    def _finished(self, trial: Trial, seconds: float) -> TrialEnd:
+    def _finished(self, trial: SweepTrial, seconds: float) -> TrialEnd:
         try:
             score = None if trial.config is None else score_of(trial.run, trial.config, self._metric)
         except ArtifactError as error:

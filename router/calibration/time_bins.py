@@ -10,12 +10,12 @@ from torch import Tensor
 BINS: Final = 10
 MAX_ITERATIONS: Final = 100
 
-OfBins = Float[Tensor, "*batch bin"]
+PerBin = Float[Tensor, "*batch bin"]
 Times = Float[Tensor, " batch"]
 Values = Float[Tensor, " batch"]
 
 
-def at_t(numbers: OfBins, t: Times) -> Values:
+def at_t(numbers: PerBin, t: Times) -> Values:
     """The function's value at every t; `numbers` may be one row for all, or one for each."""
     middles = torch.arange(BINS, device=t.device)
     position = (t.double() * BINS - 0.5).clamp(0, BINS - 1).unsqueeze(-1)

@@ -19,16 +19,16 @@ from torch.nn import functional
 
 from ddm_core.artifacts import Workspace
 from experts.config import TrainingConfig
-from experts.diffusion.noise_schedule import PATHS, NoisePath
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.training.checkpoint import MetricsRow
 from experts.training.latent_dataset import Batch, LatentDataset
-from experts.training.trainer import Fitted, fit
+from experts.training.trainer import TrainingResult, fit
 from router.config import RouterConfig
-from router.models.mlp import ClassIndex, Latents, Logits, RouterMLP, Times
+from router.models.mlp import ClassIndex, Latents, Logits, MLPRouter, Times
 from router.models.prior_table import Counts, log_prior
 
 
-class RouterRatios(ModelMixin, ConfigMixin):
+class DensityRatioRouter(ModelMixin, ConfigMixin):
     """A small network per expert, which gives log r_k, and the table of the prior."""
 
     log_prior: Tensor
@@ -41,9 +41,9 @@ class RouterRatios(ModelMixin, ConfigMixin):
         self.register_buffer("log_prior", torch.zeros(num_classes + 1, num_experts))
 
     @classmethod
-    def of(cls, heads: Sequence[nn.Module], counts: Counts, like: "RouterRatios") -> "RouterRatios":
+    def of(cls, heads: Sequence[nn.Module], counts: Counts, like: "DensityRatioRouter") -> "DensityRatioRouter":
         """These heads with the prior of these counts."""
-        model: RouterRatios = cls(like.latent_shape, len(heads), len(counts) - 1, like.width, like.depth)
+        model: DensityRatioRouter = cls(like.latent_shape, len(heads), len(counts) - 1, like.width, like.depth)
         model.heads = nn.ModuleList(heads)
         model.log_prior = log_prior(counts).float()
         model.eval()
@@ -56,17 +56,17 @@ class RouterRatios(ModelMixin, ConfigMixin):
         return ratios + self.log_prior[class_index]
 
 
-def new_head(latent_shape: Sequence[int], width: int, depth: int) -> RouterMLP:
+def new_head(latent_shape: Sequence[int], width: int, depth: int) -> MLPRouter:
     """An untrained head, which says that nothing is known: log r = 0."""
-    head: RouterMLP = RouterMLP(list(latent_shape), num_experts=1, num_classes=0, width=width, depth=depth)
+    head: MLPRouter = MLPRouter(list(latent_shape), num_experts=1, num_classes=0, width=width, depth=depth)
     return head
 
 
-def ratio_loss(model: nn.Module, batch: Batch, path: NoisePath) -> dict[str, Float[Tensor, ""]]:
+def ratio_loss(model: nn.Module, batch: Batch, path: NoiseSchedule) -> dict[str, Float[Tensor, ""]]:
     """Logistic regression between the cluster (1 in `cluster_id`) and the reference (0), which come equally often."""
     # Sugiyama, Suzuki & Kanamori 2012, doi:10.1017/CBO9781139035613, section 4: with as many of both, the logit of the
     # best classifier is log p_k(x_t) / p_ref(x_t); any other proportion would add its logarithm.
-    noised = path.noised(batch.clean, batch.noise, batch.t)
+    noised = path.add_noise(batch.clean, batch.noise, batch.t)
     logit = model(noised, batch.t, torch.zeros_like(batch.cluster_id)).squeeze(-1).float()
     return {"loss": functional.binary_cross_entropy_with_logits(logit, batch.cluster_id.float())}
 
@@ -86,13 +86,13 @@ def balanced(cluster: LatentDataset, reference: LatentDataset, most: int) -> Lat
 
 
 def train_head(
-    head: RouterMLP,
+    head: MLPRouter,
     cluster: LatentDataset,
     reference: LatentDataset,
     training: TrainingConfig,
-    path: NoisePath,
+    path: NoiseSchedule,
     workspace: Workspace,
-) -> Fitted:
+) -> TrainingResult:
     """Train an untrained head on its cluster and the reference: what it learns depends on no other cluster's name."""
     most = -(-training.steps * training.batch_size // 2)
 
@@ -107,20 +107,24 @@ def share_of_batch(training: TrainingConfig, num_experts: int) -> TrainingConfig
     return replace(training, batch_size=max(2, training.batch_size // num_experts))
 
 
-def fit_ratios(config: RouterConfig, dataset: LatentDataset, counts: Counts, workspace: Workspace) -> Fitted:
+def fit_ratios(config: RouterConfig, dataset: LatentDataset, counts: Counts, workspace: Workspace) -> TrainingResult:
     """All heads, one after the other; the reference is the whole data set. Rows hold means over the heads."""
-    training, path, fitted = share_of_batch(config.training, counts.shape[1]), PATHS[config.path], []
-    like = RouterRatios(list(dataset.latent_shape), 0, len(counts) - 1, config.width, config.depth)
+    training, path, fitted = (
+        share_of_batch(config.training, counts.shape[1]),
+        NOISE_SCHEDULES[config.noise_schedule],
+        [],
+    )
+    like = DensityRatioRouter(list(dataset.latent_shape), 0, len(counts) - 1, config.width, config.depth)
     for k in range(counts.shape[1]):
         head = seeded_head(like, training.seed)
         aside = replace(workspace, scratch=workspace.scratch / f"head_{k}")
         fitted.append(train_head(head, of_cluster(dataset, k), dataset, training, path, aside))
-    model = RouterRatios.of([found.model for found in fitted], counts, like)
+    model = DensityRatioRouter.of([found.model for found in fitted], counts, like)
     rows = [_mean_row(rows) for rows in zip(*(found.rows for found in fitted), strict=True)]
-    return Fitted(model=model, rows=rows)
+    return TrainingResult(model=model, rows=rows)
 
 
-def seeded_head(like: RouterRatios, seed: int) -> RouterMLP:
+def seeded_head(like: DensityRatioRouter, seed: int) -> MLPRouter:
     """An untrained head of the same size as `like` has, a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -50,7 +50,7 @@ class _Block(nn.Module):
         return hidden + change
 
 
-class RouterMLP(ModelMixin, ConfigMixin):
+class MLPRouter(ModelMixin, ConfigMixin):
     """Residual layers on flattened latents."""
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -60,7 +60,7 @@ class RouterMLP(ModelMixin, ConfigMixin):
         self.input = nn.Linear(math.prod(latent_shape), width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = silent(nn.Linear(width, num_experts))
+        self.head = zero_init(nn.Linear(width, num_experts))
 
     def forward(self, noised: Latents, t: Times, class_index: ClassIndex) -> Logits:
         """One logit per expert."""
@@ -72,7 +72,7 @@ class RouterMLP(ModelMixin, ConfigMixin):
         return logits
 
 
-def silent(head: nn.Linear) -> nn.Linear:
+def zero_init(head: nn.Linear) -> nn.Linear:
     """A layer that puts out zeros until it is trained, so that all experts begin equally probable."""
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

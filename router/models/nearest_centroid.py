@@ -20,11 +20,11 @@ from torch.nn import functional
 
 from ddm_core.artifacts import Workspace
 from experts.condition import Condition
-from experts.config import PathName
-from experts.diffusion.noise_schedule import PATHS
+from experts.config import NoiseScheduleName
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.training.latent_dataset import LatentDataset
-from experts.training.trainer import Fitted
-from router.calibration.temperature import ask
+from experts.training.trainer import TrainingResult
+from router.calibration.temperature import collect_logits
 from router.calibration.time_bins import BINS, at_t, fit_logarithms
 from router.config import RouterConfig
 from router.models.mlp import ClassIndex, Latents, Logits, Times
@@ -37,7 +37,7 @@ LEAST_VARIANCE: Final = 1e-6
 """Of a direction, as a share of the largest: no direction is trusted without end."""
 
 
-class RouterCentroids(ModelMixin, ConfigMixin):
+class NearestCentroidRouter(ModelMixin, ConfigMixin):
     """Everything is kept in the basis of the covariance's eigenvectors, about the mean."""
 
     mean: Tensor
@@ -49,7 +49,9 @@ class RouterCentroids(ModelMixin, ConfigMixin):
     log_prior: Tensor
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, latent_shape: Sequence[int], num_experts: int, num_classes: int, path: PathName) -> None:
+    def __init__(
+        self, latent_shape: Sequence[int], num_experts: int, num_classes: int, path: NoiseScheduleName
+    ) -> None:
         super().__init__()
         size = math.prod(latent_shape)
         if size > LARGEST_LATENT:
@@ -57,7 +59,7 @@ class RouterCentroids(ModelMixin, ConfigMixin):
                 f"router.kind=centroids needs the covariance of latents of at most {LARGEST_LATENT} numbers; these "
                 f"have {size}: choose a codec of smaller latents (codec=pca), or another router"
             )
-        self.path = PATHS[path]
+        self.path = NOISE_SCHEDULES[path]
         shapes = {
             "mean": (size,),
             "basis": (size, size),
@@ -104,9 +106,11 @@ def moments_of(dataset: LatentDataset) -> Moments:
     return Moments(mean=mean, basis=basis, variances=variances.clamp(min=least))
 
 
-def fit_centroids(config: RouterConfig, dataset: LatentDataset, counts: Counts, _workspace: Workspace) -> Fitted:
+def fit_centroids(
+    config: RouterConfig, dataset: LatentDataset, counts: Counts, _workspace: Workspace
+) -> TrainingResult:
     """Moments and centroids in closed form; then the scales, by cross-entropy on training samples."""
-    model = RouterCentroids(list(dataset.latent_shape), counts.shape[1], len(counts) - 1, config.path)
+    model = NearestCentroidRouter(list(dataset.latent_shape), counts.shape[1], len(counts) - 1, config.noise_schedule)
     moments = moments_of(dataset)
     sums = torch.zeros(counts.shape[1], len(moments.mean), dtype=torch.float64)
     sums.index_add_(0, dataset.cluster_id, dataset.clean.flatten(1).double())
@@ -121,18 +125,18 @@ def fit_centroids(config: RouterConfig, dataset: LatentDataset, counts: Counts, 
     }
     model.load_state_dict({name: value.float() for name, value in found.items()})
     model.log_scale = _fit_scales(model, dataset).float()
-    return Fitted(model=model.eval(), rows=[])
+    return TrainingResult(model=model.eval(), rows=[])
 
 
-def _fit_scales(model: RouterCentroids, dataset: LatentDataset) -> Float[Tensor, " bin"]:
+def _fit_scales(model: NearestCentroidRouter, dataset: LatentDataset) -> Float[Tensor, " bin"]:
     def speak(noised: Latents, t: Times, _condition: Condition) -> Logits:
         return model.closeness(noised, t)
 
-    answers = ask(speak, dataset, model.path, is_told=False)
+    answers = collect_logits(speak, dataset, model.path, conditional=False)
     prior = model.log_prior[-1].double()
 
     def loss(logarithms: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
-        logits = answers.said * (-2 * logarithms).exp().unsqueeze(-1) + prior
+        logits = answers.logits * (-2 * logarithms).exp().unsqueeze(-1) + prior
         return functional.cross_entropy(logits, answers.cluster_id)
 
     return fit_logarithms(loss, answers.t)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddm_core.artifacts import Workspace
 from experts.training.latent_dataset import LatentDataset
-from experts.training.trainer import Fitted
+from experts.training.trainer import TrainingResult
 from router.config import RouterConfig
 from router.models.mlp import ClassIndex, Latents, Logits, Times
 
@@ -25,7 +25,7 @@ def log_prior(counts: Counts) -> Counts:
     return torch.where(counts > 0, counts / sizes.clamp(min=1), shares / (sizes + 1)).log()
 
 
-class RouterTable(ModelMixin, ConfigMixin):
+class PriorTableRouter(ModelMixin, ConfigMixin):
     """Looks the class up; has no parameters, and does not look at the noised sample."""
 
     log_prior: Tensor
@@ -36,9 +36,9 @@ class RouterTable(ModelMixin, ConfigMixin):
         self.register_buffer("log_prior", log_prior(torch.ones(num_classes + 1, num_experts)))
 
     @classmethod
-    def of(cls, counts: Counts) -> "RouterTable":
+    def of(cls, counts: Counts) -> "PriorTableRouter":
         """The table of these counts."""
-        table: RouterTable = cls(counts.shape[1], counts.shape[0] - 1)
+        table: PriorTableRouter = cls(counts.shape[1], counts.shape[0] - 1)
         table.log_prior = log_prior(counts).float()
         table.eval()
         return table
@@ -48,6 +48,6 @@ class RouterTable(ModelMixin, ConfigMixin):
         return self.log_prior[class_index]
 
 
-def fit_table(_config: RouterConfig, _dataset: LatentDataset, counts: Counts, _workspace: Workspace) -> Fitted:
+def fit_table(_config: RouterConfig, _dataset: LatentDataset, counts: Counts, _workspace: Workspace) -> TrainingResult:
     """Trains nothing."""
-    return Fitted(model=RouterTable.of(counts), rows=[])
+    return TrainingResult(model=PriorTableRouter.of(counts), rows=[])

@@ -16,31 +16,33 @@ from typing import Final
 from torch import nn
 
 from router.config import RouterConfig, RouterKind
-from router.models.density_ratio import RouterRatios
-from router.models.mlp import RouterMLP
-from router.models.nearest_centroid import RouterCentroids
-from router.models.prior_table import RouterTable
-from router.models.transformer import RouterTransformer
+from router.models.density_ratio import DensityRatioRouter
+from router.models.mlp import MLPRouter
+from router.models.nearest_centroid import NearestCentroidRouter
+from router.models.prior_table import PriorTableRouter
+from router.models.transformer import TransformerRouter
 
 ROUTERS: Final[dict[RouterKind, type[nn.Module]]] = {
-    "mlp": RouterMLP,
-    "transformer": RouterTransformer,
-    "table": RouterTable,
-    "centroids": RouterCentroids,
-    "density_ratio": RouterRatios,
+    "mlp": MLPRouter,
+    "transformer": TransformerRouter,
+    "prior_table": PriorTableRouter,
+    "nearest_centroid": NearestCentroidRouter,
+    "density_ratio": DensityRatioRouter,
 }
 
 Builder = Callable[[RouterConfig, list[int], int, int], nn.Module]
 """(config, latent shape, experts, classes) -> a network that knows nothing yet."""
 
 BUILDERS: Final[dict[RouterKind, Builder]] = {
-    "mlp": lambda config, shape, experts, classes: RouterMLP(shape, experts, classes, config.width, config.depth),
-    "transformer": lambda config, shape, experts, classes: RouterTransformer(
+    "mlp": lambda config, shape, experts, classes: MLPRouter(shape, experts, classes, config.width, config.depth),
+    "transformer": lambda config, shape, experts, classes: TransformerRouter(
         shape, experts, classes, config.width, config.depth, config.heads, config.tokens
     ),
-    "table": lambda _config, _shape, experts, classes: RouterTable(experts, classes),
-    "centroids": lambda config, shape, experts, classes: RouterCentroids(shape, experts, classes, config.path),
-    "density_ratio": lambda config, shape, experts, classes: RouterRatios(
+    "prior_table": lambda _config, _shape, experts, classes: PriorTableRouter(experts, classes),
+    "nearest_centroid": lambda config, shape, experts, classes: NearestCentroidRouter(
+        shape, experts, classes, config.noise_schedule
+    ),
+    "density_ratio": lambda config, shape, experts, classes: DensityRatioRouter(
         shape, experts, classes, config.width, config.depth
     ),
 }

@@ -10,10 +10,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from router.models.mlp import ClassIndex, Embedding, Latents, Logits, Times, silent
+from router.models.mlp import ClassIndex, Embedding, Latents, Logits, Times, zero_init
 
 
-class RouterTransformer(ModelMixin, ConfigMixin):
+class TransformerRouter(ModelMixin, ConfigMixin):
     """Attention over tokens of flattened latents; the CLS token carries t and class, and gives the logits."""
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -40,7 +40,7 @@ class RouterTransformer(ModelMixin, ConfigMixin):
             BasicTransformerBlock(width, heads, width // heads, activation_fn="gelu") for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.head = silent(nn.Linear(width, num_experts))
+        self.head = zero_init(nn.Linear(width, num_experts))
 
     def forward(self, noised: Latents, t: Times, class_index: ClassIndex) -> Logits:
         """One logit per expert."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from ddm_core.artifacts import (
-    LATER,
+    UNHASHED_IF_DEFAULT,
     CorruptArtifact,
     Preempted,
     UnfinishedArtifact,
@@ -166,7 +166,7 @@ def test_json_says_what_is_wrong(tmp_path):
 
 def test_a_workspace_reports_and_hears(tmp_path):
     workspace = Workspace.at(tmp_path)
-    workspace.report(5, 5, {"loss": 0.5}, unit="images")
+    workspace.report_progress(5, 5, {"loss": 0.5}, unit="images")
     assert read_json(workspace.attempt / "progress.json")["figures"] == {"loss": 0.5}
     assert not workspace.stop_requested()
     (tmp_path / "stop").touch()
@@ -176,13 +176,13 @@ def test_a_workspace_reports_and_hears(tmp_path):
 
 def test_work_of_another_unit_starts_its_own_clock(tmp_path):
     workspace = Workspace.at(tmp_path)
-    workspace.report(1000, 1000, unit="images")
+    workspace.report_progress(1000, 1000, unit="images")
     time.sleep(0.1)
-    workspace.report(3, 3, unit="steps")
+    workspace.report_progress(3, 3, unit="steps")
     assert read_json(workspace.attempt / "progress.json")["left_s"] is None
-    workspace.report(7, None, unit="rows")
+    workspace.report_progress(7, None, unit="rows")
     time.sleep(0.6)
-    workspace.report(9, None, unit="rows")
+    workspace.report_progress(9, None, unit="rows")
     progress = read_json(workspace.attempt / "progress.json")
     assert (progress["done"], progress["total"], progress["left_s"]) == (9, None, None)
 
@@ -201,7 +201,7 @@ def test_a_later_key_enters_a_fingerprint_only_once_it_is_used():
     @dataclass
     class Now:
         size: int = 1
-        extra: str | None = field(default=None, metadata=LATER)
+        extra: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
 
     def of(*configs):
         return fingerprint("s", {"deep": list(configs)}, {})

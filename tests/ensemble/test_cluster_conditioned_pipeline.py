@@ -7,10 +7,10 @@ from ddm_core.artifacts import files_in, read_json, write_json
 from ensemble.config import SamplingConfig
 from ensemble.evaluation.generate import RowFlops
 from ensemble.pipeline import DDMPipeline, PipelineError, assemble
-from experts.baselines.cluster_conditioned import ToldExpert
+from experts.baselines.cluster_conditioned import ClusterConditionedExpert
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from router.config import RouterConfig, SelectionConfig
@@ -29,12 +29,17 @@ def folder(tmp_path):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     shared = Expert(
-        model=model, prediction="velocity", path=STRAIGHT, latent_shape=SHAPE, num_classes=pairs, cluster_id=0
+        model=model,
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=SHAPE,
+        num_classes=pairs,
+        cluster_id=0,
     )
-    ToldExpert(shared=shared, cluster_id=0, num_clusters=CLUSTERS).save(tmp_path / "trained")
+    ClusterConditionedExpert(shared=shared, cluster_id=0, num_clusters=CLUSTERS).save(tmp_path / "trained")
     counts = torch.tensor([[5.0, 1, 1], [1, 5, 1], [6, 6, 2]], dtype=torch.float64)
     network = build_router(RouterConfig(width=8, depth=1), SHAPE, CLUSTERS, CLASSES)
-    Router(model=network, path=STRAIGHT, prior_counts=counts).save(tmp_path / "router")
+    Router(model=network, noise_schedule=RECTIFIED_FLOW, prior_counts=counts).save(tmp_path / "router")
     (tmp_path / "codec").mkdir()
     PixelCodec(image_shape=(4, 4, 1)).save(tmp_path / "codec")
     trained = dict.fromkeys(range(CLUSTERS), tmp_path / "trained")
@@ -43,7 +48,7 @@ def folder(tmp_path):
 
 
 def test_it_is_stored_once_and_sampled_with_one_call_a_step(folder):
-    assert sum(path.suffix == ".safetensors" for path in files_in(folder / "told")) == 1
+    assert sum(path.suffix == ".safetensors" for path in files_in(folder / "cluster_conditioned")) == 1
     assert not (folder / "expert_0").exists()
     pipeline = DDMPipeline.from_pretrained(folder)
     assert sorted(pipeline.ensemble.experts) == [0, 1, 2]

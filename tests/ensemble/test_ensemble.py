@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from ensemble.ensemble import Ensemble, EnsembleError, Spoken, mix
+from ensemble.ensemble import Ensemble, EnsembleError, ExpertOutput, combine_velocities
 from ensemble.routing import uniforms_at, uniforms_once
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import COSINE, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from router.config import SelectionConfig
 from router.selection import SELECTIONS
 from tests.oracles import MixtureOfGaussians
@@ -17,7 +17,7 @@ T = torch.linspace(0.05, 0.95, ROWS, dtype=torch.float64)
 
 
 def whole() -> Ensemble:
-    return Ensemble(experts=MIXTURE.experts(), path=STRAIGHT, router=MIXTURE.router())
+    return Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def whole() -> Ensemble:
 )
 def test_only_selected_experts_are_called_and_each_once(chosen: dict[str, object], rows: int) -> None:
     ensemble = whole()
-    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(**chosen))
+    routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(**chosen))
     ensemble.velocity(NOISED, T, NULL, routing)
     assert sum(routing.calls.experts.values()) == rows
     assert sum(expert.rows for expert in ensemble.experts.values()) == rows
@@ -41,7 +41,7 @@ def test_only_selected_experts_are_called_and_each_once(chosen: dict[str, object
 
 def test_sticky_never_asks_the_router_and_keeps_its_experts() -> None:
     ensemble = whole()
-    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name="sticky"))
+    routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name="sticky"))
     early = ensemble.gates(NOISED, T, NULL, routing)
     late = ensemble.gates(-NOISED, T / 2, NULL, routing)
     assert torch.equal(early, late)
@@ -50,16 +50,16 @@ def test_sticky_never_asks_the_router_and_keeps_its_experts() -> None:
 
 def test_a_router_call_is_counted_for_every_row() -> None:
     ensemble = whole()
-    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name="full"))
+    routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name="full"))
     ensemble.velocity(NOISED, T, NULL, routing)
     assert routing.calls.router == ROWS
 
 
 def test_sticky_draws_from_the_prior_of_the_class() -> None:
     mixture = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1), allowed=((0, 1), (3,)))
-    ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     condition = Condition(torch.tensor([0, 1] * 20))
-    gates = ensemble.begin(range(40), condition, SelectionConfig(name="sticky")).memory.gates
+    gates = ensemble.init_routing(range(40), condition, SelectionConfig(name="sticky")).memory.gates
     assert gates[1::2].argmax(1).tolist() == [3] * 20
     assert set(gates[::2].argmax(1).tolist()) == {0, 1}
 
@@ -67,15 +67,15 @@ def test_sticky_draws_from_the_prior_of_the_class() -> None:
 @pytest.mark.parametrize("name", list(SELECTIONS))
 def test_a_missing_expert_is_silent_and_the_others_share_its_gates(name: str) -> None:
     experts = {k: expert for k, expert in MIXTURE.experts().items() if k != 1}
-    ensemble = Ensemble(experts=experts, path=STRAIGHT, router=MIXTURE.router())
-    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name=name))
+    ensemble = Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
+    routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name=name))
     gates = ensemble.gates(NOISED, T, NULL, routing)
     assert ensemble.missing == (1,)
     assert gates[:, 1].tolist() == [0] * ROWS
     torch.testing.assert_close(gates.sum(1).double(), torch.ones(ROWS, dtype=torch.float64))
     if name == "full":
         complete = whole()
-        before = complete.gates(NOISED, T, NULL, complete.begin(range(ROWS), NULL, SelectionConfig(name=name)))
+        before = complete.gates(NOISED, T, NULL, complete.init_routing(range(ROWS), NULL, SelectionConfig(name=name)))
         kept = before * torch.tensor([1, 0, 1, 1])
         torch.testing.assert_close(gates, kept / kept.sum(1, keepdim=True))
 
@@ -87,22 +87,22 @@ def test_a_missing_expert_is_silent_and_the_others_share_its_gates(name: str) ->
 def test_what_cannot_be_sampled_is_refused(ids: list[int], has_router: bool, message: str) -> None:
     experts = {k: MIXTURE.experts()[k % 4] for k in ids}
     with pytest.raises(EnsembleError, match=message):
-        Ensemble(experts=experts, path=STRAIGHT, router=MIXTURE.router() if has_router else None)
+        Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router() if has_router else None)
 
 
 def test_a_router_of_another_path_is_refused() -> None:
-    with pytest.raises(EnsembleError, match="straight"):
-        Ensemble(experts=MIXTURE.experts(), path=COSINE, router=MIXTURE.router(STRAIGHT))
+    with pytest.raises(EnsembleError, match="rectified_flow"):
+        Ensemble(experts=MIXTURE.experts(), noise_schedule=COSINE, router=MIXTURE.router(RECTIFIED_FLOW))
 
 
 def test_seeds_and_rows_must_pair() -> None:
     with pytest.raises(ValueError, match="every row needs a seed"):
-        whole().begin([1, 2], Condition.null(3), SelectionConfig())
+        whole().init_routing([1, 2], Condition.null(3), SelectionConfig())
 
 
 def test_t_may_differ_inside_a_row() -> None:
     ensemble = whole()
-    routing = ensemble.begin(range(ROWS), NULL, SelectionConfig(name="full"))
+    routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name="full"))
     inside = T[:, None].expand(-1, 2)
     torch.testing.assert_close(
         ensemble.velocity(NOISED, inside, NULL, routing), ensemble.velocity(NOISED, T, NULL, routing)
@@ -111,7 +111,9 @@ def test_t_may_differ_inside_a_row() -> None:
 
 def test_mixing_lets_gradients_through() -> None:
     said = torch.ones(2, 3, requires_grad=True)
-    mixed = mix(torch.zeros(4, 3), [Spoken(rows=torch.tensor([1, 3]), gates=torch.tensor([0.25, 1.0]), velocity=said)])
+    mixed = combine_velocities(
+        torch.zeros(4, 3), [ExpertOutput(rows=torch.tensor([1, 3]), gates=torch.tensor([0.25, 1.0]), velocity=said)]
+    )
     mixed.sum().backward()
     assert mixed[:, 0].tolist() == [0, 0.25, 0, 1]
     assert said.grad[:, 0].tolist() == [0.25, 1]

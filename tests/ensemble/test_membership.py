@@ -7,7 +7,7 @@ from ensemble.config import SamplingConfig
 from ensemble.membership import with_expert_back, with_new_expert, without_experts
 from ensemble.pipeline import DDMPipeline, PipelineError
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from router.config import RouterConfig, SelectionConfig
 from router.models.registry import build_router
@@ -21,7 +21,7 @@ FULL = SamplingConfig(steps=3, selection=SelectionConfig(name="full"))
 def gates(pipeline: DDMPipeline) -> torch.Tensor:
     noised = torch.randn(20, *SHAPE, generator=torch.Generator().manual_seed(1))
     null, ensemble = Condition.null(20), pipeline.ensemble
-    return ensemble.gates(noised, torch.full((20,), 0.5), null, ensemble.begin(range(20), null, FULL.selection))
+    return ensemble.gates(noised, torch.full((20,), 0.5), null, ensemble.init_routing(range(20), null, FULL.selection))
 
 
 def test_who_leaves_is_silent_and_the_others_share_its_gates(parts, tmp_path):
@@ -48,7 +48,7 @@ def test_who_joins_is_the_last_and_the_others_keep_their_ids(parts):
     counts = torch.ones(3, 4, dtype=torch.float64)
     model = build_router(RouterConfig(width=8, depth=1), SHAPE, 4, 2)
     more = with_new_expert(
-        whole, Expert.load(parts / "trained_0"), Router(model=model, path=STRAIGHT, prior_counts=counts)
+        whole, Expert.load(parts / "trained_0"), Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=counts)
     )
     assert sorted(more.ensemble.experts) == [0, 1, 2, 3] and more.ensemble.experts[3].cluster_id == 3
     assert all(more.ensemble.experts[k] is whole.ensemble.experts[k] for k in range(3))

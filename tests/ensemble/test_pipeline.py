@@ -9,7 +9,7 @@ from ensemble.ensemble import EnsembleError
 from ensemble.pipeline import DDMPipeline, PipelineError, assemble
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from router.config import RouterConfig, SelectionConfig
@@ -28,7 +28,7 @@ def make_expert(folder: Path, cluster_id: int, num_classes: int = 2) -> Path:
     expert = Expert(
         model=model,
         prediction="velocity",
-        path=STRAIGHT,
+        noise_schedule=RECTIFIED_FLOW,
         latent_shape=SHAPE,
         num_classes=num_classes,
         cluster_id=cluster_id,
@@ -48,7 +48,7 @@ def parts(tmp_path: Path) -> Path:
     model = build_router(RouterConfig(width=8, depth=1), SHAPE, 3, 2)
     torch.nn.init.normal_(model.head.weight)
     counts = torch.tensor([[3, 2, 1], [1, 2, 3], [4, 4, 4]], dtype=torch.float64)
-    Router(model=model, path=STRAIGHT, prior_counts=counts).save(tmp_path / "trained_router")
+    Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=counts).save(tmp_path / "trained_router")
     codec = tmp_path / "codec"
     codec.mkdir()
     PixelCodec(image_shape=(4, 4, 1)).save(codec)
@@ -148,7 +148,7 @@ def test_unknown_classes_are_refused(class_id: int, parts: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [{"_class_name": "Other"}, {"path": "../x"}, {"experts": ["one"]}, {"missing": None}]
+    "broken", [{"_class_name": "Other"}, {"noise_schedule": "../x"}, {"experts": ["one"]}, {"missing": None}]
 )
 def test_an_index_of_something_else_is_refused(broken: dict[str, object], parts: Path) -> None:
     put_together(parts)

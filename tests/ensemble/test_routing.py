@@ -6,11 +6,11 @@ from torch import Tensor
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.sampling.guidance import guided
+from ensemble.sampling.guidance import guided_velocity
 from ensemble.sampling.sample import sample
 from ensemble.solvers import SOLVERS, uniform_times
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.config import SelectionConfig
 from router.selection import SELECTIONS
 from tests.oracles import IdentityCodec, MixtureOfGaussians
@@ -18,11 +18,11 @@ from tests.oracles import IdentityCodec, MixtureOfGaussians
 MIXTURE = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1), radius=0.8, allowed=((0, 1, 2), (1, 2, 3)))
 SEEDS = [3, 1000, 17, 2**35, 4, 8, 9, 10]
 NULL = Condition.null(len(SEEDS))
-REMEMBERING = ["sticky", "sticky_at", "redraw", "coupled"]
+REMEMBERING = ["sticky", "full_then_sticky", "sticky_resample", "coupled_resample"]
 
 
 def whole() -> Ensemble:
-    return Ensemble(experts=MIXTURE.experts(), path=STRAIGHT, router=MIXTURE.router())
+    return Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
 
 
 def noise(rows: int, seed: int = 0) -> Tensor:
@@ -32,7 +32,7 @@ def noise(rows: int, seed: int = 0) -> Tensor:
 def gates_along(selection: SelectionConfig, seeds: list[int], solver: str = "heun", steps: int = 8) -> Tensor:
     """The gates of every evaluation of a trajectory."""
     ensemble, null = whole(), Condition.null(len(seeds))
-    routing = ensemble.begin(seeds, null, selection)
+    routing = ensemble.init_routing(seeds, null, selection)
     seen = []
 
     def velocity(noised: Tensor, t: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_gates_are_the_same_alone_and_in_a_batch(name: str, solver: str) -> None
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_sticky_at_mixes_above_and_keeps_one_draw_below(solver: str) -> None:
-    gates = gates_along(SelectionConfig(name="sticky_at", t_switch=0.5), SEEDS, solver)
+    gates = gates_along(SelectionConfig(name="full_then_sticky", t_switch=0.5), SEEDS, solver)
     spoken = (gates > 0).sum(-1)
     first = next(number for number, row in enumerate(spoken) if (row == 1).all())
     assert first == (4 if solver == "euler" else 7)  # Heun looks ahead from 5/8 to 4/8
@@ -67,22 +67,22 @@ def test_sticky_at_mixes_above_and_keeps_one_draw_below(solver: str) -> None:
 
 
 def test_sticky_at_one_is_a_draw_from_the_posterior_at_one() -> None:
-    selection, seeds = SelectionConfig(name="sticky_at", t_switch=1.0), list(range(4000))
+    selection, seeds = SelectionConfig(name="full_then_sticky", t_switch=1.0), list(range(4000))
     gates = gates_along(selection, seeds, steps=3)
     assert (gates == gates[0]).all()
     torch.testing.assert_close(gates[0].mean(0), torch.tensor(MIXTURE.shares).double(), atol=0.03, rtol=0)
 
 
 def test_sticky_at_zero_is_full() -> None:
-    never, full = SelectionConfig(name="sticky_at", t_switch=0.0), SelectionConfig(name="full")
+    never, full = SelectionConfig(name="full_then_sticky", t_switch=0.0), SelectionConfig(name="full")
     assert torch.equal(gates_along(never, SEEDS), gates_along(full, SEEDS))
 
 
 def test_redraw_at_zero_is_sticky_and_changes_once_otherwise() -> None:
-    never, sticky = SelectionConfig(name="redraw", t_switch=0.0), SelectionConfig(name="sticky")
+    never, sticky = SelectionConfig(name="sticky_resample", t_switch=0.0), SelectionConfig(name="sticky")
     assert torch.equal(gates_along(never, SEEDS), gates_along(sticky, SEEDS))
     seeds = list(range(300))
-    gates = gates_along(SelectionConfig(name="redraw", t_switch=0.8), seeds)
+    gates = gates_along(SelectionConfig(name="sticky_resample", t_switch=0.8), seeds)
     changes = (gates[1:] != gates[:-1]).any(-1)
     assert changes.any(1).sum() == 1
     assert 150 < changes.sum() < 260
@@ -90,8 +90,8 @@ def test_redraw_at_zero_is_sticky_and_changes_once_otherwise() -> None:
 
 def test_what_is_settled_stays_when_t_rises_again() -> None:
     ensemble = whole()
-    for name in ("sticky_at", "redraw"):
-        routing = ensemble.begin(SEEDS, NULL, SelectionConfig(name=name))
+    for name in ("full_then_sticky", "sticky_resample"):
+        routing = ensemble.init_routing(SEEDS, NULL, SelectionConfig(name=name))
         low, high = torch.full((8,), 0.3, dtype=torch.float64), torch.full((8,), 0.9, dtype=torch.float64)
         settled = ensemble.gates(noise(8), low, NULL, routing)
         assert torch.equal(ensemble.gates(noise(8, 1), high, NULL, routing), settled)
@@ -100,7 +100,7 @@ def test_what_is_settled_stays_when_t_rises_again() -> None:
 
 def test_rows_settle_one_by_one() -> None:
     ensemble = whole()
-    routing = ensemble.begin(SEEDS, NULL, SelectionConfig(name="sticky_at"))
+    routing = ensemble.init_routing(SEEDS, NULL, SelectionConfig(name="full_then_sticky"))
     high = torch.full((8,), 0.9, dtype=torch.float64)
     mixed = torch.where(torch.arange(8) % 2 == 0, 0.3, high)
     first = ensemble.gates(noise(8), mixed, NULL, routing)
@@ -111,7 +111,9 @@ def test_rows_settle_one_by_one() -> None:
         assert not torch.equal(later[1::2], first[1::2])
 
 
-@pytest.mark.parametrize(("name", "asked"), [("sticky", 0), ("redraw", 1), ("sticky_at", 6), ("coupled", 9)])
+@pytest.mark.parametrize(
+    ("name", "asked"), [("sticky", 0), ("sticky_resample", 1), ("full_then_sticky", 6), ("coupled_resample", 9)]
+)
 def test_the_router_is_asked_no_more_than_it_must(name: str, asked: int) -> None:
     ensemble = whole()
     config = SamplingConfig(solver="heun", steps=5, selection=SelectionConfig(name=name, t_switch=0.5))
@@ -122,8 +124,8 @@ def test_the_router_is_asked_no_more_than_it_must(name: str, asked: int) -> None
 def test_both_branches_have_the_expert_that_was_drawn_for_the_condition(name: str) -> None:
     condition = Condition(torch.tensor([0, 1] * 4))
     ensemble, selection = whole(), SelectionConfig(name=name, t_switch=0.9)
-    plain, twice = (ensemble.begin(SEEDS, condition, selection) for _ in range(2))
-    field = guided(ensemble, condition, twice, 2.0)
+    plain, twice = (ensemble.init_routing(SEEDS, condition, selection) for _ in range(2))
+    field = guided_velocity(ensemble, condition, twice, 2.0)
     for number, t in enumerate((0.8, 0.5, 0.2)):
         noised, times = noise(8, number), torch.full((8,), t, dtype=torch.float64)
         expected = ensemble.gates(noised, times, condition, plain)
@@ -137,14 +139,14 @@ def test_both_branches_have_the_expert_that_was_drawn_for_the_condition(name: st
 def test_above_the_switch_each_branch_has_gates_of_its_own() -> None:
     condition, t = Condition(torch.tensor([0] * 8)), torch.full((8,), 0.9, dtype=torch.float64)
     ensemble = whole()
-    routing = ensemble.begin(SEEDS, condition, SelectionConfig(name="sticky_at")).repeated(2)
-    both = Condition.joined([condition, NULL])
+    routing = ensemble.init_routing(SEEDS, condition, SelectionConfig(name="full_then_sticky")).repeated(2)
+    both = Condition.concatenate([condition, NULL])
     told, untold = ensemble.gates(noise(8).repeat(2, 1), t.repeat(2), both, routing).chunk(2)
     assert (told[:, 3] == 0).all() and (untold[:, 3] > 0).all()
 
 
 def test_branches_that_part_remember_for_themselves() -> None:
-    routing = whole().begin(SEEDS, NULL, SelectionConfig(name="coupled"))
+    routing = whole().init_routing(SEEDS, NULL, SelectionConfig(name="coupled_resample"))
     twice = routing.repeated(2)
     twice.memory.evaluations = 7
     assert routing.memory.evaluations == 0
@@ -158,11 +160,11 @@ def test_a_chain_of_draws_has_the_law_of_every_posterior_and_changes_by_their_di
     prior, *posteriors = torch.tensor(
         [[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1], [0, 0, 0.5, 0.5]]
     )
-    ensemble = Ensemble(experts=MIXTURE.experts(), path=STRAIGHT, router=MIXTURE.router())
-    routing = ensemble.begin(range(rows), Condition.null(rows), SelectionConfig(name="coupled"))
+    ensemble = Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
+    routing = ensemble.init_routing(range(rows), Condition.null(rows), SelectionConfig(name="coupled_resample"))
     last, before = routing.memory.gates, prior
     for posterior in posteriors:
-        gates = routing.decide(posterior.log().expand(rows, -1), t)
+        gates = routing.update_gates(posterior.log().expand(rows, -1), t)
         torch.testing.assert_close(gates.double().mean(0), posterior.double(), atol=0.01, rtol=0)
         changed = (gates != last).any(1).double().mean().item()
         assert changed == pytest.approx((posterior - before).abs().sum().item() / 2, abs=0.01)

@@ -5,13 +5,13 @@ from experts.condition import Condition
 
 def test_null_is_a_row_of_the_table_behind_all_classes():
     condition = Condition(torch.tensor([0, -1, 9]))
-    assert condition.table_index(10).tolist() == [0, 10, 9]
-    assert Condition.null(2).table_index(0).tolist() == [0, 0]
+    assert condition.embedding_index(10).tolist() == [0, 10, 9]
+    assert Condition.null(2).embedding_index(0).tolist() == [0, 0]
 
 
 def test_dropped_rows_are_null_and_the_original_is_untouched():
     condition = Condition(torch.tensor([3, 4, 5]))
-    assert condition.dropped(torch.tensor([True, False, True])).class_id.tolist() == [-1, 4, -1]
+    assert condition.drop(torch.tensor([True, False, True])).class_id.tolist() == [-1, 4, -1]
     assert condition.class_id.tolist() == [3, 4, 5]
 
 
@@ -19,6 +19,6 @@ def test_rows_and_joined():
     condition = Condition(torch.tensor([3, 4, 5]))
     assert condition.rows(torch.tensor([2, 0])).class_id.tolist() == [5, 3]
     assert condition.rows(torch.tensor([True, False, True])).class_id.tolist() == [3, 5]
-    joined = Condition.joined([condition, Condition.null(3)])
+    joined = Condition.concatenate([condition, Condition.null(3)])
     assert joined.class_id.tolist() == [3, 4, 5, -1, -1, -1]
     assert len(joined) == 6

@@ -8,7 +8,7 @@ from experts.architectures.residual_mlp import ResidualMLP
 from experts.codecs.registry import fit_codec, load_codec
 from experts.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
-from experts.diffusion.noise_schedule import COSINE, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, train_expert
 from experts.networks.registry import NetworkError, call_network
 from experts.training.latent_dataset import LatentError
@@ -23,11 +23,13 @@ def codec(shards, tmp_path, workspace):
     return tmp_path / "codec"
 
 
-def expert(prediction="velocity", path=STRAIGHT):
+def expert(prediction="velocity", path=RECTIFIED_FLOW):
     torch.manual_seed(0)
     model = ResidualMLP(latent_shape=[4], num_classes=3, width=16, depth=1).eval()
     torch.nn.init.normal_(model.exit.weight)
-    return Expert(model=model, prediction=prediction, path=path, latent_shape=(4,), num_classes=3, cluster_id=2)
+    return Expert(
+        model=model, prediction=prediction, noise_schedule=path, latent_shape=(4,), num_classes=3, cluster_id=2
+    )
 
 
 def inputs():
@@ -39,7 +41,7 @@ def test_a_velocity_network_on_its_own_path_is_passed_on_bit_for_bit():
     predicted = call_network(one.model, noised, t, condition)
     assert torch.equal(one.velocity(noised, t, condition), predicted)
     assert torch.equal(one.velocity(noised, t, condition, COSINE), predicted)
-    assert not torch.allclose(one.velocity(noised, t, condition, STRAIGHT), predicted)
+    assert not torch.allclose(one.velocity(noised, t, condition, RECTIFIED_FLOW), predicted)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
@@ -47,8 +49,10 @@ def test_what_is_saved_is_what_is_loaded(prediction, tmp_path):
     one, (noised, t, condition) = expert(prediction, COSINE), inputs()
     one.save(tmp_path)
     loaded = Expert.load(tmp_path)
-    assert torch.equal(loaded.velocity(noised, t, condition, STRAIGHT), one.velocity(noised, t, condition, STRAIGHT))
-    for name in ("prediction", "path", "latent_shape", "num_classes", "cluster_id"):
+    assert torch.equal(
+        loaded.velocity(noised, t, condition, RECTIFIED_FLOW), one.velocity(noised, t, condition, RECTIFIED_FLOW)
+    )
+    for name in ("prediction", "noise_schedule", "latent_shape", "num_classes", "cluster_id"):
         assert getattr(loaded, name) == getattr(one, name)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
 
@@ -57,7 +61,7 @@ def test_a_folder_that_is_no_expert_is_an_error(tmp_path):
     with pytest.raises(UnfinishedArtifact, match=r"expert\.json"):
         Expert.load(tmp_path)
     expert().save(tmp_path)
-    write_json(tmp_path / "expert.json", read_json(tmp_path / "expert.json") | {"path": "spiral"})
+    write_json(tmp_path / "expert.json", read_json(tmp_path / "expert.json") | {"noise_schedule": "spiral"})
     with pytest.raises(CorruptArtifact, match="spiral"):
         Expert.load(tmp_path)
 

@@ -132,7 +132,7 @@ def check_nothing_is_lost(work, said):
         assert not found
         return
     assert [path.name for path in found] == [f"step-{int(said.split('stopped at step ')[1].split()[0]):08d}"]
-    state = artifacts.read_sealed(found[0] / "state.json")
+    state = artifacts.read_with_checksum(found[0] / "state.json")
     assert state["sha256"] == artifacts.checksum(found[0] / "state.safetensors")
     rows = (work / "attempt_1" / "metrics.jsonl").read_text().splitlines()
     assert state["step"] >= max((json.loads(row)["step"] for row in rows), default=0)

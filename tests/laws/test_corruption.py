@@ -10,7 +10,7 @@ import pytest
 
 from data_partition.errors import ShardError
 from data_partition.shards.shards import read_encoded
-from ddm_core.artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, plain, read_manifest, verify
+from ddm_core.artifacts import MANIFEST, ArtifactError, CorruptArtifact, files_in, read_manifest, to_jsonable, verify
 from experts.training.checkpoint import DamagedCheckpoint, restore_checkpoint, save_checkpoint
 from orchestrator.cli.sample import pipeline_folder
 from orchestrator.pipeline.graph import build_graph
@@ -88,7 +88,7 @@ def job(run: RunFolder, stage: Stage, out: Path, attempt: int = 1) -> Job:
     return Job(
         stage=stage.name,
         kind=stage.kind,
-        config=plain(stage.config),
+        config=to_jsonable(stage.config),
         inputs={role: str(run.input(given)) for role, given in stage.inputs.items()},
         input_fingerprints=stage.input_fingerprints,
         artifact=str(out / stage.folder_name),

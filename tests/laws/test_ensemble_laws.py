@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.sampling.guidance import guided
+from ensemble.sampling.guidance import guided_velocity
 from ensemble.sampling.sample import sample
 from ensemble.solvers import SOLVERS, uniform_times
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import COSINE, PATHS, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, NOISE_SCHEDULES, RECTIFIED_FLOW
 from router.config import SelectionConfig
 from router.selection import SELECTIONS
 from tests.oracles import IdentityCodec, MixtureOfGaussians, Oracle, gaussian_velocity
@@ -92,21 +92,23 @@ def points(rows: int, seed: int = 0) -> Tensor:
 
 def velocity_of(ensemble: Ensemble, noised: Tensor, t: Tensor, **chosen: object) -> Tensor:
     null = Condition.null(len(noised))
-    return ensemble.velocity(noised, t, null, ensemble.begin(range(len(noised)), null, SelectionConfig(**chosen)))
+    return ensemble.velocity(
+        noised, t, null, ensemble.init_routing(range(len(noised)), null, SelectionConfig(**chosen))
+    )
 
 
 def test_one_hot_gates_give_that_experts_velocity_bit_for_bit() -> None:
     mixture = MixtureOfGaussians((0.0, 0.0, 1.0, 0.0))
-    ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     noised, t = points(16), torch.linspace(0.05, 1, 16, dtype=torch.float64)
-    expected = mixture.experts()[2].velocity(noised, t, Condition.null(16), STRAIGHT)
+    expected = mixture.experts()[2].velocity(noised, t, Condition.null(16), RECTIFIED_FLOW)
     for name in SELECTIONS:
         assert torch.equal(velocity_of(ensemble, noised, t, name=name), expected), name
 
 
 def test_a_monolith_is_an_ensemble_of_one() -> None:
     alone = Oracle(torch.tensor([1.0, -1.0], dtype=torch.float64), 0.5)
-    ensemble = Ensemble(experts={0: alone}, path=COSINE)
+    ensemble = Ensemble(experts={0: alone}, noise_schedule=COSINE)
     noised, t = points(16), torch.linspace(0.05, 0.95, 16, dtype=torch.float64)
     expected = alone.velocity(noised, t, Condition.null(16), COSINE)
     for name in SELECTIONS:
@@ -118,25 +120,30 @@ def test_a_monolith_is_an_ensemble_of_one() -> None:
 def test_equal_experts_make_the_gates_irrelevant(config: SelectionConfig, seed: int) -> None:
     mixture = MixtureOfGaussians((0.6, 0.3, 0.1))
     same = Oracle(torch.tensor([0.5, 0.5], dtype=torch.float64), 0.5)
-    ensemble = Ensemble(experts=dict.fromkeys(range(3), same), path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=dict.fromkeys(range(3), same), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     noised, t, null = points(8, seed), torch.linspace(0.1, 0.9, 8, dtype=torch.float64), Condition.null(8)
-    routing = ensemble.begin(range(8), null, config)
+    routing = ensemble.init_routing(range(8), null, config)
     torch.testing.assert_close(
-        ensemble.velocity(noised, t, null, routing), same.velocity(noised, t, null, STRAIGHT), atol=1e-6, rtol=1e-6
+        ensemble.velocity(noised, t, null, routing),
+        same.velocity(noised, t, null, RECTIFIED_FLOW),
+        atol=1e-6,
+        rtol=1e-6,
     )
 
 
-@pytest.mark.parametrize("path", list(PATHS))
+@pytest.mark.parametrize("path", list(NOISE_SCHEDULES))
 def test_exact_experts_and_an_exact_router_give_the_exact_marginal_velocity(path: str) -> None:
     mixture = MixtureOfGaussians(UNBALANCED)
-    ensemble = Ensemble(experts=mixture.experts(), path=PATHS[path], router=mixture.router(PATHS[path]))
+    ensemble = Ensemble(
+        experts=mixture.experts(), noise_schedule=NOISE_SCHEDULES[path], router=mixture.router(NOISE_SCHEDULES[path])
+    )
     noised, t = points(200), torch.linspace(0.01, 0.99, 200, dtype=torch.float64)
-    expected = mixture.marginal_velocity(noised, t, PATHS[path])
+    expected = mixture.marginal_velocity(noised, t, NOISE_SCHEDULES[path])
     torch.testing.assert_close(velocity_of(ensemble, noised, t, name="full"), expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize("path", list(PATHS))
+@pytest.mark.parametrize("path", list(NOISE_SCHEDULES))
 def test_solvers_converge_at_their_order(name: str, order: int, path: str) -> None:
     """One Gaussian: the flow keeps a sample's quantile, so noise z ends at mean + deviation z."""
     mean, deviation = torch.tensor([1.5, -0.5], dtype=torch.float64), 0.6
@@ -145,7 +152,7 @@ def test_solvers_converge_at_their_order(name: str, order: int, path: str) -> No
 
     def error(count: int) -> float:
         def velocity(noised: Tensor, t: Tensor) -> Tensor:
-            return gaussian_velocity(noised, t, mean, deviation, PATHS[path])
+            return gaussian_velocity(noised, t, mean, deviation, NOISE_SCHEDULES[path])
 
         return (SOLVERS[name](velocity, noise, uniform_times(int(count))) - exact).abs().max().item()
 
@@ -163,11 +170,11 @@ def test_guidance_scale_one_never_calls_the_unconditional_branch(name: str) -> N
     condition, noised, t = Condition(torch.tensor([0, 1, 0, 1])), points(4), torch.full((4,), 0.6, dtype=torch.float64)
     null_rows = {}
     for scale in (1.0, 1.5):
-        ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
-        routing = ensemble.begin(range(4), condition, SelectionConfig(name=name))
-        guided(ensemble, condition, routing, scale)(noised, t)
+        ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
+        routing = ensemble.init_routing(range(4), condition, SelectionConfig(name=name))
+        guided_velocity(ensemble, condition, routing, scale)(noised, t)
         null_rows[scale] = sum(expert.null_rows for expert in ensemble.experts.values())
-        assert ensemble.router.calls == (0 if name in ("sticky", "redraw") else 1)
+        assert ensemble.router.calls == (0 if name in ("sticky", "sticky_resample") else 1)
     assert null_rows[1.0] == 0
     assert null_rows[1.5] >= 4
 
@@ -176,7 +183,7 @@ def test_guidance_scale_one_never_calls_the_unconditional_branch(name: str) -> N
 @pytest.mark.parametrize("name", list(SELECTIONS))
 def test_image_i_is_the_same_alone_and_in_a_batch(name: str, guidance_scale: float) -> None:
     mixture = MixtureOfGaussians((0.5, 0.3, 0.2), allowed=((0, 1), (1, 2)))
-    ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     seeds, classes = [3, 1000, 17, 2**35, 4], [0, 1, -1, 0, 1]
 
     def latents(chosen: slice, batch_size: int) -> Tensor:
@@ -197,7 +204,7 @@ def test_image_i_is_the_same_alone_and_in_a_batch(name: str, guidance_scale: flo
 def cluster_shares(name: str, count: int, steps: int) -> Tensor:
     """Shares of the clusters among samples of an unbalanced mixture with exact experts and an exact router."""
     mixture = MixtureOfGaussians(UNBALANCED, deviation=0.15)
-    ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     config = SamplingConfig(solver="euler", steps=steps, selection=SelectionConfig(name=name), batch_size=count)
     found = mixture.nearest(sample(ensemble, IdentityCodec(), range(count), config).latents)
     return torch.tensor([found[k] / count for k in range(len(UNBALANCED))], dtype=torch.float64)
@@ -215,7 +222,7 @@ def test_sticky_reproduces_the_clusters_shares_and_top_1_does_not() -> None:
     assert (top_1 - truth).abs().sum() / 2 > 0.3
 
 
-@pytest.mark.parametrize("name", ["full", "sample", "threshold", "sticky_at", "redraw"])
+@pytest.mark.parametrize("name", ["full", "sample", "threshold", "full_then_sticky", "sticky_resample"])
 def test_exact_selections_keep_the_shares_too(name: str) -> None:
     shares = cluster_shares(name, 2000, 25)
     assert (shares - torch.tensor(UNBALANCED)).abs().sum() / 2 < 0.05

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from ddm_core.artifacts import files_in, read_manifest, save_arrays, verify, write_json
 from orchestrator.errors import OrchestratorError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.run.disk_errors import explained
+from orchestrator.run.disk_errors import explain_disk_error
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.worker import execute
 from tests.laws.conftest import tiny_config, walk
@@ -162,7 +162,7 @@ def test_a_full_disk_is_known_by_whatever_library_runs_into_it(disk):
     ):
         with pytest.raises((OSError, SafetensorError)) as caught:
             write()
-        assert explained(caught.value, disk.path).startswith("DiskFull: ")
+        assert explain_disk_error(caught.value, disk.path).startswith("DiskFull: ")
         assert not list(disk.path.glob(".*")) and not (disk.path / "c.json").exists()
 
 

@@ -7,14 +7,21 @@ from hypothesis import strategies as st
 
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import PATHS, expand, matched
-from experts.diffusion.predictions import MOST_NOISE, from_velocity, target_of, to_clean, to_noise, to_velocity
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES, expand, to_schedule
+from experts.diffusion.predictions import (
+    MAX_NOISE_TO_SIGNAL,
+    from_velocity,
+    to_clean,
+    to_noise,
+    to_velocity,
+    training_target,
+)
 from experts.expert import Expert
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 inside = st.floats(0.01, 0.99)
-path_names = st.sampled_from(sorted(PATHS))
+path_names = st.sampled_from(sorted(NOISE_SCHEDULES))
 predictions = st.sampled_from(["velocity", "noise", "clean"])
 seeds = st.integers(0, 2**32 - 1)
 
@@ -26,7 +33,7 @@ def drawn(seed, shape=(3, 2, 4)):
 
 @given(name=path_names, t=inside, seed=seeds, prediction=predictions)
 def test_a_velocity_comes_back_from_every_prediction(name, t, seed, prediction):
-    path, t = PATHS[name], torch.full((3,), t, dtype=torch.float64)
+    path, t = NOISE_SCHEDULES[name], torch.full((3,), t, dtype=torch.float64)
     velocity, noised = drawn(seed)
     predicted = from_velocity(prediction, velocity, noised, t, path)
     torch.testing.assert_close(to_velocity(prediction, predicted, noised, t, path), velocity, **EXACT)
@@ -34,10 +41,10 @@ def test_a_velocity_comes_back_from_every_prediction(name, t, seed, prediction):
 
 @given(name=path_names, ts=st.lists(inside, min_size=3, max_size=3), seed=seeds, prediction=predictions)
 def test_the_target_of_every_prediction_leads_to_clean_noise_and_velocity(name, ts, seed, prediction):
-    path, t = PATHS[name], torch.tensor(ts, dtype=torch.float64)
+    path, t = NOISE_SCHEDULES[name], torch.tensor(ts, dtype=torch.float64)
     clean, noise = drawn(seed)
-    noised = path.noised(clean, noise, t)
-    target = target_of(prediction, clean, noise, t, path)
+    noised = path.add_noise(clean, noise, t)
+    target = training_target(prediction, clean, noise, t, path)
     torch.testing.assert_close(to_clean(prediction, target, noised, t, path), clean, **EXACT)
     torch.testing.assert_close(to_noise(prediction, target, noised, t, path), noise, **EXACT)
     torch.testing.assert_close(
@@ -46,18 +53,18 @@ def test_the_target_of_every_prediction_leads_to_clean_noise_and_velocity(name, 
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 def test_every_conversion_is_finite_at_both_ends(name, prediction):
     predicted, noised = (value.float() for value in drawn(1, (2, 5)))
-    velocity = to_velocity(prediction, predicted, noised, torch.tensor([0.0, 1.0]), PATHS[name])
+    velocity = to_velocity(prediction, predicted, noised, torch.tensor([0.0, 1.0]), NOISE_SCHEDULES[name])
     assert velocity.isfinite().all()
 
 
 def test_t_may_differ_inside_a_sample():
-    path = PATHS["cosine"]
+    path = NOISE_SCHEDULES["cosine"]
     clean, noise = drawn(2)
     t = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).reshape(3, 2, 4)
-    noised = path.noised(clean, noise, t)
+    noised = path.add_noise(clean, noise, t)
     velocity = to_velocity("noise", noise, noised, t, path)
     torch.testing.assert_close(velocity, path.velocity(clean, noise, t), **EXACT)
 
@@ -66,9 +73,9 @@ def test_t_may_differ_inside_a_sample():
 def test_a_matched_sample_has_the_same_clean_and_noise(source, target, t, seed):
     clean, noise = drawn(seed)
     t = torch.full((3,), t, dtype=torch.float64)
-    noised = PATHS[source].noised(clean, noise, t)
-    moved = matched(noised, t, PATHS[source], PATHS[target])
-    torch.testing.assert_close(moved.noised, PATHS[target].noised(clean, noise, moved.t), **EXACT)
+    noised = NOISE_SCHEDULES[source].add_noise(clean, noise, t)
+    moved = to_schedule(noised, t, NOISE_SCHEDULES[source], NOISE_SCHEDULES[target])
+    torch.testing.assert_close(moved.noised, NOISE_SCHEDULES[target].add_noise(clean, noise, moved.t), **EXACT)
 
 
 def gaussian_velocity(mean, variance, noised, t, path):
@@ -93,18 +100,18 @@ def oracle(kind, path, monkeypatch):
     model = GaussianOracle(latent_shape=[4])
     model.kind, model.path = kind, path
     monkeypatch.setitem(networks._CALLS, GaussianOracle, networks._call_residual_mlp)
-    return Expert(model=model, prediction=kind, path=path, latent_shape=(4,), num_classes=0, cluster_id=0)
+    return Expert(model=model, prediction=kind, noise_schedule=path, latent_shape=(4,), num_classes=0, cluster_id=0)
 
 
 @pytest.mark.parametrize("kind", ["velocity", "noise", "clean"])
-@pytest.mark.parametrize("wanted", sorted(PATHS))
-@pytest.mark.parametrize("own", sorted(PATHS))
+@pytest.mark.parametrize("wanted", sorted(NOISE_SCHEDULES))
+@pytest.mark.parametrize("own", sorted(NOISE_SCHEDULES))
 def test_an_exact_expert_gives_the_exact_velocity_on_every_path(own, wanted, kind, monkeypatch):
-    expert = oracle(kind, PATHS[own], monkeypatch)
+    expert = oracle(kind, NOISE_SCHEDULES[own], monkeypatch)
     noised = torch.linspace(-3, 3, 20, dtype=torch.float64).reshape(5, 4)
     t = torch.tensor([0.02, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64)
-    velocity = expert.velocity(noised, t, Condition.null(5), PATHS[wanted])
-    exact = PATHS[wanted].noise_to_signal(t) <= (MOST_NOISE if kind == "noise" else torch.inf)
+    velocity = expert.velocity(noised, t, Condition.null(5), NOISE_SCHEDULES[wanted])
+    exact = NOISE_SCHEDULES[wanted].noise_to_signal(t) <= (MAX_NOISE_TO_SIGNAL if kind == "noise" else torch.inf)
     assert exact.sum() >= 3
-    expected = gaussian_velocity(1.5, 0.3, noised, t, PATHS[wanted])
+    expected = gaussian_velocity(1.5, 0.3, noised, t, NOISE_SCHEDULES[wanted])
     torch.testing.assert_close(velocity[exact], expected[exact], **EXACT)

@@ -11,7 +11,7 @@ import torch
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.sample import sample
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.config import SelectionConfig
 from tests.oracles import IdentityCodec, MixtureOfGaussians
 
@@ -24,7 +24,7 @@ DEVIATION = 0.3
 def outwards(shares: tuple[float, float], **chosen: object) -> float:
     """Mean distance of the samples from their component's mean, away from the other one, in deviations."""
     mixture = MixtureOfGaussians(shares, deviation=DEVIATION, radius=1.0)
-    ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     config = SamplingConfig(solver="euler", steps=50, selection=SelectionConfig(**chosen), batch_size=COUNT)
     found = sample(ensemble, IdentityCodec(), range(COUNT), config).latents.double()
     own = mixture.means[torch.cdist(found, mixture.means).argmin(1)]
@@ -37,10 +37,10 @@ def outwards(shares: tuple[float, float], **chosen: object) -> float:
     "chosen",
     [
         {"name": "sticky"},
-        {"name": "redraw", "t_switch": 0.5},
-        {"name": "redraw", "t_switch": 0.8},
-        {"name": "sticky_at", "t_switch": 0.5},
-        {"name": "sticky_at", "t_switch": 0.8},
+        {"name": "sticky_resample", "t_switch": 0.5},
+        {"name": "sticky_resample", "t_switch": 0.8},
+        {"name": "full_then_sticky", "t_switch": 0.5},
+        {"name": "full_then_sticky", "t_switch": 0.8},
         {"name": "sample"},
     ],
 )
@@ -51,7 +51,10 @@ def test_a_draw_from_the_posterior_at_fixed_t_changes_no_law(
     assert abs(outwards(shares, **chosen)) < 0.06
 
 
-@pytest.mark.parametrize(("name", "least"), [("coupled", 0.15), ("switch", 0.1), ("anneal", 0.1), ("top_k", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("coupled_resample", 0.15), ("threshold_then_top1", 0.1), ("full_then_top1", 0.1), ("top_k", 0.5)],
+)
 def test_what_follows_the_posterior_downhill_is_biased(name: str, least: float) -> None:
-    """`coupled` leaves an expert where its posterior falls along that expert's own path, and nobody comes back."""
+    """`coupled_resample` leaves an expert where its posterior falls along that expert's own path, and nobody comes back."""
     assert outwards((0.5, 0.5), name=name) > least

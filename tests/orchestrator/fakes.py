@@ -7,7 +7,7 @@ from pathlib import Path
 from data_partition.config import DataConfig
 from ddm_core.artifacts import publish, write_json
 from orchestrator.pipeline.stage import Input, Stage
-from orchestrator.run.backend import Job, Outcome, attempt_folder
+from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
 from orchestrator.run.lease import this_process
 from orchestrator.run.run_folder import RunFolder
 
@@ -33,7 +33,7 @@ class ScriptedBackend:
         self.waiting.append(job)
         self.jobs.append(job)
 
-    def poll(self, timeout_s: float) -> list[Outcome]:
+    def poll(self, timeout_s: float) -> list[AttemptOutcome]:
         hanging = [job for job in self.waiting if self._word(job) == "hang" and job.stage not in self.killed]
         ended = [job for job in self.waiting if job not in hanging]
         self.waiting = hanging
@@ -49,13 +49,13 @@ class ScriptedBackend:
         words = self.script.get(job.stage, [])
         return words[self.attempts[job.stage]] if self.attempts[job.stage] < len(words) else "finished"
 
-    def _end(self, job: Job) -> Outcome:
+    def _end(self, job: Job) -> AttemptOutcome:
         word = self._word(job)
         self.attempts[job.stage] += 1
         if word == "finished":
             publish(Path(job.artifact), _write, stage=job.stage, config=job.config, inputs=job.input_fingerprints)
         state = {"error": "failed", "hang": "lost"}.get(word, word)
-        return Outcome(stage=job.stage, attempt=job.attempt, state=state, error=word, transient=word != "error")
+        return AttemptOutcome(stage=job.stage, attempt=job.attempt, state=state, error=word, transient=word != "error")
 
 
 def _write(folder: Path) -> float:

@@ -6,7 +6,7 @@ import torch
 from ddm_core.artifacts import Workspace, files_in
 from experts.condition import Condition
 from experts.config import TrainingConfig
-from router.add_remove import RouterChangeError, add_expert, remove_expert, without
+from router.add_remove import RouterChangeError, add_expert, remove_expert, remove_head
 from router.config import RouterConfig
 from router.router import Router
 from router.train import train_router
@@ -54,7 +54,7 @@ def test_the_other_heads_are_untouched_and_the_prior_counts_the_new_samples(fold
 
 def test_without_an_expert_the_others_share_what_was_its_own(grown: Path) -> None:
     router = Router.load(grown)
-    fewer = without(router, 0)
+    fewer = remove_head(router, 0)
     noised, t, condition = torch.randn(5, 1, 4, 4), torch.rand(5), Condition(torch.tensor([0, 1, -1, 0, 1]))
     expected = router.logits(noised, t, condition)[:, [1, 2]].softmax(-1)
     torch.testing.assert_close(fewer.logits(noised, t, condition).softmax(-1), expected)
@@ -76,7 +76,7 @@ def test_only_an_expert_that_is_there_can_be_removed(folder: Path, tmp_path: Pat
 
 def test_the_last_one_stays(folder: Path) -> None:
     with pytest.raises(RouterChangeError, match="not the last one"):
-        without(without(Router.load(folder), 0), 0)
+        remove_head(remove_head(Router.load(folder), 0), 0)
 
 
 def test_a_router_of_one_network_cannot_change(

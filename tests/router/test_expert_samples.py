@@ -8,7 +8,7 @@ from experts.codecs.registry import load_codec
 from experts.config import TrainingConfig
 from experts.training.latent_dataset import LatentDataset, encode_latents
 from router.config import RouterConfig
-from router.expert_samples import Drawn
+from router.expert_samples import ExpertSamples
 from router.router import Router
 from router.train import train_router
 
@@ -20,7 +20,7 @@ COUNTS = torch.tensor([[7.0, 1.0], [2.0, 3.0], [9.0, 4.0]], dtype=torch.float64)
 def draws(clusters, codec, tmp_path, workspace):
     """Perfect experts: what they draw are the samples."""
     dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
-    Drawn(dataset=dataset, prior_counts=COUNTS).save(tmp_path / "draws")
+    ExpertSamples(dataset=dataset, prior_counts=COUNTS).save(tmp_path / "draws")
     return tmp_path / "draws"
 
 
@@ -35,8 +35,8 @@ def test_it_never_sees_a_cluster_and_knows_them_apart(draws, codec, holdouts, tm
 
 def test_counts_of_another_partition_are_refused(tmp_path):
     ids = torch.tensor([0, 2])
-    Drawn(dataset=LatentDataset(clean=torch.zeros(2, 3), class_id=ids, cluster_id=ids), prior_counts=COUNTS).save(
-        tmp_path
-    )
+    ExpertSamples(
+        dataset=LatentDataset(clean=torch.zeros(2, 3), class_id=ids, cluster_id=ids), prior_counts=COUNTS
+    ).save(tmp_path)
     with pytest.raises(CorruptArtifact, match="draw them again"):
-        Drawn.load(tmp_path)
+        ExpertSamples.load(tmp_path)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.training.latent_dataset import Batch
 from router.train import router_loss
 
@@ -33,13 +33,13 @@ BATCH = Batch(
 
 def test_loss_worked_out_by_hand() -> None:
     model = Fixed(torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log())
-    values = router_loss(model, BATCH, STRAIGHT, 5)
+    values = router_loss(model, BATCH, RECTIFIED_FLOW, 5)
     assert values["loss"].item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
     assert values["accuracy"].item() == 0.5
 
 
 def test_the_network_sees_noised_samples_and_null() -> None:
     model = Fixed(torch.zeros(2, 2))
-    router_loss(model, BATCH, STRAIGHT, 5)
+    router_loss(model, BATCH, RECTIFIED_FLOW, 5)
     assert model.noised.tolist() == [[0.75], [3.0]]
     assert model.class_index.tolist() == [1, 5]

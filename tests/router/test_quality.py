@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.training.latent_dataset import LatentDataset
-from router.quality import halves, measure_quality
+from router.quality import calibration_split, measure_quality
 from router.router import Router
 from tests.oracles import MixtureOfGaussians
 
@@ -38,7 +38,7 @@ def held_out(count: int) -> LatentDataset:
 
 
 COUNTS = torch.tensor([[30, 5], [0, 5], [30, 10]], dtype=torch.float64)
-ROUTER = Router(model=ExactModel(), path=STRAIGHT, prior_counts=COUNTS)
+ROUTER = Router(model=ExactModel(), noise_schedule=RECTIFIED_FLOW, prior_counts=COUNTS)
 
 
 def test_an_exact_router_meets_its_floors_at_both_ends() -> None:
@@ -92,8 +92,8 @@ def test_a_router_that_is_too_sure_is_told_so_and_temperatures_mend_it() -> None
 
 def test_halves_share_no_sample_and_lose_none() -> None:
     whole = held_out(41)
-    measured, between = halves(whole)
+    measured, between = calibration_split(whole)
     assert (len(measured), len(between)) == (21, 20)
     both = torch.cat([measured.clean, between.clean])
     assert {tuple(row) for row in both.tolist()} == {tuple(row) for row in whole.clean.tolist()}
-    assert len(halves(held_out(1))[0]) == 1
+    assert len(calibration_split(held_out(1))[0]) == 1

@@ -19,7 +19,7 @@ def make(kind: str = "mlp") -> Router:
     model = build_router(RouterConfig(kind=kind, width=16, heads=2, tokens=3), (5,), 3, 3)
     torch.nn.init.normal_(model.head.weight)
     temperatures = torch.linspace(0.5, 3, 20, dtype=torch.float64).reshape(2, 10)
-    return Router(model=model.eval(), path=COSINE, prior_counts=COUNTS, temperatures=temperatures)
+    return Router(model=model.eval(), noise_schedule=COSINE, prior_counts=COUNTS, temperatures=temperatures)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_saved_and_loaded_it_is_the_same(kind: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.logits(noised, t, condition), router.logits(noised, t, condition))
     assert torch.equal(loaded.prior_logits(condition), router.prior_logits(condition))
     assert torch.equal(loaded.temperatures, router.temperatures)
-    assert (loaded.path.name, loaded.num_experts, loaded.num_classes) == ("cosine", 3, 3)
+    assert (loaded.noise_schedule.name, loaded.num_experts, loaded.num_classes) == ("cosine", 3, 3)
 
 
 def test_a_folder_without_settings_is_unfinished(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_folder_without_settings_is_unfinished(tmp_path: Path) -> None:
     "broken",
     [
         {"kind": "oracle"},
-        {"path": "curly"},
+        {"noise_schedule": "curly"},
         {"prior_counts": "many"},
         {"temperatures": [1, 2]},
         {"temperatures": [[1.0] * 10, [0.0] * 10]},

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from router.config import SelectionConfig, SelectionName, row_name
-from router.selection import SELECTIONS, coupling, rule_of
+from router.config import SelectionConfig, SelectionName, selection_label
+from router.selection import SELECTIONS, get_selection, sticky_resample
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.05, 0.1, 0.8]], dtype=torch.float64).log()
 T = torch.tensor([0.9, 0.1], dtype=torch.float64)
@@ -31,11 +31,11 @@ def gates_of(logits: Tensor = LOGITS, t: Tensor = T, uniforms: Tensor | None = N
         ({"name": "threshold", "probability": 0.12}, [[10 / 19, 6 / 19, 3 / 19, 0], [0, 0, 0, 1]]),
         ({"name": "nucleus", "total": 0.79}, [[0.625, 0.375, 0, 0], [0, 0, 0, 1]]),
         ({"name": "nucleus", "total": 0.81}, [[10 / 19, 6 / 19, 3 / 19, 0], [0, 0, 1 / 9, 8 / 9]]),
-        ({"name": "anneal", "t_switch": 0.5}, [[0.5, 0.3, 0.15, 0.05], [0, 0, 0, 1]]),
-        ({"name": "switch", "probability": 0.2}, [[0.625, 0.375, 0, 0], [0, 0, 0, 1]]),
-        ({"name": "switch", "t_switch": 0.95}, [[1, 0, 0, 0], [0, 0, 0, 1]]),
-        ({"name": "sticky_at"}, [[0.5, 0.3, 0.15, 0.05], [0, 0, 0, 1]]),
-        ({"name": "redraw"}, [[0, 1, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "full_then_top1", "t_switch": 0.5}, [[0.5, 0.3, 0.15, 0.05], [0, 0, 0, 1]]),
+        ({"name": "threshold_then_top1", "probability": 0.2}, [[0.625, 0.375, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "threshold_then_top1", "t_switch": 0.95}, [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        ({"name": "full_then_sticky"}, [[0.5, 0.3, 0.15, 0.05], [0, 0, 0, 1]]),
+        ({"name": "sticky_resample"}, [[0, 1, 0, 0], [0, 0, 0, 1]]),
         ({"name": "sample"}, [[0, 1, 0, 0], [0, 0, 0, 1]]),
         ({"name": "sticky"}, [[0, 1, 0, 0], [0, 0, 0, 1]]),
     ],
@@ -49,13 +49,17 @@ def test_threshold_above_every_probability_keeps_the_best() -> None:
 
 
 def test_what_opens_with_a_draw_from_the_prior() -> None:
-    assert [name for name, rule in SELECTIONS.items() if rule.opens] == ["sticky", "redraw", "coupled"]
+    assert [name for name, rule in SELECTIONS.items() if rule.draws_from_prior] == [
+        "sticky",
+        "sticky_resample",
+        "coupled_resample",
+    ]
 
 
 def test_auto_is_no_rule_and_says_the_way_out() -> None:
     assert set(SELECTIONS) == set(get_args(SelectionName))
-    with pytest.raises(ValueError, match=r"choice.json .* one of full, .* coupled"):
-        rule_of(SelectionConfig(name="auto"))
+    with pytest.raises(ValueError, match=r"selection_choice.json .* one of full, .* coupled_resample"):
+        get_selection(SelectionConfig(name="auto"))
 
 
 def test_every_number_that_a_selection_reads_is_in_its_name() -> None:
@@ -64,13 +68,13 @@ def test_every_number_that_a_selection_reads_is_in_its_name() -> None:
     for name, (key, value) in itertools.product(SELECTIONS, others.items()):
         plain, changed = SelectionConfig(name=name), SelectionConfig(**{"name": name, key: value})
         same = torch.equal(gates_of(name=name), gates_of(**{"name": name, key: value}))
-        if row_name(plain) == row_name(changed):
+        if selection_label(plain) == selection_label(changed):
             assert same and rules_at(plain) == rules_at(changed), (name, key)
 
 
 def rules_at(config: SelectionConfig) -> list[bool]:
     rule = SELECTIONS[config.name]
-    return [*rule.asks(T, config).tolist(), *rule.settles(T, config).tolist(), rule.draws(config) == 1]
+    return [*rule.queries_router(T, config).tolist(), *rule.freezes_gates(T, config).tolist(), rule.draws(config) == 1]
 
 
 def test_draws_follow_the_softmax() -> None:
@@ -109,7 +113,7 @@ def test_a_coupling_has_the_law_of_now_and_changes_as_seldom_as_can_be(laws: tup
     before, now = laws
     possible = before > 0
     drawn = torch.eye(len(before), dtype=torch.float64)[possible]
-    given_each = coupling(before.expand(len(drawn), -1), drawn, now.expand(len(drawn), -1))
+    given_each = sticky_resample(before.expand(len(drawn), -1), drawn, now.expand(len(drawn), -1))
     assert (given_each >= 0).all()
     torch.testing.assert_close(given_each.sum(1), torch.ones(len(drawn), dtype=torch.float64))
     torch.testing.assert_close(before[possible] @ given_each, now)

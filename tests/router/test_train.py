@@ -8,7 +8,7 @@ from ddm_core.artifacts import Workspace, files_in, read_json
 from experts.condition import Condition
 from experts.config import TrainingConfig
 from router.config import RouterConfig
-from router.costs import recipe_flops
+from router.costs import training_cost
 from router.models.registry import ROUTERS
 from router.router import Router
 from router.train import router_flops, train_router
@@ -19,7 +19,7 @@ def config(kind: str = "mlp", steps: int = 60) -> RouterConfig:
     return RouterConfig(kind=kind, width=16, depth=1, heads=2, tokens=4, training=training)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "transformer", "centroids", "density_ratio"])
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "nearest_centroid", "density_ratio"])
 def test_it_learns_the_clusters_and_says_how_well(
     kind: str, clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -35,7 +35,7 @@ def test_it_learns_the_clusters_and_says_how_well(
     assert summary.flops > 0
     assert summary.images == 120
     rows = (tmp_path / "router" / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) == (0 if kind == "centroids" else recipe.training.steps // 20)
+    assert len(rows) == (0 if kind == "nearest_centroid" else recipe.training.steps // 20)
 
 
 @pytest.mark.parametrize("kind", list(ROUTERS))
@@ -47,7 +47,7 @@ def test_every_kind_is_loaded_as_it_was_trained(
     router.save(tmp_path / "again")
     for file in files_in(tmp_path / "again"):
         assert file.read_bytes() == (tmp_path / "router" / file.name).read_bytes(), file.name
-    assert (router.temperatures != 1).any() == (kind != "table")
+    assert (router.temperatures != 1).any() == (kind != "prior_table")
     noised, t, condition = (
         torch.randn(4, 1, 4, 4),
         torch.tensor([0, 0.3, 0.9, 1]),
@@ -101,11 +101,11 @@ def test_flops_are_known_before_training(
 ) -> None:
     summary = train_router(config(kind, steps=2), clusters, codec, holdouts, tmp_path / "router", workspace)
     assert router_flops(config(kind, steps=2), (1, 4, 4), 2, 2) == summary.flops
-    assert (summary.flops > 0) == (kind != "table")
+    assert (summary.flops > 0) == (kind != "prior_table")
 
 
 def test_heads_cost_together_what_one_network_does_and_temperatures_are_counted() -> None:
     heads = replace(config("density_ratio"), calibrate=False)
-    row = recipe_flops(heads, 1.0, 4)
-    assert row == recipe_flops(replace(heads, kind="mlp"), 1.0, 4) / 4 == 3 * 8 * 60
-    assert recipe_flops(config("mlp"), 1.0, 4) == 3 * 32 * 60 + 2 * 10 * 2048
+    row = training_cost(heads, 1.0, 4)
+    assert row == training_cost(replace(heads, kind="mlp"), 1.0, 4) / 4 == 3 * 8 * 60
+    assert training_cost(config("mlp"), 1.0, 4) == 3 * 32 * 60 + 2 * 10 * 2048

@@ -17,24 +17,24 @@ from torch import Tensor
 from torch.nn import functional
 
 Similarity = Float[np.ndarray, "step step"]
-Said = Float[Tensor, "step row feature"]
+Outputs = Float[Tensor, "step row feature"]
 
 
-def similarity(said: Said) -> Similarity:
+def similarity(said: Outputs) -> Similarity:
     """M, by the mean over the rows."""
     unit = functional.normalize(said.double(), dim=-1)
     found: Similarity = torch.einsum("arf,brf->ab", unit, unit).div(said.shape[1]).numpy()
     return found
 
 
-def unrest(said: Said) -> float:
+def output_variation(said: Outputs) -> float:
     """Mean absolute difference between what a module says at any two steps, over its mean size."""
     flat = said.double().flatten(1)
     pairs = torch.pdist(flat, p=1).mean() / flat.shape[1]
     return float(pairs / flat.abs().mean())
 
 
-def best_steps(found: Similarity, count: int) -> tuple[int, ...]:
+def optimal_compute_steps(found: Similarity, count: int) -> tuple[int, ...]:
     """The `count` steps of the equation above; `ValueError` if there are fewer steps than that, or none is allowed."""
     steps = len(found)
     if not 1 <= count <= steps:
@@ -56,7 +56,7 @@ def best_steps(found: Similarity, count: int) -> tuple[int, ...]:
     return tuple(reversed(found_steps))
 
 
-def bubbled(
+def bubbling_union(
     updates: Mapping[str, tuple[int, ...]], changes: Mapping[str, float], most: int, behind: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
     """The schedules after the union; `behind` are the feed-forward layers, in the network's order, as `updates` is."""

@@ -32,7 +32,7 @@ PATTERNS: dict[type[nn.Module], dict[str, re.Pattern[str]]] = {
 """By network and level: the paths of what may be kept."""
 
 
-def modules_of(model: nn.Module, config: CacheConfig) -> list[str]:
+def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
     """Paths of the modules to keep, in the network's order; `StageError` if there are none."""
     if config.policy == "deepcache":
         return below_branch(model, config.branch)
@@ -80,17 +80,17 @@ def _parts(path: str, block: nn.Module) -> list[tuple[str, int | None]]:
     return found
 
 
-def even_steps(config: CacheConfig, steps: int) -> tuple[int, ...]:
+def uniform_compute_steps(config: CacheConfig, steps: int) -> tuple[int, ...]:
     """One of so many steps, from the first one on; closer together around `centre`, if there is one.
 
     s_i = c + sign(l_i) |l_i|^p steps with l_i evenly from -c^(1/p) to (1 - c)^(1/p), c the centre.
     """
     count = max(1, round(steps / config.interval))
-    if config.centre is None:
+    if config.center is None:
         return tuple(
             sorted({int(index * config.interval) for index in range(steps) if index * config.interval < steps})
         )
-    low, high = -(config.centre ** (1 / config.power)), (1 - config.centre) ** (1 / config.power)
+    low, high = -(config.center ** (1 / config.power)), (1 - config.center) ** (1 / config.power)
     line = np.linspace(low, high, count + 1)[:-1]
-    places = config.centre + np.sign(line) * np.abs(line) ** config.power
+    places = config.center + np.sign(line) * np.abs(line) ** config.power
     return tuple(sorted({0, *(int(min(steps - 1, place * steps)) for place in places)}))

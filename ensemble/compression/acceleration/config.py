@@ -29,7 +29,7 @@ class CacheConfig:
     linear layers and convolutions in these."""
     branch: Annotated[int, Field(ge=0)] = 0
     """How many of the outermost layers of each side `deepcache` computes at every step, besides the first and last."""
-    centre: Annotated[float, Field(ge=0, le=1)] | None = None
+    center: Annotated[float, Field(ge=0, le=1)] | None = None
     """Around which share of the steps `deepcache` and `uniform` compute more often; empty spreads them evenly."""
     power: Annotated[float, Field(gt=1)] = 1.5
     """How much more often: the exponent of the distance from there."""
@@ -80,7 +80,7 @@ class TruncateConfig:
     """Euler steps of the expert from there."""
     t_start: Start | None = None
     """The t to which drafts are noised; empty searches it among those below."""
-    tried: Annotated[tuple[Start, ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    start_time_grid: Annotated[tuple[Start, ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """From each of these, samples are compared with the expert's own latents by MMD."""
     rows: Annotated[int, Field(ge=16)] = 512
     """Samples that are compared."""

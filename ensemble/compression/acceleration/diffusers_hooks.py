@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.acceleration.config import HookConfig
 from ensemble.compression.acceleration.feature_cache import LEAST_SAVED
-from ensemble.compression.method import Given, StageError, Together
+from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
 from ensemble.solvers import euler_step, noise_for, uniform_times
-from experts.compressed.caching.diffusers_hooks import Hook, hooked
-from experts.compressed.caching.plan import CachePlan
+from experts.compressed.caching.diffusers_hooks import CacheHook, apply_cache_hook
+from experts.compressed.caching.plan import CacheSchedule
 from experts.condition import Condition
 from experts.expert import Expert
 from experts.training.flops import forward_flops
@@ -24,7 +24,7 @@ ONCE_A_STEP = ("euler", "flow_match_euler")
 """Solvers that call the velocity once a step: hooks count calls."""
 
 
-def hook_all(config: HookConfig, given: Given) -> Together:
+def hook_all(config: HookConfig, given: CompressionContext) -> EnsembleResult:
     """Every expert of an ensemble with a hook for this way of sampling.
 
     Raises `StageError` for another solver, a network that the hook does not match, or if hardly anything is saved.
@@ -38,24 +38,24 @@ def hook_all(config: HookConfig, given: Given) -> Together:
     experts, flops = given.experts("hook"), 0.0
     made, details = {}, {}
     for k, expert in experts.items():
-        plan, spent = plan_of(expert, config, times, given.workspace)
-        share = sum(plan.costs) / len(times)
+        plan, spent = cache_schedule(expert, config, times, given.workspace)
+        share = sum(plan.relative_flops) / len(times)
         if config.interval > 1 and share > 1 - LEAST_SAVED:
             raise StageError(f"with this hook expert {k} would have {share:.1%} of its FLOPs; let it keep more")
         made[k], flops = replace(expert, cache=plan), flops + spent
         details[str(k)] = {"flops": share, "hook": plan.hook}
-    return Together(experts=made, modules=len(made), flops=flops, details=details)
+    return EnsembleResult(experts=made, modules=len(made), flops=flops, details=details)
 
 
-def plan_of(
+def cache_schedule(
     expert: Expert, config: HookConfig, times: tuple[float, ...], workspace: Workspace
-) -> tuple[CachePlan, float]:
+) -> tuple[CacheSchedule, float]:
     """The hook with what it needs to know of the expert, and the FLOPs of finding out.
 
     `first_block` decides anew for each sample; its costs are means over some.
     """
     ratios = _ratios(expert, config, times, workspace) if config.hook == "mag" else ()
-    hook = Hook(
+    hook = CacheHook(
         kind=config.hook, interval=config.interval, order=config.order, threshold=config.threshold, ratios=ratios
     )
     rows = 1 if config.hook == "first_block" else config.rows
@@ -66,12 +66,12 @@ def plan_of(
     whole = _costs(expert, expert.model, range(1), times[:1], workspace)[0]
     costs = tuple(min(1.0, sum(step) / (whole * config.rows)) for step in zip(*counted, strict=True))
     spent = sum(map(sum, counted)) + (whole * config.rows * len(times) if ratios else 0.0)
-    return CachePlan(times=times, updates={}, costs=costs, hook=hook), spent
+    return CacheSchedule(times=times, compute_steps={}, relative_flops=costs, hook=hook), spent
 
 
-def _hooked(model: nn.Module, hook: Hook, calibrate: int = 0) -> nn.Module:
+def _hooked(model: nn.Module, hook: CacheHook, calibrate: int = 0) -> nn.Module:
     try:
-        return hooked(model, hook, calibrate=calibrate)
+        return apply_cache_hook(model, hook, calibrate=calibrate)
     except ValueError as error:
         raise StageError(f"{error}; take accelerate=cache") from error
 
@@ -96,7 +96,7 @@ def _costs(
 
 def _ratios(expert: Expert, config: HookConfig, times: tuple[float, ...], workspace: Workspace) -> tuple[float, ...]:
     """What MagCache prints when it has seen as many calls as it was told."""
-    model = _hooked(expert.model, Hook(kind="mag"), calibrate=len(times))
+    model = _hooked(expert.model, CacheHook(kind="mag"), calibrate=len(times))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         _costs(expert, model, range(config.seed, config.seed + config.rows), times, workspace)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddm_core.artifacts import Preempted, Workspace, replaced_folder
+from ddm_core.artifacts import Preempted, Workspace, atomic_folder
 from experts.config import TrainingConfig
 from experts.training.checkpoint import (
     CheckpointError,
@@ -30,12 +30,12 @@ from experts.training.trainer import PRECISIONS, TrainingDiverged, learning_rate
 
 Update = tuple[str, Mapping[str, Tensor]]
 """Whose turn it is, and named scalars; `loss` is what is minimised, the others are only logged."""
-Turn = Callable[[Mapping[str, nn.Module], int], Iterator[Update]]
+UpdateStep = Callable[[Mapping[str, nn.Module], int], Iterator[Update]]
 """(networks by name, step) to the updates of that step; it may draw from torch's global generator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
+class TrainedModels:
     """A finished training."""
 
     models: Mapping[str, nn.Module]
@@ -44,13 +44,13 @@ class Learned:
     """Means over `log_every` steps each; a metric is named after its network."""
 
 
-def train_in_turns(
+def train_alternating(
     models: Mapping[str, nn.Module],
-    turn: Turn,
+    turn: UpdateStep,
     config: TrainingConfig,
     workspace: Workspace,
     betas: tuple[float, float] = (0.9, 0.999),
-) -> Learned:
+) -> TrainedModels:
     """Train the networks in place, from the newest checkpoint in the scratch folder if there is one.
 
     Raises `Preempted` (after saving), `TrainingDiverged`, `CheckpointError` or `DeviceError`.
@@ -64,16 +64,16 @@ def train_in_turns(
             if workspace.stop_requested():
                 _save(folder, states)
                 raise Preempted(f"stopped at step {first.step} of {config.steps}; start it again to continue")
-            _take_turn(states, turn, config)
+            _run_iteration(states, turn, config)
             if first.step % config.log_every == 0 or first.step == config.steps:
                 _close_row(states, config, workspace)
             if first.step % config.checkpoint_every == 0 and first.step < config.steps:
                 _save(folder, states)
-    return Learned(models={name: _averaged(state) for name, state in states.items()}, rows=first.rows)
+    return TrainedModels(models={name: _averaged(state) for name, state in states.items()}, rows=first.rows)
 
 
 @contextlib.contextmanager
-def held(model: nn.Module) -> Iterator[nn.Module]:
+def frozen_parameters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it, gradients run through a network to what it is given, and not to its parameters."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -85,7 +85,7 @@ def held(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
 
 
-def _take_turn(states: Mapping[str, TrainingState], turn: Turn, config: TrainingConfig) -> None:
+def _run_iteration(states: Mapping[str, TrainingState], turn: UpdateStep, config: TrainingConfig) -> None:
     """Every update of one step; the metrics of all networks are added up in the first one's state."""
     first = next(iter(states.values()))
     torch.manual_seed(step_seed(config.seed, first.step))
@@ -127,7 +127,7 @@ def _close_row(states: Mapping[str, TrainingState], config: TrainingConfig, work
     first.rows.append({"step": first.step, "lr": learning_rate(first.step - 1, config)} | means)
     first.sums = {}
     write_rows(workspace.attempt / "metrics.jsonl", first.rows)
-    workspace.report(first.step, config.steps, means, unit="steps")
+    workspace.report_progress(first.step, config.steps, means, unit="steps")
 
 
 def _check_finite(states: Mapping[str, TrainingState]) -> None:
@@ -151,7 +151,7 @@ def _save(folder: Path, states: Mapping[str, TrainingState]) -> None:
     _check_finite(states)
     step = next(iter(states.values())).step
     new = folder / f"turn-{step:08d}"
-    with replaced_folder(new) as temporary:
+    with atomic_folder(new) as temporary:
         for name, state in states.items():
             save_checkpoint(temporary / name, state)
     for path in folder.iterdir():

@@ -16,7 +16,7 @@ class ConsistencyConfig:
     """A student that calls all points of a trajectory by the same clean sample."""
 
     method: Literal["consistency"] = "consistency"
-    students: Literal["each", "one"] = "each"
+    students: Literal["per_expert", "shared"] = "per_expert"
     """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Times at which the student is asked, with fresh noise between."""
@@ -34,9 +34,9 @@ class ConsistencyConfig:
     """Whether noise is assigned to the samples of a batch by optimal transport; harms where latents are few numbers."""
     t_choice: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of t."""
-    coarsest: Annotated[int, Field(ge=1)] = 10
+    coarsest_intervals: Annotated[int, Field(ge=1)] = 10
     """Intervals of t at the beginning."""
-    finest: Annotated[int, Field(ge=1)] = 160
+    finest_intervals: Annotated[int, Field(ge=1)] = 160
     """Intervals of t at the end; they double in between."""
     diffusion_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the distance to the sample itself at early t."""
@@ -47,8 +47,10 @@ class ConsistencyConfig:
 
     @model_validator(mode="after")
     def _finer(self) -> "ConsistencyConfig":
-        if self.finest < self.coarsest:
-            raise ValueError(f"finest must be at least coarsest, {self.coarsest}, not {self.finest}; raise finest")
+        if self.finest_intervals < self.coarsest_intervals:
+            raise ValueError(
+                f"finest must be at least coarsest, {self.coarsest_intervals}, not {self.finest_intervals}; raise finest"
+            )
         return self
 
 
@@ -62,7 +64,7 @@ class MMDConfig:
     """The chain of few Euler steps is trained as a whole, until its samples are spread as the cluster's are."""
 
     method: Literal["mmd"] = "mmd"
-    students: Literal["each", "one"] = "each"
+    students: Literal["per_expert", "shared"] = "per_expert"
     """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 5
     """Euler steps of the chain."""
@@ -90,15 +92,15 @@ class SiDConfig:
     """A student of few steps whose samples the expert takes for its own; needs none of the expert's data."""
 
     method: Literal["sid"] = "sid"
-    students: Literal["each", "one"] = "each"
+    students: Literal["per_expert", "shared"] = "per_expert"
     """One for each expert, from its own cluster; or one for all, without router and clusters."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Times at which the student is asked."""
     start: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The first of them. Below 1 the student begins with weaker noise, of which it calls more a signal."""
-    common_steps: Annotated[int, Field(ge=0)] = 0
+    shared_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Turns in which one student learns from all experts at once; each expert's own then begins with it, not anew."""
-    renoise: Literal["fresh", "euler"] = "fresh"
+    step_type: Literal["renoise", "euler"] = "renoise"
     """How it goes from one of them to the next: with fresh noise, or along its own velocity."""
     alpha: Annotated[float, Field(ge=0)] = 1.2
     """How much of the distance between the two scores itself is taken off the loss; 1.0 to 1.2."""
@@ -106,7 +108,7 @@ class SiDConfig:
     """Weight of a t in the student's loss: the share of signal in a sample there, or the same for each."""
     training: TrainingConfig = SID_TRAINING
     """How student and fake score are trained: turns, samples each, and the distribution of t."""
-    fake_updates: Annotated[int, Field(ge=1)] = 1
+    fake_score_updates: Annotated[int, Field(ge=1)] = 1
     """Steps of the fake score before each of the student's."""
     teacher_guidance: float = 1.0
     """Guidance of the expert while the student learns."""
@@ -118,6 +120,8 @@ class SiDConfig:
 
     @model_validator(mode="after")
     def _common_is_for_each(self) -> "SiDConfig":
-        if self.common_steps and self.students == "one":
-            raise ValueError("common_steps are for students of each expert; with students=one set training.steps")
+        if self.shared_warmup_steps and self.students == "shared":
+            raise ValueError(
+                "shared_warmup_steps are for students of each expert; with students=shared set training.steps"
+            )
         return self

@@ -18,12 +18,12 @@ from ddm_core.artifacts import Workspace
 from ensemble.compression.common.calibration_data import HELD_OUT
 from ensemble.compression.distillation.config import MMDConfig
 from ensemble.compression.distillation.mmd_features import latent_features
-from ensemble.compression.distillation.student import check_way, drawn_by, spoken_by
-from ensemble.compression.method import Outcome, StageError
-from experts.diffusion.few_step import Course
+from ensemble.compression.distillation.student import check_step_type, sample_student, with_network
+from ensemble.compression.method import ExpertResult, StageError
+from experts.diffusion.few_step import FewStepSchedule
 from experts.expert import Expert, network_flops
-from experts.training.latent_dataset import Batch, LatentDataset, batch_of
-from experts.training.trainer import Loss, fit
+from experts.training.latent_dataset import Batch, LatentDataset, make_batch
+from experts.training.trainer import LossFn, fit
 
 Rows = Float[Tensor, "row feature"]
 OtherRows = Float[Tensor, "other feature"]
@@ -34,7 +34,7 @@ FINE = (1 / 64, 1 / 32, 1 / 16, 1 / 8)
 """The same for who has to see whether samples are blurred or alike, which wide Gaussians do not."""
 
 
-def kernel_of(kind: Literal["rbf", "poly3"], real: Rows, widths: Sequence[float] = BANDWIDTHS) -> Kernel:
+def median_kernel(kind: Literal["rbf", "poly3"], real: Rows, widths: Sequence[float] = BANDWIDTHS) -> Kernel:
     """The kernel; the Gaussians' widths come from the real rows' median squared distance."""
     if kind == "poly3":
         return lambda first, second: (first @ second.T / first.shape[1] + 1) ** 3
@@ -85,22 +85,22 @@ MEASURED = 8
 """Batches on which the chain is measured before and after."""
 
 
-def mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, workspace: Workspace) -> Outcome:
+def finetune_mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, workspace: Workspace) -> ExpertResult:
     """A student of `config.steps` Euler steps; raises `StageError` if batches or latents do not do, and as `fit`."""
     if min(config.training.batch_size, len(dataset)) < 2:
         raise StageError("the unbiased MMD needs two rows in each set; raise training.batch_size or give more samples")
-    check_way(expert, "euler")
-    started, course = time.monotonic(), course_of(config)
-    loss = loss_of(expert, config)
+    check_step_type(expert, "euler")
+    started, course = time.monotonic(), few_step_schedule(config)
+    loss = mmd_loss(expert, config)
     student = deepcopy(expert.model).requires_grad_(True)
     fitted = fit(student, loss, dataset, config.training, workspace)
-    on_cpu = loss_of(expert, replace(config, training=replace(config.training, device="cpu")))
-    found = [measured(model, on_cpu, dataset, config) for model in (expert.model, fitted.model)]
+    on_cpu = mmd_loss(expert, replace(config, training=replace(config.training, device="cpu")))
+    found = [measure_mmd(model, on_cpu, dataset, config) for model in (expert.model, fitted.model)]
     seen = 3 if config.features == "expert" else 0
     learned = config.training.steps * (4 * config.steps + seen)
     rows = config.training.batch_size * (learned + 2 * MEASURED * (config.steps + seen))
-    return Outcome(
-        expert=replace(expert, model=fitted.model, course=course, cache=None),
+    return ExpertResult(
+        expert=replace(expert, model=fitted.model, few_step=course, cache=None),
         modules=1,
         flops=rows * network_flops(expert.model, expert.latent_shape),
         details={
@@ -112,27 +112,27 @@ def mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, workspace: Wo
     )
 
 
-def loss_of(expert: Expert, config: MMDConfig) -> Loss:
+def mmd_loss(expert: Expert, config: MMDConfig) -> LossFn:
     """The squared MMD of the chain's samples and the batch's, whose conditions they share."""
     features = latent_features(config.features, expert, config.seed, config.training.device)
-    times = course_of(config).times
+    times = few_step_schedule(config).times
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        drawn = drawn_by(spoken_by(expert, model), batch.noise, batch.condition, times)
+        drawn = sample_student(with_network(expert, model), batch.noise, batch.condition, times)
         real, made = features(batch.clean), features(drawn)
         told = (batch.condition.class_id, batch.condition.class_id)
-        return {"loss": squared_mmd(made, real, kernel_of(config.kernel, real), told, config.across)}
+        return {"loss": squared_mmd(made, real, median_kernel(config.kernel, real), told, config.across)}
 
     return loss
 
 
-def course_of(config: MMDConfig) -> Course:
+def few_step_schedule(config: MMDConfig) -> FewStepSchedule:
     """When the student is asked."""
-    return Course.even(config.steps, "euler", is_distilled=True)
+    return FewStepSchedule.uniform(config.steps, "euler", is_distilled=True)
 
 
 @torch.no_grad()
-def measured(model: nn.Module, loss: Loss, dataset: LatentDataset, config: MMDConfig) -> float:
+def measure_mmd(model: nn.Module, loss: LossFn, dataset: LatentDataset, config: MMDConfig) -> float:
     """Mean of the loss over batches whose noise trained nothing."""
-    batches = [batch_of(dataset, config.training, HELD_OUT + number) for number in range(MEASURED)]
+    batches = [make_batch(dataset, config.training, HELD_OUT + number) for number in range(MEASURED)]
     return sum(float(loss(model, batch)["loss"]) for batch in batches) / MEASURED

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from ensemble.compression.common.calibration_data import watched
+from ensemble.compression.common.calibration_data import record_inputs
 from ensemble.compression.common.network_stages import STAGE
 from ensemble.compression.distillation.config import FeatureKind
 from ensemble.compression.method import StageError
@@ -30,10 +30,10 @@ def latent_features(kind: FeatureKind, expert: Expert, seed: int, device: str = 
     """A differentiable function of latents; `StageError` if the kind does not fit them, or the expert's network."""
     if kind == "latents":
         return lambda latents: latents.flatten(1).float()
-    return _of_expert(expert, device) if kind == "expert" else _of_filters(expert.latent_shape, seed)
+    return _expert_features(expert, device) if kind == "expert" else _filter_features(expert.latent_shape, seed)
 
 
-def _of_expert(expert: Expert, device: str) -> LatentFeatures:
+def _expert_features(expert: Expert, device: str) -> LatentFeatures:
     """What comes out of the stages in the middle of its network, when it is shown nearly clean latents as they are."""
     stages = [path for path, _ in expert.model.named_modules() if STAGE.fullmatch(path)]
     if not stages:
@@ -43,7 +43,7 @@ def _of_expert(expert: Expert, device: str) -> LatentFeatures:
     frozen = Expert(
         model=model,
         prediction=expert.prediction,
-        path=expert.path,
+        noise_schedule=expert.noise_schedule,
         latent_shape=expert.latent_shape,
         num_classes=expert.num_classes,
         cluster_id=expert.cluster_id,
@@ -51,7 +51,7 @@ def _of_expert(expert: Expert, device: str) -> LatentFeatures:
 
     def answers(latents: Latents) -> Rows:
         seen: list[Tensor] = []
-        with watched(model, [middle], lambda _, given, said: seen.append(_first(said))):
+        with record_inputs(model, [middle], lambda _, given, said: seen.append(_first(said))):
             t = latents.new_full((len(latents),), NEARLY_CLEAN)
             frozen.velocity(latents, t, Condition.null(len(latents), latents.device))
         return seen[0].flatten(1).float()
@@ -64,7 +64,7 @@ def _first(said: Tensor | tuple[Any, ...]) -> Tensor:
     return said if isinstance(said, Tensor) else said[0]
 
 
-def _of_filters(latent_shape: tuple[int, ...], seed: int) -> LatentFeatures:
+def _filter_features(latent_shape: tuple[int, ...], seed: int) -> LatentFeatures:
     if len(latent_shape) != 3:
         raise StageError(
             f"features random_conv needs latents of shape (channels, side, side), not {latent_shape}; take latents"

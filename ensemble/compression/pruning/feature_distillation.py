@@ -14,15 +14,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ensemble.compression.common.calibration_data import on_course
+from ensemble.compression.common.calibration_data import at_few_step_times
 from ensemble.compression.common.network_stages import STAGE
 from ensemble.compression.pruning.config import LaptopConfig
 from experts.config import TrainingConfig
-from experts.diffusion.predictions import target_of
+from experts.diffusion.predictions import training_target
 from experts.expert import Expert
 from experts.networks.registry import call_network
 from experts.training.latent_dataset import Batch
-from experts.training.trainer import Loss
+from experts.training.trainer import LossFn
 
 
 def stages_behind(model: nn.Module, removed: Sequence[str]) -> list[str]:
@@ -41,7 +41,7 @@ def features(model: nn.Module, paths: Sequence[str], batch: Batch, expert: Exper
 
     handles = [model.get_submodule(path).register_forward_hook(keeper(path)) for path in paths]
     try:
-        noised = expert.path.noised(batch.clean, batch.noise, batch.t)
+        noised = expert.noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
         answer = call_network(model, noised, batch.t, batch.condition)
     finally:
         for handle in handles:
@@ -51,17 +51,17 @@ def features(model: nn.Module, paths: Sequence[str], batch: Batch, expert: Exper
 
 def distillation_loss(
     teacher: Expert, paths: Sequence[str], weights: Mapping[str, float], config: LaptopConfig, training: TrainingConfig
-) -> Loss:
+) -> LossFn:
     """The loss above, for a student of this teacher; at the times of its course, and without its task if it has none.
 
     What was distilled does not say what data say, so that only the teacher is left to learn from.
     """
-    course = teacher.course
+    course = teacher.few_step
     has_task = course is None or not course.is_distilled
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        batch = on_course(batch, course, training)
-        target = target_of(teacher.prediction, batch.clean, batch.noise, batch.t, teacher.path)
+        batch = at_few_step_times(batch, course, training)
+        target = training_target(teacher.prediction, batch.clean, batch.noise, batch.t, teacher.noise_schedule)
         with torch.no_grad():
             exact, theirs = features(teacher.model, paths, batch, teacher)
         said, ours = features(model, paths, batch, teacher)

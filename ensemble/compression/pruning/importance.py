@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.compression.method import StageError
-from experts.compressed.pruning.units import maskable, parameters_a_unit, units_of
+from experts.compressed.pruning.units import parameters_per_unit, prunable_units, unit_groups
 
 Scores = Mapping[str, Tensor]
 """What each unit of a layer is worth, one number a unit, by the layer's path; the least go first."""
 
 
-def magnitudes(model: nn.Module) -> Scores:
+def magnitude_importance(model: nn.Module) -> Scores:
     """The root mean square of the weights that write and read each unit."""
-    found, scores = units_of(model), {}
-    for path, count in maskable(model).items():
+    found, scores = unit_groups(model), {}
+    for path, count in prunable_units(model).items():
         units, module = found[path], model.get_submodule(path)
         read = module.get_submodule(units.reader).get_parameter("weight").detach().transpose(0, 1)
         parts = [read.reshape(count, -1)]
@@ -28,18 +28,20 @@ def magnitudes(model: nn.Module) -> Scores:
     return scores
 
 
-def random_scores(counts: Mapping[str, int], seed: int) -> Scores:
+def random_importance(counts: Mapping[str, int], seed: int) -> Scores:
     """Numbers that say nothing."""
     generator = torch.Generator().manual_seed(seed)
     return {path: torch.rand(count, generator=generator) for path, count in counts.items()}
 
 
-def chosen(model: nn.Module, scores: Scores, share: float, by: Literal["units", "parameters"]) -> dict[str, list[int]]:
+def select_units(
+    model: nn.Module, scores: Scores, share: float, by: Literal["units", "parameters"]
+) -> dict[str, list[int]]:
     """The units that stay, by path, where the least go; each layer's best always stays.
 
     Raises `StageError` if that much cannot go, or nothing would.
     """
-    sizes = parameters_a_unit(model)
+    sizes = parameters_per_unit(model)
     if by == "parameters":
         whole = sum(parameter.numel() for parameter in model.parameters())
         gone = _least(scores, sizes, share * whole)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddm_core.artifacts import Preempted, Workspace
-from ensemble.compression.common.calibration_data import HELD_OUT, answer, batches_of, output_error
+from ensemble.compression.common.calibration_data import HELD_OUT, calibration_batches, output_error, run_network
 from ensemble.compression.common.knapsack import knapsack
-from ensemble.compression.distillation.teacher import frozen
-from ensemble.compression.method import Outcome, StageError
+from ensemble.compression.distillation.teacher import frozen_copy
+from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import distillation_loss, feature_weights, stages_behind
-from experts.compressed.pruning.layers import removable_units, remove_units, without
+from experts.compressed.pruning.layers import layers_disabled, removable_layers, remove_layers
 from experts.expert import Expert, network_flops
 from experts.training.flops import training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
@@ -64,20 +64,20 @@ def additivity(costs: Sequence[float], joint_cost: Callable[[list[int]], float],
     )
 
 
-def laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, workspace: Workspace) -> Outcome:
+def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, workspace: Workspace) -> ExpertResult:
     """The expert without the layers it misses least, trained again.
 
     Raises `StageError` if its removable layers have too few parameters, `Preempted` between two of them.
     """
-    model, units = deepcopy(expert.model), removable_units(expert.model)
-    batch = batches_of(dataset, config.rows, config.seed, 1, course=expert.course)[0]
+    model, units = deepcopy(expert.model), removable_layers(expert.model)
+    batch = calibration_batches(dataset, config.rows, config.seed, 1, course=expert.few_step)[0]
     row, whole = network_flops(model, expert.latent_shape), _parameters(model)
     sizes = [_parameters(model.get_submodule(unit)) for unit in units]
-    target = round(config.share * whole)
+    target = round(config.ratio * whole)
     if sum(sizes) < target:
         raise StageError(
             f"the {len(units)} layers of expert {expert.cluster_id} that can be taken out have "
-            f"{sum(sizes) / whole:.0%} of its parameters, and {config.share:.0%} are to go; lower prune.share"
+            f"{sum(sizes) / whole:.0%} of its parameters, and {config.ratio:.0%} are to go; lower prune.ratio"
         )
     lost = _loss_of(model, expert, batch, units, workspace)
     costs = [lost([index]) for index in range(len(units))] if config.criterion == "output_loss" else []
@@ -86,21 +86,21 @@ def laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, workspa
         details["additivity"] = additivity(costs, lost, config.additivity_sets, config.seed)
     chosen = _chosen(model, units, sizes, costs, target, config)
     details |= {"removed": [units[index] for index in chosen], "joint_cost": lost(chosen)}
-    remove_units(model, details["removed"])
+    remove_layers(model, details["removed"])
     pruned = replace(expert, model=model)
-    measuring = batches_of(dataset, config.rows, config.seed, 2, HELD_OUT, expert.course)
+    measuring = calibration_batches(dataset, config.rows, config.seed, 2, HELD_OUT, expert.few_step)
     details["error_pruned"] = output_error(model, expert, measuring)
     flops = (len(costs) + config.additivity_sets + 2) * config.rows * row
-    if config.retraining is not None:
+    if config.finetune is not None:
         pruned = replace(
             pruned, model=_retrained(pruned, expert, dataset, batch, details["removed"], config, workspace)
         )
         small = network_flops(pruned.model, expert.latent_shape)
-        rows = config.retraining.batch_size * config.retraining.steps
-        flops += training_flops(small, config.retraining.batch_size, config.retraining.steps) + rows * row
+        rows = config.finetune.batch_size * config.finetune.steps
+        flops += training_flops(small, config.finetune.batch_size, config.finetune.steps) + rows * row
         details["error_retrained"] = output_error(pruned.model, expert, measuring)
     details["share"] = 1 - _parameters(pruned.model) / whole
-    return Outcome(expert=pruned, modules=len(chosen), flops=flops, details=details)
+    return ExpertResult(expert=pruned, modules=len(chosen), flops=flops, details=details)
 
 
 def _loss_of(
@@ -108,13 +108,13 @@ def _loss_of(
 ) -> Callable[[list[int]], float]:
     """What is lost without some units, by their indices: mean squared distance of the outputs on one fixed batch."""
     with torch.no_grad():
-        exact = answer(model, expert, batch)
+        exact = run_network(model, expert, batch)
 
     def lost(indices: list[int]) -> float:
         if workspace.stop_requested():
             raise Preempted("stopped while layers were compared; they are compared again")
-        with torch.no_grad(), without(model, [units[index] for index in indices]):
-            said: Tensor = answer(model, expert, batch)
+        with torch.no_grad(), layers_disabled(model, [units[index] for index in indices]):
+            said: Tensor = run_network(model, expert, batch)
         return float(functional.mse_loss(said.double(), exact.double()))
 
     return lost
@@ -150,13 +150,13 @@ def _retrained(
     config: LaptopConfig,
     workspace: Workspace,
 ) -> nn.Module:
-    if config.retraining is None:
+    if config.finetune is None:
         return pruned.model
     paths = stages_behind(teacher.model, removed) if config.feature_weight else []
-    weights = feature_weights(teacher, paths, batch, normalise=config.normalise)
-    there = frozen(teacher, config.retraining.device)
-    loss = distillation_loss(there, paths, weights, config, config.retraining)
-    return fit(deepcopy(pruned.model), loss, dataset, config.retraining, workspace).model
+    weights = feature_weights(teacher, paths, batch, normalise=config.normalize)
+    there = frozen_copy(teacher, config.finetune.device)
+    loss = distillation_loss(there, paths, weights, config, config.finetune)
+    return fit(deepcopy(pruned.model), loss, dataset, config.finetune, workspace).model
 
 
 def _parameters(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ensemble.solvers import euler_step, uniform_times
-from experts.compressed.pruning.units import units_of
+from experts.compressed.pruning.units import unit_groups
 from experts.condition import Condition
 from experts.diffusion.noise_schedule import Latents
 from experts.expert import Expert
@@ -23,13 +23,13 @@ Masks = Mapping[str, Tensor]
 """A number for each unit of a layer, by its path; 1 keeps the unit, 0 is as if it were not there."""
 
 
-def clean_of(
+def sample_with_masks(
     expert: Expert, masks: Masks, noise: Latents, condition: Condition, steps: int, *, checkpointed: bool = True
 ) -> Latents:
     """Euler's method on the expert's own path in equal steps from t = 1 to t = 0, with its units masked."""
 
     def step(noised: Latents, t: float, t_next: float) -> Latents:
-        with masked(expert.model, masks):
+        with unit_masks(expert.model, masks):
             return euler_step(lambda at, times: expert.velocity(at, times, condition), noised, t, t_next)
 
     noised = noise
@@ -42,9 +42,9 @@ def clean_of(
 
 
 @contextmanager
-def masked(model: nn.Module, masks: Masks) -> Iterator[None]:
+def unit_masks(model: nn.Module, masks: Masks) -> Iterator[None]:
     """Within it, what units of these layers put out is multiplied by their masks before it is read."""
-    found, handles = units_of(model), []
+    found, handles = unit_groups(model), []
     for path, mask in masks.items():
         units = found[path]
         reader = model.get_submodule(path).get_submodule(units.reader)

@@ -10,18 +10,18 @@ from experts.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class BitsConfig:
+class MixedPrecisionConfig:
     """One budget of bytes for all experts, spent on the weights whose rounding moves the samples most."""
 
-    method: Literal["bits"] = "bits"
+    method: Literal["mixed_precision"] = "mixed_precision"
     mean_bits: Annotated[float, Field(gt=0, le=16)] = 4.25
     """The budget: bits an entry of a large weight has in the mean over all experts, its share of the scales included,
     which is 16 / group."""
     choices: Annotated[tuple[Literal[2, 3, 4, 5, 6, 8], ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
     """Bits that a weight may get; with one choice all are alike."""
-    group: Annotated[int, Field(ge=8, multiple_of=2)] = 64
+    group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64
     """Entries of a row that share a scale of 16 bits."""
-    least: Annotated[int, Field(ge=1)] = 1024
+    min_elements: Annotated[int, Field(ge=1)] = 1024
     """Matrices with fewer entries stay as they are."""
     rows: Annotated[int, Field(ge=1)] = 64
     """Latents of its own cluster on which an expert is measured, all at once."""
@@ -68,20 +68,20 @@ class QuESTConfig:
     """Whether the convolutions that are rounded are trained along with those, which a U-Net has few of."""
     rest_bits: Literal[4, 8] | None = 8
     """Bits of all other large weights, which are only stored in few; empty leaves them as they are."""
-    group: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
     """Entries of a row of those weights that share a scale."""
-    least: Annotated[int, Field(ge=1)] = 1024
+    min_elements: Annotated[int, Field(ge=1)] = 1024
     """Other weights with fewer entries stay as they are."""
     seed: int = 0
     """The calibrating samples are a function of it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ShareConfig:
+class SharedBaseConfig:
     """Large weights as one base for all experts and a small difference for each; worth it for experts of one start."""
 
-    method: Literal["share"] = "share"
-    difference: Literal["low_rank", "packed", "tailors"] = "packed"
+    method: Literal["shared_base"] = "shared_base"
+    delta: Literal["low_rank", "packed", "tailors"] = "packed"
     """`low_rank`: two thin matrices. `packed`: as many numbers as the weight, of few bits. `tailors`: own coefficients
     on shared singular directions, and two thin matrices for the rest."""
     base_bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
@@ -95,9 +95,9 @@ class ShareConfig:
     the mean has beyond them, and only a difference of as many ranks brings it back."""
     rounds: Annotated[int, Field(ge=1)] = 3
     """How often the base and the differences of low rank are fitted to each other; 1 takes the mean as the base."""
-    group: Annotated[int, Field(ge=8, multiple_of=2)] = 64
+    group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64
     """Entries of a row that share a scale of 16 bits."""
-    least: Annotated[int, Field(ge=1)] = 1024
+    min_elements: Annotated[int, Field(ge=1)] = 1024
     """Matrices with fewer entries stay as they are."""
 
 
@@ -113,10 +113,10 @@ class SVDQuantConfig:
     """Bits of the weights of attention and feed-forward layers."""
     activation_bits: Literal[4, 8] | None = 4
     """Bits of what these layers are given; empty leaves it as it is."""
-    group: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
     """Neighbours, of weights and of activations, that share a scale."""
-    scaling: Literal["largest", "least_error"] = "largest"
-    """`largest`: no weight is clipped. `least_error`: the scale of least squared error, which takes six times as long
+    scaling: Literal["absmax", "mse"] = "absmax"
+    """`absmax`: no weight is clipped. `mse`: the scale of least squared error, which takes six times as long
     and is better without refinement only."""
     smooth: bool = True
     """Whether outliers of the activations are moved into the weights."""
@@ -140,7 +140,7 @@ class SVDQuantConfig:
     """Whether the linear layers that are told the time are split in the same way, what they are given left as it is."""
     rest_bits: Literal[4, 8] | None = 8
     """Bits of all other large weights, which are only stored in few; empty leaves them as they are."""
-    least: Annotated[int, Field(ge=1)] = 1024
+    min_elements: Annotated[int, Field(ge=1)] = 1024
     """Other weights with fewer entries stay as they are."""
     seed: int = 0
     """The calibrating samples are a function of it."""

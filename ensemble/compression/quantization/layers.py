@@ -23,7 +23,7 @@ PATHS: dict[Purpose, re.Pattern[str]] = {
 """The names of such layers in diffusers' U-Net and transformer, and in our residual network."""
 
 
-def layers_of(model: nn.Module, *purposes: Purpose) -> list[str]:
+def quantizable_layers(model: nn.Module, *purposes: Purpose) -> list[str]:
     """Paths of the linear and convolutional layers with one of these purposes, in the network's order."""
     return [
         path
@@ -40,5 +40,5 @@ def pack_rest(model: nn.Module, bits: Literal[4, 8] | None, group: int, least: i
     names = [] if bits is None else list(large_weights(model, least))
     for name in names:
         shape = tuple(model.get_parameter(name).shape)
-        pack_weight(model, name, Packing(bits=bits or 8, group=group, shape=shape, scaling="least_error"))
+        pack_weight(model, name, Packing(bits=bits or 8, group_size=group, shape=shape, scaling="mse"))
     return len(names)

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from ddm_core.artifacts import Preempted, Workspace, read_json, write_json
-from ensemble.compression.common.calibration_data import on_course
+from ensemble.compression.common.calibration_data import at_few_step_times
 from ensemble.compression.common.knapsack import Option, choose_options
-from ensemble.compression.method import Given, StageError, Together
-from ensemble.compression.quantization.config import BitsConfig
+from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
+from ensemble.compression.quantization.config import MixedPrecisionConfig
 from ensemble.compression.quantization.weight_only import large_weights
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing, pack, unpack
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
-from experts.training.latent_dataset import Batch, LatentDataset, batch_of
+from experts.training.latent_dataset import Batch, LatentDataset, make_batch
 
 Costs = dict[str, list[float]]
 """By weight: the mean squared change of the velocity with each of the choices."""
@@ -38,15 +38,18 @@ class _Item:
     options: tuple[Option, ...]
 
 
-def allot_all(config: BitsConfig, given: Given) -> Together:
+def quantize_mixed_precision(config: MixedPrecisionConfig, given: CompressionContext) -> EnsembleResult:
     """What `allot_bits` makes of all experts of an ensemble."""
-    experts = given.experts("bits")
-    return allot_bits(experts, given.latents(sorted(experts)), config, given.workspace)
+    experts = given.experts("mixed_precision")
+    return allocate_bits(experts, given.latents(sorted(experts)), config, given.workspace)
 
 
-def allot_bits(
-    experts: Mapping[int, Expert], datasets: Mapping[int, LatentDataset], config: BitsConfig, workspace: Workspace
-) -> Together:
+def allocate_bits(
+    experts: Mapping[int, Expert],
+    datasets: Mapping[int, LatentDataset],
+    config: MixedPrecisionConfig,
+    workspace: Workspace,
+) -> EnsembleResult:
     """The same experts with every large weight packed, in bits of its own.
 
     What was measured is kept in the scratch folder, one expert at a time. Raises `StageError` if an expert has no large
@@ -77,16 +80,16 @@ def allot_bits(
         "cost": sum(shares[k] * _loss(experts[k], made[k], _batch(datasets[k], config)) for k in costs),
         "costs": costs,
     }
-    return Together(experts=made, modules=len(items), flops=_flops(experts, costs, config), details=details)
+    return EnsembleResult(experts=made, modules=len(items), flops=_flops(experts, costs, config), details=details)
 
 
-def weight_costs(expert: Expert, dataset: LatentDataset, config: BitsConfig, workspace: Workspace) -> Costs:
+def weight_costs(expert: Expert, dataset: LatentDataset, config: MixedPrecisionConfig, workspace: Workspace) -> Costs:
     """What rounding each large weight alone does to the expert's velocity, a mean square for each of the choices."""
     batch, model = _batch(dataset, config), deepcopy(expert.model)
     rounded, whole = replace(expert, model=model), _velocity(expert, batch)
-    names, costs = list(large_weights(model, config.least)), Costs()
+    names, costs = list(large_weights(model, config.min_elements)), Costs()
     for number, name in enumerate(names):
-        workspace.report(number, len(names), unit=f"weights of expert {expert.cluster_id}")
+        workspace.report_progress(number, len(names), unit=f"weights of expert {expert.cluster_id}")
         if workspace.stop_requested():
             raise Preempted(f"stopped at weight {number} of {len(names)}; finished experts are kept")
         weight = model.get_parameter(name).data
@@ -99,14 +102,14 @@ def weight_costs(expert: Expert, dataset: LatentDataset, config: BitsConfig, wor
         weight.copy_(kept)
     if not costs:
         raise StageError(
-            f"bits found no matrix of at least {config.least} entries in expert {expert.cluster_id}, so it would do "
+            f"bits found no matrix of at least {config.min_elements} entries in expert {expert.cluster_id}, so it would do "
             "nothing: lower bits.least"
         )
     return costs
 
 
 def _kept_costs(
-    k: int, experts: Mapping[int, Expert], dataset: LatentDataset, config: BitsConfig, workspace: Workspace
+    k: int, experts: Mapping[int, Expert], dataset: LatentDataset, config: MixedPrecisionConfig, workspace: Workspace
 ) -> Costs:
     """The costs of one expert's weights, measured by this attempt or an earlier one."""
     path = workspace.scratch / f"costs_{k}.json"
@@ -123,7 +126,7 @@ def _shares(counts: Mapping[int, int], by_share: bool) -> dict[int, float]:
 
 
 def _items(
-    experts: Mapping[int, Expert], costs: Mapping[int, Costs], shares: Mapping[int, float], config: BitsConfig
+    experts: Mapping[int, Expert], costs: Mapping[int, Costs], shares: Mapping[int, float], config: MixedPrecisionConfig
 ) -> Iterator[_Item]:
     for k, found in costs.items():
         for name, losses in found.items():
@@ -134,27 +137,27 @@ def _items(
             yield _Item(expert_id=k, name=name, options=options)
 
 
-def _packed(expert: Expert, bits: Mapping[str, int], config: BitsConfig) -> Expert:
+def _packed(expert: Expert, bits: Mapping[str, int], config: MixedPrecisionConfig) -> Expert:
     model = deepcopy(expert.model)
     for name, number in bits.items():
         pack_weight(model, name, _packing(model.get_parameter(name), number, config))
     return replace(expert, model=model)
 
 
-def _packing(weight: Tensor, bits: int, config: BitsConfig) -> Packing:
-    described = {"bits": bits, "group": config.group, "shape": weight.shape, "scaling": "least_error"}
+def _packing(weight: Tensor, bits: int, config: MixedPrecisionConfig) -> Packing:
+    described = {"bits": bits, "group_size": config.group_size, "shape": weight.shape, "scaling": "mse"}
     return Packing.parsed(described)
 
 
-def _batch(dataset: LatentDataset, config: BitsConfig) -> Batch:
-    return batch_of(dataset, TrainingConfig(batch_size=config.rows, seed=config.seed), step=0)
+def _batch(dataset: LatentDataset, config: MixedPrecisionConfig) -> Batch:
+    return make_batch(dataset, TrainingConfig(batch_size=config.rows, seed=config.seed), step=0)
 
 
 @torch.no_grad()
 def _velocity(expert: Expert, batch: Batch) -> Tensor:
     """In velocity, so that experts of different predictions compare."""
-    batch = on_course(batch, expert.course, TrainingConfig())
-    noised = expert.path.noised(batch.clean, batch.noise, batch.t)
+    batch = at_few_step_times(batch, expert.few_step, TrainingConfig())
+    noised = expert.noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
     return expert.velocity(noised, batch.t, batch.condition)
 
 
@@ -163,7 +166,7 @@ def _loss(expert: Expert, made: Expert, batch: Batch) -> float:
     return float((_velocity(made, batch) - _velocity(expert, batch)).square().mean())
 
 
-def _flops(experts: Mapping[int, Expert], costs: Mapping[int, Costs], config: BitsConfig) -> float:
+def _flops(experts: Mapping[int, Expert], costs: Mapping[int, Costs], config: MixedPrecisionConfig) -> float:
     """Of all forward passes: each choice of each weight, and three of the whole."""
     passes = {k: len(found) * len(config.choices) + 3 for k, found in costs.items()}
     return sum(

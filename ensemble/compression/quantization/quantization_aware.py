@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ensemble.compression.method import StageError
-from experts.compressed.quantization.activation_quant import NAME, RATE, round_input
-from experts.compressed.quantization.fake_quant import best_grids, codes_at, rounded_weight, scaled_gradient
-from experts.compressed.quantization.packed_weight import place_packed_weight
+from experts.compressed.quantization.activation_quant import NAME, RATE, quantize_input
+from experts.compressed.quantization.fake_quant import best_grids, codes_at, fake_quantize_weight, scaled_gradient
+from experts.compressed.quantization.packed_weight import replace_with_packed_weight
 from experts.compressed.quantization.packing import Packing, Weight, pack
 
 
-class RoundedWeight(nn.Module):
+class LearnableWeightQuantizer(nn.Module):
     """Between a layer and its weight: rounds it with a scale a row that stays."""
 
     scales: Float[Tensor, "row 1"]
@@ -31,7 +31,7 @@ class RoundedWeight(nn.Module):
         super().__init__()
         entries = weight[0].numel()
         shape = tuple(weight.shape)
-        self.packing = Packing(bits=bits, group=entries + entries % 2, shape=shape, scaling="least_error")
+        self.packing = Packing(bits=bits, group_size=entries + entries % 2, shape=shape, scaling="mse")
         self.register_buffer("scales", pack(weight, self.packing)[1])
         self.register_parameter("log_change", None)
 
@@ -42,20 +42,20 @@ class RoundedWeight(nn.Module):
             # Esser et al. 2020 (LSQ, arXiv:1902.08153, section 2.2): gradients of a step size by 1 / sqrt(N q_max).
             factor = (weight[0].numel() * (2 ** (self.packing.bits - 1) - 1)) ** -0.5
             scales = scales * (RATE * scaled_gradient(self.log_change, factor)).exp()
-        return rounded_weight(weight, scales, self.packing.bits)
+        return fake_quantize_weight(weight, scales, self.packing.bits)
 
-    def learn(self) -> None:
+    def make_learnable(self) -> None:
         """Make the scales learnable."""
         self.log_change = nn.Parameter(torch.zeros(self.scales.shape, device=self.scales.device))
 
-    def settle(self) -> None:
+    def convert(self) -> None:
         """Keep the scales as they have become."""
         if self.log_change is not None:
             self.scales.copy_(self.scales * (RATE * self.log_change.detach()).exp())
             self.log_change = None
 
 
-def round_layers(
+def fake_quantize_layers(
     model: nn.Module,
     samples: Mapping[str, Float[Tensor, "grid entry"]],
     times: Float[Tensor, " grid"],
@@ -64,12 +64,12 @@ def round_layers(
 ) -> None:
     """Round the weights of these layers, and what they are given, in place; `samples` are of that, at these times."""
     for path, found in samples.items():
-        form = round_input(model, path, len(times), activation_bits)
+        form = quantize_input(model, path, len(times), activation_bits)
         for kept, best in zip((form.steps, form.zeros), best_grids(found, activation_bits), strict=True):
             kept.copy_(best)
         form.times.copy_(times)
         layer = model.get_submodule(path)
-        parametrize.register_parametrization(layer, "weight", RoundedWeight(_weight_of(layer), bits))
+        parametrize.register_parametrization(layer, "weight", LearnableWeightQuantizer(_weight_of(layer), bits))
 
 
 def learn_only(model: nn.Module, paths: Sequence[str], vectors: Sequence[str] = ()) -> dict[str, int]:
@@ -89,7 +89,7 @@ def learn_only(model: nn.Module, paths: Sequence[str], vectors: Sequence[str] = 
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def settle(model: nn.Module, paths: Sequence[str]) -> None:
+def convert(model: nn.Module, paths: Sequence[str]) -> None:
     """Keep the step sizes and scales of these layers as they have become, in place."""
     for path in paths:
         _input_of(model, path).settle()
@@ -97,15 +97,15 @@ def settle(model: nn.Module, paths: Sequence[str]) -> None:
     model.requires_grad_(True)
 
 
-def hold_few_bits(model: nn.Module, paths: Sequence[str]) -> None:
+def pack_quantized_weights(model: nn.Module, paths: Sequence[str]) -> None:
     """Keep nothing of the weights of these layers but their few bits, in place."""
     for path in paths:
         layer: Any = model.get_submodule(path)
-        rounding: RoundedWeight = _parts(model, path)[0]
+        rounding: LearnableWeightQuantizer = _parts(model, path)[0]
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         codes = codes_at(layer.weight, rounding.scales, rounding.packing)
         form = f"{path}.parametrizations.weight.0"
-        place_packed_weight(model, form, asdict(rounding.packing))
+        replace_with_packed_weight(model, form, asdict(rounding.packing))
         kept: Any = model.get_submodule(form)
         kept.codes.copy_(codes)
         kept.scales.copy_(rounding.scales)

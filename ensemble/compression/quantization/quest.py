@@ -16,25 +16,25 @@ from torch.nn import functional
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.common.calibration_data import (
     HELD_OUT,
-    answer,
-    batches_of,
-    evenly,
-    on_course,
+    at_few_step_times,
+    calibration_batches,
     output_error,
-    some_rows,
-    watched,
+    record_inputs,
+    run_network,
+    spread_evenly,
+    subsample_rows,
 )
-from ensemble.compression.method import Outcome, StageError
+from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.quantization.config import QuESTConfig
-from ensemble.compression.quantization.layers import Purpose, layers_of, pack_rest
+from ensemble.compression.quantization.layers import Purpose, pack_rest, quantizable_layers
 from ensemble.compression.quantization.quantization_aware import (
+    convert,
     exact_weight,
-    hold_few_bits,
+    fake_quantize_layers,
     learn_only,
-    round_layers,
-    settle,
+    pack_quantized_weights,
 )
-from experts.compressed.quantization.activation_quant import Clock
+from experts.compressed.quantization.activation_quant import TimestepRecorder
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
 from experts.training.flops import training_flops
@@ -46,28 +46,28 @@ MEASURED = 4
 """Batches that measure the error of the whole network."""
 
 
-def quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace: Workspace) -> Outcome:
+def quantize_quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace: Workspace) -> ExpertResult:
     """Layers that are told the time, of attention, feed-forward parts and residual blocks in few bits, then trained.
 
     Raises `StageError` if there is no such layer, `Preempted` between two steps, after saving, and what `fit` raises.
     """
     model = deepcopy(expert.model)
-    paths = layers_of(model, *SENSITIVE, "time_embedding", *(("convolution",) if config.convolutions else ()))
+    paths = quantizable_layers(model, *SENSITIVE, "time_embedding", *(("convolution",) if config.convolutions else ()))
     if not paths:
         raise StageError(
             f"quest found no layer to round in expert {expert.cluster_id}, so it would do nothing: it knows those of "
             "diffusers' U-Net and transformer and of the residual network"
         )
     samples, times = _observed(model, paths, expert, dataset, config, workspace)
-    round_layers(model, samples, times, config.bits, config.activation_bits)
-    measuring = batches_of(dataset, config.rows, config.seed, MEASURED, HELD_OUT, expert.course)
+    fake_quantize_layers(model, samples, times, config.bits, config.activation_bits)
+    measuring = calibration_batches(dataset, config.rows, config.seed, MEASURED, HELD_OUT, expert.few_step)
     errors, touched, sizes = {"calibrated": output_error(model, expert, measuring)}, set[str](), dict[str, int]()
     flops = network_flops(expert.model, expert.latent_shape)
-    asked = config.times if expert.course is None else len(expert.course.times)
+    asked = config.times if expert.few_step is None else len(expert.few_step.times)
     spent = flops * config.rows * (asked + 3 * MEASURED)
     tunings = _tunings(model, config)
     vectors = paths if config.vectors else []
-    trying = batches_of(dataset, config.rows, config.seed, MEASURED, config.times, expert.course)
+    trying = calibration_batches(dataset, config.rows, config.seed, MEASURED, config.times, expert.few_step)
     allowed = _most_sensitive(model, expert, trying, tunings, vectors, config)
     for name, training, named in tunings:
         chosen = [path for path in named if path in allowed]
@@ -76,16 +76,16 @@ def quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace
         sizes |= learn_only(model, chosen, vectors)
         touched |= set(chosen)
         model = _tuned(model, expert, dataset, chosen, training, workspace.part(name), name == "time_embedding")
-        settle(model, paths)
+        convert(model, paths)
         errors[name] = output_error(model, expert, measuring)
         spent += training_flops(flops, training.batch_size, training.steps) * 4 / 3
     share = sum(sizes.values()) / sum(parameter.numel() for parameter in expert.model.parameters())
-    hold_few_bits(model, paths)
-    rest = pack_rest(model, config.rest_bits, config.group, config.least)
+    pack_quantized_weights(model, paths)
+    rest = pack_rest(model, config.rest_bits, config.group_size, config.min_elements)
     errors["with_the_rest_in_few_bits"] = output_error(model, expert, measuring)
     details = {"output_errors": errors, "trained_share": share, "trained_layers": sorted(touched), "layers": paths}
     details |= {"weights_stored_in_few_bits": rest}
-    return Outcome(expert=replace(expert, model=model), modules=len(paths) + rest, flops=spent, details=details)
+    return ExpertResult(expert=replace(expert, model=model), modules=len(paths) + rest, flops=spent, details=details)
 
 
 def _observed(
@@ -98,21 +98,21 @@ def _observed(
 ) -> tuple[dict[str, Float[Tensor, "grid entry"]], Float[Tensor, " grid"]]:
     """Some of what every layer is given at each calibrated time, and those times in the network's own unit."""
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
-    clock, times = Clock(), []
+    clock, times = TimestepRecorder(), []
     even = [(number + 0.5) / config.times for number in range(config.times)]
-    asked = even if expert.course is None else sorted(expert.course.times)
-    batches = batches_of(dataset, config.rows, config.seed, len(asked))
+    asked = even if expert.few_step is None else sorted(expert.few_step.times)
+    batches = calibration_batches(dataset, config.rows, config.seed, len(asked))
     called: dict[str, Tensor] = {}
 
     def see(path: str, given: Tensor, said: Tensor) -> None:
-        called[path] = some_rows(given.detach().flatten().float(), config.entries)
+        called[path] = subsample_rows(given.detach().flatten().float(), config.entries)
 
     handle = model.register_forward_pre_hook(clock, with_kwargs=True)
-    with torch.no_grad(), watched(model, paths, see):
+    with torch.no_grad(), record_inputs(model, paths, see):
         for number, (t, batch) in enumerate(zip(asked, batches, strict=True)):
             if workspace.stop_requested():
                 raise Preempted(f"stopped after {number} of {len(asked)} times, which are calibrated again")
-            answer(model, expert, replace(batch, t=torch.full_like(batch.t, t)))
+            run_network(model, expert, replace(batch, t=torch.full_like(batch.t, t)))
             times.append(clock.now)
             for path, found in called.items():
                 seen[path].append(found)
@@ -126,10 +126,10 @@ def _observed(
 
 def _tunings(model: nn.Module, config: QuESTConfig) -> list[tuple[str, TrainingConfig, list[str]]]:
     """The trainings that are asked for: name, recipe and layers."""
-    told = layers_of(model, "time_embedding")
+    told = quantizable_layers(model, "time_embedding")
     is_wide = config.convolutions and config.sensitive_convolutions
     purposes: tuple[Purpose, ...] = (*SENSITIVE, "convolution") if is_wide else SENSITIVE
-    sensitive = [path for path in layers_of(model, *purposes) if not path.endswith("to_out.0")]
+    sensitive = [path for path in quantizable_layers(model, *purposes) if not path.endswith("to_out.0")]
     asked = (("time_embedding", config.time_embedding, told), ("sensitive", config.sensitive, sensitive))
     return [(name, training, paths) for name, training, paths in asked if training is not None and paths]
 
@@ -155,8 +155,8 @@ def _most_sensitive(
     learn_only(trial, paths)
     for batch in batches:
         with torch.no_grad():
-            wanted = answer(expert.model, expert, batch)
-        functional.mse_loss(answer(trial, expert, batch).float(), wanted).backward()  # type: ignore[no-untyped-call]
+            wanted = run_network(expert.model, expert, batch)
+        functional.mse_loss(run_network(trial, expert, batch).float(), wanted).backward()  # type: ignore[no-untyped-call]
     exact = {path: exact_weight(trial, path) for path in paths}
     gains = {path: float(weight.grad.square().mean()) for path, weight in exact.items() if weight.grad is not None}
     chosen = set()
@@ -181,15 +181,15 @@ def _tuned(
     watched_paths = paths if by_layer else []
 
     def loss(student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        if expert.course is None:
-            batch = replace(batch, t=evenly(batch.t, training))
-        batch = on_course(batch, expert.course, training)
+        if expert.few_step is None:
+            batch = replace(batch, t=spread_evenly(batch.t, training))
+        batch = at_few_step_times(batch, expert.few_step, training)
         exact: dict[str, Tensor] = {}
         said: dict[str, Tensor] = {}
-        with torch.no_grad(), watched(teacher, watched_paths, lambda path, _, found: exact.update({path: found})):
-            wanted = answer(teacher, expert, batch)
-        with watched(student, watched_paths, lambda path, _, found: said.update({path: found})):
-            output = functional.mse_loss(answer(student, expert, batch).float(), wanted)
+        with torch.no_grad(), record_inputs(teacher, watched_paths, lambda path, _, found: exact.update({path: found})):
+            wanted = run_network(teacher, expert, batch)
+        with record_inputs(student, watched_paths, lambda path, _, found: said.update({path: found})):
+            output = functional.mse_loss(run_network(student, expert, batch).float(), wanted)
         # Wang et al. 2025, arXiv:2402.03666: sum over layers of ||their output - before||^2 + ||output - before||^2.
         layers = torch.stack([functional.mse_loss(said[path], exact[path]) for path in watched_paths] or [output * 0])
         return {"loss": output + layers.sum(), "output": output}

@@ -13,18 +13,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ddm_core.artifacts import Preempted, Workspace
-from ensemble.compression.method import Given, StageError, Together
-from ensemble.compression.quantization.config import ShareConfig
+from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
+from ensemble.compression.quantization.config import SharedBaseConfig
 from ensemble.compression.quantization.weight_only import large_weights
 from experts.compressed.quantization.shared_weight import (
     LEFT,
     OWN,
     RIGHT,
     WHOLE,
+    MatrixFormat,
     SharedBase,
     SharedWeight,
-    Sharing,
-    Storage,
+    SharedWeightConfig,
     StoredMatrix,
     share_weight,
 )
@@ -34,12 +34,12 @@ Stack = Float[Tensor, "expert row column"]
 Matrix = Float[Tensor, "row column"]
 
 
-def share_all(config: ShareConfig, given: Given) -> Together:
+def quantize_shared_base(config: SharedBaseConfig, given: CompressionContext) -> EnsembleResult:
     """What `share` makes of all experts of an ensemble."""
-    return share(given.experts("share"), config, given.workspace)
+    return share_base(given.experts("shared_base"), config, given.workspace)
 
 
-def share(experts: Mapping[int, Expert], config: ShareConfig, workspace: Workspace) -> Together:
+def share_base(experts: Mapping[int, Expert], config: SharedBaseConfig, workspace: Workspace) -> EnsembleResult:
     """The same experts with their large weights shared.
 
     Raises `StageError` for fewer than two experts, or without a large weight that all have in the same shape.
@@ -49,7 +49,7 @@ def share(experts: Mapping[int, Expert], config: ShareConfig, workspace: Workspa
     names = _common(models, config)
     bases, report, flops = [], {}, 0.0
     for number, name in enumerate(names):
-        workspace.report(number, len(names), unit="weights")
+        workspace.report_progress(number, len(names), unit="weights")
         if workspace.stop_requested():
             raise Preempted(f"stopped after {number} of {len(names)} weights were shared; sharing begins again")
         weights = torch.stack([model.get_parameter(name).detach().float() for model in models])
@@ -63,45 +63,46 @@ def share(experts: Mapping[int, Expert], config: ShareConfig, workspace: Workspa
         "bytes_own": sum(sum(tensor.nbytes for tensor in model.state_dict().values()) for model in models),
     }
     made = {k: replace(experts[k], model=model) for k, model in zip(ids, models, strict=True)}
-    return Together(experts=made, modules=len(names) * len(ids), flops=flops, details=sizes | {"weights": report})
+    return EnsembleResult(experts=made, modules=len(names) * len(ids), flops=flops, details=sizes | {"weights": report})
 
 
-def _common(models: Sequence[nn.Module], config: ShareConfig) -> list[str]:
+def _common(models: Sequence[nn.Module], config: SharedBaseConfig) -> list[str]:
     """Large weights that all models have in the same shape."""
     if len(models) < 2:
         raise StageError(f"share needs two experts or more to have something in common, not {len(models)}")
     shapes = [
-        {name: model.get_parameter(name).shape for name in large_weights(model, config.least)} for model in models
+        {name: model.get_parameter(name).shape for name in large_weights(model, config.min_elements)}
+        for model in models
     ]
     found = [name for name, shape in shapes[0].items() if all(other.get(name) == shape for other in shapes)]
     if not found:
         raise StageError(
-            f"share found no matrix of at least {config.least} entries that all experts have in the same shape: lower "
+            f"share found no matrix of at least {config.min_elements} entries that all experts have in the same shape: lower "
             "share.least, or take experts of one architecture that no other stage has packed"
         )
     return found
 
 
 def _shared(
-    models: Sequence[nn.Module], name: str, weights: Tensor, config: ShareConfig
+    models: Sequence[nn.Module], name: str, weights: Tensor, config: SharedBaseConfig
 ) -> tuple[SharedBase, list[SharedWeight]]:
     """Put the shared form of one weight into all models."""
     stack = weights.flatten(2)
     side = min(stack.shape[1:])
-    directions = max(1, round(config.directions * side)) if config.difference == "tailors" else 0
-    sharing = Sharing(
-        difference=config.difference,
+    directions = max(1, round(config.directions * side)) if config.delta == "tailors" else 0
+    sharing = SharedWeightConfig(
+        delta=config.delta,
         bits=config.bits,
-        group=config.group,
+        group_size=config.group_size,
         shape=tuple(weights.shape[1:]),
-        rank=0 if config.difference == "packed" else max(1, round(config.rank * side)),
+        rank=0 if config.delta == "packed" else max(1, round(config.rank * side)),
         directions=directions,
     )
     parts = _directions(stack, directions) if directions else {WHOLE: _middle(stack, sharing.rank, config.rounds)}
     if WHOLE in parts:
         parts = {WHOLE: parts[WHOLE].reshape(sharing.shape)}
-    storage = Storage(bits=config.base_bits, group=config.group, shape=sharing.shape)
-    held = {part: StoredMatrix.holding(values, storage.of(values.shape)) for part, values in parts.items()}
+    storage = MatrixFormat(bits=config.base_bits, group_size=config.group_size, shape=sharing.shape)
+    held = {part: StoredMatrix.from_matrix(values, storage.of(values.shape)) for part, values in parts.items()}
     base, forms = SharedBase(held), []
     for model, weight in zip(models, stack, strict=True):
         coefficients = _coefficients(weight, base) if directions else None
@@ -161,9 +162,9 @@ def _report(weights: Tensor, forms: Sequence[SharedWeight]) -> dict[str, float]:
     }
 
 
-def _flops(stack: Stack, config: ShareConfig) -> float:
+def _flops(stack: Stack, config: SharedBaseConfig) -> float:
     """About what taking one weight apart costs: a Gram matrix and its eigenvectors for each expert and round."""
-    if config.difference == "packed":
+    if config.delta == "packed":
         return 0.0
     short, long = sorted(stack.shape[1:])
     return len(stack) * config.rounds * (2.0 * short**2 * long + 9.0 * short**3)

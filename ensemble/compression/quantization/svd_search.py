@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ensemble.compression.quantization.config import SVDQuantConfig
-from experts.compressed.quantization.fake_quant import rounded_in_groups
+from experts.compressed.quantization.fake_quant import fake_quantize_groups
 from experts.compressed.quantization.packing import Packing, pack, unpack
 from experts.compressed.quantization.svd_linear import SVDLinear, SVDShape, rounded_branch
 
@@ -43,7 +43,7 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class SearchResult:
     """A finished layer, and how it was found."""
 
     layer: SVDLinear
@@ -52,7 +52,7 @@ class Found:
     """Of the best smoothing, then after every turn of refinement that was better."""
 
 
-def search(linear: nn.Linear, inputs: Inputs, config: SVDQuantConfig) -> Found:
+def search(linear: nn.Linear, inputs: Inputs, config: SVDQuantConfig) -> SearchResult:
     """The best layer of few bits on these inputs; its error never grows with smoothing or refinement allowed."""
     problem = Problem(linear.weight.detach().float(), inputs.float(), config)
     best = min(problem.starts(), key=lambda split: split.error)
@@ -65,7 +65,7 @@ def search(linear: nn.Linear, inputs: Inputs, config: SVDQuantConfig) -> Found:
             errors.append(best.error)
         elif idle == config.patience:
             break
-    return Found(layer=problem.layer(best, linear.bias), alpha=best.alpha, errors=tuple(errors))
+    return SearchResult(layer=problem.layer(best, linear.bias), alpha=best.alpha, errors=tuple(errors))
 
 
 class Problem:
@@ -81,7 +81,9 @@ class Problem:
         self.said = functional.linear(self.inputs, weight)
         self.size = float(self.said.norm())
         self.rank = min(config.rank, int(min(weight.shape) * config.rank_share)) if config.rank else 0
-        self.packing = Packing(bits=config.bits, group=config.group, shape=tuple(weight.shape), scaling=config.scaling)
+        self.packing = Packing(
+            bits=config.bits, group_size=config.group_size, shape=tuple(weight.shape), scaling=config.scaling
+        )
 
     def shape(self, *, has_bias: bool) -> SVDShape:
         """What its layer is made from."""
@@ -111,9 +113,9 @@ class Problem:
         has_bias = bias is not None or self.shift != 0
         made = SVDLinear(self.shape(has_bias=has_bias)).to(self.weight.device)
         made.smooth.copy_(split.smooth)
-        made.hold_branch(split.down, split.up)
+        made.set_low_rank(split.down, split.up)
         made.shift.fill_(self.shift)
-        made.hold(split.residual)
+        made.set_residual(split.residual)
         if made.bias is not None:
             kept = 0 if bias is None else bias.detach()
             made.bias.copy_(kept - self.shift * self.weight.sum(1))
@@ -147,7 +149,7 @@ class Problem:
         inputs, rounded = self.inputs / smooth, self._rounded(residual)
         bits, few = self.config.activation_bits, self.inputs / smooth
         if bits is not None:
-            few = rounded_in_groups(inputs, bits, self.config.group, self.is_unsigned)
+            few = fake_quantize_groups(inputs, bits, self.config.group_size, self.is_unsigned)
         said = functional.linear(few, rounded) + functional.linear(functional.linear(inputs, down), up)
         return float((said - self.said).norm()) / max(self.size, 1e-30)
 

@@ -13,41 +13,50 @@ import torch
 from torch import Tensor, nn
 
 from ddm_core.artifacts import Preempted, Workspace
-from ensemble.compression.common.calibration_data import HELD_OUT, answer, batches_of, output_error, some_rows, watched
-from ensemble.compression.method import Outcome, StageError
+from ensemble.compression.common.calibration_data import (
+    HELD_OUT,
+    calibration_batches,
+    output_error,
+    record_inputs,
+    run_network,
+    subsample_rows,
+)
+from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.quantization.config import SVDQuantConfig
-from ensemble.compression.quantization.layers import layers_of, pack_rest
-from ensemble.compression.quantization.svd_search import Found, search
+from ensemble.compression.quantization.layers import pack_rest, quantizable_layers
+from ensemble.compression.quantization.svd_search import SearchResult, search
 from experts.expert import Expert
 from experts.training.flops import forward_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 
 
-def svdquant(expert: Expert, dataset: LatentDataset, config: SVDQuantConfig, workspace: Workspace) -> Outcome:
+def quantize_svdquant(
+    expert: Expert, dataset: LatentDataset, config: SVDQuantConfig, workspace: Workspace
+) -> ExpertResult:
     """Every linear layer of attention and feed-forward parts in few bits, the rest of the network stored in few.
 
     Raises `StageError` if there is no such layer, `Preempted` between two layers, which are then searched anew.
     """
     model = deepcopy(expert.model)
-    paths = layers_of(model, "attention", "feed_forward")
-    told = layers_of(model, "time_embedding") if config.time_embedding else []
+    paths = quantizable_layers(model, "attention", "feed_forward")
+    told = quantizable_layers(model, "time_embedding") if config.time_embedding else []
     if not paths:
         raise StageError(
             f"svdquant found no linear layer of attention or feed-forward parts in expert {expert.cluster_id}, so it "
             "would do nothing: give the network attention, or take another stage"
         )
-    found: dict[str, Found] = {}
-    calibrating = batches_of(dataset, config.rows, config.seed, 1, course=expert.course)[0]
+    found: dict[str, SearchResult] = {}
+    calibrating = calibration_batches(dataset, config.rows, config.seed, 1, course=expert.few_step)[0]
     flops = forward_flops(lambda: found.update(_search_all(expert, [*paths, *told], calibrating, config, workspace)))
     for path in paths:
         if path in found:
             model.set_submodule(path, found[path].layer)
-    measuring = batches_of(dataset, config.rows, config.seed, 1, HELD_OUT, expert.course)
+    measuring = calibration_batches(dataset, config.rows, config.seed, 1, HELD_OUT, expert.few_step)
     error_of_layers = output_error(model, expert, measuring)
     for path in told:
         if path in found:
             model.set_submodule(path, found[path].layer)
-    rest = pack_rest(model, config.rest_bits, config.group, config.least)
+    rest = pack_rest(model, config.rest_bits, config.group_size, config.min_elements)
     details = {
         "output_error_of_layers": error_of_layers,
         "output_error": output_error(model, expert, measuring),
@@ -55,21 +64,21 @@ def svdquant(expert: Expert, dataset: LatentDataset, config: SVDQuantConfig, wor
         "mean_layer_error": fmean(one.errors[-1] for one in found.values()),
         "weights_stored_in_few_bits": rest,
     }
-    return Outcome(expert=replace(expert, model=model), modules=len(found) + rest, flops=flops, details=details)
+    return ExpertResult(expert=replace(expert, model=model), modules=len(found) + rest, flops=flops, details=details)
 
 
 def _search_all(
     expert: Expert, paths: list[str], batch: Batch, config: SVDQuantConfig, workspace: Workspace
-) -> dict[str, Found]:
+) -> dict[str, SearchResult]:
     inputs = _inputs_of(expert, paths, batch, config.tokens)
     found = {}
     for number, path in enumerate(paths):
-        workspace.report(number, len(paths), unit="layers")
+        workspace.report_progress(number, len(paths), unit="layers")
         if workspace.stop_requested():
             raise Preempted(f"stopped after {number} of {len(paths)} layers, which are searched again")
         linear = expert.model.get_submodule(path)
         if isinstance(linear, nn.Linear):
-            rounds_inputs = path in layers_of(expert.model, "attention", "feed_forward")
+            rounds_inputs = path in quantizable_layers(expert.model, "attention", "feed_forward")
             own = config if rounds_inputs else replace(config, activation_bits=None, smooth=False)
             found[path] = search(linear, inputs.pop(path), own)
     return found
@@ -80,14 +89,14 @@ def _inputs_of(expert: Expert, paths: list[str], batch: Batch, tokens: int) -> d
     inputs: dict[str, Tensor] = {}
 
     def see(path: str, given: Tensor, said: Tensor) -> None:
-        inputs[path] = some_rows(given.detach().flatten(0, -2), tokens)
+        inputs[path] = subsample_rows(given.detach().flatten(0, -2), tokens)
 
-    with torch.no_grad(), watched(expert.model, paths, see):
-        answer(expert.model, expert, batch)
+    with torch.no_grad(), record_inputs(expert.model, paths, see):
+        run_network(expert.model, expert, batch)
     return inputs
 
 
-def _described(found: Found) -> dict[str, Any]:
+def _described(found: SearchResult) -> dict[str, Any]:
     shape = found.layer.shape
     return {
         "alpha": found.alpha,

@@ -34,7 +34,7 @@ CONTEXT = CacheContext(name="ddm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hook:
+class CacheHook:
     """One of diffusers' hooks and its settings."""
 
     kind: HookKind
@@ -49,7 +49,7 @@ class Hook:
     """`mag`: how the size of what the blocks add changes from step to step."""
 
     @classmethod
-    def parsed(cls, found: Mapping[str, Any]) -> "Hook":
+    def parsed(cls, found: Mapping[str, Any]) -> "CacheHook":
         """From JSON; raises `KeyError`, `TypeError` or `ValueError`."""
         if found["kind"] not in get_args(HookKind):
             raise ValueError(f"hook {found['kind']!r}")
@@ -60,7 +60,7 @@ class Hook:
         return asdict(self)
 
 
-class Clock:
+class TimestepRecorder:
     """Says the timestep that a network is called with, which one hook wants to know."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Clock:
         self.now = float(t[0])
 
 
-def hooked(model: nn.Module, hook: Hook, *, calibrate: int = 0) -> nn.Module:
+def apply_cache_hook(model: nn.Module, hook: CacheHook, *, calibrate: int = 0) -> nn.Module:
     """A network with the same parameters and fresh hooks; `ValueError` if they found nothing to hang in.
 
     `calibrate` is how many calls `mag` observes before it prints its ratios; 0 observes nothing.
@@ -93,7 +93,7 @@ def _registries(model: nn.Module) -> list[HookRegistry]:
     return [registry for registry in found if isinstance(registry, HookRegistry)]
 
 
-def _taylorseer(model: nn.Module, hook: Hook, _calibrate: int) -> None:
+def _taylorseer(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
     config = TaylorSeerCacheConfig(
         cache_interval=hook.interval,
         disable_cache_before_step=hook.order + 1,
@@ -104,14 +104,14 @@ def _taylorseer(model: nn.Module, hook: Hook, _calibrate: int) -> None:
     apply_taylorseer_cache(model, config)
 
 
-def _first_block(model: nn.Module, hook: Hook, _calibrate: int) -> None:
+def _first_block(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
     blocks = getattr(model, "transformer_blocks", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:
         raise ValueError(f"diffusers' hook first_block needs two transformer blocks; a {type(model).__name__} has none")
     apply_first_block_cache(model, FirstBlockCacheConfig(threshold=hook.threshold))
 
 
-def _mag(model: nn.Module, hook: Hook, calibrate: int) -> None:
+def _mag(model: nn.Module, hook: CacheHook, calibrate: int) -> None:
     settings: dict[str, Any] = {"mag_ratios": list(hook.ratios)} if not calibrate else {"calibrate": True}
     config = MagCacheConfig(
         threshold=hook.threshold,
@@ -122,8 +122,8 @@ def _mag(model: nn.Module, hook: Hook, calibrate: int) -> None:
     apply_mag_cache(model, config)
 
 
-def _pyramid(model: nn.Module, hook: Hook, _calibrate: int) -> None:
-    clock = Clock()
+def _pyramid(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
+    clock = TimestepRecorder()
     model.register_forward_pre_hook(clock, with_kwargs=True)
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=hook.interval,
@@ -133,7 +133,7 @@ def _pyramid(model: nn.Module, hook: Hook, _calibrate: int) -> None:
     apply_pyramid_attention_broadcast(model, config)
 
 
-_APPLY: dict[HookKind, Callable[[nn.Module, Hook, int], None]] = {
+_APPLY: dict[HookKind, Callable[[nn.Module, CacheHook, int], None]] = {
     "taylorseer": _taylorseer,
     "first_block": _first_block,
     "mag": _mag,
@@ -142,7 +142,7 @@ _APPLY: dict[HookKind, Callable[[nn.Module, Hook, int], None]] = {
 
 
 @dataclass(slots=True, kw_only=True)
-class HookedGroup:
+class HookedModel:
     """Samples with a network of their own."""
 
     rows: Rows
@@ -151,13 +151,13 @@ class HookedGroup:
 
 
 @dataclass(slots=True, kw_only=True)
-class HookedFeatures:
+class HookedModels:
     """The networks of one trajectory."""
 
-    groups: list[HookedGroup] = field(default_factory=list)
+    groups: list[HookedModel] = field(default_factory=list)
 
-    def answer(
-        self, model: nn.Module, hook: Hook, index: int, rows: Rows, said: Callable[[Rows, nn.Module], Tensor]
+    def run(
+        self, model: nn.Module, hook: CacheHook, index: int, rows: Rows, said: Callable[[Rows, nn.Module], Tensor]
     ) -> Tensor:
         """What `said` says of all rows, given places in `rows` and the network to ask.
 
@@ -166,7 +166,7 @@ class HookedFeatures:
         """
         if not self.groups and index == 0:
             apart: Sequence[Rows] = list(torch.split(rows, 1)) if hook.kind == "first_block" else [rows]
-            self.groups = [HookedGroup(rows=one, model=hooked(model, hook), index=-1) for one in apart]
+            self.groups = [HookedModel(rows=one, model=apply_cache_hook(model, hook), index=-1) for one in apart]
         known = torch.cat([group.rows for group in self.groups] or [rows[:0]])
         if not torch.equal(known, rows) or any(group.index != index - 1 for group in self.groups):
             raise ValueError(

@@ -17,32 +17,34 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from experts.compressed.caching.diffusers_hooks import HookedFeatures
-from experts.compressed.caching.plan import CachePlan
+from experts.compressed.caching.diffusers_hooks import HookedModels
+from experts.compressed.caching.plan import CacheSchedule
 
 Rows = Int[Tensor, " row"]
-Kept = dict[str, list[tuple[int, Any]]]
+CachedOutputs = dict[str, list[tuple[int, Any]]]
 """By a module's path: at which evaluation it said what, the latest last; tensors, or tuples of them."""
-Answer = Callable[[Rows], Tensor]
+ModuleOutput = Callable[[Rows], Tensor]
 
 
 @dataclass(slots=True, kw_only=True)
-class Group:
+class CachedRows:
     """Samples that came to an expert at the same evaluation, and so have kept the same modules."""
 
     rows: Rows
-    kept: Kept
+    kept: CachedOutputs
     index: int
     """The evaluation at which it was last asked; who skips one has spoken to another expert, and comes back anew."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Features:
+class FeatureCache:
     """What the samples of a trajectory have kept of one network; new with every trajectory, and its own."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[CachedRows] = field(default_factory=list)
 
-    def answer(self, model: nn.Module, plan: CachePlan, t: float, rows: Rows, said: Answer) -> tuple[Tensor, float]:
+    def run(
+        self, model: nn.Module, plan: CacheSchedule, t: float, rows: Rows, said: ModuleOutput
+    ) -> tuple[Tensor, float]:
         """What `said` says of all rows, and how many full calls on a row that took; new rows get all of it.
 
         `said` calls the model on some of the rows, given by their places in `rows`.
@@ -57,20 +59,20 @@ class Features:
             if not stays.any() or index - group.index > 1:
                 continue
             if not stays.all():
-                group = Group(rows=group.rows[stays], kept=_chosen(group.kept, stays), index=index)
+                group = CachedRows(rows=group.rows[stays], kept=_chosen(group.kept, stays), index=index)
             group.index = index
             places = _places(group.rows, rows)
             is_new[places] = False
-            with recalling(model, plan, index, group.kept):
+            with skip_cached_modules(model, plan, index, group.kept):
                 parts.append((places, said(places)))
-            work += len(places) * plan.costs[index]
+            work += len(places) * plan.relative_flops[index]
             self.groups.append(group)
         if is_new.any():
-            places, kept = is_new.nonzero().squeeze(-1), Kept()
-            with recalling(model, plan, index, kept):
+            places, kept = is_new.nonzero().squeeze(-1), CachedOutputs()
+            with skip_cached_modules(model, plan, index, kept):
                 parts.append((places, said(places)))
             work += len(places)
-            self.groups.append(Group(rows=rows[places], kept=kept, index=index))
+            self.groups.append(CachedRows(rows=rows[places], kept=kept, index=index))
         if len(parts) == 1 and torch.equal(parts[0][0], torch.arange(len(rows), device=rows.device)):
             return parts[0][1], work
         whole = torch.cat([part for _, part in parts])
@@ -78,20 +80,20 @@ class Features:
 
 
 @dataclass(slots=True, kw_only=True)
-class Recall:
+class ExpertCache:
     """What one trajectory remembers of an expert: the features of each of its networks, and how much they worked."""
 
     name: str
     """Of the expert or the network: `3`, or `3/0` where expert 3 has several."""
     work: dict[str, float] = field(default_factory=dict)
     """By these names: calls on a row so far, in full ones."""
-    features: Features = field(default_factory=Features)
-    hooked: HookedFeatures = field(default_factory=HookedFeatures)
-    inside: dict[str, "Recall"] = field(default_factory=dict)
+    features: FeatureCache = field(default_factory=FeatureCache)
+    hooked: HookedModels = field(default_factory=HookedModels)
+    inside: dict[str, "ExpertCache"] = field(default_factory=dict)
 
-    def part(self, name: str) -> "Recall":
+    def part(self, name: str) -> "ExpertCache":
         """What is remembered of one network of several."""
-        return self.inside.setdefault(name, Recall(name=f"{self.name}/{name}", work=self.work))
+        return self.inside.setdefault(name, ExpertCache(name=f"{self.name}/{name}", work=self.work))
 
     def count(self, calls: float) -> None:
         """Add calls on a row."""
@@ -99,15 +101,15 @@ class Recall:
 
 
 @contextmanager
-def recalling(model: nn.Module, plan: CachePlan, index: int, kept: Kept) -> Iterator[None]:
+def skip_cached_modules(model: nn.Module, plan: CacheSchedule, index: int, kept: CachedOutputs) -> Iterator[None]:
     """Within it, modules that are not due at this evaluation are not called, and those that are leave their answers.
 
     `AttributeError` if the network lacks a module of the plan.
     """
-    modules = {path: model.get_submodule(path) for path in plan.updates}
+    modules = {path: model.get_submodule(path) for path in plan.compute_steps}
     for path, module in modules.items():
-        is_due = index in plan.updates[path]
-        module.forward = _recalled(module.forward, kept.setdefault(path, []), index, is_due, plan.order)
+        is_due = index in plan.compute_steps[path]
+        module.forward = _cached_forward(module.forward, kept.setdefault(path, []), index, is_due, plan.order)
     try:
         yield
     finally:
@@ -115,14 +117,14 @@ def recalling(model: nn.Module, plan: CachePlan, index: int, kept: Kept) -> Iter
             del module.forward
 
 
-def _recalled(
+def _cached_forward(
     forward: Callable[..., Any], kept: list[tuple[int, Any]], index: int, is_due: bool, order: int
 ) -> Callable[..., Any]:
     """A module's forward that looks first at what it has said."""
 
     def recalled(*args: Any, **kwargs: Any) -> Any:
         if kept and not is_due:
-            return extrapolated(kept, index)
+            return taylor_extrapolate(kept, index)
         said = forward(*args, **kwargs)
         if kept and kept[-1][0] == index:
             kept.pop()
@@ -133,7 +135,7 @@ def _recalled(
     return recalled
 
 
-def extrapolated(kept: Sequence[tuple[int, Any]], index: int) -> Any:
+def taylor_extrapolate(kept: Sequence[tuple[int, Any]], index: int) -> Any:
     """The equation above, of as high an order as there are answers for."""
     at, latest = kept[-1]
     if len(kept) == 1 or index == at:
@@ -167,7 +169,7 @@ def _tree(rule: Callable[..., Tensor], first: Any, *others: Any) -> Any:
     return tuple(_tree(rule, *parts) for parts in zip(first, *others, strict=True))
 
 
-def _chosen(kept: Mapping[str, Sequence[tuple[int, Any]]], rows: Tensor) -> Kept:
+def _chosen(kept: Mapping[str, Sequence[tuple[int, Any]]], rows: Tensor) -> CachedOutputs:
     """What some of the samples have kept; `rows` is a mask."""
     return {
         path: [(index, _tree(lambda value: value[rows], said)) for index, said in found] for path, found in kept.items()

@@ -23,7 +23,7 @@ PATTERNS: dict[type[nn.Module], re.Pattern[str]] = {
 """The paths of such layers."""
 
 
-class Passing(nn.Module):
+class SkipLayer(nn.Module):
     """In the place of a layer that adds to its input: gives back the input, or its first channels."""
 
     def __init__(self, channels: int | None = None) -> None:
@@ -36,7 +36,7 @@ class Passing(nn.Module):
         return x if self.channels is None else x[:, : self.channels]
 
 
-class Silent(nn.Module):
+class ZeroLayer(nn.Module):
     """In the place of a layer whose answer is added by its owner: says zero."""
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -44,47 +44,47 @@ class Silent(nn.Module):
         return x.new_zeros(()).expand_as(x)
 
 
-def removable_units(model: nn.Module) -> list[str]:
+def removable_layers(model: nn.Module) -> list[str]:
     """Paths of the layers that can still be taken out, in the network's order."""
     pattern = PATTERNS.get(type(model))
     found = model.named_modules() if pattern else ()
     return [path for path, module in found if pattern and pattern.fullmatch(path) and _can_pass(path, module)]
 
 
-def removed_units(model: nn.Module) -> list[str]:
+def removed_layers(model: nn.Module) -> list[str]:
     """Paths of the layers that have been taken out."""
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, Passing | Silent):
-            is_block = isinstance(model, DiTTransformer2DModel) and isinstance(module, Passing)
+        if isinstance(module, SkipLayer | ZeroLayer):
+            is_block = isinstance(model, DiTTransformer2DModel) and isinstance(module, SkipLayer)
             found += [f"{path}.attn1", f"{path}.ff"] if is_block else [path]
     return found
 
 
-def remove_units(model: nn.Module, paths: Sequence[str]) -> None:
+def remove_layers(model: nn.Module, paths: Sequence[str]) -> None:
     """Take layers out, in place; `ValueError` for one that is not removable.
 
     A transformer's block goes whole if both of its layers do; the first one embeds the time for the last layer, so it
     stays.
     """
-    known = removable_units(model)
+    known = removable_layers(model)
     if unknown := [path for path in paths if path not in known]:
         raise ValueError(f"{unknown[0]} is no layer that can be taken out; those are {', '.join(known) or 'none'}")
     for path in paths:
-        model.set_submodule(path, _stand_in(path, model.get_submodule(path)))
+        model.set_submodule(path, _replacement(path, model.get_submodule(path)))
     if isinstance(model, DiTTransformer2DModel):
         for number, block in enumerate(model.transformer_blocks):
-            if number and isinstance(block.attn1, Silent) and isinstance(block.ff, Silent):
-                model.transformer_blocks[number] = Passing()
+            if number and isinstance(block.attn1, ZeroLayer) and isinstance(block.ff, ZeroLayer):
+                model.transformer_blocks[number] = SkipLayer()
 
 
 @contextmanager
-def without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+def layers_disabled(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """The same model with these layers taken out, for as long as the context lasts."""
     kept = {path: model.get_submodule(path) for path in paths}
     try:
         for path, module in kept.items():
-            model.set_submodule(path, _stand_in(path, module))
+            model.set_submodule(path, _replacement(path, module))
         yield
     finally:
         for path, module in kept.items():
@@ -93,7 +93,7 @@ def without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
 
 def _can_pass(path: str, module: nn.Module) -> bool:
     """Whether something of the right shape is left if the layer is gone."""
-    if isinstance(module, Passing | Silent):
+    if isinstance(module, SkipLayer | ZeroLayer):
         return False
     if isinstance(module, ResnetBlock2D):
         is_plain = not (module.up or module.down)
@@ -101,7 +101,7 @@ def _can_pass(path: str, module: nn.Module) -> bool:
     return True
 
 
-def _stand_in(path: str, module: nn.Module) -> nn.Module:
+def _replacement(path: str, module: nn.Module) -> nn.Module:
     if isinstance(module, ResnetBlock2D):
-        return Passing(module.out_channels if module.in_channels != module.out_channels else None)
-    return Silent() if path.startswith("transformer_blocks") else Passing()
+        return SkipLayer(module.out_channels if module.in_channels != module.out_channels else None)
+    return ZeroLayer() if path.startswith("transformer_blocks") else SkipLayer()

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from experts.compressed.pruning.layers import remove_units, removed_units
-from experts.compressed.pruning.units import narrow, widths_of
+from experts.compressed.pruning.layers import remove_layers, removed_layers
+from experts.compressed.pruning.units import shrink_to, unit_counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Structure:
     @classmethod
     def of(cls, model: nn.Module) -> "Structure":
         """Read it off a model."""
-        return cls(removed=tuple(removed_units(model)), widths=widths_of(model))
+        return cls(removed=tuple(removed_layers(model)), widths=unit_counts(model))
 
     @classmethod
     def parsed(cls, found: Mapping[str, Any]) -> "Structure":
@@ -40,5 +40,5 @@ class Structure:
 
     def apply(self, model: nn.Module) -> None:
         """Take the same parts out of a fresh model, whose parameters are then loaded; `ValueError` if it has none."""
-        remove_units(model, self.removed)
-        narrow(model, self.widths)
+        remove_layers(model, self.removed)
+        shrink_to(model, self.widths)

@@ -25,7 +25,7 @@ from experts.architectures.residual_mlp import ResidualBlock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Units:
+class UnitGroup:
     """Where the units of one layer are."""
 
     count: int
@@ -40,30 +40,32 @@ class Units:
     """The path of a group normalisation between them that has one group a unit."""
 
 
-def _attention(module: Attention) -> Units:
+def _attention(module: Attention) -> UnitGroup:
     writers = {"to_q": 1, "to_k": 1, "to_v": 1}
-    return Units(count=module.heads, size=module.to_q.out_features // module.heads, reader="to_out.0", writers=writers)
+    return UnitGroup(
+        count=module.heads, size=module.to_q.out_features // module.heads, reader="to_out.0", writers=writers
+    )
 
 
-def _feed_forward(module: FeedForward) -> Units:
+def _feed_forward(module: FeedForward) -> UnitGroup:
     first, second = module.net[0].proj, module.net[2]
     count = second.in_features
-    return Units(count=count, size=1, reader="net.2", writers={"net.0.proj": first.out_features // count})
+    return UnitGroup(count=count, size=1, reader="net.2", writers={"net.0.proj": first.out_features // count})
 
 
-def _resnet(module: ResnetBlock2D) -> Units:
+def _resnet(module: ResnetBlock2D) -> UnitGroup:
     count, channels = module.norm2.num_groups, module.norm2.num_channels
     writers = {"conv1": 1}
     if module.time_emb_proj is not None:
         writers["time_emb_proj"] = module.time_emb_proj.out_features // channels
-    return Units(count=count, size=channels // count, reader="conv2", writers=writers, norm="norm2")
+    return UnitGroup(count=count, size=channels // count, reader="conv2", writers=writers, norm="norm2")
 
 
-def _residual_block(module: ResidualBlock) -> Units:
-    return Units(count=module.inner.out_features, size=1, reader="outer", writers={"inner": 1})
+def _residual_block(module: ResidualBlock) -> UnitGroup:
+    return UnitGroup(count=module.inner.out_features, size=1, reader="outer", writers={"inner": 1})
 
 
-_KINDS: dict[type[nn.Module], Callable[[Any], Units]] = {
+_KINDS: dict[type[nn.Module], Callable[[Any], UnitGroup]] = {
     Attention: _attention,
     FeedForward: _feed_forward,
     ResnetBlock2D: _resnet,
@@ -71,7 +73,7 @@ _KINDS: dict[type[nn.Module], Callable[[Any], Units]] = {
 }
 
 
-def units_of(model: nn.Module) -> dict[str, Units]:
+def unit_groups(model: nn.Module) -> dict[str, UnitGroup]:
     """The units of every layer that has some, by its path; layers whose heads share keys or norms have none."""
     found = {}
     for path, module in model.named_modules():
@@ -81,34 +83,36 @@ def units_of(model: nn.Module) -> dict[str, Units]:
     return found
 
 
-def maskable(model: nn.Module) -> dict[str, int]:
+def prunable_units(model: nn.Module) -> dict[str, int]:
     """How many units every layer that can still be cut has, by its path; layers in another form cannot be."""
-    return {path: units.count for path, units in units_of(model).items() if _is_plain(model.get_submodule(path), units)}
+    return {
+        path: units.count for path, units in unit_groups(model).items() if _is_plain(model.get_submodule(path), units)
+    }
 
 
-def widths_of(model: nn.Module) -> dict[str, int]:
+def unit_counts(model: nn.Module) -> dict[str, int]:
     """Units that are left, by path, of the layers that have fewer than `config.json` would build."""
-    found = units_of(model)
+    found = unit_groups(model)
     if not found:
         return {}
     configured: Any = model
     settings = {key: value for key, value in configured.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        whole = units_of(type(model)(**settings))
+        whole = unit_groups(type(model)(**settings))
     return {path: units.count for path, units in found.items() if path in whole and units.count < whole[path].count}
 
 
-def narrow(model: nn.Module, widths: Mapping[str, int]) -> None:
+def shrink_to(model: nn.Module, widths: Mapping[str, int]) -> None:
     """Make layers of a fresh model that narrow, in place; `ValueError` if one has fewer units, or none."""
-    cut(model, {path: range(width) for path, width in widths.items()})
+    prune_units(model, {path: range(width) for path, width in widths.items()})
 
 
-def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+def prune_units(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     """Take all units but these out of the layers at these paths, in place, in the order of their indices.
 
     Raises `ValueError` for a path without units, and for indices that are empty, out of range or given twice.
     """
-    found = units_of(model)
+    found = unit_groups(model)
     for path, indices in kept.items():
         if path not in found:
             raise ValueError(f"{path} has no units that could be taken out; those of {', '.join(found) or 'none'} can")
@@ -122,19 +126,19 @@ def cut(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
                 f"give different ones from 0 to {units.count - 1}, at least one"
             )
         if len(order) < units.count:
-            _cut_one(module, units, order)
+            _prune_group(module, units, order)
 
 
-def parameters_a_unit(model: nn.Module) -> dict[str, int]:
+def parameters_per_unit(model: nn.Module) -> dict[str, int]:
     """Parameters that go with each unit of a layer, by its path."""
     counts = {}
-    for path, units in units_of(model).items():
+    for path, units in unit_groups(model).items():
         if _is_plain(module := model.get_submodule(path), units):
             counts[path] = _parameters(module, units) // units.count
     return counts
 
 
-def _parameters(module: nn.Module, units: Units) -> int:
+def _parameters(module: nn.Module, units: UnitGroup) -> int:
     owned = [*units.writers, units.norm] if units.norm else list(units.writers)
     counted = sum(parameter.numel() for path in owned for parameter in module.get_submodule(path).parameters())
     return counted + module.get_submodule(units.reader).get_parameter("weight").numel()
@@ -148,12 +152,12 @@ def _is_shared(module: nn.Module) -> bool:
     return not own or module.inner_kv_dim != module.inner_dim or module.fused_projections
 
 
-def _is_plain(module: nn.Module, units: Units) -> bool:
+def _is_plain(module: nn.Module, units: UnitGroup) -> bool:
     layers = [module.get_submodule(path) for path in (units.reader, *units.writers)]
     return all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers)
 
 
-def _cut_one(module: nn.Module, units: Units, kept: list[int]) -> None:
+def _prune_group(module: nn.Module, units: UnitGroup, kept: list[int]) -> None:
     """Rows of what writes the units, columns of what reads them, and the widths that modules say they have."""
     entries = torch.tensor([unit * units.size + offset for unit in kept for offset in range(units.size)])
     width = units.count * units.size

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from experts.compressed.quantization.fake_quant import rounded_at, scaled_gradient
+from experts.compressed.quantization.fake_quant import fake_quantize_at, scaled_gradient
 
 Rows = Float[Tensor, "batch *feature"]
 
@@ -22,7 +22,7 @@ RATE = 10.0
 """Step sizes learn so many times as quickly as weights; Wang et al. 2025 (arXiv:2402.03666): 1e-4 and 1e-5."""
 
 
-class Clock:
+class TimestepRecorder:
     """The time of every row that a network was last asked about, in the network's own unit."""
 
     def __init__(self) -> None:
@@ -34,10 +34,10 @@ class Clock:
         self.now = t.detach()
 
 
-class TimedInput(nn.Module):
+class TimestepActivationQuantizer(nn.Module):
     """The grids of one layer's input."""
 
-    FORM: ClassVar[str] = NAME
+    KIND: ClassVar[str] = NAME
     times: Float[Tensor, " grid"]
     """Calibrated times, in the network's own unit."""
     steps: Float[Tensor, " grid"]
@@ -46,7 +46,7 @@ class TimedInput(nn.Module):
     log_change: nn.Parameter | None
     """How the step sizes change while they learn: exp(RATE log_change); None otherwise."""
 
-    def __init__(self, clock: Clock, grids: int, bits: Literal[4, 8]) -> None:
+    def __init__(self, clock: TimestepRecorder, grids: int, bits: Literal[4, 8]) -> None:
         """Empty."""
         super().__init__()
         self.clock, self.bits = clock, bits
@@ -66,13 +66,13 @@ class TimedInput(nn.Module):
         nearest = (self.clock.now.to(self.times.dtype)[:, None] - self.times).abs().argmin(1)
         shape = (-1, *[1] * (x.ndim - 1))
         steps, zeros = self._steps(x.numel())[nearest].reshape(shape), self.zeros[nearest].reshape(shape)
-        return rounded_at(x.float(), steps, zeros, self.bits).to(x.dtype)
+        return fake_quantize_at(x.float(), steps, zeros, self.bits).to(x.dtype)
 
-    def learn(self) -> None:
+    def make_learnable(self) -> None:
         """Make the step sizes learnable."""
         self.log_change = nn.Parameter(torch.zeros_like(self.steps))
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Keep the step sizes as they have become."""
         if self.log_change is not None:
             self.steps.mul_((RATE * self.log_change.detach()).exp())
@@ -86,23 +86,23 @@ class TimedInput(nn.Module):
         return self.steps * (RATE * scaled_gradient(self.log_change, factor)).exp()
 
 
-def round_input(model: nn.Module, path: str, grids: int, bits: Literal[4, 8]) -> TimedInput:
+def quantize_input(model: nn.Module, path: str, grids: int, bits: Literal[4, 8]) -> TimestepActivationQuantizer:
     """Have the input of a layer rounded, in place, and return the empty form."""
     layer = model.get_submodule(path)
     if not isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, NAME):
         raise ValueError(f"{path} of the network is no linear or convolutional layer whose input is not rounded yet")
-    form = TimedInput(_clock_of(model), grids, bits)
+    form = TimestepActivationQuantizer(_clock_of(model), grids, bits)
     layer.add_module(NAME, form)
     layer.register_forward_pre_hook(_round)
     return form
 
 
-def place_timed_input(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+def replace_with_timestep_quantizer(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
     """Put an empty form at `<layer>.timed_input`; `ValueError` if it does not fit."""
     layer, _, name = path.rpartition(".")
     if name != NAME or settings["bits"] not in (4, 8) or int(settings["grids"]) < 1:
         raise ValueError(f"{path} is no {NAME} of {settings}")
-    round_input(model, layer, int(settings["grids"]), settings["bits"])
+    quantize_input(model, layer, int(settings["grids"]), settings["bits"])
 
 
 def _round(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -110,10 +110,10 @@ def _round(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (form(args[0]), *args[1:])
 
 
-def _clock_of(model: nn.Module) -> Clock:
+def _clock_of(model: nn.Module) -> TimestepRecorder:
     """The network's clock, put there if it has none."""
-    found = next((module.clock for module in model.modules() if isinstance(module, TimedInput)), None)
+    found = next((module.clock for module in model.modules() if isinstance(module, TimestepActivationQuantizer)), None)
     if found is None:
-        found = Clock()
+        found = TimestepRecorder()
         model.register_forward_pre_hook(found, with_kwargs=True)
     return found

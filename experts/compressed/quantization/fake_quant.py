@@ -25,7 +25,7 @@ def scaled_gradient(scale: Float[Tensor, "*shape"], factor: float) -> Float[Tens
     return (scale - scale * factor).detach() + scale * factor
 
 
-def rounded_in_groups(
+def fake_quantize_groups(
     x: Float[Tensor, "*batch feature"], bits: int, group: int, is_unsigned: bool
 ) -> Float[Tensor, "*batch feature"]:
     """Every `group` neighbours of a row rounded with a scale of their own, found as they come.
@@ -44,7 +44,7 @@ def rounded_in_groups(
     return rounded
 
 
-def rounded_at(
+def fake_quantize_at(
     x: Float[Tensor, "*shape"], steps: Float[Tensor, "..."], zeros: Float[Tensor, "..."], bits: int
 ) -> Float[Tensor, "*shape"]:
     """Rounded on a grid that is known beforehand; `steps` and `zeros` (whole numbers) broadcast to `x`."""
@@ -62,7 +62,7 @@ def best_grids(samples: Float[Tensor, "grid sample"], bits: int) -> tuple[Float[
     for clip in torch.linspace(LEAST_CLIP, 1, CLIPS).tolist():
         steps = ((high - low) * clip / (2**bits - 1)).clamp_min(LEAST)
         zeros = (-low * clip / steps).round()
-        error = (rounded_at(samples, steps[:, None], zeros[:, None], bits) - samples).square().mean(1)
+        error = (fake_quantize_at(samples, steps[:, None], zeros[:, None], bits) - samples).square().mean(1)
         best = torch.where(error < least, torch.stack([steps, zeros]), best)
         least = torch.minimum(error, least)
     return best[0], best[1]
@@ -75,7 +75,7 @@ def whole_numbers(weight: Weight, scales: Float[Tensor, "row 1"], bits: int) -> 
     return straight_through(numbers, numbers.round()).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def rounded_weight(weight: Weight, scales: Float[Tensor, "row 1"], bits: int) -> Weight:
+def fake_quantize_weight(weight: Weight, scales: Float[Tensor, "row 1"], bits: int) -> Weight:
     """A weight rounded with a scale a row that is known beforehand; passes gradients."""
     return whole_numbers(weight, scales, bits) * _column(scales, weight.ndim)
 
@@ -83,7 +83,7 @@ def rounded_weight(weight: Weight, scales: Float[Tensor, "row 1"], bits: int) ->
 def codes_at(weight: Weight, scales: Float[Tensor, "row 1"], packing: Packing) -> UInt8[Tensor, "row byte"]:
     """The codes that `unpack` reads as `rounded_weight`; for four or eight bits and one group a row."""
     numbers = whole_numbers(weight.detach(), scales, packing.bits).flatten(1)
-    padded = functional.pad(numbers, (0, packing.group - numbers.shape[1]))
+    padded = functional.pad(numbers, (0, packing.group_size - numbers.shape[1]))
     codes = (padded + 2 ** (packing.bits - 1)).to(torch.uint8)
     joined: Tensor = codes[:, ::2] | codes[:, 1::2] << 4 if packing.bits == 4 else codes
     return joined

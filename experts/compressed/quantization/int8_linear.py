@@ -30,7 +30,7 @@ ROWS = 128
 PROBED = 64
 """Rows, inputs and outputs of the product that shows whether the kernel is right."""
 NO_INSTRUCTIONS = (
-    "this processor has no instructions for eight bits (VNNI): layers of quantize=int8_compute give the same numbers "
+    "this processor has no instructions for eight bits (VNNI): layers of quantize=int8_dynamic give the same numbers "
     "here in float32, and are no quicker"
 )
 
@@ -38,7 +38,7 @@ NO_INSTRUCTIONS = (
 class Int8Linear(nn.Module):
     """Takes the place of a `torch.nn.Linear`; its weight is stored in as few bits as its packing says."""
 
-    FORM: ClassVar[str] = "int8_linear"
+    KIND: ClassVar[str] = "int8_linear"
     codes: UInt8[Tensor, "out byte"]
     scales: Float[Tensor, "out group"]
     bias: Float[Tensor, " out"] | None
@@ -83,7 +83,7 @@ class Int8Linear(nn.Module):
         weight = self._weight()
         if not weight.is_prepacked:
             codes = (rows / scales).add_(SHIFT + 0.5).floor_().sub_(SHIFT)
-            return (codes @ weight.laid_out).mul_(weight.scales)
+            return (codes @ weight.prepacked).mul_(weight.scales)
         if torch.compiler.is_compiling():
             codes = (rows / scales + (SHIFT + 0.5)).to(torch.uint8)
         else:
@@ -91,12 +91,12 @@ class Int8Linear(nn.Module):
             for start in range(0, len(rows), ROWS):
                 some = slice(start, start + ROWS)
                 codes[some] = (rows[some] / scales[some]).add_(SHIFT + 0.5)
-        said: Tensor = multiply_int8(codes, weight.laid_out, weight.scales, weight.zeros)
+        said: Tensor = multiply_int8(codes, weight.prepacked, weight.scales, weight.zeros)
         return said
 
     def _elsewhere(self, rows: Float[Tensor, "row in"], scales: Float[Tensor, "row 1"]) -> Float[Tensor, "row out"]:
         weight = self._weight()
-        return torch._int_mm((rows / scales).round_().to(torch.int8), weight.laid_out).float() * weight.scales
+        return torch._int_mm((rows / scales).round_().to(torch.int8), weight.prepacked).float() * weight.scales
 
     def _weight(self) -> "Int8Weight":
         """In eight bits with one scale a row, made anew if what is stored has changed; not while it is compiled."""
@@ -121,7 +121,7 @@ class Int8Weight:
     """What a layer multiplies with."""
 
     scales: Float[Tensor, " out"]
-    laid_out: Tensor
+    prepacked: Tensor
     """The codes, transposed: on a CPU as oneDNN wants them, or in float32; elsewhere in eight bits."""
     zeros: Int64[Tensor, " out"]
     is_prepacked: bool
@@ -139,7 +139,7 @@ class Int8Weight:
         else:
             laid_out = codes.t().float() if on_cpu else codes.t()
         zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-        return cls(scales=scales, laid_out=laid_out, zeros=zeros, is_prepacked=is_prepacked)
+        return cls(scales=scales, prepacked=laid_out, zeros=zeros, is_prepacked=is_prepacked)
 
 
 @cache
@@ -169,7 +169,7 @@ def _shape(codes: Tensor, laid_out: Tensor, scales: Tensor, zeros: Tensor) -> Te
     return codes.new_empty((len(codes), len(scales)), dtype=torch.float32)
 
 
-def place_int8_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+def replace_with_int8_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
     """Put an empty form in the place of a linear layer; `ValueError` if there is none of that shape."""
     found, packing = model.get_submodule(path), Packing.parsed(settings["packing"])
     if not isinstance(found, nn.Linear) or tuple(found.weight.shape) != packing.shape:

@@ -21,7 +21,7 @@ ORIGINAL = "original"
 class PackedWeight(nn.Module):
     """Codes and scales of one weight."""
 
-    FORM: ClassVar[str] = "packed"
+    KIND: ClassVar[str] = "packed"
     codes: UInt8[Tensor, "row byte"]
     scales: Float[Tensor, "row group"]
 
@@ -47,13 +47,13 @@ def pack_weight(model: nn.Module, name: str, packing: Packing) -> None:
     codes, scales = pack(model.get_parameter(name), packing)
     module, _, parameter = name.rpartition(".")
     path = f"{module}.parametrizations.{parameter}.0".removeprefix(".")
-    place_packed_weight(model, path, asdict(packing))
+    replace_with_packed_weight(model, path, asdict(packing))
     form: Any = model.get_submodule(path)
     form.codes.copy_(codes)
     form.scales.copy_(scales)
 
 
-def place_packed_weight(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+def replace_with_packed_weight(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
     """Put an empty form at `<module>.parametrizations.<parameter>.0`; `ValueError` if it does not fit."""
     owner, _, parameter = path.removesuffix(".0").rpartition(".")
     module = model.get_submodule(owner.removesuffix("parametrizations").removesuffix("."))

@@ -3,7 +3,7 @@
     q = round(w / s),   s = max |w| / (2^(bits - 1) - 1) over a group,   w ~ s q
 
 Rounding to nearest with a symmetric scale; Nagel et al. 2021 (arXiv:2106.08295, section 2.2.1). With three bits or
-less that scale wastes a level and is too large, so one of `least_error` is searched instead.
+less that scale wastes a level and is too large, so one of `mse` is searched instead.
 """
 
 import math
@@ -20,7 +20,7 @@ Weight = Float[Tensor, "row *rest"]
 Codes = UInt8[Tensor, "row byte"]
 Scales = Float[Tensor, "row group"]
 Bits = Literal[2, 3, 4, 5, 6, 8]
-Scaling = Literal["largest", "least_error"]
+Scaling = Literal["absmax", "mse"]
 
 BITS: tuple[int, ...] = get_args(Bits)
 CLIPS = 24
@@ -33,31 +33,31 @@ class Packing:
     """How one weight is packed."""
 
     bits: Bits
-    group: int
+    group_size: int
     """Entries of a row that share a scale; the last group of a row may be shorter."""
     shape: tuple[int, ...]
-    scaling: Scaling = "largest"
-    """`largest`: no entry is clipped. `least_error`: the scale with the least squared error among those tried."""
+    scaling: Scaling = "absmax"
+    """`absmax`: no entry is clipped. `mse`: the scale with the least squared error among those tried."""
 
     @classmethod
     def parsed(cls, found: Mapping[str, Any]) -> "Packing":
         """From JSON; raises `KeyError`, `TypeError` or `ValueError`."""
-        bits, group, shape = found["bits"], int(found["group"]), tuple(int(side) for side in found["shape"])
-        scaling = found.get("scaling", "largest")
+        bits, group, shape = found["bits"], int(found["group_size"]), tuple(int(side) for side in found["shape"])
+        scaling = found.get("scaling", "absmax")
         is_known = bits in BITS and scaling in get_args(Scaling)
         if not is_known or group < 2 or group % 2 or len(shape) < 2:
             raise ValueError(f"a packing of {bits} bits, groups of {group}, scaling {scaling} and shape {shape}")
-        return cls(bits=bits, group=group, shape=shape, scaling=scaling)
+        return cls(bits=bits, group_size=group, shape=shape, scaling=scaling)
 
     @property
     def groups(self) -> int:
         """Groups of a row."""
-        return -(-math.prod(self.shape[1:]) // self.group)
+        return -(-math.prod(self.shape[1:]) // self.group_size)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row's codes."""
-        return -(-self.groups * self.group * self.bits // 8)
+        return -(-self.groups * self.group_size * self.bits // 8)
 
     @property
     def nbytes(self) -> int:
@@ -68,10 +68,10 @@ class Packing:
 def pack(weight: Weight, packing: Packing) -> tuple[Codes, Scales]:
     """Codes and float16 scales of a weight."""
     rows = weight.detach().float().flatten(1)
-    padded = functional.pad(rows, (0, -rows.shape[1] % packing.group))
-    grouped = padded.reshape(len(rows), -1, packing.group)
+    padded = functional.pad(rows, (0, -rows.shape[1] % packing.group_size))
+    grouped = padded.reshape(len(rows), -1, packing.group_size)
     scales = grouped.abs().amax(-1) / (2 ** (packing.bits - 1) - 1)
-    if packing.scaling == "least_error":
+    if packing.scaling == "mse":
         scales = _least_error(grouped, scales, packing.bits)
     scales = scales.to(torch.float16)
     numbers = _rounded(grouped, scales.float(), packing).flatten(1)
@@ -83,9 +83,9 @@ def unpack(codes: Codes, scales: Scales, packing: Packing) -> Weight:
     row = packing.shape[0]
     if codes.shape != (row, packing.row_bytes) or scales.shape != (row, packing.groups):
         raise ValueError(f"codes of shape {tuple(codes.shape)} with scales {tuple(scales.shape)} for {packing}")
-    count = packing.groups * packing.group
+    count = packing.groups * packing.group_size
     numbers = _parted(codes, packing.bits, count).float().sub_(2 ** (packing.bits - 1))
-    rows = numbers.reshape(*scales.shape, packing.group).mul_(scales.float().unsqueeze(-1)).flatten(1)
+    rows = numbers.reshape(*scales.shape, packing.group_size).mul_(scales.float().unsqueeze(-1)).flatten(1)
     weight: Weight = rows[:, : math.prod(packing.shape[1:])].reshape(packing.shape)
     return weight
 
@@ -102,7 +102,7 @@ def empty_parts(packing: Packing) -> tuple[Codes, Scales]:
 def _rounded(grouped: Tensor, scales: Tensor, packing: Packing) -> Tensor:
     """The nearest number of every entry; only a scale that was searched uses the lowest level."""
     highest = 2 ** (packing.bits - 1) - 1
-    lowest = -highest - (packing.scaling == "least_error")
+    lowest = -highest - (packing.scaling == "mse")
     divisors = torch.where(scales != 0, scales, 1.0).unsqueeze(-1)
     return (grouped / divisors).round().clamp(lowest, highest)
 
@@ -114,7 +114,7 @@ def _least_error(grouped: Tensor, largest: Tensor, bits: int) -> Tensor:
     nothing is among those tried, so the error is never larger than with it.
     """
     # argmin_s sum (w - s clamp(round(w / s), -2^(b-1), 2^(b-1) - 1))^2; Nagel et al. 2021 (arXiv:2106.08295, eq. 10)
-    packing = Packing(bits=bits, group=2, shape=(1, 1), scaling="least_error")  # type: ignore[arg-type]
+    packing = Packing(bits=bits, group_size=2, shape=(1, 1), scaling="mse")  # type: ignore[arg-type]
     full = largest * (2 ** (bits - 1) - 1) / 2 ** (bits - 1)
     ratios = torch.linspace(LEAST_CLIP, 1, CLIPS).tolist()
     tried = [largest, *(sign * ratio * full for ratio in ratios for sign in (1, -1))]

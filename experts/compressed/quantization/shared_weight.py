@@ -25,23 +25,25 @@ WHOLE, LEFT, RIGHT = "whole", "left", "right"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
+class MatrixFormat:
     """How a matrix is stored: as float16, or packed."""
 
     bits: int
-    group: int
+    group_size: int
     """Of no meaning with 16 bits."""
     shape: tuple[int, ...]
 
     @classmethod
-    def parsed(cls, found: Mapping[str, Any]) -> "Storage":
+    def parsed(cls, found: Mapping[str, Any]) -> "MatrixFormat":
         """From JSON; raises `KeyError`, `TypeError` or `ValueError`."""
-        storage = cls(bits=found["bits"], group=int(found["group"]), shape=tuple(int(side) for side in found["shape"]))
+        storage = cls(
+            bits=found["bits"], group_size=int(found["group_size"]), shape=tuple(int(side) for side in found["shape"])
+        )
         if storage.bits != SIXTEEN:
             Packing.parsed(asdict(storage))
         return storage
 
-    def of(self, shape: tuple[int, ...]) -> "Storage":
+    def of(self, shape: tuple[int, ...]) -> "MatrixFormat":
         """The same for another shape."""
         return replace(self, shape=tuple(shape))
 
@@ -50,13 +52,13 @@ class Storage:
         """How it is packed; `ValueError` with 16 bits."""
         if self.bits not in BITS:
             raise ValueError(f"a matrix is packed in {', '.join(map(str, BITS))} bits, not {self.bits}")
-        return Packing.parsed(asdict(self) | {"scaling": "least_error"})
+        return Packing.parsed(asdict(self) | {"scaling": "mse"})
 
 
 class StoredMatrix(nn.Module):
     """A matrix in 16 bits or fewer, which is float32 whenever it is asked for."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: MatrixFormat) -> None:
         """Zero, in the shapes of `storage`."""
         super().__init__()
         self.storage = storage
@@ -67,7 +69,7 @@ class StoredMatrix(nn.Module):
                 self.register_buffer(name, part)
 
     @classmethod
-    def holding(cls, values: Weight, storage: Storage) -> "StoredMatrix":
+    def from_matrix(cls, values: Weight, storage: MatrixFormat) -> "StoredMatrix":
         """The stored form of `values`, which have the shape that `storage` says."""
         made = cls(storage)
         if storage.bits == SIXTEEN:
@@ -148,17 +150,17 @@ def _copy(part: nn.Module, device: torch.device) -> nn.Module:
     return copied.to(device)
 
 
-Difference = Literal["low_rank", "packed", "tailors"]
+Delta = Literal["low_rank", "packed", "tailors"]
 OWN = "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sharing:
+class SharedWeightConfig:
     """How an expert's own part of a weight is stored."""
 
-    difference: Difference
+    delta: Delta
     bits: int
-    group: int
+    group_size: int
     shape: tuple[int, ...]
     """Of the weight."""
     rank: int = 0
@@ -167,18 +169,18 @@ class Sharing:
     """Shared ones that the expert has coefficients for; of tailors alone."""
 
     @classmethod
-    def parsed(cls, found: Mapping[str, Any]) -> "Sharing":
+    def parsed(cls, found: Mapping[str, Any]) -> "SharedWeightConfig":
         """From JSON; raises `KeyError`, `TypeError` or `ValueError`."""
-        storage, difference = Storage.parsed(found), found["difference"]
+        storage, difference = MatrixFormat.parsed(found), found["delta"]
         rank, directions = int(found["rank"]), int(found["directions"])
         has_rank = rank == 0 if difference == "packed" else rank > 0
-        is_known = difference in get_args(Difference) and len(storage.shape) >= 2
+        is_known = difference in get_args(Delta) and len(storage.shape) >= 2
         if not is_known or not has_rank or directions < 0 or (directions > 0) != (difference == "tailors"):
             raise ValueError(f"a shared weight of {difference!r}, rank {rank} and {directions} directions")
         return cls(
-            difference=difference,
+            delta=difference,
             bits=storage.bits,
-            group=storage.group,
+            group_size=storage.group_size,
             shape=storage.shape,
             rank=rank,
             directions=directions,
@@ -189,10 +191,10 @@ class Sharing:
         """The weight's shape as a matrix."""
         return self.shape[0], int(torch.Size(self.shape[1:]).numel())
 
-    def storages(self) -> dict[str, Storage]:
+    def storages(self) -> dict[str, MatrixFormat]:
         """What an expert stores, by name."""
-        storage = Storage(bits=self.bits, group=self.group, shape=self.shape)
-        if self.difference == "packed":
+        storage = MatrixFormat(bits=self.bits, group_size=self.group_size, shape=self.shape)
+        if self.delta == "packed":
             return {OWN: storage}
         row, column = self.matrix
         return {LEFT: storage.of((self.rank, row)), RIGHT: storage.of((self.rank, column))}
@@ -201,9 +203,9 @@ class Sharing:
 class SharedWeight(nn.Module):
     """An expert's own part of a weight, linked to the base that it shares with the others."""
 
-    FORM: ClassVar[str] = "shared"
+    KIND: ClassVar[str] = "shared"
 
-    def __init__(self, sharing: Sharing) -> None:
+    def __init__(self, sharing: SharedWeightConfig) -> None:
         """Zero, and not linked yet."""
         super().__init__()
         self.sharing = sharing
@@ -236,17 +238,17 @@ class SharedWeight(nn.Module):
 
     def difference(self) -> Weight:
         """What the expert adds to the base; a matrix if it is of low rank."""
-        if self.sharing.difference == "packed":
+        if self.sharing.delta == "packed":
             packed: Tensor = self.parts[OWN]()
             return packed
         product: Tensor = self.parts[LEFT]().T @ self.parts[RIGHT]()
         return product
 
 
-def place_shared_weight(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+def replace_with_shared_weight(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
     """Put an empty form at `<module>.parametrizations.<parameter>.0`; `ValueError` if it does not fit."""
     module_name, _, parameter = weight_name(path).rpartition(".")
-    module, sharing = model.get_submodule(module_name), Sharing.parsed(settings)
+    module, sharing = model.get_submodule(module_name), SharedWeightConfig.parsed(settings)
     shape = tuple(getattr(module, parameter).shape)
     if shape != sharing.shape:
         raise ValueError(f"{path} is a shared weight of shape {sharing.shape}, the network has {shape}")
@@ -258,7 +260,7 @@ def place_shared_weight(model: nn.Module, path: str, settings: Mapping[str, Any]
 def share_weight(
     model: nn.Module,
     name: str,
-    sharing: Sharing,
+    sharing: SharedWeightConfig,
     base: SharedBase,
     parts: Mapping[str, Tensor],
     coefficients: Tensor | None = None,
@@ -266,12 +268,12 @@ def share_weight(
     """Put a weight's shared form in its place, in place, with the expert's own parts."""
     module, _, parameter = name.rpartition(".")
     path = f"{module}.parametrizations.{parameter}.0".removeprefix(".")
-    place_shared_weight(model, path, asdict(sharing))
+    replace_with_shared_weight(model, path, asdict(sharing))
     form = model.get_submodule(path)
     if not isinstance(form, SharedWeight):
         raise TypeError(f"{path} is a {type(form).__name__}")
     for part, storage in sharing.storages().items():
-        form.parts[part].load_state_dict(StoredMatrix.holding(parts[part], storage).state_dict())
+        form.parts[part].load_state_dict(StoredMatrix.from_matrix(parts[part], storage).state_dict())
     if coefficients is not None:
         form.get_buffer("coefficients").copy_(coefficients)
     form.link(base)

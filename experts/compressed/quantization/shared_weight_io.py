@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
-from experts.compressed.quantization.shared_weight import SharedBase, Storage, StoredMatrix, shared_weights
+from experts.compressed.quantization.shared_weight import MatrixFormat, SharedBase, StoredMatrix, shared_weights
 
 SHARED = "shared"
 DESCRIBED, TENSORS = "shared.json", "shared.safetensors"
@@ -47,7 +47,7 @@ def load_bases(folder: Path) -> dict[str, SharedBase]:
         tensors = load_file(folder / TENSORS)
         bases = {}
         for name, parts in described.items():
-            base = SharedBase({part: StoredMatrix(Storage.parsed(storage)) for part, storage in parts.items()})
+            base = SharedBase({part: StoredMatrix(MatrixFormat.parsed(storage)) for part, storage in parts.items()})
             base.parts.load_state_dict({key: tensors.pop(f"{name}.{key}") for key in base.parts.state_dict()})
             bases[name] = base
         if tensors:

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experts.compressed.quantization.fake_quant import rounded_in_groups
+from experts.compressed.quantization.fake_quant import fake_quantize_groups
 from experts.compressed.quantization.packing import Packing, empty_parts, pack, unpack
 
 
@@ -56,7 +56,7 @@ class SVDShape:
         """How the two weights of a thin layer of eight bits are kept, the second one turned over."""
         out, into = self.packing.shape
         sizes = ((self.rank, into), (self.rank, out))
-        down, up = (Packing(bits=8, group=BRANCH_GROUP, shape=size, scaling="largest") for size in sizes)
+        down, up = (Packing(bits=8, group_size=BRANCH_GROUP, shape=size, scaling="absmax") for size in sizes)
         return down, up
 
 
@@ -77,7 +77,7 @@ def rounded_branch(down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"]
 class SVDLinear(nn.Module):
     """Takes the place of a `torch.nn.Linear`."""
 
-    FORM: ClassVar[str] = "svd_linear"
+    KIND: ClassVar[str] = "svd_linear"
     codes: UInt8[Tensor, "out byte"]
     scales: Float[Tensor, "out group"]
     smooth: Float[Tensor, " in"]
@@ -106,12 +106,12 @@ class SVDLinear(nn.Module):
         """Its shape."""
         return asdict(self.shape)
 
-    def hold(self, residual: Float[Tensor, "out in"]) -> None:
+    def set_residual(self, residual: Float[Tensor, "out in"]) -> None:
         """Keep the residual in few bits."""
         for kept, found in zip((self.codes, self.scales), pack(residual, self.shape.packing), strict=True):
             kept.copy_(found)
 
-    def hold_branch(self, down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"]) -> None:
+    def set_low_rank(self, down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"]) -> None:
         """Keep the thin layer's weights."""
         for name, packing, weight in zip(("down", "up"), self.shape.branch, (down, up.t()), strict=True):
             if self.shape.branch_bits == 16:
@@ -120,7 +120,7 @@ class SVDLinear(nn.Module):
                 for part, found in zip(("codes", "scales"), pack(weight, packing), strict=True):
                     self.get_buffer(f"{name}_{part}").copy_(found)
 
-    def branch(self) -> Branch:
+    def low_rank_weights(self) -> Branch:
         """What is kept of them."""
         found = []
         for name, packing in zip(("down", "up"), self.shape.branch, strict=True):
@@ -140,7 +140,7 @@ class SVDLinear(nn.Module):
         smoothed = (x.float() + self.shift) / self.smooth.float()
         said = functional.linear(self._rounded(smoothed), self.residual(), self.bias)
         if self.shape.rank:
-            down, up = self.branch()
+            down, up = self.low_rank_weights()
             said = said + functional.linear(functional.linear(smoothed, down), up)
         return said.to(x.dtype)
 
@@ -148,10 +148,10 @@ class SVDLinear(nn.Module):
         shape = self.shape
         if shape.activation_bits is None:
             return smoothed
-        return rounded_in_groups(smoothed, shape.activation_bits, shape.packing.group, shape.is_unsigned)
+        return fake_quantize_groups(smoothed, shape.activation_bits, shape.packing.group_size, shape.is_unsigned)
 
 
-def place_svd_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+def replace_with_svd_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
     """Put an empty form in the place of a linear layer; `ValueError` if there is none of that shape."""
     found, shape = model.get_submodule(path), SVDShape.parsed(settings)
     if not isinstance(found, nn.Linear) or tuple(found.weight.shape) != shape.packing.shape:

@@ -19,7 +19,7 @@ from typing import Literal, Self
 import requests
 import yaml
 
-from ddm_core.artifacts import plain, write_json, write_text
+from ddm_core.artifacts import to_jsonable, write_json, write_text
 from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError
 from orchestrator.islands.local.processes import FOLDER, STATE, TOKEN, kill_marked, marked_processes, send, take_down
@@ -36,7 +36,7 @@ LISTED = ("island_1", "island_2")
 def describe(folder: Path, islands: Mapping[str, IslandConfig]) -> str:
     """Write the islands into `islands.yaml`, as a file of the group `compute`, and say how to use them."""
     written = folder / "islands.yaml"
-    write_text(written, yaml.safe_dump({"backend": "islands", "islands": plain(islands)}, sort_keys=False))
+    write_text(written, yaml.safe_dump({"backend": "islands", "islands": to_jsonable(islands)}, sort_keys=False))
     words = shlex.join(overrides(islands, is_usual=folder == FOLDER.expanduser()))
     ending = "" if folder == FOLDER.expanduser() else f" --folder {shlex.quote(str(folder))}"
     commands = (f"islands check {words}", f"run experiment=digits {words}", f"islands down{ending}")

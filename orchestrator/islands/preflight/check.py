@@ -19,21 +19,21 @@ from orchestrator.islands.preflight.local_checks import (
     check_clock,
     check_ray,
     check_reach,
+    check_rejects_unauthenticated,
     check_resources,
     check_storage,
-    check_strangers,
     check_token,
     check_token_file,
 )
 from orchestrator.islands.preflight.remote_checks import (
-    check_clock_there,
     check_job,
     check_project,
     check_python,
-    check_storage_there,
+    check_remote_clock,
+    check_remote_storage,
     check_torch,
 )
-from orchestrator.islands.preflight.session import Verdict, Visit
+from orchestrator.islands.preflight.session import PreflightSession, Verdict
 from orchestrator.islands.wheel import build_wheel
 
 State = Literal["ok", "warning", "error", "left out"]
@@ -44,7 +44,7 @@ class Check:
     """A check, and those that must be ok before it."""
 
     needs: tuple[str, ...]
-    make: Callable[[Visit], Verdict]
+    make: Callable[[PreflightSession], Verdict]
 
 
 CHECKS = {
@@ -52,7 +52,7 @@ CHECKS = {
     "token file": Check((), check_token_file),
     "reach": Check((), check_reach),
     "clock": Check(("reach",), check_clock),
-    "strangers": Check(("reach",), check_strangers),
+    "strangers": Check(("reach",), check_rejects_unauthenticated),
     "token": Check(("reach", "token file"), check_token),
     "Ray": Check(("token",), check_ray),
     "resources": Check(("token",), check_resources),
@@ -61,8 +61,8 @@ CHECKS = {
     "project": Check(("job",), check_project),
     "Python": Check(("job",), check_python),
     "torch": Check(("job",), check_torch),
-    "storage there": Check(("job",), check_storage_there),
-    "clock there": Check(("job",), check_clock_there),
+    "storage there": Check(("job",), check_remote_storage),
+    "clock there": Check(("job",), check_remote_clock),
 }
 """What is looked at, in this order."""
 
@@ -84,7 +84,9 @@ def check_islands(islands: Mapping[str, IslandConfig], timeout_s: float) -> list
     with tempfile.TemporaryDirectory(prefix="ddm-check-") as folder:
         wheel = build_wheel(Path(folder))
         threads = {
-            name: threading.Thread(target=_check, args=(Visit(name, config, wheel), found[name].append), daemon=True)
+            name: threading.Thread(
+                target=_check, args=(PreflightSession(name, config, wheel), found[name].append), daemon=True
+            )
             for name, config in islands.items()
         }
         for thread in threads.values():
@@ -95,7 +97,7 @@ def check_islands(islands: Mapping[str, IslandConfig], timeout_s: float) -> list
         return [finding for name in islands for finding in _ended(name, list(found[name]), timeout_s)]
 
 
-def _check(visit: Visit, tell: Callable[[Finding], None]) -> None:
+def _check(visit: PreflightSession, tell: Callable[[Finding], None]) -> None:
     """Make the checks one after the other; what needs one that was not ok is left out."""
     failed: set[str] = set()
     for name, check in CHECKS.items():

@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 from orchestrator.islands.client import minor
 from orchestrator.islands.preflight.probe import try_storage
-from orchestrator.islands.preflight.session import Verdict, Visit, skew_of
+from orchestrator.islands.preflight.session import PreflightSession, Verdict, skew_of
 from orchestrator.islands.token import read_token
 
 DATE_STEP_S = 1.0
 """HTTP tells the time in whole seconds."""
 
 
-def check_address(visit: Visit) -> Verdict:
+def check_address(visit: PreflightSession) -> Verdict:
     """The token must not cross a network in clear."""
     url = urlsplit(visit.config.address)
     if url.scheme == "https" or _is_loopback(url.hostname or ""):
@@ -28,7 +28,7 @@ def check_address(visit: Visit) -> Verdict:
     return Verdict("warning", text)
 
 
-def check_token_file(visit: Visit) -> Verdict:
+def check_token_file(visit: PreflightSession) -> Verdict:
     """Nobody else may read the token."""
     read_token(visit.name, visit.config.token_file)
     path = Path(visit.config.token_file).expanduser()
@@ -38,10 +38,10 @@ def check_token_file(visit: Visit) -> Verdict:
     return Verdict("ok", f"{path}, mode {stat.S_IMODE(found.st_mode):o}")
 
 
-def check_reach(visit: Visit) -> Verdict:
+def check_reach(visit: PreflightSession) -> Verdict:
     """Something answers; its clock is read on the way."""
     sent = time.time()
-    answered = visit.get("/api/version", None)
+    answered = visit.fetch_json("/api/version", None)
     took = time.time() - sent
     visit.asked, visit.date = (sent, sent + took), answered.headers.get("Date", "")
     if answered.status_code not in (200, 401, 403):
@@ -53,10 +53,12 @@ def check_reach(visit: Visit) -> Verdict:
     return Verdict("ok", f"answers in {1000 * took:.0f} ms")
 
 
-def check_strangers(visit: Visit) -> Verdict:
+def check_rejects_unauthenticated(visit: PreflightSession) -> Verdict:
     """Without the island's token nothing may be had."""
     tried = {"no token": None, "a wrong token": secrets.token_hex(32)}
-    let_in = [what for what, token in tried.items() if visit.get("/api/jobs/", token).status_code not in (401, 403)]
+    let_in = [
+        what for what, token in tried.items() if visit.fetch_json("/api/jobs/", token).status_code not in (401, 403)
+    ]
     if let_in:
         return Verdict(
             "error",
@@ -66,13 +68,13 @@ def check_strangers(visit: Visit) -> Verdict:
     return Verdict("ok", "refuses no token and a wrong one")
 
 
-def check_token(visit: Visit) -> Verdict:
+def check_token(visit: PreflightSession) -> Verdict:
     """The island takes the token that we have."""
-    visit.ray = str(visit.tell("/api/version").get("ray_version", "unknown"))
+    visit.ray = str(visit.report("/api/version").get("ray_version", "unknown"))
     return Verdict("ok", "accepted")
 
 
-def check_ray(visit: Visit) -> Verdict:
+def check_ray(visit: PreflightSession) -> Verdict:
     """Jobs and their client must be of one release."""
     theirs, ours = visit.ray, version("ray")
     if minor(theirs) != minor(ours):
@@ -81,7 +83,7 @@ def check_ray(visit: Visit) -> Verdict:
     return Verdict("ok", theirs)
 
 
-def check_clock(visit: Visit) -> Verdict:
+def check_clock(visit: PreflightSession) -> Verdict:
     """The clock of the island's head against ours, give or take the round trip."""
     try:
         told = parsedate_to_datetime(visit.date).timestamp()
@@ -92,9 +94,9 @@ def check_clock(visit: Visit) -> Verdict:
     return skew_of(ahead - behind, DATE_STEP_S + received - sent)
 
 
-def check_resources(visit: Visit) -> Verdict:
+def check_resources(visit: PreflightSession) -> Verdict:
     """The Ray cluster has at least what the configuration counts on."""
-    said = visit.tell("/api/v0/nodes?limit=10000&detail=true")
+    said = visit.report("/api/v0/nodes?limit=10000&detail=true")
     wanted = {"CPU": float(visit.config.cpus), "GPU": visit.config.gpus, **visit.config.resources}
     try:
         nodes = [node for node in said["data"]["result"]["result"] if node["state"] == "ALIVE"]
@@ -108,9 +110,9 @@ def check_resources(visit: Visit) -> Verdict:
     return Verdict("ok", f"{len(nodes)} node(s), {listed}")
 
 
-def check_storage(visit: Visit) -> Verdict:
+def check_storage(visit: PreflightSession) -> Verdict:
     """The storage works from here."""
-    speed = try_storage(visit.storage, f"{visit.trial}/here")
+    speed = try_storage(visit.storage, f"{visit.scratch_key}/here")
     return Verdict("ok", f"{visit.config.storage}, {speed.write_mb_s:.0f} MB/s out, {speed.read_mb_s:.0f} MB/s in")
 
 

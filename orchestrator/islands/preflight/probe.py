@@ -18,17 +18,17 @@ from pathlib import Path
 
 from orchestrator.islands.storage.storage import Storage, StorageError
 
-TRIAL_BYTES = 4 * 2**20
+PROBE_BYTES = 4 * 2**20
 """Sent and fetched again for the bandwidth."""
 
 MARKER = "ddm-probe "
 """Begins the line of the answer, among whatever else a job prints."""
 
-GREETING = "greeting.json"
+MARKER_TEXT = "greeting.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class ProbeReport:
     """What `ddm islands check` asks of an island from inside."""
 
     time: float
@@ -45,14 +45,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
+class StorageSpeed:
     """Bandwidth to a storage."""
 
     write_mb_s: float
     read_mb_s: float
 
 
-def try_storage(storage: Storage, name: str) -> Speed:
+def try_storage(storage: Storage, name: str) -> StorageSpeed:
     """Write, read, refuse to create twice, send and fetch a folder below `name`; raises `StorageError`."""
     try:
         _try_values(storage, f"{name}/value.json")
@@ -72,35 +72,35 @@ def _try_values(storage: Storage, name: str) -> None:
         )
 
 
-def _try_folder(storage: Storage, name: str) -> Speed:
+def _try_folder(storage: Storage, name: str) -> StorageSpeed:
     with tempfile.TemporaryDirectory(prefix="ddm-trial-") as temporary:
         sent, fetched = Path(temporary, "sent"), Path(temporary, "fetched")
         sent.mkdir()
-        (sent / "content").write_bytes(os.urandom(TRIAL_BYTES))
+        (sent / "content").write_bytes(os.urandom(PROBE_BYTES))
         started = time.perf_counter()
         storage.put_tree(sent, name)
         written = time.perf_counter()
         storage.get_tree(name, fetched)
         read = time.perf_counter()
-    megabytes = TRIAL_BYTES / 1e6
-    return Speed(write_mb_s=megabytes / (written - started), read_mb_s=megabytes / (read - written))
+    megabytes = PROBE_BYTES / 1e6
+    return StorageSpeed(write_mb_s=megabytes / (written - started), read_mb_s=megabytes / (read - written))
 
 
-def greet(storage: Storage, name: str) -> None:
+def write_marker(storage: Storage, name: str) -> None:
     """Leave something that the island must find, if its storage is the same one."""
-    storage.put_json(f"{name}/{GREETING}", {"from": "the controller"})
+    storage.put_json(f"{name}/{MARKER_TEXT}", {"from": "the controller"})
 
 
-def answer(storage: Storage, name: str) -> Answer:
+def probe_report(storage: Storage, name: str) -> ProbeReport:
     """Everything that can be said without torch being imported."""
-    said = Answer(
+    said = ProbeReport(
         time=time.time(),
         python=platform.python_version(),
         torch=_version("torch"),
         project=_version("decentralized-diffusion"),
     )
     try:
-        if storage.get_json(f"{name}/{GREETING}") is None:
+        if storage.get_json(f"{name}/{MARKER_TEXT}") is None:
             return replace(
                 said, storage_error=f"{storage.url} is another place there than here; both must reach one storage"
             )
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--options", default="{}", help="options of its file system, as JSON")
     parser.add_argument("--name", required=True, help="where in the storage to try it")
     given = parser.parse_args(arguments)
-    said = asdict(answer(Storage(given.storage, json.loads(given.options)), given.name))
+    said = asdict(probe_report(Storage(given.storage, json.loads(given.options)), given.name))
     sys.stdout.write(f"{MARKER}{json.dumps(said)}\n")
     return 0
 

@@ -11,7 +11,7 @@ import requests
 from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError, Unreachable
 from orchestrator.islands.client import TIMEOUT_S, IslandClient
-from orchestrator.islands.preflight.probe import Answer
+from orchestrator.islands.preflight.probe import ProbeReport
 from orchestrator.islands.storage.storage import Storage
 from orchestrator.islands.token import read_token
 
@@ -27,7 +27,7 @@ class Verdict:
 
 
 @dataclass
-class Visit:
+class PreflightSession:
     """One island, and what its checks have found out for those that follow."""
 
     name: str
@@ -41,7 +41,7 @@ class Visit:
     """Its release of Ray."""
     probed: tuple[float, float] = (0.0, 0.0)
     """When the small job was last seen running, and first seen ended."""
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[ProbeReport] = field(default_factory=list)
     """What the small job has said."""
 
     @cached_property
@@ -55,18 +55,18 @@ class Visit:
         return Storage(self.config.storage, self.config.storage_options)
 
     @cached_property
-    def trial(self) -> str:
+    def scratch_key(self) -> str:
         """A name in the storage that nobody else has."""
         return f"check/{secrets.token_hex(6)}"
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> ProbeReport:
         """The last word of the small job."""
         return self.answers[-1]
 
-    def tell(self, path: str) -> dict[str, Any]:
+    def report(self, path: str) -> dict[str, Any]:
         """What it tells to whoever has the token; raises `IslandError` if it refuses or says something else."""
-        answered = self.get(path, read_token(self.name, self.config.token_file))
+        answered = self.fetch_json(path, read_token(self.name, self.config.token_file))
         if answered.status_code in (401, 403):
             raise IslandError(
                 f"refused ({answered.status_code}): the token in {self.config.token_file} is wrong or expired; fetch "
@@ -81,7 +81,7 @@ class Visit:
                 f"compute.islands.{self.name}.address"
             ) from error
 
-    def get(self, path: str, token: str | None) -> requests.Response:
+    def fetch_json(self, path: str, token: str | None) -> requests.Response:
         """Ask with a token or without; raises `Unreachable`."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         url = self.config.address.rstrip("/") + path

@@ -25,7 +25,7 @@ SILENCES = {
 }
 """Errors of network file systems, and the names that S3's driver gives to 409, 500 and 503."""
 
-WAYS_OUT = {
+REMEDIES = {
     errno.ENOSPC: ("the disk is full", "free space there; what was whole before still is"),
     errno.EDQUOT: ("the quota is used up", "free space there; what was whole before still is"),
     errno.EROFS: ("the place is read-only", "mount it for writing, or name another storage"),
@@ -45,7 +45,7 @@ class CorruptTransfer(StorageError):
 
 
 @contextlib.contextmanager
-def explained(what: str, refusals: ErrorTypes, silences: ErrorTypes) -> Iterator[None]:
+def explain_storage_error(what: str, refusals: ErrorTypes, silences: ErrorTypes) -> Iterator[None]:
     """Turn the system's and a driver's errors into ours; `what` says what was being done, and where."""
     try:
         yield
@@ -58,8 +58,8 @@ def _explanation(error: Exception, what: str, silences: ErrorTypes) -> StorageEr
     text = f"{type(error).__name__}: {error}"
     if number in SILENCES or isinstance(error, (TimeoutError, ConnectionError, *silences)):
         return StorageUnreachable(f"{what}: no answer ({text}); check address and network; trying again is safe")
-    if number in WAYS_OUT:
-        rule, way_out = WAYS_OUT[number]
+    if number in REMEDIES:
+        rule, way_out = REMEDIES[number]
         return StorageError(f"{what}: {rule} ({text}); {way_out}")
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return StorageError(

@@ -12,13 +12,13 @@ from typing import BinaryIO
 from ddm_core.artifacts import sync
 from orchestrator.islands.storage.errors import ErrorTypes
 from orchestrator.islands.storage.index import Entry
-from orchestrator.islands.storage.object_store import hashed
+from orchestrator.islands.storage.object_store import hash_stream
 
 ABANDONED_S = 3600.0
 """A temporary file that is older was left by a killed process."""
 
 
-class LocalObjects:
+class LocalStore:
     """Files that are written under another name, flushed and renamed."""
 
     refusals: ErrorTypes = ()
@@ -59,7 +59,7 @@ class LocalObjects:
         path = self.root / key
         with _temporary(path) as temporary:
             with temporary.open("wb") as copy:
-                same = hashed(file, entry.bytes, copy.write) == entry
+                same = hash_stream(file, entry.bytes, copy.write) == entry
             if same:
                 _rename(temporary, path)
             return same

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Objects(Protocol):
+class ObjectStore(Protocol):
     """Bytes by key; a reader sees an object whole or not at all."""
 
     refusals: ErrorTypes
@@ -49,7 +49,7 @@ class Objects(Protocol):
         """Delete an object; one that is not there is fine."""
 
 
-def hashed(file: BinaryIO, size: int, sink: Callable[[bytes], object] = len) -> Entry:
+def hash_stream(file: BinaryIO, size: int, sink: Callable[[bytes], object] = len) -> Entry:
     """Read the first `size` bytes of a file, hand them on, and say what they were; fewer if the file is shorter."""
     digest, done = hashlib.sha256(), 0
     file.seek(0)
@@ -60,7 +60,7 @@ def hashed(file: BinaryIO, size: int, sink: Callable[[bytes], object] = len) -> 
     return Entry(digest.hexdigest(), done)
 
 
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def map_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Call a function for every item on a few threads; after the first error no further call begins."""
     with ThreadPoolExecutor(THREADS) as pool:
         calls = [pool.submit(function, item) for item in items]

@@ -5,9 +5,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.islands.storage.errors import StorageError
-from orchestrator.islands.storage.local_store import LocalObjects
-from orchestrator.islands.storage.object_store import Objects
-from orchestrator.islands.storage.remote_store import RemoteObjects
+from orchestrator.islands.storage.local_store import LocalStore
+from orchestrator.islands.storage.object_store import ObjectStore
+from orchestrator.islands.storage.remote_store import RemoteStore
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -27,11 +27,11 @@ def split_url(url: str) -> tuple[str, str]:
     return parts.scheme.replace("gcs", "gs"), path
 
 
-def open_objects(url: str, options: Mapping[str, str]) -> Objects:
+def open_store(url: str, options: Mapping[str, str]) -> ObjectStore:
     """The objects below a URL; raises `StorageError` for a URL, an option or a driver that cannot be used."""
     scheme, path = split_url(url)
     if scheme != "file":
-        return RemoteObjects(scheme, path, options)
+        return RemoteStore(scheme, path, options)
     if options:
         raise StorageError(f"a local folder has no options, not {', '.join(options)}; remove storage_options of {url}")
-    return LocalObjects(Path(path))
+    return LocalStore(Path(path))

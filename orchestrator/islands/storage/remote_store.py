@@ -13,7 +13,7 @@ import fsspec
 
 from orchestrator.islands.storage.errors import ErrorTypes, StorageError
 from orchestrator.islands.storage.index import Entry
-from orchestrator.islands.storage.object_store import hashed
+from orchestrator.islands.storage.object_store import hash_stream
 
 IN_MEMORY = 32 << 20
 """Up to so many bytes are read, checked and sent in one piece."""
@@ -29,7 +29,7 @@ S3_PATIENCE: dict[str, Any] = {
 """A call to a dead address ends after about 10 s, to a frozen one after about 15 s."""
 
 
-class RemoteObjects:
+class RemoteStore:
     """Objects in a bucket, or in this process's memory."""
 
     def __init__(self, scheme: str, root: str, options: Mapping[str, str]) -> None:
@@ -78,7 +78,7 @@ class RemoteObjects:
         if entry.bytes > IN_MEMORY:
             return self._send_large(key, file)
         data = bytearray()
-        same = hashed(file, entry.bytes, data.extend) == entry
+        same = hash_stream(file, entry.bytes, data.extend) == entry
         if same:
             self._call("pipe_file", key, bytes(data))
         return same

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from orchestrator.islands.storage.errors import StorageError
 from orchestrator.islands.storage.index import Entry, Index, checked_path
-from orchestrator.islands.storage.object_store import hashed
+from orchestrator.islands.storage.object_store import hash_stream
 
 TRIES = 10
 PAUSE_S = 0.05
@@ -44,7 +44,7 @@ class Checksums:
     def read(self, path: Path, file: BinaryIO) -> Entry:
         """What an open file holds now."""
         state = os.fstat(file.fileno())
-        entry = hashed(file, state.st_size)
+        entry = hash_stream(file, state.st_size)
         if time.time() - state.st_mtime > SETTLED_S:
             self._known[str(path)] = (state.st_ino, state.st_size, state.st_mtime_ns), entry
         return entry
@@ -62,7 +62,7 @@ class Checksums:
 
 
 @dataclass(slots=True)
-class Taken:
+class FolderSnapshot:
     """A folder at one instant."""
 
     index: Index = field(default_factory=dict)
@@ -73,7 +73,9 @@ class Taken:
 
 
 @contextlib.contextmanager
-def snapshot(folder: Path, skip: tuple[str, ...], checksums: Checksums, there: Mapping[str, int]) -> Iterator[Taken]:
+def snapshot(
+    folder: Path, skip: tuple[str, ...], checksums: Checksums, there: Mapping[str, int]
+) -> Iterator[FolderSnapshot]:
     """Yield what `folder` holds, with the files open whose checksum and size are not `there`.
 
     Raises `StorageError` if there is no such folder, or if it does not hold still.
@@ -120,9 +122,9 @@ def _raise_unless_gone(error: OSError) -> None:
 
 def _take(
     folder: Path, files: Mapping[str, int], checksums: Checksums, there: Mapping[str, int], stack: contextlib.ExitStack
-) -> Taken | None:
+) -> FolderSnapshot | None:
     """One look at the files; None if one of them is gone already."""
-    taken = Taken()
+    taken = FolderSnapshot()
     for name, inode in files.items():
         path = folder / checked_path(name)
         try:
@@ -139,7 +141,12 @@ def _take(
 
 
 def _open(
-    path: Path, inode: int, checksums: Checksums, there: Mapping[str, int], taken: Taken, stack: contextlib.ExitStack
+    path: Path,
+    inode: int,
+    checksums: Checksums,
+    there: Mapping[str, int],
+    taken: FolderSnapshot,
+    stack: contextlib.ExitStack,
 ) -> Entry:
     """Read a file, and keep it open if it has to be sent."""
     with contextlib.ExitStack() as own:

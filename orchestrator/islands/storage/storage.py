@@ -8,15 +8,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ddm_core.artifacts import plain
-from orchestrator.islands.storage.errors import CorruptTransfer, StorageError, StorageUnreachable, explained
+from ddm_core.artifacts import to_jsonable
+from orchestrator.islands.storage.errors import CorruptTransfer, StorageError, StorageUnreachable, explain_storage_error
 from orchestrator.islands.storage.index import INDEX, Entry, checked_name
-from orchestrator.islands.storage.object_store import in_parallel
-from orchestrator.islands.storage.open import open_objects
+from orchestrator.islands.storage.object_store import map_parallel
+from orchestrator.islands.storage.open import open_store
 from orchestrator.islands.storage.snapshot import Checksums
-from orchestrator.islands.storage.tree import Moved, Tree
+from orchestrator.islands.storage.tree import TransferStats, Tree
 
-__all__ = ["CorruptTransfer", "Moved", "Storage", "StorageError", "StorageUnreachable"]
+__all__ = ["CorruptTransfer", "TransferStats", "Storage", "StorageError", "StorageUnreachable"]
 
 
 class Storage:
@@ -24,11 +24,11 @@ class Storage:
 
     def __init__(self, url: str, options: Mapping[str, str] = MappingProxyType({})) -> None:
         self.url = url
-        self._objects = open_objects(url, options)
+        self._objects = open_store(url, options)
         self._checksums = Checksums()
         self._locks: dict[str, threading.Lock] = {}
 
-    def put_tree(self, folder: Path, name: str, skip: tuple[str, ...] = ()) -> Moved:
+    def put_tree(self, folder: Path, name: str, skip: tuple[str, ...] = ()) -> TransferStats:
         """Make the tree equal to the folder, sending only content that is not there; `skip` names what stays out.
 
         Somebody may be working in the folder as `artifacts.py` does, by renaming what is finished.
@@ -36,18 +36,18 @@ class Storage:
         with self._at("sending", name), self._alone(name):
             return self._tree(name).put(folder, skip)
 
-    def get_tree(self, name: str, folder: Path) -> Moved:
+    def get_tree(self, name: str, folder: Path) -> TransferStats:
         """Make the folder equal to the tree, whole or not at all; every file is compared with its checksum."""
         with self._at("fetching", name), self._alone(name):
             return self._tree(name).get(folder)
 
-    def follow_tree(self, name: str, folder: Path) -> Moved:
+    def sync_tree(self, name: str, folder: Path) -> TransferStats:
         """Bring what has changed into a folder that is in use, each file whole; an absent tree is no files.
 
         Files that are not in the tree stay.
         """
         with self._at("following", name), self._alone(name):
-            return self._tree(name).follow(folder)
+            return self._tree(name).sync(folder)
 
     def has_tree(self, name: str) -> bool:
         """Whether a tree was sent to its end."""
@@ -85,8 +85,8 @@ class Storage:
         with self._at("deleting", name), self._alone(name):
             found = self._objects.below(name)
             indexes = {key for key in found if key.endswith(f"/{INDEX}")}
-            in_parallel(self._objects.remove, indexes)
-            in_parallel(self._objects.remove, set(found) - indexes)
+            map_parallel(self._objects.remove, indexes)
+            map_parallel(self._objects.remove, set(found) - indexes)
 
     def _tree(self, name: str) -> Tree:
         return Tree(self._objects, self._checksums, name, f"tree {name} in {self.url}")
@@ -98,9 +98,9 @@ class Storage:
     @contextlib.contextmanager
     def _at(self, verb: str, name: str) -> Iterator[None]:
         checked_name(name)
-        with explained(f"{verb} {name} at {self.url}", self._objects.refusals, self._objects.silences):
+        with explain_storage_error(f"{verb} {name} at {self.url}", self._objects.refusals, self._objects.silences):
             yield
 
 
 def _encoded(value: object) -> bytes:
-    return json.dumps(plain(value), sort_keys=True).encode()
+    return json.dumps(to_jsonable(value), sort_keys=True).encode()

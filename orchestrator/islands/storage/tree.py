@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddm_core.artifacts import replaced_folder, sync
+from ddm_core.artifacts import atomic_folder, sync
 from orchestrator.islands.storage.errors import CorruptTransfer, StorageError
 from orchestrator.islands.storage.index import INDEX, Entry, Index, parse, render
-from orchestrator.islands.storage.object_store import Objects, in_parallel
+from orchestrator.islands.storage.object_store import ObjectStore, map_parallel
 from orchestrator.islands.storage.snapshot import TRIES, Checksums, files_of, snapshot
 
 CONTENT = re.compile(r"[0-9a-f]{64}$|\..+\.part$")
@@ -26,7 +26,7 @@ CONTENT = re.compile(r"[0-9a-f]{64}$|\..+\.part$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
+class TransferStats:
     """What has really crossed; nothing if it was there already."""
 
     files: int
@@ -37,7 +37,7 @@ class Moved:
 class Tree:
     """A folder in a storage."""
 
-    objects: Objects
+    objects: ObjectStore
     checksums: Checksums
     """Of local files."""
     name: str
@@ -49,7 +49,7 @@ class Tree:
         data = self.objects.read(self._key(INDEX))
         return None if data is None else parse(data, f"the index of {self.where}")
 
-    def put(self, folder: Path, skip: tuple[str, ...]) -> Moved:
+    def put(self, folder: Path, skip: tuple[str, ...]) -> TransferStats:
         """Make the tree equal to a folder."""
         there = self.objects.sizes(self.name)
         before = self._readable_index()
@@ -57,25 +57,25 @@ class Tree:
         if index != before:
             self.objects.write(self._key(INDEX), render(index))
         kept = {entry.sha256 for entry in index.values()}
-        in_parallel(self.objects.remove, [self._key(key) for key in there if CONTENT.match(key) and key not in kept])
-        return Moved(files=len(sent), bytes=sum(sent.values()))
+        map_parallel(self.objects.remove, [self._key(key) for key in there if CONTENT.match(key) and key not in kept])
+        return TransferStats(files=len(sent), bytes=sum(sent.values()))
 
-    def get(self, folder: Path) -> Moved:
+    def get(self, folder: Path) -> TransferStats:
         """Make a folder equal to the tree, whole or not at all."""
         index = self.index()
         if index is not None and self._is_in(folder, index):
-            return Moved(files=0, bytes=0)
-        with replaced_folder(folder) as temporary:
-            index, moved = self._land(index, temporary)
+            return TransferStats(files=0, bytes=0)
+        with atomic_folder(folder) as temporary:
+            index, moved = self._download(index, temporary)
             if index is None:
                 raise StorageError(f"there is no {self.where}; whoever should send it has not finished")
             for path in files_of(temporary).keys() - index.keys():
                 (temporary / path).unlink()
         return moved
 
-    def follow(self, folder: Path) -> Moved:
+    def sync(self, folder: Path) -> TransferStats:
         """Bring what has changed into a folder that is in use."""
-        return self._land(self.index(), folder)[1]
+        return self._download(self.index(), folder)[1]
 
     def _send(self, folder: Path, skip: tuple[str, ...], there: Mapping[str, int]) -> tuple[Index, dict[str, int]]:
         """Send what is not there, and say what the folder consists of and what was sent."""
@@ -87,26 +87,26 @@ class Tree:
         changes = 0
         while changes < TRIES:
             with snapshot(folder, skip, self.checksums, {**there, **sent}) as taken:
-                arrived = in_parallel(send, taken.opened)
+                arrived = map_parallel(send, taken.opened)
             sent.update(entry for entry, ok in zip(taken.opened, arrived, strict=True) if ok)
             if taken.whole and all(arrived):
                 return taken.index, sent
             changes += not all(arrived)
         raise StorageError(f"files in {folder} have changed {TRIES} times while they were sent; send them later")
 
-    def _land(self, index: Index | None, folder: Path) -> tuple[Index | None, Moved]:
+    def _download(self, index: Index | None, folder: Path) -> tuple[Index | None, TransferStats]:
         """Bring what differs into a folder; a tree that is replaced meanwhile is read again."""
         landed: list[Entry] = []
         before: tuple[Index | None, dict[str, str]] = None, {}
         for _ in range(TRIES):
             wanted = {path: entry for path, entry in (index or {}).items() if self.checksums.of(folder / path) != entry}
-            found = in_parallel(lambda item: self._fetch(folder / item[0], item[1]), wanted.items())
+            found = map_parallel(lambda item: self._fetch(folder / item[0], item[1]), wanted.items())
             faults = {path: fault for path, fault in zip(wanted, found, strict=True) if fault}
             landed += (entry for path, entry in wanted.items() if path not in faults)
             if not faults:
-                return index, Moved(files=len(landed), bytes=sum(entry.bytes for entry in landed))
+                return index, TransferStats(files=len(landed), bytes=sum(entry.bytes for entry in landed))
             if (index, faults) == before:
-                self._condemn(wanted, faults)
+                self._delete_corrupt(wanted, faults)
             before, index = (index, faults), self.index()
         raise StorageError(f"{self.where} was replaced {TRIES} times while it was fetched; try again")
 
@@ -126,7 +126,7 @@ class Tree:
             temporary.unlink(missing_ok=True)
         return ""
 
-    def _condemn(self, wanted: Index, faults: Mapping[str, str]) -> None:
+    def _delete_corrupt(self, wanted: Index, faults: Mapping[str, str]) -> None:
         """Delete content that is not what its name says, so that the next put sends it again, and raise."""
         for path, fault in faults.items():
             if fault == "changed":

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.pools.shell import PoolError, library
+from orchestrator.pools.shell import PoolError, require_library
 
 
 def check_account(region: str) -> None:
@@ -27,8 +27,8 @@ def _pages(client: Any, filters: list[dict[str, Any]]) -> Any:
 
 
 def _asked(region: str, service: str, question: Callable[[Any], Any]) -> Any:
-    boto3 = library("boto3", "run `pip install boto3`")
-    errors = library("botocore.exceptions", "run `pip install boto3`")
+    boto3 = require_library("boto3", "run `pip install boto3`")
+    errors = require_library("botocore.exceptions", "run `pip install boto3`")
     try:
         return question(boto3.Session(region_name=region).client(service))
     except (errors.BotoCoreError, errors.ClientError) as error:

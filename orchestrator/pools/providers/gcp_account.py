@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from orchestrator.pools.shell import PoolError, library
+from orchestrator.pools.shell import PoolError, require_library
 
 WAY_OUT = "run `pip install google-api-python-client google-auth`"
 
@@ -14,9 +14,9 @@ def check_account(project: str) -> None:
 
 def machines(project: str, cluster_name: str) -> list[str]:
     """Instances of a Ray cluster in any zone and state; raises `PoolError` without an answer."""
-    discovery = library("googleapiclient.discovery", WAY_OUT)
-    refused = library("googleapiclient.errors", WAY_OUT).Error
-    unknown = library("google.auth.exceptions", WAY_OUT).GoogleAuthError
+    discovery = require_library("googleapiclient.discovery", WAY_OUT)
+    refused = require_library("googleapiclient.errors", WAY_OUT).Error
+    unknown = require_library("google.auth.exceptions", WAY_OUT).GoogleAuthError
     chosen = f"labels.ray-cluster-name={cluster_name}"
     try:
         asked = discovery.build("compute", "v1").instances().aggregatedList(project=project, filter=chosen)

@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.pools.config import HeadConfig, NodeConfig, PoolConfig, dashed
 from orchestrator.pools.providers.node_setup import RAY_VERSION
 from orchestrator.pools.providers.ray_launcher import resource
-from orchestrator.pools.shell import PoolError, answer, found, show
+from orchestrator.pools.shell import PoolError, require_tool, run_command, tool_output
 from orchestrator.pools.yaml_text import as_yaml
 
 LABEL = "ddm-pool"
@@ -142,20 +142,20 @@ FILES = ("network_policy.yaml", "ray_cluster.yaml")
 
 def check(config: PoolConfig, folder: Path) -> None:
     """`kubectl`, a Kubernetes that answers and lets us, and KubeRay in it."""
-    kinds = answer([*_kubectl(config), "api-resources", "--api-group=ray.io", "--output=name"])
+    kinds = tool_output([*_kubectl(config), "api-resources", "--api-group=ray.io", "--output=name"])
     if "rayclusters.ray.io" not in kinds.split():
         raise PoolError("this Kubernetes does not know RayCluster: install KubeRay 1.6 or later with Helm")
     allowed = [*_kubectl(config), "auth", "can-i", "create", "rayclusters.ray.io"]
-    answer(allowed, way_out=f"ask for the right in namespace {config.kubernetes.namespace}")
+    tool_output(allowed, way_out=f"ask for the right in namespace {config.kubernetes.namespace}")
 
 
 def up(config: PoolConfig, folder: Path) -> None:
     """The Secret is made from the token's file, so the token is in no command and no YAML."""
     kubectl, secret = _kubectl(config), secret_name(config)
-    show([*kubectl, "delete", "secret", secret, "--ignore-not-found"])
-    show([*kubectl, "create", "secret", "generic", secret, f"--from-file=auth_token={config.token}"])
+    run_command([*kubectl, "delete", "secret", secret, "--ignore-not-found"])
+    run_command([*kubectl, "create", "secret", "generic", secret, f"--from-file=auth_token={config.token}"])
     for name in FILES:
-        show([*kubectl, "apply", f"--filename={folder / name}"])
+        run_command([*kubectl, "apply", f"--filename={folder / name}"])
 
 
 def down(config: PoolConfig, folder: Path) -> None:
@@ -163,18 +163,18 @@ def down(config: PoolConfig, folder: Path) -> None:
     kubectl = _kubectl(config)
     for name in reversed(FILES):
         waiting = ["--ignore-not-found", "--cascade=foreground", "--timeout=300s"]
-        show([*kubectl, "delete", f"--filename={folder / name}", *waiting])
-    show([*kubectl, "delete", "secret", secret_name(config), "--ignore-not-found"])
+        run_command([*kubectl, "delete", f"--filename={folder / name}", *waiting])
+    run_command([*kubectl, "delete", "secret", secret_name(config), "--ignore-not-found"])
 
 
-def left(config: PoolConfig, folder: Path) -> list[str]:
+def remaining(config: PoolConfig, folder: Path) -> list[str]:
     """Pods and Ray clusters that are still there."""
     kubectl, name = _kubectl(config), config.cluster_name
-    pods = answer([*kubectl, "get", "pods", f"--selector=ray.io/cluster={name}", "--output=name"])
-    cluster = answer([*kubectl, "get", "rayclusters.ray.io", name, "--ignore-not-found", "--output=name"])
+    pods = tool_output([*kubectl, "get", "pods", f"--selector=ray.io/cluster={name}", "--output=name"])
+    cluster = tool_output([*kubectl, "get", "rayclusters.ray.io", name, "--ignore-not-found", "--output=name"])
     return [*cluster.split(), *pods.split()]
 
 
 def _kubectl(config: PoolConfig) -> list[str]:
-    tool = found("kubectl", "install it, and point it to your Kubernetes")
+    tool = require_tool("kubectl", "install it, and point it to your Kubernetes")
     return [tool, f"--namespace={config.kubernetes.namespace}"]

@@ -71,7 +71,7 @@ START_S = 120.0
 
 def check(config: PoolConfig, folder: Path) -> None:
     """Raise `PoolError` or `IslandError` if the pool cannot start here."""
-    if left(config, folder):
+    if remaining(config, folder):
         raise PoolError(f"pool {config.name} is up already; end it first with `ddm pool down {config.name}`")
     free_blocks(1, config.first_port)
 
@@ -98,7 +98,7 @@ def down(config: PoolConfig, folder: Path) -> None:
         (folder / STATE).unlink()
 
 
-def left(config: PoolConfig, folder: Path) -> list[str]:
+def remaining(config: PoolConfig, folder: Path) -> list[str]:
     """Processes of the pool, jobs on it included."""
     return [f"process {process}" for process in marked_processes(str(folder))]
 
@@ -137,7 +137,7 @@ def _wait_for_jobs(config: PoolConfig, head: Head, started: subprocess.Popen[byt
     deadline = time.monotonic() + START_S
     while True:
         try:
-            IslandClient(name, island).reach()
+            IslandClient(name, island).check_reachable()
             token = config.token.read_text(encoding="utf-8")
             asked = f"{head.agent}/api/local_raylet_healthz"
             requests.get(asked, headers={"Authorization": f"Bearer {token}"}, timeout=5).raise_for_status()

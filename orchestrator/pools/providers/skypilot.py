@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.pools.config import NodeConfig, PoolConfig, dashed
 from orchestrator.pools.providers.node_setup import PYTHON_VERSION, environment, guard_token, install, start_ray
 from orchestrator.pools.providers.ray_launcher import GCS_PORT, resource
-from orchestrator.pools.shell import PoolError, answer, found, show
+from orchestrator.pools.shell import PoolError, require_tool, run_command, tool_output
 from orchestrator.pools.yaml_text import as_yaml
 
 LOOK_S = 60
@@ -133,16 +133,16 @@ def up(config: PoolConfig, folder: Path) -> None:
     """`sky launch` for each type; it comes back when the task runs."""
     for name in launched(config):
         where = ["--cluster", sky_name(config, name), str(folder / f"{name}.yaml")]
-        show([_sky(), "launch", "--yes", "--detach-run", *where])
+        run_command([_sky(), "launch", "--yes", "--detach-run", *where])
 
 
 def down(config: PoolConfig, folder: Path) -> None:
     """`sky down` for each type that is still known."""
-    if names := left(config, folder):
-        show([_sky(), "down", "--yes", *names])
+    if names := remaining(config, folder):
+        run_command([_sky(), "down", "--yes", *names])
 
 
-def left(config: PoolConfig, folder: Path) -> list[str]:
+def remaining(config: PoolConfig, folder: Path) -> list[str]:
     """The pool's names among those that SkyPilot, after asking the clouds, still knows."""
     known = {one["name"] for one in _said([_sky(), "status", "--refresh", "--output=json"])}
     return sorted(known & {sky_name(config, name) for name in launched(config)})
@@ -150,7 +150,7 @@ def left(config: PoolConfig, folder: Path) -> list[str]:
 
 def _said(command: list[str]) -> Any:
     """The JSON that a command prints, after what SkyPilot says of its own server."""
-    text = answer(command)
+    text = tool_output(command)
     lines = text.splitlines()
     first = next((number for number, line in enumerate(lines) if line.startswith(("[", "{"))), 0)
     try:
@@ -160,4 +160,4 @@ def _said(command: list[str]) -> Any:
 
 
 def _sky() -> str:
-    return found("sky", "run `pip install skypilot[aws]` in an environment of its own and put it on the PATH")
+    return require_tool("sky", "run `pip install skypilot[aws]` in an environment of its own and put it on the PATH")

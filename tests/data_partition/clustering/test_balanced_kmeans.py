@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from data_partition.clustering.balanced_kmeans import (
     TOLERANCE,
     balanced_ids,
-    consolidate,
     distortion,
+    merge_centroids,
     squared_distances,
 )
 from data_partition.errors import EmptyCluster
@@ -22,7 +22,7 @@ def points(count: int, seed: int) -> np.ndarray:
 def test_no_cluster_is_empty(fine: int, clusters: int, balanced: bool, seed: int, heaviest: int):
     clusters = min(clusters, fine)
     counts = np.random.default_rng(seed).integers(1, heaviest + 1, fine)
-    ids = consolidate(points(fine, seed), counts, clusters, balanced, seed)
+    ids = merge_centroids(points(fine, seed), counts, clusters, balanced, seed)
     assert set(ids.tolist()) == set(range(clusters))
 
 
@@ -30,7 +30,7 @@ def test_no_cluster_is_empty(fine: int, clusters: int, balanced: bool, seed: int
 @given(st.integers(2, 6), st.integers(0, 99))
 def test_balance_is_reached_where_points_are_light(clusters: int, seed: int):
     counts = np.random.default_rng(seed).integers(20, 60, 60 * clusters)
-    ids = consolidate(points(len(counts), seed), counts, clusters, True, seed)
+    ids = merge_centroids(points(len(counts), seed), counts, clusters, True, seed)
     loads = np.bincount(ids, counts)
     assert np.abs(loads / loads.mean() - 1).max() <= TOLERANCE
 
@@ -38,7 +38,7 @@ def test_balance_is_reached_where_points_are_light(clusters: int, seed: int):
 def test_balance_costs_distance_and_plain_does_not():
     skewed = np.concatenate([points(160, 0) * 0.1, points(40, 1) * 0.1 + 5])
     counts = np.full(200, 10)
-    plain, balanced = (consolidate(skewed, counts, 2, choice, 0) for choice in (False, True))
+    plain, balanced = (merge_centroids(skewed, counts, 2, choice, 0) for choice in (False, True))
     assert sorted(np.bincount(plain).tolist()) == [40, 160]
     assert sorted(np.bincount(balanced).tolist()) == pytest.approx([100, 100], abs=5)
     weights = counts.astype(float)
@@ -47,7 +47,7 @@ def test_balance_costs_distance_and_plain_does_not():
 
 def test_weights_count():
     line = np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]], dtype=np.float32)
-    ids = consolidate(line, np.array([3, 1, 2]), 2, True, 0)
+    ids = merge_centroids(line, np.array([3, 1, 2]), 2, True, 0)
     assert ids[0] != ids[2] == ids[1]
 
 
@@ -59,18 +59,18 @@ def test_a_heavy_point_cannot_empty_a_cluster():
 
 def test_a_fine_centroid_without_samples_follows_the_nearest_cluster():
     line = np.array([[0.0], [10.0], [1.0]], dtype=np.float32)
-    ids = consolidate(line, np.array([5, 5, 0]), 2, True, 0)
+    ids = merge_centroids(line, np.array([5, 5, 0]), 2, True, 0)
     assert ids[2] == ids[0] != ids[1]
 
 
 def test_too_few_occupied_centroids_is_an_error():
     with pytest.raises(EmptyCluster, match="only 2 of 3 fine centroids.*num_experts to at most 2"):
-        consolidate(points(3, 0), np.array([1, 0, 1]), 3, True, 0)
+        merge_centroids(points(3, 0), np.array([1, 0, 1]), 3, True, 0)
 
 
 def test_the_seed_decides():
     counts = np.full(60, 4)
-    one, same = (consolidate(points(60, 0), counts, 4, True, 7) for _ in range(2))
+    one, same = (merge_centroids(points(60, 0), counts, 4, True, 7) for _ in range(2))
     np.testing.assert_array_equal(one, same)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_partition.errors import ShardError
 from data_partition.shards.shards import Sample, ShardWriter, read_batches, read_encoded, read_index, read_samples
-from ddm_core.artifacts import read_sealed, sealed, write_text
+from ddm_core.artifacts import read_with_checksum, with_checksum, write_text
 from tests.data_partition.conftest import files_of, sample, write_samples
 
 
@@ -99,7 +99,7 @@ def test_a_missing_shard_and_a_missing_index_are_named(tmp_path: Path):
 
 def test_an_index_cannot_name_files_elsewhere(tmp_path: Path):
     write_samples(tmp_path, 3)
-    index = read_sealed(tmp_path / "index.json") | {"shards": ["../../etc/passwd"]}
-    write_text(tmp_path / "index.json", sealed(index))
+    index = read_with_checksum(tmp_path / "index.json") | {"shards": ["../../etc/passwd"]}
+    write_text(tmp_path / "index.json", with_checksum(index))
     with pytest.raises(ShardError, match="names other files"):
         read_index(tmp_path)

@@ -11,11 +11,11 @@ from data_partition.features.extract import extract_features, fit_extractor, sav
 from data_partition.partition import load_partition, make_partition
 from data_partition.shards.shards import read_samples
 from ddm_core.artifacts import Workspace, read_json, write_json
-from ensemble.analysis.memorization import Samples, audit_samples, audit_spaces, drawn_experts
+from ensemble.analysis.memorization import AuditedSamples, audit_samples, audit_spaces, drawn_experts
 from ensemble.config import AuditConfig
 from ensemble.ensemble import Ensemble
 from experts.codec import PixelCodec
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.config import SelectionConfig
 from tests.oracles import MixtureOfGaussians
 
@@ -47,7 +47,7 @@ def fresh():
 
 
 def audited(root, images, out, experts=None):
-    samples = Samples(images=images, seeds=np.arange(100, 100 + len(images)), experts=experts, codec=CODEC)
+    samples = AuditedSamples(images=images, seeds=np.arange(100, 100 + len(images)), experts=experts, codec=CODEC)
     folders = (root / "data", root / "partition", root / "reference")
     return audit_samples(samples, *folders, AuditConfig(), out)
 
@@ -108,10 +108,10 @@ def test_the_second_space_is_the_references_first_that_is_not_pixels(root):
     assert list(audit_spaces(root / "reference")) == ["pixels", "random_conv"]
 
 
-@pytest.mark.parametrize(("name", "is_known"), [("sticky", True), ("full", False), ("redraw", False)])
+@pytest.mark.parametrize(("name", "is_known"), [("sticky", True), ("full", False), ("sticky_resample", False)])
 def test_who_made_a_sample_is_known_if_it_was_drawn_once(name, is_known):
     mixture = MixtureOfGaussians((0.5, 0.3, 0.2))
-    ensemble = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     drawn = drawn_experts(ensemble, range(2000), None, SelectionConfig(name=name))
     assert (drawn is not None) == is_known
     if drawn is not None:
@@ -119,5 +119,5 @@ def test_who_made_a_sample_is_known_if_it_was_drawn_once(name, is_known):
 
 
 def test_a_single_expert_has_made_everything_so_looks_tell_more():
-    alone = Ensemble(experts={0: MixtureOfGaussians((1.0,)).experts()[0]}, path=STRAIGHT)
+    alone = Ensemble(experts={0: MixtureOfGaussians((1.0,)).experts()[0]}, noise_schedule=RECTIFIED_FLOW)
     assert drawn_experts(alone, range(5), None, SelectionConfig(name="sticky")) is None

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.analysis.diffusion_classifier import denoising_errors, ensemble_and_experts, knowledge
+from ensemble.analysis.diffusion_classifier import denoising_errors, ensemble_and_experts, expert_accuracy
 from ensemble.config import ClassifierConfig
 from ensemble.ensemble import Ensemble
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import COSINE, STRAIGHT, NoisePath
+from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW, NoiseSchedule
 from tests.oracles import MixtureOfGaussians, gaussian_velocity
 
 MEANS = torch.tensor([[0.0, 0.0], [1.0, 0.5], [-0.5, 1.5]], dtype=torch.float64)
@@ -22,13 +22,13 @@ class ClassGaussians:
     """One Gaussian a class, with the exact velocity of each."""
 
     deviations: tuple[float, ...]
-    path: NoisePath = STRAIGHT
+    noise_schedule: NoiseSchedule = RECTIFIED_FLOW
 
     def voices(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         velocity = torch.zeros_like(noised)
         for class_id, deviation in enumerate(self.deviations):
             rows = condition.class_id == class_id
-            velocity[rows] = gaussian_velocity(noised[rows], t[rows], MEANS[class_id], deviation, self.path)
+            velocity[rows] = gaussian_velocity(noised[rows], t[rows], MEANS[class_id], deviation, self.noise_schedule)
         return velocity[None]
 
     def bayes(self, images: Tensor) -> Tensor:
@@ -38,12 +38,12 @@ class ClassGaussians:
 
 
 def agreement(classes: ClassGaussians, draws: int, weighting: str) -> float:
-    config = ClassifierConfig(draws=draws, weighting=weighting)
-    errors = denoising_errors(classes.voices, IMAGES, 3, classes.path, config)
+    config = ClassifierConfig(noises_per_image=draws, weighting=weighting)
+    errors = denoising_errors(classes.voices, IMAGES, 3, classes.noise_schedule, config)
     return float((errors[0].argmin(1) == classes.bayes(IMAGES).argmax(1)).double().mean())
 
 
-@pytest.mark.parametrize("path", [STRAIGHT, COSINE])
+@pytest.mark.parametrize("path", [RECTIFIED_FLOW, COSINE])
 def test_it_becomes_the_classifier_of_bayes_as_draws_grow(path):
     classes = ClassGaussians((0.7, 0.7, 0.7), path)
     few, many = agreement(classes, 1, "velocity"), agreement(classes, 500, "velocity")
@@ -58,7 +58,7 @@ def test_with_the_likelihoods_weighting_also_where_classes_differ_in_width():
 
 def test_the_likelihoods_weighting_gives_differences_of_log_likelihoods():
     classes = ClassGaussians((0.4, 0.8, 1.6), COSINE)
-    config = ClassifierConfig(draws=1500, weighting="likelihood")
+    config = ClassifierConfig(noises_per_image=1500, weighting="likelihood")
     errors = denoising_errors(classes.voices, IMAGES[:20], 3, COSINE, config)[0]
     logs = -errors * IMAGES.shape[1]
     difference = (logs - logs[:, :1]) - (classes.bayes(IMAGES[:20]) - classes.bayes(IMAGES[:20])[:, :1])
@@ -67,23 +67,25 @@ def test_the_likelihoods_weighting_gives_differences_of_log_likelihoods():
 
 def test_errors_do_not_depend_on_the_batch():
     classes = ClassGaussians((0.7, 0.7, 0.7))
-    whole = denoising_errors(classes.voices, IMAGES, 3, STRAIGHT, ClassifierConfig(draws=2))
-    small = denoising_errors(classes.voices, IMAGES, 3, STRAIGHT, ClassifierConfig(draws=2, batch_size=7))
+    whole = denoising_errors(classes.voices, IMAGES, 3, RECTIFIED_FLOW, ClassifierConfig(noises_per_image=2))
+    small = denoising_errors(
+        classes.voices, IMAGES, 3, RECTIFIED_FLOW, ClassifierConfig(noises_per_image=2, batch_size=7)
+    )
     torch.testing.assert_close(whole, small, rtol=0, atol=0)
 
 
 def test_voices_are_the_ensemble_and_then_its_experts():
     mixture = MixtureOfGaussians((0.5, 0.3, 0.2))
     experts = {k: expert for k, expert in mixture.experts().items() if k != 1}
-    ensemble = Ensemble(experts=experts, path=STRAIGHT, router=mixture.router())
+    ensemble = Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     t = torch.full((len(IMAGES),), 0.4, dtype=torch.float64)
     said = ensemble_and_experts(ensemble)(IMAGES, t, Condition.null(len(IMAGES)))
     assert said.shape == (3, *IMAGES.shape)
     for row, k in ((1, 0), (2, 2)):
-        alone = gaussian_velocity(IMAGES, t, mixture.means[k], mixture.deviation, STRAIGHT)
+        alone = gaussian_velocity(IMAGES, t, mixture.means[k], mixture.deviation, RECTIFIED_FLOW)
         torch.testing.assert_close(said[row], alone)
-    whole = Ensemble(experts=mixture.experts(), path=STRAIGHT, router=mixture.router())
-    exact = mixture.marginal_velocity(IMAGES, t, STRAIGHT)
+    whole = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
+    exact = mixture.marginal_velocity(IMAGES, t, RECTIFIED_FLOW)
     torch.testing.assert_close(ensemble_and_experts(whole)(IMAGES, t, Condition.null(len(IMAGES)))[0], exact)
 
 
@@ -91,15 +93,15 @@ def test_knowledge_counts_by_cluster():
     # Two voices (the ensemble, expert 1), four images of classes 0 0 1 1, two clusters of 30 and 10 images.
     errors = torch.tensor([[[0, 1], [0, 1], [1, 0], [0, 1]], [[1, 0], [0, 1], [1, 0], [1, 0]]]).double()
     labels, clusters = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1])
-    found = knowledge(errors, labels, clusters, (30, 10), (1,))
-    assert found.voices == ("ensemble", "expert_1")
+    found = expert_accuracy(errors, labels, clusters, (30, 10), (1,))
+    assert found.models == ("ensemble", "expert_1")
     assert found.accuracy == ((1.0, 0.0), (pytest.approx(2 / 3), 1.0))
     assert found.overall == (pytest.approx(0.75), pytest.approx((2 / 3 * 30 + 10) / 40))
-    assert (found.home, found.abroad) == (1.0, pytest.approx(2 / 3))
+    assert (found.own_cluster, found.other_clusters) == (1.0, pytest.approx(2 / 3))
     assert found.images == (3, 1) and found.floor == (pytest.approx(2 / 3), 1.0) and found.chance == 0.5
 
 
 def test_a_cluster_without_images_has_no_accuracy():
     errors = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64)
-    found = knowledge(errors, torch.tensor([0]), torch.tensor([0]), (5, 0), (0,))
-    assert found.accuracy[0] == (1.0, None) and found.floor == (1.0, None) and found.abroad is None
+    found = expert_accuracy(errors, torch.tensor([0]), torch.tensor([0]), (5, 0), (0,))
+    assert found.accuracy[0] == (1.0, None) and found.floor == (1.0, None) and found.other_clusters is None

@@ -12,7 +12,7 @@ from ensemble.pipeline import PipelineError, assemble
 from tests.ensemble.test_pipeline import make_expert, parts, put_together
 
 __all__ = ["parts"]
-CONFIG = ClassifierConfig(images=12, draws=2, batch_size=8)
+CONFIG = ClassifierConfig(images=12, noises_per_image=2, batch_size=8)
 
 
 def write_holdouts(folder, labels):
@@ -33,8 +33,8 @@ def test_every_voice_sees_as_many_images_of_every_cluster(parts, tmp_path):
     flops = classify(pipeline, partition, CONFIG, tmp_path, lambda done, total: seen.append((done, total)))
     found = read_json(tmp_path / "classify.json")
     assert found["images"] == [4, 4, 4] and found["chance"] == 0.5
-    assert found["voices"] == ["ensemble", "expert_0", "expert_1", "expert_2"]
-    rows, costs = 12 * 2 * CONFIG.draws, RowFlops.of(pipeline)
+    assert found["models"] == ["ensemble", "expert_0", "expert_1", "expert_2"]
+    rows, costs = 12 * 2 * CONFIG.noises_per_image, RowFlops.of(pipeline)
     assert seen[-1] == (rows, rows)
     assert flops == rows * (sum(costs.experts.values()) + costs.router)
 

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from ddm_core.artifacts import Workspace
 from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from experts.training.latent_dataset import LatentDataset
@@ -39,8 +39,13 @@ def trained(kind: str, workspace: Workspace, steps: int = TRAINING.steps) -> Exp
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_network(NETWORKS[kind], (1, 8, 8), 10)
-    loss = lambda model, batch: {"loss": expert_loss(model, batch, "velocity", STRAIGHT)}  # noqa: E731
+    loss = lambda model, batch: {"loss": expert_loss(model, batch, "velocity", RECTIFIED_FLOW)}  # noqa: E731
     model = fit(model, loss, digits(), replace(TRAINING, steps=steps), workspace).model
     return Expert(
-        model=model, prediction="velocity", path=STRAIGHT, latent_shape=(1, 8, 8), num_classes=10, cluster_id=0
+        model=model,
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=(1, 8, 8),
+        num_classes=10,
+        cluster_id=0,
     )

@@ -16,8 +16,8 @@ from data_partition.shards.shards import ShardWriter, read_index, read_samples
 from ddm_core.artifacts import Preempted, Workspace, checksum, files_in
 from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.evaluation.evaluate import evaluate
-from ensemble.evaluation.generate import draw
-from ensemble.evaluation.reference import EvaluationError, build_reference, fitted_to
+from ensemble.evaluation.generate import generate
+from ensemble.evaluation.reference import EvaluationError, build_reference, fit_extractor_to
 from ensemble.evaluation.scoring import Reference, score_clusters
 from ensemble.pipeline import assemble
 from experts.codecs.registry import fit_codec
@@ -189,13 +189,13 @@ def test_too_few_images_say_the_way_out(dataset, tmp_path, config, message):
     [(10_000, 10_000, 5000, 64), (1602, 195, 1602, 64), (600, 60, 600, 30), (40, 1000, 40, 20)],
 )
 def test_bounds_come_down_to_what_a_small_data_set_gives(training, held_out, samples, components):
-    fitted = fitted_to(EvaluationConfig(num_samples=5000, components=64), training, held_out)
+    fitted = fit_extractor_to(EvaluationConfig(num_samples=5000, components=64), training, held_out)
     assert (fitted.num_samples, fitted.components) == (samples, components)
 
 
 def test_too_few_held_out_images_say_the_way_out():
     with pytest.raises(EvaluationError, match="raise data.holdout"):
-        fitted_to(EvaluationConfig(), 100, 15)
+        fit_extractor_to(EvaluationConfig(), 100, 15)
 
 
 @pytest.mark.slow
@@ -243,7 +243,7 @@ def test_scores_of_a_pipeline(pipeline, reference, partition, tmp_path):
 def test_calls_and_flops_follow_the_selection(pipeline, tmp_path):
     def cost(name):
         sampling = replace(SAMPLING, solver="euler", selection=SelectionConfig(name=name))
-        return draw(pipeline, range(40), None, sampling, Workspace.at(tmp_path))
+        return generate(pipeline, range(40), None, sampling, Workspace.at(tmp_path))
 
     sticky, full = cost("sticky"), cost("full")
     assert sticky.calls.experts.total() == 40 * 4
@@ -253,17 +253,17 @@ def test_calls_and_flops_follow_the_selection(pipeline, tmp_path):
 
 
 def test_drawing_goes_on_where_it_was_stopped(pipeline, tmp_path):
-    whole = draw(pipeline, range(150), None, SAMPLING, Workspace.at(tmp_path / "whole"))
+    whole = generate(pipeline, range(150), None, SAMPLING, Workspace.at(tmp_path / "whole"))
     half = Workspace.at(tmp_path / "half")
-    draw(pipeline, range(150), None, SAMPLING, half)
+    generate(pipeline, range(150), None, SAMPLING, half)
     first, *_, last = sorted(half.scratch.glob("images-*/*.safetensors"))
     last.unlink()
     stamp = first.stat().st_mtime_ns
-    resumed = draw(pipeline, range(150), None, SAMPLING, half)
+    resumed = generate(pipeline, range(150), None, SAMPLING, half)
     assert first.stat().st_mtime_ns == stamp
     assert np.array_equal(resumed.images, whole.images)
     assert resumed.calls == whole.calls
-    other = draw(pipeline, range(150), None, replace(SAMPLING, steps=5), half)
+    other = generate(pipeline, range(150), None, replace(SAMPLING, steps=5), half)
     assert not np.array_equal(other.images, whole.images)
 
 
@@ -271,7 +271,7 @@ def test_a_stop_is_heard(pipeline, tmp_path):
     work = Workspace.at(tmp_path)
     (tmp_path / "stop").touch()
     with pytest.raises(Preempted):
-        draw(pipeline, range(10), None, SAMPLING, work)
+        generate(pipeline, range(10), None, SAMPLING, work)
 
 
 def test_conditional_samples_have_the_classes_of_the_data(pipeline, reference, partition, tmp_path):

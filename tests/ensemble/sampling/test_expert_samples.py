@@ -6,17 +6,17 @@ import torch
 
 from data_partition.partition import Partition
 from ddm_core.artifacts import Preempted, Workspace
-from ensemble.config import DrawsConfig
-from ensemble.sampling.expert_samples import classes_of, draw_latents, draws_of, true_counts
+from ensemble.config import ExpertSamplesConfig
+from ensemble.sampling.expert_samples import proportional_counts, sample_classes, sample_counts, sample_expert_latents
 from experts.config import ResidualMLPConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert, network_flops
 from experts.networks.registry import build_network
-from router.expert_samples import Drawn
+from router.expert_samples import ExpertSamples
 
 COUNTS = np.array([300, 100])
 BY_CLASS = np.array([[200, 0], [50, 100]])
-CONFIG = DrawsConfig(samples_per_expert=20, steps=3, batch_size=7)
+CONFIG = ExpertSamplesConfig(samples_per_expert=20, steps=3, batch_size=7)
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def experts(tmp_path):
     for k in range(2):
         torch.manual_seed(k)
         model = build_network(ResidualMLPConfig(width=8, depth=1), (4,), 2)
-        described = {"prediction": "velocity", "path": STRAIGHT, "latent_shape": (4,), "num_classes": 2}
+        described = {"prediction": "velocity", "noise_schedule": RECTIFIED_FLOW, "latent_shape": (4,), "num_classes": 2}
         Expert(model=model.eval(), cluster_id=k, **described).save(tmp_path / f"expert_{k}")
     return {k: tmp_path / f"expert_{k}" for k in range(2)}
 
 
 def test_a_fresh_network_draws_its_noise_at_the_clusters_true_shares(experts, partition, tmp_path):
-    flops = draw_latents(experts, partition, CONFIG, tmp_path / "out", Workspace.at(tmp_path / "work"))
-    drawn = Drawn.load(tmp_path / "out")
+    flops = sample_expert_latents(experts, partition, CONFIG, tmp_path / "out", Workspace.at(tmp_path / "work"))
+    drawn = ExpertSamples.load(tmp_path / "out")
     assert drawn.prior_counts.tolist() == [[200, 0], [50, 100], [300, 100]]
     assert torch.bincount(drawn.dataset.cluster_id).tolist() == [30, 10]
     first, second = (drawn.dataset.class_id[drawn.dataset.cluster_id == k].tolist() for k in range(2))
@@ -52,9 +52,9 @@ def test_a_fresh_network_draws_its_noise_at_the_clusters_true_shares(experts, pa
 
 def test_a_draw_depends_on_seed_expert_and_row_alone(experts, partition, tmp_path):
     def drawn(name, **changes):
-        config = DrawsConfig(**{"samples_per_expert": 20, "steps": 3, "batch_size": 7} | changes)
-        draw_latents(experts, partition, config, tmp_path / name, Workspace.at(tmp_path / f"{name}_work"))
-        return Drawn.load(tmp_path / name).dataset.clean
+        config = ExpertSamplesConfig(**{"samples_per_expert": 20, "steps": 3, "batch_size": 7} | changes)
+        sample_expert_latents(experts, partition, config, tmp_path / name, Workspace.at(tmp_path / f"{name}_work"))
+        return ExpertSamples.load(tmp_path / name).dataset.clean
 
     assert torch.allclose(drawn("a"), drawn("b", batch_size=64), atol=1e-6)
     assert not torch.allclose(drawn("c"), drawn("d", seed=1))
@@ -62,8 +62,8 @@ def test_a_draw_depends_on_seed_expert_and_row_alone(experts, partition, tmp_pat
 
 
 def test_a_missing_expert_imagines_nothing_and_its_cluster_still_counts(experts, partition, tmp_path):
-    draw_latents({1: experts[1]}, partition, CONFIG, tmp_path / "out", Workspace.at(tmp_path / "work"))
-    drawn = Drawn.load(tmp_path / "out")
+    sample_expert_latents({1: experts[1]}, partition, CONFIG, tmp_path / "out", Workspace.at(tmp_path / "work"))
+    drawn = ExpertSamples.load(tmp_path / "out")
     assert drawn.dataset.cluster_id.unique().tolist() == [1]
     assert drawn.prior_counts[-1].tolist() == [300, 100]
 
@@ -72,16 +72,16 @@ def test_it_stops_when_it_is_asked_to(experts, partition, tmp_path):
     workspace = Workspace.at(tmp_path / "work")
     (tmp_path / "work" / "stop").touch()
     with pytest.raises(Preempted, match="drawing begins again"):
-        draw_latents(experts, partition, CONFIG, tmp_path / "out", workspace)
+        sample_expert_latents(experts, partition, CONFIG, tmp_path / "out", workspace)
 
 
 def test_without_labels_every_draw_is_unconditional(tmp_path):
     centroids = np.zeros((2, 3), np.float32)
     Partition(fine_centroids=centroids, fine_to_cluster=np.arange(2), counts=COUNTS).save(tmp_path)
-    counts = true_counts(tmp_path)
+    counts = proportional_counts(tmp_path)
     assert counts.tolist() == [[300, 100]]
-    assert classes_of(counts[:, 0], 4).tolist() == [-1] * 4
+    assert sample_classes(counts[:, 0], 4).tolist() == [-1] * 4
 
 
 def test_every_expert_draws_at_least_once():
-    assert draws_of(torch.tensor([10_000.0, 1.0]), 10) == [20, 1]
+    assert sample_counts(torch.tensor([10_000.0, 1.0]), 10) == [20, 1]

@@ -10,14 +10,14 @@ from torch import Tensor
 from ddm_core.artifacts import Workspace
 from ensemble.config import ReflectionConfig, SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.evaluation.generate import RowFlops, draw
+from ensemble.evaluation.generate import RowFlops, generate
 from ensemble.membership import without_experts
 from ensemble.pipeline import DDMPipeline, PipelineError, assemble
-from ensemble.sampling.guidance import reflect, reflecting
+from ensemble.sampling.guidance import reflected_solver, reflection_step
 from ensemble.sampling.images import to_bytes
 from ensemble.sampling.sample import sample
 from ensemble.solvers import SOLVERS, VelocityField, uniform_times
-from experts.diffusion.noise_schedule import COSINE, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from router.config import SelectionConfig
 from tests.ensemble.test_pipeline import make_expert, parts, put_together
 from tests.oracles import IdentityCodec, MixtureOfGaussians, gaussian_velocity
@@ -40,7 +40,9 @@ STRONG, WEAK = gaussian(1.0, 0.5), gaussian(0.3, 0.8)
 
 @pytest.mark.parametrize("field", [STRONG, curved])
 def test_equal_fields_come_back_but_for_the_second_order(field):
-    errors = [(reflect(field, field, NOISED, 0.6, 0.6 - h) - NOISED).abs().max().item() for h in (0.04, 0.02, 0.01)]
+    errors = [
+        (reflection_step(field, field, NOISED, 0.6, 0.6 - h) - NOISED).abs().max().item() for h in (0.04, 0.02, 0.01)
+    ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
 
@@ -48,7 +50,9 @@ def test_equal_fields_come_back_but_for_the_second_order(field):
 def test_to_first_order_the_change_is_the_step_times_the_difference_of_the_velocities():
     t = torch.full((40,), 0.6, dtype=torch.float64)
     difference = STRONG(NOISED, t) - WEAK(NOISED, t)
-    rests = [(reflect(STRONG, WEAK, NOISED, 0.6, 0.6 - h) - NOISED) / -h - difference for h in (0.02, 0.01, 0.005)]
+    rests = [
+        (reflection_step(STRONG, WEAK, NOISED, 0.6, 0.6 - h) - NOISED) / -h - difference for h in (0.02, 0.01, 0.005)
+    ]
     sizes = [rest.abs().max().item() for rest in rests]
     assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.1) == pytest.approx(sizes[1] / sizes[2], rel=0.1)
     assert sizes[2] < 0.05 * difference.abs().max()
@@ -61,7 +65,7 @@ def test_linear_velocities_in_closed_form():
     (a, b), (c, d), h = (0.7, -0.2), (0.3, 0.5), 0.1
     ahead = NOISED - h * (a * NOISED + b)
     expected = ahead + h * (c * ahead + d)
-    torch.testing.assert_close(reflect(linear(a, b), linear(c, d), NOISED, 0.5, 0.4), expected)
+    torch.testing.assert_close(reflection_step(linear(a, b), linear(c, d), NOISED, 0.5, 0.4), expected)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -70,7 +74,9 @@ def test_a_whole_trajectory_against_itself_converges_to_the_plain_one(solver):
     errors = []
     for steps in (20, 40, 80):
         times = uniform_times(steps)
-        errors.append((reflecting(solver, STRONG, STRONG, steps)(STRONG, NOISED, times) - exact).abs().max().item())
+        errors.append(
+            (reflected_solver(solver, STRONG, STRONG, steps)(STRONG, NOISED, times) - exact).abs().max().item()
+        )
     assert errors[0] / errors[1] > 1.6 and errors[1] / errors[2] > 1.6
 
 
@@ -83,19 +89,19 @@ def test_so_many_first_steps_are_reflected_and_never_the_last(solver, asked, ref
         seen.append(t[0].item())
         return STRONG(noised, t)
 
-    reflecting(solver, STRONG, weak, asked)(STRONG, NOISED, uniform_times(5))
+    reflected_solver(solver, STRONG, weak, asked)(STRONG, NOISED, uniform_times(5))
     assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2][:reflected])
 
 
 def drawn(solver: str, reflection: ReflectionConfig | None, weak: Ensemble | None):
-    ensemble = Ensemble(experts=MIXTURE.experts(), path=STRAIGHT, router=MIXTURE.router())
+    ensemble = Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
     config = SamplingConfig(solver=solver, steps=10, reflection=reflection)
     return sample(ensemble, IdentityCodec(), range(6), config, weak=weak)
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 10), ("heun", 19)])
 def test_both_sides_calls_are_counted_on_top(solver, evaluations):
-    weak = Ensemble(experts={0: MIXTURE.experts()[0]}, path=STRAIGHT)
+    weak = Ensemble(experts={0: MIXTURE.experts()[0]}, noise_schedule=RECTIFIED_FLOW)
     found = drawn(solver, ReflectionConfig(steps=4), weak)
     assert found.calls.experts.total() == 6 * (evaluations + 4)
     assert found.calls.weak.experts == {0: 6 * 4} and found.calls.evaluations == 6 * evaluations
@@ -106,8 +112,8 @@ def test_both_sides_calls_are_counted_on_top(solver, evaluations):
 def test_against_a_weaker_ensemble_samples_move_away_from_what_it_lacks():
     """Without component 0 the weak velocity leads elsewhere, so reflection leads more samples to component 0."""
     experts = {k: expert for k, expert in MIXTURE.experts().items() if k}
-    weak = Ensemble(experts=experts, path=STRAIGHT, router=MIXTURE.router())
-    ensemble = Ensemble(experts=MIXTURE.experts(), path=STRAIGHT, router=MIXTURE.router())
+    weak = Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
+    ensemble = Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
     config = SamplingConfig(steps=20, selection=SelectionConfig(name="full"), batch_size=1000)
     plain = sample(ensemble, IdentityCodec(), range(1000), config)
     config = SamplingConfig(
@@ -118,7 +124,7 @@ def test_against_a_weaker_ensemble_samples_move_away_from_what_it_lacks():
 
 
 def test_a_reflection_needs_its_weak_side_and_a_weak_side_needs_a_reflection():
-    weak = Ensemble(experts={0: MIXTURE.experts()[0]}, path=STRAIGHT)
+    weak = Ensemble(experts={0: MIXTURE.experts()[0]}, noise_schedule=RECTIFIED_FLOW)
     for reflection, given in ((ReflectionConfig(), None), (None, weak)):
         with pytest.raises(ValueError, match="weak ensemble"):
             drawn("euler", reflection, given)
@@ -172,9 +178,11 @@ class TestThroughAPipeline:
         put_together(parts)
         config = replace(self.CONFIG, batch_size=2)
         first, again = (
-            draw(parts / "pipeline", range(5), None, config, Workspace.at(tmp_path / name)) for name in ("a", "a")
+            generate(parts / "pipeline", range(5), None, config, Workspace.at(tmp_path / name)) for name in ("a", "a")
         )
-        plain = draw(parts / "pipeline", range(5), None, replace(config, reflection=None), Workspace.at(tmp_path / "b"))
+        plain = generate(
+            parts / "pipeline", range(5), None, replace(config, reflection=None), Workspace.at(tmp_path / "b")
+        )
         costs = RowFlops.of(DDMPipeline.from_pretrained(parts / "pipeline"))
         assert first.calls == again.calls and first.flops == again.flops > plain.flops
         assert first.flops == pytest.approx(costs.times(first.calls) + 5 * 2 * costs.experts[1])

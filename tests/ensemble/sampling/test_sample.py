@@ -4,7 +4,7 @@ import torch
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.sample import sample
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.config import SelectionConfig
 from tests.oracles import IdentityCodec, MixtureOfGaussians
 
@@ -12,7 +12,7 @@ MIXTURE = MixtureOfGaussians((0.5, 0.3, 0.2))
 
 
 def whole() -> Ensemble:
-    return Ensemble(experts=MIXTURE.experts(), path=STRAIGHT, router=MIXTURE.router())
+    return Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
 
 
 def config(name: str = "sticky", **chosen: object) -> SamplingConfig:

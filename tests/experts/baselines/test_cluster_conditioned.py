@@ -5,13 +5,18 @@ import torch
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.architectures.residual_mlp import ResidualMLP
-from experts.baselines.cluster_conditioned import ToldExpert, is_told, train_told, with_cluster
+from experts.baselines.cluster_conditioned import (
+    ClusterConditionedExpert,
+    is_cluster_conditioned,
+    train_cluster_conditioned,
+    with_cluster,
+)
 from experts.codecs.registry import fit_codec
 from experts.condition import Condition
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
-from experts.networks.pretrained import start_of
+from experts.networks.pretrained import build_initial_model
 
 NOISED, T = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.5, 0.9])
 
@@ -21,7 +26,7 @@ def network(num_classes):
     model = ResidualMLP(latent_shape=[4], num_classes=num_classes, width=16, depth=1).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    described = {"prediction": "velocity", "path": STRAIGHT, "latent_shape": (4,), "cluster_id": 0}
+    described = {"prediction": "velocity", "noise_schedule": RECTIFIED_FLOW, "latent_shape": (4,), "cluster_id": 0}
     return Expert(model=model, num_classes=num_classes, **described)
 
 
@@ -34,7 +39,7 @@ def test_every_pair_of_class_and_cluster_has_a_number_of_its_own():
 def test_without_classes_it_is_the_class_conditional_network_whose_class_is_the_cluster():
     shared = network(3)
     for k in range(3):
-        told = ToldExpert(shared=shared, cluster_id=k, num_clusters=3)
+        told = ClusterConditionedExpert(shared=shared, cluster_id=k, num_clusters=3)
         expected = shared.velocity(NOISED, T, Condition(torch.full((3,), k)))
         assert told.num_classes == 0
         assert torch.equal(told.velocity(NOISED, T, Condition.null(3)), expected)
@@ -42,7 +47,7 @@ def test_without_classes_it_is_the_class_conditional_network_whose_class_is_the_
 
 def test_with_one_cluster_it_is_the_class_conditional_network():
     shared = network(4)
-    told = ToldExpert(shared=shared, cluster_id=0, num_clusters=1)
+    told = ClusterConditionedExpert(shared=shared, cluster_id=0, num_clusters=1)
     condition = Condition(torch.tensor([0, 2, -1]))
     expected = shared.velocity(NOISED, T, Condition(torch.tensor([0, 2, 3])))
     assert told.num_classes == 3
@@ -50,19 +55,19 @@ def test_with_one_cluster_it_is_the_class_conditional_network():
 
 
 def test_it_is_written_once_and_read_for_every_cluster(tmp_path):
-    ToldExpert(shared=network(6), cluster_id=1, num_clusters=2).save(tmp_path)
-    found = ToldExpert.load_all(tmp_path)
-    assert is_told(tmp_path) and sorted(found) == [0, 1]
+    ClusterConditionedExpert(shared=network(6), cluster_id=1, num_clusters=2).save(tmp_path)
+    found = ClusterConditionedExpert.load_all(tmp_path)
+    assert is_cluster_conditioned(tmp_path) and sorted(found) == [0, 1]
     assert found[0].shared is found[1].shared
     assert not torch.equal(*(one.velocity(NOISED, T, Condition.null(3)) for one in found.values()))
 
 
 @pytest.mark.parametrize("broken", [{"num_clusters": 4}, {"num_clusters": "2"}, {}, []])
 def test_a_number_of_clusters_that_does_not_fit_is_an_error(broken, tmp_path):
-    ToldExpert(shared=network(6), cluster_id=0, num_clusters=2).save(tmp_path)
-    write_json(tmp_path / "told.json", broken)
+    ClusterConditionedExpert(shared=network(6), cluster_id=0, num_clusters=2).save(tmp_path)
+    write_json(tmp_path / "cluster_conditioned.json", broken)
     with pytest.raises(CorruptArtifact, match="train it again"):
-        ToldExpert.load_all(tmp_path)
+        ClusterConditionedExpert.load_all(tmp_path)
 
 
 def test_every_pair_is_trained_and_nothing_else_is(shards, tmp_path, workspace):
@@ -70,12 +75,14 @@ def test_every_pair_is_trained_and_nothing_else_is(shards, tmp_path, workspace):
     fit_codec(CodecConfig(components=4), shards, tmp_path / "codec", workspace)
     training = TrainingConfig(steps=20, batch_size=20, warmup_steps=2)
     config = ExpertConfig(network=ResidualMLPConfig(width=16, depth=1), training=training)
-    summary = train_told(config, [shards, shards], tmp_path / "codec", tmp_path / "told", workspace)
+    summary = train_cluster_conditioned(
+        config, [shards, shards], tmp_path / "codec", tmp_path / "cluster_conditioned", workspace
+    )
     assert summary.images == 80
-    assert read_json(tmp_path / "told" / "told.json") == {"num_clusters": 2}
-    found = ToldExpert.load_all(tmp_path / "told")
+    assert read_json(tmp_path / "cluster_conditioned" / "cluster_conditioned.json") == {"num_clusters": 2}
+    found = ClusterConditionedExpert.load_all(tmp_path / "cluster_conditioned")
     assert found[0].num_classes == 3
     embedding = found[0].shared.model.class_embedding.weight
-    fresh = start_of(config, (4,), 8).model.class_embedding.weight
+    fresh = build_initial_model(config, (4,), 8).model.class_embedding.weight
     moved = (embedding - fresh).abs().sum(1)
     assert (moved[:8] > 0).all() and moved[8] == 0

@@ -7,11 +7,11 @@ import torch
 
 from ddm_core.artifacts import Workspace, read_json
 from experts.architectures.residual_mlp import ResidualMLP
-from experts.baselines.distilled_monolith import student_loss, train_student
+from experts.baselines.distilled_monolith import student_loss, train_distilled_monolith
 from experts.codecs.registry import fit_codec
 from experts.condition import Condition
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
-from experts.diffusion.noise_schedule import COSINE, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, network_flops, train_expert
 from experts.training.latent_dataset import Batch
 from experts.training.loss import expert_loss
@@ -20,12 +20,12 @@ TRAINING = TrainingConfig(steps=120, batch_size=32, warmup_steps=5, log_every=20
 CONFIG = ExpertConfig(network=ResidualMLPConfig(width=24, depth=1), training=TRAINING)
 
 
-def teacher(seed, path=STRAIGHT, prediction="velocity"):
+def teacher(seed, path=RECTIFIED_FLOW, prediction="velocity"):
     torch.manual_seed(seed)
     model = ResidualMLP(latent_shape=[4], width=16, depth=1).eval()
     torch.nn.init.normal_(model.exit.weight)
     described = {"latent_shape": (4,), "num_classes": 0, "cluster_id": 0}
-    return Expert(model=model, prediction=prediction, path=path, **described)
+    return Expert(model=model, prediction=prediction, noise_schedule=path, **described)
 
 
 def batch(rows=6):
@@ -37,7 +37,7 @@ def batch(rows=6):
 
 def test_a_student_that_is_its_teacher_loses_nothing():
     only = teacher(0)
-    assert student_loss(only.model, batch(), {0: only, 1: only}, "velocity", STRAIGHT).item() < 1e-10
+    assert student_loss(only.model, batch(), {0: only, 1: only}, "velocity", RECTIFIED_FLOW).item() < 1e-10
 
 
 def test_every_sample_is_taught_by_the_expert_of_its_own_cluster():
@@ -45,11 +45,13 @@ def test_every_sample_is_taught_by_the_expert_of_its_own_cluster():
     losses = torch.zeros(2)
     for k, expert in experts.items():
         rows = given.cluster_id == k
-        noised = STRAIGHT.noised(given.clean, given.noise, given.t)[rows]
+        noised = RECTIFIED_FLOW.add_noise(given.clean, given.noise, given.t)[rows]
         said = [one.velocity(noised, given.t[rows], Condition.null(3)) for one in (expert, experts[0])]
         losses[k] = (said[0] - said[1]).square().mean()
     assert losses[0] == 0 < losses[1]
-    torch.testing.assert_close(student_loss(experts[0].model, given, experts, "velocity", STRAIGHT), losses.mean())
+    torch.testing.assert_close(
+        student_loss(experts[0].model, given, experts, "velocity", RECTIFIED_FLOW), losses.mean()
+    )
 
 
 def test_without_a_teacher_a_cluster_is_learnt_from_its_samples():
@@ -71,7 +73,7 @@ def test_teachers_of_another_kind_are_matched():
 
     networks._CALLS[Same] = networks._call_residual_mlp
     try:
-        clean = student_loss(Same(latent_shape=[4]), batch(), {0: velocity, 1: velocity}, "clean", STRAIGHT)
+        clean = student_loss(Same(latent_shape=[4]), batch(), {0: velocity, 1: velocity}, "clean", RECTIFIED_FLOW)
     finally:
         del networks._CALLS[Same]
     assert clean.item() < 1e-10
@@ -86,8 +88,10 @@ def taught(shards, tmp_path, workspace):
 
 def test_a_student_of_one_expert_becomes_that_expert(taught, shards, tmp_path):
     work = Workspace.at(tmp_path / "student_work")
-    summary = train_student(CONFIG, {0: taught}, [shards], tmp_path / "codec", tmp_path / "student", work)
-    student, expert = Expert.load(tmp_path / "student"), Expert.load(taught)
+    summary = train_distilled_monolith(
+        CONFIG, {0: taught}, [shards], tmp_path / "codec", tmp_path / "distilled_monolith", work
+    )
+    student, expert = Expert.load(tmp_path / "distilled_monolith"), Expert.load(taught)
     noised, t = torch.randn(200, 4), torch.rand(200)
     said = [one.velocity(noised, t, Condition.null(200)) for one in (student, expert)]
     assert (said[0] - said[1]).square().mean() < 0.15 * said[1].square().mean()
@@ -98,13 +102,13 @@ def test_a_student_of_one_expert_becomes_that_expert(taught, shards, tmp_path):
         3 * forward * rows,
     )
     assert summary.flops == 4 * forward * rows
-    assert read_json(tmp_path / "student" / "student.json")["experts"] == summary.experts
+    assert read_json(tmp_path / "distilled_monolith" / "distilled_monolith.json")["experts"] == summary.experts
 
 
 def test_a_student_may_start_as_an_expert(taught, shards, tmp_path):
     short = replace(CONFIG, init=str(taught), training=replace(TRAINING, steps=1, warmup_steps=50))
     work = Workspace.at(tmp_path / "student_work")
-    train_student(short, {0: taught}, [shards], tmp_path / "codec", tmp_path / "student", work)
-    student, expert = Expert.load(tmp_path / "student"), Expert.load(taught)
+    train_distilled_monolith(short, {0: taught}, [shards], tmp_path / "codec", tmp_path / "distilled_monolith", work)
+    student, expert = Expert.load(tmp_path / "distilled_monolith"), Expert.load(taught)
     pairs = zip(student.model.parameters(), expert.model.parameters(), strict=True)
     assert all((a - b).abs().max() < 1e-3 for a, b in pairs)

@@ -4,42 +4,50 @@ import diffusers
 import pytest
 import torch
 
-from experts.diffusion.noise_schedule import COSINE, LINEAR_BETA, PATHS, STRAIGHT, TIMESTEP, expand, matched
+from experts.diffusion.noise_schedule import (
+    COSINE,
+    LINEAR_BETA,
+    NOISE_SCHEDULES,
+    RECTIFIED_FLOW,
+    TIMESTEP,
+    expand,
+    to_schedule,
+)
 
 
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 def test_a_path_goes_from_exactly_clean_to_exactly_noise(name):
-    path, ends = PATHS[name], torch.tensor([0.0, 1.0])
+    path, ends = NOISE_SCHEDULES[name], torch.tensor([0.0, 1.0])
     assert path.alpha(ends).tolist() == [1, 0]
     assert path.sigma(ends).tolist() == [0, 1]
     assert path.t_at(path.noise_to_signal(ends)).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 def test_slopes_are_the_derivatives(name):
-    path = PATHS[name]
+    path = NOISE_SCHEDULES[name]
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
     for value, slope in ((path.alpha, path.alpha_dot), (path.sigma, path.sigma_dot)):
         (derivative,) = torch.autograd.grad(value(t * 1).sum(), t)
         torch.testing.assert_close(slope(t), derivative)
 
 
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 def test_t_at_inverts_the_noise_to_signal_ratio(name):
     t = torch.linspace(0, 1, 21, dtype=torch.float64)
-    torch.testing.assert_close(PATHS[name].t_at(PATHS[name].noise_to_signal(t)), t)
+    torch.testing.assert_close(NOISE_SCHEDULES[name].t_at(NOISE_SCHEDULES[name].noise_to_signal(t)), t)
 
 
 def test_known_values():
     half = torch.tensor([0.5])
-    assert STRAIGHT.noised(torch.tensor([[2.0]]), torch.tensor([[4.0]]), half).item() == 3
+    assert RECTIFIED_FLOW.add_noise(torch.tensor([[2.0]]), torch.tensor([[4.0]]), half).item() == 3
     assert COSINE.alpha(half).item() == pytest.approx(math.sqrt(0.5))
-    assert STRAIGHT.velocity(torch.tensor([[2.0]]), torch.tensor([[5.0]]), half).item() == 3
+    assert RECTIFIED_FLOW.velocity(torch.tensor([[2.0]]), torch.tensor([[5.0]]), half).item() == 3
 
 
 def test_matching_a_path_with_itself_returns_the_very_tensors():
     noised, t = torch.randn(2, 3), torch.rand(2)
-    same = matched(noised, t, COSINE, COSINE)
+    same = to_schedule(noised, t, COSINE, COSINE)
     assert same.noised is noised
     assert same.t is t
 
@@ -64,15 +72,17 @@ def test_a_sample_is_matched_to_the_timestep_of_equal_ratio():
     bars = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
     steps = torch.tensor([20, 100, 400, 700, 900])
     ratio = ((1 - bars[steps]) / bars[steps]).sqrt()
-    moved = matched(torch.ones(5, 3, dtype=torch.float64), ratio / (1 + ratio), STRAIGHT, LINEAR_BETA)
+    moved = to_schedule(torch.ones(5, 3, dtype=torch.float64), ratio / (1 + ratio), RECTIFIED_FLOW, LINEAR_BETA)
     torch.testing.assert_close(moved.t * 1000, (steps + 1).double(), rtol=0.02, atol=2)
     torch.testing.assert_close(moved.noised[:, 0], bars[steps].sqrt() * (1 + ratio), rtol=0.035, atol=0)
 
 
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 def test_t_at_inverts_the_ratio_close_to_the_ends_too(name):
     t = torch.tensor([1e-4, 9e-4, 1.1e-3, 0.9985, 0.9995, 0.9999], dtype=torch.float64)
-    torch.testing.assert_close(PATHS[name].t_at(PATHS[name].noise_to_signal(t)), t, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        NOISE_SCHEDULES[name].t_at(NOISE_SCHEDULES[name].noise_to_signal(t)), t, rtol=1e-9, atol=0
+    )
 
 
 def test_linear_beta_has_no_jump_where_its_lines_begin():

@@ -8,13 +8,13 @@ from ddm_core.artifacts import Workspace, read_json
 from experts.codecs.registry import fit_codec
 from experts.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
-from experts.diffusion.noise_schedule import LINEAR_BETA, PATHS
+from experts.diffusion.noise_schedule import LINEAR_BETA, NOISE_SCHEDULES
 from experts.expert import Expert, expert_flops, train_expert
 from experts.networks.model_io import save_model
-from experts.networks.pretrained import start_of
+from experts.networks.pretrained import build_initial_model
 from experts.networks.pretrained_files import InitError, check_unchanged, init_checksum
 from experts.networks.registry import build_network, call_network
-from experts.training.latent_dataset import batch_of, read_latents
+from experts.training.latent_dataset import make_batch, read_latents
 from experts.training.loss import converted_loss
 
 SHAPE = (1, 4, 4)
@@ -36,20 +36,25 @@ def saved(folder, kind="unet", shape=SHAPE, num_classes=3):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bare_model_predicts_ddpms_noise_unless_told_otherwise(kind, tmp_path):
     model, noised = saved(tmp_path, kind), torch.randn(2, *SHAPE)
-    start = start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
-    assert (start.prediction, start.path) == ("noise", LINEAR_BETA)
+    start = build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+    assert (start.prediction, start.noise_schedule) == ("noise", LINEAR_BETA)
     asked = (noised, torch.tensor([0.2, 0.9]), Condition(torch.tensor([1, -1])))
     assert torch.equal(call_network(start.model.eval(), *asked), call_network(model, *asked))
-    told = ExpertConfig(init=str(tmp_path), init_prediction="clean", init_path="cosine", prediction="noise")
-    start = start_of(told, SHAPE, 3)
-    assert (start.prediction, start.path.name) == ("clean", "cosine")
+    told = ExpertConfig(init=str(tmp_path), init_prediction="clean", init_noise_schedule="cosine", prediction="noise")
+    start = build_initial_model(told, SHAPE, 3)
+    assert (start.prediction, start.noise_schedule.name) == ("clean", "cosine")
 
 
 def test_one_of_our_experts_says_itself_what_it_predicts(tmp_path):
-    described = {"prediction": "clean", "path": PATHS["cosine"], "latent_shape": SHAPE, "num_classes": 3}
+    described = {
+        "prediction": "clean",
+        "noise_schedule": NOISE_SCHEDULES["cosine"],
+        "latent_shape": SHAPE,
+        "num_classes": 3,
+    }
     Expert(model=saved(tmp_path / "bare"), cluster_id=1, **described).save(tmp_path / "ours")
-    start = start_of(ExpertConfig(init=str(tmp_path / "ours")), SHAPE, 3)
-    assert (start.prediction, start.path.name) == ("clean", "cosine")
+    start = build_initial_model(ExpertConfig(init=str(tmp_path / "ours")), SHAPE, 3)
+    assert (start.prediction, start.noise_schedule.name) == ("clean", "cosine")
 
 
 def test_a_plain_unconditional_unet_of_diffusers_is_taken(tmp_path):
@@ -65,7 +70,7 @@ def test_a_plain_unconditional_unet_of_diffusers_is_taken(tmp_path):
         add_attention=False,
     )
     model.save_pretrained(tmp_path)
-    start = start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 0)
+    start = build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 0)
     assert call_network(start.model, torch.zeros(2, *SHAPE), torch.rand(2), Condition.null(2)).shape == (2, *SHAPE)
 
 
@@ -80,7 +85,7 @@ def test_a_plain_unconditional_unet_of_diffusers_is_taken(tmp_path):
 def test_what_does_not_fit_is_refused(shape, num_classes, message, tmp_path):
     saved(tmp_path)
     with pytest.raises(InitError, match=message):
-        start_of(ExpertConfig(init=str(tmp_path)), shape, num_classes)
+        build_initial_model(ExpertConfig(init=str(tmp_path)), shape, num_classes)
 
 
 def test_a_learned_variance_is_refused(tmp_path):
@@ -89,7 +94,7 @@ def test_a_learned_variance_is_refused(tmp_path):
         tmp_path
     )
     with pytest.raises(InitError, match="predicts a variance"):
-        start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+        build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
@@ -104,7 +109,7 @@ def test_a_pickle_is_refused(tmp_path):
     saved(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InitError, match="pickles, and those are never loaded: diffusion_pytorch_model.bin"):
-        start_of(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+        build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
 
 
 def test_the_checksum_is_of_the_content(tmp_path):
@@ -124,20 +129,24 @@ def test_the_checksum_is_of_the_content(tmp_path):
 def test_an_expert_goes_on_from_a_checkpoint_and_stays_what_it_was(init_loss, shards, tmp_path, workspace):
     fit_codec(CodecConfig(kind="pixels"), shards, tmp_path / "codec", workspace)
     training = TrainingConfig(steps=40, batch_size=20, warmup_steps=2, log_every=20, lr=3e-3)
-    first = ExpertConfig(network=KINDS["residual_mlp"], prediction="noise", path="cosine", training=training)
+    first = ExpertConfig(network=KINDS["residual_mlp"], prediction="noise", noise_schedule="cosine", training=training)
     train_expert(first, [shards], tmp_path / "codec", tmp_path / "first", workspace)
     second = ExpertConfig(training=training, init=str(tmp_path / "first"), init_loss=init_loss, prediction="clean")
     fresh = Workspace.at(tmp_path / "second_work")
     train_expert(second, [shards], tmp_path / "codec", tmp_path / "second", fresh)
     was, now = Expert.load(tmp_path / "first"), Expert.load(tmp_path / "second")
-    assert (now.prediction, now.path.name) == ("noise", "cosine")
+    assert (now.prediction, now.noise_schedule.name) == ("noise", "cosine")
     assert type(now.model) is type(was.model)
     assert expert_flops(second, SHAPE, 3) == expert_flops(first, SHAPE, 3)
     distance = sum((a - b).abs().mean() for a, b in zip(now.model.parameters(), was.model.parameters(), strict=True))
     assert 0 < distance < 1
     loss = read_json(tmp_path / "second" / "training.json")["final_loss"]
     model, dataset = was.model, read_latents(fresh.scratch / "cache" / "latents")
-    wanted = ("noise", PATHS["cosine"]) if init_loss == "own" else ("clean", PATHS["straight"])
-    batches = [batch_of(dataset, training, step) for step in range(20, 40)]
-    start = sum(converted_loss(model, batch, ("noise", PATHS["cosine"]), wanted).item() for batch in batches) / 20
+    wanted = (
+        ("noise", NOISE_SCHEDULES["cosine"]) if init_loss == "own" else ("clean", NOISE_SCHEDULES["rectified_flow"])
+    )
+    batches = [make_batch(dataset, training, step) for step in range(20, 40)]
+    start = (
+        sum(converted_loss(model, batch, ("noise", NOISE_SCHEDULES["cosine"]), wanted).item() for batch in batches) / 20
+    )
     assert loss == pytest.approx(start, rel=0.3)

@@ -17,7 +17,7 @@ from experts.condition import Condition
 from experts.config import TrainingConfig
 from experts.networks.registry import build_network, call_network
 from experts.training.checkpoint import CheckpointError
-from experts.training.distributed import Group, GroupBroken, GroupError
+from experts.training.distributed import DataParallelGroup, GroupError, WorkerLost
 from experts.training.latent_dataset import LatentDataset, encode_latents
 from experts.training.trainer import TrainingDiverged, fit
 from tests.experts.training.test_trainer import NETWORKS, Killed, killed_at, stopping_at, velocity_loss
@@ -49,7 +49,7 @@ def ended(work):
     """How a piece of work ended, as plain text."""
     try:
         work()
-    except (Preempted, GroupError, GroupBroken, TrainingDiverged, CheckpointError, Killed) as error:
+    except (Preempted, GroupError, WorkerLost, TrainingDiverged, CheckpointError, Killed) as error:
         return f"{type(error).__name__}: {error}"
     return "done"
 
@@ -136,7 +136,7 @@ def stopped_while_encoding(rank, folder):
         if workspace.stop_requested():
             raise Preempted("stopped after 1 of 2 images")
 
-    return ended(lambda: Group.joined().done_once(work))
+    return ended(lambda: DataParallelGroup.join().run_on_main(work))
 
 
 def one_is_gone(rank, folder):
@@ -292,11 +292,11 @@ def test_a_worker_that_vanishes_breaks_the_group_and_says_so(folder):
 
 
 def test_a_group_of_one_takes_the_whole_batch():
-    assert Group.joined() == Group(0, 1)
-    assert Group().share(7) == slice(None)
+    assert DataParallelGroup.join() == DataParallelGroup(0, 1)
+    assert DataParallelGroup().local_rows(7) == slice(None)
 
 
 @pytest.mark.parametrize(("size", "tries"), [(2, "6 or 8"), (3, "6 or 9"), (8, "8 or 8")])
 def test_a_batch_that_cannot_be_shared_says_which_can(size, tries):
     with pytest.raises(GroupError, match=f"a batch of 7 .* by {size} workers; take a batch of {tries}"):
-        Group(0, size).share(7)
+        DataParallelGroup(0, size).local_rows(7)

@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from experts.training.ema import MovingAverage, gamma_of
+from experts.training.ema import MovingAverage, power_law_gamma
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2, 0.27])
 def test_gamma_has_the_width_that_was_asked_for(width):
-    gamma = gamma_of(width)
+    gamma = power_law_gamma(width)
     assert (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5) == pytest.approx(width)
 
 
@@ -18,7 +18,7 @@ def test_the_average_is_the_power_function_average_of_all_steps():
     for step, value in enumerate(values, start=1):
         nn.init.constant_(model.weight, value.item())
         average.update(step)
-    power = gamma_of(0.15) + 1
+    power = power_law_gamma(0.15) + 1
     edges = torch.arange(41, dtype=torch.float64) ** power
     expected = (edges.diff() / edges[-1] * values).sum()
     torch.testing.assert_close(average.average["weight"].squeeze(), expected)
@@ -26,7 +26,7 @@ def test_the_average_is_the_power_function_average_of_all_steps():
 
 def test_weights_of_the_average_have_the_relative_width():
     """Standard deviation of the step that the average looks at, over the number of steps."""
-    count, power = 4000, gamma_of(0.1) + 1
+    count, power = 4000, power_law_gamma(0.1) + 1
     steps = torch.arange(count, dtype=torch.float64) + 0.5
     weights = (torch.arange(count + 1, dtype=torch.float64) ** power).diff() / float(count) ** power
     mean = (weights * steps).sum()

@@ -10,15 +10,15 @@ from data_partition.shards.shards import ShardWriter
 from ddm_core.artifacts import CACHE
 from experts.codec import PixelCodec
 from experts.config import TrainingConfig
-from experts.training.distributed import Group
-from experts.training.latent_dataset import LatentDataset, LatentError, batch_of, encode_latents, rows_of
+from experts.training.distributed import DataParallelGroup
+from experts.training.latent_dataset import LatentDataset, LatentError, encode_latents, make_batch, sample_indices
 
 
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(-5, 5), epochs=st.integers(1, 4))
 @settings(max_examples=50)
 def test_every_sample_comes_once_an_epoch(count, batch_size, seed, epochs):
     steps = -(-epochs * count // batch_size)
-    seen = torch.cat([rows_of(count, batch_size, seed, step) for step in range(steps)])
+    seen = torch.cat([sample_indices(count, batch_size, seed, step) for step in range(steps)])
     for epoch in range(epochs):
         assert sorted(seen[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
 
@@ -26,8 +26,8 @@ def test_every_sample_comes_once_an_epoch(count, batch_size, seed, epochs):
 @pytest.mark.parametrize("size", [2, 4])
 def test_shares_of_a_batch_are_its_rows(size, make_dataset):
     dataset, config = make_dataset(shape=(1, 3, 3)), TrainingConfig(batch_size=8, condition_dropout=0.5)
-    whole = batch_of(dataset, config, 5)
-    parts = [batch_of(dataset, config, 5, Group(rank, size).share(8)) for rank in range(size)]
+    whole = make_batch(dataset, config, 5)
+    parts = [make_batch(dataset, config, 5, DataParallelGroup(rank, size).local_rows(8)) for rank in range(size)]
     assert [len(part.t) for part in parts] == [8 // size] * size
     for field in ("clean", "noise", "t", "cluster_id"):
         assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
@@ -36,14 +36,14 @@ def test_shares_of_a_batch_are_its_rows(size, make_dataset):
 
 def test_a_batch_is_a_function_of_seed_and_step(make_dataset):
     dataset, config = make_dataset(), TrainingConfig(batch_size=8, seed=3)
-    first = batch_of(dataset, config, 7)
-    batch_of(dataset, config, 8)
+    first = make_batch(dataset, config, 7)
+    make_batch(dataset, config, 8)
     torch.manual_seed(99)
-    again = batch_of(dataset, config, 7)
+    again = make_batch(dataset, config, 7)
     for name in ("clean", "noise", "t", "cluster_id"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     assert torch.equal(first.condition.class_id, again.condition.class_id)
-    for other in (batch_of(dataset, config, 8), batch_of(dataset, TrainingConfig(batch_size=8, seed=4), 7)):
+    for other in (make_batch(dataset, config, 8), make_batch(dataset, TrainingConfig(batch_size=8, seed=4), 7)):
         assert not torch.equal(first.noise, other.noise)
         assert not torch.equal(first.t, other.t)
 
@@ -55,7 +55,7 @@ def test_rows_of_a_batch_belong_together():
         class_id=torch.arange(count) % 5,
         cluster_id=torch.arange(count) % 3,
     )
-    batch = batch_of(dataset, TrainingConfig(batch_size=64, condition_dropout=0), 0)
+    batch = make_batch(dataset, TrainingConfig(batch_size=64, condition_dropout=0), 0)
     sample = batch.clean[:, 0].long()
     assert torch.equal(batch.condition.class_id, sample % 5)
     assert torch.equal(batch.cluster_id, sample % 3)
@@ -64,7 +64,7 @@ def test_rows_of_a_batch_belong_together():
 
 def test_t_is_logit_normal_and_noise_is_standard_normal(make_dataset):
     config = TrainingConfig(batch_size=20_000, t_mean=-0.4, t_std=0.7)
-    batch = batch_of(make_dataset(), config, 0)
+    batch = make_batch(make_dataset(), config, 0)
     logits = batch.t.logit()
     assert logits.mean().item() == pytest.approx(-0.4, abs=0.02)
     assert logits.std().item() == pytest.approx(0.7, abs=0.02)
@@ -73,7 +73,7 @@ def test_t_is_logit_normal_and_noise_is_standard_normal(make_dataset):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_conditions_are_dropped_at_their_share(make_dataset, share):
-    batch = batch_of(make_dataset(), TrainingConfig(batch_size=10_000, condition_dropout=share), 0)
+    batch = make_batch(make_dataset(), TrainingConfig(batch_size=10_000, condition_dropout=share), 0)
     null = (batch.condition.class_id == -1).float().mean().item()
     assert null == pytest.approx(share, abs=0.0 if share in (0, 1) else 0.02)
 

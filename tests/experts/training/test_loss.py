@@ -3,7 +3,7 @@ import torch
 
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import PATHS
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.training.latent_dataset import Batch
 from experts.training.loss import converted_loss, expert_loss
 
@@ -26,15 +26,15 @@ def batch():
 )
 def test_a_network_that_says_zero_loses_the_mean_square_of_its_target(prediction, expected):
     model = ResidualMLP(latent_shape=[2], width=8, depth=1)
-    assert expert_loss(model, batch(), prediction, PATHS["straight"]).item() == pytest.approx(expected)
+    assert expert_loss(model, batch(), prediction, NOISE_SCHEDULES["rectified_flow"]).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
 def test_converted_to_itself_a_loss_is_what_it_was(prediction, name):
     model = ResidualMLP(latent_shape=[2], width=8, depth=1)
     torch.nn.init.normal_(model.exit.bias)
-    own = (prediction, PATHS[name])
+    own = (prediction, NOISE_SCHEDULES[name])
     expected = expert_loss(model, batch(), *own)
     torch.testing.assert_close(converted_loss(model, batch(), own, own), expected, rtol=1e-4, atol=1e-5)
 
@@ -50,7 +50,7 @@ def test_a_network_that_knows_the_noise_loses_nothing_in_any_other_currency(monk
     from experts.networks import registry as networks
 
     monkeypatch.setitem(networks._CALLS, KnowsNoise, networks._call_residual_mlp)
-    model, own = KnowsNoise(latent_shape=[2]), ("noise", PATHS["linear_beta"])
-    for name in PATHS:
+    model, own = KnowsNoise(latent_shape=[2]), ("noise", NOISE_SCHEDULES["linear_beta"])
+    for name in NOISE_SCHEDULES:
         for prediction in ("velocity", "noise", "clean"):
-            assert converted_loss(model, batch(), own, (prediction, PATHS[name])).item() < 1e-8
+            assert converted_loss(model, batch(), own, (prediction, NOISE_SCHEDULES[name])).item() < 1e-8

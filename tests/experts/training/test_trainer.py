@@ -8,7 +8,7 @@ from torch import nn
 from ddm_core.artifacts import Preempted, Workspace
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.networks.model_io import save_model
 from experts.networks.registry import build_network, call_network
 from experts.training.loss import expert_loss
@@ -27,7 +27,7 @@ class Killed(Exception):
 
 
 def velocity_loss(model, batch):
-    return {"loss": expert_loss(model, batch, "velocity", STRAIGHT)}
+    return {"loss": expert_loss(model, batch, "velocity", RECTIFIED_FLOW)}
 
 
 def killed_at(step):
@@ -119,7 +119,7 @@ def test_the_loss_falls_on_a_toy_and_the_average_is_as_good(make_dataset, worksp
     assert fitted.rows[-1]["loss"] < 0.2
     t = torch.full((200,), 0.5)
     noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(1))
-    noised = STRAIGHT.noised(dataset.clean, noise, t)
+    noised = RECTIFIED_FLOW.add_noise(dataset.clean, noise, t)
     with torch.no_grad():
         predicted = call_network(fitted.model, noised, t, Condition(dataset.class_id))
     assert (predicted - (noise - dataset.clean)).square().mean() < 0.2

@@ -24,7 +24,7 @@ from orchestrator.config.compute import ComputeConfig, ResourcesConfig
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.errors import ConfigError
-from orchestrator.run.backend import Job, Outcome, attempt_folder
+from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
 from orchestrator.run.worker import execute
 
 TRAINING = {"steps": 600, "batch_size": 32, "log_every": 20, "checkpoint_every": 20}
@@ -71,7 +71,7 @@ def backend():
         yield found
 
 
-def wait(backend, until=lambda: False) -> Outcome | None:
+def wait(backend, until=lambda: False) -> AttemptOutcome | None:
     """The outcome of the only job, or None as soon as `until` says so."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
@@ -202,8 +202,8 @@ def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
     from orchestrator.backends.ray_train import StageEnded, _outcome
 
     training = job(tmp_path, "expert")
-    failed = Outcome(stage="expert", attempt=1, state="failed", error="DataError: broken")
-    broken = Outcome(stage="expert", attempt=1, state="lost", error="another worker is gone", transient=True)
+    failed = AttemptOutcome(stage="expert", attempt=1, state="failed", error="DataError: broken")
+    broken = AttemptOutcome(stage="expert", attempt=1, state="lost", error="another worker is gone", transient=True)
 
     def told(error: Exception) -> tuple[str, bool, str]:
         def run():
@@ -226,10 +226,10 @@ def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_that_does_not_see_the_folder_names_it(tmp_path):
-    from orchestrator.backends.ray_train import _meet
+    from orchestrator.backends.ray_train import _init_process_group
 
     with pytest.raises(GroupError, match=rf"worker 1 on .* cannot see {tmp_path}/elsewhere; .*share"):
-        _meet(tmp_path / "elsewhere", "gloo", 1, 2)
+        _init_process_group(tmp_path / "elsewhere", "gloo", 1, 2)
 
 
 def test_one_process_is_no_group(tmp_path):

@@ -67,7 +67,7 @@ class Slurm:
 def slurm(tmp_path, monkeypatch):
     found = Slurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{found.folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm_queue, "LOOK_S", 0.0)
+    monkeypatch.setattr(slurm_queue, "POLL_INTERVAL_S", 0.0)
     return found
 
 
@@ -178,7 +178,7 @@ def test_while_slurm_does_not_answer_nothing_is_given_up(tmp_path, slurm):
 
 
 def test_a_list_from_before_a_submission_says_nothing_of_it(tmp_path, slurm, monkeypatch):
-    monkeypatch.setattr(slurm_queue, "LOOK_S", 3600.0)
+    monkeypatch.setattr(slurm_queue, "POLL_INTERVAL_S", 3600.0)
     one = backend(tmp_path)
     for stage in ("dataset", "codec"):
         one.submit(job(tmp_path, stage=stage))

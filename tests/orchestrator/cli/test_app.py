@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from data_partition.shards.shards import read_index
-from ddm_core.artifacts import SEAL, read_json, sealed, write_text
+from ddm_core.artifacts import CHECKSUM_KEY, read_json, with_checksum, write_text
 from ensemble.pipeline import DDMPipeline
 from orchestrator.cli.app import app, parse_seeds
 from orchestrator.errors import ConfigError, RunFolderError
@@ -169,7 +169,7 @@ class TestLookingIntoAFinishedRun:
         said = in_process("classify", run, "--images", "40", "--draws", "2")
         assert "expert_1" in said and "commonest class" in said
         found = json.loads((artifact(run, "classify") / "classify.json").read_text())
-        assert found["voices"] == ["ensemble", "expert_0", "expert_1"] and found["images"] == [20, 20]
+        assert found["models"] == ["ensemble", "expert_0", "expert_1"] and found["images"] == [20, 20]
         assert all(0 <= value <= 1 for row in found["accuracy"] for value in row)
 
 
@@ -229,7 +229,9 @@ class TestExpertsComeAndGo:
         folder = shutil.copytree(artifact(run, "expert_1"), tmp_path / "expert")
         manifest = read_json(folder / "manifest.json")
         manifest["inputs"]["codec"] = "0" * 64
-        write_text(folder / "manifest.json", sealed({name: manifest[name] for name in manifest if name != SEAL}))
+        write_text(
+            folder / "manifest.json", with_checksum({name: manifest[name] for name in manifest if name != CHECKSUM_KEY})
+        )
         in_process("experts", "remove", run, "1", "--out", tmp_path / "left")
         with pytest.raises(ConfigError, match="trained with its codec"):
             in_process("experts", "add", run, folder, "--place", "1", "--ensemble", tmp_path / "left")

@@ -11,7 +11,7 @@ import pytest
 from ddm_core.artifacts import read_json, write_json
 from orchestrator.cli import submit as submission
 from orchestrator.cli.app import app
-from orchestrator.cli.submit import look, reachable_from, submit_run, wait_until_seen
+from orchestrator.cli.submit import confirm_folder_seen, reachable_from, submit_run, wait_until_seen
 from orchestrator.cli.submitted_controller import main
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
@@ -31,7 +31,7 @@ class Cluster:
     sent: list[dict] = field(default_factory=list)
     was_overtaken: bool = False
 
-    def reach(self) -> str:
+    def check_reachable(self) -> str:
         return "2"
 
     def states(self) -> dict[str, JobState]:
@@ -126,7 +126,7 @@ def test_an_address_that_is_none_is_one_clear_error(tmp_path):
 
 def test_the_job_answers_what_was_written_for_it(tmp_path):
     sent = submit_run(config(tmp_path), cluster := Cluster())
-    look(RunFolder(tmp_path), sent.id)
+    confirm_folder_seen(RunFolder(tmp_path), sent.id)
     assert read_json(tmp_path / "submission.json")["seen"]["host"] == socket.gethostname()
     wait_until_seen(sent, cluster, 1.0)
 
@@ -137,7 +137,7 @@ def test_another_folder_under_the_same_path_is_refused(tmp_path, monkeypatch, th
     if there:
         write_json(tmp_path / "submission.json", there)
     with pytest.raises(RunFolderError, match="sees under the same path"):
-        look(RunFolder(tmp_path), "ddm-x-c1")
+        confirm_folder_seen(RunFolder(tmp_path), "ddm-x-c1")
     assert (read_json(tmp_path / "submission.json") if there else None) == there
 
 

@@ -29,7 +29,7 @@ def small_run(folder: Path, islands: LocalIslands, steps: int = 1500) -> RunConf
     """Two experts on the islands, everything else at home."""
     overrides = [*SMALL, f"folder={folder}", f"expert.training.steps={steps}", "expert.training.checkpoint_every=100"]
     config = parse_config(compose(overrides))
-    stages = replace(config.compute.stages, router=replace(config.compute.stages.router, islands=("home",)))
+    stages = replace(config.compute.stages, router=replace(config.compute.stages.router, islands=("controller",)))
     compute = ComputeConfig(
         backend="islands", islands=islands.configs, stages=stages, cpus=1, backoff_s=0.1, grace_s=20.0, lease_s=60.0
     )

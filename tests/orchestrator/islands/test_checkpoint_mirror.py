@@ -6,7 +6,7 @@ import pytest
 
 from ddm_core.artifacts import write_text
 from orchestrator.islands import checkpoint_mirror as mirror_module
-from orchestrator.islands.checkpoint_mirror import Mirror
+from orchestrator.islands.checkpoint_mirror import CheckpointMirror
 from orchestrator.islands.layout import Names
 from orchestrator.islands.storage.storage import Storage, StorageUnreachable
 
@@ -34,7 +34,7 @@ def until(question) -> None:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror_module, "LOOK_S", 0.02)
+    monkeypatch.setattr(mirror_module, "SYNC_INTERVAL_S", 0.02)
     attempt, state = tmp_path / "attempt_1", tmp_path / "state"
     for folder in (attempt, state / "checkpoints", state / "cache"):
         folder.mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_a_checkpoint_that_the_storage_did_not_take_is_sent_again_without_anothe
     storage = Failing(str(tmp_path / "storage"), {})
     write_text(state / "checkpoints" / "step-7", "parameters")
     write_text(state / "cache" / "latents", "large")
-    with Mirror(storage, NAMES, attempt, state):
+    with CheckpointMirror(storage, NAMES, attempt, state):
         until(lambda: storage.has_tree(NAMES.state))
     assert set(storage.tree(NAMES.state)) == {"checkpoints/step-7"}
 
@@ -57,7 +57,7 @@ def test_an_attempt_that_has_a_successor_sends_no_checkpoint(folders, tmp_path):
     storage.put_json(NAMES.next().job, {})
     write_text(state / "checkpoints" / "step-7", "parameters")
     write_text(attempt / "log.txt", "word")
-    with Mirror(storage, NAMES, attempt, state) as mirror:
+    with CheckpointMirror(storage, NAMES, attempt, state) as mirror:
         until(lambda: storage.has_tree(NAMES.folder))
         mirror.push_state()
     assert not storage.has_tree(NAMES.state) and storage.get_json(NAMES.beat)["beats"] == 1

@@ -11,9 +11,9 @@ from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError, Unreachable
 from orchestrator.islands import connection as line_module
 from orchestrator.islands.client import JobState
-from orchestrator.islands.connection import Line
+from orchestrator.islands.connection import IslandConnection
 from orchestrator.islands.layout import names_of
-from orchestrator.run.backend import Job, Outcome, attempt_folder, submission_name
+from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder, submission_name
 
 RUN_ID = "0a1b2c3d"
 
@@ -31,7 +31,7 @@ class FakeIsland:
         if not self.answers:
             raise Unreachable("no answer")
 
-    def reach(self):
+    def check_reachable(self):
         self._refuse()
 
     def submit(self, submission_id, command, **options):
@@ -53,12 +53,12 @@ class FakeIsland:
 @pytest.fixture
 def bed(tmp_path, monkeypatch):
     """A line to a fake island, its events, and one job of it."""
-    monkeypatch.setattr(line_module, "LOOK_S", 0.02)
+    monkeypatch.setattr(line_module, "POLL_INTERVAL_S", 0.02)
     run, token = tmp_path / "run", tmp_path / "token"
     token.write_text("secret")
     token.chmod(0o600)
     events: list[tuple[str, dict]] = []
-    line = Line(
+    line = IslandConnection(
         name="west",
         config=IslandConfig(address="http://127.0.0.1:1", token_file=str(token), storage=str(tmp_path / "storage")),
         run_root=run,
@@ -88,11 +88,11 @@ def bed(tmp_path, monkeypatch):
     line.close()
 
 
-def outcome_of(line: Line, limit_s: float = 10.0) -> Outcome:
-    line.watch()
+def outcome_of(line: IslandConnection, limit_s: float = 10.0) -> AttemptOutcome:
+    line.start_polling()
     give_up = time.monotonic() + limit_s
     while time.monotonic() < give_up:
-        line.watch()
+        line.start_polling()
         try:
             return line.outcomes.get(timeout=0.05)
         except queue.Empty:
@@ -100,7 +100,7 @@ def outcome_of(line: Line, limit_s: float = 10.0) -> Outcome:
     raise AssertionError("no outcome")
 
 
-def said(line: Line, job: Job, outcome: dict) -> None:
+def said(line: IslandConnection, job: Job, outcome: dict) -> None:
     """The attempt writes its end into the storage, as its worker would."""
     away = line.run_root.parent / "away"
     away.mkdir()
@@ -108,7 +108,7 @@ def said(line: Line, job: Job, outcome: dict) -> None:
     line.storage.put_tree(away, names_of(job).folder)
 
 
-def ended(line: Line, job: Job, **facts) -> None:
+def ended(line: IslandConnection, job: Job, **facts) -> None:
     line.client.says[submission_name(RUN_ID, job)] = JobState(status="FAILED", **facts)
 
 
@@ -171,7 +171,7 @@ def test_an_island_that_never_answers_has_lost_its_stages_after_the_lease_and_no
     line, job, events = bed
     line.client.answers = False
     started = time.monotonic()
-    line.introduce()
+    line.connect()
     line.add(job)
     outcome = outcome_of(line)
     assert outcome.state == "lost" and outcome.transient and time.monotonic() - started >= line.lease_s
@@ -191,7 +191,7 @@ def test_what_nobody_waits_for_is_stopped_and_what_belongs_to_other_runs_is_not(
     mine, others = f"ddm-{RUN_ID}-expert_9-aa-a1", "ddm-99999999-expert_9-aa-a1"
     line.client.says = {name: JobState(status="RUNNING") for name in (mine, others)}
     line.add(job)
-    line.watch()
+    line.start_polling()
     give_up = time.monotonic() + 5
     while not events and time.monotonic() < give_up:
         time.sleep(0.02)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig
+from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.errors import ConfigError
 from orchestrator.islands.placement import Load, load_of, place
 from orchestrator.run.backend import Job
@@ -22,7 +22,7 @@ def job(kind="expert", losses=0, **asked) -> Job:
         attempt=0,
         stop_files=(),
         resources=ResourcesConfig(**asked),
-        losses=losses,
+        preemption_count=losses,
     )
 
 
@@ -79,7 +79,7 @@ def test_after_too_many_losses_only_firm_islands_are_left_if_there_are_any():
 def test_trainings_go_to_islands_and_the_rest_stays_at_home():
     config = compute(west={})
     assert place(job("expert"), config, {"west": IDLE}) == "west"
-    assert place(job("score"), config, {"west": IDLE}) == HOME
+    assert place(job("score"), config, {"west": IDLE}) == CONTROLLER
     assert place(job("score", islands=("west",)), config, {"west": IDLE}) == "west"
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from ddm_core.artifacts import read_json, read_manifest
 from ensemble.pipeline import DDMPipeline
 from experts.architectures.residual_mlp import ResidualMLP
-from experts.config import ExpertConfig, ResidualMLPConfig, StudentConfig
+from experts.config import DistilledMonolithConfig, ExpertConfig, ResidualMLPConfig
 from experts.expert import Expert
 from experts.networks.model_io import save_model
 from orchestrator.config.hydra_compose import compose
@@ -21,7 +21,7 @@ from orchestrator.pipeline.stage import without
 from orchestrator.reporting.results import score_rows, training_flops
 from orchestrator.run.run_folder import RunFolder
 
-ALL = RunConfig(baselines=("told", "student"))
+ALL = RunConfig(baselines=("cluster_conditioned", "distilled_monolith"))
 
 
 def by_name(config):
@@ -40,7 +40,7 @@ def with_router(config, **changes):
 
 
 def test_one_expert_that_differs_changes_itself_and_what_holds_it():
-    noise = ExpertConfig(prediction="noise", path="cosine")
+    noise = ExpertConfig(prediction="noise", noise_schedule="cosine")
     after = RunConfig(experts={1: noise})
     assert changed_by(RunConfig(), after) == {"expert_1", "ensemble", "score_sticky"}
     assert by_name(after)["expert_1"].config.expert.prediction == "noise"
@@ -57,38 +57,46 @@ def test_a_larger_expert_gives_the_monolith_more_steps():
 
 
 def test_baselines_stand_beside_what_was_there():
-    added = {f"{kind}{name}" for name in ("told", "student") for kind in ("", "score_")}
-    assert changed_by(RunConfig(), ALL) == added | {"told_ensemble", "student_ensemble"}
+    added = {f"{kind}{name}" for name in ("cluster_conditioned", "distilled_monolith") for kind in ("", "score_")}
+    assert changed_by(RunConfig(), ALL) == added | {"cluster_conditioned_ensemble", "distilled_monolith_ensemble"}
     graph = by_name(ALL)
-    assert graph["told"].config == graph["monolith"].config
-    assert set(graph["told_ensemble"].inputs) == {"codec", "shards", "told", "router"}
-    assert graph["score_told"].config.sampling.selection.name == "sticky"
-    assert {f"expert_{k}" for k in range(4)} <= set(graph["student"].inputs)
-    assert "router" not in graph["student"].inputs
+    assert graph["cluster_conditioned"].config == graph["monolith"].config
+    assert set(graph["cluster_conditioned_ensemble"].inputs) == {"codec", "shards", "cluster_conditioned", "router"}
+    assert graph["score_cluster_conditioned"].config.sampling.selection.name == "sticky"
+    assert {f"expert_{k}" for k in range(4)} <= set(graph["distilled_monolith"].inputs)
+    assert "router" not in graph["distilled_monolith"].inputs
 
 
 def test_a_student_has_a_recipe_of_its_own_and_does_without_a_lost_teacher():
-    config = replace(ALL, student=StudentConfig(from_expert=1, steps=7, batch_size=60))
-    student = by_name(config)["student"]
+    config = replace(ALL, distilled_monolith=DistilledMonolithConfig(from_expert=1, steps=7, batch_size=60))
+    student = by_name(config)["distilled_monolith"]
     assert (student.config.expert.training.steps, student.config.expert.training.batch_size) == (7, 60)
     assert student.inputs["init"].stage.name == "expert_1"
-    assert changed_by(ALL, config) == {"student", "student_ensemble", "score_student"}
-    rest = {stage.name: stage for stage in without(build_graph(config), "expert_1")}["student"]
+    assert changed_by(ALL, config) == {"distilled_monolith", "distilled_monolith_ensemble", "score_distilled_monolith"}
+    rest = {stage.name: stage for stage in without(build_graph(config), "expert_1")}["distilled_monolith"]
     assert "init" not in rest.inputs and "expert_1" not in rest.inputs and "expert_0" in rest.inputs
 
 
 def test_a_router_without_data_waits_for_the_draws_and_those_for_the_experts():
     after = with_router(RunConfig(), data="samples")
     graph = by_name(after)
-    assert {given.stage.name for given in graph["draws"].inputs.values()} == {
+    assert {given.stage.name for given in graph["expert_samples"].inputs.values()} == {
         "partition",
         *(f"expert_{k}" for k in range(4)),
     }
-    assert set(graph["router"].inputs) == {"codec", "draws", "holdouts"}
+    assert set(graph["router"].inputs) == {"codec", "expert_samples", "holdouts"}
     names = list(graph)
-    assert names.index("expert_3") < names.index("draws") < names.index("router") < names.index("ensemble")
+    assert names.index("expert_3") < names.index("expert_samples") < names.index("router") < names.index("ensemble")
     changed = changed_by(RunConfig(), after)
-    assert changed == {"draws", "router", "ensemble", "score_sticky", "monolith", "monolith_ensemble", "score_monolith"}
+    assert changed == {
+        "expert_samples",
+        "router",
+        "ensemble",
+        "score_sticky",
+        "monolith",
+        "monolith_ensemble",
+        "score_monolith",
+    }
     assert changed_by(RunConfig(), with_router(RunConfig(), sample_steps=5)) >= {"router"}
 
 
@@ -139,23 +147,28 @@ def test_a_whole_run_with_experts_that_differ_all_baselines_and_a_router_without
         tmp_path / "run",
         "experts.1.prediction=noise",
         "experts.1.network.width=128",
-        "baselines=[told,student]",
+        "baselines=[cluster_conditioned,distilled_monolith]",
         "router.data=samples",
         "router.samples_per_expert=12",
     )
-    assert {row.name for row in score_rows(run, graph)} == {"sticky", "monolith", "told", "student"}
+    assert {row.name for row in score_rows(run, graph)} == {
+        "sticky",
+        "monolith",
+        "cluster_conditioned",
+        "distilled_monolith",
+    }
     flops = training_flops(run, graph)
     ours = sum(value for name, value in flops.items() if name != "monolith")
     step = flops["monolith"] / read_json(found["monolith"] / "training.json")["steps"]
     assert abs(ours - flops["monolith"]) <= 0.51 * step
-    assert read_manifest(found["told"]).flops == flops["monolith"]
+    assert read_manifest(found["cluster_conditioned"]).flops == flops["monolith"]
     assert flops["expert_1"] > flops["expert_0"]
     experts = DDMPipeline.from_pretrained(found["ensemble"]).ensemble.experts
     assert [experts[k].prediction for k in (0, 1)] == ["velocity", "noise"]
-    counted = read_json(found["student"] / "student.json")
+    counted = read_json(found["distilled_monolith"] / "distilled_monolith.json")
     assert counted["experts"] == flops["expert_0"] + flops["expert_1"]
-    assert read_manifest(found["student"]).flops == counted["student"] + counted["teachers"]
-    assert len(list((found["told_ensemble"]).glob("*/diffusion_pytorch_model.safetensors"))) == 2
+    assert read_manifest(found["distilled_monolith"]).flops == counted["distilled_monolith"] + counted["teachers"]
+    assert len(list((found["cluster_conditioned_ensemble"]).glob("*/diffusion_pytorch_model.safetensors"))) == 2
 
 
 @pytest.mark.slow
@@ -166,4 +179,8 @@ def test_a_whole_run_from_a_checkpoint(tmp_path):
     _, _, found = walk(tmp_path / "run", *overrides)
     for name in ("expert_0", "expert_1", "monolith"):
         expert = Expert.load(found[name])
-        assert (expert.prediction, expert.path.name, expert.model.config.width) == ("noise", "linear_beta", 24)
+        assert (expert.prediction, expert.noise_schedule.name, expert.model.config.width) == (
+            "noise",
+            "linear_beta",
+            24,
+        )

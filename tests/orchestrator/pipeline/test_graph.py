@@ -8,7 +8,7 @@ import pytest
 from orchestrator.config.schema import RunConfig, ScoresConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import without
-from router.config import RouterConfig, SelectionConfig, SelectionName, row_name
+from router.config import RouterConfig, SelectionConfig, SelectionName, selection_label
 
 
 def changed_by(before: RunConfig, after: RunConfig) -> set[str]:
@@ -93,11 +93,11 @@ def test_one_expert_needs_no_router():
 def test_every_selection_has_a_row(name):
     selection = SelectionConfig(name=name)
     graph = build_graph(RunConfig(scores=ScoresConfig(selections=(selection,))))
-    assert f"score_{row_name(selection)}" in {stage.name for stage in graph}
+    assert f"score_{selection_label(selection)}" in {stage.name for stage in graph}
 
 
 def test_two_settings_of_one_selection_have_two_names():
-    assert row_name(SelectionConfig(name="top_k", k=1)) != row_name(SelectionConfig(name="top_k", k=2))
+    assert selection_label(SelectionConfig(name="top_k", k=1)) != selection_label(SelectionConfig(name="top_k", k=2))
 
 
 def test_without_rebuilds_only_what_read_the_lost_stage():
@@ -111,7 +111,7 @@ def test_without_rebuilds_only_what_read_the_lost_stage():
 
 def test_router_path_must_be_the_experts(tmp_path):
     with pytest.raises(ValueError, match="same path"):
-        RunConfig(router=RouterConfig(path="cosine"))
+        RunConfig(router=RouterConfig(noise_schedule="cosine"))
 
 
 def auto(config: RunConfig) -> RunConfig:
@@ -120,32 +120,32 @@ def auto(config: RunConfig) -> RunConfig:
 
 def test_auto_puts_a_choice_between_the_ensemble_and_its_score():
     graph = {stage.name: stage for stage in build_graph(auto(RunConfig()))}
-    choice, score = graph["choice"], graph["score_auto"]
+    choice, score = graph["selection_search"], graph["score_auto"]
     assert {role: given.stage.name for role, given in choice.inputs.items()} == {
         "ensemble": "ensemble",
         "reference": "reference",
     }
-    assert score.inputs["choice"].stage is choice
-    assert [stage.name for stage in build_graph(RunConfig()) if "choice" in (stage.kind, *stage.inputs)] == []
+    assert score.inputs["selection_search"].stage is choice
+    assert [stage.name for stage in build_graph(RunConfig()) if "selection_search" in (stage.kind, *stage.inputs)] == []
 
 
 def test_the_candidates_change_the_choice_and_its_score_alone():
     config = auto(RunConfig())
-    after = replace(config, choice=replace(config.choice, steps=3))
-    assert changed_by(config, after) == {"choice", "score_auto"}
-    assert changed_by(RunConfig(), replace(RunConfig(), choice=after.choice)) == set()
+    after = replace(config, selection_search=replace(config.selection_search, steps=3))
+    assert changed_by(config, after) == {"selection_search", "score_auto"}
+    assert changed_by(RunConfig(), replace(RunConfig(), selection_search=after.selection_search)) == set()
 
 
 def test_a_score_beside_the_default_can_be_autos_too():
     scores = ScoresConfig(selections=(SelectionConfig(), SelectionConfig(name="auto")))
     kinds = [stage.kind for stage in build_graph(RunConfig(scores=scores))]
-    assert kinds.count("choice") == 1
+    assert kinds.count("selection_search") == 1
 
 
 def test_an_expert_alone_leaves_no_choice():
     config = auto(RunConfig())
     graph = build_graph(replace(config, partition=replace(config.partition, num_experts=1)))
-    choice = next(stage for stage in graph if stage.kind == "choice")
+    choice = next(stage for stage in graph if stage.kind == "selection_search")
     assert [candidate.name for candidate in choice.config.choice.candidates] == ["sticky"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cli.app import _write_report
-from orchestrator.cli.sample import draw
+from orchestrator.cli.sample import sample_run
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.controller import run_pipeline
@@ -15,7 +15,13 @@ from orchestrator.errors import RunFolderError
 from orchestrator.run.run_folder import RunFolder
 from tests.laws.conftest import TINY
 
-FEW = ("monolith=false", "scores.num_samples=64", "ensemble.steps=4", "choice.num_samples=32", "choice.steps=3")
+FEW = (
+    "monolith=false",
+    "scores.num_samples=64",
+    "ensemble.steps=4",
+    "selection_search.num_samples=32",
+    "selection_search.steps=3",
+)
 
 
 def walk(folder, *overrides):
@@ -24,7 +30,7 @@ def walk(folder, *overrides):
 
 
 def sampled(run, select, out):
-    return draw(RunFolder(run), range(4), "", select, out / "grid.png", None, None, monolith=False)
+    return sample_run(RunFolder(run), range(4), "", select, out / "grid.png", None, None, monolith=False)
 
 
 @pytest.mark.slow

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.sampling.guidance import guided
+from ensemble.sampling.guidance import guided_velocity
 from ensemble.solvers import SOLVERS, noise_for, uniform_times
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import PATHS
-from orchestrator.planning.cost_model import CallsPerImage, calls_per_image, dearest
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
+from orchestrator.planning.cost_model import CallsPerImage, calls_per_image, most_expensive
 from router.config import SelectionConfig
 
 SELECTIONS = [
@@ -23,15 +23,15 @@ SELECTIONS = [
     SelectionConfig(name="sample", draws=3),
     SelectionConfig(name="threshold", probability=0.3),
     SelectionConfig(name="nucleus", total=0.9),
-    SelectionConfig(name="anneal", t_switch=0.5),
-    SelectionConfig(name="anneal", t_switch=0.31),
-    SelectionConfig(name="switch", probability=0.3, t_switch=0.31),
-    SelectionConfig(name="sticky_at", t_switch=0.5),
-    SelectionConfig(name="sticky_at", t_switch=0.31),
-    SelectionConfig(name="sticky_at", t_switch=0.0),
-    SelectionConfig(name="redraw", t_switch=0.5),
-    SelectionConfig(name="redraw", t_switch=0.0),
-    SelectionConfig(name="coupled"),
+    SelectionConfig(name="full_then_top1", t_switch=0.5),
+    SelectionConfig(name="full_then_top1", t_switch=0.31),
+    SelectionConfig(name="threshold_then_top1", probability=0.3, t_switch=0.31),
+    SelectionConfig(name="full_then_sticky", t_switch=0.5),
+    SelectionConfig(name="full_then_sticky", t_switch=0.31),
+    SelectionConfig(name="full_then_sticky", t_switch=0.0),
+    SelectionConfig(name="sticky_resample", t_switch=0.5),
+    SelectionConfig(name="sticky_resample", t_switch=0.0),
+    SelectionConfig(name="coupled_resample"),
 ]
 
 
@@ -76,11 +76,13 @@ CASES = [
 
 @pytest.mark.parametrize(("selection", "solver", "scale"), CASES)
 def test_the_formula_is_what_an_ensemble_counts(selection, solver, scale):
-    ensemble = Ensemble(experts={k: Still() for k in range(4)}, path=PATHS["straight"], router=Wavering())
+    ensemble = Ensemble(
+        experts={k: Still() for k in range(4)}, noise_schedule=NOISE_SCHEDULES["rectified_flow"], router=Wavering()
+    )
     config = SamplingConfig(solver=solver, steps=8, selection=selection, guidance_scale=scale)
     condition, images = Condition(torch.zeros(16, dtype=torch.int64)), 16
-    routing = ensemble.begin(range(images), condition, selection)
-    field = guided(ensemble, condition, routing, scale)
+    routing = ensemble.init_routing(range(images), condition, selection)
+    field = guided_velocity(ensemble, condition, routing, scale)
     SOLVERS[solver](field, noise_for(range(images), (8,)), uniform_times(8))
     expected = calls_per_image(config, 4, has_router=True, is_conditional=True)
     assert routing.calls.router == images * expected.router
@@ -107,5 +109,5 @@ def test_a_choice_costs_no_more_than_it_allows():
         CallsPerImage(expert=expert, router=router, is_upper_bound=is_bound)
         for expert, router, is_bound in ((20, 0, False), (100, 20, True), (160, 20, False))
     )
-    assert dearest([sticky, threshold, full], 1.25) == CallsPerImage(expert=25, router=20, is_upper_bound=True)
-    assert dearest([sticky], 8.0) == sticky
+    assert most_expensive([sticky, threshold, full], 1.25) == CallsPerImage(expert=25, router=20, is_upper_bound=True)
+    assert most_expensive([sticky], 8.0) == sticky

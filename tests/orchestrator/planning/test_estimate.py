@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.planning.estimate import best_interval_s, expected_seconds, loss_probability
+from orchestrator.planning.estimate import best_interval_s, expected_seconds, preemption_probability
 
 
 def test_the_probability_of_a_loss():
-    assert loss_probability(0.0, 1e6) == 0.0
-    assert loss_probability(1.0, 3600) == pytest.approx(1 - math.exp(-1))
-    assert loss_probability(1e-9, 3600) == pytest.approx(1e-9)
+    assert preemption_probability(0.0, 1e6) == 0.0
+    assert preemption_probability(1.0, 3600) == pytest.approx(1 - math.exp(-1))
+    assert preemption_probability(1e-9, 3600) == pytest.approx(1e-9)
 
 
 def test_without_losses_nothing_is_added():

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from data_partition.config import DataConfig, PartitionConfig
-from ddm_core.artifacts import plain, publish, write_json
+from ddm_core.artifacts import publish, to_jsonable, write_json
 from experts.config import ExpertConfig, TrainingConfig
-from orchestrator.config.compute import HOME, ComputeConfig, IslandConfig, ResourcesConfig, StagesConfig
+from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig, StagesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.planning.calibrate import read_place
@@ -18,12 +18,12 @@ from orchestrator.planning.calibration import (
     Calibration,
     Part,
     Place,
-    Speed,
+    StageSpeed,
     Work,
     find_calibration,
     identity,
 )
-from orchestrator.planning.estimate import best_interval_s, expected_seconds, loss_probability
+from orchestrator.planning.estimate import best_interval_s, expected_seconds, preemption_probability
 from orchestrator.planning.plan import as_json, plan
 from orchestrator.planning.tables import duration, metric, plan_tables
 from orchestrator.run.run_folder import RunFolder
@@ -39,7 +39,7 @@ def island(**given) -> IslandConfig:
 
 def configured(folder, **compute) -> RunConfig:
     islands = {
-        "spot": island(cpus=2, price_per_hour=3.6, preemptible=True, losses_per_hour=6.0),
+        "spot": island(cpus=2, price_per_hour=3.6, preemptible=True, preemptions_per_hour=6.0),
         "firm": island(cpus=1, price_per_hour=7.2),
     }
     return RunConfig(
@@ -56,22 +56,24 @@ def calibration_for(config: RunConfig, **places: Place) -> Calibration:
     """An image of a training step takes 10 ms on `spot`, 20 ms on `firm`; a stage at home takes a second."""
     graph = build_graph(config)
     trained = {"expert": 1000, "router": 1000, "monolith": 4000}
-    home = Place(start_s=2.0, speeds={"home": Speed(unit_s=1.0)} | {name: Speed(unit_s=0.1) for name in NETWORKS})
-    spot = Place(start_s=5.0, checkpoint_s=0.5, speeds={name: Speed(unit_s=0.01) for name in NETWORKS})
-    firm = Place(start_s=5.0, speeds={name: Speed(unit_s=0.02) for name in NETWORKS})
+    home = Place(
+        start_s=2.0, speeds={"controller": StageSpeed(unit_s=1.0)} | {name: StageSpeed(unit_s=0.1) for name in NETWORKS}
+    )
+    spot = Place(start_s=5.0, checkpoint_s=0.5, speeds={name: StageSpeed(unit_s=0.01) for name in NETWORKS})
+    firm = Place(start_s=5.0, speeds={name: StageSpeed(unit_s=0.02) for name in NETWORKS})
     return Calibration(
         fingerprint=identity(graph, config.compute),
         created="today",
         work={
             stage.name: Work(flops=1e9, parts=(Part(speed=stage.kind, count=trained[stage.kind]),))
             if stage.kind in trained
-            else Work(flops=0.0, parts=(Part(speed="home", count=1),))
+            else Work(flops=0.0, parts=(Part(speed="controller", count=1),))
             for stage in graph
         },
         bytes={"codec": 100, "features": 50, "partition": 5000, "partition/clusters": 4000, "partition/holdout": 1000}
         | {f"partition/clusters/{k}": 1000 for k in range(4)}
         | {name: 800 for name in ("expert_0", "expert_1", "expert_2", "expert_3", "router", "monolith")},
-        places={HOME: home, "spot": spot, "firm": firm} | places,
+        places={CONTROLLER: home, "spot": spot, "firm": firm} | places,
         parameters=1_000_000,
     )
 
@@ -94,7 +96,7 @@ def test_times_prices_and_risks_are_those_of_the_formulas(tmp_path):
     expected = expected_seconds(undisturbed, 30 * 10 * 0.01 + 0.5, 6.0, 5.0 + 1.0)
     assert row.estimate.seconds == pytest.approx(undisturbed)
     assert row.estimate.extra_s == pytest.approx(expected - undisturbed)
-    assert row.estimate.loss_probability == loss_probability(6.0, undisturbed)
+    assert row.estimate.preemption_probability == preemption_probability(6.0, undisturbed)
     assert row.estimate.best_interval_s == best_interval_s(0.5, 6.0)
     assert row.estimate.price == pytest.approx(3.6 / 2 * expected / 3600)
     assert row.ends_s - row.starts_s == pytest.approx(5.0 + expected)
@@ -104,7 +106,7 @@ def test_trainings_go_to_islands_and_all_else_stays_at_home(tmp_path):
     found = planned(tmp_path)
     for row in found.stages:
         assert (row.place in ("spot", "firm")) == (row.kind in ("expert", "router", "monolith"))
-    assert {row.place for row in found.stages} == {"home", "spot", "firm"}
+    assert {row.place for row in found.stages} == {"controller", "spot", "firm"}
     assert found.seconds == max(row.ends_s for row in found.stages)
     assert found.critical_path_s <= found.seconds
     assert found.price == pytest.approx(sum(row.estimate.price for row in found.stages))
@@ -178,12 +180,14 @@ def test_the_monolith_gets_the_machines_of_the_experts(tmp_path):
 
 
 def test_a_plan_is_json_also_if_it_would_never_end(tmp_path):
-    doomed = {"spot": island(cpus=2, losses_per_hour=1e7)}
+    doomed = {"spot": island(cpus=2, preemptions_per_hour=1e7)}
     config = configured(tmp_path, islands=doomed)
     told = json.loads(as_json(planned(tmp_path, config)), parse_constant=lambda name: pytest.fail(name))
     assert told["backend"] == "islands" and len(told["stages"]) == 15
     experts = [stage for stage in told["stages"] if stage["kind"] == "expert"]
-    assert all(stage["estimate"]["extra_s"] is None and stage["estimate"]["loss_probability"] == 1 for stage in experts)
+    assert all(
+        stage["estimate"]["extra_s"] is None and stage["estimate"]["preemption_probability"] == 1 for stage in experts
+    )
     assert any("for ever" in str(cell) for cell in _cells(planned(tmp_path, config)))
 
 
@@ -197,7 +201,16 @@ def test_the_tables_say_it_in_eighty_columns(tmp_path):
     for part in plan_tables(planned(tmp_path)):
         console.print(part)
     said = console.export_text()
-    for words in ("On islands", "any loss", "price", "the longest chain", "Young's formula", "bit/s", "5.1 kB", "home"):
+    for words in (
+        "On islands",
+        "any loss",
+        "price",
+        "the longest chain",
+        "Young's formula",
+        "bit/s",
+        "5.1 kB",
+        "controller",
+    ):
         assert words in said
     assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
@@ -212,8 +225,8 @@ def test_a_finished_run_is_said_to_be_finished(tmp_path):
 
 
 def test_the_log_of_a_probe_holds_its_measurement():
-    place = Place(machine="m", start_s=3.0, speeds={"expert": Speed(unit_s=1.0)})
-    assert read_place(f"noise\n{SAID}{json.dumps(plain(place))}\nmore\n") == place
+    place = Place(machine="m", start_s=3.0, speeds={"expert": StageSpeed(unit_s=1.0)})
+    assert read_place(f"noise\n{SAID}{json.dumps(to_jsonable(place))}\nmore\n") == place
     assert read_place("Traceback\nValueError: no\n").problem == "its probe failed: ValueError: no"
     assert "nothing" in read_place("").problem
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from orchestrator.config.compute import ComputeConfig, IslandConfig, ResourcesConfig, StagesConfig
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline.stage import Input, Stage
-from orchestrator.planning.simulate import Visit, critical_path, walk
+from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
 
 
 def island(cpus=1, price=0.0) -> IslandConfig:
@@ -19,8 +19,8 @@ def stage(name, kind="expert", inputs=(), **asked) -> Stage:
     return Stage(name=name, kind=kind, config=name, inputs=given, resources=ResourcesConfig(**asked))
 
 
-def visits(graph, compute, lasting, start_s=None, finished=()) -> dict[str, Visit]:
-    found = walk(graph, finished, compute, lambda stage, place: lasting[stage.name], start_s or {})
+def visits(graph, compute, lasting, start_s=None, finished=()) -> dict[str, PlannedExecution]:
+    found = simulate_run(graph, finished, compute, lambda stage, place: lasting[stage.name], start_s or {})
     return {visit.stage: visit for visit in found}
 
 
@@ -38,11 +38,11 @@ def test_two_islands_by_hand():
     found = visits([data, *experts, ensemble], compute, lasting)
     places = {name: (visit.place, visit.starts_s, visit.ends_s) for name, visit in found.items()}
     assert places == {
-        "data": ("home", 0.0, 1.0),
+        "data": ("controller", 0.0, 1.0),
         "expert_0": ("a", 1.0, 5.0),
         "expert_1": ("b", 1.0, 4.0),
         "expert_2": ("b", 4.0, 6.0),
-        "ensemble": ("home", 6.0, 7.0),
+        "ensemble": ("controller", 6.0, 7.0),
     }
 
 
@@ -59,7 +59,7 @@ def test_inline_runs_one_after_the_other():
 
 def test_a_process_is_started_once_at_home_and_for_every_stage_on_an_island():
     graph = [stage(str(k)) for k in range(3)]
-    at_home = visits(graph, INLINE, dict.fromkeys("012", 1.0), {"home": 10.0})
+    at_home = visits(graph, INLINE, dict.fromkeys("012", 1.0), {"controller": 10.0})
     assert max(visit.ends_s for visit in at_home.values()) == 13.0
     islands = ComputeConfig(backend="islands", islands={"a": island()})
     assert max(visit.ends_s for visit in visits(graph, islands, dict.fromkeys("012", 1.0), {"a": 10.0}).values()) == 33
@@ -127,5 +127,7 @@ def test_the_longest_chain():
 
 def test_a_slurm_queue_is_taken_to_be_endless():
     compute = ComputeConfig(backend="slurm")
-    found = visits([stage(str(k), cpus=64) for k in range(9)], compute, {str(k): 1.0 for k in range(9)}, {"home": 3.0})
+    found = visits(
+        [stage(str(k), cpus=64) for k in range(9)], compute, {str(k): 1.0 for k in range(9)}, {"controller": 3.0}
+    )
     assert {(visit.starts_s, visit.ends_s) for visit in found.values()} == {(0.0, 4.0)}

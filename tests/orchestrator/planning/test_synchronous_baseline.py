@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.planning.synchronous_baseline import Worker, all_reduce_bytes, synchronise
+from orchestrator.planning.synchronous_baseline import Worker, all_reduce_bytes, estimate_synchronous
 
 RECIPE = {"parameters": 1_000_000, "batch_size": 400, "steps": 10, "checkpoint_every": 5, "restart_s": 60.0}
 
@@ -21,7 +21,7 @@ def test_more_workers_send_more_each_but_never_twice_the_gradients(parameters, w
 
 
 def test_four_equal_workers_by_hand():
-    found = synchronise([Worker(images_per_s=50.0, price_per_hour=36.0)] * 4, **RECIPE)
+    found = estimate_synchronous([Worker(images_per_s=50.0, price_per_hour=36.0)] * 4, **RECIPE)
     assert found.step_s == 2.0 and found.seconds == found.expected_s == 20.0
     assert found.price == pytest.approx(4 * 36 * 20 / 3600)
     assert found.bits_per_s == pytest.approx(8 * 6_000_000 / (0.1 * 2.0))
@@ -30,17 +30,17 @@ def test_four_equal_workers_by_hand():
 
 def test_the_slowest_worker_decides():
     quick, slow = Worker(images_per_s=1000.0), Worker(images_per_s=50.0)
-    assert synchronise([quick, quick, quick, slow], **RECIPE).step_s == 2.0
+    assert estimate_synchronous([quick, quick, quick, slow], **RECIPE).step_s == 2.0
 
 
 def test_one_workers_loss_is_everybodys():
-    workers = [Worker(images_per_s=1.0, losses_per_hour=0.5)] * 4
-    alone = synchronise([Worker(images_per_s=4.0, losses_per_hour=0.5)], **RECIPE)
-    together = synchronise(workers, **RECIPE)
+    workers = [Worker(images_per_s=1.0, preemptions_per_hour=0.5)] * 4
+    alone = estimate_synchronous([Worker(images_per_s=4.0, preemptions_per_hour=0.5)], **RECIPE)
+    together = estimate_synchronous(workers, **RECIPE)
     assert together.seconds == alone.seconds
     assert together.expected_s - together.seconds > 3 * (alone.expected_s - alone.seconds)
 
 
 def test_one_worker_needs_no_network():
-    found = synchronise([Worker(images_per_s=10.0)], **RECIPE)
+    found = estimate_synchronous([Worker(images_per_s=10.0)], **RECIPE)
     assert found.bits_per_s == found.total_bytes == 0.0

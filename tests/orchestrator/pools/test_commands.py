@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli.pools import app
 from orchestrator.errors import ConfigError
-from orchestrator.pools.shell import PoolError, answer, found, library
+from orchestrator.pools.shell import PoolError, require_library, require_tool, tool_output
 
 
 def pool(*arguments, says=None):
@@ -150,8 +150,8 @@ def test_the_way_down_is_recorded_in_full(kubernetes, tmp_path):
 
 def test_tools_fail_in_words(tmp_path):
     with pytest.raises(PoolError, match="`sh -c echo no >&2; exit 3` failed: no; think"):
-        answer([found("sh", ""), "-c", "echo no >&2; exit 3"], way_out="think")
+        tool_output([require_tool("sh", ""), "-c", "echo no >&2; exit 3"], way_out="think")
     with pytest.raises(PoolError, match=r"`sleep 9` did not end within 0.1 s"):
-        answer(["sleep", "9"], timeout_s=0.1)
+        tool_output(["sleep", "9"], timeout_s=0.1)
     with pytest.raises(PoolError, match="library not_there is not installed; get it"):
-        library("not_there.part", "get it")
+        require_library("not_there.part", "get it")

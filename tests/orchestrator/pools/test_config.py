@@ -7,7 +7,7 @@ import pytest
 import ray
 from hypothesis import given
 
-from ddm_core.artifacts import plain
+from ddm_core.artifacts import to_jsonable
 from orchestrator.errors import ConfigError
 from orchestrator.pools.config import NodeConfig
 from orchestrator.pools.load_config import parse_pool, pool_config
@@ -32,7 +32,7 @@ def test_every_provider_has_a_pool_and_a_renderer():
 
 @given(pools("aws_spot"))
 def test_what_is_written_to_the_disk_comes_back(config):
-    assert parse_pool(plain(config)) == config
+    assert parse_pool(to_jsonable(config)) == config
 
 
 def test_nodes_get_our_requirements_and_versions():

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddm_core.artifacts import plain, publish, write_json
+from ddm_core.artifacts import publish, to_jsonable, write_json
 from orchestrator.config.compute import ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
-from orchestrator.reporting.costs import CostRow, cost_line, cost_rows, describe, price_of, share_of, size, total
+from orchestrator.reporting.costs import CostRow, cost_line, cost_rows, describe_costs, price_of, share_of, size, total
 from orchestrator.run.attempts import all_attempts
 from orchestrator.run.run_folder import RunFolder
 
@@ -28,7 +28,7 @@ def attempt(run, number, start, end, state, *, first=0, last=None, pace=1.0, isl
     """The files of one attempt; without a state its last word is its progress."""
     folder = run.root / "work" / work / f"attempt_{number}"
     folder.mkdir(parents=True)
-    write_json(folder / "job.json", {"island": island, "resources": plain(ResourcesConfig(**asked))})
+    write_json(folder / "job.json", {"island": island, "resources": to_jsonable(ResourcesConfig(**asked))})
     write_json(folder / "worker.json", {"host": "far", "pid": 1, "started": "1", "time": start})
     if last is not None:
         rows = "".join(f'{{"step": {step}}}\n' for step in range(10, last + 1, 10))
@@ -65,7 +65,7 @@ def test_a_known_timeline_has_a_known_price(tmp_path):
     run = folder_of(tmp_path, {"paris": ISLAND})
     attempt(run, 1, 1000.0, 1090.0, "preempted", last=40, island="paris", cpus=2, gpus=1.0)
     attempt(run, 2, 2000.0, 2360.0, "finished", first=40, last=100, island="paris", cpus=2, gpus=1.0)
-    attempt(run, 1, 500.0, 800.0, "finished", island="home", work="dataset-0123456789ab")
+    attempt(run, 1, 500.0, 800.0, "finished", island="controller", work="dataset-0123456789ab")
     finished(run, 2)
     expert, dataset = sorted(cost_rows(run), key=lambda row: row.stage, reverse=True)
     assert (expert.seconds, expert.cpu_seconds, expert.gpu_seconds) == (450.0, 900.0, 450.0)
@@ -181,10 +181,12 @@ def test_a_run_that_has_not_begun_costs_nothing(tmp_path):
 
 
 def test_a_line_says_only_what_there_was():
-    assert describe(CostRow(stage="x", attempts=2, cpu_seconds=90.0)) == "2 attempts · 1:30 CPU time · nothing lost"
+    assert (
+        describe_costs(CostRow(stage="x", attempts=2, cpu_seconds=90.0)) == "2 attempts · 1:30 CPU time · nothing lost"
+    )
     rich = CostRow(stage="x", attempts=1, seconds=100, gpu_seconds=60, price=1.5, lost_s=25, bytes_out=1500, bytes_in=1)
     for word in ("1:00 GPU time", "price 1.5", "0:25 lost, goodput 75.0%", "1.5 kB to islands, 1 B back"):
-        assert word in describe(rich)
+        assert word in describe_costs(rich)
 
 
 @pytest.mark.parametrize(("count", "words"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (12_345_678, "12.3 MB")])

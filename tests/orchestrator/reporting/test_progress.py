@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from ddm_core.artifacts import Workspace
-from orchestrator.reporting.progress import Display, clock, describe, figure, progress_of
+from orchestrator.reporting.progress import RunDisplay, clock, describe, figure, progress_of
 from tests.orchestrator.fakes import diamond, run_folder
 
 
@@ -24,16 +24,16 @@ def test_figure(value, words):
 def test_progress_in_words(tmp_path):
     workspace = Workspace.at(tmp_path)
     assert describe(progress_of(workspace.attempt)) == "waiting for a worker"
-    workspace.report(1, 4, {"loss": 0.25, "images_per_s": 4321.0}, unit="steps")
+    workspace.report_progress(1, 4, {"loss": 0.25, "images_per_s": 4321.0}, unit="steps")
     assert describe(progress_of(workspace.attempt)) == " 25%  images/s 4,321  loss 0.25"
     time.sleep(0.6)
-    workspace.report(3, 4, unit="steps")
+    workspace.report_progress(3, 4, unit="steps")
     assert describe(progress_of(workspace.attempt)) == " 75%  0:00 left"
 
 
 def test_progress_without_a_known_end(tmp_path):
     workspace = Workspace.at(tmp_path)
-    workspace.report(12345, None, unit="images")
+    workspace.report_progress(12345, None, unit="images")
     assert describe(progress_of(workspace.attempt)) == "12,345 images"
 
 
@@ -42,9 +42,9 @@ def test_a_running_stage_has_its_line_and_errors_are_printed_as_they_are(tmp_pat
     monkeypatch.setattr("orchestrator.reporting.progress.PLAIN_EVERY_S", 0.05)
     run, stage = run_folder(tmp_path), diamond()[1]
     attempt = run.attempt(stage, 1)
-    Workspace(run.scratch(stage), attempt).report(2, 4, {"loss": 0.5}, unit="steps")
+    Workspace(run.scratch(stage), attempt).report_progress(2, 4, {"loss": 0.5}, unit="steps")
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    with Display(run, console) as display:
+    with RunDisplay(run, console) as display:
         display.tick([stage])
         time.sleep(0.6)
         display.event("failed", stage, "pip install 'decentralized-diffusion[features]' for [/tmp/x]")

@@ -12,7 +12,7 @@ import pytest
 from ddm_core.artifacts import CorruptArtifact
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import RunFolderError, RunIsLocked
-from orchestrator.run.lease import LEASE_S, hold, is_alive, this_process
+from orchestrator.run.lease import LEASE_S, hold_lease, is_alive, this_process
 from orchestrator.run.run_folder import RunFolder
 
 
@@ -32,7 +32,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(run):
     with run.journal.open("a") as file:
         file.write('{"event": "fini')
     assert len(run.events()) == 1
-    run.mend_journal()
+    run.repair_journal()
     run.record("submitted", attempt=2)
     assert [event["attempt"] for event in run.events()] == [1, 2]
 
@@ -55,25 +55,25 @@ def test_a_folder_that_is_no_run_says_so(run):
 
 
 def test_a_second_controller_is_refused_and_told_who_the_first_is(run):
-    with hold(run), pytest.raises(RunIsLocked, match=str(os.getpid())), hold(run):
+    with hold_lease(run), pytest.raises(RunIsLocked, match=str(os.getpid())), hold_lease(run):
         pass
     assert not run.lease.exists()
 
 
 def test_the_lease_of_a_killed_controller_is_free(run):
     code = (
-        "import sys, time; from pathlib import Path; from orchestrator.run.lease import hold; "
+        "import sys, time; from pathlib import Path; from orchestrator.run.lease import hold_lease; "
         "from orchestrator.run.run_folder import RunFolder\n"
-        "with hold(RunFolder(Path(sys.argv[1]))): print('held', flush=True); time.sleep(60)"
+        "with hold_lease(RunFolder(Path(sys.argv[1]))): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(run.root)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(RunIsLocked, match=str(other.pid)), hold(run):
+    with pytest.raises(RunIsLocked, match=str(other.pid)), hold_lease(run):
         pass
     other.send_signal(signal.SIGKILL)
     other.wait()
     other.stdout.close()
-    with hold(run):
+    with hold_lease(run):
         assert json.loads(run.lease.read_text())["pid"] == os.getpid()
 
 
@@ -81,10 +81,10 @@ def test_the_lease_of_a_killed_controller_is_free(run):
 def test_of_many_controllers_at_once_one_gets_the_lease(run):
     code = (
         "import sys, time; from pathlib import Path; from orchestrator.errors import RunIsLocked\n"
-        "from orchestrator.run.lease import hold; from orchestrator.run.run_folder import RunFolder\n"
+        "from orchestrator.run.lease import hold_lease; from orchestrator.run.run_folder import RunFolder\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "try:\n"
-        "    with hold(RunFolder(Path(sys.argv[1]))): print('held', flush=True); time.sleep(2)\n"
+        "    with hold_lease(RunFolder(Path(sys.argv[1]))): print('held', flush=True); time.sleep(2)\n"
         "except RunIsLocked: print('refused')\n"
     )
     command = [sys.executable, "-c", code, str(run.root), str(time.time() + 2)]
@@ -106,7 +106,7 @@ def test_a_process_that_reuses_the_pid_is_another_process(run):
 
 def test_the_heartbeat_beats(run, monkeypatch):
     monkeypatch.setattr("orchestrator.run.lease.HEARTBEAT_S", 0.05)
-    with hold(run):
+    with hold_lease(run):
         os.utime(run.lease, (0, 0))
         time.sleep(0.3)
         assert time.time() - run.lease.stat().st_mtime < 5

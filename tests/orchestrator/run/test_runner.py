@@ -13,14 +13,14 @@ from orchestrator.config.compute import ComputeConfig, IslandConfig
 from orchestrator.pipeline.stage import without
 from orchestrator.run.backend import Job, attempt_folder
 from orchestrator.run.lease import process_start, this_process
-from orchestrator.run.runner import Runner, RunResult, end_orphans
+from orchestrator.run.runner import Runner, RunResult, kill_orphan_workers
 from tests.orchestrator.fakes import ScriptedBackend, diamond, run_folder
 
 QUICK = ComputeConfig(backoff_s=0.0, grace_s=0.0, retries=2)
 
 
 def walk(folder, backend: ScriptedBackend, policy: ComputeConfig = QUICK, graph=None) -> RunResult:
-    return Runner(run=run_folder(folder), graph=graph or diamond(), backend=backend, policy=policy).walk()
+    return Runner(run=run_folder(folder), graph=graph or diamond(), backend=backend, policy=policy).run_to_end()
 
 
 def test_every_stage_runs_once_and_behind_its_inputs(tmp_path):
@@ -143,7 +143,7 @@ def test_a_backoff_doubles_give_or_take_half_and_is_waited_for(tmp_path):
         on_event=lambda event, stage, text: waits.append(text) if event == "retry" else None,
     )
     started = time.time()
-    assert not runner.walk().failed
+    assert not runner.run_to_end().failed
     seconds = [float(text.rpartition(" in ")[2].removesuffix(" s")) for text in waits]
     for number, waited in enumerate(seconds):
         assert 0.5 * 0.4 * 2**number - 0.06 <= waited <= 1.5 * 0.4 * 2**number + 0.06
@@ -168,7 +168,7 @@ def test_an_attempt_that_outlived_its_controller_is_taken_over_and_not_submitted
     first = Surviving({"data": ["hang"]})
     dying = Runner(run=run_folder(tmp_path), graph=diamond(), backend=first, policy=QUICK, on_tick=[_die_at_first_job])
     with pytest.raises(KeyboardInterrupt):
-        dying.walk()
+        dying.run_to_end()
     second = Surviving()
     result = walk(tmp_path, second)
     assert [(job.stage, job.attempt, job.island) for job in second.jobs][0] == ("data", 1, "west")
@@ -189,10 +189,10 @@ def test_what_is_taken_over_is_the_job_that_was_submitted(tmp_path):
 
     one = Runner(run_folder(tmp_path), diamond(), first, config, commit="one", on_tick=[die_at_second])
     with pytest.raises(KeyboardInterrupt):
-        one.walk()
-    Runner(run_folder(tmp_path), diamond(), second, config, commit="two").walk()
+        one.run_to_end()
+    Runner(run_folder(tmp_path), diamond(), second, config, commit="two").run_to_end()
     assert second.jobs[0] == first.jobs[-1]
-    assert (second.jobs[0].losses, second.jobs[0].commit, second.jobs[0].attempt) == (1, "one", 2)
+    assert (second.jobs[0].preemption_count, second.jobs[0].commit, second.jobs[0].attempt) == (1, "one", 2)
 
 
 class Training(ScriptedBackend):
@@ -235,7 +235,7 @@ def test_an_attempt_that_died_with_its_controller_is_started_again(tmp_path):
             backend=ScriptedBackend({"data": ["hang"]}),
             policy=QUICK,
             on_tick=[_die_at_first_job],
-        ).walk()
+        ).run_to_end()
     backend = ScriptedBackend()
     assert walk(tmp_path, backend).submitted == 5 and backend.jobs[0].attempt == 2
 
@@ -244,7 +244,7 @@ def test_losses_on_preemptible_islands_are_counted_in_the_job(tmp_path):
     policy = ComputeConfig(backend="islands", backoff_s=0.0, retries=9, islands={"west": SPOT})
     backend = Surviving({"data": ["lost", "preempted", "lost"]})
     assert not walk(tmp_path, backend, policy).failed
-    assert [job.losses for job in backend.jobs if job.stage == "data"] == [0, 1, 2, 3]
+    assert [job.preemption_count for job in backend.jobs if job.stage == "data"] == [0, 1, 2, 3]
 
 
 def test_an_expert_that_misses_its_deadline_is_cut_and_the_ensemble_goes_on(tmp_path):
@@ -266,7 +266,7 @@ def test_an_orphan_of_a_dead_controller_is_ended(tmp_path):
     run, stage = run_folder(tmp_path), diamond()[0]
     attempt = run.attempt(stage, 1)
     write_json(attempt / "worker.json", this_process() | {"pid": orphan.pid, "started": process_start(orphan.pid)})
-    end_orphans(run, [stage])
+    kill_orphan_workers(run, [stage])
     assert orphan.wait(timeout=10) == -9
 
 
@@ -275,7 +275,7 @@ def test_a_process_with_the_pid_of_a_worker_elsewhere_is_left_alone(tmp_path):
     run, stage = run_folder(tmp_path), diamond()[0]
     worker = this_process() | {"host": "another-host", "pid": stranger.pid}
     write_json(run.attempt(stage, 1) / "worker.json", worker)
-    end_orphans(run, [stage])
+    kill_orphan_workers(run, [stage])
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
@@ -308,5 +308,5 @@ def test_a_worker_that_has_ended_its_attempt_is_left_alone(tmp_path, ended):
     write_json(attempt / "worker.json", other)
     if ended:
         write_json(attempt / "outcome.json", {})
-    end_orphans(run, [stage])
+    kill_orphan_workers(run, [stage])
     os.kill(os.getppid(), 0)

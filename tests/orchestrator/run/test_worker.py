@@ -6,7 +6,7 @@ import pytest
 
 from ddm_core.artifacts import files_in, read_json
 from orchestrator.run.backend import Job
-from orchestrator.run.worker import execute, take_part
+from orchestrator.run.worker import execute, execute_rank
 
 
 def job(folder, kind="dataset", config=None, inputs=None) -> Job:
@@ -98,7 +98,7 @@ def test_a_notice_in_the_middle_costs_no_step_and_no_byte(dataset, tmp_path):
 def test_one_of_a_group_writes_aside_and_leaves_the_outcome_to_others(tmp_path):
     """Without a process group each is alone, so they can be tried one after the other."""
     for rank, written in ((1, tmp_path / "aside"), (0, tmp_path / "dataset")):
-        assert take_part(job(tmp_path), rank, tmp_path / "aside").state == "finished"
+        assert execute_rank(job(tmp_path), rank, tmp_path / "aside").state == "finished"
         assert (written / "dataset.json").exists()
         assert (tmp_path / "dataset").exists() == (rank == 0)
     attempt = tmp_path / "work" / "attempt_1"

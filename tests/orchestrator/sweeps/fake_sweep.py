@@ -13,12 +13,12 @@ from rich.console import Console
 from orchestrator.config.schema import RunConfig
 from orchestrator.sweeps.config import OptunaConfig
 from orchestrator.sweeps.display import SweepDisplay
-from orchestrator.sweeps.loop import conclude, drive, only_sweep
+from orchestrator.sweeps.loop import finish_sweep, only_sweep, run_trials
 from orchestrator.sweeps.proposals import Proposals
 from orchestrator.sweeps.search_space import Axis, Proposal
 from orchestrator.sweeps.study import Study
 from orchestrator.sweeps.summary import show_summary
-from orchestrator.sweeps.trial import Trial, trial_label
+from orchestrator.sweeps.trial import SweepTrial, trial_label
 from orchestrator.sweeps.trial_pool import TrialPool
 
 METRIC = "sticky.pixels.fd"
@@ -28,12 +28,12 @@ AXES = [
 ]
 
 
-def command(trial: Trial) -> list[str]:
+def command(trial: SweepTrial) -> list[str]:
     """The fake controller of a trial."""
     return [sys.executable, "-m", "tests.orchestrator.sweeps.fake_trial", str(trial.run.root)]
 
 
-def trial_in(folder: Path, number: int, parameters: dict[str, str], seed: int = 0) -> Trial:
+def trial_in(folder: Path, number: int, parameters: dict[str, str], seed: int = 0) -> SweepTrial:
     """A trial of a small run."""
     plain = RunConfig()
     label = trial_label(parameters)
@@ -48,13 +48,13 @@ def trial_in(folder: Path, number: int, parameters: dict[str, str], seed: int = 
             training=replace(plain.expert.training, lr=float(parameters.get("expert.training.lr", "0.001"))),
         ),
     )
-    return Trial(number=number, label=label, config=config, parameters=parameters)
+    return SweepTrial(number=number, label=label, config=config, parameters=parameters)
 
 
 def sweep(folder: Path, n_trials: int, parallel: int) -> None:
     """Run it; raises what `conclude` raises."""
 
-    def trial_of(proposal: Proposal) -> Trial:
+    def trial_of(proposal: Proposal) -> SweepTrial:
         return trial_in(folder, proposal.number, proposal.parameters)
 
     console = Console()
@@ -63,9 +63,9 @@ def sweep(folder: Path, n_trials: int, parallel: int) -> None:
         study = Study(folder / "sweep" / "optuna.jsonl", AXES, config, is_parallel=parallel > 1)
         proposals = Proposals(study, trial_of, n_trials, METRIC)
         pool = TrialPool(lambda: parallel, lambda: os.environ, METRIC, command)
-        drive(pool, proposals.following, proposals.ended, SweepDisplay(console, n_trials, METRIC))
+        run_trials(pool, proposals.next_trial, proposals.ended, SweepDisplay(console, n_trials, METRIC))
         show_summary(console, folder / "sweep", proposals.every_end(), METRIC, maximize=False)
-    conclude(proposals.ends, unstarted=proposals.unstarted)
+    finish_sweep(proposals.ends, unstarted=proposals.unstarted)
 
 
 if __name__ == "__main__":

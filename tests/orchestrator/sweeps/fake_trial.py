@@ -14,8 +14,8 @@ from rich.console import Console
 from ddm_core.artifacts import publish
 from orchestrator.controller import _stop_on_signals
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.run.die_with_parent import end_with_input
-from orchestrator.run.lease import hold
+from orchestrator.run.die_with_parent import die_with_parent
+from orchestrator.run.lease import hold_lease
 from orchestrator.run.run_folder import RunFolder
 
 FAILS, NEVER_ENDS = 1, 2
@@ -61,8 +61,8 @@ def _fill(folder: Path, value: float) -> float:
 
 
 if __name__ == "__main__":
-    end_with_input()
+    die_with_parent()
     folder = RunFolder(Path(sys.argv[1]))
-    with hold(folder), _stop_on_signals(folder, Console()):
+    with hold_lease(folder), _stop_on_signals(folder, Console()):
         code = walk(folder)
     sys.exit(code)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RunFailed
-from orchestrator.sweeps.loop import conclude
-from orchestrator.sweeps.trial import SweepStopped, Trial, TrialEnd
+from orchestrator.sweeps.loop import finish_sweep
+from orchestrator.sweeps.trial import SweepStopped, SweepTrial, TrialEnd
 from tests.orchestrator.sweeps.test_trial_pool import wait_until
 
 pytestmark = pytest.mark.slow
@@ -108,11 +108,13 @@ def test_a_second_sweep_in_the_folder_is_refused(tmp_path):
 
 def test_all_failures_are_named_at_the_end():
     ends = [
-        TrialEnd(trial=Trial(number=number, label=f"a={number}", config=None), state=state, error=f"error {number}")
+        TrialEnd(
+            trial=SweepTrial(number=number, label=f"a={number}", config=None), state=state, error=f"error {number}"
+        )
         for number, state in enumerate(["failed", "finished", "failed"])
     ]
     with pytest.raises(RunFailed, match=r"2 of 3.*\n  a=0: error 0\n  a=2: error 2"):
-        conclude(ends)
+        finish_sweep(ends)
     with pytest.raises(SweepStopped, match="1 trial"):
-        conclude(ends[1:2], unstarted=1)
-    conclude(ends[1:2])
+        finish_sweep(ends[1:2], unstarted=1)
+    finish_sweep(ends[1:2])

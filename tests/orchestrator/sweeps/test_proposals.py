@@ -31,8 +31,8 @@ def end(trial, score=1.0, state="finished") -> TrialEnd:
 
 def test_equal_values_at_once_are_one_run(proposals_of):
     proposals = proposals_of("1", 3)
-    trial = proposals.following()
-    assert trial is not None and proposals.following() is None
+    trial = proposals.next_trial()
+    assert trial is not None and proposals.next_trial() is None
     proposals.ended(end(trial))
     assert [(each.trial.number, each.score) for each in proposals.every_end()] == [(0, 1.0), (1, 1.0), (2, 1.0)]
     assert proposals.unstarted == 0 and not proposals.study.open()
@@ -43,11 +43,11 @@ def test_equal_values_at_once_are_one_run(proposals_of):
 )
 def test_without_a_score_a_trial_stays_open_for_the_next_call(proposals_of, without):
     proposals = proposals_of("1", 1)
-    trial = proposals.following()
+    trial = proposals.next_trial()
     proposals.ended(without(trial))
-    assert proposals.ends[0].state in ("failed", "stopped") and proposals.following() is None
+    assert proposals.ends[0].state in ("failed", "stopped") and proposals.next_trial() is None
 
     again = proposals_of("1", 1)
-    assert again.unstarted == 1 and again.following() == trial and again.following() is None
+    assert again.unstarted == 1 and again.next_trial() == trial and again.next_trial() is None
     again.ended(end(trial))
-    assert proposals_of("1", 1).following() is None
+    assert proposals_of("1", 1).next_trial() is None

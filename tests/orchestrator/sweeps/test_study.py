@@ -33,10 +33,10 @@ def finish(folder) -> list[dict[str, str]]:
     found = study(folder)
     found.refuse_other_meaning(["a=1"], "sticky.pixels.fd")
     for proposal in found.open():
-        found.tell(proposal.number, score(proposal.parameters))
+        found.record(proposal.number, score(proposal.parameters))
     while found.total < N:
-        proposal = found.ask()
-        found.tell(proposal.number, score(proposal.parameters))
+        proposal = found.propose()
+        found.record(proposal.number, score(proposal.parameters))
     return [proposal.parameters for proposal in found.scored()]
 
 
@@ -64,9 +64,9 @@ def test_cut_at_any_byte_the_same_trials_follow(journal, tmp_path_factory, data)
 
 
 def test_an_open_trial_keeps_its_number_and_its_values(tmp_path):
-    asked = study(tmp_path).ask()
+    asked = study(tmp_path).propose()
     assert study(tmp_path).open() == [asked]
-    study(tmp_path).tell(asked.number, 1.0)
+    study(tmp_path).record(asked.number, 1.0)
     again = study(tmp_path)
     assert not again.open() and [proposal.number for proposal in again.scored()] == [asked.number]
 
@@ -74,7 +74,7 @@ def test_an_open_trial_keeps_its_number_and_its_values(tmp_path):
 def test_values_come_back_as_they_are_written(tmp_path):
     found = study(tmp_path)
     for _ in range(20):
-        values = found.ask().parameters
+        values = found.propose().parameters
         assert values["expert"] in ("dit", "unet", "[1,2]")
         assert values["share"] in ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
         assert int(values["width"]) % 8 == 0 and 1e-4 <= float(values["lr"]) <= 1e-2
@@ -87,7 +87,7 @@ def test_no_two_trials_are_drawn_alike(journal):
 def test_another_seed_proposes_something_else(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    assert study(tmp_path / "one").ask() != study(tmp_path / "two", seed=1).ask()
+    assert study(tmp_path / "one").propose() != study(tmp_path / "two", seed=1).propose()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.sweeps.trial import LONGEST_LABEL, Trial, swept_parameters, trial_config, trial_label
+from orchestrator.sweeps.trial import LONGEST_LABEL, SweepTrial, swept_parameters, trial_config, trial_label
 
 VALUES = st.text(max_size=80) | st.text(alphabet="a_/é ", min_size=1, max_size=3) | st.text(alphabet="ab", min_size=150)
 TEXTS = st.dictionaries(st.sampled_from(["seed", "expert.lr", "data"]), VALUES, min_size=1, max_size=3)
@@ -43,6 +43,6 @@ def test_only_what_is_swept_is_in_the_name():
 
 def test_a_trial_without_a_configuration_has_no_folder():
     with pytest.raises(ConfigError, match="batch"):
-        _ = Trial(number=0, label="x", config=None, error="the batch is not whole").run
-    assert not Trial(number=0, label="x", config=None).is_finished
-    assert not Trial(number=0, label="x", config=RunConfig(folder="none/such")).is_finished
+        _ = SweepTrial(number=0, label="x", config=None, error="the batch is not whole").run
+    assert not SweepTrial(number=0, label="x", config=None).is_finished
+    assert not SweepTrial(number=0, label="x", config=RunConfig(folder="none/such")).is_finished

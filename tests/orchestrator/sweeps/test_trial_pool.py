@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from orchestrator.run.lease import hold
+from orchestrator.run.lease import hold_lease
 from orchestrator.sweeps.trial_pool import TrialPool
 from tests.orchestrator.sweeps.fake_sweep import METRIC, command, trial_in
 from tests.orchestrator.sweeps.fake_trial import FAILS, NEVER_ENDS
@@ -101,7 +101,7 @@ def test_another_controller_is_waited_for(tmp_path):
     trials = pool()
     waiting = trial(tmp_path)
     waiting.run.root.mkdir()
-    with hold(waiting.run):
+    with hold_lease(waiting.run):
         trials.start(waiting)
         assert not trials.poll(0.5) and trials.members[waiting.label].process is None
         assert not waiting.run.journal.exists()
@@ -112,7 +112,7 @@ def test_a_run_that_another_controller_has_finished_is_not_run_again(tmp_path):
     trials = pool()
     waiting = trial(tmp_path)
     waiting.run.save_config(waiting.config)
-    with hold(waiting.run):
+    with hold_lease(waiting.run):
         trials.start(waiting)
         code = "import sys; from pathlib import Path; from orchestrator.run.run_folder import RunFolder\n"
         code += "from tests.orchestrator.sweeps.fake_trial import walk; walk(RunFolder(Path(sys.argv[1])))"

@@ -6,7 +6,7 @@ import torch
 from ddm_core.artifacts import Workspace
 from experts.condition import Condition
 from experts.config import TrainingConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.training.latent_dataset import LatentDataset
 from router.config import RouterConfig
 from router.models.density_ratio import balanced, fit_ratios, of_cluster, share_of_batch
@@ -37,7 +37,7 @@ def fitted(dataset: LatentDataset, workspace: Workspace, steps: int, checkpoint_
     config = RouterConfig(kind="density_ratio", width=16, depth=1, training=training)
     counts = count_priors(dataset.cluster_id, dataset.class_id, num_experts, 0)
     model = fit_ratios(config, dataset, counts, workspace).model
-    return Router(model=model, path=STRAIGHT, prior_counts=counts)
+    return Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=counts)
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_heads_give_the_log_ratio_and_all_together_the_posterior(workspace: Work
     rows = torch.arange(0, 5000, 10)
     for t in (0.2, 0.5, 0.8):
         times = torch.full((500,), t)
-        noised = STRAIGHT.noised(dataset.clean[rows], torch.randn(500, 2), times)
+        noised = RECTIFIED_FLOW.add_noise(dataset.clean[rows], torch.randn(500, 2), times)
         joint = MIXTURE.router().logits(noised.double(), times.double(), Condition.null(500))
         exact = joint - torch.tensor([0.8, 0.2]).log() - joint.logsumexp(-1, keepdim=True)
         heads = [head(noised, times, torch.zeros(500, dtype=torch.int64)) for head in router.model.heads]

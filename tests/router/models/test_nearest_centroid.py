@@ -3,10 +3,10 @@ import torch
 
 from ddm_core.artifacts import Workspace
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import COSINE, PATHS, STRAIGHT
+from experts.diffusion.noise_schedule import COSINE, NOISE_SCHEDULES, RECTIFIED_FLOW
 from experts.training.latent_dataset import LatentDataset
 from router.config import RouterConfig
-from router.models.nearest_centroid import RouterCentroids, fit_centroids
+from router.models.nearest_centroid import NearestCentroidRouter, fit_centroids
 from router.router import Router
 from tests.oracles import MixtureOfGaussians
 
@@ -23,18 +23,18 @@ def data(mixture: MixtureOfGaussians, count: int = 3000) -> LatentDataset:
 
 
 def fitted(mixture: MixtureOfGaussians, workspace: Workspace, **chosen: str) -> Router:
-    config, dataset = RouterConfig(kind="centroids", **chosen), data(mixture)
+    config, dataset = RouterConfig(kind="nearest_centroid", **chosen), data(mixture)
     counts = dataset.cluster_id.bincount().double().unsqueeze(0)
     model = fit_centroids(config, dataset, counts, workspace).model
-    return Router(model=model, path=PATHS[config.path], prior_counts=counts)
+    return Router(model=model, noise_schedule=NOISE_SCHEDULES[config.noise_schedule], prior_counts=counts)
 
 
-@pytest.mark.parametrize("path", ["straight", "cosine", "linear_beta"])
+@pytest.mark.parametrize("path", ["rectified_flow", "cosine", "linear_beta"])
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.7, 0.95, 1.0])
 def test_it_is_the_exact_posterior_of_gaussians_of_the_denoisers_own_variance(path: str, t: float) -> None:
     mixture = MixtureOfGaussians(SHARES, deviation=0.6)
     turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
-    model = RouterCentroids([2], 3, 0, path)
+    model = NearestCentroidRouter([2], 3, 0, path)
     mean = torch.tensor([0.4, -1.0])
     state = {
         "mean": mean,
@@ -46,21 +46,23 @@ def test_it_is_the_exact_posterior_of_gaussians_of_the_denoisers_own_variance(pa
     }
     model.load_state_dict(state)
     noised, times = 1.5 * torch.randn(50, 2), torch.full((50,), t)
-    exact = mixture.router(PATHS[path]).logits(noised.double(), times.double(), Condition.null(50)).softmax(-1)
+    exact = (
+        mixture.router(NOISE_SCHEDULES[path]).logits(noised.double(), times.double(), Condition.null(50)).softmax(-1)
+    )
     said = model(noised, times, torch.zeros(50, dtype=torch.int64)).softmax(-1)
     torch.testing.assert_close(said.double(), exact, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("path", ["straight", "cosine"])
+@pytest.mark.parametrize("path", ["rectified_flow", "cosine"])
 def test_fitted_to_spherical_gaussians_it_finds_the_posterior(path: str, workspace: Workspace) -> None:
     """Equal shares on a ring: the covariance has no direction, so only the scales have to be found."""
     mixture = MixtureOfGaussians((1 / 3, 1 / 3, 1 / 3), deviation=0.5)
-    router = fitted(mixture, workspace, path=path)
+    router = fitted(mixture, workspace, noise_schedule=path)
     clean = data(mixture, 500).clean.double()
     for t in (0.05, 0.5, 0.8):
         times = torch.full((500,), t, dtype=torch.float64)
-        noised = router.path.noised(clean, torch.randn(500, 2, dtype=torch.float64), times)
-        exact = mixture.router(router.path).logits(noised, times, Condition.null(500)).softmax(-1)
+        noised = router.noise_schedule.add_noise(clean, torch.randn(500, 2, dtype=torch.float64), times)
+        exact = mixture.router(router.noise_schedule).logits(noised, times, Condition.null(500)).softmax(-1)
         said = router.logits(noised.float(), times.float(), Condition.null(500)).softmax(-1)
         assert (said - exact).abs().mean() < 0.02
 
@@ -87,7 +89,7 @@ def test_directions_without_variance_do_no_harm(workspace: Workspace) -> None:
         cluster_id=dataset.cluster_id,
     )
     counts = torch.tensor([[250.0, 150.0, 100.0]])
-    model = fit_centroids(RouterConfig(kind="centroids"), flat, counts, workspace).model
+    model = fit_centroids(RouterConfig(kind="nearest_centroid"), flat, counts, workspace).model
     said = model(flat.clean, torch.zeros(500), torch.zeros(500, dtype=torch.int64))
     assert said.isfinite().all()
     assert (said.argmax(-1) == flat.cluster_id).all()
@@ -95,5 +97,5 @@ def test_directions_without_variance_do_no_harm(workspace: Workspace) -> None:
 
 def test_latents_of_too_many_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 8192 numbers; these have 12288"):
-        RouterCentroids([3, 64, 64], 2, 0, STRAIGHT.name)
-    assert RouterCentroids([4], 2, 0, COSINE.name).path is COSINE
+        NearestCentroidRouter([3, 64, 64], 2, 0, RECTIFIED_FLOW.name)
+    assert NearestCentroidRouter([4], 2, 0, COSINE.name).path is COSINE

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import STRAIGHT
-from router.models.prior_table import RouterTable, log_prior
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from router.models.prior_table import PriorTableRouter, log_prior
 from router.router import Router
 
 
 def router(counts: list[list[float]]) -> Router:
     tensor = torch.tensor(counts, dtype=torch.float64)
-    return Router(model=RouterTable.of(tensor), path=STRAIGHT, prior_counts=tensor)
+    return Router(model=PriorTableRouter.of(tensor), noise_schedule=RECTIFIED_FLOW, prior_counts=tensor)
 
 
 def test_it_is_the_prior_whatever_x_and_t() -> None:

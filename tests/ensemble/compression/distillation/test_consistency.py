@@ -12,12 +12,12 @@ from ddm_core.artifacts import Workspace
 from ensemble.compression.distillation.config import ConsistencyConfig
 from ensemble.compression.distillation.consistency import (
     LOSSES,
-    consistency,
-    coupled,
+    consistency_losses,
     fix_scales,
     intervals,
-    losses_of,
+    optimal_coupling,
     threshold,
+    train_consistency,
 )
 from experts.config import TrainingConfig
 from tests.ensemble.compression.distillation.test_sid import distance, drawn
@@ -50,7 +50,7 @@ def test_slopes_fall_behind_an_outlier_with_cauchy_and_not_with_the_others():
 
 
 def test_the_discretisation_doubles_until_it_is_the_finest():
-    config = ConsistencyConfig(coarsest=10, finest=100, training=replace(TRAINING, steps=1000))
+    config = ConsistencyConfig(coarsest_intervals=10, finest_intervals=100, training=replace(TRAINING, steps=1000))
     counts = [intervals(step, config) for step in range(1000)]
     assert counts[0] == 10 and counts[-1] == 100 and counts == sorted(counts)
     assert sorted(set(counts)) == [10, 20, 40, 80, 100]
@@ -59,7 +59,10 @@ def test_the_discretisation_doubles_until_it_is_the_finest():
 
 
 def test_c_follows_the_discretisation_if_it_is_to():
-    adaptive, fixed = ConsistencyConfig(coarsest=10), ConsistencyConfig(coarsest=10, adaptive_c=False)
+    adaptive, fixed = (
+        ConsistencyConfig(coarsest_intervals=10),
+        ConsistencyConfig(coarsest_intervals=10, adaptive_c=False),
+    )
     assert threshold(adaptive, 40, 64) == pytest.approx(threshold(adaptive, 10, 64) / 4)
     assert threshold(fixed, 40, 64) == threshold(fixed, 10, 64) == threshold(adaptive, 10, 64)
 
@@ -67,8 +70,8 @@ def test_c_follows_the_discretisation_if_it_is_to():
 def test_the_diffusion_loss_counts_at_early_t_alone():
     said, clean = torch.ones(2, 3), torch.zeros(2, 3)
     config = ConsistencyConfig(early=0.3)
-    early = losses_of(said, said, clean, torch.tensor([0.2, 0.9]), 10, config)
-    late = losses_of(said, said, clean, torch.tensor([0.8, 0.9]), 10, config)
+    early = consistency_losses(said, said, clean, torch.tensor([0.2, 0.9]), 10, config)
+    late = consistency_losses(said, said, clean, torch.tensor([0.8, 0.9]), 10, config)
     assert float(early["diffusion"]) == pytest.approx(0.5) and float(late["diffusion"]) == 0
     assert float(early["loss"]) == pytest.approx(0.1 * 0.5) and float(late["loss"]) == 0
 
@@ -78,7 +81,7 @@ def test_coupled_noise_is_the_same_noise_nearer_to_its_samples_and_stays_within_
     generator = torch.Generator().manual_seed(seed)
     clean, noise = (torch.randn(rows, 4, generator=generator) for _ in range(2))
     group = torch.randint(2, (rows,), generator=generator)
-    found = coupled(clean, noise, group)
+    found = optimal_coupling(clean, noise, group)
     assert (found - clean).square().sum() <= (noise - clean).square().sum() + 1e-4
     for value in (0, 1):
         ours, theirs = found[group == value], noise[group == value]
@@ -93,13 +96,13 @@ def test_scales_of_layer_norms_stay_and_their_shifts_do_not(tmp_path):
 
 def test_a_finest_discretisation_below_the_coarsest_is_refused():
     with pytest.raises(ValidationError, match="raise finest"):
-        ConsistencyConfig(coarsest=20, finest=10)
+        ConsistencyConfig(coarsest_intervals=20, finest_intervals=10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher_leads", [False, True])
 def test_one_step_is_nearer_to_the_data_than_one_plain_step(teacher_leads, teacher, tmp_path):
-    config = ConsistencyConfig(steps=1, training=TRAINING, finest=40, teacher=teacher_leads)
-    outcome = consistency(teacher, digits(), config, Workspace.at(tmp_path))
+    config = ConsistencyConfig(steps=1, training=TRAINING, finest_intervals=40, teacher=teacher_leads)
+    outcome = train_consistency(teacher, digits(), config, Workspace.at(tmp_path))
     assert distance(drawn(outcome.network)) < 0.6 * distance(drawn(teacher))
-    assert outcome.network.course.ways == ("fresh",) and outcome.network.course.is_distilled
+    assert outcome.network.few_step.step_types == ("renoise",) and outcome.network.few_step.is_distilled

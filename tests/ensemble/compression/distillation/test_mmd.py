@@ -7,11 +7,11 @@ import torch
 
 from ddm_core.artifacts import Workspace
 from ensemble.compression.distillation.config import MMDConfig
-from ensemble.compression.distillation.mmd import kernel_of, mmd, squared_mmd
+from ensemble.compression.distillation.mmd import finetune_mmd, median_kernel, squared_mmd
 from ensemble.compression.distillation.mmd_features import latent_features
 from ensemble.compression.method import StageError
 from experts.config import TrainingConfig
-from experts.diffusion.noise_schedule import PATHS
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from tests.ensemble.compression.trained import digits, trained
 
 TRAINING = TrainingConfig(steps=100, batch_size=128, lr=1e-3, warmup_steps=2, clip_norm=0.5, checkpoint_every=10)
@@ -23,7 +23,7 @@ def rows(count, seed, shift=0.0):
 
 def test_it_is_the_estimate_of_its_definition():
     x, y = rows(4, 0), rows(5, 1)
-    kernel = kernel_of("poly3", y)
+    kernel = median_kernel("poly3", y)
 
     def k(a, b):
         return float((a @ b / 3 + 1) ** 3)
@@ -35,7 +35,7 @@ def test_it_is_the_estimate_of_its_definition():
 
 
 def test_it_is_zero_in_the_mean_for_one_distribution_and_not_for_two():
-    kernel = kernel_of("rbf", rows(200, 9))
+    kernel = median_kernel("rbf", rows(200, 9))
 
     def mean_of(shift):
         found = [squared_mmd(rows(100, seed, shift), rows(100, 1000 + seed), kernel) for seed in range(30)]
@@ -46,7 +46,7 @@ def test_it_is_zero_in_the_mean_for_one_distribution_and_not_for_two():
 
 def test_shared_conditions_do_not_bias_it():
     """Sets that are alike within every condition, which lie far apart."""
-    kernel, conditions = kernel_of("rbf", rows(200, 9)), torch.arange(40) % 4
+    kernel, conditions = median_kernel("rbf", rows(200, 9)), torch.arange(40) % 4
     place = torch.tensor([[-3.0], [0.0], [3.0], [6.0]])[conditions]
     found = [
         squared_mmd(rows(40, seed) + place, rows(40, 500 + seed) + place, kernel, (conditions, conditions), 0.2)
@@ -57,13 +57,13 @@ def test_shared_conditions_do_not_bias_it():
 
 def test_gradients_are_finite_where_rows_are_equal():
     x = rows(6, 0).requires_grad_(True)
-    squared_mmd(x, x.detach(), kernel_of("rbf", rows(20, 1))).backward()
+    squared_mmd(x, x.detach(), median_kernel("rbf", rows(20, 1))).backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
 def test_pairs_of_unlike_conditions_count_less_and_at_one_alike():
     x, y = rows(6, 0), rows(6, 1)
-    kernel, conditions = kernel_of("rbf", y), (torch.arange(6) % 2, torch.arange(6) % 2)
+    kernel, conditions = median_kernel("rbf", y), (torch.arange(6) % 2, torch.arange(6) % 2)
     alike = squared_mmd(x, y, kernel, conditions)
     assert torch.equal(squared_mmd(x, y, kernel, (torch.zeros(6).long(),) * 2, 0.3), alike)
     assert not torch.equal(squared_mmd(x, y, kernel, conditions, 0.0), alike)
@@ -71,7 +71,7 @@ def test_pairs_of_unlike_conditions_count_less_and_at_one_alike():
 
 def test_one_row_is_too_few():
     with pytest.raises(StageError, match="two rows in each set"):
-        squared_mmd(rows(1, 0), rows(4, 1), kernel_of("poly3", rows(4, 1)))
+        squared_mmd(rows(1, 0), rows(4, 1), median_kernel("poly3", rows(4, 1)))
 
 
 def test_random_filters_are_functions_of_a_seed_and_want_pictures(tmp_path):
@@ -97,13 +97,13 @@ def test_the_experts_middle_tells_latents_apart_and_has_gradients(kind, tmp_path
 def test_a_short_chain_comes_nearer_to_the_data_on_noise_that_trained_nothing(tmp_path):
     expert = trained("mlp", Workspace.at(tmp_path / "t"), 1500)
     before = {name: value.clone() for name, value in expert.model.state_dict().items()}
-    outcome = mmd(expert, digits(), MMDConfig(steps=2, training=TRAINING), Workspace.at(tmp_path / "w"))
+    outcome = finetune_mmd(expert, digits(), MMDConfig(steps=2, training=TRAINING), Workspace.at(tmp_path / "w"))
     assert outcome.details["squared_mmd_after"] < 0.7 * outcome.details["squared_mmd_before"]
-    assert outcome.network.course.times == (1.0, 0.5) and outcome.network.course.is_distilled
+    assert outcome.network.few_step.times == (1.0, 0.5) and outcome.network.few_step.is_distilled
     assert all(torch.equal(value, before[name]) for name, value in expert.model.state_dict().items())
 
 
 def test_a_curved_path_is_refused(tmp_path):
-    expert = replace(trained("mlp", Workspace.at(tmp_path / "t"), 2), path=PATHS["cosine"])
-    with pytest.raises(StageError, match="renoise=euler takes straight steps"):
-        mmd(expert, digits(), MMDConfig(training=TRAINING), Workspace.at(tmp_path / "w"))
+    expert = replace(trained("mlp", Workspace.at(tmp_path / "t"), 2), noise_schedule=NOISE_SCHEDULES["cosine"])
+    with pytest.raises(StageError, match="step_type=euler takes straight steps"):
+        finetune_mmd(expert, digits(), MMDConfig(training=TRAINING), Workspace.at(tmp_path / "w"))

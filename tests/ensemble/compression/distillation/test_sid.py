@@ -8,15 +8,15 @@ from torch import nn
 
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.distillation.config import SiDConfig
-from ensemble.compression.distillation.mmd import kernel_of, squared_mmd
-from ensemble.compression.distillation.sid import sid, student_loss
+from ensemble.compression.distillation.mmd import median_kernel, squared_mmd
+from ensemble.compression.distillation.sid import distill_sid, student_loss
 from ensemble.compression.method import StageError
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.sample import sample
 from experts.condition import Condition
 from experts.config import TrainingConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from router.config import SelectionConfig
 from tests.ensemble.compression.acceleration.test_feature_cache import CODEC
@@ -35,12 +35,12 @@ def teacher(tmp_path_factory):
 
 
 def drawn(expert, sampling=FULL, count=256):
-    return sample(Ensemble(experts={0: expert}, path=STRAIGHT), CODEC, range(count), sampling).latents
+    return sample(Ensemble(experts={0: expert}, noise_schedule=RECTIFIED_FLOW), CODEC, range(count), sampling).latents
 
 
 def distance(latents):
     real = digits().clean[:256].flatten(1)
-    return float(squared_mmd(latents.flatten(1), real, kernel_of("rbf", real)))
+    return float(squared_mmd(latents.flatten(1), real, median_kernel("rbf", real)))
 
 
 class Linear(nn.Module):
@@ -57,7 +57,12 @@ def gaussian(scale, monkeypatch):
 
     monkeypatch.setattr(Expert, "velocity", velocity)
     return Expert(
-        model=Linear(scale), prediction="velocity", path=STRAIGHT, latent_shape=(2,), num_classes=0, cluster_id=0
+        model=Linear(scale),
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=(2,),
+        num_classes=0,
+        cluster_id=0,
     )
 
 
@@ -80,16 +85,16 @@ def test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_lo
     teacher = trained("mlp", Workspace.at(tmp_path / "teacher"), 1500)
     blind = replace(digits(), clean=torch.full_like(digits().clean, torch.nan))
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
-    outcome = sid(teacher, blind, SiDConfig(steps=1, training=TRAINING), Workspace.at(tmp_path / "student"))
+    outcome = distill_sid(teacher, blind, SiDConfig(steps=1, training=TRAINING), Workspace.at(tmp_path / "student"))
     assert distance(drawn(outcome.network)) < 0.5 * distance(drawn(teacher))
     assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
-    assert outcome.network.course.times == (1.0,) and outcome.flops > 0
+    assert outcome.network.few_step.times == (1.0,) and outcome.flops > 0
 
 
-@pytest.mark.parametrize("renoise", ["fresh", "euler"])
+@pytest.mark.parametrize("renoise", ["renoise", "euler"])
 def test_stopped_anywhere_and_started_again_it_gives_the_same_bits(renoise, teacher, tmp_path):
-    config = SiDConfig(steps=2, training=BRIEF, renoise=renoise)
-    whole = sid(teacher, digits(), config, Workspace.at(tmp_path / "whole")).network.model.state_dict()
+    config = SiDConfig(steps=2, training=BRIEF, step_type=renoise)
+    whole = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "whole")).network.model.state_dict()
     asked = 0
 
     def stopping():
@@ -98,19 +103,19 @@ def test_stopped_anywhere_and_started_again_it_gives_the_same_bits(renoise, teac
         return asked == 4
 
     with pytest.raises(Preempted, match="stopped at step 3 of 6"):
-        sid(teacher, digits(), config, replace(Workspace.at(tmp_path / "halves"), stopping=stopping))
-    again = sid(teacher, digits(), config, Workspace.at(tmp_path / "halves")).network.model.state_dict()
+        distill_sid(teacher, digits(), config, replace(Workspace.at(tmp_path / "halves"), stopping=stopping))
+    again = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "halves")).network.model.state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in again.items())
 
 
 def test_guidance_without_classes_is_refused_and_with_them_it_makes_a_difference(teacher, tmp_path):
     guided = SiDConfig(training=BRIEF, teacher_guidance=1.5, fake_guidance=1.5, fake_training_guidance=1.5)
     with pytest.raises(StageError, match="set all three scales to 1"):
-        sid(teacher, digits().unlabelled(), guided, Workspace.at(tmp_path / "a"))
+        distill_sid(teacher, digits().unlabelled(), guided, Workspace.at(tmp_path / "a"))
     anti = SiDConfig(training=BRIEF, fake_guidance=-0.5)
     plain = SiDConfig(training=BRIEF)
     found = [
-        sid(teacher, digits(), config, Workspace.at(tmp_path / str(number))).network.model.state_dict()
+        distill_sid(teacher, digits(), config, Workspace.at(tmp_path / str(number))).network.model.state_dict()
         for number, config in enumerate((guided, anti, plain))
     ]
     name = next(iter(found[0]))
@@ -119,9 +124,9 @@ def test_guidance_without_classes_is_refused_and_with_them_it_makes_a_difference
 
 def test_the_students_folder_knows_its_course(teacher, tmp_path):
     config = SiDConfig(steps=3, start=0.75, training=BRIEF)
-    outcome = sid(teacher, digits(), config, Workspace.at(tmp_path / "w"))
+    outcome = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "w"))
     outcome.expert.save(tmp_path / "student")
     again = Expert.load(tmp_path / "student")
-    assert again.course == outcome.network.course and again.course.ways == ("fresh",) * 3
-    assert again.course.times == (0.75, 0.5, 0.25)
+    assert again.few_step == outcome.network.few_step and again.few_step.step_types == ("renoise",) * 3
+    assert again.few_step.times == (0.75, 0.5, 0.25)
     assert torch.equal(drawn(again, count=4), drawn(outcome.network, count=4))

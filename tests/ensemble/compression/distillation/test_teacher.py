@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ensemble.compression.distillation.teacher import mixture_of, router_flops
+from ensemble.compression.distillation.teacher import ensemble_teacher, router_flops
 from ensemble.compression.method import StageError
 from ensemble.ensemble import Ensemble
 from experts.condition import Condition
@@ -20,8 +20,8 @@ def test_a_mixture_says_what_the_ensemble_says_if_all_its_experts_speak(parts):
     ensemble = put_together(parts).ensemble
     noised, t = torch.randn(5, *SHAPE), torch.linspace(0.1, 0.9, 5)
     condition = Condition(torch.tensor([0, 1, -1, 0, 1]))
-    routing = ensemble.begin(range(5), condition, SelectionConfig(name="full"))
-    teacher = mixture_of(ensemble, "cpu")
+    routing = ensemble.init_routing(range(5), condition, SelectionConfig(name="full"))
+    teacher = ensemble_teacher(ensemble, "cpu")
     expected = ensemble.velocity(noised, t, condition, routing)
     torch.testing.assert_close(teacher.velocity(noised, t, condition), expected, atol=1e-5, rtol=1e-4)
     noised.requires_grad_(True)
@@ -34,7 +34,7 @@ def test_a_mixture_says_what_the_ensemble_says_if_all_its_experts_speak(parts):
 def test_it_needs_all_experts_and_a_router(parts, tmp_path):
     ensemble = put_together(parts).ensemble
     some = replace(ensemble, experts={0: ensemble.experts[0]})
-    alone = Ensemble(experts={0: Expert.load(make_expert(tmp_path / "e", 0))}, path=ensemble.path)
+    alone = Ensemble(experts={0: Expert.load(make_expert(tmp_path / "e", 0))}, noise_schedule=ensemble.noise_schedule)
     for few in (some, alone):
-        with pytest.raises(StageError, match="take distill.students=each"):
-            mixture_of(few, "cpu")
+        with pytest.raises(StageError, match="take distill.students=per_expert"):
+            ensemble_teacher(few, "cpu")

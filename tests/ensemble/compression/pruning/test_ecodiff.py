@@ -10,13 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.method import StageError
 from ensemble.compression.pruning.config import EcoDiffConfig
-from ensemble.compression.pruning.ecodiff import BETA, GAMMA, ZETA, Gates, ecodiff, hard_concrete, split
-from ensemble.compression.pruning.importance import chosen, magnitudes, random_scores
-from ensemble.compression.pruning.masked_sampling import clean_of
-from experts.compressed.pruning.units import maskable, parameters_a_unit, widths_of
+from ensemble.compression.pruning.ecodiff import BETA, GAMMA, ZETA, Gates, hard_concrete, prune_ecodiff, split
+from ensemble.compression.pruning.importance import magnitude_importance, random_importance, select_units
+from ensemble.compression.pruning.masked_sampling import sample_with_masks
+from experts.compressed.pruning.units import parameters_per_unit, prunable_units, unit_counts
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from experts.training.latent_dataset import LatentDataset
@@ -34,7 +34,14 @@ def expert_of(config):
     model = build_network(config, SHAPE, 3).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return Expert(model=model, prediction="velocity", path=STRAIGHT, latent_shape=SHAPE, num_classes=3, cluster_id=0)
+    return Expert(
+        model=model,
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=SHAPE,
+        num_classes=3,
+        cluster_id=0,
+    )
 
 
 def latents(count=300):
@@ -54,7 +61,7 @@ def trained(tmp_path_factory):
     model = build_network(DIT, SHAPE, 3)
 
     def loss(model, batch):
-        return {"loss": expert_loss(model, batch, expert.prediction, expert.path)}
+        return {"loss": expert_loss(model, batch, expert.prediction, expert.noise_schedule)}
 
     fitted = fit(model, loss, latents(), training, Workspace.at(tmp_path_factory.mktemp("trained")))
     return dataclasses.replace(expert, model=fitted.model)
@@ -84,10 +91,10 @@ def test_gates_without_noise_are_functions_of_their_logits():
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
 def test_gradients_of_a_checkpointed_trajectory_are_the_plain_ones(config):
     expert = expert_of(config)
-    counts, (noise, condition), found = maskable(expert.model), drawn(), []
+    counts, (noise, condition), found = prunable_units(expert.model), drawn(), []
     for checkpointed in (False, True):
         masks = torch.linspace(0.2, 1, sum(counts.values())).requires_grad_()
-        clean = clean_of(expert, split(masks, counts), noise, condition, 4, checkpointed=checkpointed)
+        clean = sample_with_masks(expert, split(masks, counts), noise, condition, 4, checkpointed=checkpointed)
         clean.square().mean().backward()
         found.append((clean.detach(), masks.grad))
     assert torch.equal(found[0][0], found[1][0])
@@ -97,10 +104,10 @@ def test_gradients_of_a_checkpointed_trajectory_are_the_plain_ones(config):
 
 def peak_bytes(expert, steps, checkpointed):
     """The most memory that a trajectory and its gradients hold at once."""
-    counts, (noise, condition) = maskable(expert.model), drawn(64)
+    counts, (noise, condition) = prunable_units(expert.model), drawn(64)
     masks = torch.ones(sum(counts.values()), requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        clean = clean_of(expert, split(masks, counts), noise, condition, steps, checkpointed=checkpointed)
+        clean = sample_with_masks(expert, split(masks, counts), noise, condition, steps, checkpointed=checkpointed)
         clean.square().mean().backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
@@ -124,8 +131,8 @@ def test_learned_masks_leave_better_samples_than_chance_and_magnitude(trained, b
     before = copy.deepcopy(trained.model.state_dict())
     cases = [("learned", 0), ("magnitude", 0), ("random", 0), ("random", 1), ("random", 2)]
     for criterion, seed in cases:
-        config = EcoDiffConfig(share=share, by=by, criterion=criterion, chain=6, learning=LEARNING, seed=seed)
-        outcome = ecodiff(trained, latents(), config, Workspace.at(tmp_path / f"{criterion}_{seed}"))
+        config = EcoDiffConfig(ratio=share, by=by, criterion=criterion, chain=6, mask_training=LEARNING, seed=seed)
+        outcome = prune_ecodiff(trained, latents(), config, Workspace.at(tmp_path / f"{criterion}_{seed}"))
         found[criterion, seed] = outcome.details["relative_l2_of_samples"]
         assert outcome.details["parameters_after"] < outcome.details["parameters_before"]
         assert outcome.details["flops_ratio"] < 1 and outcome.modules > 0
@@ -138,23 +145,23 @@ def test_learned_masks_leave_better_samples_than_chance_and_magnitude(trained, b
 def test_every_network_loses_the_asked_share_and_learns_again(config, tmp_path):
     expert, short = expert_of(config), TrainingConfig(steps=3, batch_size=4, lr=0.1, warmup_steps=0)
     share = 0.02 if config.kind == "residual_mlp" else 0.1
-    recipe = EcoDiffConfig(share=share, by="parameters", chain=2, learning=short, retraining=short)
-    outcome = ecodiff(expert, latents(), recipe, Workspace.at(tmp_path / "work"))
+    recipe = EcoDiffConfig(ratio=share, by="parameters", chain=2, mask_training=short, finetune=short)
+    outcome = prune_ecodiff(expert, latents(), recipe, Workspace.at(tmp_path / "work"))
     whole, left = outcome.details["parameters_before"], outcome.details["parameters_after"]
-    most = max(parameters_a_unit(expert.model).values())
+    most = max(parameters_per_unit(expert.model).values())
     assert share * whole <= whole - left < share * whole + most
-    assert widths_of(outcome.expert.model) and outcome.flops > 0
+    assert unit_counts(outcome.expert.model) and outcome.flops > 0
     outcome.expert.save(tmp_path / "saved")
     noise, condition = drawn()
     loaded = Expert.load(tmp_path / "saved")
     with torch.no_grad():
-        clean = [clean_of(each, {}, noise, condition, 3) for each in (outcome.expert, loaded)]
+        clean = [sample_with_masks(each, {}, noise, condition, 3) for each in (outcome.expert, loaded)]
     assert torch.equal(*clean)
 
 
 def test_learning_that_was_stopped_gives_the_same_masks(tmp_path):
     config = EcoDiffConfig(
-        chain=2, learning=TrainingConfig(steps=8, batch_size=4, lr=0.1, warmup_steps=0, checkpoint_every=2)
+        chain=2, mask_training=TrainingConfig(steps=8, batch_size=4, lr=0.1, warmup_steps=0, checkpoint_every=2)
     )
     expert, polls = expert_of(DIT), []
 
@@ -164,27 +171,27 @@ def test_learning_that_was_stopped_gives_the_same_masks(tmp_path):
 
     stopped = Workspace.at(tmp_path / "stopped")
     with pytest.raises(Preempted):
-        ecodiff(expert, latents(), config, dataclasses.replace(stopped, stopping=stops))
-    again = ecodiff(expert, latents(), config, stopped)
-    whole = ecodiff(expert, latents(), config, Workspace.at(tmp_path / "whole"))
+        prune_ecodiff(expert, latents(), config, dataclasses.replace(stopped, stopping=stops))
+    again = prune_ecodiff(expert, latents(), config, stopped)
+    whole = prune_ecodiff(expert, latents(), config, Workspace.at(tmp_path / "whole"))
     assert again.details == whole.details
 
 
 def test_units_of_every_kind_go_by_their_share_and_a_layer_keeps_one():
     model = expert_of(DIT).model
-    scores = random_scores(maskable(model), 0)
+    scores = random_importance(prunable_units(model), 0)
     scores["transformer_blocks.0.attn1"] -= 10
-    kept = chosen(model, scores, 0.5, "units")
+    kept = select_units(model, scores, 0.5, "units")
     assert [len(kept[f"transformer_blocks.{block}.attn1"]) for block in (0, 1)] == [1, 3]
     assert sum(len(kept[f"transformer_blocks.{block}.ff"]) for block in (0, 1)) == 128
-    assert set(magnitudes(model)) == set(scores)
+    assert set(magnitude_importance(model)) == set(scores)
 
 
 def test_a_share_that_cannot_go_is_an_error(tmp_path):
     expert, space = expert_of(DIT), Workspace.at(tmp_path)
     for share, by, reason in ((0.9, "parameters", "lower the share"), (0.001, "units", "raise it")):
         with pytest.raises(StageError, match=reason):
-            ecodiff(expert, latents(), EcoDiffConfig(share=share, by=by, criterion="random"), space)
+            prune_ecodiff(expert, latents(), EcoDiffConfig(ratio=share, by=by, criterion="random"), space)
     with pytest.raises(StageError, match="found no heads"):
         nothing = dataclasses.replace(expert, model=torch.nn.Linear(2, 2))
-        ecodiff(nothing, latents(), EcoDiffConfig(), space)
+        prune_ecodiff(nothing, latents(), EcoDiffConfig(), space)

@@ -9,7 +9,7 @@ from ddm_core.artifacts import Workspace
 from ensemble.compression.method import StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import stages_behind
-from ensemble.compression.pruning.laptop import additivity, laptop
+from ensemble.compression.pruning.laptop import additivity, prune_laptop
 from experts.config import TrainingConfig
 from tests.ensemble.compression.trained import digits, trained
 
@@ -23,13 +23,13 @@ def whole(request, tmp_path_factory):
 
 def run(whole, folder, **given):
     expert, dataset = whole
-    config = replace(LaptopConfig(share=0.25, rows=32, retraining=None), **given)
-    return laptop(expert, dataset, config, Workspace.at(folder))
+    config = replace(LaptopConfig(ratio=0.25, rows=32, finetune=None), **given)
+    return prune_laptop(expert, dataset, config, Workspace.at(folder))
 
 
 def test_enough_goes_and_less_is_lost_than_by_chance_and_training_brings_some_back(whole, tmp_path):
     before = {name: value.clone() for name, value in whole[0].model.state_dict().items()}
-    ours = run(whole, tmp_path / "a", retraining=RETRAINING, additivity_sets=5)
+    ours = run(whole, tmp_path / "a", finetune=RETRAINING, additivity_sets=5)
     chance = [run(whole, tmp_path / f"r{seed}", criterion="random", seed=seed) for seed in range(3)]
     assert ours.details["share"] >= 0.25 and ours.modules == len(ours.details["removed"]) > 0 and ours.flops > 0
     assert ours.details["error_pruned"] < sum(one.details["error_pruned"] for one in chance) / len(chance)
@@ -39,8 +39,8 @@ def test_enough_goes_and_less_is_lost_than_by_chance_and_training_brings_some_ba
 
 
 def test_more_than_there_is_is_refused(whole, tmp_path):
-    with pytest.raises(StageError, match=r"lower prune\.share"):
-        run(whole, tmp_path, share=0.99)
+    with pytest.raises(StageError, match=r"lower prune\.ratio"):
+        run(whole, tmp_path, ratio=0.99)
 
 
 def test_only_stages_behind_the_first_removed_layer_are_compared(whole):

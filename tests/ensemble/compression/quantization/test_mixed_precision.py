@@ -8,11 +8,11 @@ import torch
 
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.method import StageError
-from ensemble.compression.quantization.config import BitsConfig
-from ensemble.compression.quantization.mixed_precision import allot_bits, weight_costs
-from experts.compressed.quantization.registry import forms_of
+from ensemble.compression.quantization.config import MixedPrecisionConfig
+from ensemble.compression.quantization.mixed_precision import allocate_bits, weight_costs
+from experts.compressed.quantization.registry import quantized_modules
 from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from experts.training.latent_dataset import LatentDataset
@@ -29,7 +29,7 @@ COUNTS = {0: 40, 1: 160}
 
 
 def config(**given):
-    return BitsConfig(**({"mean_bits": 5.0, "group": 16, "least": 256, "rows": 32} | given))
+    return MixedPrecisionConfig(**({"mean_bits": 5.0, "group_size": 16, "min_elements": 256, "rows": 32} | given))
 
 
 @pytest.fixture
@@ -54,7 +54,14 @@ def make_expert(kind, k):
     model = build_network(NETWORKS[kind], SHAPE, 2).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return Expert(model=model, prediction="velocity", path=STRAIGHT, latent_shape=SHAPE, num_classes=2, cluster_id=k)
+    return Expert(
+        model=model,
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=SHAPE,
+        num_classes=2,
+        cluster_id=k,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def trained(datasets, tmp_path_factory):
         space = Workspace.at(tmp_path_factory.mktemp(f"trained_{k}"))
 
         def loss(model, batch):
-            return {"loss": expert_loss(model, batch, "velocity", STRAIGHT)}
+            return {"loss": expert_loss(model, batch, "velocity", RECTIFIED_FLOW)}
 
         made = make_expert("residual_mlp", k)
         experts[k] = replace(made, model=fit(model, loss, dataset, training, space).model)
@@ -80,12 +87,12 @@ def trained(datasets, tmp_path_factory):
 def test_every_network_keeps_to_the_budget_and_the_given_one_is_not_touched(kind, datasets, workspace):
     experts = {k: make_expert(kind, k) for k in COUNTS}
     before = {k: deepcopy(expert.model.state_dict()) for k, expert in experts.items()}
-    done = allot_bits(experts, datasets, config(mean_bits=6.5, rows=8, choices=(3, 5, 8)), workspace)
+    done = allocate_bits(experts, datasets, config(mean_bits=6.5, rows=8, choices=(3, 5, 8)), workspace)
     assert all(torch.equal(v, before[k][n]) for k in experts for n, v in experts[k].model.state_dict().items())
     assert 5.5 < done.details["mean_bits"] <= 6.5
     spent = entries = 0
     for k, made in done.experts.items():
-        for path, found in forms_of(made.model).items():
+        for path, found in quantized_modules(made.model).items():
             form = made.model.get_submodule(path)
             spent += form.codes.nbytes + form.scales.nbytes
             entries += torch.Size(found["shape"]).numel()
@@ -96,16 +103,18 @@ def test_every_network_keeps_to_the_budget_and_the_given_one_is_not_touched(kind
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_at_the_same_bytes_it_is_better_than_the_same_bits_everywhere(bits, trained, datasets, tmp_path):
-    alike = allot_bits(trained, datasets, config(mean_bits=16, choices=(bits,)), Workspace.at(tmp_path / "alike"))
+    alike = allocate_bits(trained, datasets, config(mean_bits=16, choices=(bits,)), Workspace.at(tmp_path / "alike"))
     budget = alike.details["mean_bits"] + 1e-6
-    found = allot_bits(trained, datasets, config(mean_bits=budget), Workspace.at(tmp_path / "own"))
+    found = allocate_bits(trained, datasets, config(mean_bits=budget), Workspace.at(tmp_path / "own"))
     assert found.details["mean_bits"] <= budget
     assert found.details["cost"] < 0.9 * alike.details["cost"]
     assert found.details["cost"] == pytest.approx(found.details["summed_cost"], rel=0.5)
 
 
 def test_a_smaller_budget_costs_more(trained, datasets, workspace):
-    costs = [allot_bits(trained, datasets, config(mean_bits=mean), workspace).details["cost"] for mean in (3.5, 4.5, 6)]
+    costs = [
+        allocate_bits(trained, datasets, config(mean_bits=mean), workspace).details["cost"] for mean in (3.5, 4.5, 6)
+    ]
     assert costs == sorted(costs, reverse=True)
 
 
@@ -113,7 +122,7 @@ def test_the_expert_of_the_larger_cluster_gets_more_bits(trained, datasets, work
     twins = {0: trained[1], 1: replace(trained[1], cluster_id=1)}
     own = {0: datasets[1], 1: datasets[1]}
     own[0] = LatentDataset(**{name: getattr(datasets[1], name)[:16] for name in ("clean", "class_id", "cluster_id")})
-    bits = allot_bits(twins, own, config(mean_bits=4.5), workspace).details["bits"]
+    bits = allocate_bits(twins, own, config(mean_bits=4.5), workspace).details["bits"]
     assert sum(bits[0].values()) < sum(bits[1].values())
 
 
@@ -124,7 +133,7 @@ def test_one_weight_is_measured_at_a_time_and_put_back(trained, datasets, worksp
 
 
 def test_what_was_measured_is_kept_and_the_rest_is_measured_after_an_interruption(trained, datasets, tmp_path):
-    whole = allot_bits(trained, datasets, config(), Workspace.at(tmp_path / "whole"))
+    whole = allocate_bits(trained, datasets, config(), Workspace.at(tmp_path / "whole"))
     space, asked = Workspace.at(tmp_path / "interrupted"), []
 
     def stopping():
@@ -132,14 +141,14 @@ def test_what_was_measured_is_kept_and_the_rest_is_measured_after_an_interruptio
         return len(asked) > len(whole.details["costs"][0]) + 1
 
     with pytest.raises(Preempted, match="finished experts are kept"):
-        allot_bits(trained, datasets, config(), replace(space, stopping=stopping))
+        allocate_bits(trained, datasets, config(), replace(space, stopping=stopping))
     assert sorted(path.name for path in space.scratch.glob("costs_*.json")) == ["costs_0.json"]
-    again = allot_bits(trained, datasets, config(), space)
+    again = allocate_bits(trained, datasets, config(), space)
     assert again.details == whole.details
 
 
 def test_what_cannot_be_is_an_error(trained, datasets, workspace):
     with pytest.raises(StageError, match=r"at least 3\.\d+ bits an entry.*raise bits\.mean_bits of 2"):
-        allot_bits(trained, datasets, config(mean_bits=2.0), workspace)
+        allocate_bits(trained, datasets, config(mean_bits=2.0), workspace)
     with pytest.raises(StageError, match=r"no matrix of at least 1000000 entries.*lower bits\.least"):
-        weight_costs(trained[0], datasets[0], config(least=10**6), workspace)
+        weight_costs(trained[0], datasets[0], config(min_elements=10**6), workspace)

@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import Preempted, Workspace
-from ensemble.compression.common.calibration_data import answer, batches_of
+from ensemble.compression.common.calibration_data import calibration_batches, run_network
 from ensemble.compression.method import StageError
 from ensemble.compression.quantization.config import QuESTConfig
-from ensemble.compression.quantization.layers import layers_of
-from ensemble.compression.quantization.quest import quest
-from experts.compressed.quantization.activation_quant import TimedInput
-from experts.compressed.quantization.fake_quant import best_grids, rounded_at
+from ensemble.compression.quantization.layers import quantizable_layers
+from ensemble.compression.quantization.quest import quantize_quest
+from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer
+from experts.compressed.quantization.fake_quant import best_grids, fake_quantize_at
 from experts.config import TrainingConfig
 from experts.expert import Expert
 from tests.ensemble.compression.trained import digits, trained
 
 TUNING = TrainingConfig(steps=60, batch_size=32, lr=1e-3, warmup_steps=5, checkpoint_every=20)
 BRIEF = replace(TUNING, steps=3)
-SMALL = QuESTConfig(times=8, rows=32, entries=1024, time_embedding=TUNING, sensitive=TUNING, least=256)
+SMALL = QuESTConfig(times=8, rows=32, entries=1024, time_embedding=TUNING, sensitive=TUNING, min_elements=256)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def calibrated(**given):
 
 def test_every_time_has_a_grid_of_its_own_or_all_share_one(dit, tmp_path):
     for timewise, count in ((True, 8), (False, 1)):
-        outcome = quest(dit, digits(), calibrated(timewise=timewise), Workspace.at(tmp_path))
-        forms = [form for form in outcome.expert.model.modules() if isinstance(form, TimedInput)]
+        outcome = quantize_quest(dit, digits(), calibrated(timewise=timewise), Workspace.at(tmp_path))
+        forms = [form for form in outcome.expert.model.modules() if isinstance(form, TimestepActivationQuantizer)]
         assert len(forms) == len(outcome.details["layers"]) and {len(form.steps) for form in forms} == {count}
         assert all(len(form.steps.unique()) == count for form in forms[-4:])
         assert timewise is False or torch.equal(forms[0].times, 1000 * (torch.arange(8) + 0.5) / 8)
@@ -51,7 +51,7 @@ def test_for_inputs_that_grow_with_the_time_grids_of_their_own_are_better():
 
     def error(grouped):
         steps, zeros = best_grids(grouped, 4)
-        return (rounded_at(grouped, steps[:, None], zeros[:, None], 4) - grouped).square().sum()
+        return (fake_quantize_at(grouped, steps[:, None], zeros[:, None], 4) - grouped).square().sum()
 
     assert error(samples) < 0.8 * error(samples.reshape(1, -1))
 
@@ -60,10 +60,10 @@ def test_for_inputs_that_grow_with_the_time_grids_of_their_own_are_better():
 def test_training_the_layers_that_are_told_the_time_lowers_the_error_and_the_sensitive_ones_lower_it_more(
     dit, tmp_path
 ):
-    whole = quest(dit, digits(), replace(SMALL, trained_share=1.0), Workspace.at(tmp_path / "whole"))
+    whole = quantize_quest(dit, digits(), replace(SMALL, trained_share=1.0), Workspace.at(tmp_path / "whole"))
     assert errors_of(whole)["time_embedding"] < errors_of(whole)["calibrated"]
     assert errors_of(whole)["sensitive"] <= 0.75 * errors_of(whole)["calibrated"]
-    few = quest(dit, digits(), SMALL, Workspace.at(tmp_path / "few"))
+    few = quantize_quest(dit, digits(), SMALL, Workspace.at(tmp_path / "few"))
     assert few.details["trained_share"] <= 0.2 < whole.details["trained_share"]
     assert errors_of(few)["sensitive"] <= 0.85 * errors_of(few)["calibrated"]
     assert set(few.details["trained_layers"]) < set(whole.details["trained_layers"])
@@ -75,25 +75,25 @@ def test_the_folder_gives_the_same_bits_and_what_is_said_of_it_is_so(kind, dit, 
     expert = dit if kind == "dit" else trained(kind, Workspace.at(tmp_path / "train"), 20)
     before = {name: value.clone() for name, value in expert.model.state_dict().items()}
     config = replace(SMALL, time_embedding=BRIEF, sensitive=BRIEF, sensitive_convolutions=True)
-    outcome = quest(expert, digits(), config, Workspace.at(tmp_path / "work"))
+    outcome = quantize_quest(expert, digits(), config, Workspace.at(tmp_path / "work"))
     assert all(torch.equal(value, before[name]) for name, value in expert.model.state_dict().items())
     assert not list(expert.model._forward_pre_hooks) and 0 < outcome.details["trained_share"] < 1
     outcome.expert.save(tmp_path / "small")
     loaded = Expert.load(tmp_path / "small")
-    batch = batches_of(digits(), 8, 1, 1)[0]
+    batch = calibration_batches(digits(), 8, 1, 1)[0]
     with torch.no_grad():
-        assert torch.equal(answer(loaded.model, expert, batch), answer(outcome.expert.model, expert, batch))
+        assert torch.equal(run_network(loaded.model, expert, batch), run_network(outcome.expert.model, expert, batch))
     assert outcome.modules == len(outcome.details["layers"]) + outcome.details["weights_stored_in_few_bits"]
     assert all(parameter.requires_grad for parameter in outcome.expert.model.parameters())
 
 
 @pytest.mark.slow
 def test_only_the_layers_that_are_named_change(dit, tmp_path):
-    plain = quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
+    plain = quantize_quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
     config = replace(SMALL, time_embedding=BRIEF, sensitive=None, trained_share=1.0, vectors=False)
-    outcome = quest(dit, digits(), config, Workspace.at(tmp_path / "b"))
+    outcome = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "b"))
     named = outcome.details["trained_layers"]
-    assert named == sorted(layers_of(dit.model, "time_embedding"))
+    assert named == sorted(quantizable_layers(dit.model, "time_embedding"))
     for name, value in outcome.expert.model.state_dict().items():
         is_named = any(name.startswith(f"{path}.") for path in named)
         if not is_named:
@@ -104,8 +104,10 @@ def test_only_the_layers_that_are_named_change(dit, tmp_path):
 
 @pytest.mark.slow
 def test_with_vectors_the_codes_of_other_layers_stay_and_their_scales_do_not(dit, tmp_path):
-    plain = quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
-    outcome = quest(dit, digits(), replace(SMALL, time_embedding=BRIEF, sensitive=None), Workspace.at(tmp_path / "b"))
+    plain = quantize_quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
+    outcome = quantize_quest(
+        dit, digits(), replace(SMALL, time_embedding=BRIEF, sensitive=None), Workspace.at(tmp_path / "b")
+    )
     named = outcome.details["trained_layers"]
     others = [path for path in outcome.details["layers"] if path not in named]
     for path in others:
@@ -118,7 +120,7 @@ def test_with_vectors_the_codes_of_other_layers_stay_and_their_scales_do_not(dit
 @pytest.mark.slow
 def test_stopped_in_a_training_and_started_again_it_gives_the_same_bits(dit, tmp_path):
     config = replace(SMALL, sensitive=replace(TUNING, steps=6), time_embedding=replace(TUNING, steps=6))
-    whole = quest(dit, digits(), config, Workspace.at(tmp_path / "whole")).expert.model.state_dict()
+    whole = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "whole")).expert.model.state_dict()
     asked = 0
 
     def stopping():
@@ -127,11 +129,11 @@ def test_stopped_in_a_training_and_started_again_it_gives_the_same_bits(dit, tmp
         return asked == config.times + 6 + 3
 
     with pytest.raises(Preempted, match="stopped at step"):
-        quest(dit, digits(), config, replace(Workspace.at(tmp_path / "halves"), stopping=stopping))
-    again = quest(dit, digits(), config, Workspace.at(tmp_path / "halves")).expert.model.state_dict()
+        quantize_quest(dit, digits(), config, replace(Workspace.at(tmp_path / "halves"), stopping=stopping))
+    again = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "halves")).expert.model.state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in again.items())
 
 
 def test_a_network_without_such_layers_is_an_error(dit, tmp_path):
     with pytest.raises(StageError, match="quest found no layer to round in expert 0"):
-        quest(replace(dit, model=nn.Conv2d(1, 1, 3)), digits(), SMALL, Workspace.at(tmp_path))
+        quantize_quest(replace(dit, model=nn.Conv2d(1, 1, 3)), digits(), SMALL, Workspace.at(tmp_path))

@@ -8,8 +8,8 @@ import torch
 
 from ddm_core.artifacts import Preempted, Workspace, files_in
 from ensemble.compression.method import StageError
-from ensemble.compression.quantization.config import ShareConfig
-from ensemble.compression.quantization.shared_base import share
+from ensemble.compression.quantization.config import SharedBaseConfig
+from ensemble.compression.quantization.shared_base import share_base
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.pipeline import DDMPipeline
@@ -17,7 +17,7 @@ from experts.codec import PixelCodec
 from experts.compressed.quantization.shared_weight import shared_weights
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from router.config import RouterConfig, SelectionConfig
@@ -46,7 +46,12 @@ def make_experts(kind="residual_mlp", count=3, apart=0.1, rank=None):
             own = torch.randn(rows, columns) if rank is None else torch.randn(rows, rank) @ torch.randn(rank, columns)
             weight.data += apart * weight.data.norm() * (own / own.norm()).reshape(weight.shape)
         experts[k] = Expert(
-            model=model, prediction="velocity", path=STRAIGHT, latent_shape=SHAPE, num_classes=2, cluster_id=k
+            model=model,
+            prediction="velocity",
+            noise_schedule=RECTIFIED_FLOW,
+            latent_shape=SHAPE,
+            num_classes=2,
+            cluster_id=k,
         )
     return experts
 
@@ -77,8 +82,8 @@ def stored(details):
 def test_every_network_is_smaller_and_near_and_the_given_one_is_not_touched(kind, difference, workspace):
     experts = make_experts(kind, apart=0.05, rank=1)
     before = {k: {n: v.clone() for n, v in expert.model.state_dict().items()} for k, expert in experts.items()}
-    config = ShareConfig(difference=difference, directions=1.0, rank=0.375, group=16, least=256)
-    done = share(experts, config, workspace)
+    config = SharedBaseConfig(delta=difference, directions=1.0, rank=0.375, group_size=16, min_elements=256)
+    done = share_base(experts, config, workspace)
     assert all(torch.equal(v, before[k][n]) for k in experts for n, v in experts[k].model.state_dict().items())
     assert done.modules == 3 * len(done.details["weights"]) > 0
     assert stored(done.details) < 0.6
@@ -89,18 +94,20 @@ def test_every_network_is_smaller_and_near_and_the_given_one_is_not_touched(kind
 def test_more_bits_are_nearer_and_the_difference_is_easier_to_store_than_the_weight(workspace):
     experts, found = make_experts(), {}
     for bits in (2, 3, 4, 8):
-        found[bits] = share(experts, ShareConfig(bits=bits, least=64), workspace)
+        found[bits] = share_base(experts, SharedBaseConfig(bits=bits, min_elements=64), workspace)
     errors = [distance(done.experts, experts) for done in found.values()]
     sizes = [stored(done.details) for done in found.values()]
     assert errors == sorted(errors, reverse=True) and sizes == sorted(sizes)
     apart = make_experts(apart=3.0)
-    far = share(apart, ShareConfig(bits=2, least=64), workspace)
+    far = share_base(apart, SharedBaseConfig(bits=2, min_elements=64), workspace)
     assert errors[0] < 0.3 * distance(far.experts, apart)
 
 
 def test_a_difference_of_low_rank_is_found(workspace):
     experts = make_experts(rank=2)
-    done = share(experts, ShareConfig(difference="low_rank", base_bits=16, bits=16, rank=0.1, least=1024), workspace)
+    done = share_base(
+        experts, SharedBaseConfig(delta="low_rank", base_bits=16, bits=16, rank=0.1, min_elements=1024), workspace
+    )
     assert distance(done.experts, experts) < 0.01
 
 
@@ -108,8 +115,8 @@ def test_fitting_base_and_differences_to_each_other_is_never_worse(workspace):
     experts = make_experts(apart=0.5)
     errors = []
     for rounds in (1, 2, 5):
-        config = ShareConfig(difference="low_rank", base_bits=16, bits=16, rounds=rounds, least=64)
-        weights = share(experts, config, workspace).details["weights"]
+        config = SharedBaseConfig(delta="low_rank", base_bits=16, bits=16, rounds=rounds, min_elements=64)
+        weights = share_base(experts, config, workspace).details["weights"]
         errors.append([found["error"] for found in weights.values()])
     for once, twice, often in zip(*errors, strict=True):
         assert often <= twice + 1e-4 and twice <= once + 1e-4
@@ -121,14 +128,14 @@ def test_own_coefficients_follow_an_expert_that_scales_what_all_share(workspace)
     for k, expert in experts.items():
         for _, weight in expert.model.named_parameters():
             weight.data *= 1 + 0.3 * k
-    config = ShareConfig(difference="tailors", directions=1.0, base_bits=16, bits=16, rank=0.01, least=64)
-    done = share(experts, config, workspace)
+    config = SharedBaseConfig(delta="tailors", directions=1.0, base_bits=16, bits=16, rank=0.01, min_elements=64)
+    done = share_base(experts, config, workspace)
     assert all(found["error"] < 0.01 < found["distance"] for found in done.details["weights"].values())
 
 
 def test_the_same_again_is_the_same_to_the_bit(workspace):
-    config = ShareConfig(difference="tailors", least=64)
-    first, second = (share(make_experts(), config, workspace) for _ in range(2))
+    config = SharedBaseConfig(delta="tailors", min_elements=64)
+    first, second = (share_base(make_experts(), config, workspace) for _ in range(2))
     assert first.details == second.details
     assert all(torch.equal(said(first.experts[k]), said(second.experts[k])) for k in first.experts)
 
@@ -136,31 +143,31 @@ def test_the_same_again_is_the_same_to_the_bit(workspace):
 def test_without_anything_in_common_it_is_an_error(workspace):
     experts = make_experts()
     with pytest.raises(StageError, match="two experts or more"):
-        share({0: experts[0]}, ShareConfig(), workspace)
+        share_base({0: experts[0]}, SharedBaseConfig(), workspace)
     with pytest.raises(StageError, match=r"lower share\.least"):
-        share(experts, ShareConfig(least=10**6), workspace)
+        share_base(experts, SharedBaseConfig(min_elements=10**6), workspace)
     with pytest.raises(StageError, match="of one architecture"):
-        share({0: experts[0], 1: make_experts("dit")[1]}, ShareConfig(least=64), workspace)
-    once = share(experts, ShareConfig(least=64), workspace)
+        share_base({0: experts[0], 1: make_experts("dit")[1]}, SharedBaseConfig(min_elements=64), workspace)
+    once = share_base(experts, SharedBaseConfig(min_elements=64), workspace)
     with pytest.raises(StageError, match="no other stage has packed"):
-        share(once.experts, ShareConfig(least=64), workspace)
+        share_base(once.experts, SharedBaseConfig(min_elements=64), workspace)
 
 
 def test_asked_to_stop_it_stops(workspace):
     with pytest.raises(Preempted, match="sharing begins again"):
-        share(make_experts(), ShareConfig(least=64), replace(workspace, stopping=lambda: True))
+        share_base(make_experts(), SharedBaseConfig(min_elements=64), replace(workspace, stopping=lambda: True))
 
 
 @pytest.mark.parametrize("difference", ["low_rank", "packed", "tailors"])
 def test_a_pipeline_holds_what_is_shared_once_and_samples_the_same_again(difference, workspace, tmp_path):
     experts = make_experts()
-    done = share(experts, ShareConfig(difference=difference, least=64), workspace)
+    done = share_base(experts, SharedBaseConfig(delta=difference, min_elements=64), workspace)
     torch.manual_seed(7)
     model = build_router(RouterConfig(width=8, depth=1), SHAPE, 3, 2)
-    router = Router(model=model, path=STRAIGHT, prior_counts=torch.ones(3, 3, dtype=torch.float64))
+    router = Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=torch.ones(3, 3, dtype=torch.float64))
     sizes = {}
     for name, chosen in {"whole": experts, "small": dict(done.experts)}.items():
-        ensemble = Ensemble(experts=chosen, path=STRAIGHT, router=router)
+        ensemble = Ensemble(experts=chosen, noise_schedule=RECTIFIED_FLOW, router=router)
         pipeline = DDMPipeline(ensemble=ensemble, codec=PixelCodec(image_shape=(8, 8, 1)), num_classes=2)
         pipeline.save_pretrained(tmp_path / name)
         sizes[name] = sum(file.stat().st_size for file in files_in(tmp_path / name))

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import Preempted, Workspace, checksum, files_in
-from ensemble.compression.common.calibration_data import answer, batches_of
+from ensemble.compression.common.calibration_data import calibration_batches, run_network
 from ensemble.compression.method import StageError
 from ensemble.compression.quantization.config import SVDQuantConfig
-from ensemble.compression.quantization.layers import layers_of
+from ensemble.compression.quantization.layers import quantizable_layers
 from ensemble.compression.quantization.svd_search import low_rank, search
-from ensemble.compression.quantization.svdquant import svdquant
+from ensemble.compression.quantization.svdquant import quantize_svdquant
 from experts.compressed.quantization.svd_linear import SVDLinear
 from experts.expert import Expert
 from tests.ensemble.compression.trained import digits, trained
 
-SMALL = SVDQuantConfig(rank=8, group=16, rank_share=1, rows=32, tokens=256, refine=12, grid=10, least=256)
+SMALL = SVDQuantConfig(rank=8, group_size=16, rank_share=1, rows=32, tokens=256, refine=12, grid=10, min_elements=256)
 PARTS = {
     "naive": replace(SMALL, smooth=False, rank=0, refine=0),
     "smooth": replace(SMALL, rank=0, refine=0),
@@ -92,7 +92,9 @@ def test_the_branch_is_the_truncated_singular_value_decomposition(shape):
 @pytest.mark.slow
 def test_on_a_trained_transformer_every_part_helps(dit, tmp_path):
     def found(part):
-        return svdquant(dit, digits(), replace(part, rest_bits=None), Workspace.at(tmp_path)).details["output_error"]
+        return quantize_svdquant(dit, digits(), replace(part, rest_bits=None), Workspace.at(tmp_path)).details[
+            "output_error"
+        ]
 
     errors = {name: found(part) for name, part in PARTS.items()}
     assert errors["all"] <= 0.6 * errors["naive"]
@@ -101,14 +103,14 @@ def test_on_a_trained_transformer_every_part_helps(dit, tmp_path):
 
 @pytest.mark.slow
 def test_layers_that_are_told_the_time_may_have_a_branch_too_and_the_others_stay(dit, tmp_path):
-    small = replace(SMALL, rest_bits=4, refine=2, grid=2, least=256)
+    small = replace(SMALL, rest_bits=4, refine=2, grid=2, min_elements=256)
     plain, told = (
-        svdquant(dit, digits(), replace(small, time_embedding=split), Workspace.at(tmp_path)).details
+        quantize_svdquant(dit, digits(), replace(small, time_embedding=split), Workspace.at(tmp_path)).details
         for split in (False, True)
     )
     assert told["output_error_of_layers"] == plain["output_error_of_layers"]
     assert told["output_error"] < 1.1 * plain["output_error"]
-    assert set(told["layers"]) - set(plain["layers"]) == set(layers_of(dit.model, "time_embedding"))
+    assert set(told["layers"]) - set(plain["layers"]) == set(quantizable_layers(dit.model, "time_embedding"))
 
 
 @pytest.mark.slow
@@ -116,18 +118,18 @@ def test_layers_that_are_told_the_time_may_have_a_branch_too_and_the_others_stay
 def test_only_the_named_layers_are_replaced_and_the_folder_gives_the_same_bits(kind, dit, tmp_path):
     expert = dit if kind == "dit" else trained(kind, Workspace.at(tmp_path / "train"), 20)
     before = {name: value.clone() for name, value in expert.model.state_dict().items()}
-    outcome = svdquant(expert, digits(), replace(SMALL, refine=2, grid=2), Workspace.at(tmp_path / "work"))
+    outcome = quantize_svdquant(expert, digits(), replace(SMALL, refine=2, grid=2), Workspace.at(tmp_path / "work"))
     assert all(torch.equal(value, before[name]) for name, value in expert.model.state_dict().items())
     model = outcome.expert.model
     replaced = [path for path, module in model.named_modules() if isinstance(module, SVDLinear)]
-    assert replaced == layers_of(expert.model, "attention", "feed_forward") and outcome.flops > 0
+    assert replaced == quantizable_layers(expert.model, "attention", "feed_forward") and outcome.flops > 0
     assert outcome.modules == len(replaced) + outcome.details["weights_stored_in_few_bits"] > len(replaced)
     expert.save(tmp_path / "whole")
     outcome.expert.save(tmp_path / "small")
-    batch = batches_of(digits(), 8, 1, 1)[0]
+    batch = calibration_batches(digits(), 8, 1, 1)[0]
     with torch.no_grad():
-        again = answer(Expert.load(tmp_path / "small").model, expert, batch)
-        assert torch.equal(again, answer(model, expert, batch))
+        again = run_network(Expert.load(tmp_path / "small").model, expert, batch)
+        assert torch.equal(again, run_network(model, expert, batch))
     sizes = [sum(file.stat().st_size for file in files_in(tmp_path / name)) for name in ("whole", "small")]
     assert sizes[1] < 0.6 * sizes[0]
 
@@ -136,7 +138,7 @@ def test_the_same_seed_gives_the_same_folder_and_leaves_torchs_generator_alone(d
     state = torch.random.get_rng_state()
     for name in ("a", "b"):
         part = replace(SMALL, refine=2, grid=2)
-        svdquant(dit, digits(), part, Workspace.at(tmp_path / "work")).expert.save(tmp_path / name)
+        quantize_svdquant(dit, digits(), part, Workspace.at(tmp_path / "work")).expert.save(tmp_path / name)
     assert torch.equal(torch.random.get_rng_state(), state)
     contents = [
         {str(file.relative_to(tmp_path / name)): checksum(file) for file in files_in(tmp_path / name)} for name in "ab"
@@ -146,9 +148,9 @@ def test_the_same_seed_gives_the_same_folder_and_leaves_torchs_generator_alone(d
 
 def test_a_network_without_such_layers_is_an_error(dit, tmp_path):
     with pytest.raises(StageError, match=r"svdquant found no linear layer .* in expert 0"):
-        svdquant(replace(dit, model=nn.Conv2d(1, 1, 3)), digits(), SMALL, Workspace.at(tmp_path))
+        quantize_svdquant(replace(dit, model=nn.Conv2d(1, 1, 3)), digits(), SMALL, Workspace.at(tmp_path))
 
 
 def test_it_stops_when_it_is_asked_to(dit, tmp_path):
     with pytest.raises(Preempted, match="stopped after 0 of 12 layers"):
-        svdquant(dit, digits(), SMALL, replace(Workspace.at(tmp_path), stopping=lambda: True))
+        quantize_svdquant(dit, digits(), SMALL, replace(Workspace.at(tmp_path), stopping=lambda: True))

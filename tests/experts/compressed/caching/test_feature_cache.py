@@ -6,14 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from experts.compressed.caching.feature_cache import Features, Kept, extrapolated, recalling
-from experts.compressed.caching.plan import CachePlan
+from experts.compressed.caching.feature_cache import (
+    CachedOutputs,
+    FeatureCache,
+    skip_cached_modules,
+    taylor_extrapolate,
+)
+from experts.compressed.caching.plan import CacheSchedule
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 
 
 def plan(updates, order=0, costs=(1.0, 0.4, 0.4, 0.4)):
-    return CachePlan(times=TIMES, updates=updates, order=order, costs=costs)
+    return CacheSchedule(times=TIMES, compute_steps=updates, order=order, relative_flops=costs)
 
 
 class Counting(nn.Module):
@@ -44,26 +49,26 @@ def test_what_changes_evenly_goes_on_exactly(start, slope, gaps, ahead):
         steps.append(steps[-1] + gap)
     kept = [(step, torch.tensor([start + slope * step])) for step in steps]
     at = steps[-1] + ahead
-    torch.testing.assert_close(extrapolated(kept, at), torch.tensor([start + slope * at]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(taylor_extrapolate(kept, at), torch.tensor([start + slope * at]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_higher_order_is_nearer_to_what_bends():
     said = [(step, torch.tensor([0.1 * step**2])) for step in (0, 2, 4)]
     exact = 0.1 * 5**2
-    errors = [abs(float(extrapolated(said[-order - 1 :], 5)) - exact) for order in (0, 1, 2)]
+    errors = [abs(float(taylor_extrapolate(said[-order - 1 :], 5)) - exact) for order in (0, 1, 2)]
     assert errors[2] < errors[1] < errors[0]
 
 
 def test_tuples_are_kept_as_they_are():
     kept = [(0, (torch.ones(2), (torch.zeros(1),))), (1, (2 * torch.ones(2), (torch.ones(1),)))]
-    first, (second,) = extrapolated(kept, 2)
+    first, (second,) = taylor_extrapolate(kept, 2)
     assert torch.equal(first, 3 * torch.ones(2)) and torch.equal(second, 2 * torch.ones(1))
 
 
 def test_a_module_that_is_not_due_is_not_called_and_says_what_it_said():
-    model, kept = Two(), Kept()
+    model, kept = Two(), CachedOutputs()
     for index, is_due in enumerate((True, False, True, False)):
-        with recalling(model, plan({"inner": (0, 2)}), index, kept):
+        with skip_cached_modules(model, plan({"inner": (0, 2)}), index, kept):
             said = model(torch.full((1,), float(index)))
         last = index if is_due else index - 1
         assert float(said) == 4 * last + index
@@ -72,11 +77,11 @@ def test_a_module_that_is_not_due_is_not_called_and_says_what_it_said():
 
 
 def test_samples_that_come_later_are_computed_whole_and_those_that_leave_take_nothing_along():
-    model, features = Two(), Features()
+    model, features = Two(), FeatureCache()
     rows, work = torch.arange(4), []
 
     def ask(t, asked, values):
-        said, calls = features.answer(model, plan({"inner": (0,)}), t, asked, lambda places: model(values[places]))
+        said, calls = features.run(model, plan({"inner": (0,)}), t, asked, lambda places: model(values[places]))
         work.append(calls)
         return said
 
@@ -95,15 +100,20 @@ def test_samples_that_come_later_are_computed_whole_and_those_that_leave_take_no
         ({"times": ()}, "falling times"),
         ({"times": (0.5, 0.5)}, "falling times"),
         ({"order": 3}, "order 0, 1 or 2"),
-        ({"costs": (1.0,)}, "need 4 costs"),
-        ({"costs": (1.0, 2.0, 1.0, 1.0)}, "from 0 to 1"),
-        ({"updates": {"inner": (4,)}}, "at some of the evaluations"),
+        ({"relative_flops": (1.0,)}, "need 4 costs"),
+        ({"relative_flops": (1.0, 2.0, 1.0, 1.0)}, "from 0 to 1"),
+        ({"compute_steps": {"inner": (4,)}}, "at some of the evaluations"),
     ],
 )
 def test_what_is_no_plan_is_refused(given, message):
-    settings = {"times": TIMES, "updates": {"inner": (0,)}, "order": 0, "costs": (1.0, 0.4, 0.4, 0.4)} | given
+    settings = {
+        "times": TIMES,
+        "compute_steps": {"inner": (0,)},
+        "order": 0,
+        "relative_flops": (1.0, 0.4, 0.4, 0.4),
+    } | given
     with pytest.raises(ValueError, match=message):
-        CachePlan(**settings)
+        CacheSchedule(**settings)
 
 
 def test_a_plan_knows_its_times_and_no_others_and_comes_back_from_json():
@@ -111,4 +121,4 @@ def test_a_plan_knows_its_times_and_no_others_and_comes_back_from_json():
     assert [made.index(t) for t in TIMES] == [0, 1, 2, 3] and made.index(0.5 + 1e-6) == 2
     with pytest.raises(ValueError, match="sample with as many steps"):
         made.index(0.6)
-    assert CachePlan.parsed(made.described()) == made
+    assert CacheSchedule.parsed(made.described()) == made

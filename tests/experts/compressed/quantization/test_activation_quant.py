@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import CorruptArtifact
-from experts.compressed.quantization.activation_quant import Clock, TimedInput, round_input
+from experts.compressed.quantization.activation_quant import (
+    TimestepActivationQuantizer,
+    TimestepRecorder,
+    quantize_input,
+)
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
 from experts.condition import Condition
@@ -32,7 +36,7 @@ def network(config, bits=4):
     unit = 1.0 if config.kind == "residual_mlp" else 1000.0
     layers = [path for path, found in model.named_modules() if isinstance(found, nn.Linear | nn.Conv2d)]
     for path in layers:
-        form = round_input(model, path, 3, bits)
+        form = quantize_input(model, path, 3, bits)
         form.times.copy_(unit * torch.tensor([0.1, 0.5, 0.9]))
         form.steps.copy_(torch.tensor([0.1, 0.3, 0.6]))
         form.zeros.fill_(2 ** (bits - 1))
@@ -46,8 +50,8 @@ def said(model, t, rows=5):
 
 
 def test_every_row_is_rounded_on_the_grid_of_the_nearest_time():
-    clock = Clock()
-    form = TimedInput(clock, 2, 4)
+    clock = TimestepRecorder()
+    form = TimestepActivationQuantizer(clock, 2, 4)
     form.times.copy_(torch.tensor([0.2, 0.8]))
     form.steps.copy_(torch.tensor([1.0, 0.5]))
     form.zeros.copy_(torch.tensor([8.0, 0.0]))
@@ -59,7 +63,7 @@ def test_every_row_is_rounded_on_the_grid_of_the_nearest_time():
 
 def test_a_layer_called_without_its_network_says_so():
     with pytest.raises(RuntimeError, match="call the whole network"):
-        TimedInput(Clock(), 2, 4)(torch.zeros(3, 2))
+        TimestepActivationQuantizer(TimestepRecorder(), 2, 4)(torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
@@ -79,7 +83,7 @@ def test_a_row_is_the_same_alone_and_beside_rows_of_other_times(config):
 def test_a_network_is_saved_loaded_and_copied_bit_for_bit(config, tmp_path):
     model, t = network(config), torch.rand(5, generator=torch.Generator().manual_seed(2))
     for name in [name for name, weight in model.named_parameters() if weight.ndim > 1]:
-        packing = Packing(bits=4, group=16, shape=tuple(model.get_parameter(name).shape))
+        packing = Packing(bits=4, group_size=16, shape=tuple(model.get_parameter(name).shape))
         pack_weight(model, name, packing)
     save_model(model, tmp_path / "a")
     save_model(load_network(tmp_path / "a"), tmp_path / "b")
@@ -87,19 +91,21 @@ def test_a_network_is_saved_loaded_and_copied_bit_for_bit(config, tmp_path):
     twin = copy.deepcopy(model)
     assert torch.equal(said(twin, t), said(model, t))
     said(twin, torch.tensor(0.9))
-    clocks = [{form.clock for form in one.modules() if isinstance(form, TimedInput)} for one in (model, twin)]
+    clocks = [
+        {form.clock for form in one.modules() if isinstance(form, TimestepActivationQuantizer)} for one in (model, twin)
+    ]
     assert [len(found) for found in clocks] == [1, 1] and not clocks[0] & clocks[1]
     assert torch.equal(clocks[0].pop().now, t if config.kind == "residual_mlp" else t * 1000)
 
 
 def test_step_sizes_that_have_learnt_are_kept():
-    form = TimedInput(Clock(), 2, 4)
+    form = TimestepActivationQuantizer(TimestepRecorder(), 2, 4)
     form.clock.now = torch.tensor([0.0])
-    form.learn()
+    form.make_learnable()
     form.log_change.data.copy_(torch.tensor([0.01, -0.02]))
     x = torch.linspace(-1, 1, 9)[None]
     before = form(x)
-    form.settle()
+    form.freeze()
     assert form.log_change is None and not list(form.parameters())
     torch.testing.assert_close(form(x), before)
     torch.testing.assert_close(form.steps, torch.tensor([0.1, -0.2]).exp())
@@ -109,7 +115,7 @@ def test_an_input_is_rounded_once_and_only_in_layers_that_have_one():
     model = network(NETWORKS[0])
     for path in ("exit", "norm"):
         with pytest.raises(ValueError, match=path):
-            round_input(model, path, 3, 4)
+            quantize_input(model, path, 3, 4)
 
 
 @pytest.mark.parametrize("harm", [{"bits": 5}, {"grids": 0}, {"grids": 4}])

@@ -6,9 +6,9 @@ import torch
 from experts.compressed.quantization.fake_quant import (
     best_grids,
     codes_at,
-    rounded_at,
-    rounded_in_groups,
-    rounded_weight,
+    fake_quantize_at,
+    fake_quantize_groups,
+    fake_quantize_weight,
 )
 from experts.compressed.quantization.packing import Packing, pack, unpack
 
@@ -22,25 +22,25 @@ def draws(*shape, seed=0):
 def test_a_group_has_as_many_levels_as_its_bits_and_knows_nothing_of_its_neighbours(bits, is_unsigned):
     x = draws(3, 5, 100)
     x = x.abs() if is_unsigned else x
-    rounded = rounded_in_groups(x, bits, 32, is_unsigned)
+    rounded = fake_quantize_groups(x, bits, 32, is_unsigned)
     largest = x[0, 0, :32].abs().amax()
     levels = 2**bits - 1 if is_unsigned else 2 ** (bits - 1) - 1
     numbers = rounded[0, 0, :32] / largest * levels
     torch.testing.assert_close(numbers, numbers.round(), rtol=0, atol=1e-3)
     assert (rounded - x)[0, 0, :32].abs().amax() <= largest / levels / 2 * 1.001
     x[..., 32:] *= 100
-    assert torch.equal(rounded_in_groups(x, bits, 32, is_unsigned)[..., :32], rounded[..., :32])
+    assert torch.equal(fake_quantize_groups(x, bits, 32, is_unsigned)[..., :32], rounded[..., :32])
 
 
 def test_zeros_stay_zero_and_unsigned_numbers_are_not_negative():
-    assert not rounded_in_groups(torch.zeros(2, 70), 4, 64, False).any()
-    assert not rounded_in_groups(-draws(2, 64).abs(), 4, 64, True).any()
+    assert not fake_quantize_groups(torch.zeros(2, 70), 4, 64, False).any()
+    assert not fake_quantize_groups(-draws(2, 64).abs(), 4, 64, True).any()
 
 
 def test_gradients_are_those_of_learned_step_sizes():
     x = torch.tensor([-9.0, -0.6, 0.2, 0.7, 9.0], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
-    rounded = rounded_at(x, step, torch.tensor(8.0), 4)
+    rounded = fake_quantize_at(x, step, torch.tensor(8.0), 4)
     assert rounded.tolist() == [-4.0, -0.5, 0.0, 0.5, 3.5]
     rounded.sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
@@ -51,29 +51,29 @@ def test_gradients_are_those_of_learned_step_sizes():
 def test_the_best_grid_is_better_than_the_whole_range_and_holds_zero():
     samples = torch.stack([draws(4000), draws(4000, seed=1).abs() + 2, -(draws(4000, seed=2) ** 2)])
     steps, zeros = best_grids(samples, 4)
-    rounded = rounded_at(samples, steps[:, None], zeros[:, None], 4)
+    rounded = fake_quantize_at(samples, steps[:, None], zeros[:, None], 4)
     low, high = samples.amin(1).clamp_max(0), samples.amax(1).clamp_min(0)
     wide = (high - low) / 15
-    whole = rounded_at(samples, wide[:, None], (-low / wide).round()[:, None], 4)
+    whole = fake_quantize_at(samples, wide[:, None], (-low / wide).round()[:, None], 4)
     assert ((rounded - samples).square().mean(1) <= (whole - samples).square().mean(1)).all()
     assert torch.equal(zeros, zeros.round()) and (zeros >= 0).all() and (zeros <= 15).all()
-    assert not rounded_at(torch.zeros(3, 1), steps[:, None], zeros[:, None], 4).any()
+    assert not fake_quantize_at(torch.zeros(3, 1), steps[:, None], zeros[:, None], 4).any()
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (4, 3, 3, 3), (6, 16)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_at_known_scales_are_read_as_the_rounded_weight(shape, bits):
     weight, entries = draws(*shape), draws(*shape)[0].numel()
-    packing = Packing(bits=bits, group=entries + entries % 2, shape=shape, scaling="least_error")
+    packing = Packing(bits=bits, group_size=entries + entries % 2, shape=shape, scaling="mse")
     codes, scales = pack(weight, packing)
     assert torch.equal(codes_at(weight, scales, packing), codes)
     assert torch.equal(
         unpack(codes_at(weight * 1.3, scales, packing), scales, packing).float(),
-        rounded_weight(weight * 1.3, scales, bits),
+        fake_quantize_weight(weight * 1.3, scales, bits),
     )
 
 
 def test_the_gradient_of_a_rounded_weight_passes_where_it_is_not_clipped():
     weight = torch.tensor([[0.3, 5.0, -0.9]], requires_grad=True)
-    rounded_weight(weight, torch.tensor([[0.5]], dtype=torch.float16), 4).sum().backward()
+    fake_quantize_weight(weight, torch.tensor([[0.5]], dtype=torch.float16), 4).sum().backward()
     assert weight.grad.tolist() == [[1, 0, 1]]

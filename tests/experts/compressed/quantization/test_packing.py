@@ -22,7 +22,7 @@ GROUPS = st.sampled_from([2, 6, 8, 64])
 @given(shape=SHAPES, bits=st.sampled_from(BITS), group=GROUPS, seed=st.integers(0, 99))
 def test_no_entry_moves_by_more_than_half_a_step_and_rounding_twice_is_rounding_once(shape, bits, group, seed):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    packing = Packing(bits=bits, group=group, shape=shape)
+    packing = Packing(bits=bits, group_size=group, shape=shape)
     codes, scales = pack(weight, packing)
     again = unpack(codes, scales, packing)
     assert again.shape == weight.shape
@@ -33,9 +33,9 @@ def test_no_entry_moves_by_more_than_half_a_step_and_rounding_twice_is_rounding_
 
 
 @settings(deadline=None)
-@given(shape=SHAPES, bits=st.sampled_from(BITS), group=GROUPS, scaling=st.sampled_from(["largest", "least_error"]))
+@given(shape=SHAPES, bits=st.sampled_from(BITS), group=GROUPS, scaling=st.sampled_from(["absmax", "mse"]))
 def test_a_packing_knows_its_bytes_and_the_shapes_of_its_parts(shape, bits, group, scaling):
-    packing = Packing(bits=bits, group=group, shape=shape, scaling=scaling)
+    packing = Packing(bits=bits, group_size=group, shape=shape, scaling=scaling)
     parts = pack(torch.randn(shape, generator=torch.Generator().manual_seed(0)), packing)
     assert sum(part.nbytes for part in parts) == packing.nbytes
     assert [(part.shape, part.dtype) for part in parts] == [(part.shape, part.dtype) for part in empty_parts(packing)]
@@ -47,12 +47,12 @@ def test_every_level_comes_back_wherever_it_stands_in_a_byte(bits):
     largest = 2 ** (bits - 1) - 1
     levels = torch.randint(-largest, largest + 1, (5, 48), generator=torch.Generator().manual_seed(bits)).float()
     levels[:, ::8] = largest
-    packing = Packing(bits=bits, group=8, shape=(5, 48))
+    packing = Packing(bits=bits, group_size=8, shape=(5, 48))
     assert torch.equal(unpack(*pack(levels, packing), packing), levels)
 
 
 def test_two_numbers_of_four_bits_share_a_byte_and_zeros_stay_zero():
-    packing = Packing(bits=4, group=64, shape=(10, 256))
+    packing = Packing(bits=4, group_size=64, shape=(10, 256))
     codes, scales = pack(torch.zeros(10, 256), packing)
     assert codes.nbytes == 10 * 256 / 2 and scales.nbytes == 10 * 256 / 64 * 2
     assert not unpack(codes, scales, packing).any()
@@ -68,13 +68,13 @@ def test_two_numbers_of_four_bits_share_a_byte_and_zeros_stay_zero():
     ],
 )
 def test_the_first_number_lies_in_the_lowest_bits(bits, numbers, expected):
-    packing = Packing(bits=bits, group=len(numbers), shape=(1, len(numbers)))
+    packing = Packing(bits=bits, group_size=len(numbers), shape=(1, len(numbers)))
     codes, _ = pack(torch.tensor([numbers]).float(), packing)
     assert codes.tolist() == [expected]
 
 
 def test_the_largest_entry_of_a_group_is_kept_and_its_sign():
-    packing = Packing(bits=4, group=4, shape=(1, 8))
+    packing = Packing(bits=4, group_size=4, shape=(1, 8))
     weight = torch.tensor([[7.0, -7.0, 1.0, 0.4, -0.75, 0.25, 0.0, 0.5]])
     expected = torch.tensor([[7.0, -7.0, 1.0, 0.0, -0.75, 0.25, 0.0, 0.5]])
     again = unpack(*pack(weight, packing), packing)
@@ -85,8 +85,8 @@ def test_the_largest_entry_of_a_group_is_kept_and_its_sign():
 def errors(weight, bits):
     """Squared errors of every group, by scaling."""
     found = {}
-    for scaling in ("largest", "least_error"):
-        packing = Packing(bits=bits, group=16, shape=tuple(weight.shape), scaling=scaling)
+    for scaling in ("absmax", "mse"):
+        packing = Packing(bits=bits, group_size=16, shape=tuple(weight.shape), scaling=scaling)
         found[scaling] = (unpack(*pack(weight, packing), packing) - weight).square().reshape(-1, 16).sum(1)
     return found
 
@@ -94,29 +94,29 @@ def errors(weight, bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_a_searched_scale_is_never_worse_in_any_group(bits):
     found = errors(torch.randn(64, 128, generator=torch.Generator().manual_seed(1)), bits)
-    assert (found["least_error"] <= found["largest"] * (1 + 1e-5) + 1e-12).all()
-    assert found["least_error"].sum() < found["largest"].sum() * (0.45 if bits == 2 else 1)
+    assert (found["mse"] <= found["absmax"] * (1 + 1e-5) + 1e-12).all()
+    assert found["mse"].sum() < found["absmax"].sum() * (0.45 if bits == 2 else 1)
 
 
 def test_a_searched_scale_uses_all_four_levels_of_two_bits_on_either_side():
     weight = torch.tensor([[-2.0, -1.0, 0.0, 1.0], [2.0, 1.0, 0.0, -1.0]])
-    packing = Packing(bits=2, group=4, shape=(2, 4), scaling="least_error")
+    packing = Packing(bits=2, group_size=4, shape=(2, 4), scaling="mse")
     assert torch.equal(unpack(*pack(weight, packing), packing), weight)
     assert not unpack(*pack(torch.zeros(2, 4), packing), packing).any()
 
 
 def test_a_packing_without_a_scaling_is_one_of_before():
-    assert Packing.parsed({"bits": 4, "group": 64, "shape": [2, 3]}).scaling == "largest"
+    assert Packing.parsed({"bits": 4, "group_size": 64, "shape": [2, 3]}).scaling == "absmax"
 
 
-@pytest.mark.parametrize("harm", [{"bits": 7}, {"group": 3}, {"shape": [4]}, {"scaling": "nearest"}])
+@pytest.mark.parametrize("harm", [{"bits": 7}, {"group_size": 3}, {"shape": [4]}, {"scaling": "nearest"}])
 def test_a_packing_that_nobody_wrote_is_refused(harm):
     with pytest.raises(ValueError, match="a packing of"):
-        Packing.parsed({"bits": 4, "group": 64, "shape": [2, 3]} | harm)
+        Packing.parsed({"bits": 4, "group_size": 64, "shape": [2, 3]} | harm)
 
 
 NAME = "blocks.0.inner.weight"
-FORM = "blocks.0.inner.parametrizations.weight.0"
+KIND = "blocks.0.inner.parametrizations.weight.0"
 
 
 @pytest.fixture(params=BITS)
@@ -126,7 +126,7 @@ def packed(request, tmp_path):
     model = build_network(ResidualMLPConfig(width=32, depth=1), (16,), 3).eval()
     torch.nn.init.normal_(model.exit.weight)
     shape = tuple(model.get_parameter(NAME).shape)
-    pack_weight(model, NAME, Packing(bits=request.param, group=32, shape=shape, scaling="least_error"))
+    pack_weight(model, NAME, Packing(bits=request.param, group_size=32, shape=shape, scaling="mse"))
     save_model(model, tmp_path)
     return tmp_path, model
 
@@ -139,10 +139,10 @@ def test_a_packed_folder_loads_bit_for_bit(packed):
         assert torch.equal(again(noised, t, labels), model(noised, t, labels))
 
 
-@pytest.mark.parametrize("harm", [{"bits": 7}, {"shape": [7, 7]}, {"group": 6}])
+@pytest.mark.parametrize("harm", [{"bits": 7}, {"shape": [7, 7]}, {"group_size": 6}])
 def test_a_damaged_packed_folder_is_refused(packed, harm):
     folder, _ = packed
     forms = json.loads((folder / FORMS).read_text())
-    (folder / FORMS).write_text(json.dumps({FORM: forms[FORM] | harm}))
+    (folder / FORMS).write_text(json.dumps({KIND: forms[KIND] | harm}))
     with pytest.raises(CorruptArtifact, match="whole"):
         load_network(folder)

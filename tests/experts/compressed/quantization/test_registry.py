@@ -13,10 +13,10 @@ from experts.compressed.quantization import int8_linear
 from experts.compressed.quantization.int8_linear import Int8Linear, computes_in_int8
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing, pack, unpack
-from experts.compressed.quantization.registry import forms_of
+from experts.compressed.quantization.registry import quantized_modules
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
-from experts.diffusion.noise_schedule import STRAIGHT
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.model_io import FORMS, load_model, save_model
 from experts.networks.registry import build_network, call_network, load_network
@@ -39,10 +39,10 @@ def network(config):
     return model
 
 
-def packed(model, bits=4, least=256):
-    names = [name for name, weight in model.named_parameters() if weight.ndim > 1 and weight.numel() >= least]
+def packed(model, bits=4, min_elements=256):
+    names = [name for name, weight in model.named_parameters() if weight.ndim > 1 and weight.numel() >= min_elements]
     for name in names:
-        pack_weight(model, name, Packing(bits=bits, group=32, shape=tuple(model.get_parameter(name).shape)))
+        pack_weight(model, name, Packing(bits=bits, group_size=32, shape=tuple(model.get_parameter(name).shape)))
     return names
 
 
@@ -60,7 +60,7 @@ def test_packed_weights_are_the_rounded_ones_in_memory_on_disk_and_saved_again(c
     whole = sum(value.nbytes for value in model.state_dict().values())
     for name in packed(small):
         weight = rounded.get_parameter(name)
-        packing = Packing(bits=4, group=32, shape=tuple(weight.shape))
+        packing = Packing(bits=4, group_size=32, shape=tuple(weight.shape))
         weight.data.copy_(unpack(*pack(weight, packing), packing))
     assert torch.equal(said(small), said(rounded))
     assert sum(value.nbytes for value in small.state_dict().values()) < 0.5 * whole
@@ -72,7 +72,7 @@ def test_packed_weights_are_the_rounded_ones_in_memory_on_disk_and_saved_again(c
         assert torch.equal(said(small), said(rounded))
 
 
-@pytest.mark.parametrize("harm", ["scales", "form", "bits", "shape", "list", "unknown"])
+@pytest.mark.parametrize("harm", ["scales", "kind", "bits", "shape", "list", "unknown"])
 def test_a_damaged_folder_is_refused(harm, tmp_path):
     model = network(NETWORKS[0])
     packed(model)
@@ -84,11 +84,11 @@ def test_a_damaged_folder_is_refused(harm, tmp_path):
         save_file(found, tmp_path / FILE)
     changed = {
         "scales": forms,
-        "form": {key: value for key, value in forms.items() if key != path},
+        "kind": {key: value for key, value in forms.items() if key != path},
         "bits": forms | {path: forms[path] | {"bits": 7}},
         "shape": forms | {path: forms[path] | {"shape": [7, 7]}},
         "list": [],
-        "unknown": forms | {path: forms[path] | {"form": "magic"}},
+        "unknown": forms | {path: forms[path] | {"kind": "magic"}},
     }[harm]
     (tmp_path / FORMS).write_text(json.dumps(changed))
     with pytest.raises(CorruptArtifact, match="whole"):
@@ -96,7 +96,7 @@ def test_a_damaged_folder_is_refused(harm, tmp_path):
 
 
 def int8(linear, bits=8):
-    return Int8Linear.of(linear, Packing(bits=bits, group=linear.in_features, shape=tuple(linear.weight.shape)))
+    return Int8Linear.of(linear, Packing(bits=bits, group_size=linear.in_features, shape=tuple(linear.weight.shape)))
 
 
 @pytest.mark.parametrize(("inside", "out", "bias"), [(32, 64, True), (64, 10, False), (384, 96, True)])
@@ -153,11 +153,18 @@ def test_a_transformer_in_eight_bits_is_saved_loaded_copied_and_counted(tmp_path
         model.set_submodule(path, int8(layer, bits=4))
     assert forward_flops(lambda: said(model)) == flops
     assert 0 < (said(model) - exact).norm() / exact.norm() < 0.3
-    expert = Expert(model=model, prediction="velocity", path=STRAIGHT, latent_shape=SHAPE, num_classes=3, cluster_id=0)
+    expert = Expert(
+        model=model,
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=SHAPE,
+        num_classes=3,
+        cluster_id=0,
+    )
     expert.save(tmp_path)
     assert torch.equal(said(Expert.load(tmp_path).model), said(model))
     assert torch.equal(said(copy.deepcopy(model)), said(model))
-    assert len(forms_of(model)) == sum(isinstance(layer, Int8Linear) for layer in model.modules())
+    assert len(quantized_modules(model)) == sum(isinstance(layer, Int8Linear) for layer in model.modules())
 
 
 def test_a_form_does_not_fit_another_place(tmp_path):
@@ -165,6 +172,6 @@ def test_a_form_does_not_fit_another_place(tmp_path):
     save_model(model, tmp_path)
     settings = int8(torch.nn.Linear(8, 8)).settings()
     path = next(path for path, layer in model.named_modules() if type(layer) is torch.nn.Linear)
-    (tmp_path / FORMS).write_text(json.dumps({path: {"form": "int8_linear"} | settings}))
+    (tmp_path / FORMS).write_text(json.dumps({path: {"kind": "int8_linear"} | settings}))
     with pytest.raises(CorruptArtifact, match="no linear layer of shape"):
         load_model((type(model),), tmp_path)

@@ -14,9 +14,9 @@ from experts.compressed.quantization.shared_weight import (
     OWN,
     RIGHT,
     WHOLE,
+    MatrixFormat,
     SharedBase,
-    Sharing,
-    Storage,
+    SharedWeightConfig,
     StoredMatrix,
     share_weight,
     shared_weights,
@@ -32,11 +32,11 @@ ROWS = torch.randn(4, 16), torch.rand(4), torch.tensor([0, 1, 2, 3])
 
 
 def stored(values, bits=16):
-    return StoredMatrix.holding(values, Storage(bits=bits, group=8, shape=tuple(values.shape)))
+    return StoredMatrix.from_matrix(values, MatrixFormat(bits=bits, group_size=8, shape=tuple(values.shape)))
 
 
 def sharing(difference="packed", **given):
-    return Sharing(**({"difference": difference, "bits": 8, "group": 8, "shape": SHAPE} | given))
+    return SharedWeightConfig(**({"delta": difference, "bits": 8, "group_size": 8, "shape": SHAPE} | given))
 
 
 @pytest.fixture
@@ -148,13 +148,13 @@ def test_a_damaged_folder_is_refused(pair, tmp_path, harm):
 
 
 @pytest.mark.parametrize(
-    "harm", [{"difference": "none"}, {"rank": 0}, {"directions": 3}, {"bits": 7}, {"shape": [4]}, {"group": 3}]
+    "harm", [{"delta": "none"}, {"rank": 0}, {"directions": 3}, {"bits": 7}, {"shape": [4]}, {"group_size": 3}]
 )
 def test_a_shared_weight_that_nobody_wrote_is_refused(harm):
-    settings = {"difference": "low_rank", "bits": 8, "group": 8, "shape": [4, 4], "rank": 2, "directions": 0}
-    assert Sharing.parsed(settings).matrix == (4, 4)
+    settings = {"delta": "low_rank", "bits": 8, "group_size": 8, "shape": [4, 4], "rank": 2, "directions": 0}
+    assert SharedWeightConfig.parsed(settings).matrix == (4, 4)
     with pytest.raises(ValueError, match="a packing of|a shared weight of"):
-        Sharing.parsed(settings | harm)
+        SharedWeightConfig.parsed(settings | harm)
 
 
 def test_the_name_of_a_weight_is_read_from_its_forms_path():

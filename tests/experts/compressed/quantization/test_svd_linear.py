@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import CorruptArtifact
-from experts.compressed.quantization.fake_quant import rounded_in_groups
+from experts.compressed.quantization.fake_quant import fake_quantize_groups
 from experts.compressed.quantization.packing import Packing
 from experts.compressed.quantization.svd_linear import SVDLinear, SVDShape, rounded_branch
 from experts.condition import Condition
@@ -21,7 +21,7 @@ SHAPE = (1, 8, 8)
 
 def layer(inside=48, out=20, rank=3, bits=4, activation_bits=4, is_unsigned=False, bias=True, branch_bits=16):
     generator = torch.Generator().manual_seed(0)
-    packing = Packing(bits=bits, group=16, shape=(out, inside))
+    packing = Packing(bits=bits, group_size=16, shape=(out, inside))
     shape = SVDShape(
         packing=packing,
         rank=rank,
@@ -31,10 +31,10 @@ def layer(inside=48, out=20, rank=3, bits=4, activation_bits=4, is_unsigned=Fals
         has_bias=bias,
     )
     made = SVDLinear(shape)
-    made.hold(torch.randn(out, inside, generator=generator))
+    made.set_residual(torch.randn(out, inside, generator=generator))
     for buffer in (made.smooth, made.shift, *([made.bias] if bias else [])):
         buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    made.hold_branch(torch.randn(rank, inside, generator=generator), torch.randn(out, rank, generator=generator))
+    made.set_low_rank(torch.randn(rank, inside, generator=generator), torch.randn(out, rank, generator=generator))
     return made
 
 
@@ -44,9 +44,9 @@ def layer(inside=48, out=20, rank=3, bits=4, activation_bits=4, is_unsigned=Fals
 def test_it_is_the_sum_of_its_branch_and_its_rounded_residual(given):
     made, x = layer(**given), torch.rand(2, 7, 48)
     smoothed = (x + made.shift) / made.smooth.float()
-    down, up = made.branch()
+    down, up = made.low_rank_weights()
     weight = up @ down
-    rounded = rounded_in_groups(smoothed, 4, 16, bool(given.get("is_unsigned")))
+    rounded = fake_quantize_groups(smoothed, 4, 16, bool(given.get("is_unsigned")))
     expected = smoothed @ weight.T + rounded @ made.residual().T
     expected = expected if made.bias is None else expected + made.bias
     torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-4)
@@ -54,7 +54,7 @@ def test_it_is_the_sum_of_its_branch_and_its_rounded_residual(given):
 
 def test_with_exact_activations_it_is_linear():
     made = layer(activation_bits=None)
-    down, up = made.branch()
+    down, up = made.low_rank_weights()
     weight = (up @ down + made.residual()) / made.smooth.float()
     x = torch.randn(5, 48)
     torch.testing.assert_close(made(x), (x + made.shift) @ weight.T + made.bias, rtol=1e-4, atol=1e-4)
@@ -63,7 +63,7 @@ def test_with_exact_activations_it_is_linear():
 def test_four_bits_and_a_thin_branch_take_a_third_of_sixteen_bits():
     made = SVDLinear(
         SVDShape(
-            packing=Packing(bits=4, group=64, shape=(1536, 384)),
+            packing=Packing(bits=4, group_size=64, shape=(1536, 384)),
             rank=16,
             branch_bits=16,
             activation_bits=4,
@@ -78,8 +78,8 @@ def test_four_bits_and_a_thin_branch_take_a_third_of_sixteen_bits():
 def test_the_branch_is_kept_as_it_was_rounded(branch_bits):
     made, generator = layer(branch_bits=branch_bits), torch.Generator().manual_seed(2)
     given = torch.randn(3, 48, generator=generator), torch.randn(20, 3, generator=generator)
-    made.hold_branch(*given)
-    for kept, rounded, exact in zip(made.branch(), rounded_branch(*given, made.shape), given, strict=True):
+    made.set_low_rank(*given)
+    for kept, rounded, exact in zip(made.low_rank_weights(), rounded_branch(*given, made.shape), given, strict=True):
         assert torch.equal(kept, rounded)
         torch.testing.assert_close(kept, exact, atol=0.03, rtol=0)
 
@@ -122,6 +122,6 @@ def test_a_damaged_folder_is_refused(harm, tmp_path):
 def test_it_does_not_fit_another_place(tmp_path):
     torch.manual_seed(0)
     save_model(build_network(ResidualMLPConfig(width=32, depth=1), SHAPE, 3), tmp_path)
-    (tmp_path / FORMS).write_text(json.dumps({"entry": {"form": "svd_linear"} | layer().settings()}))
+    (tmp_path / FORMS).write_text(json.dumps({"entry": {"kind": "svd_linear"} | layer().settings()}))
     with pytest.raises(CorruptArtifact, match="no linear layer of shape"):
         load_network(tmp_path)

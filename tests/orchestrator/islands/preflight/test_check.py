@@ -21,9 +21,9 @@ from orchestrator.islands.local.clusters import overrides
 from orchestrator.islands.preflight import probe
 from orchestrator.islands.preflight.check import CHECKS, check_islands
 from orchestrator.islands.preflight.local_checks import check_address
-from orchestrator.islands.preflight.probe import Answer
-from orchestrator.islands.preflight.remote_checks import check_clock_there, check_project, check_python, check_torch
-from orchestrator.islands.preflight.session import SKEW_ERROR_S, SKEW_WARNING_S, Visit, skew_of
+from orchestrator.islands.preflight.probe import ProbeReport
+from orchestrator.islands.preflight.remote_checks import check_project, check_python, check_remote_clock, check_torch
+from orchestrator.islands.preflight.session import SKEW_ERROR_S, SKEW_WARNING_S, PreflightSession, skew_of
 from orchestrator.islands.storage.storage import Storage
 
 TOKEN = "0123456789abcdef" * 4
@@ -156,21 +156,21 @@ def test_a_storage_that_cannot_be_written(config, tmp_path):
     ],
 )
 def test_a_token_in_clear(config, address, state):
-    assert check_address(Visit("island_1", replace(config, address=address), Path())).state == state
+    assert check_address(PreflightSession("island_1", replace(config, address=address), Path())).state == state
 
 
 def test_what_the_job_tells_is_compared(config):
     wheel = Path("decentralized_diffusion-1.0+abc-py3-none-any.whl")
-    said = Answer(time=1000.0, python="3.9.1", torch="", project="1.0+old")
-    visit = Visit("island_1", config, wheel, answers=[said], probed=(1050.0, 1051.0))
+    said = ProbeReport(time=1000.0, python="3.9.1", torch="", project="1.0+old")
+    visit = PreflightSession("island_1", config, wheel, answers=[said], probed=(1050.0, 1051.0))
     assert [check(visit).state for check in (check_project, check_python, check_torch)] == ["error", "warning", "error"]
-    assert check_clock_there(visit).state == "error" and "behind" in check_clock_there(visit).text
+    assert check_remote_clock(visit).state == "error" and "behind" in check_remote_clock(visit).text
 
 
 def test_the_probe_sees_whether_it_has_the_same_storage(tmp_path, capsys):
     here, elsewhere = Storage(str(tmp_path / "here"), {}), str(tmp_path / "elsewhere")
-    probe.greet(here, "check/1")
-    assert probe.answer(here, "check/1").storage_error == ""
+    probe.write_marker(here, "check/1")
+    assert probe.probe_report(here, "check/1").storage_error == ""
     assert probe.main(["--storage", elsewhere, "--name", "check/1"]) == 0
     assert "is another place there than here" in capsys.readouterr().out
 

@@ -51,7 +51,7 @@ def test_a_hostile_path_is_refused(path, tmp_path):
     (tmp_path / "store/t" / INDEX).write_bytes(render({path: Entry(content, 4)}))
     storage = Storage(str(tmp_path / "store"))
     before = sorted(tmp_path.rglob("*"))
-    for use in (storage.get_tree, storage.follow_tree):
+    for use in (storage.get_tree, storage.sync_tree):
         with pytest.raises(StorageError, match="not "):
             use("t", tmp_path / "deep/er/target")
     assert sorted(tmp_path.rglob("*")) == before

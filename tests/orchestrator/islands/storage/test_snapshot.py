@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from orchestrator.islands.storage.object_store import hashed
+from orchestrator.islands.storage.object_store import hash_stream
 from orchestrator.islands.storage.snapshot import OPEN_FILES, SETTLED_S, Checksums, snapshot
 from orchestrator.islands.storage.storage import Storage, StorageError
 
@@ -17,7 +17,7 @@ def test_a_file_can_be_sent_after_it_is_gone(folder_of):
         (folder / "b").write_bytes(b"another")
         (folder / "b").rename(folder / "a")
         assert set(taken.index) == {"a", "b", "c"} and len(taken.opened) == 2
-        assert hashed(taken.opened[taken.index["a"]], 5) == taken.index["a"]
+        assert hash_stream(taken.opened[taken.index["a"]], 5) == taken.index["a"]
 
 
 def test_what_is_being_written_is_left_out(folder_of):

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddm_core.artifacts import ArtifactError, files_in, read_json, replaced_folder, write_json
-from orchestrator.islands.storage.object_store import in_parallel
-from orchestrator.islands.storage.storage import CorruptTransfer, Moved, Storage, StorageError
+from ddm_core.artifacts import ArtifactError, atomic_folder, files_in, read_json, write_json
+from orchestrator.islands.storage.object_store import map_parallel
+from orchestrator.islands.storage.storage import CorruptTransfer, Storage, StorageError, TransferStats
 
-NOTHING = Moved(files=0, bytes=0)
+NOTHING = TransferStats(files=0, bytes=0)
 
 FILE_NAMES = st.text(
     st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="/\\"), min_size=1, max_size=12
@@ -45,7 +45,7 @@ def content_of(folder):
 
 
 def size_of(files):
-    return Moved(files=len(set(files)), bytes=sum(len(content) for content in set(files)))
+    return TransferStats(files=len(set(files)), bytes=sum(len(content) for content in set(files)))
 
 
 def comes_back(place, tmp, first, second):
@@ -83,14 +83,14 @@ def test_only_what_differs_moves(place, folder_of, tmp_path):
     reader = place.storage(storage.url)
     folder = folder_of({"a": b"a" * 100, "sub/b": b"b" * 200, "sub/manifest.json": b"{}", "manifest.json": b"{ }"})
     assert not storage.has_tree("t") and storage.tree("t") is None
-    assert storage.put_tree(folder, "t") == Moved(files=4, bytes=305)
+    assert storage.put_tree(folder, "t") == TransferStats(files=4, bytes=305)
     assert place.storage(storage.url).put_tree(folder, "t") == NOTHING
-    assert reader.get_tree("t", tmp_path / "back") == Moved(files=4, bytes=305)
+    assert reader.get_tree("t", tmp_path / "back") == TransferStats(files=4, bytes=305)
     assert reader.get_tree("t", tmp_path / "back") == NOTHING
     (folder / "a").write_bytes(b"A" * 100)
     (folder / "sub/b").rename(folder / "moved")
-    assert storage.put_tree(folder, "t") == Moved(files=1, bytes=100)
-    assert reader.follow_tree("t", tmp_path / "back") == Moved(files=2, bytes=300)
+    assert storage.put_tree(folder, "t") == TransferStats(files=1, bytes=100)
+    assert reader.sync_tree("t", tmp_path / "back") == TransferStats(files=2, bytes=300)
     assert set(content_of(tmp_path / "back")) == {"a", "moved", "sub/b", "sub/manifest.json"}
     assert reader.get_tree("t", tmp_path / "back").files == 4
     assert content_of(tmp_path / "back") == content_of(folder)
@@ -112,7 +112,7 @@ def test_what_is_no_longer_named_is_deleted_and_nothing_else(place, folder_of):
 def test_names_at_the_top_can_be_left_out(place, folder_of, tmp_path):
     storage = place.storage()
     folder = folder_of({"cache/big": b"0" * 1000, "keep/cache/small": b"1", "log": b"2"})
-    assert storage.put_tree(folder, "t", skip=("cache", "log")) == Moved(files=1, bytes=1)
+    assert storage.put_tree(folder, "t", skip=("cache", "log")) == TransferStats(files=1, bytes=1)
     storage.get_tree("t", tmp_path / "back")
     assert content_of(tmp_path / "back") == {"keep/cache/small": b"1"}
 
@@ -128,7 +128,7 @@ def test_an_empty_folder_is_a_tree(place, folder_of, tmp_path):
 def test_an_absent_tree_is_an_error_or_no_files(place, folder_of, tmp_path):
     storage = place.storage()
     earlier = folder_of({"a": b"earlier"})
-    assert storage.follow_tree("t", earlier) == NOTHING
+    assert storage.sync_tree("t", earlier) == NOTHING
     with pytest.raises(StorageError, match="there is no tree t"):
         storage.get_tree("t", earlier)
     assert content_of(earlier) == {"a": b"earlier"}
@@ -190,7 +190,7 @@ def test_after_the_first_error_no_call_begins():
         raise OSError(f"{number} failed")
 
     with pytest.raises(OSError, match="0 failed"):
-        in_parallel(call, range(100))
+        map_parallel(call, range(100))
     assert len(begun) < 20
 
 
@@ -234,7 +234,7 @@ def test_many_threads_use_one_storage(place, folder_of, tmp_path):
 def save(folder, step):
     """A checkpoint as `experts/training/checkpoint.py` writes it: the new one is whole before the old one goes."""
     new = folder / f"step-{step:06d}"
-    with replaced_folder(new) as temporary:
+    with atomic_folder(new) as temporary:
         (temporary / "tensors").write_bytes(b"%06d" % step * 50_000)
         write_json(temporary / "state.json", {"step": step})
     for path in folder.iterdir():
@@ -289,7 +289,7 @@ def test_a_growing_log_is_sent_as_far_as_it_was_read(place, folder_of, tmp_path)
     def follow():
         for _ in range(10):
             storage.put_tree(folder, "t")
-            storage.follow_tree("t", tmp_path / "seen")
+            storage.sync_tree("t", tmp_path / "seen")
         ended.set()
 
     at_once([grow, follow])
@@ -301,7 +301,7 @@ def test_a_growing_log_is_sent_as_far_as_it_was_read(place, folder_of, tmp_path)
 def test_a_large_file_is_sent_in_parts(place, folder_of, tmp_path):
     content = bytes(range(256)) * (110 << 12)
     storage, folder = place.storage(), folder_of({"large": content})
-    assert storage.put_tree(folder, "t") == Moved(files=1, bytes=len(content))
+    assert storage.put_tree(folder, "t") == TransferStats(files=1, bytes=len(content))
     assert place.storage(storage.url).put_tree(folder, "t") == NOTHING
     storage.get_tree("t", tmp_path / "back")
     assert (tmp_path / "back/large").read_bytes() == content
@@ -318,7 +318,7 @@ def test_what_is_not_json_is_named(place):
 def test_memory_has_no_conditional_write(folder_of, tmp_path):
     storage = Storage("memory://test/storage")
     storage.put_tree(folder_of({"a/b": b"1"}), "t")
-    assert Storage("memory://test/storage").get_tree("t", tmp_path / "back") == Moved(files=1, bytes=1)
+    assert Storage("memory://test/storage").get_tree("t", tmp_path / "back") == TransferStats(files=1, bytes=1)
     with pytest.raises(StorageError, match="no conditional write"):
         storage.create_json("a.json", 1)
     storage.delete("t")

@@ -43,7 +43,7 @@ def test_every_damage_is_noticed_and_mended(place, folder_of, tmp_path):
             noticed += 1
         raw.write(key, data[::-1] or b"\n")
         with pytest.raises(CorruptTransfer):
-            storage.follow_tree("t", tmp_path / key)
+            storage.sync_tree("t", tmp_path / key)
         assert all(FILES[name] == content for name, content in content_of(tmp_path / key).items())
         assert storage.put_tree(source, "t").files == (0 if key.endswith(INDEX) else 1)
         assert raw.read(key) == data
@@ -229,7 +229,7 @@ def every_use(storage, folder):
     return [
         lambda: storage.put_tree(folder, "t"),
         lambda: storage.get_tree("t", folder.with_name("back")),
-        lambda: storage.follow_tree("t", folder.with_name("back")),
+        lambda: storage.sync_tree("t", folder.with_name("back")),
         lambda: storage.has_tree("t"),
         lambda: storage.put_json("a.json", 1),
         lambda: storage.get_json("a.json"),
@@ -330,7 +330,7 @@ def test_somebody_else_who_answers_404_is_not_an_empty_storage(s3_environment, t
     try:
         port = server.stdout.readline().split(" port ")[1].split()[0]
         storage = Storage("s3://bucket/x", {"endpoint_url": f"http://127.0.0.1:{port}"})
-        for use in (storage.get_json, storage.has_tree, lambda name: storage.follow_tree(name, tmp_path / name)):
+        for use in (storage.get_json, storage.has_tree, lambda name: storage.sync_tree(name, tmp_path / name)):
             with pytest.raises(StorageUnreachable, match="not as an object storage does"):
                 use("t")
     finally:

@@ -88,7 +88,7 @@ def test_rays_launcher_keeps_our_group_makes_private_spot_nodes_and_we_see_what_
     assert [rule["IpProtocol"] for rule in before["ddm-aws-spot"]] == ["-1"]
     assert not [rule for rule in before["ddm-aws-spot"] if rule["IpRanges"]]
 
-    assert cloud.left_aws(account.config, tmp_path) == []
+    assert cloud.remaining_aws(account.config, tmp_path) == []
     provider = AWSNodeProvider(prepared["provider"], prepared["cluster_name"])
     for node_type, kind in (("head", "head"), ("l4_spot", "worker"), ("l4", "worker")):
         launch(provider, prepared, node_type, kind)
@@ -102,11 +102,11 @@ def test_rays_launcher_keeps_our_group_makes_private_spot_nodes_and_we_see_what_
         assert {"Key": "ddm-pool", "Value": "aws_spot"} in one["Tags"]
 
     ids = [one["InstanceId"] for one in account.instances()]
-    assert sorted(cloud.left_aws(account.config, tmp_path)) == sorted(ids)
+    assert sorted(cloud.remaining_aws(account.config, tmp_path)) == sorted(ids)
     account.ec2.stop_instances(InstanceIds=ids[:1])
-    assert sorted(cloud.left_aws(account.config, tmp_path)) == sorted(ids)
+    assert sorted(cloud.remaining_aws(account.config, tmp_path)) == sorted(ids)
     account.ec2.terminate_instances(InstanceIds=ids)
-    assert cloud.left_aws(account.config, tmp_path) == []
+    assert cloud.remaining_aws(account.config, tmp_path) == []
 
 
 @pytest.mark.slow

@@ -92,7 +92,9 @@ def pool(tmp_path_factory) -> Iterator[Pool]:
 def test_it_starts_with_no_node_and_refuses_who_has_no_token(pool):
     assert pool.nodes() == 0
     assert requests.get(f"{pool.config.address}/api/jobs/", timeout=10).status_code == 401
-    assert {IslandClient(name, island).reach() for name, island in islands(pool.config).items()} == {ray.__version__}
+    assert {IslandClient(name, island).check_reachable() for name, island in islands(pool.config).items()} == {
+        ray.__version__
+    }
     with pytest.raises(PoolError, match="is up already"):
         lifecycle.check(pool.config, pool.folder)
 
@@ -138,7 +140,7 @@ def test_down_ends_everything_even_what_does_not_want_to(pool):
     assert marked_processes(str(pool.folder)) == []
     assert free_blocks(1, pool.config.first_port) == [pool.config.first_port]
     with pytest.raises(PoolError, match="no pool was started"):
-        lifecycle.started(pool.folder)
+        lifecycle.is_started(pool.folder)
 
 
 def test_a_port_in_use_is_named_before_anything(tmp_path):
