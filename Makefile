@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 install: $(VENV)/installed ## Set up .venv (CPU build of torch)
 
 .PHONY: demo
-demo: install ## Run the whole pipeline on real images (a few minutes), then show where the report is
+demo: install ## Run the whole pipeline on real images (a few minutes) and print the report's path
 	$(BIN)/ddm run experiment=demo
 
 .PHONY: islands
@@ -35,15 +35,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no
 
 .PHONY: test
 test: install ## Run the tests (at most a quarter of an hour on two cores)
-	$(PYTEST) -m 'not proof'
+	$(PYTEST) -m 'not integration'
 
-.PHONY: proof
-proof: install ## Run the tests that take long: real Ray clusters, killed again and again
-	$(BIN)/python -m pytest -q -m proof
+.PHONY: integration
+integration: install ## Run the tests that take long: real Ray clusters, killed again and again
+	$(BIN)/python -m pytest -q -m integration
 
 .PHONY: test-quick
 test-quick: install ## Run the quick tier (a few minutes)
-	$(PYTEST) -m 'not slow and not proof'
+	$(PYTEST) -m 'not slow and not integration'
 
 .PHONY: check
 check: install ## Format, lint and types; changes nothing
@@ -52,30 +52,30 @@ check: install ## Format, lint and types; changes nothing
 	$(BIN)/mypy
 
 .PHONY: style
-style: install ## Format and mend what can be mended
+style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 .PHONY: bench bench-overhead bench-quality bench-compress bench-accelerate bench-scale chaos
 bench: bench-overhead bench-quality bench-compress bench-accelerate bench-scale ## Run every benchmark and write docs/benchmarks.md
 
-bench-overhead: install ## What the orchestrator costs, against the same loops by hand
+bench-overhead: install ## Measure the cost of the orchestrator against the same loops by hand
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.page
 
-bench-quality: install ## The decomposition against its baselines, 14 arms, three seeds (at most an hour)
+bench-quality: install ## Compare the decomposition with its baselines, 14 arms, three seeds (up to an hour)
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.page
 
-bench-compress: install ## Pruning and quantization against what they must beat, three seeds (about four hours of one core)
+bench-compress: install ## Compare pruning and quantization with their baselines, three seeds (four core-hours)
 	$(BIN)/python -m benchmarks.compress
 	$(BIN)/python -m benchmarks.page
 
-bench-accelerate: install ## Caches, drafts and few-step students against fewer plain steps, three seeds (about four hours of one core)
+bench-accelerate: install ## Compare caches, drafts and students with fewer steps, three seeds (four core-hours)
 	$(BIN)/python -m benchmarks.accelerate
 	$(BIN)/python -m benchmarks.page
 
-bench-scale: install ## What the controller costs with up to 10,000 stages, and 1,000 islands in simulation
+bench-scale: install ## Measure the controller with up to 10,000 stages, and simulate 1,000 islands
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.page
 
@@ -83,6 +83,10 @@ chaos: install ## Kill everything that can be killed, on two real Ray clusters (
 	$(BIN)/python -m benchmarks.reliability
 	$(BIN)/python -m benchmarks.goodput
 	$(BIN)/python -m benchmarks.page
+
+.PHONY: docs
+docs: install ## Write docs/api.md from the docstrings
+	$(BIN)/python docs/generate_api.py
 
 .PHONY: wheel
 wheel: install ## Build the wheel

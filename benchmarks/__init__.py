@@ -1,4 +1,4 @@
-"""One script a claim. Each runs both sides in turns on one machine and writes `docs/benchmarks/<script>.json`.
+"""One script per claim. Each measures both sides alternately on one machine and writes `docs/benchmarks/<script>.json`.
 
-`python -m benchmarks.page` turns those files into `docs/benchmarks.md`; nothing in that page is written by hand.
+`python -m benchmarks.page` generates `docs/benchmarks.md` from those files; no part of that page is written by hand.
 """

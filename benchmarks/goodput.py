@@ -1,8 +1,8 @@
-"""How much of the time is useful work while nodes vanish (`make chaos`).
+"""Share of useful work while nodes vanish (`make chaos`).
 
-Two experts on two real Ray clusters are killed with a mean time of ten checkpoint intervals. Goodput is the time that
-the steps took that counted, over the time from the first submission to the end: what is lost are steps that are done
-again, and the time until the next attempt trains. The same figure of an undisturbed run stands beside it.
+Two experts on two real Ray clusters are killed with a mean time of ten checkpoint intervals. Goodput is the time of the
+steps that counted, over the time from the first submission to the end. The lost time consists of repeated steps and of
+waiting until the next attempt trains. The goodput of an undisturbed run is reported next to it.
 """
 
 import argparse
@@ -12,105 +12,117 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.bed import Killer, Recipe, Trial
 from benchmarks.record import Claim, Listing, write_result
-from benchmarks.reliability import NOTES, Bench, strip_to_template, undisturbed
+from benchmarks.reliability import NOTES, Bench, run_undisturbed, strip_to_template
+from benchmarks.testbed.ray_clusters import Killer, Trial, TrialConfig
 from orchestrator.islands.local.clusters import LocalIslands
-from orchestrator.run.attempts import Attempt, all_attempts
+from orchestrator.run.attempts import Attempt, load_all_attempts
 
 INTERVALS = 10
 """Mean time to preemption, in checkpoint intervals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """One expert from its first submission to its end, in seconds."""
+class ExpertTime:
+    """Time of one expert from its first submission to its end, in seconds."""
 
     stage: str
     wall_s: float
     useful_s: float
-    """Of the steps that counted, each at the pace of its attempt."""
-    redone_s: float
-    """Of steps that were done again."""
+    """Time of the steps that counted, each at the pace of its attempt."""
+    repeated_s: float
+    """Time of the steps that a later attempt repeated."""
     attempts: int
 
     @property
     def goodput(self) -> float:
-        """Share of the time that was useful."""
+        """Return the useful share of the time."""
         return self.useful_s / self.wall_s
 
 
-def spans(trial: Trial) -> list[Span]:
-    """Every expert of a finished run."""
-    found = all_attempts(trial.run)
-    return [_span(trial, name, [one for one in found if one.stage == name]) for name in _names(trial)]
+def expert_times(trial: Trial) -> list[ExpertTime]:
+    """Return the times of every expert of a finished run."""
+    attempts = load_all_attempts(trial.run)
+    names = [stage.name for stage in trial.experts]
+    return [_expert_time(trial, name, [attempt for attempt in attempts if attempt.stage == name]) for name in names]
 
 
-def _names(trial: Trial) -> list[str]:
-    return [stage.name for stage in trial.experts]
+def _expert_time(trial: Trial, stage: str, attempts: list[Attempt]) -> ExpertTime:
+    submitted = min(_event_times(trial, "submitted", stage))
+    first_steps = [attempt.steps.first if attempt.steps else None for attempt in attempts]
+    useful = repeated = 0.0
+    for number, attempt in enumerate(attempts):
+        steps = attempt.steps
+        if steps is not None and steps.seconds_per_step is not None:
+            last_useful = next((first for first in first_steps[number + 1 :] if first is not None), steps.last)
+            useful += (last_useful - steps.first) * steps.seconds_per_step
+            repeated += (steps.last - last_useful) * steps.seconds_per_step
+    wall = max(_event_times(trial, "finished", stage)) - submitted
+    return ExpertTime(stage=stage, wall_s=wall, useful_s=useful, repeated_s=repeated, attempts=len(attempts))
 
 
-def _span(trial: Trial, stage: str, attempts: list[Attempt]) -> Span:
-    begun = min(_times(trial, "submitted", stage))
-    starts = [one.steps.first if one.steps else None for one in attempts]
-    useful = redone = 0.0
-    for number, one in enumerate(attempts):
-        if one.steps is not None and one.steps.seconds_each is not None:
-            kept = next((start for start in starts[number + 1 :] if start is not None), one.steps.last)
-            useful += (kept - one.steps.first) * one.steps.seconds_each
-            redone += (one.steps.last - kept) * one.steps.seconds_each
-    wall = max(_times(trial, "finished", stage)) - begun
-    return Span(stage=stage, wall_s=wall, useful_s=useful, redone_s=redone, attempts=len(attempts))
+def _event_times(trial: Trial, name: str, stage: str) -> list[float]:
+    return [float(str(event["time"])) for event in trial.events(name) if event["stage"] == stage]
 
 
-def _times(trial: Trial, event: str, stage: str) -> list[float]:
-    return [float(str(one["time"])) for one in trial.events(event) if one["stage"] == stage]
-
-
-def measure(bench: Bench, recipe: Recipe) -> tuple[list[Claim], Listing]:
-    """An undisturbed run, then one that is killed at that run's measure."""
-    first = undisturbed(bench, "first", Recipe(steps=100, checkpoint_every=100, num_experts=recipe.num_experts))
-    template = strip_to_template(first, bench.folder / "template")
-    plain = undisturbed(bench, "plain", recipe, template)
-    calm = spans(plain)
-    interval_s = sum(one.useful_s for one in calm) / len(calm) * recipe.checkpoint_every / recipe.steps
-    draw, trial = random.Random(bench.seed), bench.trial("killed", recipe, template)
-    killer = Killer(trial, lambda: draw.expovariate(1 / (INTERVALS * interval_s)))
-    killer.follow(trial.controller())
-    rough = spans(trial)
-    value, beside = (sum(one.useful_s for one in side) / sum(one.wall_s for one in side) for side in (rough, calm))
-    claim = Claim(
-        name=f"goodput, mean time to preemption {INTERVALS} checkpoint intervals ({killer.killed} SIGKILLs)",
-        bar="≥ .90 of undisturbed",
-        value=f"{value / beside:.3f}",
-        spread=f"{min(one.goodput for one in rough):.3f} to {max(one.goodput for one in rough):.3f} over {len(rough)} "
-        f"experts, undisturbed {beside:.3f}; interval {interval_s:.0f} s; models "
-        f"{'byte-identical' if trial.models() == plain.models() else 'DIFFERENT'}",
-        holds=value / beside >= 0.9 and trial.models() == plain.models() and killer.killed > 0,
+def measure(bench: Bench, config: TrialConfig) -> tuple[list[Claim], Listing]:
+    """Measure an undisturbed run, then one whose experts are killed at a rate derived from it."""
+    first = run_undisturbed(
+        bench, "first", TrialConfig(steps=100, checkpoint_every=100, num_experts=config.num_experts)
     )
-    rows = [_row(run, one) for run, side in (("undisturbed", calm), ("killed", rough)) for one in side]
-    columns = ("run", "expert", "attempts", "wall s", "useful s", "redone s", "goodput")
+    template = strip_to_template(first, bench.folder / "template")
+    undisturbed = run_undisturbed(bench, "plain", config, template)
+    undisturbed_times = expert_times(undisturbed)
+    interval_s = _total_useful_s(undisturbed_times) / len(undisturbed_times) * config.checkpoint_every / config.steps
+    rng, trial = random.Random(bench.seed), bench.prepare_trial("killed", config, template)
+    killer = Killer(trial, lambda: rng.expovariate(1 / (INTERVALS * interval_s)))
+    killer.follow(trial.start_controller())
+    killed_times = expert_times(trial)
+    goodput, undisturbed_goodput = (
+        _total_useful_s(times) / sum(expert.wall_s for expert in times) for times in (killed_times, undisturbed_times)
+    )
+    is_identical = trial.model_checksums() == undisturbed.model_checksums()
+    claim = Claim(
+        name=f"goodput, mean time to preemption {INTERVALS} checkpoint intervals ({killer.num_killed} SIGKILLs)",
+        bar="≥ .90 of undisturbed",
+        value=f"{goodput / undisturbed_goodput:.3f}",
+        spread=f"{min(expert.goodput for expert in killed_times):.3f} to "
+        f"{max(expert.goodput for expert in killed_times):.3f} over {len(killed_times)} experts, undisturbed "
+        f"{undisturbed_goodput:.3f}; interval {interval_s:.0f} s; models "
+        f"{'byte-identical' if is_identical else 'DIFFERENT'}",
+        holds=goodput / undisturbed_goodput >= 0.9 and is_identical and killer.num_killed > 0,
+    )
+    rows = [
+        _row(run, expert)
+        for run, times in (("undisturbed", undisturbed_times), ("killed", killed_times))
+        for expert in times
+    ]
+    columns = ("run", "expert", "attempts", "wall s", "useful s", "repeated s", "goodput")
     return [claim], Listing(title="Goodput", columns=columns, rows=rows)
 
 
-def _row(run: str, one: Span) -> tuple[str, ...]:
-    seconds = (f"{value:.0f}" for value in (one.wall_s, one.useful_s, one.redone_s))
-    return run, one.stage, str(one.attempts), *seconds, f"{one.goodput:.3f}"
+def _total_useful_s(times: list[ExpertTime]) -> float:
+    return sum(expert.useful_s for expert in times)
+
+
+def _row(run: str, expert: ExpertTime) -> tuple[str, ...]:
+    seconds = (f"{value:.0f}" for value in (expert.wall_s, expert.useful_s, expert.repeated_s))
+    return run, expert.stage, str(expert.attempts), *seconds, f"{expert.goodput:.3f}"
 
 
 def main() -> None:
     """Measure, write docs/benchmarks/goodput.json and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100_000, help="of each expert")
+    parser.add_argument("--steps", type=int, default=100_000, help="training steps of each expert")
     parser.add_argument("--checkpoint-every", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    recipe = Recipe(steps=given.steps, checkpoint_every=given.checkpoint_every, num_experts=2)
+    options = parser.parse_args()
+    config = TrialConfig(steps=options.steps, checkpoint_every=options.checkpoint_every, num_experts=2)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ddm-goodput-") as temporary:
         folder = Path(temporary)
         with LocalIslands(folder / "islands", count=2, cpus=1) as islands:
-            claims, listing = measure(Bench(folder=folder, islands=islands, seed=given.seed), recipe)
+            claims, listing = measure(Bench(folder=folder, islands=islands, seed=options.seed), config)
     write_result("goodput", time.monotonic() - started, claims, [listing], NOTES)
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FAILS'}  {claim.name}: {claim.value} ({claim.spread})")

@@ -1,10 +1,10 @@
-"""What the orchestrator costs (`make bench-overhead`).
+"""Cost of the orchestrator (`make bench-overhead`).
 
 1. K experts through the runner on Ray, against the same K trainings by hand: `python -m experts`, one process per
-   expert, as many at once as there are cores. Both sides train from the same shards to the same bytes.
-2. A training step of `fit`, against a bare PyTorch loop over the same model, data and mathematics.
+   expert, as many at once as there are cores. Both sides read the same shards and write byte-identical experts.
+2. A training step of `fit`, against a bare PyTorch loop with the same model, data and mathematics.
 
-Sides take turns. The start-up of Ray is reported apart.
+The two sides alternate. The start-up time of Ray is reported separately.
 """
 
 import argparse
@@ -43,69 +43,75 @@ from orchestrator.run.runner import Runner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One pass of both sides."""
+class Repetition:
+    """One measurement of both sides."""
 
     ddm_s: float
-    """First submission to last finished expert."""
+    """From the first submission to the last finished expert."""
     ray_start_s: float
-    hand_s: float
-    same_bytes: bool
+    by_hand_s: float
+    is_identical: bool
+    """Both sides wrote byte-identical experts."""
 
 
 def main() -> None:
-    """Measure both, write docs/benchmarks/overhead.json and print it."""
+    """Measure both costs, write docs/benchmarks/overhead.json and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3300, help="steps of every expert; a side takes about two minutes")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--steps", type=int, default=3300, help="steps of every expert; one side takes about two minutes"
+    )
+    parser.add_argument("--turns", dest="repetitions", type=int, default=3, help="repetitions of both sides")
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        config = configuration(Path(folder) / "prepared", options.steps)
-        prepared = prepare(config)
-        turns = [take_turn(prepared, config, Path(folder) / f"turn_{number}") for number in range(options.turns)]
-        blocks = step_ratios(prepared, config, Path(folder) / "steps")
-    report(turns, blocks, time.monotonic() - started)
+        config = make_config(Path(folder) / "prepared", options.steps)
+        prepared = prepare_run(config)
+        repetitions = [
+            measure_repetition(prepared, config, Path(folder) / f"repetition_{number}")
+            for number in range(options.repetitions)
+        ]
+        ratios = measure_step_ratios(prepared, config, Path(folder) / "steps")
+    report(repetitions, ratios, time.monotonic() - started)
 
 
-def configuration(folder: Path, steps: int) -> RunConfig:
-    """The demo with longer training and without whatever is not an expert."""
+def make_config(folder: Path, steps: int) -> RunConfig:
+    """Return the demo's configuration with longer training and without a monolith."""
     overrides = [f"folder={folder}", f"expert.training.steps={steps}", "monolith=false", "wandb.mode=disabled"]
     return parse_config(compose(["experiment=demo", *overrides]))
 
 
-def experts_and_before(config: RunConfig) -> list[Stage]:
-    """The part of the graph that ends with the experts."""
+def stages_up_to_experts(config: RunConfig) -> list[Stage]:
+    """Return the experts' stages and all stages before them."""
     kinds = ("dataset", "codec", "features", "partition", "expert")
     return [stage for stage in build_graph(config) if stage.kind in kinds]
 
 
-def prepare(config: RunConfig) -> RunFolder:
-    """Everything that the experts read, finished before the clock starts."""
+def prepare_run(config: RunConfig) -> RunFolder:
+    """Run all stages before the experts; their time is not measured."""
     run = RunFolder(Path(config.folder))
     run.root.mkdir(parents=True)
-    before = [stage for stage in experts_and_before(config) if stage.kind != "expert"]
-    Runner(run=run, graph=before, backend=InlineBackend(), policy=config.compute).run_to_end()
+    stages = [stage for stage in stages_up_to_experts(config) if stage.kind != "expert"]
+    Runner(run=run, graph=stages, backend=InlineBackend(), policy=config.compute).run_to_end()
     return run
 
 
-def take_turn(prepared: RunFolder, config: RunConfig, folder: Path) -> Turn:
-    """Both sides once, one after the other."""
-    graph = experts_and_before(config)
+def measure_repetition(prepared: RunFolder, config: RunConfig, folder: Path) -> Repetition:
+    """Measure both sides once, one after the other."""
+    graph = stages_up_to_experts(config)
     experts = [stage for stage in graph if stage.kind == "expert"]
-    ours = RunFolder(Path(shutil.copytree(prepared.root, folder / "ddm")))
-    ray_start_s, ddm_s = by_ddm(ours, graph, config.compute)
-    hand_s = by_hand(prepared, experts, folder / "hand")
-    same = all(
-        (ours.artifact(stage) / name).read_bytes() == (folder / "hand" / stage.name / name).read_bytes()
+    run = RunFolder(Path(shutil.copytree(prepared.root, folder / "ddm")))
+    ray_start_s, ddm_s = time_ddm(run, graph, config.compute)
+    by_hand_s = time_by_hand(prepared, experts, folder / "hand")
+    is_identical = all(
+        (run.artifact(stage) / name).read_bytes() == (folder / "hand" / stage.name / name).read_bytes()
         for stage in experts
         for name in ("diffusion_pytorch_model.safetensors", "metrics.jsonl")
     )
-    return Turn(ddm_s=ddm_s, ray_start_s=ray_start_s, hand_s=hand_s, same_bytes=same)
+    return Repetition(ddm_s=ddm_s, ray_start_s=ray_start_s, by_hand_s=by_hand_s, is_identical=is_identical)
 
 
-def by_ddm(run: RunFolder, graph: list[Stage], policy: ComputeConfig) -> tuple[float, float]:
-    """Seconds that Ray took to start, and seconds from the first submission to the last finished expert."""
+def time_ddm(run: RunFolder, graph: list[Stage], policy: ComputeConfig) -> tuple[float, float]:
+    """Return the start-up seconds of Ray, and the seconds from first submission to last finished expert."""
     from orchestrator.backends.ray_tasks import RayBackend
 
     started = time.monotonic()
@@ -117,12 +123,12 @@ def by_ddm(run: RunFolder, graph: list[Stage], policy: ComputeConfig) -> tuple[f
     finally:
         backend.close()
     if result.failed:
-        raise RuntimeError(f"experts failed, so there is nothing to compare: {result.failed}")
+        raise RuntimeError(f"all experts must finish for a comparison; failed: {result.failed}; read their logs")
     return ready - started, ended - ready
 
 
-def by_hand(prepared: RunFolder, experts: list[Stage], folder: Path) -> float:
-    """Seconds for the same trainings, each in a process of its own, as many at once as there are cores."""
+def time_by_hand(prepared: RunFolder, experts: list[Stage], folder: Path) -> float:
+    """Return the seconds of the same trainings, one process each, as many at once as there are cores."""
     folder.mkdir(parents=True)
     started = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -131,13 +137,13 @@ def by_hand(prepared: RunFolder, experts: list[Stage], folder: Path) -> float:
 
 
 def _train_by_hand(prepared: RunFolder, stage: Stage, folder: Path) -> None:
-    recipe = folder / f"{stage.name}.json"
-    write_json(recipe, to_jsonable(stage.config.expert))
-    inputs = {role: str(prepared.input(given)) for role, given in stage.inputs.items()}
+    config_file = folder / f"{stage.name}.json"
+    write_json(config_file, to_jsonable(stage.config.expert))
+    inputs = {role: str(prepared.input_folder(source)) for role, source in stage.inputs.items()}
     command = [sys.executable, "-m", "experts", "--shards", inputs["shards"], "--codec", inputs["codec"]]
     command += [
         "--config",
-        str(recipe),
+        str(config_file),
         "--out",
         str(folder / stage.name),
         "--cluster-id",
@@ -146,111 +152,112 @@ def _train_by_hand(prepared: RunFolder, stage: Stage, folder: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def step_ratios(
+def measure_step_ratios(
     prepared: RunFolder, config: RunConfig, scratch: Path, blocks: int = 9, steps: int = 400
 ) -> list[float]:
-    """CPU time of `fit` over that of a bare loop, block by block in turns, one thread."""
+    """Return the CPU time of `fit` over that of a bare loop, in alternating blocks on one thread."""
     torch.set_num_threads(1)
-    stage = next(stage for stage in experts_and_before(config) if stage.kind == "expert")
-    shards, codec = prepared.input(stage.inputs["shards"]), prepared.input(stage.inputs["codec"])
+    stage = next(stage for stage in stages_up_to_experts(config) if stage.kind == "expert")
+    shards, codec = prepared.input_folder(stage.inputs["shards"]), prepared.input_folder(stage.inputs["codec"])
     dataset = encode_latents([shards], load_codec(codec), codec, Workspace.at(scratch / "data"))
-    recipe: ExpertConfig = stage.config.expert
-    training = replace(recipe.training, steps=steps)
+    expert: ExpertConfig = stage.config.expert
+    training = replace(expert.training, steps=steps)
     ratios = []
     for block in range(blocks):
         sides: dict[str, Callable[[], None]] = {
-            "fit": lambda block=block: run_fit(recipe, training, dataset, scratch / str(block)),
-            "bare": lambda: run_bare(recipe, training, dataset),
+            "fit": lambda block=block: run_fit(expert, training, dataset, scratch / str(block)),
+            "bare": lambda: run_bare(expert, training, dataset),
         }
         order = ("fit", "bare") if block % 2 else ("bare", "fit")
-        took = {name: cpu_seconds(sides[name]) for name in order}
-        ratios.append(took["fit"] / took["bare"])
+        seconds = {name: cpu_seconds(sides[name]) for name in order}
+        ratios.append(seconds["fit"] / seconds["bare"])
     return ratios[1:]  # the first block warms up
 
 
-def cpu_seconds(work: Callable[[], None]) -> float:
-    """CPU time of one call, all threads of this process together."""
+def cpu_seconds(function: Callable[[], None]) -> float:
+    """Return the CPU time of one call, summed over all threads of this process."""
     started = time.process_time()
-    work()
+    function()
     return time.process_time() - started
 
 
-def run_fit(recipe: ExpertConfig, training: TrainingConfig, dataset: LatentDataset, scratch: Path) -> None:
-    """The project's own loop, with its metrics, progress and checkpoints."""
-    path = NOISE_SCHEDULES[recipe.noise_schedule]
-    model = build_network(recipe.network, dataset.latent_shape, 10)
+def run_fit(expert: ExpertConfig, training: TrainingConfig, dataset: LatentDataset, scratch: Path) -> None:
+    """Train with the project's loop, including metrics, progress and checkpoints."""
+    noise_schedule = NOISE_SCHEDULES[expert.noise_schedule]
+    model = build_network(expert.network, dataset.latent_shape, 10)
     fit(
         model,
-        lambda network, batch: {"loss": expert_loss(network, batch, recipe.prediction, path)},
+        lambda network, batch: {"loss": expert_loss(network, batch, expert.prediction, noise_schedule)},
         dataset,
         training,
         Workspace.at(scratch),
     )
 
 
-def run_bare(recipe: ExpertConfig, training: TrainingConfig, dataset: LatentDataset) -> None:
-    """The same mathematics with nothing around it."""
-    path = NOISE_SCHEDULES[recipe.noise_schedule]
-    model = build_network(recipe.network, dataset.latent_shape, 10).train()
+def run_bare(expert: ExpertConfig, training: TrainingConfig, dataset: LatentDataset) -> None:
+    """Train with the same mathematics in a plain loop."""
+    noise_schedule = NOISE_SCHEDULES[expert.noise_schedule]
+    model = build_network(expert.network, dataset.latent_shape, 10).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.0, fused=True)
-    average = MovingAverage(model, training.ema_width)
+    moving_average = MovingAverage(model, training.ema_width)
     for step in range(training.steps):
         batch = make_batch(dataset, training, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, training)
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(expert_loss(model, batch, recipe.prediction, path))
+        torch.autograd.backward(expert_loss(model, batch, expert.prediction, noise_schedule))
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
-        average.update(step + 1)
+        moving_average.update(step + 1)
 
 
-def report(turns: list[Turn], blocks: list[float], seconds: float) -> None:
+def report(repetitions: list[Repetition], step_ratios: list[float], seconds: float) -> None:
     """Write the result and print it."""
-    wall, wall_range = median_and_range([turn.ddm_s / turn.hand_s for turn in turns])
-    step, step_range = median_and_range(blocks)
+    wall, wall_range = median_and_range([repetition.ddm_s / repetition.by_hand_s for repetition in repetitions])
+    step, step_range = median_and_range(step_ratios)
+    is_identical = all(repetition.is_identical for repetition in repetitions)
     claims = [
         Claim(
-            name="wall clock of K experts through `ddm`, over one process per expert by hand",
-            bar="<= 1.05",
+            name="wall-clock time of K experts through `ddm`, over one process per expert by hand",
+            bar="≤ 1.05",
             value=wall,
             spread=wall_range,
             holds=float(wall) <= 1.05,
         ),
         Claim(
             name="CPU time of a training step, over a bare PyTorch loop",
-            bar="<= 1.02",
+            bar="≤ 1.02",
             value=step,
             spread=step_range,
             holds=float(step) <= 1.02,
         ),
         Claim(
-            name="both sides write the same bytes",
+            name="both sides write byte-identical experts",
             bar="all",
-            value="all" if all(turn.same_bytes for turn in turns) else "not all",
-            spread=f"n = {len(turns)}",
-            holds=all(turn.same_bytes for turn in turns),
+            value="all" if is_identical else "not all",
+            spread=f"n = {len(repetitions)}",
+            holds=is_identical,
         ),
     ]
     rows = [
         (
             str(number),
-            f"{turn.ddm_s:.1f}",
-            f"{turn.hand_s:.1f}",
-            f"{turn.ddm_s / turn.hand_s:.3f}",
-            f"{turn.ray_start_s:.1f}",
+            f"{repetition.ddm_s:.1f}",
+            f"{repetition.by_hand_s:.1f}",
+            f"{repetition.ddm_s / repetition.by_hand_s:.3f}",
+            f"{repetition.ray_start_s:.1f}",
         )
-        for number, turn in enumerate(turns, start=1)
+        for number, repetition in enumerate(repetitions, start=1)
     ]
     listing = Listing(
-        title="Every turn, in seconds",
-        columns=("turn", "ddm", "by hand", "ratio", "start of Ray (apart)"),
+        title="All repetitions, in seconds",
+        columns=("repetition", "ddm", "by hand", "ratio", "start-up of Ray (separate)"),
         rows=rows,
     )
     notes = [
-        "The start of Ray is that of its head processes (GCS, raylet, agents). Workers import torch and diffusers "
-        "inside the measured time, as the processes started by hand do; they are used again for the next expert, "
-        "those are not."
+        "The start-up of Ray is that of its head processes (GCS, raylet, agents). Workers import torch and diffusers "
+        "within the measured time, as do the processes started by hand. Ray reuses its workers for the next expert; "
+        "processes started by hand are not reused."
     ]
     print(json.dumps(to_jsonable(write_result("overhead", seconds, claims, [listing], notes)), indent=1))
 

@@ -1,7 +1,7 @@
 """The decomposition against its baselines at equal FLOPs (`make bench-quality`): every claim.
 
-All of Fashion-MNIST, several seeds; `benchmarks/quality_arms.py` says what is trained. A claim about a distance holds
-if it holds in *both* feature spaces, by the mean over the seeds of the ratio to the baseline with the same seed.
+All of Fashion-MNIST, several seeds; `benchmarks/arms/quality.py` defines the training. A claim on a distance must hold
+in *both* feature spaces. Its value is the mean over the seeds of the ratio to the baseline with the same seed.
 """
 
 import argparse
@@ -12,18 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.finished_run import SPACES, Scores
-from benchmarks.quality_arms import ARMS, Arm, blind_rows, lost_expert, run_arm
+from benchmarks.arms.finished_run import SPACES, Scores
+from benchmarks.arms.quality import ARMS, Arm, run_arm, score_blind_router, score_without_expert
 from benchmarks.record import Claim, Listing, write_result
 from ddm_core.artifacts import read_json, to_jsonable
 
-MAIN, OURS = "K = 8", "sticky"
-MOST_CALLS = 1.25
+MAIN, DEFAULT_SELECTION = "K = 8", "sticky"
+MAX_CALLS = 1.25
+"""Most expert calls per step of a cheap selection."""
+BASELINES = ("monolith", "cluster_conditioned", "distilled_monolith", "one missing")
+"""Rows of the main arm that are not selections."""
+OURS, MONOLITH, CLUSTER_CONDITIONED, STUDENT, ONE_MISSING = (
+    f"{MAIN}: {name}" for name in (DEFAULT_SELECTION, *BASELINES)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seed:
-    """Everything that was found with one seed."""
+class SeedResults:
+    """All measurements with one seed."""
 
     rows: dict[str, Scores]
     """Scores by `<arm>: <row>`."""
@@ -32,9 +38,9 @@ class Seed:
     router: dict[str, float]
     """Accuracy of the routers over all t, by arm."""
     flops: dict[str, float]
-    """Training FLOPs by what they were for."""
+    """Training FLOPs by purpose."""
     largest_share: float
-    """Of the training images in the largest cluster of the unbalanced arm."""
+    """Share of the training images in the largest cluster of the unbalanced arm."""
 
 
 def main() -> None:
@@ -47,298 +53,317 @@ def main() -> None:
     started = time.monotonic()
     seeds = [run_seed(seed, options.folder, options.overrides) for seed in range(options.seeds)]
     result = write_result(
-        "quality", time.monotonic() - started, list(claims(seeds)), [*listings(seeds)], [notes(len(seeds))]
+        "quality", time.monotonic() - started, list(all_claims(seeds)), [*all_listings(seeds)], [note(len(seeds))]
     )
     print(json.dumps(to_jsonable(result["claims"]), indent=1))
 
 
-def run_seed(seed: int, folder: Path, overrides: Sequence[str]) -> Seed:
-    """Bring every arm to its end and collect what it says."""
+def run_seed(seed: int, folder: Path, overrides: Sequence[str]) -> SeedResults:
+    """Complete every arm and collect its measurements."""
     arms: dict[str, Arm] = {}
     for name in ARMS:
         arms[name] = run_arm(name, seed, folder, overrides)
         print(f"seed {seed}: {name}", flush=True)
-    rows = {f"{name}: {row}": scores for name, arm in arms.items() for row, scores in arm.scores().items()}
-    rows[f"{MAIN}: one missing"] = lost_expert(arms[MAIN])
+    rows = {f"{name}: {row}": scores for name, arm in arms.items() for row, scores in arm.load_scores().items()}
+    rows[ONE_MISSING] = score_without_expert(arms[MAIN])
     guided = arms["guided"]
     accuracy = {
-        f"guided: {row}": guided.class_accuracy(guided.folder(f"score_{row}") / "images.npy") for row in guided.scores()
+        f"guided: {row}": guided.measure_class_accuracy(guided.artifact_folder(f"score_{row}") / "images.npy")
+        for row in guided.load_scores()
     }
-    for row, (scores, seen) in blind_rows(arms["guided, blind router"]).items():
-        rows[f"blind: {row}"], accuracy[f"blind: {row}"] = scores, seen
-    return Seed(
-        rows={name: found for name, found in rows.items() if not name.startswith("guided, blind router")},
+    for row, (scores, class_accuracy) in score_blind_router(arms["guided, blind router"]).items():
+        rows[f"blind: {row}"], accuracy[f"blind: {row}"] = scores, class_accuracy
+    return SeedResults(
+        rows={name: scores for name, scores in rows.items() if not name.startswith("guided, blind router")},
         accuracy=accuracy,
-        router={name: mean_accuracy(arm) for name, arm in arms.items() if "router" in arm.stages},
-        flops=training_costs(arms),
-        largest_share=max(read_json(arms["unbalanced"].folder("partition") / "balance.json")["shares"]),
+        router={name: mean_router_accuracy(arm) for name, arm in arms.items() if "router" in arm.stages},
+        flops=training_flops(arms),
+        largest_share=max(read_json(arms["unbalanced"].artifact_folder("partition") / "balance.json")["shares"]),
     )
 
 
-def mean_accuracy(arm: Arm) -> float:
-    """The router's accuracy, averaged over the bins of t."""
-    return statistics.mean(float(found["accuracy"]) for found in arm.quality()["bins"])
+def mean_router_accuracy(arm: Arm) -> float:
+    """Return the router's accuracy, averaged over the bins of t."""
+    return statistics.mean(float(t_bin["accuracy"]) for t_bin in arm.load_router_quality()["bins"])
 
 
-def training_costs(arms: dict[str, Arm]) -> dict[str, float]:
-    """FLOPs of training and clustering; features and router are counted."""
-    ours = ("features", "partition", "expert", "router")
+def training_flops(arms: dict[str, Arm]) -> dict[str, float]:
+    """Return FLOPs of training and clustering by purpose; features and router are counted."""
+    kinds = ("features", "partition", "expert", "router")
     main_arm = arms[MAIN]
     return {
-        "ours": main_arm.flops(*ours),
-        "experts": main_arm.flops("expert"),
-        "router": main_arm.flops("router"),
-        "router x 4": arms["router x 4"].flops("router"),
-        "clustering": main_arm.flops("features", "partition"),
-        "half": arms["K = 8, half the steps"].flops(*ours),
-        "monolith": main_arm.flops("monolith"),
-        "cluster_conditioned": main_arm.flops("cluster_conditioned"),
-        "distilled_monolith": main_arm.flops("distilled_monolith"),
-        "long monolith": arms["monolith at the FLOPs of experts and student"].flops("expert"),
+        "ours": main_arm.sum_flops(*kinds),
+        "experts": main_arm.sum_flops("expert"),
+        "router": main_arm.sum_flops("router"),
+        "router x 4": arms["router x 4"].sum_flops("router"),
+        "clustering": main_arm.sum_flops("features", "partition"),
+        "half": arms["K = 8, half the steps"].sum_flops(*kinds),
+        "monolith": main_arm.sum_flops("monolith"),
+        "cluster_conditioned": main_arm.sum_flops("cluster_conditioned"),
+        "distilled_monolith": main_arm.sum_flops("distilled_monolith"),
+        "long monolith": arms["monolith at the FLOPs of experts and student"].sum_flops("expert"),
     }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """One row over another, with every seed."""
+    """Distances of one row over those of a baseline row, for every seed."""
 
     name: str
-    values: dict[str, list[float]]
-    """By space, of the Fréchet distance."""
+    fd: dict[str, list[float]]
+    """Ratios of the Fréchet distance, by space."""
     kid: dict[str, list[float]]
 
     @classmethod
-    def of(cls, seeds: Sequence[Seed], ours: str, theirs: str) -> "Ratio":
-        """The row `ours` over the row `theirs`."""
-        values, kid = (
-            {space: [_at(seed, ours, space, key) / _at(seed, theirs, space, key) for seed in seeds] for space in SPACES}
+    def between(cls, seeds: Sequence[SeedResults], row: str, baseline: str) -> "Ratio":
+        """Compute the ratios of `row` over `baseline`."""
+        fd, kid = (
+            {
+                space: [_score(seed, row, space, key) / _score(seed, baseline, space, key) for seed in seeds]
+                for space in SPACES
+            }
             for key in ("fd", "kid")
         )
-        return cls(name=ours, values=values, kid=kid)
+        return cls(name=row, fd=fd, kid=kid)
 
     @property
-    def worst(self) -> float:
-        """Mean over the seeds, in the space where it is larger."""
-        return max(statistics.mean(found) for found in self.values.values())
+    def worst_mean(self) -> float:
+        """Return the mean over the seeds, in the space where it is larger."""
+        return max(statistics.mean(ratios) for ratios in self.fd.values())
 
-    def agrees(self) -> bool:
-        """Whether KID falls too, in both spaces."""
-        return all(statistics.mean(found) < 1 for found in self.kid.values())
+    def is_kid_lower(self) -> bool:
+        """Return whether KID falls in both spaces, too."""
+        return all(statistics.mean(ratios) < 1 for ratios in self.kid.values())
 
-    def claim(self, name: str, bar: float, more: str = "", holds: bool = True) -> Claim:
-        """That it is at most `bar` in both spaces."""
-        value = ", ".join(f"{statistics.mean(found):.3f} ({space})" for space, found in self.values.items())
-        kid = ", ".join(f"{statistics.mean(found):.2f}" for found in self.kid.values())
+    def claim(self, name: str, target: float, remark: str = "", *, also_holds: bool = True) -> Claim:
+        """Return the claim that the ratio is at most `target` in both spaces."""
+        value = ", ".join(f"{statistics.mean(ratios):.3f} ({space})" for space, ratios in self.fd.items())
+        kid = ", ".join(f"{statistics.mean(ratios):.2f}" for ratios in self.kid.values())
         return Claim(
             name=name,
-            bar=f"≤ {bar:.2f} in both",
-            value=f"{value}; KID {kid}{more}",
-            spread=", ".join(f"{min(found):.3f} to {max(found):.3f}" for found in self.values.values()),
-            holds=self.worst <= bar and holds,
+            bar=f"≤ {target:.2f} in both",
+            value=f"{value}; KID {kid}{remark}",
+            spread=", ".join(f"{min(ratios):.3f} to {max(ratios):.3f}" for ratios in self.fd.values()),
+            holds=self.worst_mean <= target and also_holds,
         )
 
 
-def _at(seed: Seed, row: str, space: str, key: str) -> float:
+def _score(seed: SeedResults, row: str, space: str, key: str) -> float:
     return float(seed.rows[row]["spaces"][space][key])
 
 
-def best(seeds: Sequence[Seed]) -> Ratio:
-    """Of feature clusters, every K and selection of few calls: the one whose worse space is best."""
-    names = [f"K = {k}: {OURS}" for k in (2, 4, 16)]
+def best_ratio(seeds: Sequence[SeedResults]) -> Ratio:
+    """Return the ratio to the monolith that is lowest in its worse space.
+
+    The candidates are feature clusters with every K and selection that makes few calls.
+    """
+    names = [f"K = {k}: {DEFAULT_SELECTION}" for k in (2, 4, 16)]
     names += [name for name in seeds[0].rows if name.startswith(f"{MAIN}: ") and not name.endswith(BASELINES)]
-    cheap = [name for name in names if mean(seeds, lambda seed, n=name: seed.rows[n]["calls_per_step"]) <= MOST_CALLS]
-    return min((Ratio.of(seeds, name, MONOLITH) for name in cheap), key=lambda ratio: ratio.worst)
+    cheap = [
+        name
+        for name in names
+        if mean_over_seeds(seeds, lambda seed, n=name: seed.rows[n]["calls_per_step"]) <= MAX_CALLS
+    ]
+    return min((Ratio.between(seeds, name, MONOLITH) for name in cheap), key=lambda ratio: ratio.worst_mean)
 
 
-MONOLITH, TOLD, STUDENT = (f"{MAIN}: {name}" for name in ("monolith", "cluster_conditioned", "distilled_monolith"))
-BASELINES = ("monolith", "cluster_conditioned", "distilled_monolith", "one missing")
-
-
-def mean(seeds: Sequence[Seed], value: Callable[[Seed], float]) -> float:
-    """Mean over the seeds."""
+def mean_over_seeds(seeds: Sequence[SeedResults], value: Callable[[SeedResults], float]) -> float:
+    """Return the mean of a number over the seeds."""
     return statistics.mean(map(value, seeds))
 
 
-def claims(seeds: Sequence[Seed]) -> Iterator[Claim]:
-    """One for each row of the table that the project set itself."""
-    ours, top = f"{MAIN}: {OURS}", best(seeds)
-    yield top.claim(f"best selection and K ({top.name}) against the FLOP-matched monolith", 0.75, holds=top.agrees())
-    half = Ratio.of(seeds, f"K = 8, half the steps: {OURS}", MONOLITH)
-    yield half.claim("the same at half of the experts' steps", 1.0, f"; {cost(seeds, 'half')} of its FLOPs")
-    told = min((Ratio.of(seeds, name, TOLD) for name in {ours, top.name}), key=lambda ratio: ratio.worst)
-    yield told.claim("the same against the monolith that is told the cluster", 0.90)
-    yield measured(
+def all_claims(seeds: Sequence[SeedResults]) -> Iterator[Claim]:
+    """Yield one claim per target of the project."""
+    best = best_ratio(seeds)
+    yield best.claim(
+        f"best selection and K ({best.name}) against the FLOP-matched monolith", 0.75, also_holds=best.is_kid_lower()
+    )
+    half = Ratio.between(seeds, f"K = 8, half the steps: {DEFAULT_SELECTION}", MONOLITH)
+    yield half.claim("the same at half of the experts' steps", 1.0, f"; {flops_ratio(seeds, 'half')} of its FLOPs")
+    conditioned = min(
+        (Ratio.between(seeds, name, CLUSTER_CONDITIONED) for name in {OURS, best.name}),
+        key=lambda ratio: ratio.worst_mean,
+    )
+    yield conditioned.claim("the same against the cluster-conditioned monolith", 0.90)
+    yield every_seed_claim(
         "expert calls per step of the default selection",
-        f"≤ {MOST_CALLS}",
-        [seed.rows[ours]["calls_per_step"] for seed in seeds],
-        lambda value: value <= MOST_CALLS,
+        f"≤ {MAX_CALLS}",
+        [seed.rows[OURS]["calls_per_step"] for seed in seeds],
+        lambda value: value <= MAX_CALLS,
     )
     yield from partition_claims(seeds)
     yield from router_claims(seeds)
-    student = Ratio.of(seeds, STUDENT, MONOLITH)
-    yield student.claim("student from the experts against the monolith, experts' cost not counted", 1.0)
-    paid = Ratio.of(seeds, STUDENT, f"monolith at the FLOPs of experts and student: {OURS}")
-    yield paid.claim(
-        "the same, experts' cost counted", 1.0, f"; {cost(seeds, 'long monolith')} of the monolith's FLOPs"
+    student = Ratio.between(seeds, STUDENT, MONOLITH)
+    yield student.claim("student of the experts against the monolith, cost of the experts not counted", 1.0)
+    long_monolith = f"monolith at the FLOPs of experts and student: {DEFAULT_SELECTION}"
+    yield Ratio.between(seeds, STUDENT, long_monolith).claim(
+        "the same, cost of the experts counted",
+        1.0,
+        f"; {flops_ratio(seeds, 'long monolith')} of the monolith's FLOPs",
     )
-    yield missing_claim(seeds)
-    mixed = Ratio.of(seeds, f"K = 8, mixed: {OURS}", ours)
+    yield missing_expert_claim(seeds)
+    mixed = Ratio.between(seeds, f"K = 8, mixed: {DEFAULT_SELECTION}", OURS)
     yield mixed.claim("four velocity and four noise experts against all velocity", 1.03)
-    yield measured(
-        "training FLOPs of our side over the monolith's, router and clustering counted",
+    yield every_seed_claim(
+        "training FLOPs of the ensemble over the monolith's, router and clustering counted",
         "1.00 ± 0.01",
         [seed.flops["ours"] / seed.flops["monolith"] for seed in seeds],
         lambda value: abs(value - 1) <= 0.01,
     )
 
 
-def cost(seeds: Sequence[Seed], name: str) -> str:
-    """FLOPs over the monolith's."""
-    return f"{mean(seeds, lambda seed: seed.flops[name] / seed.flops['monolith']):.2f}"
+def flops_ratio(seeds: Sequence[SeedResults], name: str) -> str:
+    """Return the FLOPs over the monolith's, as text."""
+    return f"{mean_over_seeds(seeds, lambda seed: seed.flops[name] / seed.flops['monolith']):.2f}"
 
 
-def measured(name: str, bar: str, values: Sequence[float], holds: Callable[[float], bool]) -> Claim:
-    """A claim about one number with every seed; all of them must hold."""
+def every_seed_claim(name: str, target: str, values: Sequence[float], holds: Callable[[float], bool]) -> Claim:
+    """Return a claim on one number per seed that every seed must meet."""
     return Claim(
         name=name,
-        bar=bar,
+        bar=target,
         value=f"{statistics.mean(values):.4f}",
         spread=f"{min(values):.4f} to {max(values):.4f}",
         holds=all(map(holds, values)),
     )
 
 
-def partition_claims(seeds: Sequence[Seed]) -> Iterator[Claim]:
-    """What depends on how the data are divided."""
-    row = f"unbalanced: {OURS}"
+def partition_claims(seeds: Sequence[SeedResults]) -> Iterator[Claim]:
+    """Yield the claims that depend on the partition."""
+    row = f"unbalanced: {DEFAULT_SELECTION}"
     largest = seeds[0].largest_share
     floor = seeds[0].rows[row]["cluster_share_tv_floor"]
-    yield measured(
+    yield every_seed_claim(
         f"total variation of cluster shares, largest cluster {100 * largest:.0f} % (real images: {floor:.3f})",
         "≤ 0.02, cluster ≥ 40 %",
         [seed.rows[row]["cluster_share_tv"] for seed in seeds],
         lambda value: value <= 0.02 and largest >= 0.4,
     )
-    chance = Ratio.of(seeds, f"{MAIN}: {OURS}", f"K = 8, random clusters: {OURS}")
-    yield chance.claim("feature clusters against random clusters", 1.0)
-    many = Ratio.of(seeds, f"K = 16: {OURS}", MONOLITH)
-    yield many.claim("K = 16 at the same global batch against the monolith", 1.0)
+    random_clusters = Ratio.between(seeds, OURS, f"K = 8, random clusters: {DEFAULT_SELECTION}")
+    yield random_clusters.claim("feature clusters against random clusters", 1.0)
+    sixteen = Ratio.between(seeds, f"K = 16: {DEFAULT_SELECTION}", MONOLITH)
+    yield sixteen.claim("K = 16 at the same global batch against the monolith", 1.0)
 
 
-def router_claims(seeds: Sequence[Seed]) -> Iterator[Claim]:
-    """What depends on the router."""
+def router_claims(seeds: Sequence[SeedResults]) -> Iterator[Claim]:
+    """Yield the claims that depend on the router."""
     shares = [seed.flops["router"] / seed.flops["experts"] for seed in seeds]
-    times = mean(seeds, lambda seed: seed.flops["router x 4"] / seed.flops["router"])
+    factor = mean_over_seeds(seeds, lambda seed: seed.flops["router x 4"] / seed.flops["router"])
     gaps = [100 * (seed.router["router x 4"] - seed.router[MAIN]) for seed in seeds]
     yield Claim(
-        name="router's training FLOPs over the experts', and what one of more FLOPs gains in accuracy",
-        bar="≤ 3 %, within 1 point of 4 x",
-        value=f"{100 * statistics.mean(shares):.2f} %, {statistics.mean(gaps):+.2f} points at {times:.1f} x",
+        name="router's training FLOPs over the experts', and accuracy gain of a router with more FLOPs",
+        bar="≤ 3 %, within 1 point of 4 ×",
+        value=f"{100 * statistics.mean(shares):.2f} %, {statistics.mean(gaps):+.2f} points at {factor:.1f} ×",
         spread=f"{min(gaps):+.2f} to {max(gaps):+.2f} points",
         holds=max(shares) <= 0.03 and statistics.mean(gaps) <= 1,
     )
-    sees = Ratio.of(seeds, "guided: top_k_1", "blind: top_k_1")
-    seen, unseen = (mean(seeds, lambda seed, n=n: seed.accuracy[n]) for n in ("guided: top_k_1", "blind: top_k_1"))
-    yield sees.claim(
-        "router that sees the class against one that does not, top-1, guidance 2",
+    conditional = Ratio.between(seeds, "guided: top_k_1", "blind: top_k_1")
+    accuracy, blind_accuracy = (
+        mean_over_seeds(seeds, lambda seed, n=name: seed.accuracy[n]) for name in ("guided: top_k_1", "blind: top_k_1")
+    )
+    yield conditional.claim(
+        "class-conditional router against an unconditional router, top-1, guidance 2",
         1.0,
-        f"; class accuracy {seen:.3f} against {unseen:.3f}",
-        holds=seen >= unseen,
+        f"; class accuracy {accuracy:.3f} against {blind_accuracy:.3f}",
+        also_holds=accuracy >= blind_accuracy,
     )
 
 
-def missing_claim(seeds: Sequence[Seed]) -> Claim:
-    """Losing an expert must cost content, not quality."""
-    lost = Ratio.of(seeds, f"{MAIN}: one missing", f"{MAIN}: {OURS}")
-    kept = {
-        space: mean(seeds, lambda seed, s=space: _precision(seed, "one missing", s) / _precision(seed, OURS, s))
+def missing_expert_claim(seeds: Sequence[SeedResults]) -> Claim:
+    """Return the claim that the loss of an expert costs content, not precision."""
+    missing = Ratio.between(seeds, ONE_MISSING, OURS)
+    precision = {
+        space: mean_over_seeds(
+            seeds, lambda seed, s=space: _precision(seed, ONE_MISSING, s) / _precision(seed, OURS, s)
+        )
         for space in SPACES
     }
-    distances = ", ".join(f"{statistics.mean(found):.2f}" for found in lost.values.values())
+    distances = ", ".join(f"{statistics.mean(ratios):.2f}" for ratios in missing.fd.values())
     return Claim(
-        name="losing one of eight experts: precision over that of all eight",
+        name="loss of one of eight experts: precision over that of all eight",
         bar="≥ 0.95 in both, distances reported",
-        value=", ".join(f"{value:.3f} ({space})" for space, value in kept.items()) + f"; FD {distances} x",
-        spread=", ".join(f"FD {min(found):.2f} to {max(found):.2f}" for found in lost.values.values()),
-        holds=min(kept.values()) >= 0.95,
+        value=", ".join(f"{value:.3f} ({space})" for space, value in precision.items()) + f"; FD {distances} ×",
+        spread=", ".join(f"FD {min(ratios):.2f} to {max(ratios):.2f}" for ratios in missing.fd.values()),
+        holds=min(precision.values()) >= 0.95,
     )
 
 
-def _precision(seed: Seed, row: str, space: str) -> float:
-    return _at(seed, f"{MAIN}: {row}", space, "precision")
+def _precision(seed: SeedResults, row: str, space: str) -> float:
+    return _score(seed, row, space, "precision")
 
 
-def listings(seeds: Sequence[Seed]) -> Iterator[Listing]:
-    """Every row in every space, what is the same in all spaces, and the FLOPs."""
+def all_listings(seeds: Sequence[SeedResults]) -> Iterator[Listing]:
+    """Yield one table per space, the table of space-independent scores, FLOPs and routers."""
     for space in SPACES:
-        yield distances(seeds, space)
-    yield shares(seeds)
+        yield distance_listing(seeds, space)
+    yield coverage_listing(seeds)
     yield Listing(
         title="Training FLOPs over the monolith's",
-        columns=("", "of the monolith's"),
-        rows=[(name, cost(seeds, name)) for name in seeds[0].flops],
+        columns=("training", "FLOPs ratio"),
+        rows=[(name, flops_ratio(seeds, name)) for name in seeds[0].flops],
     )
     yield Listing(
         title="Routers: accuracy over all t",
         columns=("arm", "accuracy"),
-        rows=[(name, spread([seed.router[name] for seed in seeds])) for name in seeds[0].router],
+        rows=[(name, format_mean([seed.router[name] for seed in seeds])) for name in seeds[0].router],
     )
 
 
-def distances(seeds: Sequence[Seed], space: str) -> Listing:
-    """Fréchet distance, KID, precision and recall of every row in one space."""
-    lines = []
+def distance_listing(seeds: Sequence[SeedResults], space: str) -> Listing:
+    """Return Fréchet distance, KID, precision and recall of every row in one space."""
+    rows = []
     for name in seeds[0].rows:
-        base = "guided: monolith" if name.startswith(("guided", "blind")) else MONOLITH
-        ratio = Ratio.of(seeds, name, base)
-        cells = [
-            f"{spread([scale * _at(seed, name, space, key) for seed in seeds])} ({statistics.mean(of[space]):.2f})"
-            for key, scale, of in (("fd", 1, ratio.values), ("kid", 1000, ratio.kid))
+        baseline = "guided: monolith" if name.startswith(("guided", "blind")) else MONOLITH
+        ratio = Ratio.between(seeds, name, baseline)
+        distances = [
+            f"{format_mean([scale * _score(seed, name, space, key) for seed in seeds])} "
+            f"({statistics.mean(ratios[space]):.2f})"
+            for key, scale, ratios in (("fd", 1, ratio.fd), ("kid", 1000, ratio.kid))
         ]
-        seen = [spread([_at(seed, name, space, key) for seed in seeds]) for key in ("precision", "recall")]
-        lines.append((name, *cells, *seen))
-    found = seeds[0].rows[MONOLITH]["spaces"][space]
-    floors = [f"{scale * found[f'{key}_floor']:.3f}" for key, scale in (("fd", 1), ("kid", 1000))]
-    lines.append(("*floor*", *floors, f"{found['precision_floor']:.3f}", f"{found['recall_floor']:.3f}"))
+        shares = [format_mean([_score(seed, name, space, key) for seed in seeds]) for key in ("precision", "recall")]
+        rows.append((name, *distances, *shares))
+    scores = seeds[0].rows[MONOLITH]["spaces"][space]
+    floors = [f"{scale * scores[f'{key}_floor']:.3f}" for key, scale in (("fd", 1), ("kid", 1000))]
+    rows.append(("*floor*", *floors, f"{scores['precision_floor']:.3f}", f"{scores['recall_floor']:.3f}"))
     return Listing(
-        title=f"In the space {space}",
-        columns=("", "FD (to mono)", "KID ×1000 (to mono)", "precision", "recall"),
-        rows=lines,
+        title=f"Feature space {space}",
+        columns=("arm: row", "FD (over monolith)", "KID ×1000 (over monolith)", "precision", "recall"),
+        rows=rows,
     )
 
 
-def shares(seeds: Sequence[Seed]) -> Listing:
-    """What is the same in every space: coverage, shares, memorising, cost."""
+def coverage_listing(seeds: Sequence[SeedResults]) -> Listing:
+    """Return the scores that do not depend on a feature space: coverage, shares, memorization and cost."""
     keys = ("class_coverage", "class_tv", "cluster_share_tv", "nn_ratio", "calls_per_step")
-    lines = []
+    rows = []
     for name in seeds[0].rows:
-        seen = [seed.accuracy[name] for seed in seeds if name in seed.accuracy]
-        cells = [spread([seed.rows[name][key] for seed in seeds]) for key in keys]
-        lines.append((name, *cells, spread(seen) if seen else ""))
+        accuracies = [seed.accuracy[name] for seed in seeds if name in seed.accuracy]
+        cells = [format_mean([seed.rows[name][key] for seed in seeds]) for key in keys]
+        rows.append((name, *cells, format_mean(accuracies) if accuracies else ""))
     columns = (
-        "",
+        "arm: row",
         "class coverage",
         "class TV",
         "cluster share TV",
         "NN ratio",
-        "expert calls a step",
+        "expert calls per step",
         "class accuracy",
     )
-    return Listing(title="Coverage, shares, memorising and cost", columns=columns, rows=lines)
+    return Listing(title="Coverage, shares, memorization and cost", columns=columns, rows=rows)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
+def format_mean(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation as text."""
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
 
 
-def notes(seeds: int) -> str:
-    """What the numbers are."""
+def note(num_seeds: int) -> str:
+    """Return the note below the tables."""
     return (
-        f"Mean over {seeds} seeds ± their standard deviation; the number in brackets is the mean ratio to the monolith "
-        "with the same seed (of guided rows: to the guided monolith). Codec, partitions and the samples' seeds are the "
-        "same for all. A floor is the score of as many real training images. Rows that are not guided are of "
-        "unconditional samples; unbalanced means three clusters of pixels of whatever size they have."
+        f"Mean over {num_seeds} seeds ± standard deviation. The number in brackets is the mean ratio to the monolith "
+        "with the same seed (for guided rows: to the guided monolith). Codec, partitions and the seeds of the samples "
+        "are the same for all rows. A floor is the score of the same number of real training images. Rows that are not "
+        "guided are unconditional samples. Unbalanced means three clusters of pixels without a balance constraint."
     )
 
 

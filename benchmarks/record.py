@@ -1,4 +1,4 @@
-"""What a benchmark writes down: where it ran, what was claimed, what came out."""
+"""Results of a benchmark as JSON: the machine, the claims and the measured values."""
 
 import os
 import platform
@@ -17,10 +17,11 @@ RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One row: a claim, its bar, and what was measured."""
+    """One row of the claims table. Field names are the JSON keys."""
 
     name: str
     bar: str
+    """The target that the measured value must meet."""
     value: str
     spread: str
     holds: bool
@@ -28,15 +29,15 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """A table beside the claims."""
+    """A table of details below the claims."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]] = field(default_factory=list)
 
 
-def machine() -> str:
-    """Processor, its vector instructions, cores and versions in one line."""
+def describe_machine() -> str:
+    """Return processor, vector instructions, number of cores and versions in one line."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -54,15 +55,15 @@ def write_result(
     notes: Sequence[str] = (),
     figures: Mapping[str, float] | None = None,
     *,
-    where: str | None = None,
+    machine: str | None = None,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Write `docs/benchmarks/<script>.json` and return what it says; `figures` are for other benchmarks to read.
+    """Write `docs/benchmarks/<script>.json` and return its content; other benchmarks read `figures`.
 
-    `where` and `commit` say where it was measured, if that was not here and now.
+    `machine` and `commit` default to this machine and the current commit.
     """
     result = {
-        "machine": where or machine(),
+        "machine": machine or describe_machine(),
         "commit": commit or project_commit(),
         "seconds": round(seconds, 1),
         "claims": list(claims),
@@ -75,7 +76,7 @@ def write_result(
 
 
 def median_and_range(values: Sequence[float], digits: int = 3) -> tuple[str, str]:
-    """The median, and the smallest and largest value, as text."""
+    """Return the median, and the smallest and largest value, as text."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -1,7 +1,7 @@
-"""What survives what (`make chaos`): runs on two real Ray clusters, with everything that can be killed being killed.
+"""Fault tolerance (`make chaos`): runs on two real Ray clusters while their processes are killed.
 
-Every claim is made true by doing it: SIGKILL for experts, controllers and whole islands, SIGTERM as a spot notice,
-links that are taken down, networks without a route, files with flipped bits, tokens that are wrong.
+Every claim is tested with real faults: SIGKILL for experts, controllers and complete islands; SIGTERM as a spot notice;
+links that are taken down; networks without a route; files with flipped bits; wrong tokens.
 """
 
 import argparse
@@ -18,50 +18,63 @@ from pathlib import Path
 from signal import SIGTERM
 from statistics import median
 
-from benchmarks.bed import Killer, Recipe, Trial, end, last_step, lost_steps, restart_seconds, run_config
 from benchmarks.faults import faults_claims
-from benchmarks.network_island import S3_PORT
-from benchmarks.networks import Host, forwarded, separate_networks
 from benchmarks.record import Claim, Listing, write_result
+from benchmarks.testbed.network_island import S3_PORT
+from benchmarks.testbed.networks import Host, count_forwarded_packets, separate_networks
+from benchmarks.testbed.ray_clusters import (
+    Killer,
+    Trial,
+    TrialConfig,
+    kill_controller,
+    last_step,
+    make_run_config,
+    repeated_steps,
+    restart_seconds,
+)
 from ddm_core.artifacts import read_json
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.islands.local.clusters import LocalIslands
-from orchestrator.run.attempts import resumed_from_step
+from orchestrator.run.attempts import read_resume_step
 
-LONGEST_LIFE_S = 14.0
-"""A training is killed at a random time up to so long after it was first seen."""
+MAX_DELAY_S = 14.0
+"""A training is killed at a random time up to this delay after its first observation."""
 
 POLICY = ComputeConfig(retries=10_000, backoff_s=0.2, lease_s=12.0, grace_s=30.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Where the trials run."""
+    """Folder, islands and seed of the trials."""
 
     folder: Path
     islands: LocalIslands
     seed: int
     restarts_s: list[float] = field(default_factory=list)
-    """From the submission of an attempt until its training went on, for all that went on."""
+    """Time from submission to resumed training, for all attempts that resumed."""
 
-    def trial(self, name: str, recipe: Recipe, template: Path | None = None, policy: ComputeConfig = POLICY) -> Trial:
-        """A prepared run folder."""
-        trial = Trial(run_config(self.folder / name, recipe, self.islands.configs, policy))
+    def prepare_trial(
+        self, name: str, config: TrialConfig, template: Path | None = None, policy: ComputeConfig = POLICY
+    ) -> Trial:
+        """Prepare a run folder."""
+        trial = Trial(make_run_config(self.folder / name, config, self.islands.configs, policy))
         trial.prepare(template)
         return trial
 
 
-def undisturbed(bench: Bench, name: str, recipe: Recipe, template: Path | None = None) -> Trial:
-    """A run that nobody disturbs: the reference for all bytes."""
-    trial = bench.trial(name, recipe, template)
-    controller = trial.controller()
-    if controller.wait(timeout=900) != 0:
-        raise RuntimeError(f"the undisturbed run failed: {trial.run.root}/controller.log")
+def run_undisturbed(bench: Bench, name: str, config: TrialConfig, template: Path | None = None) -> Trial:
+    """Run a trial without faults: the reference for byte-identity."""
+    trial = bench.prepare_trial(name, config, template)
+    exit_code = trial.start_controller().wait(timeout=900)
+    if exit_code != 0:
+        raise RuntimeError(
+            f"the undisturbed run must exit with 0; got {exit_code}; read {trial.run.root}/controller.log"
+        )
     return trial
 
 
 def strip_to_template(trial: Trial, folder: Path) -> Path:
-    """A copy of a finished run without its experts and what follows them."""
+    """Copy a finished run without its experts and the stages after them."""
     copy = Trial(replace(trial.config, folder=str(folder)))
     copy.prepare(trial.run.root)
     for pattern in ("expert_*", "ensemble-*", "score_*"):
@@ -71,153 +84,160 @@ def strip_to_template(trial: Trial, folder: Path) -> Path:
     return folder
 
 
-def experts_killed(bench: Bench, template: Path, reference: Trial, recipe: Recipe, kills: int) -> list[Claim]:
-    """SIGKILL for experts at random instants, in as many runs as it takes."""
-    draw, killed, runs, finished, same, doubled = random.Random(bench.seed), 0, 0, 0, 0, 0
-    lost: list[int] = []
+def kill_experts(bench: Bench, template: Path, reference: Trial, config: TrialConfig, kills: int) -> list[Claim]:
+    """Kill experts with SIGKILL at random instants, in as many runs as necessary."""
+    rng, killed, runs, finished, identical, duplicates = random.Random(bench.seed), 0, 0, 0, 0, 0
+    repeated: list[int] = []
     started = time.monotonic()
     while killed < kills:
-        trial = bench.trial(f"killed_{runs}", recipe, template)
-        killer = Killer(trial, lambda: draw.uniform(0.0, LONGEST_LIFE_S), most=min(30, kills - killed))
-        code = killer.follow(trial.controller())
-        runs, killed = runs + 1, killed + killer.killed
+        trial = bench.prepare_trial(f"killed_{runs}", config, template)
+        killer = Killer(trial, lambda: rng.uniform(0.0, MAX_DELAY_S), max_kills=min(30, kills - killed))
+        exit_code = killer.follow(trial.start_controller())
+        runs, killed = runs + 1, killed + killer.num_killed
         finished += trial.is_finished()
-        same += trial.models() == reference.models()
+        identical += trial.model_checksums() == reference.model_checksums()
         for stage in trial.experts:
-            lost += lost_steps(trial.run.attempts(stage))
+            repeated += repeated_steps(trial.run.attempts(stage))
             bench.restarts_s.extend(restart_seconds(trial.run.attempts(stage)))
-        doubled += _doubled(trial)
-        print(f"  run {runs}: {killed} of {kills} kills, exit code {code}", flush=True)
+        duplicates += _count_duplicate_attempts(trial)
+        print(f"  run {runs}: {killed} of {kills} kills, exit code {exit_code}", flush=True)
     seconds = time.monotonic() - started
     return [
         Claim(
             name=f"experts killed with SIGKILL at random instants: {killed} kills on two islands, {runs} runs",
             bar="all runs finish; models byte-identical to the undisturbed run's",
-            value=f"{finished} of {runs} finish, {same} of {runs} byte-identical",
-            spread=f"{seconds:.0f} s; steps done again: median {median(lost or [0]):.0f}, most {max(lost or [0])}"
-            f" (a checkpoint every {recipe.checkpoint_every})",
-            holds=finished == same == runs and killed >= kills and not doubled,
+            value=f"{finished} of {runs} finish, {identical} of {runs} byte-identical",
+            spread=f"{seconds:.0f} s; repeated steps: median {median(repeated or [0]):.0f}, "
+            f"maximum {max(repeated or [0])} (a checkpoint every {config.checkpoint_every})",
+            holds=finished == identical == runs and killed >= kills and not duplicates,
         )
     ]
 
 
-def _doubled(trial: Trial) -> int:
-    """Attempts that two processes ran."""
+def _count_duplicate_attempts(trial: Trial) -> int:
+    """Return the number of attempts that were submitted twice."""
     submitted = [(event["stage"], event["attempt"]) for event in trial.events("submitted")]
     return len(submitted) - len(set(submitted))
 
 
-def controllers_killed(bench: Bench, template: Path, recipe: Recipe, kills: int) -> list[Claim]:
-    """SIGKILL for the controller and all that it started at home, again and again, while experts train."""
-    draw, killed, runs, finished, twice, redone = random.Random(bench.seed + 1), 0, 0, 0, 0, 0
+def kill_controllers(bench: Bench, template: Path, config: TrialConfig, kills: int) -> list[Claim]:
+    """Kill the controller and its local processes with SIGKILL, repeatedly, while experts train.
+
+    One kill in four comes at a random time after the start of the process, the others after the start of its run.
+    """
+    rng, killed, runs, finished, surplus, rewritten = random.Random(bench.seed + 1), 0, 0, 0, 0, 0
     started = time.monotonic()
     while killed < kills:
-        trial = bench.trial(f"headless_{runs}", recipe, template)
-        done: dict[str, float] = {}
+        trial = bench.prepare_trial(f"headless_{runs}", config, template)
+        manifest_times: dict[str, float] = {}
         while True:
-            lives, starts = len(trial.events("run_started")), killed % 4 != 0
-            controller = trial.controller()
-            deadline = time.monotonic() + (draw.uniform(0.0, 6.0) if killed < kills else 900.0)
+            num_starts, waits_for_start = len(trial.events("run_started")), killed % 4 != 0
+            controller = trial.start_controller()
+            deadline = time.monotonic() + (rng.uniform(0.0, 6.0) if killed < kills else 900.0)
             while controller.poll() is None and time.monotonic() < deadline:
-                trial.victims()
+                trial.find_victims()
                 time.sleep(0.05)
-                if starts and killed < kills and len(trial.events("run_started")) > lives:
-                    deadline, starts = time.monotonic() + draw.uniform(0.0, 8.0), False
-                elif starts and killed < kills:
+                if waits_for_start and killed < kills and len(trial.events("run_started")) > num_starts:
+                    deadline, waits_for_start = time.monotonic() + rng.uniform(0.0, 8.0), False
+                elif waits_for_start and killed < kills:
                     deadline = time.monotonic() + 1.0
             if controller.poll() is not None:
                 break
-            end(controller)
+            kill_controller(controller)
             killed += 1
-            redone += _redone(trial, done)
+            rewritten += _count_rewritten_manifests(trial, manifest_times)
         runs, finished = runs + 1, finished + trial.is_finished()
-        twice += len(trial.seen) - len(trial.experts)
-        print(f"  run {runs}: {killed} of {kills} controllers killed, {len(trial.seen)} trainings seen", flush=True)
+        surplus += len(trial.stages_by_pid) - len(trial.experts)
+        trainings = len(trial.stages_by_pid)
+        print(f"  run {runs}: {killed} of {kills} controllers killed, {trainings} trainings observed", flush=True)
     return [
         Claim(
             name=f"controller killed at random instants: {killed} kills, {runs} runs",
-            bar="all resume; nothing runs twice; nothing finished is redone",
-            value=f"{finished} of {runs} finish; {twice} trainings too many, {redone} artifacts redone",
-            spread=f"{time.monotonic() - started:.0f} s; a training is a process on an island, each counted by its pid",
-            holds=finished == runs and not twice and not redone and killed >= kills,
+            bar="all resume; no training runs twice; no finished artifact is rewritten",
+            value=f"{finished} of {runs} finish; {surplus} duplicate trainings, {rewritten} artifacts rewritten",
+            spread=f"{time.monotonic() - started:.0f} s; a training is a process on an island, counted by pid",
+            holds=finished == runs and not surplus and not rewritten and killed >= kills,
         )
     ]
 
 
-def _redone(trial: Trial, done: dict[str, float]) -> int:
-    """How many manifests have changed since they were first seen."""
+def _count_rewritten_manifests(trial: Trial, manifest_times: dict[str, float]) -> int:
+    """Return the number of manifests that have changed since their first observation; record new ones."""
     changed = 0
     for path in trial.run.root.glob("artifacts/*/manifest.json"):
-        written = path.stat().st_mtime
-        changed += done.setdefault(path.parent.name, written) != written
+        modified = path.stat().st_mtime
+        changed += manifest_times.setdefault(path.parent.name, modified) != modified
     return changed
 
 
-def island_killed(bench: Bench, template: Path, reference: Trial, recipe: Recipe, times: int) -> list[Claim]:
-    """Every process of one island, mid-training; then it stays away until the run is over."""
-    finished, same, lost = 0, 0, []
+def kill_island(bench: Bench, template: Path, reference: Trial, config: TrialConfig, times: int) -> list[Claim]:
+    """Kill every process of one island in mid-training; the island stays down until the run ends."""
+    finished, identical, repeated = 0, 0, []
     started = time.monotonic()
     for number in range(times):
-        trial = bench.trial(f"island_{number}", recipe, template)
-        controller = trial.controller()
-        _until(lambda trial=trial: _on(trial, "island_1", recipe.checkpoint_every), 120)
+        trial = bench.prepare_trial(f"island_{number}", config, template)
+        controller = trial.start_controller()
+        _wait_until(lambda trial=trial: _has_progress_on(trial, "island_1", config.checkpoint_every), 120)
         bench.islands.kill("island_1")
         finished += controller.wait(timeout=600) == 0 and trial.is_finished()
-        same += trial.models() == reference.models()
+        identical += trial.model_checksums() == reference.model_checksums()
         for stage in trial.experts:
-            lost += lost_steps(trial.run.attempts(stage))
+            repeated += repeated_steps(trial.run.attempts(stage))
         bench.islands.start("island_1")
-        print(f"  {number + 1} of {times}: steps done again {lost}", flush=True)
+        print(f"  {number + 1} of {times}: repeated steps {repeated}", flush=True)
     return [
         Claim(
-            name=f"whole island killed mid-training, {times} times",
-            bar="the run finishes on the other; lost work ≤ one checkpoint interval",
-            value=f"{finished} of {times} finish, {same} byte-identical; most steps done again {max(lost)} "
-            f"= {max(lost) / recipe.checkpoint_every:.2f} intervals",
-            spread=f"{time.monotonic() - started:.0f} s; lease {POLICY.lease_s:g} s; n = {len(lost)}",
-            holds=finished == same == times and max(lost) <= recipe.checkpoint_every,
+            name=f"complete island killed in mid-training, {times} times",
+            bar="the run finishes on the other island; lost work ≤ one checkpoint interval",
+            value=f"{finished} of {times} finish, {identical} byte-identical; at most {max(repeated)} repeated steps "
+            f"= {max(repeated) / config.checkpoint_every:.2f} intervals",
+            spread=f"{time.monotonic() - started:.0f} s; lease {POLICY.lease_s:g} s; n = {len(repeated)}",
+            holds=finished == identical == times and max(repeated) <= config.checkpoint_every,
         )
     ]
 
 
-def _on(trial: Trial, island: str, steps: int) -> bool:
-    """Whether an expert on the island has done more than so many steps."""
+def _has_progress_on(trial: Trial, island: str, steps: int) -> bool:
+    """Return whether an expert on the island has trained for more than `steps` steps."""
     for stage in trial.experts:
         attempts = trial.run.attempts(stage)
-        written = attempts[-1] / "job.json" if attempts else None
-        if written and written.is_file() and read_json(written)["island"] == island and last_step(attempts[-1]) > steps:
+        job = attempts[-1] / "job.json" if attempts else None
+        if job and job.is_file() and read_json(job)["island"] == island and last_step(attempts[-1]) > steps:
             return True
     return False
 
 
-def _until(question: Callable[[], bool], limit_s: float) -> None:
-    give_up = time.monotonic() + limit_s
-    while not question():
-        if time.monotonic() > give_up:
-            raise TimeoutError(f"not within {limit_s:g} s")
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the condition must hold within {timeout_s:g} s; read controller.log of the trial")
         time.sleep(0.1)
 
 
-def notices(bench: Bench, template: Path, reference: Trial, recipe: Recipe, count: int) -> list[Claim]:
-    """SIGTERM for trainings at random instants: a spot notice of 30 s."""
-    draw, sent, preempted, lost, finished, same, runs = random.Random(bench.seed + 2), 0, 0, [], 0, 0, 0
+def send_notices(bench: Bench, template: Path, reference: Trial, config: TrialConfig, count: int) -> list[Claim]:
+    """Send SIGTERM to trainings at random instants: a spot notice of 30 s."""
+    rng, sent, preempted, lost, finished, identical, runs = random.Random(bench.seed + 2), 0, 0, [], 0, 0, 0
     failures = 0
     while sent < count:
-        trial = bench.trial(f"notice_{runs}", recipe, template)
+        trial = bench.prepare_trial(f"notice_{runs}", config, template)
         killer = Killer(
             trial,
-            lambda: draw.uniform(0.0, LONGEST_LIFE_S),
-            most=count - sent,
+            lambda: rng.uniform(0.0, MAX_DELAY_S),
+            max_kills=count - sent,
             signal=SIGTERM,
-            is_ripe=lambda stage, trial=trial: 0 < trial.progress(stage) < recipe.steps - recipe.checkpoint_every,
+            may_kill=lambda stage, trial=trial: 0 < trial.progress(stage) < config.steps - config.checkpoint_every,
         )
-        killer.follow(trial.controller())
-        runs, sent = runs + 1, sent + killer.killed
-        finished, same = finished + trial.is_finished(), same + (trial.models() == reference.models())
+        killer.follow(trial.start_controller())
+        runs, sent = runs + 1, sent + killer.num_killed
+        finished += trial.is_finished()
+        identical += trial.model_checksums() == reference.model_checksums()
         for stage in trial.experts:
             attempts = trial.run.attempts(stage)
-            preempted += sum(read_json(one / "outcome.json")["state"] == "preempted" for one in attempts)
-            lost += [_lost_to_notice(before, after) for before, after in zip(attempts, attempts[1:], strict=False)]
+            preempted += sum(read_json(attempt / "outcome.json")["state"] == "preempted" for attempt in attempts)
+            lost += [
+                _steps_lost_to_notice(before, after) for before, after in zip(attempts, attempts[1:], strict=False)
+            ]
         failures += len(trial.events("failed", "lost"))
         print(f"  run {runs}: {sent} notices, {preempted} preempted, lost steps {max(lost or [0])}", flush=True)
     return [
@@ -225,83 +245,84 @@ def notices(bench: Bench, template: Path, reference: Trial, recipe: Recipe, coun
             name=f"SIGTERM with 30 s notice, {sent} times",
             bar="zero steps lost",
             value=f"{max(lost or [0])} steps lost at most; {preempted} of {sent} preempted; "
-            f"{same} of {runs} byte-identical",
+            f"{identical} of {runs} byte-identical",
             spread=f"{finished} of {runs} runs finish; {failures} retries used",
-            holds=not any(lost) and finished == same == runs and preempted == sent,
+            holds=not any(lost) and finished == identical == runs and preempted == sent,
         )
     ]
 
 
-def _lost_to_notice(before: Path, after: Path) -> int:
-    """Steps between where an attempt says that it stopped and where the next one went on."""
-    words = read_json(before / "outcome.json")["error"]
-    stopped = int(words.split("stopped at step ")[1].split()[0]) if "stopped at step" in words else last_step(before)
-    return max(0, stopped - resumed_from_step(after)) if (after / "log.txt").is_file() else 0
+def _steps_lost_to_notice(before: Path, after: Path) -> int:
+    """Return the steps between the end of one attempt, by its error message, and the start of the next."""
+    error = read_json(before / "outcome.json")["error"]
+    stopped = int(error.split("stopped at step ")[1].split()[0]) if "stopped at step" in error else last_step(before)
+    return max(0, stopped - read_resume_step(after)) if (after / "log.txt").is_file() else 0
 
 
-def networks(folder: Path, recipe: Recipe, cut_s: float) -> tuple[list[Claim], Listing]:
-    """Two islands on networks without a route to each other; the link of one of them is down for a while."""
+def disconnect_island(folder: Path, config: TrialConfig, down_s: float) -> tuple[list[Claim], Listing]:
+    """Run two islands on networks without a route to each other, and disconnect one for `down_s` seconds."""
     started = time.monotonic()
     with separate_networks(folder / "networks", 2) as (hosts, configs):
         policy = replace(POLICY, lease_s=180.0)
-        trial = Trial(run_config(folder / "separate", recipe, configs, policy))
+        trial = Trial(make_run_config(folder / "separate", config, configs, policy))
         trial.prepare()
-        before = forwarded()
-        controller = trial.controller()
-        _until(lambda: min(trial.progress(stage.name) for stage in trial.experts) > 0, 240)
-        calm = _carried(hosts, 20.0)
-        there, at_cut = _steps_on(trial, "island_1"), time.monotonic()
-        hosts[0].cut()
-        _until(lambda: bool(trial.events("unreachable")), cut_s)
-        noticed = time.monotonic() - at_cut
-        said = _status(trial)
-        time.sleep(max(0.0, cut_s - noticed))
-        hosts[0].mend()
-        healed = time.monotonic()
-        _until(lambda: bool(trial.events("recovered")), 60)
-        recovered = time.monotonic() - healed
+        packets_before = count_forwarded_packets()
+        controller = trial.start_controller()
+        _wait_until(lambda: min(trial.progress(stage.name) for stage in trial.experts) > 0, 240)
+        link_bytes = _measure_link_bytes(hosts, 20.0)
+        steps_before, disconnected = _steps_on(trial, "island_1"), time.monotonic()
+        hosts[0].disconnect()
+        _wait_until(lambda: bool(trial.events("unreachable")), down_s)
+        noticed_s = time.monotonic() - disconnected
+        is_shown = "unreachable" in _status(trial)
+        time.sleep(max(0.0, down_s - noticed_s))
+        hosts[0].reconnect()
+        reconnected = time.monotonic()
+        _wait_until(lambda: bool(trial.events("recovered")), 60)
+        recovered_s = time.monotonic() - reconnected
         time.sleep(3.0)
-        after = _steps_on(trial, "island_1")
-        code = controller.wait(timeout=900)
-        passed = forwarded() - before
-        met = [one.reaches(other, S3_PORT) for one, other in (hosts, hosts[::-1])]
+        new_steps = _steps_on(trial, "island_1") - steps_before
+        exit_code = controller.wait(timeout=900)
+        packets = count_forwarded_packets() - packets_before
+        is_connected = any([host.can_reach(other, S3_PORT) for host, other in (hosts, hosts[::-1])])
     attempts = sum(len(trial.run.attempts(stage)) for stage in trial.experts)
-    cut = Claim(
-        name=f"link between controller and an island down for {cut_s:.0f} s",
-        bar="training goes on; nothing is resubmitted; status says unreachable, then recovers",
-        value=f"{after - there:,} steps meanwhile; {attempts} attempts for {len(trial.experts)} experts; status said "
-        f"{'unreachable' if 'unreachable' in said else 'NOTHING'}; recovered {recovered:.1f} s after the link",
-        spread=f"noticed after {noticed:.1f} s; the run {'finished' if code == 0 else 'FAILED'}",
-        holds=code == 0 and attempts == len(trial.experts) and after - there > 0 and "unreachable" in said,
+    link_claim = Claim(
+        name=f"link between controller and an island down for {down_s:.0f} s",
+        bar="training continues; no resubmission; status shows unreachable, then recovers",
+        value=f"{new_steps:,} steps during that time; {attempts} attempts for {len(trial.experts)} experts; status "
+        f"showed {'unreachable' if is_shown else 'NO FAULT'}; recovered {recovered_s:.1f} s after the link",
+        spread=f"noticed after {noticed_s:.1f} s; the run {'finished' if exit_code == 0 else 'FAILED'}",
+        holds=exit_code == 0 and attempts == len(trial.experts) and new_steps > 0 and is_shown,
     )
-    apart = Claim(
-        name="bytes between islands during a whole run",
+    traffic_claim = Claim(
+        name="bytes between islands during a complete run",
         bar="0",
-        value=f"{passed} packets forwarded; island to island: {'connected' if any(met) else 'no route'}",
-        spread=f"{time.monotonic() - started:.0f} s; the links to the controller carried {sum(calm) / 20e3:.1f} kB/s "
-        "while both trained (checkpoints and signs of life)",
-        holds=passed == 0 and not any(met),
+        value=f"{packets} packets forwarded; island to island: {'connected' if is_connected else 'no route'}",
+        spread=f"{time.monotonic() - started:.0f} s; the links to the controller carried "
+        f"{sum(link_bytes) / 20e3:.1f} kB/s while both trained (checkpoints and heartbeats)",
+        holds=packets == 0 and not is_connected,
     )
-    rows = [(host.namespace, f"{carried:,}") for host, carried in zip(hosts, calm, strict=True)]
-    return [cut, apart], Listing(title="Bytes on the links in 20 s of training", columns=("island", "bytes"), rows=rows)
+    rows = [(host.namespace, f"{transferred:,}") for host, transferred in zip(hosts, link_bytes, strict=True)]
+    listing = Listing(title="Bytes on the links in 20 s of training", columns=("island", "bytes"), rows=rows)
+    return [link_claim, traffic_claim], listing
 
 
-def _carried(hosts: Sequence[Host], seconds: float) -> list[int]:
-    before = [host.carried() for host in hosts]
+def _measure_link_bytes(hosts: Sequence[Host], seconds: float) -> list[int]:
+    before = [host.transferred_bytes() for host in hosts]
     time.sleep(seconds)
-    return [host.carried() - earlier for host, earlier in zip(hosts, before, strict=True)]
+    return [host.transferred_bytes() - earlier for host, earlier in zip(hosts, before, strict=True)]
 
 
 def _steps_on(trial: Trial, island: str) -> int:
-    """The last step that the expert on an island has told of."""
+    """Return the last step that the expert on an island has reported."""
     for stage in trial.experts:
         if read_json(trial.run.attempts(stage)[-1] / "job.json")["island"] == island:
             return trial.progress(stage.name)
-    raise RuntimeError(f"no expert is on {island}")
+    raise RuntimeError(f"an expert must be on {island}; got none; read controller.log of the trial")
 
 
 def _status(trial: Trial) -> str:
-    """What `ddm status` says."""
+    """Return the output of `ddm status`."""
     command = [sys.executable, "-m", "orchestrator", "status", str(trial.run.root)]
     return subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"}
@@ -309,56 +330,56 @@ def _status(trial: Trial) -> str:
 
 
 def main() -> None:
-    """Run the claims that are asked for, write docs/benchmarks/reliability.json and print it."""
+    """Test the selected claims, write docs/benchmarks/reliability.json and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="claims to check; all without it")
-    parser.add_argument("--kills", type=int, default=104, help="experts that are killed")
-    parser.add_argument("--controllers", type=int, default=52, help="controllers that are killed")
+    parser.add_argument("--only", nargs="*", help="claims to test (default: all)")
+    parser.add_argument("--kills", type=int, default=104, help="number of killed experts")
+    parser.add_argument("--controllers", type=int, default=52, help="number of killed controllers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for the runs; a temporary one without it")
-    given = parser.parse_args()
+    parser.add_argument("--keep", dest="folder", type=Path, help="folder for the runs (default: a temporary folder)")
+    options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ddm-chaos-") as temporary:
-        folder = given.keep or Path(temporary)
-        claims, listings, restarts_s = measure(folder, given)
+        folder = options.folder or Path(temporary)
+        claims, listings, restarts_s = measure(folder, options)
     figures = {"restart_s": median(restarts_s)} if restarts_s else {}
     write_result("reliability", time.monotonic() - started, claims, listings, NOTES, figures)
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FAILS'}  {claim.name}: {claim.value} ({claim.spread})")
 
 
-def measure(folder: Path, given: argparse.Namespace) -> tuple[list[Claim], list[Listing], list[float]]:
-    """All claims, on one pair of islands; and how long the restarts took, in seconds."""
-    short = Recipe(steps=4000, checkpoint_every=400)
-    long = Recipe(steps=60_000, checkpoint_every=2000, num_experts=2)
-    wanted: Sequence[str] = given.only or ("experts", "controllers", "island", "notice", "network", "faults")
+def measure(folder: Path, options: argparse.Namespace) -> tuple[list[Claim], list[Listing], list[float]]:
+    """Test the selected claims on one pair of islands; return claims, tables and restart durations (s)."""
+    short = TrialConfig(steps=4000, checkpoint_every=400)
+    long = TrialConfig(steps=60_000, checkpoint_every=2000, num_experts=2)
+    selected: Sequence[str] = options.only or ("experts", "controllers", "island", "notice", "network", "faults")
     claims: list[Claim] = []
     listings: list[Listing] = []
     with LocalIslands(folder / "islands", count=2, cpus=1) as islands:
-        bench = Bench(folder=folder, islands=islands, seed=given.seed)
-        reference = undisturbed(bench, "undisturbed", short)
+        bench = Bench(folder=folder, islands=islands, seed=options.seed)
+        reference = run_undisturbed(bench, "undisturbed", short)
         template = strip_to_template(reference, folder / "template")
-        steps: dict[str, Callable[[], list[Claim]]] = {
-            "experts": lambda: experts_killed(bench, template, reference, short, given.kills),
-            "notice": lambda: notices(bench, template, reference, short, 30),
-            "island": lambda: island_killed(bench, template, reference, short, 3),
-            "controllers": lambda: controllers_killed(bench, template, long, given.controllers),
+        tests: dict[str, Callable[[], list[Claim]]] = {
+            "experts": lambda: kill_experts(bench, template, reference, short, options.kills),
+            "notice": lambda: send_notices(bench, template, reference, short, 30),
+            "island": lambda: kill_island(bench, template, reference, short, 3),
+            "controllers": lambda: kill_controllers(bench, template, long, options.controllers),
         }
-        for name, step in steps.items():
-            if name in wanted:
+        for name, test in tests.items():
+            if name in selected:
                 print(name, flush=True)
-                claims += step()
-    if "network" in wanted:
-        made, listing = networks(folder, long, 60.0)
-        claims, listings = claims + made, [*listings, listing]
-    if "faults" in wanted:
+                claims += test()
+    if "network" in selected:
+        network_claims, listing = disconnect_island(folder, long, 60.0)
+        claims, listings = claims + network_claims, [*listings, listing]
+    if "faults" in selected:
         claims += faults_claims()
     return claims, listings, bench.restarts_s
 
 
 NOTES = (
-    "Both islands, their storage and the controller are on one machine with two cores; an island is a Ray cluster of "
-    "its own with one CPU, its own ports and its own token.",
+    "Both islands, their storage and the controller run on one machine with two cores. Each island is a separate Ray "
+    "cluster with one CPU, separate ports and a separate token.",
 )
 
 

@@ -1,10 +1,12 @@
-"""From a data set to K clusters that can each be read alone.
+"""From a data set to K clusters that can be read independently.
 
     source ──build_dataset──► shards ──extract_features──► features ──make_partition──► clusters/0 … K-1
                                                                                         assignment, balance
 
-Open `dataset.py` to see how images become shards, `sources.py` for where they come from (add a source there),
-`features.py` for the spaces in which clusters are found (add an extractor there), `division.py` for what else may
-divide the samples, `partition.py` for the partition itself, `shards.py` to read or write shards, and `errors.py` for
-everything that can go wrong.
+datasets/       image sources, and how images become shards; add a source in `sources.py`
+shards/         read and write shards
+features/       feature spaces for clustering; add an extractor in `extract.py`
+clustering/     k-means, and the strategies that divide the samples; add a strategy in `strategies.py`
+partition.py    the partition itself
+errors.py       all errors
 """

@@ -1,4 +1,4 @@
-"""Which cluster each training sample belongs to, as a table, and how many of each class that makes."""
+"""The table that maps training samples to clusters, and the shards of every cluster."""
 
 import contextlib
 import csv
@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Integer
 
 from data_partition.errors import FeaturesMismatch
-from data_partition.shards.shards import ShardIndex, ShardWriter, encoded_label, read_encoded, read_index
+from data_partition.shards.shards import ShardIndex, ShardWriter, decode_label, read_encoded, read_index
 from data_partition.shards.tar import Encoded
-from ddm_core.memmaps import new_array
+from ddm_core.memmaps import create_memmap
 
 
 class AssignmentTable:
-    """Writes a line of `assignment.csv` for each sample, and counts the classes of every cluster."""
+    """Writer of `assignment.csv`, one line per sample; it also counts the classes of every cluster."""
 
     def __init__(self, path: Path, keys: Path, cluster_of: Callable[[int], int], shape: tuple[int, int]) -> None:
         self._file = path.open("w", encoding="utf-8", newline="")
@@ -37,14 +37,14 @@ class AssignmentTable:
         self._keys.close()
 
     def add(self, row: int, sample: Encoded) -> None:
-        """Write the line of one sample; raises `FeaturesMismatch` if its features are another sample's."""
+        """Write the line of one sample; raises `FeaturesMismatch` if its features belong to another sample."""
         key = self._keys.readline().rstrip("\n")
         if key != sample.key:
             raise FeaturesMismatch(
                 f"row {row} of the features belongs to {key!r}, but of the data set to {sample.key!r}; "
                 "extract the features of this data set again"
             )
-        cluster_id, label = self._cluster_of(row), encoded_label(sample)
+        cluster_id, label = self._cluster_of(row), decode_label(sample)
         self._table.writerow((sample.key, cluster_id))
         if 0 <= label < len(self.class_counts):
             self.class_counts[label, cluster_id] += 1
@@ -53,11 +53,11 @@ class AssignmentTable:
 def store_ids(
     path: Path, count: int, batches: Iterable[Integer[np.ndarray, " batch"]]
 ) -> Integer[np.ndarray, " sample"]:
-    """The ids of all batches as a memory-mapped file, so that they take no memory."""
+    """Write the ids of all batches to a memory-mapped file and return it."""
     if count == 0:
         return np.zeros(0, dtype=np.int32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = new_array(path, np.int32, (count,))
+    stored = create_memmap(path, np.int32, (count,))
     start = 0
     for ids in batches:
         stored[start : start + len(ids)] = ids
@@ -66,13 +66,13 @@ def store_ids(
 
 
 def count_ids(ids: Integer[np.ndarray, " sample"], num: int, block_rows: int) -> Integer[np.ndarray, " num"]:
-    """How often each of `num` ids occurs, in blocks."""
+    """Count how often each of `num` ids occurs, in blocks."""
     blocks = (ids[start : start + block_rows] for start in range(0, len(ids), block_rows))
     return sum((np.bincount(block, minlength=num) for block in blocks), np.zeros(num, dtype=np.int64))
 
 
 OPEN_CLUSTERS = 64
-"""Tars written at once; with more clusters, the shards are read several times."""
+"""Tars open for writing at the same time; with more clusters, the shards are read several times."""
 
 
 def write_clusters(
@@ -88,7 +88,7 @@ def write_clusters(
     """
     indices: list[ShardIndex] = []
     for first in range(0, num_clusters, OPEN_CLUSTERS):
-        writers = _writers(shards, range(first, min(first + OPEN_CLUSTERS, num_clusters)), out)
+        writers = _open_writers(shards, range(first, min(first + OPEN_CLUSTERS, num_clusters)), out)
         with contextlib.ExitStack() as stack:
             for writer in writers.values():
                 stack.enter_context(writer)
@@ -101,10 +101,10 @@ def write_clusters(
     return indices
 
 
-def _writers(shards: Path, wanted: range, out: Path) -> dict[int, ShardWriter]:
+def _open_writers(shards: Path, cluster_ids: range, out: Path) -> dict[int, ShardWriter]:
     index = read_index(shards)
     largest = max(index.shard_counts, default=1)
     return {
         cluster_id: ShardWriter(out / str(cluster_id), largest, index.class_names, index.image_shape)
-        for cluster_id in wanted
+        for cluster_id in cluster_ids
     }

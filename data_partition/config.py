@@ -1,4 +1,4 @@
-"""What can be chosen about a data set and its partition; imports no torch."""
+"""Configuration of a data set and its partition; imports no torch."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,10 +11,10 @@ from ddm_core.artifacts import STRICT
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """Which images to learn from, and the size they are brought to."""
+    """The source of the images, their size, and the held-out share."""
 
     source: Literal["fashion", "fashion_full", "digits", "image_folder", "webdataset"] = "fashion"
-    """Where images come from; `data_partition/datasets/sources.py` has one function for each."""
+    """Origin of the images; `data_partition/datasets/sources.py` has one function for each."""
 
     path: str | None = None
     """Folder of images, or a brace-expanded URL of tars; only some sources need one."""
@@ -32,30 +32,30 @@ class DataConfig:
     """Whether every sample must carry a class; without labels the models are unconditional."""
 
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of samples kept from training as the reference for scores, chosen by a hash of their keys.
-    Sources with a test set of their own use that instead."""
+    """Share of samples held out from training as the reference for scores, chosen by a hash of their keys.
+    A source with a test set of its own uses that instead."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Stop after so many training samples."""
+    """Maximum number of training samples."""
 
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of unreadable images that may be skipped, each named in the log; more is an error."""
+    """Maximum share of unreadable images; they are skipped and logged by name, and a larger share is an error."""
 
     shard_samples: Annotated[int, Field(ge=1)] = 2048
-    """Samples in one shard at most."""
+    """Maximum number of samples in one shard."""
 
     version: str = ""
-    """Any text; change it when the files behind `path` have changed, so that the data are read again."""
+    """Any text; change it when the files at `path` have changed, so that the data are read again."""
 
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
-        """The same files from whichever folder a run is resumed."""
+        """Make the path absolute, so that a run may be resumed from another folder."""
         return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "DataConfig":
-        """Check that a source outside the package says where it is."""
+        """Check that a source outside the package has a path."""
         if self.path is None and self.source in ("image_folder", "webdataset"):
             raise ValueError(f"source {self.source} needs data.path=…, the folder or URL with the images")
         return self
@@ -66,28 +66,28 @@ class PartitionConfig:
     """How the data set is divided into one cluster per expert."""
 
     num_experts: Annotated[int, Field(ge=1, le=1024)] = 4
-    """K: how many clusters, and so how many experts."""
+    """K, the number of clusters and of experts."""
 
     by: Literal["features", "labels", "random"] = "features"
-    """What decides about a sample's cluster; `data_partition/clustering/strategies.py` has one function for each."""
+    """Criterion of the clusters; `data_partition/clustering/strategies.py` has one function for each."""
 
     features: Literal["pixels", "random_conv", "efficientnet_lite0"] = "pixels"
-    """The space in which the clusters are found; `data_partition/features/extract.py` has one extractor for each."""
+    """Feature space of the clustering; `data_partition/features/extract.py` has one extractor for each."""
 
     components: Annotated[int, Field(ge=2)] = 64
-    """Principal components kept of `pixels` features."""
+    """Principal components of `pixels` features."""
 
     num_fine: Annotated[int, Field(ge=1)] = 1024
-    """Fine centroids at most; never more than a twentieth of the samples."""
+    """Maximum number of fine centroids; never more than a twentieth of the samples."""
 
     balanced: bool = True
-    """Whether the fine centroids are consolidated into clusters of about equal size."""
+    """Whether the fine centroids are merged into clusters of about equal size."""
 
     iterations: Annotated[int, Field(ge=1)] = 25
-    """Rounds of k-means."""
+    """Iterations of k-means."""
 
     batch_size: Annotated[int, Field(ge=1)] = 256
-    """Images whose features are computed at once."""
+    """Images per batch of feature extraction."""
 
     seed: int = 0
     """Two partitions with the same seed and data are equal."""

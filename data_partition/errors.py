@@ -1,52 +1,54 @@
-"""Everything that can be wrong with data; each message says the rule, the value and the way out.
+"""Errors of data sets and partitions; each message states the rule, the value and the remedy.
 
 DataError
 ├── UrlRefused          a URL scheme that is not on the list
-├── SourceMissing       nothing is where the images should be
-├── DownloadFailed      a file could not be fetched, or is not the file that was meant
-├── SourceUnreachable   a tar could not be opened; trying again may help
+├── SourceMissing       no images at the given path
+├── DownloadFailed      a file could not be downloaded, or has another checksum
+├── SourceUnreachable   a tar could not be opened; a retry may help
 ├── ShardError          a tar is missing, truncated, corrupt or hostile
-├── UnprintableName     a class that no table could show
+├── UnprintableName     a class name with control characters
 ├── UnreadableImage     one image; counted, named and skipped up to a limit
-│   └── TooManyUnreadable   … and this is beyond the limit
-├── NoSamples           nothing is left to learn from, or to compare with
-├── MixedSizes          an image is not of the size that was asked for
+│   └── TooManyUnreadable   the limit is exceeded
+├── NoSamples           no training samples, or no held-out samples
+├── MixedSizes          an image has another size than configured
 ├── MissingLabels       a sample has no class
 ├── TooManyFeatures     a covariance would not fit into memory
 ├── MissingExtra        an optional package is not installed
-├── UnknownExtractor    features of a kind that this version does not have
-├── FeaturesMismatch    features were made from other samples
+├── UnknownExtractor    features of a kind that this version lacks
+├── FeaturesMismatch    features belong to other samples
 ├── TooFewSamples       fewer samples than experts
-└── EmptyCluster        an expert would have nothing to learn from
+└── EmptyCluster        an expert would have no training samples
 """
 
+from ddm_core.errors import DDMError
 
-class DataError(Exception):
-    """The data cannot be used as they are."""
+
+class DataError(DDMError):
+    """The data cannot be used."""
 
 
 class UrlRefused(DataError):
-    """A URL whose scheme is not on the list of allowed ones."""
+    """A URL has a scheme that is not on the list."""
 
 
 class SourceMissing(DataError):
-    """Nothing is where the images should be."""
+    """The given path has no images."""
 
 
 class DownloadFailed(DataError):
-    """A file could not be fetched, or is not the file that was meant."""
+    """A file could not be downloaded, or has another checksum than expected."""
 
 
 class SourceUnreachable(DataError):
-    """A tar could not be opened: a network, a disk or a driver failed; trying again may help."""
+    """A tar could not be opened: a network, a disk or a driver failed; a retry may help."""
 
 
 class ShardError(DataError):
-    """A tar is missing, truncated, corrupt, or holds what it must not hold."""
+    """A tar is missing, truncated or corrupt, or has a forbidden member."""
 
 
 class UnprintableName(DataError):
-    """A class whose name has characters that would act on a terminal instead of being shown."""
+    """A class name has control characters, which could rewrite a terminal."""
 
 
 class UnreadableImage(DataError):
@@ -54,19 +56,19 @@ class UnreadableImage(DataError):
 
 
 class TooManyUnreadable(UnreadableImage):
-    """More images cannot be read than may be skipped."""
+    """The share of unreadable images exceeds the limit."""
 
 
 class NoSamples(DataError):
-    """Nothing is left to learn from, or nothing to compare with."""
+    """A data set has no training samples, or no held-out samples."""
 
 
 class MixedSizes(DataError):
-    """An image is not of the size that was asked for."""
+    """An image has another size than configured."""
 
 
 class MissingLabels(DataError):
-    """A sample has no class, and classes were asked for."""
+    """A sample has no class, and the configuration requires classes."""
 
 
 class TooManyFeatures(DataError):
@@ -78,11 +80,11 @@ class MissingExtra(DataError):
 
 
 class UnknownExtractor(DataError):
-    """Features of a kind that this version does not have."""
+    """The features are of a kind that this version lacks."""
 
 
 class FeaturesMismatch(DataError):
-    """Features were made from other samples than those they are used with."""
+    """The features belong to other samples than the data set."""
 
 
 class TooFewSamples(DataError):
@@ -90,4 +92,4 @@ class TooFewSamples(DataError):
 
 
 class EmptyCluster(DataError):
-    """An expert would have nothing to learn from."""
+    """An expert would have no training samples."""

@@ -1,1 +1,1 @@
-"""What every room stands on: artifacts that are complete or absent, random bits, signals; no torch."""
+"""Shared foundations of all packages: artifacts that are complete or absent, errors, random streams; no torch."""

@@ -1,8 +1,8 @@
-"""The floor that every room stands on: folders that are whole or absent.
+"""Artifacts: folders that are complete or absent, and the workspace of a running stage.
 
 A stage fills a temporary folder; `publish` moves it to its final name and writes `manifest.json` last.
-A folder without a manifest is unfinished, whatever else lies in it. `Workspace` is the other half: what a
-stage may keep between two attempts, and how it says how far it is.
+A folder without a manifest is unfinished, whatever else it contains. `Workspace` holds what a stage keeps between two
+attempts, and reports its progress.
 """
 
 import contextlib
@@ -21,24 +21,26 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 from safetensors.numpy import save_file
 
+from ddm_core.errors import DDMError
+
 STRICT = ConfigDict(extra="forbid")
 """For every configuration dataclass: an unknown key is an error, never ignored."""
 
-UNHASHED_IF_DEFAULT = {"later": True}
-"""Metadata of a configuration's field that came later: it enters no fingerprint while it has its default, so that what
-was made before it came is still found."""
+UNHASHED_IF_DEFAULT = {"unhashed_if_default": True}
+"""Metadata of a configuration field that was added later: a fingerprint omits it while it has its default, so that
+artifacts from before its addition keep their fingerprints."""
 
 MANIFEST = "manifest.json"
 
 CHECKSUM_KEY = "sha256_of_the_rest"
-"""The key under which a sealed JSON file carries its own checksum."""
+"""The key under which a JSON file carries its own checksum."""
 
 CACHE = "cache"
-"""Below this name in a scratch folder lies what is quickly made again; it never leaves its machine."""
+"""Name of the folder in a scratch folder for files that are quick to recompute; it never leaves its machine."""
 
 
-class ArtifactError(Exception):
-    """A folder is not the artifact that was asked for."""
+class ArtifactError(DDMError):
+    """A folder is not the expected artifact."""
 
 
 class UnfinishedArtifact(ArtifactError):
@@ -49,23 +51,23 @@ class CorruptArtifact(ArtifactError):
     """A file differs from the checksum in its manifest, or cannot be parsed."""
 
 
-class Preempted(Exception):  # noqa: N818 - not an error: the work is saved and can go on
-    """The stage was asked to stop, has saved its work and can be continued."""
+class Preempted(Exception):  # noqa: N818 - not an error: the work is saved and can continue
+    """The stage stopped on request, has saved its work and can be continued."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Where an artifact came from and what it consists of."""
+    """The origin of an artifact and the checksums of its files."""
 
     stage: str
     fingerprint: str
     config: dict[str, Any]
     inputs: dict[str, str]
-    """Role of every input and its fingerprint."""
+    """Fingerprint of every input, by its role."""
     checksums: dict[str, str]
     """SHA-256 of every file, by its path inside the folder."""
     flops: float = 0.0
-    """Counted floating point operations of the stage, all attempts' repeated work left out."""
+    """Counted floating point operations of the stage, without the repeated work of earlier attempts."""
     commit: str = ""
     seconds: float = 0.0
     island: str = ""
@@ -73,7 +75,10 @@ class Manifest:
 
 
 def to_jsonable(value: object) -> Any:
-    """`value` as JSON knows it: dataclasses become objects, paths become strings, tuples become lists."""
+    """Convert `value` to JSON types: dataclasses become objects, paths become strings, tuples become lists.
+
+    `pydantic_core.to_jsonable_python` would turn an integer in a float field into a float and so change fingerprints.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return to_jsonable(asdict(value))
     if isinstance(value, Mapping):
@@ -84,19 +89,19 @@ def to_jsonable(value: object) -> Any:
 
 
 def fingerprint(stage: str, config: object, inputs: Mapping[str, str]) -> str:
-    """SHA-256 over a stage's name, its configuration and its inputs' fingerprints, as 64 hex digits."""
+    """Return the SHA-256 of a stage's name, its configuration and its inputs' fingerprints, as 64 hex digits."""
     text = json.dumps([stage, _identity(config), dict(inputs)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _identity(value: object) -> Any:
-    """`value` as JSON knows it, without the fields marked `LATER` that have their default."""
+    """Convert `value` to JSON types, without the fields marked `UNHASHED_IF_DEFAULT` that have their default."""
     if is_dataclass(value) and not isinstance(value, type):
-        held = {one.name: (one, getattr(value, one.name)) for one in fields(value)}
+        members = [(member, getattr(value, member.name)) for member in fields(value)]
         return {
-            name: _identity(given)
-            for name, (one, given) in held.items()
-            if not (one.metadata.get("later") and given == one.default)
+            member.name: _identity(content)
+            for member, content in members
+            if not (member.metadata.get("unhashed_if_default") and content == member.default)
         }
     if isinstance(value, Mapping):
         return {str(key): _identity(item) for key, item in value.items()}
@@ -104,17 +109,17 @@ def _identity(value: object) -> Any:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of one file."""
+    """Compute the SHA-256 of one file, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Every file below `folder` except its manifest, in a fixed order; raises `CorruptArtifact` for a link."""
-    found = sorted(folder.rglob("*"))
-    if links := [path for path in found if path.is_symlink()]:
-        raise CorruptArtifact(f"{links[0]} is a link, which may lead anywhere; put what it stands for in its place")
-    return [path for path in found if path.is_file() and path.relative_to(folder) != Path(MANIFEST)]
+def list_files(folder: Path) -> list[Path]:
+    """Return every file below `folder` except its manifest, in a fixed order; raises `CorruptArtifact` for a link."""
+    paths = sorted(folder.rglob("*"))
+    if links := [path for path in paths if path.is_symlink()]:
+        raise CorruptArtifact(f"{links[0]} is a link, which may point anywhere; replace it with the file it points to")
+    return [path for path in paths if path.is_file() and path.relative_to(folder) != Path(MANIFEST)]
 
 
 def sync(path: Path) -> None:
@@ -127,7 +132,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename."""
+    """Write a file atomically: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -139,22 +144,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(value: object) -> str:
-    """`value` as JSON, the same text for the same content."""
+    """Serialize `value` as JSON; the same content gives the same text."""
     return json.dumps(to_jsonable(value), indent=1, sort_keys=True) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, whole or not at all."""
+    """Write `value` as JSON, atomically."""
     write_text(path, to_json(value))
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `UnfinishedArtifact` if it is missing, `CorruptArtifact` if it does not parse."""
-    return _parsed(path)[0]
+    return _read_json_and_bytes(path)[0]
 
 
-def _parsed(path: Path) -> tuple[Any, bytes]:
-    """What a JSON file says, and its very bytes."""
+def _read_json_and_bytes(path: Path) -> tuple[Any, bytes]:
+    """Return the content of a JSON file and its exact bytes."""
     try:
         data = path.read_bytes()
         return json.loads(data.decode()), data
@@ -165,40 +170,42 @@ def _parsed(path: Path) -> tuple[Any, bytes]:
 
 
 def with_checksum(value: object) -> str:
-    """A JSON object that carries its own checksum."""
+    """Serialize a JSON object with its own checksum added."""
     content = to_jsonable(value)
     return to_json(content | {CHECKSUM_KEY: hashlib.sha256(to_json(content).encode()).hexdigest()})
 
 
 def read_with_checksum(path: Path) -> dict[str, Any]:
-    """Read what was `sealed`; raises what `read_json` does, and `CorruptArtifact` for a single changed bit."""
-    found, data = _parsed(path)
-    rest = {name: value for name, value in found.items() if name != CHECKSUM_KEY} if isinstance(found, dict) else {}
+    """Read what `with_checksum` wrote; raises like `read_json`, and `CorruptArtifact` for a single changed bit."""
+    content, data = _read_json_and_bytes(path)
+    members = content.items() if isinstance(content, dict) else ()
+    rest = {name: value for name, value in members if name != CHECKSUM_KEY}
     if data != with_checksum(rest).encode():
-        raise CorruptArtifact(f"{path} is not as it was written, by its own checksum; delete its folder and run again")
+        raise CorruptArtifact(f"{path} does not match its own checksum; delete its folder and run again")
     return rest
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays as safetensors, each in the order of its axes.
+    """Write arrays as safetensors.
 
-    `safetensors.numpy` writes the memory as it lies, so a transposed or strided array comes back as another one.
+    Each array is made contiguous first: `safetensors.numpy` writes raw memory, and a transposed or strided array would
+    load as another one.
     """
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder that takes the name `folder` when the block ends without an error.
+    """Yield an empty temporary folder that is renamed to `folder` when the block ends without an error.
 
-    Everything is fsynced before the rename, so a crash leaves the old folder, none or the new one, never half of one.
+    Everything is fsynced before the rename, so a crash leaves the old folder, none or the new one, never a partial one.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in files_in(temporary):
+        for path in list_files(temporary):
             sync(path)
         sync(temporary)
         if folder.exists():
@@ -221,17 +228,17 @@ def publish(
     commit: str = "",
     may_commit: Callable[[], bool] = lambda: True,
 ) -> Manifest:
-    """Let `fill` write an artifact into a temporary folder and return its FLOPs; then give it its final name.
+    """Let `fill` write an artifact into a temporary folder and return its FLOPs; then rename the folder to `folder`.
 
-    `may_commit` is asked last: a worker that has lost its lease must not write, and gets `Preempted`.
-    An artifact that is already there is left as it is.
+    `may_commit` is called last: a worker that has lost its lease must not write, and gets `Preempted`.
+    A finished artifact is never replaced.
     """
     if is_finished(folder):
         return read_manifest(folder)
     started = time.monotonic()
     with atomic_folder(folder) as temporary:
         flops = fill(temporary)
-        checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
+        checksums = {str(path.relative_to(temporary)): checksum(path) for path in list_files(temporary)}
         if not may_commit() or is_finished(folder):
             raise Preempted(f"attempt {attempt} of {stage} lost its lease; a later attempt owns {folder.name}")
     manifest = Manifest(
@@ -251,21 +258,24 @@ def publish(
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether `folder` has a manifest, which is written last."""
+    """Return whether `folder` has a manifest, which is written last."""
     return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished artifact; raises `UnfinishedArtifact` or `CorruptArtifact`."""
-    found = read_with_checksum(folder / MANIFEST)
+    """Read the manifest of a finished artifact; raises `UnfinishedArtifact` or `CorruptArtifact`."""
+    content = read_with_checksum(folder / MANIFEST)
     try:
-        return Manifest(**found)
+        return Manifest(**content)
     except TypeError as error:
         raise CorruptArtifact(f"{folder / MANIFEST} was written by another version: {error}") from error
 
 
 def verify(folder: Path, part: str = "") -> None:
-    """Compare an artifact's files, or those of a part, with their checksums; `CorruptArtifact` names what differs."""
+    """Compare the files of an artifact, or of its folder `part`, with their checksums.
+
+    Raises `CorruptArtifact`, which names the files that differ.
+    """
     digests = {name: hex for name, hex in read_manifest(folder).checksums.items() if Path(name).is_relative_to(part)}
     broken = [name for name in digests if not (folder / name).is_file() or checksum(folder / name) != digests[name]]
     if broken or not digests:
@@ -277,26 +287,26 @@ def verify(folder: Path, part: str = "") -> None:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """What a stage keeps between attempts, and the two files through which it talks to whoever started it."""
+    """The folders of a running stage: scratch files kept between attempts, and the files of this attempt."""
 
     scratch: Path
-    """Outlives an attempt: checkpoints, finished batches. Deleting it costs time, never correctness."""
+    """Kept between attempts: checkpoints, finished batches. Deleting it costs time, never correctness."""
     attempt: Path
-    """Belongs to this attempt alone: `progress.json`, `metrics.jsonl`, `log.txt`."""
+    """Files of this attempt alone: `progress.json`, `metrics.jsonl`, `log.txt`."""
     stop_files: tuple[Path, ...] = ()
-    """The stage saves its work and raises `Preempted` once one of these files exists,"""
+    """The stage saves its work and raises `Preempted` once one of these files exists."""
     stopping: Callable[[], bool] = lambda: False
-    """or once this says so: a SIGTERM has come."""
+    """The stage does the same once this returns True, after a SIGTERM."""
     _clock: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def at(cls, folder: Path) -> Self:
-        """A workspace for work that is done by hand."""
+        """Create a workspace for work outside a pipeline, in tests or by hand."""
         (folder / "attempt_1").mkdir(parents=True, exist_ok=True)
         return cls(folder, folder / "attempt_1", (folder / "stop",))
 
     def part(self, name: str) -> Self:
-        """A part of it, with a scratch folder of its own, for one of several pieces of work."""
+        """Return a workspace with a scratch folder of its own, for one of several pieces of work."""
         scratch = self.scratch / name
         scratch.mkdir(parents=True, exist_ok=True)
         part: Self = replace(self, scratch=scratch)
@@ -305,9 +315,9 @@ class Workspace:
     def report_progress(
         self, done: int, total: int | None, figures: Mapping[str, float] | None = None, *, unit: str = ""
     ) -> None:
-        """Say how far the work is; `total` None is unknown, another unit is another piece of work.
+        """Write `progress.json`; `total` None is unknown, and a new `unit` starts a new measurement of pace.
 
-        At most two files a second are written, so it may be called at every step.
+        It writes at most twice a second, so it may be called at every step.
         """
         now = time.monotonic()
         if done != total and now - self._clock.get("reported", 0.0) < 0.5:
@@ -321,11 +331,11 @@ class Workspace:
         write_json(self.attempt / "progress.json", progress | {"figures": dict(figures or {})})
 
     def stop_requested(self) -> bool:
-        """Whether the work should be saved now; looks at the disk at most five times a second."""
+        """Return whether the work should be saved now; checks the disk at most five times a second."""
         if self.stopping():
             return True
         now = time.monotonic()
-        if now - self._clock.get("looked", 0.0) < 0.2:
+        if now - self._clock.get("checked", 0.0) < 0.2:
             return False
-        self._clock["looked"] = now
+        self._clock["checked"] = now
         return any(path.exists() for path in self.stop_files)

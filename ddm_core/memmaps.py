@@ -1,4 +1,4 @@
-"""Arrays on the disk, larger than the memory."""
+"""Arrays on the disk that may be larger than the memory."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 
-def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[Any]]:
-    """A memory-mapped `.npy` file whose place on the disk is taken at once.
+def create_memmap(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[Any]]:
+    """Create a memory-mapped `.npy` file and reserve its disk space at once.
 
-    A full disk is an `OSError` here; without this it would end the process at some later write (SIGBUS).
+    A full disk raises `OSError` here; without the reservation a later write would kill the process (SIGBUS).
     """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):

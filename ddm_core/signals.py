@@ -1,4 +1,4 @@
-"""Signals: who hears them while a block lasts, and a notice that this process must go (SIGTERM) as a flag."""
+"""Signal handlers that last for a block, and a flag for SIGTERM, the request to stop this process."""
 
 import contextlib
 import signal
@@ -11,32 +11,32 @@ Handler = Callable[[int, FrameType | None], None]
 
 @contextlib.contextmanager
 def handle_signals(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
-    """Give signals to a handler while the block lasts, and then to whoever had them before."""
-    earlier = {number: signal.signal(number, handler) for number in numbers}
+    """Install a handler for some signals during the block; restore the previous handlers at its end."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, before in earlier.items():
-            signal.signal(number, before)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 @contextlib.contextmanager
 def sigterm_flag() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGTERM has come; the handler sets a flag and nothing else.
+    """Yield a function that returns whether SIGTERM has arrived; the handler sets a flag and nothing else.
 
-    Once it has come, this process is ending: a later one is ignored, so that it cannot change the exit code.
-    Only the main thread can hear signals: elsewhere the function always says no.
+    After the first SIGTERM this process is ending: later ones are ignored, so that they cannot change the exit code.
+    Only the main thread can receive signals: in other threads the function always returns False.
     """
-    came = threading.Event()
+    received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield received.is_set
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        came.set()
+    def set_flag(number: int, frame: FrameType | None) -> None:
+        received.set()
 
-    earlier = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, set_flag)
     try:
-        yield came.is_set
+        yield received.is_set
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if came.is_set() else earlier)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if received.is_set() else previous)

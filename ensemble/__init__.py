@@ -4,10 +4,15 @@
              ├──► Ensemble ──guidance──► velocity ──solver──► latents ┤
     router ──┘                                                        └──► codec
 
-Open `ensemble.py` for how experts become one velocity, `routing.py` for what a trajectory remembers, `guidance.py`
-for its two branches, `sampler.py` to add a solver, `reflection.py` for weak-to-strong steps, `sample.py` for seeds to
-images, `pipeline.py` for the folder on disk, `membership.py` for experts that come and go, `evaluate.py` for scores
-and `metrics.py` for their equations, `choose.py` for the selection that suits an ensemble, `audit.py` for copies of
-training images, `classify.py` for classes by lowest denoising error, `expert_draws.py` for what experts draw for a
-router, `stages/` for ensembles that are made smaller.
+ensemble.py                how experts combine to one velocity
+routing.py                 state of a batch of trajectories
+solvers.py                 solvers and few-step sampling; add a solver here
+multi_network_experts.py   experts of several networks
+expert_registry.py         kinds of experts on disk; add a kind here
+pipeline.py                the folder on disk
+membership.py              remove, restore and add experts
+sampling/                  seeds to images: guidance, reflection, samples for a router
+evaluation/                scores, their metrics, the search for a selection
+analysis/                  memorization tests, Diffusion Classifier
+compression/               smaller and faster ensembles
 """

@@ -1,87 +1,96 @@
-"""Experts that leave an ensemble, come back to it, or join it; what was there stays as it is.
+"""Remove experts from an ensemble, restore them, or add new ones; all other experts keep their ids.
 
-Who leaves is missing from then on: the others share its gates, and nobody's id changes. Who comes back takes a place
-that is missing. Who joins is the last, and needs a router that knows it: see `router/add_remove.py`.
+A removed expert is missing: its share of the gates goes to the others. A restored expert takes the id of a missing
+one. A new expert has id K and needs a router with K + 1 experts: see `router/add_remove.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ensemble.ensemble import Ensemble, ExpertModel, RouterModel
-from ensemble.pipeline import DDMPipeline, PipelineError
+from ensemble.ensemble import Ensemble, RouterModel
+from ensemble.pipeline import EnsemblePipeline, PipelineError
 from experts.condition import Condition
 from experts.expert import Expert
+from experts.expert_model import ExpertModel
 
 
-def without_experts(pipeline: DDMPipeline, ids: Sequence[int]) -> DDMPipeline:
-    """The ensemble without these experts; raises `PipelineError` if one is not there, or if none would be left."""
+def remove_experts(pipeline: EnsemblePipeline, ids: Sequence[int]) -> EnsemblePipeline:
+    """Return the ensemble without these experts; raise `PipelineError` if one is absent, or if none would remain."""
     present = pipeline.ensemble.experts
     if absent := sorted(set(ids) - set(present)):
-        raise PipelineError(f"experts to remove must be among {sorted(present)}, which are there; got {absent}")
-    left = {k: expert for k, expert in present.items() if k not in ids}
-    if not left:
-        raise PipelineError(f"an ensemble needs an expert; {sorted(ids)} are all of this one: leave one in it")
-    return _with(pipeline, left, pipeline.ensemble.router)
-
-
-def with_expert_back(pipeline: DDMPipeline, expert: Expert, place: int) -> DDMPipeline:
-    """The ensemble with an expert in the place of a missing one; the router knows that place already."""
-    missing = pipeline.ensemble.missing
-    if place not in missing:
-        known = f"missing are {list(missing)}" if missing else "none is missing"
-        raise PipelineError(f"an expert takes the place of a missing one, and {known}; got place {place}")
-    _check_fit(pipeline, expert)
-    experts = {**pipeline.ensemble.experts, place: replace(expert, cluster_id=place)}
-    return _with(pipeline, experts, pipeline.ensemble.router)
-
-
-def with_new_expert(pipeline: DDMPipeline, expert: Expert, router: RouterModel) -> DDMPipeline:
-    """The ensemble with one expert more, of id K, and a router that knows K + 1."""
-    last = pipeline.ensemble.num_experts
-    if router.num_experts != last + 1:
-        raise PipelineError(f"the router must know the {last} experts and the new one; it knows {router.num_experts}")
-    _check_fit(pipeline, expert)
-    experts = {**pipeline.ensemble.experts, last: replace(expert, cluster_id=last)}
-    return _with(pipeline, experts, router)
-
-
-def _check_fit(pipeline: DDMPipeline, expert: Expert) -> None:
-    ours, theirs = (
-        (pipeline.codec.latent_shape, pipeline.num_classes),
-        (expert.latent_shape, expert.num_classes),
-    )
-    if ours != theirs:
         raise PipelineError(
-            f"an expert must know the ensemble's latents and classes, {ours}; this one knows {theirs}: train it with "
+            f"experts to remove must be among {sorted(present)}; got {absent}; name experts of the list"
+        )
+    remaining = {k: expert for k, expert in present.items() if k not in ids}
+    if not remaining:
+        raise PipelineError(f"an ensemble needs an expert; {sorted(ids)} are all of this one: leave one in it")
+    return _replace_experts(pipeline, remaining, pipeline.ensemble.router)
+
+
+def restore_expert(pipeline: EnsemblePipeline, expert: Expert, expert_id: int) -> EnsemblePipeline:
+    """Return the ensemble with an expert under the id of a missing one, which its router covers already."""
+    missing = pipeline.ensemble.missing
+    if expert_id not in missing:
+        missing_text = f"missing are {list(missing)}" if missing else "none is missing"
+        raise PipelineError(
+            f"an expert takes the place of a missing one, and {missing_text}; got place {expert_id}; pass a missing id"
+        )
+    _check_fit(pipeline, expert)
+    experts = {**pipeline.ensemble.experts, expert_id: replace(expert, cluster_id=expert_id)}
+    return _replace_experts(pipeline, experts, pipeline.ensemble.router)
+
+
+def add_expert(pipeline: EnsemblePipeline, expert: Expert, router: RouterModel) -> EnsemblePipeline:
+    """Return the ensemble with one more expert, of id K, and a router with K + 1 experts."""
+    new_id = pipeline.ensemble.num_experts
+    if router.num_experts != new_id + 1:
+        raise PipelineError(
+            f"the router must have the {new_id} experts and the new one; it has {router.num_experts}; "
+            "add an output to the router of this ensemble"
+        )
+    _check_fit(pipeline, expert)
+    experts = {**pipeline.ensemble.experts, new_id: replace(expert, cluster_id=new_id)}
+    return _replace_experts(pipeline, experts, router)
+
+
+def _check_fit(pipeline: EnsemblePipeline, expert: Expert) -> None:
+    required = pipeline.codec.latent_shape, pipeline.num_classes
+    shapes = expert.latent_shape, expert.num_classes
+    if required != shapes:
+        raise PipelineError(
+            f"an expert must have the ensemble's latents and classes, {required}; this one has {shapes}: train it with "
             "this run's codec and its number of classes"
         )
 
 
-def _with(pipeline: DDMPipeline, experts: Mapping[int, ExpertModel], router: RouterModel | None) -> DDMPipeline:
+def _replace_experts(
+    pipeline: EnsemblePipeline, experts: Mapping[int, ExpertModel], router: RouterModel | None
+) -> EnsemblePipeline:
     return replace(pipeline, ensemble=replace(pipeline.ensemble, experts=experts, router=router))
 
 
 def data_shares(ensemble: Ensemble) -> tuple[float, ...]:
-    """The share of the training samples that each expert stands for, be it missing or not."""
+    """Return each expert's share of the training samples, missing experts included."""
     if ensemble.router is None:
         return (1.0,)
     return tuple(ensemble.router.prior_logits(Condition.null(1)).softmax(-1)[0].tolist())
 
 
 def missing_share(ensemble: Ensemble) -> float:
-    """The share of the training samples whose experts are missing."""
+    """Return the share of the training samples whose experts are missing."""
     shares = data_shares(ensemble)
     return sum((shares[k] for k in ensemble.missing), 0.0)
 
 
 def missing_warning(ensemble: Ensemble) -> str:
-    """Which experts are missing and what they stood for, in a sentence; empty if all are there."""
+    """Return a sentence that names the missing experts and their share of the data; empty if none is missing."""
     missing = ensemble.missing
     if not missing:
         return ""
     ids = ", ".join(map(str, missing))
     verb = "is" if len(missing) == 1 else "are"
     return (
-        f"{len(missing)} of {ensemble.num_experts} experts {verb} missing ({ids}), which stood for "
-        f"{100 * missing_share(ensemble):.1f} % of the data: what they knew is not drawn, the others share their gates"
+        f"{len(missing)} of {ensemble.num_experts} experts {verb} missing ({ids}), trained on "
+        f"{100 * missing_share(ensemble):.1f} % of the data: their content is missing from the samples; gates are "
+        "renormalized over the remaining experts"
     )

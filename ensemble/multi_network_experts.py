@@ -1,104 +1,146 @@
-"""An expert whose samples begin with a draft, which is noised to some t below 1 and refined from there.
+"""Experts of several networks: a draft that is refined, and networks that divide [0, 1] by t.
 
-expert_k/truncated.json    which kind of draft it is
-expert_k/draft           the generator of clean latents: an expert with its own course, or one of `draft_generators`
-expert_k/refiner         the expert, with the course that begins at that t
+expert_k/truncated.json    the kind of draft
+expert_k/draft             the generator of clean latents: a few-step expert, or one of `draft_generators`
+expert_k/refiner           the expert, with a few-step schedule that starts below t = 1
+
+expert_k/time_split.json   the t at which each network hands over to the next
+expert_k/0 ...             the networks, from t = 0 to t = 1
 
 Truncated diffusion, as in CAT-DM (Zeng et al. 2024, arXiv:2311.18405): x = alpha(t) draft + sigma(t) noise.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
+from ddm_core.json_values import from_json
 from ensemble.solvers import sample_few_step, scale_initial_noise
-from experts.architectures.draft_generators import DRAFTS
-from experts.compressed.caching.feature_cache import ExpertCache, Rows
+from experts.architectures.draft_generators import DRAFT_GENERATORS
+from experts.compressed.caching.feature_cache import ExpertCache
 from experts.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
-from experts.diffusion.noise_schedule import Latents, NoiseSchedule, NoiseSource
+from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert import Expert
+from experts.expert_model import CallFlops, ExpertModel
 from experts.networks.model_io import load_model, save_model
+from experts.training.flops import forward_flops
+from experts.types import Latents, NoiseSource
 
 TRUNCATED = "truncated.json"
-OF_DRAFT = 1000
-"""What a draft is drawn from has occasions from here on."""
+DRAFT_NOISE_INDEX = 1000
+"""Indices of a draft's noise start here, above those of the refiner's steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TruncatedExpert:
-    """One expert to the ensemble: its velocity is the refiner's."""
+class TruncatedExpert(ExpertModel):
+    """A draft and its refiner: trajectories start from the noised draft, and the velocity is the refiner's."""
 
     draft: Expert | nn.Module
-    """An expert, asked at its course or once, or a network (noise, class index) -> clean."""
+    """An expert, sampled by its few-step schedule or in one step, or a network (noise, class index) -> clean."""
     refiner: Expert
-    """Its course begins where drafts are noised to."""
+    """Its few-step schedule starts at the t to which drafts are noised."""
 
     def __post_init__(self) -> None:
-        """Refuse what has no beginning."""
+        """Raise `ValueError` if the refiner has no few-step schedule."""
         if self.refiner.few_step is None:
-            raise ValueError("a drafted expert needs a course for its refiner, from where drafts are noised to")
+            raise ValueError(
+                "a truncated expert needs a refiner with a few-step schedule; got one without: set `few_step` to a "
+                "schedule that starts at the t to which drafts are noised"
+            )
 
     @property
     def few_step(self) -> FewStepSchedule | None:
-        """The refiner's."""
+        """Return the refiner's few-step schedule."""
         return self.refiner.few_step
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
+        """Return the shape of one latent."""
         return self.refiner.latent_shape
 
     @property
     def num_classes(self) -> int:
-        """0 is unconditional."""
+        """Return the number of classes; 0 is unconditional."""
         return self.refiner.num_classes
 
-    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoiseSchedule) -> Latents:
-        """The refiner's."""
-        return self.refiner.velocity(noised, t, condition, path)
+    @property
+    def needs_cache(self) -> bool:
+        """Return true: calls of draft and refiner are counted apart."""
+        return True
 
-    def create_cache(
+    @property
+    def has_draft(self) -> bool:
+        """Return true."""
+        return True
+
+    def velocity(self, noised: Latents, t: Tensor, condition: Condition, noise_schedule: NoiseSchedule) -> Latents:
+        """Return the refiner's velocity."""
+        return self.refiner.velocity(noised, t, condition, noise_schedule)
+
+    def cached_velocity(
         self,
         noised: Latents,
         t: Tensor,
         condition: Condition,
-        path: NoiseSchedule,
+        noise_schedule: NoiseSchedule,
         rows: Int[Tensor, " row"],
-        kept: ExpertCache,
+        cache: ExpertCache,
     ) -> Latents:
-        """The same with what these rows of the trajectory have kept."""
-        return self.refiner.create_cache(noised, t, condition, path, rows, kept.part("refiner"))
+        """Return the refiner's velocity with the cached features of these rows of the trajectory."""
+        return self.refiner.cached_velocity(noised, t, condition, noise_schedule, rows, cache.child("refiner"))
 
     def initial_latents(
-        self, noise: NoiseSource, condition: Condition, path: NoiseSchedule, kept: ExpertCache
+        self, noise: NoiseSource, condition: Condition, noise_schedule: NoiseSchedule, cache: ExpertCache
     ) -> Latents:
-        """Drafts, noised to the first t of the course."""
+        """Return drafts, noised to the first t of the refiner's few-step schedule."""
         start = self.refiner.few_step.times[0] if self.refiner.few_step else 1.0
-        clean = self.sample_draft(noise, condition, kept.part("draft"))
-        return path.add_noise(clean, noise(0), clean.new_full((len(clean),), start))
+        clean = self.sample_draft(noise, condition, cache.child("draft"))
+        return noise_schedule.add_noise(clean, noise(0), clean.new_full((len(clean),), start))
 
-    def sample_draft(self, noise: NoiseSource, condition: Condition, kept: ExpertCache) -> Latents:
-        """Clean drafts."""
-        own, draft = noise(OF_DRAFT), self.draft
-        if isinstance(draft, nn.Module):
-            kept.count(float(len(own)))
-            said: Latents = draft(own, condition.embedding_index(self.num_classes))
-            return said
-        course = draft.few_step or FewStepSchedule.uniform(1, "euler")
-        kept.count(float(len(own) * len(course.times)))
+    def sample_draft(self, noise: NoiseSource, condition: Condition, cache: ExpertCache) -> Latents:
+        """Sample clean drafts."""
+        draft_noise, draft = noise(DRAFT_NOISE_INDEX), self.draft
+        if not isinstance(draft, Expert):
+            cache.count(float(len(draft_noise)))
+            clean: Latents = draft(draft_noise, condition.embedding_index(self.num_classes))
+            return clean
+        few_step = draft.few_step or FewStepSchedule.uniform(1, "euler")
+        cache.count(float(len(draft_noise) * len(few_step.times)))
 
         def velocity(noised: Latents, t: Tensor) -> Latents:
             return draft.velocity(noised, t, condition)
 
-        begun = scale_initial_noise(own, course, draft.noise_schedule)
-        return sample_few_step(velocity, begun, course, draft.noise_schedule, lambda step: noise(OF_DRAFT + 1 + step))
+        initial = scale_initial_noise(draft_noise, few_step, draft.noise_schedule)
+        return sample_few_step(
+            velocity, initial, few_step, draft.noise_schedule, lambda step: noise(DRAFT_NOISE_INDEX + 1 + step)
+        )
+
+    def parts(self) -> Mapping[str, Expert]:
+        """Return the refiner, and the draft if it is an expert."""
+        draft = {"draft": self.draft} if isinstance(self.draft, Expert) else {}
+        return {"refiner": self.refiner} | draft
+
+    def with_parts(self, parts: Mapping[str, Any]) -> "TruncatedExpert":
+        """Return a copy with this refiner, and with this draft if there is one in `parts`."""
+        return replace(self, **parts)
+
+    def call_flops(self, noise_schedule: NoiseSchedule) -> CallFlops:
+        """Count the FLOPs of refiner and draft on one row; a velocity calls the refiner alone."""
+        flops = {name: part.call_flops(noise_schedule) for name, part in self.parts().items()}
+        if not isinstance(self.draft, Expert):
+            noise, index = torch.zeros(1, *self.latent_shape), Condition.null(1).embedding_index(self.num_classes)
+            draft = forward_flops(partial(self.draft, noise, index))
+            flops["draft"] = CallFlops(networks={"": draft}, mean=draft)
+        return CallFlops.from_parts(flops, {"refiner": 1.0})
 
     def to(self, device: torch.device | str) -> "TruncatedExpert":
         """Move both networks to a device, in place."""
@@ -107,115 +149,137 @@ class TruncatedExpert:
         return self
 
     def save(self, folder: Path) -> None:
-        """Write both, and `truncated.json` beside them."""
+        """Write both networks and `truncated.json`."""
         folder.mkdir(parents=True, exist_ok=True)
-        is_expert = isinstance(self.draft, Expert)
         if isinstance(self.draft, Expert):
+            draft_kind = "expert"
             self.draft.save(folder / "draft")
         else:
+            draft_kind = type(self.draft).__name__
             save_model(self.draft, folder / "draft")
         self.refiner.save(folder / "refiner")
-        write_json(folder / TRUNCATED, {"draft": "expert" if is_expert else type(self.draft).__name__})
+        write_json(folder / TRUNCATED, {"draft": draft_kind})
 
     @classmethod
     def load(cls, folder: Path) -> "TruncatedExpert":
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing or broken."""
-        found = read_json(folder / TRUNCATED)
+        description = read_json(folder / TRUNCATED)
         try:
-            is_expert = found["draft"] == "expert"
-            draft = Expert.load(folder / "draft") if is_expert else load_model(DRAFTS, folder / "draft")
+            is_expert = description["draft"] == "expert"
+            draft = Expert.load(folder / "draft") if is_expert else load_model(DRAFT_GENERATORS, folder / "draft")
             return cls(draft=draft, refiner=Expert.load(folder / "refiner"))
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifact(f"{folder / TRUNCATED} is no draft: {error}; make the ensemble again") from error
-
-
-def is_truncated(folder: Path) -> bool:
-    """Whether an expert's folder holds a draft and its refiner."""
-    return (folder / TRUNCATED).is_file()
+            raise CorruptArtifact(
+                f"{folder / TRUNCATED} does not describe a draft and its refiner: {error}; make the ensemble again"
+            ) from error
 
 
 TIME_SPLIT = "time_split.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimeSplitExpert:
-    """One expert to the ensemble; which network speaks for a row is decided by its t."""
+class TimeSplitExpert(ExpertModel):
+    """Several networks that divide [0, 1]; the t of a row selects the network that computes its velocity."""
 
-    networks: Sequence[Expert]
+    experts: Sequence[Expert]
     """From t = 0 to t = 1."""
     bounds: Sequence[float]
-    """The t where each network but the last gives way to the next; at a bound the later one speaks."""
+    """The t at which each network but the last hands over to the next; at a bound the later one is called."""
     few_step: FewStepSchedule | None = None
-    """The few t at which it is to be asked; None is any t."""
+    """The few t at which it may be evaluated; None is any t."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no division of [0, 1]."""
-        inner = [0.0, *self.bounds, 1.0]
-        if len(self.networks) != len(self.bounds) + 1 or any(low >= high for low, high in pairwise(inner)):
+        """Raise `ValueError` if the bounds do not divide [0, 1] into one interval per network."""
+        times = [0.0, *self.bounds, 1.0]
+        if len(self.experts) != len(self.bounds) + 1 or any(low >= high for low, high in pairwise(times)):
             raise ValueError(
-                f"{len(self.networks)} networks need one bound less, rising between 0 and 1; got {list(self.bounds)}"
+                f"{len(self.experts)} networks need one bound less, rising between 0 and 1; got {list(self.bounds)}; "
+                "give one increasing bound between each two networks"
             )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
-        return self.networks[0].latent_shape
+        """Return the shape of one latent."""
+        return self.experts[0].latent_shape
 
     @property
     def num_classes(self) -> int:
-        """0 is unconditional."""
-        return self.networks[0].num_classes
+        """Return the number of classes; 0 is unconditional."""
+        return self.experts[0].num_classes
 
     @property
     def widths(self) -> list[float]:
-        """Length of every network's interval."""
+        """Return the length of every network's interval."""
         return [high - low for low, high in pairwise([0.0, *self.bounds, 1.0])]
 
-    def velocity(self, noised: Latents, t: Tensor, condition: Condition, path: NoiseSchedule) -> Latents:
-        """Each network is called on the rows of its interval, if there are any."""
-        rows = torch.arange(len(noised), device=noised.device)
-        return self.create_cache(noised, t, condition, path, rows, ExpertCache(name=""))
+    @property
+    def needs_cache(self) -> bool:
+        """Return true: calls of the networks are counted apart."""
+        return True
 
-    def create_cache(
-        self, noised: Latents, t: Tensor, condition: Condition, path: NoiseSchedule, rows: Rows, kept: ExpertCache
+    def velocity(self, noised: Latents, t: Tensor, condition: Condition, noise_schedule: NoiseSchedule) -> Latents:
+        """Return the velocity; each network is called on the rows of its interval, if there are any."""
+        rows = torch.arange(len(noised), device=noised.device)
+        return self.cached_velocity(noised, t, condition, noise_schedule, rows, ExpertCache(name=""))
+
+    def cached_velocity(
+        self,
+        noised: Latents,
+        t: Tensor,
+        condition: Condition,
+        noise_schedule: NoiseSchedule,
+        rows: Int[Tensor, " row"],
+        cache: ExpertCache,
     ) -> Latents:
-        """The same with what these rows of the trajectory have kept of each network."""
-        index = torch.bucketize(t.contiguous(), torch.tensor(self.bounds, dtype=t.dtype, device=t.device), right=True)
-        said = torch.zeros_like(noised)
-        for number, expert in enumerate(self.networks):
-            its = (index == number).nonzero().squeeze(-1)
-            if len(its):
-                own = (noised[its], t[its], condition.rows(its), path, rows[its], kept.part(str(number)))
-                said = said.index_copy(0, its, expert.create_cache(*own).to(said.dtype))
-        return said
+        """Return the velocity with the cached features that these rows of the trajectory have of each network."""
+        bounds = torch.tensor(self.bounds, dtype=t.dtype, device=t.device)
+        interval = torch.bucketize(t.contiguous(), bounds, right=True)
+        velocity = torch.zeros_like(noised)
+        for number, expert in enumerate(self.experts):
+            places = (interval == number).nonzero().squeeze(-1)
+            if len(places):
+                inputs = noised[places], t[places], condition.rows(places), noise_schedule, rows[places]
+                part = expert.cached_velocity(*inputs, cache.child(str(number)))
+                velocity = velocity.index_copy(0, places, part.to(velocity.dtype))
+        return velocity
+
+    def parts(self) -> Mapping[str, Expert]:
+        """Return the networks, named 0, 1, ... from t = 0 to t = 1."""
+        return {str(number): expert for number, expert in enumerate(self.experts)}
+
+    def with_parts(self, parts: Mapping[str, Any]) -> "TimeSplitExpert":
+        """Return a copy with these networks, all of them, in their order."""
+        return replace(self, experts=list(parts.values()))
+
+    def call_flops(self, noise_schedule: NoiseSchedule) -> CallFlops:
+        """Count the FLOPs of every network on one row; each is called in proportion to its interval."""
+        flops = {name: part.call_flops(noise_schedule) for name, part in self.parts().items()}
+        return CallFlops.from_parts(flops, dict(zip(flops, self.widths, strict=True)))
 
     def to(self, device: torch.device | str) -> "TimeSplitExpert":
         """Move the networks to a device, in place."""
-        for expert in self.networks:
+        for expert in self.experts:
             expert.to(device)
         return self
 
     def save(self, folder: Path) -> None:
-        """Write every network, and `time_split.json` beside them."""
+        """Write every network and `time_split.json`."""
         folder.mkdir(parents=True, exist_ok=True)
-        for number, expert in enumerate(self.networks):
+        for number, expert in enumerate(self.experts):
             expert.save(folder / str(number))
-        course = {} if self.few_step is None else {"few_step": self.few_step.described()}
-        write_json(folder / TIME_SPLIT, {"bounds": list(self.bounds)} | course)
+        few_step = {} if self.few_step is None else {"few_step": self.few_step}
+        write_json(folder / TIME_SPLIT, {"bounds": list(self.bounds)} | few_step)
 
     @classmethod
     def load(cls, folder: Path) -> "TimeSplitExpert":
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing or broken."""
-        found = read_json(folder / TIME_SPLIT)
+        description = read_json(folder / TIME_SPLIT)
         try:
-            bounds = tuple(float(bound) for bound in found["bounds"])
-            networks = [Expert.load(folder / str(number)) for number in range(len(bounds) + 1)]
-            course = FewStepSchedule.parsed(found["few_step"]) if "few_step" in found else None
-            return cls(networks=networks, bounds=bounds, few_step=course)
+            bounds = tuple(float(bound) for bound in description["bounds"])
+            experts = [Expert.load(folder / str(number)) for number in range(len(bounds) + 1)]
+            few_step = from_json(FewStepSchedule, description["few_step"]) if "few_step" in description else None
+            return cls(experts=experts, bounds=bounds, few_step=few_step)
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifact(f"{folder / TIME_SPLIT} is no schedule: {error}; make the ensemble again") from error
-
-
-def is_time_split(folder: Path) -> bool:
-    """Whether an expert's folder holds several networks."""
-    return (folder / TIME_SPLIT).is_file()
+            raise CorruptArtifact(
+                f"{folder / TIME_SPLIT} does not divide [0, 1]: {error}; make the ensemble again"
+            ) from error

@@ -1,7 +1,7 @@
 """Integrate a velocity field from noise (t = 1) to clean (t = 0).
 
-One contract: solver(velocity, noise, times) -> clean. The times are an argument, so no solver hides a
-schedule. To add a solver, write the function and add it to `SOLVERS`.
+Every solver has the signature solver(velocity, noise, times) -> clean. The times are an argument, so no solver hides
+a time grid. To add a solver, write the function and add it to `SOLVERS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,129 +22,147 @@ from experts.diffusion.predictions import to_clean
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
 TimeGrid = Float[Tensor, " time"]
-"""Falling values of t, usually from 1 to 0; one more than there are steps."""
+"""Decreasing values of t, usually from 1 to 0; one more than there are steps."""
 VelocityField = Callable[[Latents, Times], Latents]
-"""(noised, t) -> d noised / d t; one expert, an ensemble, either of them with guidance."""
+"""(noised, t) -> d noised / d t, of one expert or of an ensemble, with or without guidance."""
 
 
 def uniform_times(steps: int) -> TimeGrid:
-    """`steps` equal steps from t = 1 to t = 0, in float64 so that no solver adds rounding to them."""
+    """Return the times of `steps` equal steps from t = 1 to t = 0, in float64 so that no solver adds rounding."""
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
+# The loops call `velocity` themselves, not through the step functions below: profiles and tracebacks stay short.
+
+
 def euler(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
-    """First order, one velocity a step."""
+    """Integrate at first order, with one velocity a step."""
     noised = noise
     for t, t_next in pairwise(times.tolist()):
-        noised = euler_step(velocity, noised, t, t_next)
+        noised = noised + (t_next - t) * velocity(noised, _row_times(t, noised))
+    return noised
+
+
+def heun(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
+    """Integrate at second order, with two velocities a step and one in the last.
+
+    The last step is Euler's, as in Karras et al. 2022, arXiv:2206.00364, algorithm 1: at t = 0 a noise or
+    clean prediction has no velocity. A single first-order step leaves the global order at two.
+    """
+    noised = noise
+    for t, t_next in pairwise(times[:-1].tolist()):
+        slope = velocity(noised, _row_times(t, noised))
+        next_slope = velocity(noised + (t_next - t) * slope, _row_times(t_next, noised))
+        noised = noised + (t_next - t) * (slope + next_slope) / 2
+    for t, t_next in pairwise(times[-2:].tolist()):
+        noised = noised + (t_next - t) * velocity(noised, _row_times(t, noised))
     return noised
 
 
 def euler_step(velocity: VelocityField, noised: Latents, t: float, t_next: float) -> Latents:
-    """From t to `t_next`, which may be the larger one, by the velocity at t."""
-    return noised + (t_next - t) * velocity(noised, _rows(t, noised))
-
-
-def heun(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
-    """Second order: two velocities a step, one in the last.
-
-    The last step is Euler's, as in Karras et al. 2022, arXiv:2206.00364, algorithm 1: at t = 0 a noise or
-    clean prediction has no velocity. A single shorter-order step leaves the global order at two.
-    """
-    noised = noise
-    for t, t_next in pairwise(times[:-1].tolist()):
-        noised = heun_step(velocity, noised, t, t_next)
-    return euler(velocity, noised, times[-2:])
+    """Step from t to `t_next`, which may be larger than t, with the velocity at t."""
+    return noised + (t_next - t) * velocity(noised, _row_times(t, noised))
 
 
 def heun_step(velocity: VelocityField, noised: Latents, t: float, t_next: float) -> Latents:
-    """From t to `t_next` by the mean of the velocities at both ends."""
-    slope = velocity(noised, _rows(t, noised))
-    ahead = velocity(noised + (t_next - t) * slope, _rows(t_next, noised))
-    return noised + (t_next - t) * (slope + ahead) / 2
+    """Step from t to `t_next` with the mean of the velocities at both ends."""
+    slope = velocity(noised, _row_times(t, noised))
+    next_slope = velocity(noised + (t_next - t) * slope, _row_times(t_next, noised))
+    return noised + (t_next - t) * (slope + next_slope) / 2
 
 
 def renoise_step(
-    velocity: VelocityField, noised: Latents, t: float, t_next: float, path: NoiseSchedule, fresh: Latents
+    velocity: VelocityField,
+    noised: Latents,
+    t: float,
+    t_next: float,
+    noise_schedule: NoiseSchedule,
+    fresh_noise: Latents,
 ) -> Latents:
-    """From t to the clean estimate there, and back to `t_next` with fresh noise; to the clean estimate at 0."""
+    """Step from t to the clean estimate, and back to `t_next` with fresh noise; return the clean estimate at 0."""
+    slope = velocity(noised, _row_times(t, noised))
+    return _renoise(slope, noised, t, t_next, noise_schedule, fresh_noise)
+
+
+def _renoise(
+    slope: Latents, noised: Latents, t: float, t_next: float, noise_schedule: NoiseSchedule, fresh_noise: Latents
+) -> Latents:
     # Song et al. 2023, arXiv:2303.01469, algorithm 1.
-    times = _rows(t, noised)
-    clean = to_clean("velocity", velocity(noised, times), noised, times, path)
-    return path.add_noise(clean, fresh, _rows(t_next, noised)) if t_next else clean
+    clean = to_clean("velocity", slope, noised, _row_times(t, noised), noise_schedule)
+    return noise_schedule.add_noise(clean, fresh_noise, _row_times(t_next, noised)) if t_next else clean
 
 
-def scale_initial_noise(noise: Latents, course: FewStepSchedule | None, path: NoiseSchedule) -> Latents:
-    """Noise where a course begins: at t < 1 it is as strong as the noise of a sample there, and nothing is added."""
-    # Zhou et al. 2024, arXiv:2404.04057, section 4.1: the generator is given sigma_init z.
-    start = 1.0 if course is None else course.times[0]
-    return noise if start == 1 else path.sigma(noise.new_tensor(start)) * noise
+def scale_initial_noise(noise: Latents, few_step: FewStepSchedule | None, noise_schedule: NoiseSchedule) -> Latents:
+    """Scale unit noise to sigma(t) at the first t of a few-step schedule; nothing is added to it."""
+    # Zhou et al. 2024, arXiv:2404.04057, section 4.1: the input of the generator is sigma_init z.
+    start = 1.0 if few_step is None else few_step.times[0]
+    return noise if start == 1 else noise_schedule.sigma(noise.new_tensor(start)) * noise
 
 
 def sample_few_step(
     velocity: VelocityField,
     noised: Latents,
-    course: FewStepSchedule,
-    path: NoiseSchedule,
-    fresh: Callable[[int], Latents],
+    few_step: FewStepSchedule,
+    noise_schedule: NoiseSchedule,
+    fresh_noise: Callable[[int], Latents],
 ) -> Latents:
-    """From the beginning of a course to its end; `fresh` gives the noise of every step that wants some."""
-    for index, (way, t, t_next) in enumerate(
-        zip(course.step_types, course.times, (*course.times[1:], 0.0), strict=True)
-    ):
-        if way == "renoise":
-            noised = renoise_step(velocity, noised, t, t_next, path, fresh(index))
+    """Run a few-step schedule from its first t to 0; `fresh_noise(step)` is the noise of a `renoise` step."""
+    steps = zip(few_step.step_types, few_step.times, (*few_step.times[1:], 0.0), strict=True)
+    for step, (step_type, t, t_next) in enumerate(steps):
+        slope = velocity(noised, _row_times(t, noised))
+        if step_type == "renoise":
+            noised = _renoise(slope, noised, t, t_next, noise_schedule, fresh_noise(step))
         else:
-            noised = euler_step(velocity, noised, t, t_next)
+            noised = noised + (t_next - t) * slope
     return noised
 
 
 def flow_match_euler(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
-    """diffusers' `FlowMatchEulerDiscreteScheduler` on the given times; float32."""
+    """Run diffusers' `FlowMatchEulerDiscreteScheduler` on the given times, in float32."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=times[:-1].tolist())
     scheduler.sigmas[-1] = times[-1]
-    return _scheduled(scheduler, velocity, noise, times[:-1])
+    return _run_scheduler(scheduler, velocity, noise, times[:-1])
 
 
 def flow_match_heun(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
-    """diffusers' `FlowMatchHeunDiscreteScheduler` on the given times; float32."""
+    """Run diffusers' `FlowMatchHeunDiscreteScheduler` on the given times, in float32."""
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(len(times) - 1)
     inner = times[1:-1].repeat_interleave(2)
     scheduler.sigmas = torch.cat([times[:1], inner, times[-1:]]).float()
-    visited = torch.cat([times[:1], inner])
-    scheduler.timesteps = visited * scheduler.config.num_train_timesteps
-    return _scheduled(scheduler, velocity, noise, visited)
+    evaluated = torch.cat([times[:1], inner])
+    scheduler.timesteps = evaluated * scheduler.config.num_train_timesteps
+    return _run_scheduler(scheduler, velocity, noise, evaluated)
 
 
-def _scheduled(
+def _run_scheduler(
     scheduler: FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler,
     velocity: VelocityField,
     noise: Latents,
-    visited: TimeGrid,
+    evaluated: TimeGrid,
 ) -> Latents:
-    """Let one of diffusers' schedulers take its steps through the `visited` times."""
+    """Run one of diffusers' schedulers through the `evaluated` times."""
     scheduler.set_begin_index(0)
     noised = noise
-    for t, timestep in zip(visited.tolist(), scheduler.timesteps, strict=True):
-        noised = scheduler.step(velocity(noised, _rows(t, noised)), timestep, noised).prev_sample
+    for t, timestep in zip(evaluated.tolist(), scheduler.timesteps, strict=True):
+        noised = scheduler.step(velocity(noised, _row_times(t, noised)), timestep, noised).prev_sample
     return noised
 
 
-def _rows(t: float, noised: Latents) -> Times:
-    """The same t for every row."""
+def _row_times(t: float, noised: Latents) -> Times:
+    """Return the same t for every row."""
     return noised.new_full((len(noised),), t)
 
 
-def noise_for(seeds: Sequence[int], shape: Sequence[int], occasion: int = 0) -> Latents:
-    """Unit Gaussian noise whose row i is a function of `seeds[i]` alone, whatever the batch or the device.
+def make_noise(seeds: Sequence[int], shape: Sequence[int], index: int = 0) -> Latents:
+    """Draw unit Gaussian noise whose row i depends on `seeds[i]` and `index` alone, not on the batch or the device.
 
-    `occasion` 0 is where a sample begins; what it needs later has other numbers.
+    `index` 0 is the noise that a trajectory starts from; each later draw of the trajectory has its own index.
     """
-    if occasion:
+    if index:
         bits = np.array([seed % 2**64 for seed in seeds], np.uint64)
-        seeds = [int(seed) for seed in splitmix64_finalize(bits ^ np.uint64(occasion << 32))]
+        seeds = [int(seed) for seed in splitmix64_finalize(bits ^ np.uint64(index << 32))]
     rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
@@ -160,4 +178,4 @@ STEPS: dict[Solver, Callable[[VelocityField, Latents, float, float], Latents]] =
     "euler": euler_step,
     "heun": heun_step,
 }
-"""One step (velocity, noised, t, next t) of the solvers that remember nothing between two of them."""
+"""One step (velocity, noised, t, next t) of the solvers that keep no state between steps."""

@@ -1,9 +1,9 @@
-"""One diffusion model per cluster, trained as if the others did not exist.
+"""One diffusion model per cluster, trained independently of the others.
 
-    shards ──codec──► clean ──noise_path──► noised ──network──► prediction ──predictions──► velocity
+    shards ──codec──► clean ──noise schedule──► noised ──network──► prediction ──conversion──► velocity
 
-Open `expert.py` for what an expert is and how one is trained from a folder, `train.py` for the loop,
-`loss.py` for the objective, `networks.py` to add a network, `codec.py` to add a latent space,
-`latents.py` for what is in a batch, `checkpoint.py` for what survives a crash.
-By hand, without an orchestrator: `python -m experts --help`.
+`expert.py` defines an expert and trains one from a folder, `training/trainer.py` is the training loop,
+`training/loss.py` the objective, `training/latent_dataset.py` the batch and `training/checkpoint.py` the state that
+survives a crash. Add a network in `networks/registry.py` and a latent space in `codecs/registry.py`.
+Without an orchestrator: `python -m experts --help`.
 """

@@ -1,62 +1,56 @@
-"""What a sample is in storage and what it is to a network: the seam, and the simplest implementation.
+"""Codecs: the interface between images in storage and the latents that networks train on, and pixels as latents.
 
-Nothing outside the codecs knows about pixels. `codecs.py` lists them and says how to add one.
+No other module depends on pixels. `codecs/registry.py` lists the codecs and explains how to add one.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
 
 from ddm_core.artifacts import write_json
-from experts.diffusion.noise_schedule import Latents
-
-Images = UInt8[np.ndarray, "batch height width channel"]
-Decoded = Float[Tensor, "batch height width channel"]
+from experts.types import DecodedImages, Images, Latents
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Images in storage to latents of unit scale, and back."""
+    """Encodes images in storage as latents of unit scale, and decodes them."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
+        """Return the shape of one latent."""
 
     def encode(self, images: Images) -> Latents:
-        """Latents of images, float32."""
+        """Return the latents of images, float32."""
 
-    def decode(self, latents: Latents) -> Decoded:
-        """Images in [0, 1] of latents; what lies outside is clipped."""
+    def decode(self, latents: Latents) -> DecodedImages:
+        """Return the images of latents, clipped to [0, 1]."""
 
     def save(self, folder: Path) -> None:
-        """Write everything that `load_codec` needs."""
+        """Write all files that `load_codec` reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelCodec:
-    """Images as they are, in [-1, 1], channels first."""
+    """Uses pixels in [-1, 1], channels first, as latents."""
 
     image_shape: tuple[int, int, int]
     """Height, width, channels."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
+        """Return channels, height, width."""
         height, width, channels = self.image_shape
         return channels, height, width
 
     def encode(self, images: Images) -> Latents:
-        """Latents of images, float32."""
+        """Return the latents of images, float32."""
         check_shape(images, self.image_shape)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
-    def decode(self, latents: Latents) -> Decoded:
-        """Images in [0, 1] of latents; what lies outside is clipped."""
+    def decode(self, latents: Latents) -> DecodedImages:
+        """Return the images of latents, clipped to [0, 1]."""
         return latents.float().cpu().permute(0, 2, 3, 1).add(1).div(2).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
@@ -65,6 +59,6 @@ class PixelCodec:
 
 
 def check_shape(images: Images, expected: tuple[int, ...]) -> None:
-    """Raise `ValueError` for images that the codec was not made for."""
+    """Raise `ValueError` for images of another shape than the codec's."""
     if images.shape[1:] != expected:
         raise ValueError(f"the codec was fitted on images of shape {expected}, not {images.shape[1:]}; fit it again")

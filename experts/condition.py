@@ -1,4 +1,4 @@
-"""What a sample is asked to be; the null condition is a value of it, not a missing argument."""
+"""Conditions of samples; the null condition is a value, not a missing argument."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,28 +19,28 @@ class Condition:
 
     @classmethod
     def null(cls, batch: int, device: torch.device | str = "cpu") -> "Condition":
-        """The null condition for `batch` rows."""
+        """Return the null condition for `batch` rows."""
         return cls(torch.full((batch,), NULL_CLASS, dtype=torch.int64, device=device))
 
     @classmethod
     def concatenate(cls, parts: Sequence["Condition"]) -> "Condition":
-        """The rows of all parts, one after the other."""
+        """Return the rows of all parts, in order."""
         return cls(torch.cat([part.class_id for part in parts]))
 
     def rows(self, index: Int[Tensor, " row"] | Bool[Tensor, " batch"] | slice) -> "Condition":
-        """The chosen rows."""
+        """Return the selected rows."""
         return Condition(self.class_id[index])
 
     def drop(self, mask: Bool[Tensor, " batch"]) -> "Condition":
-        """Null wherever `mask` is true."""
+        """Return the condition with null where `mask` is true."""
         return Condition(self.class_id.masked_fill(mask, NULL_CLASS))
 
     def to(self, device: torch.device | str) -> "Condition":
-        """The same condition on another device."""
+        """Return the condition on another device."""
         return Condition(self.class_id.to(device))
 
     def embedding_index(self, num_classes: int) -> Int[Tensor, " batch"]:
-        """Rows of a class embedding: null is row `num_classes`, behind all classes."""
+        """Return rows of a class embedding; null is row `num_classes`, after all classes."""
         return self.class_id.masked_fill(self.class_id < 0, num_classes)
 
     def __len__(self) -> int:

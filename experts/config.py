@@ -1,4 +1,4 @@
-"""What can be chosen about an expert: its latent space, its network, its training; imports no torch."""
+"""Configuration of an expert: latent space, network and training; imports no torch."""
 
 from dataclasses import field
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta"]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ResidualMLPConfig:
-    """A residual network of linear layers on flattened latents; by far the quickest on a CPU."""
+    """A residual MLP on flattened latents; the fastest network on a CPU."""
 
     kind: Literal["residual_mlp"] = "residual_mlp"
     width: Annotated[int, Field(ge=8)] = 448
@@ -29,7 +29,7 @@ class UNetConfig:
 
     kind: Literal["unet"] = "unet"
     channels: Annotated[tuple[int, ...], Field(min_length=1)] = (32, 64, 64)
-    """Channels of every level; each level after the first halves the side."""
+    """Channels of each level; each level after the first halves the side."""
     layers_per_block: Annotated[int, Field(ge=1)] = 1
     """Residual layers in every level."""
     attention: bool = True
@@ -56,28 +56,28 @@ NetworkConfig = Annotated[ResidualMLPConfig | UNetConfig | DiTConfig, Field(disc
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainingConfig:
-    """How a network is trained, an expert and a router alike."""
+    """Optimizer, schedule and batch of a training, for experts and router."""
 
     steps: Annotated[int, Field(ge=1)] = 1500
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: Annotated[int, Field(ge=1)] = 240
-    """Samples a step. For experts this is the *global* batch: each of K experts gets a K-th of it."""
+    """Samples a step. For experts this is the *global* batch: each of K experts gets 1 / K of it."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of AdamW; it falls linearly to zero after the warm-up."""
+    """Peak learning rate of AdamW; it decays linearly to zero after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients of a larger global norm are scaled down to it."""
+    """Maximum global norm of the gradients."""
     ema_width: Annotated[float, Field(gt=0, lt=0.28)] = 0.1
-    """Relative width of the parameters' moving average, as a share of the steps taken so far."""
+    """Relative width of the parameters' moving average, as a share of the finished steps."""
     t_mean: float = 0.0
     """Mean of the normal distribution whose logistic is t."""
     t_std: Annotated[float, Field(gt=0)] = 1.0
-    """Standard deviation of the same."""
+    """Standard deviation of that normal distribution."""
     condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of samples trained with the null condition."""
+    """Share of samples that are trained with the null condition."""
     autocast: Literal["none", "bfloat16", "float16"] = "none"
     """Lower precision for the forward and backward pass."""
     compile: bool = False
@@ -94,63 +94,63 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CodecConfig:
-    """What a sample is to a network."""
+    """The latent space."""
 
     kind: Literal["pixels", "pca", "pca_conv"] = "pca"
     """`pixels`: images in [-1, 1]. `pca`: principal components, fitted on the training images. `pca_conv`: the same
-    latents, but a small convolutional network, trained on slightly noised ones, draws the image."""
+    latents with a small convolutional decoder, trained on slightly noised latents."""
 
     components: Annotated[int, Field(ge=2)] = 96
-    """Principal components kept by `pca` and `pca_conv`."""
+    """Principal components of `pca` and `pca_conv`."""
 
     whitening: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Exponent that evens out the spectrum of `pca`: 0 keeps it, 1 gives every component unit variance."""
+    """Exponent that flattens the spectrum of `pca`: 0 keeps it, 1 gives every component unit variance."""
 
     decoder_width: Annotated[int, Field(ge=8, multiple_of=4)] = 32
-    """Channels of the decoder of `pca_conv` before the last doubling of the side."""
+    """Channels of the decoder of `pca_conv` before the last upsampling."""
 
     decoder_noise: Annotated[float, Field(ge=0)] = 0.1
-    """Standard deviation of the noise on latents while that decoder is trained; samples are never quite clean."""
+    """Standard deviation of the noise on latents in the decoder's training, because samples are never fully clean."""
 
     decoder_training: TrainingConfig = TrainingConfig(
         steps=1000, batch_size=64, lr=2e-3, warmup_steps=50, weight_decay=1e-3
     )
-    """How that decoder is trained."""
+    """Training of the decoder."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExpertConfig:
-    """One expert: what it predicts, with which network, trained how."""
+    """Network, prediction type, noise schedule and training of one expert."""
 
     network: NetworkConfig = ResidualMLPConfig()
     """The diffusers model and its size."""
     prediction: Prediction = "velocity"
-    """What the network puts out."""
+    """Prediction type of the network."""
     noise_schedule: NoiseScheduleName = "rectified_flow"
-    """The noise path: alpha(t) and sigma(t)."""
+    """The noise schedule: alpha(t) and sigma(t)."""
     training: TrainingConfig = TrainingConfig()
-    """Steps, batch, learning rate and so on."""
+    """Steps, batch, learning rate and other training settings."""
     init: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
-    """Folder of a checkpoint to start from: a diffusers model that we know, or one of our experts. Its network takes
-    the place of `network`; it must know the same latents and classes."""
+    """Folder of a checkpoint to start from: a supported diffusers model, or one of our experts. Its network replaces
+    `network`, and must have the same latents and classes."""
     init_prediction: Prediction = field(default="noise", metadata=UNHASHED_IF_DEFAULT)
-    """What a checkpoint without an `expert.json` puts out."""
+    """Prediction type of a checkpoint without an `expert.json`."""
     init_noise_schedule: NoiseScheduleName = field(default="linear_beta", metadata=UNHASHED_IF_DEFAULT)
-    """The noise path that such a checkpoint was trained on; `linear_beta` is DDPM's."""
+    """Noise schedule of such a checkpoint; `linear_beta` is DDPM's."""
     init_loss: Literal["own", "converted"] = field(default="own", metadata=UNHASHED_IF_DEFAULT)
-    """`own`: the checkpoint is trained on as it was, on its own prediction and path. `converted`: the loss is on
-    `prediction` and `path` above, to which what it puts out is converted at equal noise-to-signal ratio."""
+    """`own`: the loss is on the checkpoint's prediction type and noise schedule. `converted`: the loss is on
+    `prediction` and `noise_schedule` above, to which outputs are converted at equal noise-to-signal ratio."""
     init_checksum: str = field(default="", metadata=UNHASHED_IF_DEFAULT)
-    """Checksum of that folder, filled in when a run is composed: a folder that has changed since is an error."""
+    """Checksum of that folder, set when a run is composed; a folder that has changed since is an error."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistilledMonolithConfig:
-    """One network that is distilled from the experts; the rest of its recipe is the monolith's."""
+    """One network that is distilled from the experts; all other settings are the monolith's."""
 
     from_expert: Annotated[int, Field(ge=0)] | None = None
-    """The expert whose parameters it starts from; empty starts from scratch."""
+    """The expert that provides the initial parameters; empty starts from scratch."""
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimiser steps; empty takes the experts'."""
+    """Optimizer steps; empty uses the experts'."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Samples a step; empty takes the experts' global batch."""
+    """Samples a step; empty uses the experts' global batch."""

@@ -1,7 +1,7 @@
-"""The only room that knows Ray, Hydra and the command line.
+"""The only package that uses Ray, Hydra and the command line.
 
-    cli ─► compose ─► config ─► graph ─► runner ─► backend (inline | ray) ─► worker ─► a stage function of a room below
+    cli ─► config ─► graph ─► runner ─► backend (inline | ray | islands | slurm) ─► worker ─► stage function
 
-`graph.py` says what there is to do, `stage_functions.py` which function does it, `runner.py` walks the graph,
-`run_folder.py` is everything a controller knows: it keeps no state anywhere else.
+`pipeline/graph.py` defines the stages of a run, `config/stage_kinds.py` maps each kind to its function,
+`run/runner.py` runs the graph, and `run/run_folder.py` holds all state of a controller.
 """

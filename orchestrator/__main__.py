@@ -1,4 +1,4 @@
-"""`python -m orchestrator` is the command `ddm`."""
+"""`python -m orchestrator` runs the command `ddm`."""
 
 from orchestrator.cli.app import main
 

@@ -1,20 +1,23 @@
-"""What can go wrong above the rooms, and what to catch.
+"""Errors of the orchestrator, and the exceptions to catch.
 
-OrchestratorError
-├── ConfigError        the configuration is wrong; nothing has run
-├── RunFolderError     the folder is not a run, or it lacks what was asked for
-├── RunIsLocked        another controller walks this run
-├── IslandError        an island refuses us, or is not what the configuration says
-│   └── Unreachable    an island does not answer, which says nothing about the jobs on it
-├── StorageError       a storage refuses us or lacks what was asked for (islands/storage_errors.py)
-│   ├── StorageUnreachable   a storage does not answer
-│   └── CorruptTransfer      what came is not what was sent
-└── RunFailed          at least one stage failed for good; the others are finished and kept
+DDMError (ddm_core/errors.py)
+└── OrchestratorError
+    ├── ConfigError        the configuration is wrong; nothing has run
+    ├── RunFolderError     the folder is not a run, or it lacks the requested content
+    ├── RunIsLocked        another controller runs this run
+    ├── IslandError        an island rejects a request, or differs from its configuration
+    │   └── Unreachable    an island does not respond; the state of its jobs is unknown
+    ├── StorageError       a storage rejects a request or lacks the requested data (islands/storage/errors.py)
+    │   ├── StorageUnreachable   a storage does not respond
+    │   └── CorruptTransfer      received data differs from sent data
+    └── RunFailed          at least one stage failed permanently; the others are finished and kept
 """
 
+from ddm_core.errors import DDMError
 
-class OrchestratorError(Exception):
-    """Anything the command line answers with one message and exit code 1."""
+
+class OrchestratorError(DDMError):
+    """Any error that the command line reports as one message with exit code 1."""
 
 
 class ConfigError(OrchestratorError):
@@ -22,20 +25,20 @@ class ConfigError(OrchestratorError):
 
 
 class RunFolderError(OrchestratorError):
-    """A folder is not a run, or it lacks what was asked for."""
+    """A folder is not a run, or it lacks the requested content."""
 
 
 class RunIsLocked(OrchestratorError):
-    """Another controller walks this run."""
+    """Another controller holds the lease of this run."""
 
 
 class IslandError(OrchestratorError):
-    """An island refuses us, or is not what the configuration says; trying again does not help."""
+    """An island rejects a request, or differs from its configuration; a retry does not help."""
 
 
 class Unreachable(IslandError):
-    """An island does not answer, which says nothing about the jobs on it."""
+    """An island does not respond; the state of its jobs is unknown."""
 
 
 class RunFailed(OrchestratorError):
-    """At least one stage failed for good; what had finished is kept."""
+    """At least one stage failed permanently; finished stages are kept."""

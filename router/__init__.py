@@ -1,9 +1,13 @@
-"""Which expert speaks for this noised sample, at this t, under this condition.
+"""Router: which expert denoises a noised sample, at this t, under this condition.
 
-    clusters' latents ──train──► Router: (noised, t, condition) ──► logits ──select──► gates
-                                         (condition) ──► prior's logits ──┘
+    latents of all clusters ──train──► Router: (noised, t, condition) ──► logits ──select──► gates
+                                              (condition) ──► prior logits ──┘
 
-Open `router.py` for what a router is, `select.py` to add a selection, `model.py` for the kinds of it, `train.py` and
-`loss.py` for how it learns, `calibration.py` for its temperatures, `quality.py` for how good it is at every t,
-`change.py` to add or remove an expert.
+router.py        the router: a network and the prior counts
+models/          its kinds: mlp, transformer, prior_table, nearest_centroid, density_ratio; add one in `registry.py`
+train.py         training and its loss
+calibration/     temperatures and calibration errors
+quality.py       cross-entropy, accuracy and calibration at every t
+selection.py     selections, from logits to gates; add one there
+add_remove.py    add or remove an expert
 """

@@ -1,4 +1,4 @@
-"""A router with one expert more or fewer, and no other head trained again: of all kinds, `density_ratio` alone can."""
+"""Add an expert to a router or remove one, without retraining the other heads; only for kind `density_ratio`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ddm_core.artifacts import Workspace, write_json
+from ddm_core.errors import DDMError
 from experts.codecs.registry import load_codec
 from experts.condition import Condition
 from experts.config import TrainingConfig
@@ -17,17 +18,17 @@ from experts.training.checkpoint import MetricsRow
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import LatentDataset, encode_latents
 from experts.training.trainer import write_rows
-from router.models.density_ratio import DensityRatioRouter, seeded_head, share_of_batch, train_head
+from router.models.density_ratio import DensityRatioRouter, divide_batch, make_seeded_head, train_head
 from router.router import Router, count_priors
 
 
-class RouterChangeError(ValueError):
-    """An expert cannot be added to a router, or taken from it."""
+class RouterChangeError(DDMError, ValueError):
+    """An expert cannot be added to a router or removed from it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtendedRouter:
-    """A router with a new expert, and what its head took."""
+    """A router with a new expert, and the metrics and FLOPs of its head's training."""
 
     router: Router
     rows: list[MetricsRow]
@@ -37,30 +38,32 @@ class ExtendedRouter:
 def add_head(
     router: Router, cluster: LatentDataset, reference: LatentDataset, training: TrainingConfig, workspace: Workspace
 ) -> ExtendedRouter:
-    """The same router with one expert more, of id K, whose data are `cluster`.
+    """Return the router with one more expert, of id K, whose data are `cluster`.
 
-    `reference` must be the data that the router was first trained on, all clusters of that time together, without what
-    was added since: every head has its density in the denominator. Temperatures stay as they are.
+    `reference` must be the data of the router's first training: all clusters of that time, without later additions.
+    Every head has its density in the denominator. Temperatures do not change.
     """
-    ratios = _ratios(router)
-    head, shared = seeded_head(ratios, training.seed), share_of_batch(training, router.num_experts)
+    model = _check_density_ratio(router)
+    head, head_training = make_seeded_head(model, training.seed), divide_batch(training, router.num_experts)
     row, t, null = torch.zeros(1, *cluster.latent_shape), torch.full((1,), 0.5), Condition.null(1).embedding_index(0)
-    flops = training_flops(forward_flops(lambda: head(row, t, null)), shared.batch_size, shared.steps)
-    fitted = train_head(head, cluster, reference, shared, router.noise_schedule, workspace)
+    flops = training_flops(forward_flops(lambda: head(row, t, null)), head_training.batch_size, head_training.steps)
+    fitted = train_head(head, cluster, reference, head_training, router.noise_schedule, workspace)
     ids = torch.zeros(len(cluster), dtype=torch.int64)
     column = count_priors(ids, cluster.class_id, 1, router.num_classes).to(router.prior_counts)
     counts = torch.cat([router.prior_counts, column], dim=1)
-    return ExtendedRouter(router=_of(router, [*ratios.heads, fitted.model], counts), rows=fitted.rows, flops=flops)
+    return ExtendedRouter(
+        router=_replace_heads(router, [*model.heads, fitted.model], counts), rows=fitted.rows, flops=flops
+    )
 
 
 def remove_head(router: Router, expert_id: int) -> Router:
-    """The same router without one expert; the ids above it move down by one."""
-    ratios, left = _ratios(router), [k for k in range(router.num_experts) if k != expert_id]
-    if len(left) == router.num_experts or not left:
+    """Return the router without one expert; higher ids decrease by one. Raises `RouterChangeError`."""
+    model, remaining = _check_density_ratio(router), [k for k in range(router.num_experts) if k != expert_id]
+    if len(remaining) == router.num_experts or not remaining:
         raise RouterChangeError(
-            f"an expert to remove must be one of 0 ... {router.num_experts - 1}, and not the last one; got {expert_id}"
+            f"the expert to remove must be one of 0 ... {router.num_experts - 1}, and not the last one; got {expert_id}"
         )
-    return _of(router, [ratios.heads[k] for k in left], router.prior_counts[:, left])
+    return _replace_heads(router, [model.heads[k] for k in remaining], router.prior_counts[:, remaining])
 
 
 def add_expert(
@@ -72,20 +75,21 @@ def add_expert(
     out: Path,
     workspace: Workspace,
 ) -> float:
-    """Write the router of `folder` to `out` with one expert more, for the samples of `shards`; returns its FLOPs.
+    """Write the router of `folder` to `out` with one more expert, for the samples of `shards`; return its FLOPs.
 
-    `reference` are the clusters that the router was first trained on. Raises what `train_router` and `with_head` do.
+    `reference` are the clusters of the router's first training. Raises like `train_router`, and `RouterChangeError`.
     """
     router, loaded = Router.load(folder), load_codec(codec)
-    _ratios(router)
-    aside = replace(workspace, scratch=workspace.scratch / "reference")
-    cluster, whole = encode_latents([shards], loaded, codec, workspace), encode_latents(reference, loaded, codec, aside)
+    _check_density_ratio(router)
+    reference_workspace = replace(workspace, scratch=workspace.scratch / "reference")
+    cluster = encode_latents([shards], loaded, codec, workspace)
+    all_clusters = encode_latents(reference, loaded, codec, reference_workspace)
     check_classes(cluster, router.num_classes)
-    grown = add_head(router, cluster, whole, training, workspace)
-    grown.router.save(out)
-    write_rows(out / "metrics.jsonl", grown.rows)
-    write_json(out / "training.json", {"flops": grown.flops, "steps": training.steps, "images": len(cluster)})
-    return grown.flops
+    extended = add_head(router, cluster, all_clusters, training, workspace)
+    extended.router.save(out)
+    write_rows(out / "metrics.jsonl", extended.rows)
+    write_json(out / "training.json", {"flops": extended.flops, "steps": training.steps, "images": len(cluster)})
+    return extended.flops
 
 
 def remove_expert(folder: Path, expert_id: int, out: Path) -> None:
@@ -93,16 +97,16 @@ def remove_expert(folder: Path, expert_id: int, out: Path) -> None:
     remove_head(Router.load(folder), expert_id).save(out)
 
 
-def _ratios(router: Router) -> DensityRatioRouter:
+def _check_density_ratio(router: Router) -> DensityRatioRouter:
     if not isinstance(router.model, DensityRatioRouter):
         raise RouterChangeError(
-            "experts are added to and removed from routers of kind density_ratio alone, and this one is a "
+            "only routers of kind density_ratio can add or remove experts, and this one is a "
             f"{type(router.model).__name__}: train the router again, with router=density_ratio to change it later"
         )
-    ratios: DensityRatioRouter = router.model
-    return ratios
+    model: DensityRatioRouter = router.model
+    return model
 
 
-def _of(router: Router, heads: Sequence[nn.Module], counts: Float[Tensor, "condition expert"]) -> Router:
-    model: nn.Module = DensityRatioRouter.of(heads, counts, _ratios(router))
+def _replace_heads(router: Router, heads: Sequence[nn.Module], counts: Float[Tensor, "condition expert"]) -> Router:
+    model: nn.Module = DensityRatioRouter.from_heads(heads, counts, _check_density_ratio(router))
     return replace(router, model=model, prior_counts=counts)

@@ -1,4 +1,4 @@
-"""What can be chosen about the router; imports no torch."""
+"""Configuration of the router and of selections; imports no torch."""
 
 from dataclasses import field
 from typing import Annotated, Final, Literal
@@ -24,16 +24,16 @@ SelectionName = Literal[
 ]
 RouterKind = Literal["mlp", "transformer", "prior_table", "nearest_centroid", "density_ratio"]
 AUTO: Final = "auto"
-"""No rule of its own: whichever one a run's `selection_search` stage finds best."""
+"""Placeholder for the best selection of a run's `selection_search` stage."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RouterConfig:
-    """The network that says which expert speaks for a noised sample."""
+    """Network and training of the router."""
 
     kind: RouterKind = "mlp"
-    """`mlp` reads flattened latents, `transformer` reads tokens of them; `density_ratio` has a small network for each
-    expert, so that experts come and go; `nearest_centroid` and `prior_table` train no network."""
+    """`mlp` takes flattened latents, `transformer` takes tokens of them. `density_ratio` has a small network for each
+    expert, so that experts can be added and removed. `nearest_centroid` and `prior_table` train no network."""
     width: Annotated[int, Field(ge=8)] = 128
     """Features of every hidden layer."""
     depth: Annotated[int, Field(ge=1)] = 2
@@ -41,42 +41,43 @@ class RouterConfig:
     heads: Annotated[int, Field(ge=1)] = 4
     """Attention heads of the transformer."""
     tokens: Annotated[int, Field(ge=1)] = 16
-    """Tokens that the transformer cuts flattened latents into."""
+    """Number of tokens that the transformer divides flattened latents into."""
     noise_schedule: NoiseScheduleName = "rectified_flow"
-    """The noise path of the ensemble."""
+    """Noise schedule of the ensemble."""
     calibrate: bool = True
-    """Whether temperatures are fitted on half of the held-out samples; quality is measured on the other half."""
+    """Whether temperatures are fitted on one half of the held-out samples; quality is measured on the other half."""
     training: TrainingConfig = TrainingConfig(t_std=1.4)
-    """Steps, batch, learning rate and so on; the batch is not divided by K."""
+    """Steps, batch size, learning rate and so on; the batch size is not divided by K."""
     data: Literal["real", "samples"] = field(default="real", metadata=UNHASHED_IF_DEFAULT)
-    """`real`: it trains on all clusters, beside the experts. `samples`: on latents that the finished experts draw, for
-    data that may not leave their places; of the data it is told the clusters' counts."""
+    """`real`: trains on all clusters, in parallel with the experts. `samples`: trains on latents that the finished
+    experts generate, for data that may not leave their islands; of the data it uses only the clusters' counts."""
     samples_per_expert: Annotated[int, Field(ge=1)] = field(default=2048, metadata=UNHASHED_IF_DEFAULT)
-    """Latents drawn from an expert on average with `data=samples`; each has its cluster's true share of them."""
+    """Average number of latents per expert with `data=samples`; each expert generates its cluster's true share."""
     sample_steps: Annotated[int, Field(ge=2)] = field(default=10, metadata=UNHASHED_IF_DEFAULT)
-    """Heun steps of each of those draws."""
+    """Heun steps per generated latent."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SelectionConfig:
-    """How logits become gates; each number is used by the selections that its sentence names."""
+    """The selection, the rule from logits to gates; each number applies to the selections in its description."""
 
     name: SelectionName | Literal["auto"] = "sticky"
-    """The rule, of which `router/selection.py` holds them all; `auto` lets the run choose one by `selection_search`."""
+    """One of the rules in `router/selection.py`; with `auto` the run chooses one by its stage `selection_search`."""
     k: Annotated[int, Field(ge=1)] = 1
-    """Experts kept by `top_k`."""
+    """Number of experts that `top_k` keeps."""
     probability: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """`threshold`, and `threshold_then_top1` at high t, keep experts at least so probable."""
+    """Minimum probability of an expert that `threshold` keeps, and `threshold_then_top1` at high t."""
     total: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """`nucleus` keeps the fewest experts that reach this probability together."""
+    """Total probability of the fewest experts that `nucleus` keeps."""
     draws: Annotated[int, Field(ge=1)] = 1
-    """Experts drawn by `sample`, with replacement."""
+    """Number of experts that `sample` draws, with replacement."""
     t_switch: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """`full_then_top1`, `threshold_then_top1` and `full_then_sticky` mix experts above this t and have one from there on; `sticky_resample` draws again."""
+    """`full_then_top1`, `threshold_then_top1` and `full_then_sticky` mix experts above this t and use one expert from
+    there on. `sticky_resample` draws its expert again at this t."""
 
 
 def selection_label(selection: SelectionConfig) -> str:
-    """A selection's name in stage names and tables, with the numbers that it depends on."""
+    """Return a selection's name for stage names and tables, with the numbers that it depends on."""
     numbers = {
         "top_k": f"_{selection.k}",
         "threshold": f"_{selection.probability:g}",

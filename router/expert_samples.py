@@ -1,7 +1,7 @@
-"""A folder of latents that the experts drew, from which a router learns without the data.
+"""A folder of latents that the experts generated, for training a router without the data.
 
-clean.npy, class_id.npy, cluster_id.npy     as `experts.training.latent_dataset` keeps encoded images
-prior_counts.json                           the clusters' true counts by class, all that is told about the data
+clean.npy, class_id.npy, cluster_id.npy     same format as encoded images in `experts.training.latent_dataset`
+prior_counts.json                           the clusters' true counts by class, the only facts about the data
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ PRIOR_COUNTS = "prior_counts.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSamples:
-    """Latents from all experts, and the true sizes of their clusters."""
+    """Latents of all experts, and the true sizes of their clusters."""
 
     dataset: LatentDataset
     prior_counts: Float[Tensor, "condition expert"]
-    """As in `Router.prior_counts`."""
+    """Same layout as `Router.prior_counts`."""
 
     def save(self, folder: Path) -> None:
         """Write the folder."""
@@ -40,11 +40,11 @@ class ExpertSamples:
 
     @classmethod
     def load(cls, folder: Path) -> "ExpertSamples":
-        """Read what `save` wrote; raises an `ArtifactError` if it does not fit together."""
+        """Read what `save` wrote; raises an `ArtifactError` if its files are inconsistent."""
         dataset, counts = read_latents(folder), torch.tensor(read_json(folder / PRIOR_COUNTS), dtype=torch.float64)
         if counts.ndim != 2 or dataset.cluster_id.amax() >= counts.shape[1]:
             raise CorruptArtifact(
-                f"{folder / PRIOR_COUNTS} counts clusters of shape {tuple(counts.shape)}, and there are draws from "
-                f"expert {int(dataset.cluster_id.amax())}; draw them again"
+                f"{folder / PRIOR_COUNTS} has shape {tuple(counts.shape)}, but there are samples of "
+                f"expert {int(dataset.cluster_id.amax())}; generate them again"
             )
         return cls(dataset=dataset, prior_counts=counts)

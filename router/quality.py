@@ -1,9 +1,9 @@
-"""How well a router knows the clusters of held-out samples, at every t.
+"""Quality of a router on held-out samples: cross-entropy, accuracy and calibration at every t.
 
-Near t = 1 a noised sample says nothing: there the best cross-entropy is the entropy of the prior, and the
+Near t = 1 a noised sample carries no information: there the best cross-entropy is the entropy of the prior, and the
 best accuracy is the largest cluster's share. Low accuracy at high t is therefore no defect.
 
-Temperatures are fitted on one half of the held-out samples, and everything here is measured on the other: see `halves`.
+Temperatures are fitted on one half of the held-out samples, quality is measured on the other: see `calibration_split`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from router.calibration.time_bins import BINS
 from router.router import Router
 
 NOISES_PER_IMAGE = 4
-"""Noise draws for every image in every bin."""
+"""Noise samples for every image in every bin."""
 MAX_IMAGES = 2048
 BLOCK = 1024
 SEED = 20_250_110
@@ -29,7 +29,7 @@ SEED = 20_250_110
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BinQuality:
-    """The router between two values of t."""
+    """Quality of a router in one interval of t."""
 
     t_low: float
     t_high: float
@@ -38,13 +38,13 @@ class BinQuality:
     calibration_error: float
     """Expected calibration error of the most probable expert, in 15 cells of equal width."""
     calibration_error_floor: float
-    """What a perfectly calibrated router that says the same has on average at this number of samples."""
+    """Average calibration error of a perfectly calibrated router with the same outputs and number of samples."""
     cross_entropy_before: float
-    """Without temperatures."""
+    """Cross-entropy without temperatures."""
     calibration_error_before: float
-    """Without temperatures."""
+    """Calibration error without temperatures."""
     cross_entropy_null: float
-    """Without the condition, as for the unconditional branch of guidance; so are all that follow."""
+    """All `_null` values are without the condition, as in the unconditional branch of guidance."""
     accuracy_null: float
     calibration_error_null: float
     calibration_error_floor_null: float
@@ -54,23 +54,23 @@ class BinQuality:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """The router at every t, and what nobody can beat at t = 1."""
+    """Quality of a router at every t, and the limits of any router at t = 1."""
 
     bins: tuple[BinQuality, ...]
     images: int
-    """Held-out images that were looked at."""
+    """Number of held-out images in the measurement."""
     prior_entropy: float
     """Entropy of p(k | c) in nats, averaged over the training samples: the floor of `cross_entropy` at t = 1."""
     prior_entropy_null: float
     """Entropy of p(k) in nats: the floor of `cross_entropy_null` at t = 1."""
     largest_share: float
-    """Accuracy of always naming the largest cluster of the class: the floor of `accuracy` at t = 1."""
+    """Accuracy of always predicting the largest cluster of the class: the limit of `accuracy` at t = 1."""
     largest_share_null: float
-    """The share of the largest cluster: the floor of `accuracy_null` at t = 1."""
+    """Share of the largest cluster: the limit of `accuracy_null` at t = 1."""
 
 
 def calibration_split(held_out: LatentDataset) -> tuple[LatentDataset, LatentDataset]:
-    """Every other sample to measure with, and those between to fit temperatures on; the second may be empty."""
+    """Split held-out samples alternately: one half to measure quality, one to fit temperatures, which may be empty."""
     first, second = (
         LatentDataset(
             clean=held_out.clean[start::2],
@@ -84,9 +84,9 @@ def calibration_split(held_out: LatentDataset) -> tuple[LatentDataset, LatentDat
 
 @torch.no_grad()
 def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
-    """Cross-entropy, accuracy and calibration in ten bins of t on held-out latents; the same at every call."""
+    """Measure cross-entropy, accuracy and calibration in ten bins of t on held-out latents; deterministic."""
     stride = -(-len(holdout) // MAX_IMAGES)
-    seen = LatentDataset(
+    subset = LatentDataset(
         clean=holdout.clean[::stride],
         class_id=holdout.class_id[::stride],
         cluster_id=holdout.cluster_id[::stride],
@@ -94,8 +94,8 @@ def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
     counts = router.prior_counts
     by_class = torch.cat([counts[:-1], counts[-1:] - counts[:-1].sum(0, keepdim=True)])
     return Quality(
-        bins=tuple(_measure_bin(router, seen, index) for index in range(BINS)),
-        images=len(seen),
+        bins=tuple(_measure_bin(router, subset, index) for index in range(BINS)),
+        images=len(subset),
         prior_entropy=_entropy(by_class),
         prior_entropy_null=_entropy(counts[-1:]),
         largest_share=float(by_class.amax(1).sum() / by_class.sum()),
@@ -103,27 +103,27 @@ def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
     )
 
 
-def _measure_bin(router: Router, seen: LatentDataset, index: int) -> BinQuality:
+def _measure_bin(router: Router, subset: LatentDataset, index: int) -> BinQuality:
     generator = torch.Generator().manual_seed(SEED + index)
-    t = (index + torch.rand(NOISES_PER_IMAGE, len(seen), generator=generator)) / BINS
-    noise = torch.randn(NOISES_PER_IMAGE, *seen.clean.shape, generator=generator)
+    t = (index + torch.rand(NOISES_PER_IMAGE, len(subset), generator=generator)) / BINS
+    noise = torch.randn(NOISES_PER_IMAGE, *subset.clean.shape, generator=generator)
     noised = torch.stack(
-        [router.noise_schedule.add_noise(seen.clean, noise[draw], t[draw]) for draw in range(NOISES_PER_IMAGE)]
+        [router.noise_schedule.add_noise(subset.clean, noise[draw], t[draw]) for draw in range(NOISES_PER_IMAGE)]
     )
-    told = _figures(router, noised, t, Condition(seen.class_id), seen.cluster_id)
-    untold = _figures(router, noised, t, Condition.null(len(seen)), seen.cluster_id)
-    null = {f"{name}_null": value for name, value in untold.items()}
-    return BinQuality(t_low=index / BINS, t_high=(index + 1) / BINS, **told, **null)
+    conditional = _measure_branch(router, noised, t, Condition(subset.class_id), subset.cluster_id)
+    unconditional = _measure_branch(router, noised, t, Condition.null(len(subset)), subset.cluster_id)
+    null = {f"{name}_null": value for name, value in unconditional.items()}
+    return BinQuality(t_low=index / BINS, t_high=(index + 1) / BINS, **conditional, **null)
 
 
-def _figures(
+def _measure_branch(
     router: Router,
     noised: Float[Tensor, "draw batch *latent"],
     t: Float[Tensor, "draw batch"],
     condition: Condition,
     cluster_id: Tensor,
 ) -> dict[str, float]:
-    """The figures of `BinQuality`, of one branch."""
+    """Measure the values of `BinQuality` for one branch of guidance."""
     blocks = [slice(start, start + BLOCK) for start in range(0, len(cluster_id), BLOCK)]
     before, after = [], []
     for draw in range(len(t)):
@@ -143,6 +143,6 @@ def _figures(
 
 
 def _entropy(counts: Float[Tensor, "condition expert"]) -> float:
-    """Entropy of the cluster given the condition in nats, averaged over all samples."""
+    """Compute the entropy of the cluster given the condition in nats, averaged over all samples."""
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return float(-(torch.xlogy(shares, shares).sum(1) * counts.sum(1)).sum() / counts.sum())

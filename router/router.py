@@ -24,40 +24,40 @@ SETTINGS = "router.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """Which expert a noised sample speaks to, before any selection."""
+    """Logits and prior over the experts for a noised sample, before any selection."""
 
     model: nn.Module
     """(noised, t, class index) -> logits; one of `router/models/registry.py`."""
     noise_schedule: NoiseSchedule
-    """The noise path it was trained on, which is the ensemble's."""
+    """Noise schedule of its training, which is that of the ensemble."""
     prior_counts: Float[Tensor, "condition expert"]
-    """Training samples of every class in every cluster; the last row counts all samples."""
+    """Number of training samples of every class in every cluster; the last row counts all samples."""
     temperatures: Temperatures = field(default_factory=unit_temperatures)
-    """What the network's logits are divided by, over t."""
+    """Divisors of the network's logits, as a function of t."""
 
     @property
     def num_experts(self) -> int:
-        """K, missing experts included."""
+        """Return K, missing experts included."""
         return self.prior_counts.shape[1]
 
     @property
     def num_classes(self) -> int:
-        """Classes of the condition; 0 without labels."""
+        """Return the number of classes of the condition; 0 without labels."""
         return self.prior_counts.shape[0] - 1
 
     def logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
-        """log p(k | noised, t, condition) up to a constant a row; a null condition gives p(k | noised, t)."""
+        """Return log p(k | noised, t, condition) up to a constant per row; a null condition gives p(k | noised, t)."""
         return apply_temperature(self.uncalibrated_logits(noised, t, condition), self.temperatures, t, condition)
 
     def uncalibrated_logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
-        """What the network says."""
+        """Return the logits of the network, without temperatures."""
         logits: Logits = self.model(noised, t, condition.embedding_index(self.num_classes))
         return logits
 
     def prior_logits(self, condition: Condition, present: Bool[Tensor, " expert"] | None = None) -> Logits:
-        """log p(k | condition) among the `present` experts, up to a constant a row; -inf where no sample is.
+        """Return log p(k | condition) among the `present` experts, up to a constant per row; -inf without samples.
 
-        A class that no present expert has seen gets the prior of all samples.
+        A class that no present expert was trained on gets the prior of all samples.
         """
         counts = self.prior_counts.to(condition.class_id.device)
         if present is not None:
@@ -71,7 +71,7 @@ class Router:
         return self
 
     def save(self, folder: Path) -> None:
-        """Write the network as diffusers does, and `router.json`."""
+        """Write the network in diffusers' format, and `router.json`."""
         kind = next(name for name, network in ROUTERS.items() if isinstance(self.model, network))
         save_model(self.model, folder)
         settings = {
@@ -85,28 +85,28 @@ class Router:
     @classmethod
     def load(cls, folder: Path) -> "Router":
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing, broken or of another version."""
-        found = read_json(folder / SETTINGS)
+        settings = read_json(folder / SETTINGS)
         try:
-            network, path = ROUTERS[found["kind"]], NOISE_SCHEDULES[found["noise_schedule"]]
-            counts = torch.tensor(found["prior_counts"], dtype=torch.float64)
+            network, noise_schedule = ROUTERS[settings["kind"]], NOISE_SCHEDULES[settings["noise_schedule"]]
+            counts = torch.tensor(settings["prior_counts"], dtype=torch.float64)
             if counts.ndim != 2:
                 raise ValueError(f"prior_counts of shape {tuple(counts.shape)}")
-            temperatures = torch.tensor(found["temperatures"], dtype=torch.float64)
+            temperatures = torch.tensor(settings["temperatures"], dtype=torch.float64)
             if temperatures.shape != (2, BINS) or not (temperatures > 0).all() or not temperatures.isfinite().all():
-                raise ValueError(f"temperatures {found['temperatures']}")
+                raise ValueError(f"temperatures {settings['temperatures']}")
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / SETTINGS} was written by another version: {error}") from error
         model = load_model((network,), folder)
-        return cls(model=model, noise_schedule=path, prior_counts=counts, temperatures=temperatures)
+        return cls(model=model, noise_schedule=noise_schedule, prior_counts=counts, temperatures=temperatures)
 
 
 def count_priors(
     cluster_id: Tensor, class_id: Tensor, num_experts: int, num_classes: int
 ) -> Float[Tensor, "condition expert"]:
-    """How many samples of every class are in every cluster; the last row counts all samples, also unlabelled ones."""
+    """Count the samples of every class in every cluster; the last row counts all samples, also unlabeled ones."""
     counts = torch.zeros(num_classes + 1, num_experts, dtype=torch.float64)
-    is_labelled = class_id >= 0
+    is_labeled = class_id >= 0
     ones = torch.ones(len(cluster_id), dtype=torch.float64)
-    counts.index_put_((class_id[is_labelled], cluster_id[is_labelled]), ones[is_labelled], accumulate=True)
+    counts.index_put_((class_id[is_labeled], cluster_id[is_labeled]), ones[is_labeled], accumulate=True)
     counts[-1] = torch.bincount(cluster_id, minlength=num_experts).double()
     return counts

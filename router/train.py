@@ -1,4 +1,4 @@
-"""Train a router: the only trainer that sees every cluster, beside the experts and without them."""
+"""Train a router: the only trainer that uses all clusters, in parallel with the experts and without them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,42 +21,44 @@ from experts.training.latent_dataset import Batch, LatentDataset, encode_latents
 from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
 from router.config import RouterConfig, RouterKind
-from router.costs import gradient_rows, is_calibrated, training_cost
+from router.costs import count_gradient_rows, is_calibrated, training_cost
 from router.expert_samples import ExpertSamples
-from router.models.density_ratio import fit_ratios
-from router.models.nearest_centroid import fit_centroids
-from router.models.prior_table import fit_table
+from router.models.density_ratio import fit_density_ratio
+from router.models.nearest_centroid import fit_nearest_centroid
+from router.models.prior_table import fit_prior_table
 from router.models.registry import build_router
 from router.quality import Quality, calibration_split, measure_quality
 from router.router import Router, count_priors
 
 
-def router_loss(model: nn.Module, batch: Batch, path: NoiseSchedule, num_classes: int) -> dict[str, Float[Tensor, ""]]:
-    """Cross-entropy of the cluster given the noised sample, and the share of samples that are sent home.
+def router_loss(
+    model: nn.Module, batch: Batch, noise_schedule: NoiseSchedule, num_classes: int
+) -> dict[str, Float[Tensor, ""]]:
+    """Compute the cross-entropy of the cluster given the noised sample, and the share of correct predictions.
 
-    The samples come at the true proportions of the clusters: the probabilities are mixing coefficients, so
-    the classes of this classifier are never balanced.
+    The samples have the true proportions of the clusters: the probabilities are mixing coefficients, so the classes of
+    this classifier are never balanced.
     """
     # Algorithm 1 of McAllister et al. 2025, arXiv:2501.05450: - E log p(k | x, t, c), x = alpha clean + sigma noise.
-    noised = path.add_noise(batch.clean, batch.noise, batch.t)
+    noised = noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
     logits = model(noised, batch.t, batch.condition.embedding_index(num_classes)).float()
-    is_home = logits.argmax(-1) == batch.cluster_id
-    return {"loss": functional.cross_entropy(logits, batch.cluster_id), "accuracy": is_home.float().mean()}
+    is_correct = logits.argmax(-1) == batch.cluster_id
+    return {"loss": functional.cross_entropy(logits, batch.cluster_id), "accuracy": is_correct.float().mean()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSummary:
-    """What a training amounted to."""
+    """Costs and results of a training."""
 
     flops: float
     steps: int
     epochs: float
-    """How often every sample was seen."""
+    """Average number of times that every sample was used."""
     images: int
-    """Samples in all clusters."""
+    """Number of samples in all clusters."""
     parameters: int
     final_loss: float | None
-    """Mean loss of the last metrics row; None for a router that takes no steps."""
+    """Mean loss of the last metrics row; None for a router without training steps."""
     quality: Quality
 
 
@@ -68,53 +70,54 @@ def train_router(
     out: Path,
     workspace: Workspace,
     num_classes: int | None = None,
-    draws: Path | None = None,
+    expert_samples: Path | None = None,
 ) -> RouterSummary:
-    """Train on the samples of all clusters and write the router's folder, its metrics and its quality to `out`.
+    """Train on the samples of all clusters; write the router's folder, its metrics and its quality to `out`.
 
-    Cluster k is the k-th of `clusters` and of `holdouts`; `num_classes` None takes the shards' own. With `draws`, a
-    folder of latents from the experts, no `clusters` are needed: quality alone is measured on real samples.
+    Cluster k is the k-th of `clusters` and of `holdouts`; `num_classes` None uses the number in the shards. With
+    `expert_samples`, a folder of latents from the experts, `clusters` may be empty: only quality uses real samples.
     """
-    if draws is None and len(clusters) != len(holdouts):
+    if expert_samples is None and len(clusters) != len(holdouts):
         raise ValueError(
-            f"every cluster needs its held-out samples; got {len(clusters)} clusters, {len(holdouts)} holdouts"
+            f"every cluster needs a folder of held-out samples; got {len(clusters)} clusters, "
+            f"{len(holdouts)} holdouts: pass one per cluster"
         )
     loaded = load_codec(codec)
-    drawn = None if draws is None else ExpertSamples.load(draws)
-    dataset = encode_latents(clusters, loaded, codec, workspace) if drawn is None else drawn.dataset
-    aside = replace(workspace, scratch=workspace.scratch / "holdout")
-    holdout = encode_latents(holdouts, loaded, codec, aside)
+    samples = None if expert_samples is None else ExpertSamples.load(expert_samples)
+    dataset = encode_latents(clusters, loaded, codec, workspace) if samples is None else samples.dataset
+    holdout_workspace = replace(workspace, scratch=workspace.scratch / "holdout")
+    holdout = encode_latents(holdouts, loaded, codec, holdout_workspace)
     if num_classes is None:
         num_classes = len(read_index(holdouts[0]).class_names)
     for latents in (dataset, holdout):
         check_classes(latents, num_classes)
     counts = count_priors(dataset.cluster_id, dataset.class_id, len(holdouts), num_classes)
-    if drawn is not None:
-        config, counts = replace(config, data="samples"), drawn.prior_counts
+    if samples is not None:
+        config, counts = replace(config, data="samples"), samples.prior_counts
     return _fit_router(config, dataset, holdout, out, workspace, counts)
 
 
 def fit_network(
     config: RouterConfig, dataset: LatentDataset, counts: Float[Tensor, "condition expert"], workspace: Workspace
 ) -> TrainingResult:
-    """One network for all experts, by cross-entropy."""
-    num_classes, path = len(counts) - 1, NOISE_SCHEDULES[config.noise_schedule]
+    """Train one network for all experts, by cross-entropy."""
+    num_classes, noise_schedule = len(counts) - 1, NOISE_SCHEDULES[config.noise_schedule]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         model = build_router(config, dataset.latent_shape, counts.shape[1], num_classes)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return router_loss(model, batch, path, num_classes)
+        return router_loss(model, batch, noise_schedule, num_classes)
 
     return fit(model, loss, dataset, config.training, workspace)
 
 
-FITS: Final[dict[RouterKind, Callable[[RouterConfig, LatentDataset, Tensor, Workspace], TrainingResult]]] = {
+FIT_FUNCTIONS: Final[dict[RouterKind, Callable[[RouterConfig, LatentDataset, Tensor, Workspace], TrainingResult]]] = {
     "mlp": fit_network,
     "transformer": fit_network,
-    "prior_table": fit_table,
-    "nearest_centroid": fit_centroids,
-    "density_ratio": fit_ratios,
+    "prior_table": fit_prior_table,
+    "nearest_centroid": fit_nearest_centroid,
+    "density_ratio": fit_density_ratio,
 }
 
 
@@ -126,22 +129,22 @@ def _fit_router(
     workspace: Workspace,
     counts: Float[Tensor, "condition expert"],
 ) -> RouterSummary:
-    fitted = FITS[config.kind](config, dataset, counts, workspace)
+    fitted = FIT_FUNCTIONS[config.kind](config, dataset, counts, workspace)
     router = Router(model=fitted.model, noise_schedule=NOISE_SCHEDULES[config.noise_schedule], prior_counts=counts)
-    measured, between = calibration_split(holdout)
-    if is_calibrated(config) and len(between):
-        found = fit_temperatures(router.uncalibrated_logits, between, router.noise_schedule)
-        router = replace(router, temperatures=found)
+    quality_half, calibration_half = calibration_split(holdout)
+    if is_calibrated(config) and len(calibration_half):
+        temperatures = fit_temperatures(router.uncalibrated_logits, calibration_half, router.noise_schedule)
+        router = replace(router, temperatures=temperatures)
     router.save(out)
     num_experts = counts.shape[1]
     summary = RouterSummary(
         flops=training_cost(config, _row_flops(router, dataset.latent_shape), num_experts),
         steps=config.training.steps if fitted.rows else 0,
-        epochs=gradient_rows(config, num_experts) / len(dataset),
+        epochs=count_gradient_rows(config, num_experts) / len(dataset),
         images=len(dataset),
         parameters=sum(parameter.numel() for parameter in fitted.model.parameters()),
         final_loss=fitted.rows[-1]["loss"] if fitted.rows else None,
-        quality=measure_quality(router, measured),
+        quality=measure_quality(router, quality_half),
     )
     write_rows(out / "metrics.jsonl", fitted.rows)
     write_json(out / "training.json", summary)
@@ -150,7 +153,7 @@ def _fit_router(
 
 
 def router_flops(config: RouterConfig, latent_shape: tuple[int, ...], num_classes: int, num_experts: int) -> float:
-    """FLOPs of a whole training by this recipe, without doing it."""
+    """Return the FLOPs of a complete training with this configuration, without running it."""
     model = build_router(config, latent_shape, num_experts, num_classes)
     router = Router(
         model=model,

@@ -1,4 +1,4 @@
-"""Experts and routers that are exactly right, in closed form: a mixture of Gaussians, one component a cluster."""
+"""Exact experts and routers in closed form: a mixture of Gaussians, one component per cluster."""
 
 import math
 from collections import Counter
@@ -11,22 +11,25 @@ from torch import Tensor
 
 from experts.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW, NoiseSchedule, expand
+from experts.expert_model import ExpertModel
 
 
-def gaussian_velocity(noised: Tensor, t: Tensor, mean: Tensor, deviation: float, path: NoiseSchedule) -> Tensor:
-    """E[alpha' clean + sigma' noise | noised] for clean ~ N(mean, deviation^2)."""
+def gaussian_velocity(
+    noised: Tensor, t: Tensor, mean: Tensor, deviation: float, noise_schedule: NoiseSchedule
+) -> Tensor:
+    """Return E[alpha' clean + sigma' noise | noised] for clean ~ N(mean, deviation^2)."""
     t = expand(t, noised)
-    alpha, sigma = path.alpha(t), path.sigma(t)
+    alpha, sigma = noise_schedule.alpha(t), noise_schedule.sigma(t)
     variance = alpha**2 * deviation**2 + sigma**2
     residual = noised - alpha * mean
     clean = mean + alpha * deviation**2 / variance * residual
     noise = sigma / variance * residual
-    return path.alpha_dot(t) * clean + path.sigma_dot(t) * noise
+    return noise_schedule.alpha_dot(t) * clean + noise_schedule.sigma_dot(t) * noise
 
 
 @dataclass
-class Oracle:
-    """The expert of one Gaussian; counts what it is asked."""
+class Oracle(ExpertModel):
+    """The exact expert of one Gaussian; it counts its calls."""
 
     mean: Tensor
     deviation: float
@@ -35,22 +38,22 @@ class Oracle:
     null_rows: int = 0
     latent_shape: tuple[int, ...] = (2,)
 
-    def velocity(self, noised: Tensor, t: Tensor, condition: Condition, path: NoiseSchedule) -> Tensor:
+    def velocity(self, noised: Tensor, t: Tensor, condition: Condition, noise_schedule: NoiseSchedule) -> Tensor:
         self.calls += 1
         self.rows += len(noised)
         self.null_rows += int((condition.class_id < 0).sum())
-        return gaussian_velocity(noised, t, self.mean.to(noised), self.deviation, path)
+        return gaussian_velocity(noised, t, self.mean.to(noised), self.deviation, noise_schedule)
 
     def to(self, device: torch.device | str) -> "Oracle":
         return self
 
     def save(self, folder: Path) -> None:
-        raise NotImplementedError("an oracle lives in memory")
+        raise NotImplementedError("an oracle cannot be saved")
 
 
 @dataclass
 class OracleRouter:
-    """The exact posterior of the component; class c allows the clusters of `allowed[c]` only."""
+    """The exact posterior of the components; class c is restricted to the clusters in `allowed[c]`."""
 
     means: Tensor
     deviations: Sequence[float]
@@ -78,20 +81,20 @@ class OracleRouter:
         priors = torch.tensor(list(self.shares), dtype=torch.float64).repeat(len(condition), 1)
         for row, class_id in enumerate(condition.class_id.tolist()):
             if class_id >= 0 and self.allowed:
-                silent = [k for k in range(self.num_experts) if k not in self.allowed[class_id]]
-                priors[row, silent] = 0
+                excluded = [k for k in range(self.num_experts) if k not in self.allowed[class_id]]
+                priors[row, excluded] = 0
         return (priors if present is None else priors * present).log()
 
     def to(self, device: torch.device | str) -> "OracleRouter":
         return self
 
     def save(self, folder: Path) -> None:
-        raise NotImplementedError("an oracle lives in memory")
+        raise NotImplementedError("an oracle cannot be saved")
 
 
 @dataclass
 class MixtureOfGaussians:
-    """Components on a ring; `shares` are the clusters' true proportions."""
+    """Components on a ring; `shares` are the proportions of the clusters."""
 
     shares: Sequence[float]
     deviation: float = 0.25
@@ -106,17 +109,17 @@ class MixtureOfGaussians:
     def experts(self) -> dict[int, Oracle]:
         return {k: Oracle(mean, self.deviation) for k, mean in enumerate(self.means)}
 
-    def router(self, path: NoiseSchedule = RECTIFIED_FLOW) -> OracleRouter:
+    def router(self, noise_schedule: NoiseSchedule = RECTIFIED_FLOW) -> OracleRouter:
         deviations = [self.deviation] * len(self.shares)
-        return OracleRouter(self.means, deviations, self.shares, path, self.allowed)
+        return OracleRouter(self.means, deviations, self.shares, noise_schedule, self.allowed)
 
-    def marginal_velocity(self, noised: Tensor, t: Tensor, path: NoiseSchedule) -> Tensor:
-        """The mixture's own velocity, from the score of its density by automatic differentiation.
+    def marginal_velocity(self, noised: Tensor, t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+        """Compute the velocity of the mixture from the score of its density, by automatic differentiation.
 
         u = alpha'/alpha x - (sigma' sigma - alpha'/alpha sigma^2) score (Lipman et al. 2024, arXiv:2412.06264).
         """
         x = noised.clone().requires_grad_()
-        a, s = path.alpha(expand(t, x)), path.sigma(expand(t, x))
+        a, s = noise_schedule.alpha(expand(t, x)), noise_schedule.sigma(expand(t, x))
         variance = a**2 * self.deviation**2 + s**2
         exponents = [
             math.log(share) - ((x - a * mean) ** 2).sum(1, keepdim=True) / (2 * variance)
@@ -124,11 +127,11 @@ class MixtureOfGaussians:
         ]
         density = torch.cat(exponents, 1).logsumexp(1, keepdim=True)
         (score,) = torch.autograd.grad(density.sum(), x)
-        drift = path.alpha_dot(expand(t, x)) / a
-        return drift * noised - (path.sigma_dot(expand(t, x)) * s - drift * s**2) * score
+        drift = noise_schedule.alpha_dot(expand(t, x)) / a
+        return drift * noised - (noise_schedule.sigma_dot(expand(t, x)) * s - drift * s**2) * score
 
     def nearest(self, samples: Tensor) -> Counter[int]:
-        """How many samples lie nearest to each component."""
+        """Count the samples that are nearest to each component."""
         return Counter(torch.cdist(samples.double(), self.means).argmin(1).tolist())
 
 
@@ -142,7 +145,7 @@ class IdentityCodec:
         return latents.reshape(len(latents), 1, 2, 1)
 
     def encode(self, images: object) -> Tensor:
-        raise NotImplementedError("nothing is encoded here")
+        raise NotImplementedError("this codec cannot encode")
 
     def save(self, folder: Path) -> None:
-        raise NotImplementedError("it lives in memory")
+        raise NotImplementedError("this codec cannot be saved")

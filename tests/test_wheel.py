@@ -24,7 +24,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-def test_the_wheel_has_data_configuration_and_licences(wheel):
+def test_wheel_has_data_configuration_and_licenses(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for needed in ("cluster_configs/experiment/demo.yaml", "orchestrator/reporting/page.html", "ddm_core/artifacts.py"):
         assert needed in names
@@ -33,7 +33,8 @@ def test_the_wheel_has_data_configuration_and_licences(wheel):
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
-def test_the_wheel_runs_the_pipeline_from_another_folder(wheel, tmp_path):
+@pytest.mark.integration
+def test_wheel_runs_the_pipeline_from_another_folder(wheel, tmp_path):
     call(sys.executable, "-m", "venv", "env", folder=tmp_path)
     binaries = tmp_path / "env" / "bin"
     call(binaries / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, folder=tmp_path)

@@ -1,1 +1,1 @@
-"""Divide the samples into clusters: k-means, balanced k-means, and the strategies that need neither."""
+"""Divide the samples into clusters: k-means, balanced k-means, and strategies by class or at random."""

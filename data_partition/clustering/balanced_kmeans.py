@@ -13,7 +13,7 @@ from data_partition.errors import EmptyCluster
 RESTARTS = 8
 ROUNDS = 50
 TOLERANCE = 0.05
-"""How far from equal size a balanced cluster may be, where the fine centroids allow it."""
+"""Maximum relative deviation of a balanced cluster from equal size, where the fine centroids allow it."""
 
 Points = Float[np.ndarray, "fine feature"]
 Means = Float[np.ndarray, "cluster feature"]
@@ -25,7 +25,7 @@ Ids = Int64[np.ndarray, " fine"]
 def merge_centroids(
     centroids: Points, counts: Int64[np.ndarray, " fine"], num_clusters: int, balanced: bool, seed: int
 ) -> Ids:
-    """The cluster of each fine centroid, whose weight is how many samples are nearest to it.
+    """Merge fine centroids into clusters; return the cluster of each. A centroid's weight is its sample count.
 
     No cluster is empty; raises `EmptyCluster` if fewer than `num_clusters` fine centroids have a sample.
     """
@@ -36,10 +36,10 @@ def merge_centroids(
             f"set partition.num_experts to at most {len(occupied)}, or remove duplicate images"
         )
     points, weights = centroids[occupied].astype(np.float64), counts[occupied].astype(np.float64)
-    assign = balanced_ids if balanced else nearest_ids
+    assign = assign_balanced if balanced else assign_to_nearest
     generator = np.random.default_rng(seed)
-    found = [weighted_kmeans(points, weights, num_clusters, assign, generator) for _ in range(RESTARTS)]
-    best = min(found, key=lambda ids: distortion(points, weights, ids, num_clusters))
+    candidates = [weighted_kmeans(points, weights, num_clusters, assign, generator) for _ in range(RESTARTS)]
+    best = min(candidates, key=lambda ids: distortion(points, weights, ids, num_clusters))
     means = weighted_means(points, weights, best, num_clusters)
     ids: Ids = squared_distances(centroids.astype(np.float64), means).argmin(axis=1)
     ids[occupied] = best
@@ -53,7 +53,7 @@ def weighted_kmeans(
     assign: Callable[[Distances, Weights], Ids],
     generator: np.random.Generator,
 ) -> Ids:
-    """Lloyd's algorithm from a k-means++ start; the best of its rounds."""
+    """Run Lloyd's algorithm from a k-means++ start; return the best assignment of all rounds."""
     ids = assign(squared_distances(points, kmeans_plus_plus(points, weights, num_clusters, generator)), weights)
     best, least = ids, distortion(points, weights, ids, num_clusters)
     for _ in range(ROUNDS):
@@ -68,39 +68,39 @@ def weighted_kmeans(
 
 
 def kmeans_plus_plus(points: Points, weights: Weights, num_clusters: int, generator: np.random.Generator) -> Means:
-    """Points drawn far from each other: k-means++ (Arthur and Vassilvitskii 2007)."""
+    """Choose initial means far from each other by k-means++ (Arthur and Vassilvitskii 2007)."""
     chosen = [int(generator.choice(len(points), p=weights / weights.sum()))]
     for _ in range(num_clusters - 1):
-        chances = weights * squared_distances(points, points[chosen]).min(axis=1)
-        chances[chosen] = 0.0
-        if chances.sum() == 0:
-            chances = np.where(np.isin(np.arange(len(points)), chosen), 0.0, weights)
-        chosen.append(int(generator.choice(len(points), p=chances / chances.sum())))
+        scores = weights * squared_distances(points, points[chosen]).min(axis=1)
+        scores[chosen] = 0.0
+        if scores.sum() == 0:
+            scores = np.where(np.isin(np.arange(len(points)), chosen), 0.0, weights)
+        chosen.append(int(generator.choice(len(points), p=scores / scores.sum())))
     return points[chosen]
 
 
-def nearest_ids(distances: Distances, weights: Weights) -> Ids:
-    """Every point to its nearest cluster; a cluster that got none takes the point farthest from its own."""
+def assign_to_nearest(distances: Distances, weights: Weights) -> Ids:
+    """Assign every point to its nearest cluster; an empty cluster takes the point farthest from its cluster mean."""
     ids: Ids = distances.argmin(axis=1)
     sizes = np.bincount(ids, minlength=distances.shape[1])
     for empty in np.flatnonzero(sizes == 0):
-        own = np.where(sizes[ids] > 1, distances[np.arange(len(ids)), ids], -1.0)
-        moved = own.argmax()
+        distance_to_mean = np.where(sizes[ids] > 1, distances[np.arange(len(ids)), ids], -1.0)
+        moved = distance_to_mean.argmax()
         sizes[ids[moved]] -= 1
         sizes[empty] = 1
         ids[moved] = empty
     return ids
 
 
-def balanced_ids(distances: Distances, weights: Weights) -> Ids:
-    """Clusters of about equal weight, at a small cost in distance.
+def assign_balanced(distances: Distances, weights: Weights) -> Ids:
+    """Assign points to clusters of about equal weight, at a small cost in distance.
 
-    Points that would lose most by going elsewhere choose first; then the heaviest cluster gives and the lightest
-    takes, at the least cost, until all are within `TOLERANCE` or no move evens them out.
+    Points with the largest regret choose first. Then points move out of the heaviest or into the lightest cluster, the
+    cheapest move first. It ends when all clusters are within `TOLERANCE` or no move reduces the imbalance.
     """
     mean = weights.sum() / distances.shape[1]
     ids, loads = _assign_by_regret(distances, weights, mean)
-    while (move := _cheapest_move(ids, loads, distances, weights, mean)) is not None:
+    while (move := _next_move(ids, loads, distances, weights, mean)) is not None:
         point, cluster = move
         loads[ids[point]] -= weights[point]
         loads[cluster] += weights[point]
@@ -109,10 +109,13 @@ def balanced_ids(distances: Distances, weights: Weights) -> Ids:
 
 
 def _assign_by_regret(distances: Distances, weights: Weights, mean: float) -> tuple[Ids, Float[np.ndarray, " cluster"]]:
-    """Each point to the nearest cluster that has room for at least half of it."""
+    """Assign points, largest regret first, to the nearest cluster that has room for at least half their weight.
+
+    Regret is the extra distance to the second nearest cluster, times the weight.
+    """
     preferences = distances.argsort(axis=1, kind="stable")
-    two = np.sort(distances, axis=1)[:, :2]
-    order = np.argsort(-(two[:, -1] - two[:, 0]) * weights, kind="stable")
+    nearest_two = np.sort(distances, axis=1)[:, :2]
+    order = np.argsort(-(nearest_two[:, -1] - nearest_two[:, 0]) * weights, kind="stable")
     loads = np.zeros(distances.shape[1])
     ids = np.empty(len(weights), dtype=np.int64)
     for point in order:
@@ -122,31 +125,31 @@ def _assign_by_regret(distances: Distances, weights: Weights, mean: float) -> tu
     return ids, loads
 
 
-def _cheapest_move(
+def _next_move(
     ids: Ids, loads: Float[np.ndarray, " cluster"], distances: Distances, weights: Weights, mean: float
 ) -> tuple[int, int] | None:
-    """The move from the heaviest cluster, or else into the lightest, that costs least and evens the two out."""
+    """Return the cheapest move out of the heaviest cluster, else into the lightest one; None if all are balanced."""
     points, clusters = np.arange(len(ids)), np.arange(len(loads))
     if loads.max() > mean * (1 + TOLERANCE):
-        move = _cheapest(points[ids == loads.argmax()], clusters, ids, loads, distances, weights)
+        move = _find_cheapest_move(points[ids == loads.argmax()], clusters, ids, loads, distances, weights)
         if move is not None:
             return move
     if loads.min() < mean * (1 - TOLERANCE):
-        return _cheapest(points, clusters[[loads.argmin()]], ids, loads, distances, weights)
+        return _find_cheapest_move(points, clusters[[loads.argmin()]], ids, loads, distances, weights)
     return None
 
 
-def _cheapest(
-    points: Int64[np.ndarray, " some"],
-    clusters: Int64[np.ndarray, " other"],
+def _find_cheapest_move(
+    points: Int64[np.ndarray, " candidate"],
+    clusters: Int64[np.ndarray, " target"],
     ids: Ids,
     loads: Float[np.ndarray, " cluster"],
     distances: Distances,
     weights: Weights,
 ) -> tuple[int, int] | None:
-    """The cheapest of the moves of `points` into `clusters` that even two loads out, if there is one.
+    """Return the cheapest move of one of `points` into one of `clusters` that reduces the imbalance, else None.
 
-    A move does if the cluster that takes stays below what the other had: so moves come to an end.
+    The receiving cluster must end below the previous load of the other one, so the moves terminate.
     """
     gain = loads[ids[points]][:, None] - loads[clusters] - weights[points][:, None]
     if not (gain > 0).any():
@@ -157,21 +160,21 @@ def _cheapest(
 
 
 def weighted_means(points: Points, weights: Weights, ids: Ids, num_clusters: int) -> Means:
-    """The mean of each cluster."""
+    """Compute the mean of each cluster."""
     members = (ids[None, :] == np.arange(num_clusters)[:, None]) * weights
     means: Means = (members @ points) / members.sum(axis=1, keepdims=True)
     return means
 
 
 def squared_distances(points: Points, means: Means) -> Distances:
-    """Squared Euclidean distances, never negative."""
+    """Compute squared Euclidean distances, clamped to be non-negative."""
     squares = np.square(points).sum(axis=1)[:, None] + np.square(means).sum(axis=1)
     distances: Distances = np.maximum(squares - 2 * points @ means.T, 0.0)
     return distances
 
 
 def distortion(points: Points, weights: Weights, ids: Ids, num_clusters: int) -> float:
-    """Mean squared distance of a sample's fine centroid from the mean of its cluster."""
+    """Compute the mean squared distance of a sample's fine centroid from the mean of its cluster."""
     means = weighted_means(points, weights, ids, num_clusters)
     squares = np.square(points - means[ids]).sum(axis=1)
     return float((weights * squares).sum() / weights.sum())

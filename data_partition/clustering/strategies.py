@@ -1,10 +1,10 @@
-"""Which sample goes to which cluster: by how it looks, by its class, or by chance.
+"""Strategies that assign samples to clusters: by features, by class, or at random.
 
-features   the cluster of its nearest fine centroid
-labels     the cluster of its class; with fewer clusters than classes, those that look alike are together
-random     by chance: what clusters are worth is the distance of the others from this one
+features   the cluster of the nearest fine centroid
+labels     the cluster of the class; with fewer clusters than classes, classes with similar features share a cluster
+random     a random cluster: the baseline for the other two
 
-To add a division, write the function and add it to `DIVISIONS`.
+To add a strategy, write the function and add it to `STRATEGIES`.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from data_partition.clustering.balanced_kmeans import merge_centroids
 from data_partition.clustering.kmeans import BLOCK_ROWS
 from data_partition.config import PartitionConfig
 from data_partition.errors import EmptyCluster, MissingLabels
-from data_partition.shards.shards import encoded_label, read_encoded, read_index
+from data_partition.shards.shards import decode_label, read_encoded, read_index
 from ddm_core.random_bits import splitmix64_finalize
 
 FineIds = Integer[np.ndarray, " sample"]
@@ -28,7 +28,7 @@ ClusterIds = Int64[np.ndarray, " block"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionInputs:
-    """All that a division may look at."""
+    """Inputs of a strategy."""
 
     config: PartitionConfig
     dataset: Path
@@ -42,28 +42,28 @@ class PartitionInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterAssignment:
-    """The cluster of every sample, by its row in the shards."""
+    """Clusters of all samples, by their row in the shards."""
 
     fine_to_cluster: Int64[np.ndarray, " fine"]
-    """Where an image belongs that is known by its looks alone: the cluster that most of its neighbours are in."""
+    """Cluster of a generated image with this nearest fine centroid: that of most training samples around it."""
     training: Callable[[slice], ClusterIds]
-    """Of training samples."""
+    """Clusters of a slice of the training samples."""
     holdout: Callable[[slice], ClusterIds] | None = None
-    """Of held-out samples; None: by their looks."""
+    """Clusters of a slice of the held-out samples; None: by their nearest fine centroid."""
 
 
-def by_features(seen: PartitionInputs) -> ClusterAssignment:
-    """Fine centroids of k-means, put together into clusters."""
-    config = seen.config
-    ids = merge_centroids(seen.centroids, seen.fine_counts, config.num_experts, config.balanced, config.seed)
-    return ClusterAssignment(fine_to_cluster=ids, training=lambda rows: ids[seen.fine_ids[rows]])
+def assign_by_features(inputs: PartitionInputs) -> ClusterAssignment:
+    """Merge the fine centroids of k-means into clusters."""
+    config = inputs.config
+    ids = merge_centroids(inputs.centroids, inputs.fine_counts, config.num_experts, config.balanced, config.seed)
+    return ClusterAssignment(fine_to_cluster=ids, training=lambda rows: ids[inputs.fine_ids[rows]])
 
 
-def by_labels(seen: PartitionInputs) -> ClusterAssignment:
-    """Classes, put together by their mean features; raises `MissingLabels` or `EmptyCluster`."""
-    config, classes = seen.config, len(read_index(seen.dataset / "train").class_names)
-    labels = {part: _labels(seen, part) for part in ("train", "holdout")}
-    if not classes or min(found.min(initial=0) for found in labels.values()) < 0:
+def assign_by_labels(inputs: PartitionInputs) -> ClusterAssignment:
+    """Merge classes into clusters by their mean features; raises `MissingLabels` or `EmptyCluster`."""
+    config, classes = inputs.config, len(read_index(inputs.dataset / "train").class_names)
+    labels = {part: _load_labels(inputs, part) for part in ("train", "holdout")}
+    if not classes or min(ids.min(initial=0) for ids in labels.values()) < 0:
         raise MissingLabels(
             "partition.by=labels needs a class for every sample, and some have none; use partition.by=features"
         )
@@ -73,7 +73,7 @@ def by_labels(seen: PartitionInputs) -> ClusterAssignment:
             f"{np.count_nonzero(counts)} classes cannot be {config.num_experts} clusters; "
             f"set partition.num_experts to at most {np.count_nonzero(counts)}, or partition.by=features"
         )
-    means = np.stack([np.bincount(labels["train"], column, classes) for column in seen.features.T], axis=1)
+    means = np.stack([np.bincount(labels["train"], column, classes) for column in inputs.features.T], axis=1)
     means = (means / np.maximum(counts, 1)[:, None]).astype(np.float32)
     cluster_of = merge_centroids(means, counts, config.num_experts, config.balanced, config.seed)
 
@@ -82,48 +82,48 @@ def by_labels(seen: PartitionInputs) -> ClusterAssignment:
         return ids
 
     return ClusterAssignment(
-        fine_to_cluster=_most_frequent(seen, training),
+        fine_to_cluster=_majority_clusters(inputs, training),
         training=training,
         holdout=lambda rows: cluster_of[labels["holdout"][rows]],
     )
 
 
-def by_random(seen: PartitionInputs) -> ClusterAssignment:
-    """A hash of seed, part and row: clusters of equal expectation."""
+def assign_by_random(inputs: PartitionInputs) -> ClusterAssignment:
+    """Assign samples at random, by a hash of seed, part and row: clusters have equal expected size."""
 
-    def drawn(part: int, count: int) -> Callable[[slice], ClusterIds]:
+    def hash_rows(part: int, count: int) -> Callable[[slice], ClusterIds]:
         def ids(rows: slice) -> ClusterIds:
             keys = np.arange(*rows.indices(count), dtype=np.uint64) + np.uint64(part << 40)
-            seed = np.uint64(seen.config.seed % 2**32) << np.uint64(48)
-            return (splitmix64_finalize(keys ^ seed) % np.uint64(seen.config.num_experts)).astype(np.int64)
+            seed = np.uint64(inputs.config.seed % 2**32) << np.uint64(48)
+            return (splitmix64_finalize(keys ^ seed) % np.uint64(inputs.config.num_experts)).astype(np.int64)
 
         return ids
 
-    counts = [read_index(seen.dataset / part).count for part in ("train", "holdout")]
-    training, holdout = drawn(0, counts[0]), drawn(1, counts[1])
-    return ClusterAssignment(fine_to_cluster=_most_frequent(seen, training), training=training, holdout=holdout)
+    counts = [read_index(inputs.dataset / part).count for part in ("train", "holdout")]
+    training, holdout = hash_rows(0, counts[0]), hash_rows(1, counts[1])
+    return ClusterAssignment(fine_to_cluster=_majority_clusters(inputs, training), training=training, holdout=holdout)
 
 
 STRATEGIES: dict[str, Callable[[PartitionInputs], ClusterAssignment]] = {
-    "features": by_features,
-    "labels": by_labels,
-    "random": by_random,
+    "features": assign_by_features,
+    "labels": assign_by_labels,
+    "random": assign_by_random,
 }
 
 
-def _labels(seen: PartitionInputs, part: str) -> FineIds:
-    shards = seen.dataset / part
-    blocks = (np.array([encoded_label(sample)], np.int32) for sample in read_encoded(shards))
-    return store_ids(seen.scratch / f"{part}_labels.npy", read_index(shards).count, blocks)
+def _load_labels(inputs: PartitionInputs, part: str) -> FineIds:
+    shards = inputs.dataset / part
+    blocks = (np.array([decode_label(sample)], np.int32) for sample in read_encoded(shards))
+    return store_ids(inputs.scratch / f"{part}_labels.npy", read_index(shards).count, blocks)
 
 
-def _most_frequent(seen: PartitionInputs, training: Callable[[slice], ClusterIds]) -> Int64[np.ndarray, " fine"]:
-    """The cluster in which most of the samples around every fine centroid are."""
-    clusters = seen.config.num_experts
-    votes = np.zeros(len(seen.centroids) * clusters, np.int64)
-    for start in range(0, len(seen.fine_ids), BLOCK_ROWS):
+def _majority_clusters(inputs: PartitionInputs, training: Callable[[slice], ClusterIds]) -> Int64[np.ndarray, " fine"]:
+    """Return the cluster of most samples around every fine centroid."""
+    clusters = inputs.config.num_experts
+    votes = np.zeros(len(inputs.centroids) * clusters, np.int64)
+    for start in range(0, len(inputs.fine_ids), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
-        cells = seen.fine_ids[rows].astype(np.int64) * clusters + training(rows)
+        cells = inputs.fine_ids[rows].astype(np.int64) * clusters + training(rows)
         votes += np.bincount(cells, minlength=len(votes))
-    found: Int64[np.ndarray, " fine"] = votes.reshape(-1, clusters).argmax(axis=1)
-    return found
+    majority: Int64[np.ndarray, " fine"] = votes.reshape(-1, clusters).argmax(axis=1)
+    return majority

@@ -1,1 +1,1 @@
-"""Read images from folders, WebDataset shards and packaged data sets."""
+"""Data sources: image folders, WebDataset tars and packaged data sets."""

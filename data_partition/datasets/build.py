@@ -1,4 +1,4 @@
-"""From a source to shards: every image at one size, some held out, what could not be read named."""
+"""From a source to shards: resize every image, hold some out, and log the unreadable ones."""
 
 import hashlib
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSummary:
-    """What a data set holds; also written as `dataset.json`."""
+    """Counts and classes of a data set; also written as `dataset.json`."""
 
     count: int
     holdout_count: int
@@ -34,41 +34,41 @@ class DatasetSummary:
 def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> DatasetSummary:
     """Write `out/train`, `out/holdout` and `out/dataset.json`.
 
-    Raises one of the errors in `errors.py` if the images are not what `config` says.
+    Raises one of the errors in `errors.py` if the images do not match `config`.
     """
     source = SOURCES[config.source](config)
     build = _Build(config, source, out, workspace)
     with build.train, build.holdout:
-        for sample in build.readable(source.train()):
+        for sample in build.skip_unreadable(source.train()):
             held_out = source.test is None and is_held_out(sample.key, config.holdout)
             build.add(sample, build.holdout if held_out else build.train)
             if build.train.count == config.limit:
                 break
-        for sample in build.readable(source.test() if source.test else iter(())):
+        for sample in build.skip_unreadable(source.test() if source.test else iter(())):
             build.add(sample, build.holdout)
         return build.finish()
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether a sample is kept from training; depends on its key alone."""
+    """Return whether a sample is held out; depends on its key alone."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     return number < share * 2**64
 
 
 class _Build:
-    """The two writers, and what has been counted so far."""
+    """Both shard writers, and the counts so far."""
 
     def __init__(self, config: DataConfig, source: Source, out: Path, workspace: Workspace) -> None:
         self.config, self.source, self.out, self.workspace = config, source, out, workspace
         shape = (config.image_size, config.image_size, config.channels)
         self.train = ShardWriter(out / "train", config.shard_samples, image_shape=shape)
         self.holdout = ShardWriter(out / "holdout", config.shard_samples, image_shape=shape)
-        self.labels: Counter[int] = Counter()
+        self.label_counts: Counter[int] = Counter()
         self.highest_label = -1
         self.skipped: list[Unreadable] = []
 
-    def readable(self, samples: Iterator[Sample | Unreadable]) -> Iterator[Sample]:
-        """The samples that could be read; the others are logged and remembered."""
+    def skip_unreadable(self, samples: Iterator[Sample | Unreadable]) -> Iterator[Sample]:
+        """Yield the readable samples; log and collect the others."""
         for sample in samples:
             if isinstance(sample, Sample):
                 yield sample
@@ -77,24 +77,24 @@ class _Build:
                 self.skipped.append(sample)
 
     def add(self, sample: Sample, writer: ShardWriter) -> None:
-        """Write one sample at the size of the data set."""
+        """Write one sample at the configured size; raises `MissingLabels`, `MixedSizes` or `Preempted`."""
         if self.config.labels and sample.label < 0:
             raise MissingLabels(
                 f"{sample.key} has no class, and data.labels=true needs one for every sample; "
-                "set data.labels=false to learn without classes"
+                "set data.labels=false to train without classes"
             )
         label = sample.label if self.config.labels else -1
         writer.add(replace(sample, label=label, image=fit_image(sample.image, self.config, sample.key)))
         self.highest_label = max(self.highest_label, label)
         if writer is self.train:
-            self.labels[label] += 1
+            self.label_counts[label] += 1
         done = self.train.count + self.holdout.count
         self.workspace.report_progress(done, None, unit="images")
         if self.workspace.stop_requested():
             raise Preempted(f"stopped after {done} images; reading starts again")
 
     def finish(self) -> DatasetSummary:
-        """Check the counts, close the shards, write the summary."""
+        """Check the counts, close the shards, write the summary; raises `TooManyUnreadable` or `NoSamples`."""
         self._check()
         class_names = self.source.class_names or tuple(str(label) for label in range(self.highest_label + 1))
         class_names = class_names if self.config.labels else ()
@@ -106,7 +106,7 @@ class _Build:
             holdout_count=self.holdout.count,
             image_shape=self.train.image_shape,
             class_names=class_names,
-            class_counts={name: self.labels[label] for label, name in enumerate(class_names)},
+            class_counts={name: self.label_counts[label] for label, name in enumerate(class_names)},
             skipped=tuple(self.skipped),
         )
         write_json(self.out / "dataset.json", summary)
@@ -116,21 +116,21 @@ class _Build:
         return summary
 
     def _check(self) -> None:
-        read = self.train.count + self.holdout.count
-        share = len(self.skipped) / max(read + len(self.skipped), 1)
+        num_read = self.train.count + self.holdout.count
+        share = len(self.skipped) / max(num_read + len(self.skipped), 1)
         if share > self.config.max_unreadable:
             names = ", ".join(f"{image.key} ({image.reason})" for image in self.skipped[:3])
             raise TooManyUnreadable(
-                f"{len(self.skipped)} of {read + len(self.skipped)} images cannot be read, more than "
+                f"{len(self.skipped)} of {num_read + len(self.skipped)} images cannot be read, more than "
                 f"data.max_unreadable={self.config.max_unreadable}: {names}; repair them or raise the limit"
             )
         if self.train.count == 0:
             raise NoSamples(
-                f"data.source={self.config.source} with data.path={self.config.path} gave no image to learn "
-                "from; check the path, and that data.holdout leaves something"
+                f"data.source={self.config.source} with data.path={self.config.path} gave no training "
+                "image; check the path, and that data.holdout leaves some images"
             )
         if self.holdout.count == 0:
             raise NoSamples(
-                f"none of {read} images is held out, so nothing could be scored; raise data.holdout "
+                f"none of {num_read} images is held out, so nothing can be scored; raise data.holdout "
                 f"above {self.config.holdout} or add images"
             )

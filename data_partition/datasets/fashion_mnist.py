@@ -1,6 +1,6 @@
-"""Fashion-MNIST as its authors publish it: four gzipped IDX files, found on this machine or downloaded once.
+"""Fashion-MNIST as its authors publish it: four gzipped IDX files, local or downloaded once.
 
-Xiao, Rasul and Vollgraf 2017 (arXiv:1708.07747); MIT licence, Copyright Zalando SE.
+Xiao, Rasul and Vollgraf 2017 (arXiv:1708.07747); MIT license, Copyright Zalando SE.
 """
 
 import gzip
@@ -43,16 +43,16 @@ SHA256 = {
     "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
     "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
-"""Of the authors' files. Debian's hold the same data, packed without the file name."""
+"""Checksums of the authors' files. Debian's files hold the same data, compressed without the file name."""
 
-WAY_OUT = "try again, install Debian's package dataset-fashion-mnist, or set data.path to the files' folder"
+REMEDY = "try again, install Debian's package dataset-fashion-mnist, or set data.path to the files' folder"
 MAX_FILE_BYTES = 64 * 2**20
 BLOCK_BYTES = 2**20
 ROW_BYTES = 28 * 28
 
 
 def find_fashion(path: str | None) -> Path:
-    """The folder of the four files: `path`, Debian's, or the cache, into which they are downloaded once."""
+    """Return the folder of the four files: `path`, Debian's, or the cache, into which they are downloaded once."""
     if path is not None:
         missing = [name for name in SHA256 if not (Path(path) / name).is_file()]
         if missing:
@@ -64,14 +64,14 @@ def find_fashion(path: str | None) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: below `$XDG_CACHE_HOME`, or `~/.cache`."""
+    """Return the folder of downloads, below `$XDG_CACHE_HOME` or `~/.cache`."""
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decentralized-diffusion" / "fashion-mnist"
     )
 
 
 def download_fashion(base_url: str, folder: Path) -> Path:
-    """Fetch what `folder` lacks of the four files; each appears whole and checked, or not at all."""
+    """Download those of the four files that `folder` lacks; each appears complete and verified, or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, digest in SHA256.items():
         if not (folder / name).is_file():
@@ -80,41 +80,41 @@ def download_fashion(base_url: str, folder: Path) -> Path:
 
 
 def download(url: str, target: Path, digest: str) -> None:
-    """Fetch one file whose SHA-256 must be `digest`; raises `DownloadFailed` and leaves nothing behind."""
+    """Download one file whose SHA-256 must be `digest`; on failure raise `DownloadFailed` and remove all traces."""
     log.info("downloading %s", url)
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            for block in fetched_blocks(url):
+            for block in fetch_blocks(url):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
         with temporary.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != digest:
-            raise DownloadFailed(f"{url} has SHA-256 {found}, expected {digest}; {WAY_OUT}")
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != digest:
+            raise DownloadFailed(f"{url} has SHA-256 {actual}, expected {digest}; {REMEDY}")
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def fetched_blocks(url: str) -> Iterator[bytes]:
-    """The bytes behind `url`, in order; raises `DownloadFailed` if there are too many or none."""
+def fetch_blocks(url: str) -> Iterator[bytes]:
+    """Yield the bytes at `url`, in order; raises `DownloadFailed` if there are too many or the download fails."""
     total = 0
     try:
         with open_url(url) as source:
             while block := source.read(BLOCK_BYTES):
                 total += len(block)
                 if total > MAX_FILE_BYTES:
-                    raise DownloadFailed(f"{url} is larger than {MAX_FILE_BYTES} bytes; {WAY_OUT}")
+                    raise DownloadFailed(f"{url} is larger than {MAX_FILE_BYTES} bytes; {REMEDY}")
                 yield block
     except (OSError, ImportError, ValueError) as error:
-        raise DownloadFailed(f"{url} could not be fetched ({error}); {WAY_OUT}") from error
+        raise DownloadFailed(f"{url} could not be downloaded ({error}); {REMEDY}") from error
 
 
 def read_split(folder: Path, split: str, rows: int) -> Iterator[Sample]:
-    """The first `rows` samples of `train` or `t10k`; raises `ShardError` if a file is cut short."""
+    """Yield the first `rows` samples of `train` or `t10k`; raises `ShardError` if a file is truncated."""
     images, labels = folder / f"{split}-images-idx3-ubyte.gz", folder / f"{split}-labels-idx1-ubyte.gz"
     try:
         with gzip.open(images) as image_file, gzip.open(labels) as label_file:
@@ -123,15 +123,15 @@ def read_split(folder: Path, split: str, rows: int) -> Iterator[Sample]:
             for row in range(rows):
                 image, label = image_file.read(ROW_BYTES), label_file.read(1)
                 if len(image) < ROW_BYTES or not label:
-                    raise EOFError(f"it ends at row {row}")
+                    raise EOFError(f"the file ends at row {row}")
                 pixels = np.frombuffer(image, np.uint8).reshape(28, 28, 1)
                 yield Sample(key=f"{split}-{row:05d}", image=pixels, label=label[0])
     except (OSError, EOFError) as error:
-        raise ShardError(f"{images} or its labels cannot be read ({error}); fetch them again") from error
+        raise ShardError(f"{images} or its labels cannot be read ({error}); download them again") from error
 
 
 def check_header(path: Path, header: bytes, expected: tuple[int, ...], rows: int) -> None:
     """Raise `ShardError` unless an IDX header has this magic number, enough rows, and these axes."""
-    found = struct.unpack(f">{len(header) // 4}I", header) if len(header) in (8, 16) else (0, 0)
-    if (found[0], *found[2:]) != expected or found[1] < rows:
-        raise ShardError(f"{path} is not the IDX file of {rows} rows it should be: header {found}; fetch it again")
+    numbers = struct.unpack(f">{len(header) // 4}I", header) if len(header) in (8, 16) else (0, 0)
+    if (numbers[0], *numbers[2:]) != expected or numbers[1] < rows:
+        raise ShardError(f"{path} is not an IDX file of at least {rows} rows: header {numbers}; download it again")

@@ -1,4 +1,4 @@
-"""What a source gives, whatever it reads."""
+"""The interface of all data sources."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from data_partition.shards.shards import Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreadable:
-    """A sample that could not be read, and why."""
+    """A sample that could not be read, and the reason."""
 
     key: str
     reason: str
@@ -16,10 +16,10 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Samples to learn from, and those to compare with if the data set comes with some."""
+    """Training samples, and test samples if the data set has its own."""
 
     class_names: tuple[str, ...]
-    """Empty: classes have no names, or there are none."""
+    """Empty: the classes have no names, or the samples no classes."""
     train: Callable[[], Iterator[Sample | Unreadable]]
     test: Callable[[], Iterator[Sample | Unreadable]] | None = None
-    """None: `DataConfig.holdout` decides what is held out."""
+    """None: samples are held out by `DataConfig.holdout`."""

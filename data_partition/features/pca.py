@@ -1,4 +1,4 @@
-"""Principal components, fitted on a stream: sums in float64, so that nothing has to be held."""
+"""Principal components of a stream of batches: sums in float64, so that no batch is kept in memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from data_partition.errors import NoSamples, TooManyFeatures
 from ddm_core.artifacts import save_arrays
 
 MAX_FEATURES = 8192
-"""The covariance of so many features takes half a gigabyte, its eigenvectors minutes."""
+"""A covariance of this many features takes half a gigabyte, and its eigenvectors take minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PCA:
-    """An orthonormal basis of the directions in which the data vary most, the largest variance first."""
+    """An orthonormal basis of the directions of largest variance, in descending order of variance."""
 
     mean: Float[np.ndarray, " feature"]
     components: Float[np.ndarray, "component feature"]
     variances: Float[np.ndarray, " component"]
 
     def encode(self, values: Float[np.ndarray, "batch feature"]) -> Float[np.ndarray, "batch component"]:
-        """Coordinates in the basis."""
+        """Return coordinates in the basis."""
         codes: Float[np.ndarray, "batch component"] = (values - self.mean) @ self.components.T
         return codes
 
     def decode(self, codes: Float[np.ndarray, "batch component"]) -> Float[np.ndarray, "batch feature"]:
-        """The values nearest to what was encoded."""
+        """Return the values with these coordinates: the closest approximation of the encoded values."""
         values: Float[np.ndarray, "batch feature"] = codes @ self.components + self.mean
         return values
 
@@ -41,30 +41,31 @@ class PCA:
     @classmethod
     def load(cls, path: Path) -> "PCA":
         """Read what `save` wrote."""
-        found = load_file(path)
-        return cls(mean=found["mean"], components=found["components"], variances=found["variances"])
+        arrays = load_file(path)
+        return cls(mean=arrays["mean"], components=arrays["components"], variances=arrays["variances"])
 
 
 def fit_pca(batches: Iterable[Float[np.ndarray, "batch feature"]], k: int) -> PCA:
-    """Fit at most `k` components, never more than there are features; memory does not grow with the data.
+    """Fit at most `k` components, never more than the number of features; memory does not grow with the data.
 
     Components are float32, each with its largest entry positive, so that equal data give equal bytes.
+    Raises `NoSamples` or `TooManyFeatures`.
     """
     count, total, squares = 0, np.zeros(0), np.zeros((0, 0))
     for batch in batches:
         values = np.asarray(batch, dtype=np.float64)
         if count == 0:
-            total, squares = _zeros(values.shape[1])
+            total, squares = _new_accumulators(values.shape[1])
         count += len(values)
         total += values.sum(axis=0)
         squares += values.T @ values
     if count == 0:
         raise NoSamples("principal components need at least one sample; check the data set")
     mean = total / count
-    return _leading(mean, squares / count - np.outer(mean, mean), k)
+    return _leading_components(mean, squares / count - np.outer(mean, mean), k)
 
 
-def _zeros(features: int) -> tuple[Float[np.ndarray, " feature"], Float[np.ndarray, "feature feature"]]:
+def _new_accumulators(features: int) -> tuple[Float[np.ndarray, " feature"], Float[np.ndarray, "feature feature"]]:
     if features > MAX_FEATURES:
         raise TooManyFeatures(
             f"principal components of {features} values an image need more than the {MAX_FEATURES} that fit; "
@@ -73,7 +74,9 @@ def _zeros(features: int) -> tuple[Float[np.ndarray, " feature"], Float[np.ndarr
     return np.zeros(features), np.zeros((features, features))
 
 
-def _leading(mean: Float[np.ndarray, " feature"], covariance: Float[np.ndarray, "feature feature"], k: int) -> PCA:
+def _leading_components(
+    mean: Float[np.ndarray, " feature"], covariance: Float[np.ndarray, "feature feature"], k: int
+) -> PCA:
     features = len(mean)
     first = max(features - k, 0)
     variances, vectors = scipy.linalg.eigh(covariance, subset_by_index=(first, features - 1))
@@ -88,7 +91,7 @@ def _leading(mean: Float[np.ndarray, " feature"], covariance: Float[np.ndarray, 
 
 
 def l2_normalize(values: Float[np.ndarray, "batch feature"]) -> Float32[np.ndarray, "batch feature"]:
-    """Each row divided by its Euclidean length; a row of zeros becomes the first unit vector."""
+    """Divide each row by its Euclidean length; a row of zeros becomes the first unit vector."""
     lengths = np.linalg.norm(values, axis=1, keepdims=True)
     rows: Float32[np.ndarray, "batch feature"] = (values / np.maximum(lengths, 1e-30)).astype(np.float32)
     rows[lengths[:, 0] == 0, 0] = 1.0

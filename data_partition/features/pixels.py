@@ -1,4 +1,4 @@
-"""Features that are principal components of the pixels, of large images after they have been made smaller."""
+"""Pixel features: principal components of the pixels; large images are scaled down first."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,27 +24,27 @@ class PixelFeatures:
 
     @classmethod
     def fit(cls, shards: Path, components: int, seed: int) -> "PixelFeatures":
-        """Fit on every image in `shards`; there is nothing random in it."""
-        return cls(fit_pca((flat(batch.images) for batch in read_batches(shards, FIT_BATCH)), components))
+        """Fit on every image in `shards`; deterministic, `seed` is unused."""
+        return cls(fit_pca((flatten_pixels(batch.images) for batch in read_batches(shards, FIT_BATCH)), components))
 
     @property
     def dimension(self) -> int:
-        """Components kept."""
+        """Return the number of components."""
         return len(self.pca.components)
 
     @property
     def flops_per_image(self) -> float:
-        """Two for each entry of the basis."""
+        """Return two FLOPs for each entry of the basis."""
         return 2.0 * self.pca.components.size
 
     @property
     def fit_flops_per_image(self) -> float:
-        """Two for each entry of the covariance."""
+        """Return two FLOPs for each entry of the covariance."""
         return 2.0 * len(self.pca.mean) ** 2
 
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
-        """Coordinates in the basis, of length one."""
-        return l2_normalize(self.pca.encode(flat(images)))
+        """Return coordinates in the basis, each row of Euclidean length one."""
+        return l2_normalize(self.pca.encode(flatten_pixels(images)))
 
     def save(self, folder: Path) -> None:
         """Write the basis."""
@@ -56,11 +56,11 @@ class PixelFeatures:
         return cls(PCA.load(folder / FILE))
 
 
-def flat(images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
-    """Pixels as rows in [0, 1]."""
+def flatten_pixels(images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
+    """Flatten pixels to rows in [0, 1]; images above `LARGEST_SIDE` are scaled down to it."""
     values = images.astype(np.float32) / np.float32(255)
     if max(images.shape[1:3]) > LARGEST_SIDE:
-        pictures = torch.from_numpy(values).permute(0, 3, 1, 2)
-        small = functional.interpolate(pictures, (LARGEST_SIDE, LARGEST_SIDE), mode="bilinear", antialias=True)
+        scaled = torch.from_numpy(values).permute(0, 3, 1, 2)
+        small = functional.interpolate(scaled, (LARGEST_SIDE, LARGEST_SIDE), mode="bilinear", antialias=True)
         values = small.permute(0, 2, 3, 1).numpy()
     return values.reshape(len(images), -1)

@@ -1,6 +1,6 @@
-"""Features of a convolutional network that was never trained.
+"""Features of an untrained convolutional network.
 
-Random embeddings suffice to tell distributions apart, and owe nothing to another data set
+Random embeddings suffice to distinguish distributions, and depend on no other data set
 (Naeem et al. 2020, arXiv:2002.09797, section 3.3).
 """
 
@@ -23,72 +23,75 @@ FILE = "random_conv.safetensors"
 SIDE = 32
 WIDTHS = (3, 32, 64, 64)
 CELLS = 4 * 4
-"""Places at which the last layer looks, one for each 8 x 8 pixels."""
+"""Positions in the last layer, one for each 8 x 8 pixels."""
 FIT_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class RandomConvFeatures:
-    """The answers of the last of three layers of random filters, less their mean over the data."""
+    """Activations of the last of three layers of random filters, minus their mean over the data."""
 
     filters: tuple[Float[Tensor, "_ _ 3 3"], ...]
     mean: Float32[np.ndarray, " feature"]
 
     @classmethod
     def fit(cls, shards: Path, components: int, seed: int) -> "RandomConvFeatures":
-        """Draw the filters from `seed` and find the mean of what they answer to the images in `shards`."""
-        filters = random_filters(seed)
+        """Sample the filters from `seed` and compute the mean of their activations on the images in `shards`."""
+        filters = make_random_filters(seed)
         total, count = np.zeros(CELLS * WIDTHS[-1]), 0
         for batch in read_batches(shards, FIT_BATCH):
-            total += responses(filters, batch.images).sum(axis=0, dtype=np.float64)
+            total += compute_responses(filters, batch.images).sum(axis=0, dtype=np.float64)
             count += len(batch.images)
         return cls(filters, (total / max(count, 1)).astype(np.float32))
 
     @property
     def dimension(self) -> int:
-        """One for each filter of the last layer and place."""
+        """Return the number of filters of the last layer times the number of positions."""
         return len(self.mean)
 
     @property
     def flops_per_image(self) -> float:
-        """Counted on one image."""
+        """Count the FLOPs of one image."""
         with FlopCounterMode(display=False) as counter:
-            responses(self.filters, np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8))
+            compute_responses(self.filters, np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8))
         return float(counter.get_total_flops())
 
     @property
     def fit_flops_per_image(self) -> float:
-        """As many as to use it."""
+        """Return the FLOPs of one evaluation."""
         return self.flops_per_image
 
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
-        """What the filters answer, of length one."""
-        return l2_normalize(responses(self.filters, images) - self.mean)
+        """Return centered activations, each row of Euclidean length one."""
+        return l2_normalize(compute_responses(self.filters, images) - self.mean)
 
     def save(self, folder: Path) -> None:
-        """Write the filters themselves, so that they do not depend on a version's random numbers."""
+        """Write the filters themselves, so that they do not depend on the random numbers of a PyTorch version."""
         tensors = {f"filters_{layer}": tensor for layer, tensor in enumerate(self.filters)}
         save_file({**tensors, "mean": torch.from_numpy(self.mean)}, folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "RandomConvFeatures":
         """Read what `save` wrote."""
-        found = load_file(folder / FILE)
-        return cls(tuple(found[f"filters_{layer}"] for layer in range(len(found) - 1)), found["mean"].numpy())
+        tensors = load_file(folder / FILE)
+        filters = tuple(tensors[f"filters_{layer}"] for layer in range(len(tensors) - 1))
+        return cls(filters, tensors["mean"].numpy())
 
 
-def random_filters(seed: int) -> tuple[Float[Tensor, "_ _ 3 3"], ...]:
-    """Gaussian 3 x 3 filters that keep the variance through a ReLU (He et al. 2015, arXiv:1502.01852)."""
+def make_random_filters(seed: int) -> tuple[Float[Tensor, "_ _ 3 3"], ...]:
+    """Sample Gaussian 3 x 3 filters that preserve variance through a ReLU (He et al. 2015, arXiv:1502.01852)."""
     generator = torch.Generator().manual_seed(seed)
     pairs = zip(WIDTHS, WIDTHS[1:], strict=False)
-    return tuple(torch.randn(out, into, 3, 3, generator=generator) * (2 / (9 * into)) ** 0.5 for into, out in pairs)
+    return tuple(
+        torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5 for inputs, outputs in pairs
+    )
 
 
 @torch.inference_mode()
-def responses(
+def compute_responses(
     filters: tuple[Float[Tensor, "_ _ 3 3"], ...], images: UInt8[np.ndarray, "batch height width channel"]
 ) -> Float32[np.ndarray, "batch feature"]:
-    """What the last layer answers at every place."""
+    """Compute the activations of the last layer at every position."""
     hidden = cnn_input(images, SIDE) * 2 - 1
     for layer in filters:
         hidden = functional.relu(functional.conv2d(hidden, layer, stride=2, padding=1))

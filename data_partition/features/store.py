@@ -1,4 +1,4 @@
-"""Features on their way to the disk: a kill loses at most the batch that was being written."""
+"""Crash-safe storage of features: a kill loses at most the batch in progress."""
 
 import os
 import shutil
@@ -9,25 +9,25 @@ import numpy as np
 from jaxtyping import Float32
 
 from ddm_core.artifacts import read_json, write_json
-from ddm_core.memmaps import new_array
+from ddm_core.memmaps import create_memmap
 
 FEATURES, KEYS, PROGRESS = "features.npy", "keys.txt", "progress.json"
 
 
 class FeatureFile:
-    """A memory-mapped array of `count` rows, the keys of its rows, and how many of both are safely written."""
+    """A memory-mapped array of `count` rows, the keys of its rows, and the number of rows safely on the disk."""
 
     def __init__(self, folder: Path, count: int, dimension: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        kept = read_json(folder / PROGRESS) if (folder / PROGRESS).exists() else {"rows": 0, "key_bytes": 0}
-        self.rows: int = kept["rows"]
+        progress = read_json(folder / PROGRESS) if (folder / PROGRESS).exists() else {"rows": 0, "key_bytes": 0}
+        self.rows: int = progress["rows"]
         if self.rows:
             self._features = np.lib.format.open_memmap(folder / FEATURES, mode="r+")
         else:
-            self._features = new_array(folder / FEATURES, np.float32, (count, dimension))
+            self._features = create_memmap(folder / FEATURES, np.float32, (count, dimension))
         self._keys = (folder / KEYS).open("r+b" if self.rows else "w+b")
-        self._keys.truncate(kept["key_bytes"])
+        self._keys.truncate(progress["key_bytes"])
         self._keys.seek(0, os.SEEK_END)
 
     def __enter__(self) -> "FeatureFile":
@@ -39,7 +39,7 @@ class FeatureFile:
         self._keys.close()
 
     def append(self, keys: list[str], features: Float32[np.ndarray, "batch feature"]) -> None:
-        """Write one batch; it counts once everything is on the disk."""
+        """Write one batch; `rows` grows once everything is on the disk."""
         self._features[self.rows : self.rows + len(keys)] = features
         self._features.flush()
         self._keys.write("".join(f"{key}\n" for key in keys).encode())

@@ -1,1 +1,1 @@
-"""Read and write tar shards, and check what strangers put into them."""
+"""Read and write tar shards, and check untrusted input."""

@@ -1,10 +1,10 @@
-"""Samples in shards: a folder of tars of PNG images and an `index.json` that says what is in them.
+"""Samples in shards: a folder of tars of PNG images, and an `index.json` with their contents and checksums.
 
     folder/shard-00000.tar     <key>.png, <key>.cls if it has a class, <key>.txt if it has a caption
-    folder/index.json          how many, of what shape, of which classes, in which tars, with their checksums
+    folder/index.json          sample count, image shape, class names, tars and their checksums
 
-The same samples always give the same bytes. A tar is compared with its checksum each time it is opened, and the index
-carries its own, so that a changed bit anywhere is an error, wherever the folder has been copied to.
+The same samples always give the same bytes. A tar is verified against its checksum each time it is opened, and the
+index carries its own checksum. So a changed bit anywhere is an error, also in a copy of the folder.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ INDEX = "index.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One image and what is known about it."""
+    """One image with its class and caption."""
 
     key: str
     image: UInt8[np.ndarray, "height width channel"]
     label: int = -1
-    """-1: none."""
+    """-1: no class."""
     caption: str = ""
 
 
@@ -53,13 +53,13 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardIndex:
-    """What a folder of shards holds."""
+    """Contents of a folder of shards."""
 
     count: int
     image_shape: tuple[int, int, int]
-    """Height, width, channels; zeros in an empty folder that was given no shape."""
+    """Height, width, channels; zeros in an empty folder without a configured shape."""
     class_names: tuple[str, ...]
-    """Empty: the samples carry no classes."""
+    """Empty: the samples have no classes."""
     shards: tuple[str, ...]
     shard_counts: tuple[int, ...]
     """Samples in each shard."""
@@ -68,9 +68,9 @@ class ShardIndex:
 
 
 class ShardWriter:
-    """Writes samples into numbered shards; `close` writes the index, without which a folder is unfinished.
+    """Writer of numbered shards; `close` writes the index, and a folder without an index is unfinished.
 
-    As a context it only lets go of its file when the block ends with an error.
+    As a context manager it only closes its file when the block ends with an error.
     """
 
     def __init__(
@@ -100,20 +100,20 @@ class ShardWriter:
 
     @property
     def count(self) -> int:
-        """Samples written so far."""
+        """Return the number of samples written so far."""
         return sum(self.shard_counts)
 
     def add(self, sample: Sample) -> None:
-        """Append one sample; raises `ValueError` if its image has another shape than the others."""
+        """Append one sample; raises `ValueError` if its image has another shape than the previous ones."""
         shape = sample.image.shape
         if self.image_shape == (0, 0, 0):
             self.image_shape = (shape[0], shape[1], shape[2])
         if shape != self.image_shape:
-            raise ValueError(f"{sample.key} has shape {shape}, the shards hold {self.image_shape}; resize it first")
+            raise ValueError(f"{sample.key} has shape {shape}, the shards have {self.image_shape}; resize it first")
         self.add_encoded(encode_sample(sample))
 
     def add_encoded(self, sample: Encoded) -> None:
-        """Append a sample as `read_encoded` gives it; its image is taken to have the right shape."""
+        """Append a sample from `read_encoded`; the shape of its image is not checked."""
         if self._tar is None or self.shard_counts[-1] == self.samples_per_shard:
             self._close_tar()
             self._tar = TarWriter(self.folder / shard_name(len(self.shard_counts)))
@@ -143,12 +143,12 @@ class ShardWriter:
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.tar"
 
 
 def encode_sample(sample: Sample) -> Encoded:
-    """A sample as the files that stand for it in a tar."""
+    """Encode a sample as the files of a tar."""
     files = {"png": encode_png(sample.image)}
     if sample.label >= 0:
         files["cls"] = str(sample.label).encode()
@@ -158,35 +158,35 @@ def encode_sample(sample: Sample) -> Encoded:
 
 
 def decode_sample(encoded: Encoded, shard: str) -> Sample:
-    """The sample in these files, which `encode_sample` has written; raises `ShardError` otherwise."""
+    """Decode a sample that `encode_sample` encoded; raises `ShardError` for other files."""
     try:
         image = decode_image(encoded.files["png"])
-        label = encoded_label(encoded)
+        label = decode_label(encoded)
         caption = encoded.files.get("txt", b"").decode()
     except (KeyError, ValueError, UnreadableImage) as error:
         raise ShardError(
-            f"shard {shard}: sample {encoded.key!r} is not as it was written ({error}); make the shards again"
+            f"shard {shard}: sample {encoded.key!r} is corrupt ({error}); make the shards again"
         ) from error
     return Sample(key=encoded.key, image=image, label=label, caption=caption)
 
 
-def encoded_label(encoded: Encoded) -> int:
-    """The class of a sample that is still encoded, -1 without."""
+def decode_label(encoded: Encoded) -> int:
+    """Return the class of an encoded sample, -1 if it has none."""
     return int(encoded.files.get("cls", b"-1"))
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """What `folder` holds; raises `ShardError` if its index is missing, changed, or names files outside the folder."""
+    """Read the index of `folder`; raises `ShardError` if it is missing, corrupt, or names files outside the folder."""
     try:
-        found = read_with_checksum(folder / INDEX)
-        height, width, channels = found["image_shape"]
+        content = read_with_checksum(folder / INDEX)
+        height, width, channels = content["image_shape"]
         index = ShardIndex(
-            count=found["count"],
+            count=content["count"],
             image_shape=(height, width, channels),
-            class_names=tuple(found["class_names"]),
-            shards=tuple(found["shards"]),
-            shard_counts=tuple(found["shard_counts"]),
-            checksums=tuple(found["checksums"]),
+            class_names=tuple(content["class_names"]),
+            shards=tuple(content["shards"]),
+            shard_counts=tuple(content["shard_counts"]),
+            checksums=tuple(content["checksums"]),
         )
     except (UnfinishedArtifact, CorruptArtifact, KeyError, TypeError, ValueError) as error:
         raise ShardError(f"{folder} is not a folder of shards: {error}; make the shards again") from error
@@ -196,31 +196,34 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 def read_encoded(folder: Path, start: int = 0) -> Iterator[Encoded]:
-    """Samples `start`, `start` + 1, … without decoding their images; shards before `start` are not opened."""
+    """Yield samples `start`, `start` + 1, … without decoding images; earlier shards are not opened.
+
+    Raises `ShardError`.
+    """
     for _, encoded in _read_shards(folder, start):
         yield encoded
 
 
 def read_samples(folder: Path, start: int = 0) -> Iterator[Sample]:
-    """Samples `start`, `start` + 1, … in the order they were written; raises `ShardError`."""
+    """Yield samples `start`, `start` + 1, … in the order of writing; raises `ShardError`."""
     for shard, encoded in _read_shards(folder, start):
         yield decode_sample(encoded, shard)
 
 
 def read_batches(folder: Path, batch_size: int, start: int = 0) -> Iterator[ImageBatch]:
-    """Batches of `batch_size` images from sample `start` on, the last one smaller; raises `ShardError`."""
+    """Yield batches of `batch_size` images from sample `start` on, the last one smaller; raises `ShardError`."""
     batch: list[Sample] = []
     for sample in read_samples(folder, start):
         batch.append(sample)
         if len(batch) == batch_size:
-            yield batch_of(batch)
+            yield stack_samples(batch)
             batch = []
     if batch:
-        yield batch_of(batch)
+        yield stack_samples(batch)
 
 
-def batch_of(samples: list[Sample]) -> ImageBatch:
-    """Samples of one shape, stacked."""
+def stack_samples(samples: list[Sample]) -> ImageBatch:
+    """Stack samples of one shape into a batch."""
     return ImageBatch(
         keys=[sample.key for sample in samples],
         images=np.stack([sample.image for sample in samples]),
@@ -240,18 +243,18 @@ def _read_shards(folder: Path, start: int) -> Iterator[tuple[str, Encoded]]:
 
 
 def _check_shard(path: Path, digest: str) -> None:
-    """Raise `ShardError` unless the shard is as it was written."""
+    """Raise `ShardError` unless the shard exists and has its checksum."""
     if not path.is_file():
         raise ShardError(f"shard {path} is missing; make the shards again")
     if checksum(path) != digest:
-        raise ShardError(f"shard {path} is truncated or changed, by its checksum; make the shards again")
+        raise ShardError(f"shard {path} is truncated or corrupt, by its checksum; make the shards again")
 
 
 def _read_shard(path: Path, count: int) -> Iterator[Encoded]:
-    found = 0
+    num_samples = 0
     with path.open("rb") as file:
         for encoded in read_tar(file, str(path)):
-            found += 1
+            num_samples += 1
             yield encoded
-    if found != count:
-        raise ShardError(f"shard {path} holds {found} samples where its index says {count}; make the shards again")
+    if num_samples != count:
+        raise ShardError(f"shard {path} has {num_samples} samples, its index lists {count}; make the shards again")

@@ -1,7 +1,7 @@
-"""Samples in tar files, as webdataset lays them out: the one file that knows webdataset and tarfile.
+"""Samples in tar files in WebDataset layout; no other file uses webdataset or tarfile.
 
-Nothing is ever extracted: samples are read into memory one at a time, none larger than `MAX_SAMPLE_BYTES`.
-webdataset's own openers and decoders, which run commands and pickles, are never called.
+Nothing is extracted to the disk: samples are read into memory one at a time, none larger than `MAX_SAMPLE_BYTES`.
+The openers and decoders of webdataset, which run commands and load pickles, are never called.
 """
 
 import lzma
@@ -14,16 +14,16 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from data_partition.errors import ShardError
-from data_partition.shards.untrusted import ByteStream, is_showable, printable
+from data_partition.shards.untrusted import ByteStream, escape_unencodable, is_printable
 
 os.environ["WDS_SECURE"] = "1"
 import webdataset  # noqa: E402 - reads WDS_SECURE while it is imported
 
-DAMAGE = (ShardError, tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
-"""What reading a broken tar can raise."""
+READ_ERRORS = (ShardError, tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+"""Errors that reading a broken tar can raise."""
 
 MAX_SAMPLE_BYTES = 256 * 2**20
-"""A sample whose files are larger together is refused before they are read."""
+"""A sample whose files are larger in total is refused before they are read."""
 
 MAX_NAME = 4096
 """A member with a longer name is refused."""
@@ -38,23 +38,23 @@ class Encoded:
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A tar header that must be whole; tarfile itself takes a damaged header for the end of the file."""
+    """A tar header that must be intact; tarfile itself treats a damaged header as the end of the file."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
-        """The header in these 512 bytes; raises `ShardError` if damaged, or if the member is too large."""
+        """Parse a header of 512 bytes; raises `ShardError` if it is damaged, or if the member is too large."""
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise
-            raise ShardError(f"it ends too early or a header is damaged ({error})") from error
+            raise ShardError(f"the file ends too early or a header is damaged ({error})") from error
         check_size(header.name, header.size)
         return header
 
 
 class TarWriter:
-    """Writes a tar whose bytes depend on the samples alone: no times, no user."""
+    """Writer of a tar whose bytes depend on the samples alone: no times, no user."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
@@ -67,30 +67,30 @@ class TarWriter:
         self.tar.write({"__key__": sample.key, **sample.files})
 
     def close(self) -> None:
-        """Write the mark at the end and close the file."""
+        """Write the end mark and close the file."""
         with self.file:
             self.tar.close()
 
 
 def read_tar(file: ByteStream, name: str) -> Iterator[Encoded]:
-    """The samples of a tar, plain or compressed; every error is a `ShardError` that says `name`."""
+    """Yield the samples of a tar, plain or compressed; every error is a `ShardError` that contains `name`."""
     try:
-        for found in webdataset.tariterators.group_by_keys(members(file, name)):
-            files = {extension: data for extension, data in found.items() if not extension.startswith("__")}
-            yield Encoded(key=found["__key__"], files=files)
-    except DAMAGE as error:
+        for group in webdataset.tariterators.group_by_keys(iter_members(file, name)):
+            files = {extension: data for extension, data in group.items() if not extension.startswith("__")}
+            yield Encoded(key=group["__key__"], files=files)
+    except READ_ERRORS as error:
         raise ShardError(
-            f"shard {name} cannot be read: {error}; fetch or make it again, or leave it out of the data set"
+            f"shard {name} cannot be read: {error}; download or make it again, or remove it from the data set"
         ) from error
 
 
-def members(file: ByteStream, name: str) -> Iterator[dict[str, str | bytes]]:
-    """Every file of a sample in webdataset's form; folders and files that belong to no sample are passed over."""
+def iter_members(file: ByteStream, name: str) -> Iterator[dict[str, str | bytes]]:
+    """Yield every file of a sample in webdataset's form; skip folders and files that belong to no sample."""
     current, total = "", 0
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|*", tarinfo=StrictTarInfo) as tar:
         for member in tar:
             check_member(member)
-            path = printable(str(PurePosixPath(member.name)))
+            path = escape_unencodable(str(PurePosixPath(member.name)))
             key = webdataset.tariterators.base_plus_ext(path)[0]
             content = tar.extractfile(member) if member.isreg() and key is not None else None
             if content is not None:
@@ -98,28 +98,28 @@ def members(file: ByteStream, name: str) -> Iterator[dict[str, str | bytes]]:
                 current = key
                 check_size(path, total)
                 yield {"fname": path, "data": content.read(), "__url__": name}
-            tar.members = []  # type: ignore[attr-defined] # or it keeps every header
+            tar.members = []  # type: ignore[attr-defined] # otherwise tarfile keeps every header in memory
 
 
 def check_member(member: tarfile.TarInfo) -> None:
-    """Raise `ShardError` for whatever is neither a plain file nor a folder, or has a name that leads elsewhere."""
+    """Raise `ShardError` unless a member is a plain file or folder whose name stays inside the tar."""
     path = PurePosixPath(member.name)
     if len(member.name) > MAX_NAME:
         raise ShardError(f"a member's name has {len(member.name)} characters, at most {MAX_NAME} are read")
     if path.is_absolute() or ".." in path.parts:
-        raise ShardError(f"member {member.name!r} points out of its folder")
-    if not is_showable(printable(member.name)):
+        raise ShardError(f"member {member.name!r} points outside its folder")
+    if not is_printable(escape_unencodable(member.name)):
         raise ShardError(f"the name of member {member.name!r} has control characters")
     if member.issparse() or not (member.isreg() or member.isdir()):
         raise ShardError(f"member {member.name!r} is a link, a device or a file with holes; only plain files are read")
 
 
 def check_size(name: str, size: int) -> None:
-    """Raise `ShardError` if so many bytes under one name are more than a sample can have."""
+    """Raise `ShardError` if `size` bytes under one name exceed `MAX_SAMPLE_BYTES`."""
     if not 0 <= size <= MAX_SAMPLE_BYTES:
         raise ShardError(f"{name[:MAX_NAME]!r} claims {size} bytes, at most {MAX_SAMPLE_BYTES} a sample are read")
 
 
 def expand_urls(urls: str) -> list[str]:
-    """`a-{0..2}.tar` as the three names it stands for."""
+    """Expand braces: `a-{0..2}.tar` becomes three names."""
     return [str(url) for url in webdataset.shardlists.expand_urls(urls)]

@@ -1,4 +1,4 @@
-"""Which addresses may be opened, and how: the one file of the rooms below that knows fsspec."""
+"""Checks of untrusted text and URLs; no other file of this package uses fsspec."""
 
 import re
 from collections.abc import Iterator
@@ -10,38 +10,38 @@ import fsspec
 
 from data_partition.errors import UrlRefused
 
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""ASCII's and Unicode's control characters: an escape sequence can rewrite what a terminal shows."""
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Control characters of ASCII and Unicode: an escape sequence can rewrite the output of a terminal."""
 
 
-def is_showable(text: str) -> bool:
-    """Whether a text has neither control characters, line ends and tabs among them, nor what cannot be written."""
-    return CONTROLS.search(text) is None and printable(text) == text
+def is_printable(text: str) -> bool:
+    """Return whether a text has no control characters (line ends and tabs included) and no unencodable characters."""
+    return CONTROL_CHARACTERS.search(text) is None and escape_unencodable(text) == text
 
 
-def printable(text: str) -> str:
-    """The text with what no encoding can write (half a character, a byte that is not UTF-8) as an escape."""
+def escape_unencodable(text: str) -> str:
+    """Escape characters that UTF-8 cannot encode (half a surrogate pair, a byte that is not UTF-8)."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 SCHEMES = ("file", "s3", "gs", "gcs", "http", "https")
-"""Everything else is refused, above all `pipe:`, which would run a command."""
+"""Allowed URL schemes; all others are refused, above all `pipe:`, which would run a command."""
 
 
 @runtime_checkable
 class ByteStream(Protocol):
-    """Bytes that are read in order."""
+    """A stream of bytes that is read in order."""
 
     def read(self, size: int = ..., /) -> bytes:
-        """The next `size` bytes, fewer at the end."""
+        """Return the next `size` bytes, fewer at the end."""
         ...
 
     def close(self) -> None:
-        """Give it back."""
+        """Close the stream."""
 
 
 def check_url(url: str) -> str:
-    """`url` itself if its scheme is allowed or it is a plain path; raises `UrlRefused`."""
+    """Return `url` if its scheme is allowed or it is a plain path; raises `UrlRefused` otherwise."""
     scheme = urlsplit(url).scheme.lower()
     if ("::" in url) or (scheme and scheme not in SCHEMES) or url.lstrip().startswith("|"):
         raise UrlRefused(

@@ -1,11 +1,11 @@
-"""Does the ensemble copy? Samples beside their nearest training images, for each expert apart.
+"""Test for memorization: compare samples with their nearest training images, for each expert.
 
     samples ──────────► distance to the nearest training image ──┐
     held-out images ──codec──► the same distance: thresholds ────┴──► audit.json, suspects.png
 
 After Somepalli et al. 2022 (Diffusion Art or Digital Forgery?, arXiv:2212.03860) and the survey Replication in Visual
-Diffusion Models: small data sets are memorised first, and a cluster is a small data set.
-Held-out images go through the codec as samples do: without that, all that the codec smooths away looks like copying.
+Diffusion Models: small data sets are memorized first, and a cluster is a small data set.
+Held-out images pass through the codec like samples: otherwise its smoothing would be mistaken for copying.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +18,22 @@ from jaxtyping import Float, Int64
 from scipy.stats import betabinom, binomtest
 
 from data_partition.features.extract import load_extractor
-from data_partition.features.pixels import flat
+from data_partition.features.pixels import flatten_pixels
 from data_partition.partition import Partition, load_partition
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import read_json, write_json
-from ensemble.analysis.nearest_neighbors import Images, NearestNeighbors, Space, features_of, find_nearest, read_rows
+from ensemble.analysis.nearest_neighbors import (
+    Images,
+    NearestNeighbors,
+    Space,
+    extract_features,
+    find_nearest,
+    read_rows,
+)
 from ensemble.config import AuditConfig
 from ensemble.ensemble import Ensemble
 from ensemble.evaluation.reference import PIXELS
-from ensemble.sampling.images import grid, png, to_bytes
+from ensemble.sampling.images import encode_png, image_grid, to_bytes
 from experts.codec import Codec
 from experts.condition import Condition
 from router.config import SelectionConfig
@@ -39,38 +46,38 @@ OtherDistances = Float[np.ndarray, " other"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearNeighborRate:
-    """The samples that are nearer to the training set than nearly all held-out images."""
+    """Rate of samples that are nearer to the training set than almost all held-out images."""
 
     quantile: float
-    """The share of held-out images that was asked for."""
+    """The requested share of held-out images."""
     expected: float
-    """What a generator without memory is expected to show; the nearest that so many held-out images can tell."""
+    """Expected share without memorization: the quantile that this number of held-out images resolves."""
     threshold: float
-    """Distance below which a sample counts."""
+    """Distance below which a sample is near."""
     share: float
     low: float
     """Lower end of the 95 % interval of `share` (Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404)."""
     high: float
     usual: float
-    """Without memorising, `share` is at most this in 97.5 % of all cases, the chance of the threshold included."""
+    """97.5 % quantile of `share` without memorization, with the randomness of the threshold included."""
     p_value: float
-    """How probable so many near samples, or more, are without memorising."""
+    """Probability of this many near samples, or more, without memorization."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorizationTest:
-    """A set of samples beside the held-out images that it is measured by."""
+    """Comparison of samples with held-out images."""
 
     samples: int
     held_out: int
     ratio: float | None
-    """Mean distance to the nearest training image over that of held-out images; None if either is without images."""
+    """Mean distance to the nearest training image over that of held-out images; None if either has no images."""
     shares: tuple[NearNeighborRate, ...]
-    """By quantile; empty if there are no samples, or no held-out images."""
+    """By quantile; empty without samples or held-out images."""
 
 
-def measure_memorization(samples: Distances, held_out: OtherDistances, quantiles: Sequence[float]) -> MemorizationTest:
-    """Distances of samples to the training set beside those of held-out images."""
+def compare_distances(samples: Distances, held_out: OtherDistances, quantiles: Sequence[float]) -> MemorizationTest:
+    """Compare the distances of samples to the training set with those of held-out images."""
     sizes = len(samples), len(held_out)
     mean = float(held_out.mean()) if all(sizes) else 0.0
     return MemorizationTest(
@@ -82,22 +89,22 @@ def measure_memorization(samples: Distances, held_out: OtherDistances, quantiles
 
 
 def near_neighbor_rate(samples: Distances, held_out: OtherDistances, quantile: float) -> NearNeighborRate:
-    """The share of `samples` below the held-out images' quantile."""
-    count, known = len(samples), len(held_out)
-    rank = min(max(1, round(quantile * (known + 1))), known)
+    """Return the share of `samples` below the quantile of the held-out images, with its significance."""
+    count, num_held_out = len(samples), len(held_out)
+    rank = min(max(1, round(quantile * (num_held_out + 1))), num_held_out)
     threshold = float(np.partition(held_out, rank - 1)[rank - 1])
     nearer = int((samples < threshold).sum())
     interval = binomtest(nearer, count).proportion_ci(CONFIDENCE)
-    fresh = betabinom(count, rank, known + 1 - rank)
+    null_distribution = betabinom(count, rank, num_held_out + 1 - rank)
     return NearNeighborRate(
         quantile=quantile,
-        expected=rank / (known + 1),
+        expected=rank / (num_held_out + 1),
         threshold=threshold,
         share=nearer / count,
         low=float(interval.low),
         high=float(interval.high),
-        usual=float(fresh.ppf((1 + CONFIDENCE) / 2)) / count,
-        p_value=float(fresh.sf(nearer - 1)),
+        usual=float(null_distribution.ppf((1 + CONFIDENCE) / 2)) / count,
+        p_value=float(null_distribution.sf(nearer - 1)),
     )
 
 
@@ -107,48 +114,48 @@ HeldOutIds = Int64[np.ndarray, " held_out"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditedSpace:
-    """Nearness in one feature space."""
+    """Comparisons in one feature space."""
 
     overall: MemorizationTest
     clusters: tuple[MemorizationTest, ...]
-    """Of the samples that each expert made, measured by the held-out images of its own cluster."""
+    """Of the samples of each expert with the held-out images of its cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suspect:
-    """A sample that is near to a training image for one of its cluster."""
+    """A sample unusually near to a training image for its cluster."""
 
     seed: int
     cluster_id: int
     ratio: float
-    """Distance over the median of its cluster's held-out images."""
+    """Distance over the median of the held-out images of its cluster."""
     training_key: str
     """The key of its nearest training image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """How near samples come to the training set."""
+    """Result of an audit."""
 
     training: int
-    """Training images that were compared with."""
+    """Training images of the comparison."""
     made_by: str
-    """How a sample's expert is known: `draw` (it was pinned to one) or `looks` (the partition's rule)."""
+    """Source of a sample's expert: `draw` (pinned to it by the selection) or `looks` (assigned by the partition)."""
     spaces: dict[str, AuditedSpace]
     suspects: tuple[Suspect, ...]
-    """The nearest samples first, by pixels."""
+    """By increasing ratio, in pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditedSamples:
-    """What is audited."""
+    """Samples to audit."""
 
     images: Images
     seeds: Int64[np.ndarray, " image"]
     experts: Ids | None
-    """The expert that made each image, if a draw has pinned it to one."""
+    """The expert of each image, if its selection pinned it to one."""
     codec: Codec
-    """That the images went through."""
+    """The codec of the samples."""
 
 
 def audit_samples(
@@ -160,42 +167,46 @@ def audit_samples(
     out: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
-    """Compare samples with all of `dataset/train`; writes `out/audit.json` and `out/suspects.png`."""
-    total, division = read_index(dataset / "train").count, load_partition(partition)
-    held_out = np.concatenate([*_seen_through(samples.codec, dataset / "holdout")])
+    """Compare samples with all of `dataset/train`, and write `out/audit.json` and `out/suspects.png`."""
+    total, loaded = read_index(dataset / "train").count, load_partition(partition)
+    held_out = np.concatenate([*_reconstruct(samples.codec, dataset / "holdout")])
     queries = np.concatenate([samples.images, held_out])
-    found = find_nearest(queries, audit_spaces(reference), dataset / "train", lambda done: on_progress(done, total))
-    looks = cluster_by_features(division, queries)
+    neighbors = find_nearest(queries, load_spaces(reference), dataset / "train", lambda done: on_progress(done, total))
+    assigned = assign_clusters(loaded, queries)
     count = len(samples.images)
-    made = looks[:count] if samples.experts is None else samples.experts
-    clusters = (made, looks[count:])
-    scores = _suspicion(found[PIXELS].distances, *clusters)
-    order = np.argsort(scores, kind="stable")[: config.suspects]
-    training = read_rows(dataset / "train", found[PIXELS].rows[order])
+    expert_ids = assigned[:count] if samples.experts is None else samples.experts
+    clusters = (expert_ids, assigned[count:])
+    ratios = _distance_ratios(neighbors[PIXELS].distances, *clusters)
+    order = np.argsort(ratios, kind="stable")[: config.suspects]
+    training = read_rows(dataset / "train", neighbors[PIXELS].rows[order])
     audit = Audit(
         training=total,
         made_by="looks" if samples.experts is None else "draw",
-        spaces={name: _audited(nearest, *clusters, division.num_clusters, config) for name, nearest in found.items()},
+        spaces={
+            name: _audit_space(nearest, *clusters, loaded.num_clusters, config) for name, nearest in neighbors.items()
+        },
         suspects=tuple(
             Suspect(
                 seed=int(samples.seeds[row]),
-                cluster_id=int(made[row]),
-                ratio=float(scores[row]),
+                cluster_id=int(expert_ids[row]),
+                ratio=float(ratios[row]),
                 training_key=original.key,
             )
             for row, original in zip(order, training, strict=True)
         ),
     )
     write_json(out / "audit.json", audit)
-    shown = np.concatenate([samples.images[order], np.stack([original.image for original in training])])
-    (out / "suspects.png").write_bytes(png(grid(torch.from_numpy(shown).float() / 255, columns=len(order))))
+    pictures = np.concatenate([samples.images[order], np.stack([original.image for original in training])])
+    (out / "suspects.png").write_bytes(
+        encode_png(image_grid(torch.from_numpy(pictures).float() / 255, columns=len(order)))
+    )
     return audit
 
 
-def drawn_experts(
+def pinned_experts(
     ensemble: Ensemble, seeds: Sequence[int], class_ids: Sequence[int] | None, selection: SelectionConfig
 ) -> Ids | None:
-    """The expert that each seed was pinned to from the first step to the last; None if it may have changed."""
+    """Return the expert to which each seed is pinned in all steps; None if a trajectory may change its expert."""
     condition = Condition.null(len(seeds)) if class_ids is None else Condition(torch.tensor(list(class_ids)))
     if ensemble.num_experts == 1:
         return None
@@ -203,41 +214,44 @@ def drawn_experts(
     return None if gates is None else gates.argmax(1).numpy()
 
 
-def audit_spaces(reference: Path) -> Mapping[str, Space]:
-    """Pixels as they are, and the first space of the reference in which distance is more than that of pixels."""
+def load_spaces(reference: Path) -> Mapping[str, Space]:
+    """Load pixels and the first other feature space of the reference."""
     names = read_json(reference / "reference.json")["config"]["spaces"]
     others = [name for name in names if name != PIXELS][:1]
-    return {PIXELS: flat} | {name: load_extractor(reference / "extractors" / name) for name in others}
+    return {PIXELS: flatten_pixels} | {name: load_extractor(reference / "extractors" / name) for name in others}
 
 
-def _seen_through(codec: Codec, shards: Path) -> Iterator[Images]:
+def _reconstruct(codec: Codec, shards: Path) -> Iterator[Images]:
     for batch in read_batches(shards, 256):
         yield to_bytes(codec.decode(codec.encode(batch.images)))
 
 
-def cluster_by_features(division: Partition, images: Images) -> Ids:
-    """The cluster of each image by the partition's rule."""
-    extractor = division.extractor
+def assign_clusters(partition: Partition, images: Images) -> Ids:
+    """Return the cluster that the partition assigns to each image."""
+    extractor = partition.extractor
     if extractor is None:
         raise ValueError("a partition without its extractor cannot assign images; use load_partition(folder)")
-    return division.assign(features_of(extractor, images))
+    return partition.assign(extract_features(extractor, images))
 
 
-def _audited(
-    nearest: NearestNeighbors, made: Ids, looks: HeldOutIds, num_clusters: int, config: AuditConfig
+def _audit_space(
+    nearest: NearestNeighbors, expert_ids: Ids, held_out_clusters: HeldOutIds, num_clusters: int, config: AuditConfig
 ) -> AuditedSpace:
-    samples, held_out = nearest.distances[: len(made)], nearest.distances[len(made) :]
+    samples, held_out = nearest.distances[: len(expert_ids)], nearest.distances[len(expert_ids) :]
     clusters = tuple(
-        measure_memorization(samples[made == k], held_out[looks == k], config.quantiles) for k in range(num_clusters)
+        compare_distances(samples[expert_ids == k], held_out[held_out_clusters == k], config.quantiles)
+        for k in range(num_clusters)
     )
-    return AuditedSpace(overall=measure_memorization(samples, held_out, config.quantiles), clusters=clusters)
+    return AuditedSpace(overall=compare_distances(samples, held_out, config.quantiles), clusters=clusters)
 
 
-def _suspicion(distances: Float[np.ndarray, " query"], made: Ids, looks: HeldOutIds) -> Float[np.ndarray, " image"]:
-    """Distance of every sample over the median of its cluster's held-out images, or of all if it has none."""
-    samples, held_out = distances[: len(made)], distances[len(made) :]
-    scale = np.full(len(made), np.median(held_out))
-    for k in np.intersect1d(made, looks):
-        scale[made == k] = np.median(held_out[looks == k])
+def _distance_ratios(
+    distances: Float[np.ndarray, " query"], expert_ids: Ids, held_out_clusters: HeldOutIds
+) -> Float[np.ndarray, " image"]:
+    """Return each sample's distance over the median of its cluster's held-out images, or of all if it has none."""
+    samples, held_out = distances[: len(expert_ids)], distances[len(expert_ids) :]
+    scale = np.full(len(expert_ids), np.median(held_out))
+    for k in np.intersect1d(expert_ids, held_out_clusters):
+        scale[expert_ids == k] = np.median(held_out[held_out_clusters == k])
     ratios: Float[np.ndarray, " image"] = samples / np.maximum(scale, np.finfo(np.float32).tiny)
     return ratios

@@ -1,9 +1,8 @@
-"""From an ensemble to a smaller or faster one: each stage reads a pipeline's folder and writes another.
+"""Compression and acceleration of an ensemble: each stage reads a pipeline's folder and writes another.
 
     pipeline ──► quantize ──► pipeline + compression.json
 
-`compression.json` says what it cost. The folder that is read is never touched, a stage that found nothing to do is an
-error, and without a setting there is no stage. What a stage did to the samples is measured twice: by the relative L2
-distance to those of the whole ensemble from the same noise (`comparison.py`), and by a score like any other row of the
-table.
+Stages are optional; a run has none unless it is configured. A stage never changes the folder that it reads, and a stage
+that changes nothing fails. `compression.json` reports the cost and the relative L2 distance between compressed and
+original samples of the same noise (`measurement.py`). Scores for the compressed ensemble are computed like all others.
 """

@@ -1,4 +1,7 @@
-"""What can be chosen about making an ensemble smaller; imports no torch."""
+"""Settings of every compression method, the order in which stages may follow each other, and their labels.
+
+Imports no torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -17,43 +20,43 @@ from ensemble.config import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WeightOnlyConfig:
-    """Weights in few bits, rounded to nearest; activations stay as they are."""
+    """Weights in few bits, rounded to nearest; activations keep full precision."""
 
     method: Literal["weight_only"] = "weight_only"
     bits: Literal[2, 3, 4, 5, 6, 8] = 8
-    """Bits of a weight."""
+    """Bits per weight."""
     group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64
-    """Entries of a row that share a scale of 16 bits."""
+    """Neighboring weights of a row that share one 16-bit scale."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
-    """Matrices with fewer entries stay as they are."""
+    """Matrices with fewer elements are not quantized."""
     router: bool = True
-    """Whether the router is quantized too."""
+    """Also quantize the router."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DynamicInt8Config:
-    """Linear layers that multiply in eight bits; other large weights are stored in few bits."""
+    """Linear layers that multiply in 8 bits; other large weights are stored in few bits."""
 
     method: Literal["dynamic_int8"] = "dynamic_int8"
     bits: Literal[4, 5, 6, 8] = 8
-    """Bits of a weight on disk."""
+    """Bits per stored weight."""
     group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64
-    """Entries of a row that share a scale of 16 bits."""
+    """Neighboring weights of a row that share one 16-bit scale."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
-    """Matrices with fewer entries stay as they are."""
+    """Matrices with fewer elements are not quantized."""
     router: bool = True
-    """Whether the router is quantized too."""
+    """Also quantize the router."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StitchConfig:
-    """The smaller ensemble on one side of a t, the whole one on the other."""
+    """The compressed ensemble samples on one side of a time t, the original on the other side."""
 
     method: Literal["stitch"] = "stitch"
     t: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Where one gives way to the other."""
+    """The time at which sampling switches from one ensemble to the other."""
     small: Literal["late", "early"] = "late"
-    """Whether the smaller one speaks below t, where samples are nearly clean, or above."""
+    """Where the compressed ensemble is used. `late`: below `t`, where samples are nearly clean. `early`: above `t`."""
 
 
 DistillConfig = Annotated[SiDConfig | ConsistencyConfig | MMDConfig, Field(discriminator="method")]
@@ -69,79 +72,80 @@ MethodConfig = Annotated[
 
 
 def check_order(stages: Mapping[str, Any], *, reflects: bool) -> None:
-    """Raise `ValueError` for stages, by kind, that make no sense together, or with reflection."""
+    """Raise `ValueError` for stages, by kind, that cannot be combined with each other or with reflection."""
     distill, accelerate, prune = (stages.get(kind) for kind in ("distill", "accelerate", "prune"))
-    quantize, switch = (stages.get(kind) for kind in ("quantize", "stitch"))
-    is_kept = isinstance(accelerate, CacheConfig | HookConfig)
+    quantize, stitch = (stages.get(kind) for kind in ("quantize", "stitch"))
+    is_cached = isinstance(accelerate, CacheConfig | HookConfig)
     draft = accelerate.draft if isinstance(accelerate, TruncateConfig) else None
-    is_several = draft is not None or isinstance(accelerate, BaseFirstConfig)
+    has_two_networks = draft is not None or isinstance(accelerate, BaseFirstConfig)
     rules = {
-        "a cache keeps features from one step to the next, and of the few steps that distill leaves none is like "
-        "another; take one of the two": distill and is_kept,
-        "accelerate=base_first puts the experts before their students; add distill=…": not distill
+        "distill and a feature cache cannot be combined: a cache reuses features of similar steps, and the few steps "
+        "of a student differ; remove distill or accelerate": distill and is_cached,
+        "accelerate=base_first needs students, which take over after the first step; add distill=…": not distill
         and isinstance(accelerate, BaseFirstConfig),
-        "accelerate.draft=student begins with what students draw; add distill=…, or take another": not distill
-        and draft == "student",
-        f"accelerate.draft={draft} goes on with the experts, so the students of distill would not be asked; take "
-        "accelerate.draft=student, or leave distill out": distill and draft not in (None, "student"),
-        "accelerate goes between each expert and its student, and there is one for all; take distill.students=per_expert": (
-            distill and distill.students == "shared" and accelerate
+        "accelerate.draft=student needs students, which generate the draft; add distill=…, or choose another draft": (
+            not distill and draft == "student"
         ),
-        "stitch goes between experts that are asked at the same t, and after distill or a draft they are not, and "
-        "diffusers' hooks want every step; leave stitch out, or take accelerate=base_first": switch
-        and (distill or is_several or isinstance(accelerate, HookConfig)),
-        "prune=ecodiff learns along whole trajectories, and after distill or a draft there are none; take "
-        "prune=laptop": (distill or is_several) and isinstance(prune, EcoDiffConfig),
-        "prune takes out layers that diffusers' hooks were tried on; take accelerate=cache": prune
+        f"accelerate.draft={draft} refines drafts with the original experts, so the students of distill would not be "
+        "used; set accelerate.draft=student, or remove distill": distill and draft not in (None, "student"),
+        "accelerate combines each expert with its own student, and distill.students=shared trains only one; set "
+        "distill.students=per_expert": distill and distill.students == "shared" and accelerate,
+        "stitch needs experts that can be evaluated at any t; after distill, a draft or diffusers' hooks they cannot; "
+        "remove stitch, or set accelerate=base_first": stitch
+        and (distill or has_two_networks or isinstance(accelerate, HookConfig)),
+        "prune=ecodiff trains masks along full trajectories, which distill and drafts replace; set prune=laptop": (
+            (distill or has_two_networks) and isinstance(prune, EcoDiffConfig)
+        ),
+        "prune removes layers for which diffusers' hooks were calibrated; set accelerate=cache": prune
         and isinstance(accelerate, HookConfig),
-        "quantize=shared_base and mixed_precision look at experts of one network each; take another after a draft or base_first": (
-            is_several and isinstance(quantize, SharedBaseConfig | MixedPrecisionConfig)
-        ),
-        "reflection goes between the steps of a solver, and after distill or a draft there are none, and a cache "
-        "counts them; leave ensemble.reflection out": reflects and (distill or accelerate),
+        "shared_base and mixed_precision need experts of one network each, and a draft or base_first gives them two; "
+        "set quantize to another method": has_two_networks
+        and isinstance(quantize, SharedBaseConfig | MixedPrecisionConfig),
+        "ensemble.reflection works between solver steps; students and drafts have none, and a cache counts them; "
+        "remove ensemble.reflection": reflects and (distill or accelerate),
     }
     if broken := next((rule for rule, is_broken in rules.items() if is_broken), None):
         raise ValueError(broken)
 
 
-def compression_label(recipe: MethodConfig) -> str:
-    """What a recipe is called in tables and file names."""
-    if isinstance(recipe, WeightOnlyConfig):
-        return f"int{recipe.bits}_weight_only"
-    if isinstance(recipe, DynamicInt8Config):
-        return f"int{recipe.bits}_dynamic"
-    if isinstance(recipe, CacheConfig):
-        return f"cache_{recipe.policy}"
-    if isinstance(recipe, HookConfig):
-        return f"hook_{recipe.hook}"
-    if isinstance(recipe, TruncateConfig):
-        return f"truncate_{recipe.draft}"
-    if isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig):
-        return f"{recipe.method}_{recipe.steps}" + ("_shared" if recipe.students == "shared" else "")
-    return recipe.method
+def compression_label(method: MethodConfig) -> str:
+    """Return the name of a method in tables and file names."""
+    if isinstance(method, WeightOnlyConfig):
+        return f"int{method.bits}_weight_only"
+    if isinstance(method, DynamicInt8Config):
+        return f"int{method.bits}_dynamic"
+    if isinstance(method, CacheConfig):
+        return f"cache_{method.policy}"
+    if isinstance(method, HookConfig):
+        return f"hook_{method.hook}"
+    if isinstance(method, TruncateConfig):
+        return f"truncate_{method.draft}"
+    if isinstance(method, SiDConfig | ConsistencyConfig | MMDConfig):
+        return f"{method.method}_{method.steps}" + ("_shared" if method.students == "shared" else "")
+    return method.method
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CompressionConfig:
-    """One stage on an ensemble, and how its samples are compared."""
+    """One compression stage, and how its samples are compared with the original's."""
 
     method: MethodConfig
-    """What is done."""
+    """The method and its settings."""
     sampling: SamplingConfig
-    """How both ensembles are sampled."""
+    """How both ensembles are sampled for the comparison."""
     labelled: bool = field(default=True, metadata=UNHASHED_IF_DEFAULT)
-    """Whether networks are shown the classes of what calibrates and trains them; False if they have never seen any."""
+    """Condition calibration and training data on their classes; False for experts that were trained without classes."""
     num_samples: Annotated[int, Field(ge=1)] = 64
-    """Images that are compared."""
+    """Images compared."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TimingConfig:
-    """How the processor time of an image is measured."""
+    """How the processor time per image is measured."""
 
     sampling: SamplingConfig
-    """How images are drawn."""
+    """How images are sampled."""
     num_images: Annotated[int, Field(ge=1)] = 64
-    """Images of a turn."""
+    """Images per round."""
     turns: Annotated[int, Field(ge=2)] = 5
-    """How often both ensembles are timed, one after the other."""
+    """Rounds; each times both ensembles, one after the other."""

@@ -1,6 +1,7 @@
-"""How much processor time an image takes, against the whole ensemble's: both in turns, in one process, on one thread.
+"""Measure a compressed ensemble against the original: bytes, FLOPs, distance of samples, and processor time per image.
 
-Seconds depend on the machine and on who else is on it; the ratio of two figures that were taken in turns hardly does.
+Both are timed alternately, in one process, on one thread. Seconds depend on the machine and its load; the ratio of two
+alternating measurements hardly does.
 """
 
 import statistics
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ddm_core.artifacts import Preempted, Workspace, files_in, read_json, write_json
+from ddm_core.artifacts import Preempted, Workspace, list_files, read_json, write_json
 from ensemble.compression.config import TimingConfig
 from ensemble.config import SamplingConfig
 from ensemble.evaluation.generate import RowFlops
-from ensemble.pipeline import DDMPipeline
+from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.sample import sample
 
 REPORT_FILE = "compression.json"
@@ -24,59 +25,59 @@ REPORT_FILE = "compression.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionReport:
-    """What the stages up to this one did to the whole ensemble; written as `compression.json`."""
+    """Total effect of all stages up to this one, against the original ensemble; written as `compression.json`."""
 
     stages: tuple[str, ...]
-    """The methods so far, in their order."""
+    """Labels of the stages so far, in order."""
     modules: int
-    """Weights, layers or whatever the last stage works on, that it has changed."""
+    """Number of weights, layers or units that the last stage changed."""
     bytes_before: int
-    """Of the whole ensemble's experts and router on disk; the codec is the same on both sides."""
+    """Bytes on disk of the original experts and router; both ensembles have the same codec, which is left out."""
     bytes_after: int
     flops_before: float
-    """Of an image from the whole ensemble, on average."""
+    """Mean FLOPs per image of the original ensemble."""
     flops_after: float
     relative_l2: float
-    """|| images - images of the whole ensemble || / || images of the whole ensemble ||, same noise."""
+    """|| images - original images || / || original images ||, from the same noise."""
     num_samples: int
 
     @classmethod
     def read(cls, path: Path) -> "CompressionReport":
-        """What was written as JSON."""
-        found = read_json(path)
-        return cls(**found | {"stages": tuple(found["stages"])})
+        """Load a report from its JSON file."""
+        fields = read_json(path)
+        return cls(**fields | {"stages": tuple(fields["stages"])})
 
 
 def model_bytes(folder: Path) -> int:
-    """Bytes of all files of a pipeline's experts and router."""
+    """Return the bytes of all files of a pipeline's experts and router."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in ("codec", "scheduler")]
-    return sum(file.stat().st_size for part in parts for file in files_in(part))
+    return sum(file.stat().st_size for part in parts for file in list_files(part))
 
 
 def compare(
     stages: tuple[str, ...],
     modules: int,
-    whole: Path,
-    smaller: Path,
+    original: Path,
+    compressed: Path,
     sampling: SamplingConfig,
     count: int,
     workspace: Workspace,
 ) -> CompressionReport:
-    """Draw the same `count` images from both."""
+    """Compare `count` images of both ensembles, sampled from the same noise."""
     images, flops = [], []
-    for number, folder in enumerate((whole, smaller)):
+    for number, folder in enumerate((original, compressed)):
         workspace.report_progress(number * count, 2 * count, unit="images")
-        pipeline = DDMPipeline.from_pretrained(folder)
-        costs = RowFlops.of(pipeline)
-        drawn = sample(pipeline.ensemble, pipeline.codec, list(range(count)), sampling)
-        images.append(drawn.images.double())
-        flops.append(costs.times(drawn.calls) / count)
+        pipeline = EnsemblePipeline.from_pretrained(folder)
+        costs = RowFlops.measure(pipeline)
+        samples = sample(pipeline.ensemble, pipeline.codec, list(range(count)), sampling)
+        images.append(samples.images.double())
+        flops.append(costs.times(samples.calls) / count)
     distance = torch.linalg.vector_norm(images[1] - images[0]) / torch.linalg.vector_norm(images[0])
     return CompressionReport(
         stages=stages,
         modules=modules,
-        bytes_before=model_bytes(whole),
-        bytes_after=model_bytes(smaller),
+        bytes_before=model_bytes(original),
+        bytes_after=model_bytes(compressed),
         flops_before=flops[0],
         flops_after=flops[1],
         relative_l2=float(distance),
@@ -84,13 +85,14 @@ def compare(
     )
 
 
-def describe(found: CompressionReport) -> str:
-    """One line for a terminal."""
-    share, work = found.bytes_after / found.bytes_before, found.flops_after / found.flops_before
+def describe(report: CompressionReport) -> str:
+    """Format a report as one line for a terminal."""
+    bytes_ratio, flops_ratio = report.bytes_after / report.bytes_before, report.flops_after / report.flops_before
+    stages = " + ".join(report.stages)
     return (
-        f"{' + '.join(found.stages)}: {found.modules} changed, {found.bytes_before:,} to {found.bytes_after:,} bytes "
-        f"({share:.2f} x), {work:.2f} x the FLOPs of an image, relative L2 {found.relative_l2:.4f} on "
-        f"{found.num_samples} images"
+        f"{stages}: {report.modules} changed, {report.bytes_before:,} to {report.bytes_after:,} bytes "
+        f"({bytes_ratio:.2f} x), {flops_ratio:.2f} x the FLOPs of an image, relative L2 {report.relative_l2:.4f} on "
+        f"{report.num_samples} images"
     )
 
 
@@ -99,44 +101,45 @@ TIMING_FILE = "timing.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Processor time, measured on this machine; written as `timing.json`."""
+    """Processor time of both ensembles on this machine; written as `timing.json`."""
 
     seconds_before: float
-    """Processor seconds an image of the whole ensemble takes: the lower quartile of the turns."""
+    """Processor seconds per image of the original ensemble: the lower quartile over the rounds."""
     seconds_after: float
     ratio: float
     """`seconds_after / seconds_before`."""
     lowest: float
-    """Of the ratios of single turns."""
+    """Lowest ratio of a single round."""
     highest: float
     turns: int
     threads: int = 1
 
 
-LEAST = 0.25
-"""Of the FLOPs of the other pipeline: what is quicker draws its images so often in a turn that it too takes a while."""
+MIN_FLOPS_SHARE = 0.25
+"""The faster pipeline repeats its images in a round until it has this share of the other's FLOPs, for a stable time."""
 
 
-def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, workspace: Workspace) -> float:
-    """Write `timing.json`, and return the FLOPs of drawing."""
-    pipelines = [DDMPipeline.from_pretrained(folder) for folder in (whole, smaller)]
+def time_both(config: TimingConfig, compressed: Path, original: Path, out: Path, workspace: Workspace) -> float:
+    """Time both ensembles, write `timing.json`, and return the FLOPs of sampling."""
+    pipelines = [EnsemblePipeline.from_pretrained(folder) for folder in (original, compressed)]
     seeds = list(range(config.num_images))
     seconds: tuple[list[float], list[float]] = ([], [])
-    with one_thread():
-        warm = [sample(one.ensemble, one.codec, seeds, config.sampling).calls for one in pipelines]
-        flops = [RowFlops.of(one).times(calls) for one, calls in zip(pipelines, warm, strict=True)]
-        draws = [max(1, round(LEAST * max(flops) / own)) for own in flops]
-        for turn in range(config.turns):
-            workspace.report_progress(turn, config.turns, unit="turns")
+    with use_one_thread():
+        # The first samples also warm up both pipelines.
+        calls = [sample(pipeline.ensemble, pipeline.codec, seeds, config.sampling).calls for pipeline in pipelines]
+        flops = [RowFlops.measure(pipeline).times(count) for pipeline, count in zip(pipelines, calls, strict=True)]
+        repeats = [max(1, round(MIN_FLOPS_SHARE * max(flops) / value)) for value in flops]
+        for number in range(config.turns):
+            workspace.report_progress(number, config.turns, unit="rounds")
             if workspace.stop_requested():
-                raise Preempted(f"stopped after {turn} turns; a measurement starts again")
-            for one, count, found in zip(pipelines, draws, seconds, strict=True):
+                raise Preempted(f"stopped after {number} rounds; timing restarts from the first")
+            for pipeline, count, times in zip(pipelines, repeats, seconds, strict=True):
                 start = time.process_time()
                 for _ in range(count):
-                    sample(one.ensemble, one.codec, seeds, config.sampling)
-                found.append((time.process_time() - start) / count / len(seeds))
-    before, after = (statistics.quantiles(found, n=4)[0] for found in seconds)
-    ratios = [ours / theirs for theirs, ours in zip(*seconds, strict=True)]
+                    sample(pipeline.ensemble, pipeline.codec, seeds, config.sampling)
+                times.append((time.process_time() - start) / count / len(seeds))
+    before, after = (statistics.quantiles(times, n=4)[0] for times in seconds)
+    ratios = [compressed_s / original_s for original_s, compressed_s in zip(*seconds, strict=True)]
     timing = Timing(
         seconds_before=before,
         seconds_after=after,
@@ -146,12 +149,12 @@ def time_both(config: TimingConfig, smaller: Path, whole: Path, out: Path, works
         turns=config.turns,
     )
     write_json(out / TIMING_FILE, timing)
-    return sum(own * (1 + count * config.turns) for own, count in zip(flops, draws, strict=True))
+    return sum(value * (1 + count * config.turns) for value, count in zip(flops, repeats, strict=True))
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """As many threads as before afterwards."""
+def use_one_thread() -> Iterator[None]:
+    """Limit torch to one thread within the context, and restore the number afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

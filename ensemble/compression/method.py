@@ -1,4 +1,4 @@
-"""What a stage that looks at all experts at once is given, and what it has made of them."""
+"""The interface of a compression method: its inputs, its result and its error."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,121 +6,125 @@ from pathlib import Path
 from typing import Any
 
 from ddm_core.artifacts import Workspace
+from ddm_core.errors import DDMError
 from ensemble.config import SamplingConfig
-from ensemble.ensemble import ExpertModel
-from ensemble.pipeline import DDMPipeline
+from ensemble.pipeline import EnsemblePipeline
 from experts.codecs.registry import load_codec
 from experts.expert import Expert
+from experts.expert_model import ExpertModel
 from experts.training.latent_dataset import LatentDataset, encode_latents
 
 
-class StageError(ValueError):
-    """A stage cannot do what it was asked to do with this ensemble."""
+class StageError(DDMError, ValueError):
+    """A compression stage cannot work on this ensemble."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertResult:
-    """A smaller expert, and what making it took."""
+    """A compressed expert, and the cost of computing it."""
 
     expert: ExpertModel
     modules: int
-    """Weights, layers or whatever the method works on, that it has changed; 0 is an error of the stage."""
+    """Number of changed weights, layers or units, whatever the method works on; 0 is an error of the stage."""
     flops: float
-    """Of calibrating, searching and training again."""
+    """FLOPs of calibration, search and training."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What is worth looking at later, as JSON."""
+    """Measurements to write as JSON."""
 
     @property
     def network(self) -> Expert:
-        """The expert, if it is one network; `TypeError` if it is not."""
+        """Return the expert if it is a single network; raise `TypeError` otherwise."""
         if not isinstance(self.expert, Expert):
-            raise TypeError(f"a {type(self.expert).__name__} is not one network")
+            raise TypeError(f"a {type(self.expert).__name__} is not a single network")
         return self.expert
 
 
 Method = Callable[[Expert, LatentDataset, Any, Workspace], ExpertResult]
-"""(expert, latents of its own cluster, configuration, this expert's workspace) to a smaller one.
+"""(expert, latents of its own cluster, configuration, this expert's workspace) to a compressed expert.
 
-The expert that is given is not changed. Raises `StageError` if nothing would change, `Preempted` between two steps.
+The input expert is not changed. Raises `StageError` if nothing would change, `Preempted` between two steps.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clusters:
-    """Where the experts' own data are."""
+    """Access to the latents of each cluster."""
 
     folders: Sequence[Path]
     codec: Path
-    labelled: bool
-    is_one: bool = False
-    """Whether a single network stands for all of them."""
+    labeled: bool
+    is_single_network: bool = False
+    """True if one network replaces all experts, so that its data are all clusters."""
 
-    def latents(self, k: int, workspace: Workspace) -> LatentDataset:
-        """Those of one expert's cluster."""
-        return self._encoded(self.folders if self.is_one else [self.folders[k]], workspace)
+    def load_latents(self, k: int, workspace: Workspace) -> LatentDataset:
+        """Return the latents of the cluster of expert `k`."""
+        return self._encode(self.folders if self.is_single_network else [self.folders[k]], workspace)
 
-    def all_latents(self, workspace: Workspace) -> LatentDataset:
-        """Those of all clusters."""
-        return self._encoded(self.folders, workspace)
+    def load_all_latents(self, workspace: Workspace) -> LatentDataset:
+        """Return the latents of all clusters."""
+        return self._encode(self.folders, workspace)
 
-    def _encoded(self, folders: Sequence[Path], workspace: Workspace) -> LatentDataset:
-        found = encode_latents(folders, load_codec(self.codec), self.codec, workspace)
-        return found if self.labelled else found.unlabelled()
+    def _encode(self, folders: Sequence[Path], workspace: Workspace) -> LatentDataset:
+        latents = encode_latents(folders, load_codec(self.codec), self.codec, workspace)
+        return latents if self.labeled else latents.unlabeled()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionContext:
-    """Everything that such a stage may look at."""
+    """Inputs of a method that works on all experts at once."""
 
     ensemble: Path
     original: Path
-    """The ensemble that nothing was done to."""
+    """The ensemble before the first compression stage."""
     data: Clusters
     sampling: SamplingConfig
     workspace: Workspace
 
-    def ensembles(self, *, whole: bool = False) -> Mapping[int, ExpertModel]:
-        """The experts by their ids, whatever they are."""
-        return DDMPipeline.from_pretrained(self.original if whole else self.ensemble).ensemble.experts
+    def load_experts(self, *, original: bool = False) -> Mapping[int, ExpertModel]:
+        """Load the experts, by their ids; `original` loads those of the uncompressed ensemble."""
+        return EnsemblePipeline.from_pretrained(self.original if original else self.ensemble).ensemble.experts
 
-    def experts(self, name: str) -> dict[int, Expert]:
-        """Those of the ensemble; `StageError` if one is not a network of its own."""
-        found = {}
-        for k, expert in self.ensembles().items():
+    def load_single_networks(self, method: str) -> dict[int, Expert]:
+        """Load the experts of the ensemble, by their ids; raise `StageError` if one is not a single network."""
+        experts = {}
+        for k, expert in self.load_experts().items():
             if not isinstance(expert, Expert):
-                raise StageError(f"{name} works on experts of their own, and expert {k} is a {type(expert).__name__}")
-            found[k] = expert
-        return found
+                raise StageError(
+                    f"{method} needs experts of one network each, and expert {k} is a {type(expert).__name__}; remove "
+                    "the stage before it, or this one"
+                )
+            experts[k] = expert
+        return experts
 
-    def latents(self, ids: Sequence[int]) -> dict[int, LatentDataset]:
-        """The latents of their clusters."""
-        return {k: self.data.latents(k, self.workspace.part(f"cluster_{k}")) for k in ids}
+    def load_latents(self, ids: Sequence[int]) -> dict[int, LatentDataset]:
+        """Return the latents of the clusters of these experts."""
+        return {k: self.data.load_latents(k, self.workspace.part(f"cluster_{k}")) for k in ids}
 
-    def check_noise_schedules(self, name: str) -> None:
-        """Raise `StageError` for an expert of another noise path: courses are gone through on the ensemble's own."""
-        ensemble = DDMPipeline.from_pretrained(self.ensemble).ensemble
+    def check_noise_schedules(self, method: str) -> None:
+        """Raise `StageError` if the noise schedule of an expert differs from that of the ensemble."""
+        ensemble = EnsemblePipeline.from_pretrained(self.ensemble).ensemble
         for k, expert in ensemble.experts.items():
             if isinstance(expert, Expert) and expert.noise_schedule.name != ensemble.noise_schedule.name:
                 raise StageError(
-                    f"{name} works on the ensemble's noise path, {ensemble.noise_schedule.name}, and expert {k} is on "
-                    f"{expert.noise_schedule.name}; leave it out, or train it on that path"
+                    f"{method} uses the ensemble's noise schedule, {ensemble.noise_schedule.name}, and expert {k} has "
+                    f"{expert.noise_schedule.name}; remove this expert, or train it with the ensemble's schedule"
                 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleResult:
-    """The smaller experts, and what making them took."""
+    """The compressed experts, and the cost of computing them."""
 
     experts: Mapping[int, ExpertModel]
     modules: int
-    """Weights that were changed, over all experts; 0 is an error of the stage."""
+    """Number of changed weights, over all experts; 0 is an error of the stage."""
     flops: float
-    """Of calibrating and searching."""
+    """FLOPs of calibration and search."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What is worth looking at later, as JSON."""
+    """Measurements to write as JSON."""
     keeps_router: bool = True
-    """False if one network stands for all experts."""
+    """False if one network replaces all experts."""
 
 
 EnsembleMethod = Callable[[Any, CompressionContext], EnsembleResult]
-"""(configuration, what it is given) to the experts."""
+"""(configuration, context) to the compressed experts."""

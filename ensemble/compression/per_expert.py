@@ -1,4 +1,7 @@
-"""A stage on a whole ensemble: its method on every expert, each with its own cluster, and the folder that results."""
+"""Apply a method to every expert, each with the data of its own cluster, and write the resulting ensemble.
+
+Every finished expert is stored in the scratch folder, so a restarted stage continues with the next one.
+"""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,77 +12,78 @@ from typing import Any
 from ddm_core.artifacts import Preempted, Workspace, atomic_folder, read_json, to_jsonable, write_json
 from ensemble.compression.acceleration.feature_cache import refit_cache
 from ensemble.compression.method import ExpertResult, StageError
-from ensemble.ensemble import ExpertModel
-from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert
-from ensemble.pipeline import DDMPipeline
+from ensemble.pipeline import EnsemblePipeline
 from experts.expert import Expert
+from experts.expert_model import ExpertModel
 
 RESULT_FILE = "outcome.json"
 
-Make = Callable[[Expert, Workspace], ExpertResult]
+CompressExpert = Callable[[Expert, Workspace], ExpertResult]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertRecord:
-    """What the method did to one expert; written as `outcome.json` into that expert's folder."""
+    """Result of the method for one expert; written as `outcome.json` into the expert's folder."""
 
     modules: int
     flops: float
     details: Mapping[str, Any]
 
 
-def each_expert(name: str, make: Make, ensemble: Path, out: Path, space: Workspace) -> dict[int, ExpertRecord]:
-    """Write the ensemble with every expert replaced by what was made of it, and say what was done.
+def compress_each_expert(
+    method: str, compress: CompressExpert, ensemble: Path, out: Path, workspace: Workspace
+) -> dict[int, ExpertRecord]:
+    """Write the ensemble with every expert compressed, and return the record of each.
 
-    An expert that an earlier attempt finished is not made again. Raises `StageError` for one network that is told its
-    cluster, and whatever `make` raises.
+    Experts that an earlier attempt finished are reused. Raises `StageError` for a kind of expert that has no network of
+    its own, and whatever `compress` raises.
     """
-    pipeline, done = DDMPipeline.from_pretrained(ensemble), {}
+    pipeline, records = EnsemblePipeline.from_pretrained(ensemble), {}
     copy_others(ensemble, out)
+    count = len(pipeline.ensemble.experts)
     for number, (k, expert) in enumerate(sorted(pipeline.ensemble.experts.items())):
-        space.report_progress(number, len(pipeline.ensemble.experts), unit="experts")
-        if space.stop_requested():
-            raise Preempted(f"stopped after {number} of {len(pipeline.ensemble.experts)} experts, which are kept")
-        kept = space.scratch / f"expert_{k}"
-        if not kept.exists():
-            _keep(_apply_method(name, expert, make, space.part(f"work_{k}")), kept)
-        done[k] = ExpertRecord(**read_json(kept / RESULT_FILE))
-        if not done[k].modules:
-            raise StageError(f"{name} found nothing to change in expert {k}, so it would do nothing")
-        shutil.copytree(kept, out / f"expert_{k}")
-    return done
+        workspace.report_progress(number, count, unit="experts")
+        if workspace.stop_requested():
+            raise Preempted(f"stopped after {number} of {count} experts, which are kept")
+        finished = workspace.scratch / f"expert_{k}"
+        if not finished.exists():
+            _save(_compress(method, expert, compress, workspace.part(f"work_{k}")), finished)
+        records[k] = ExpertRecord(**read_json(finished / RESULT_FILE))
+        if not records[k].modules:
+            raise StageError(f"{method} would change nothing in expert {k}; remove the stage or change its settings")
+        shutil.copytree(finished, out / f"expert_{k}")
+    return records
 
 
-def _apply_method(name: str, expert: ExpertModel, make: Make, space: Workspace) -> ExpertResult:
-    """What is made of an expert, or of each network of one that consists of several."""
+def _compress(method: str, expert: ExpertModel, compress: CompressExpert, workspace: Workspace) -> ExpertResult:
+    """Compress an expert, or each network of an expert that consists of several."""
     if isinstance(expert, Expert):
-        outcome = make(expert, space)
-        return replace(outcome, expert=refit_cache(outcome.network, expert))
-    if isinstance(expert, TimeSplitExpert):
-        outcomes = {str(number): make(one, space.part(str(number))) for number, one in enumerate(expert.networks)}
-        made: ExpertModel = replace(expert, networks=[outcome.network for outcome in outcomes.values()])
-    elif isinstance(expert, TruncatedExpert):
-        networks = {"refiner": expert.refiner} | ({"draft": expert.draft} if isinstance(expert.draft, Expert) else {})
-        outcomes = {part: make(one, space.part(part)) for part, one in networks.items()}
-        made = replace(expert, **{part: outcome.network for part, outcome in outcomes.items()})
-    else:
-        raise StageError(f"{name} works on experts of their own, and this one is a {type(expert).__name__}")
+        result = compress(expert, workspace)
+        return replace(result, expert=refit_cache(result.network, expert))
+    parts = {name: part for name, part in expert.parts().items() if isinstance(part, Expert)}
+    if not parts:
+        raise StageError(
+            f"{method} works on experts with networks of their own, not on a {type(expert).__name__}; remove the stage"
+        )
+    results = {name: compress(part, workspace.part(name)) for name, part in parts.items()}
+    compressed = expert.with_parts({name: result.network for name, result in results.items()})
     return ExpertResult(
-        expert=made,
-        modules=min(outcome.modules for outcome in outcomes.values()),
-        flops=sum(outcome.flops for outcome in outcomes.values()),
-        details={part: outcome.details for part, outcome in outcomes.items()},
+        expert=compressed,
+        modules=min(result.modules for result in results.values()),
+        flops=sum(result.flops for result in results.values()),
+        details={part: result.details for part, result in results.items()},
     )
 
 
 def copy_others(ensemble: Path, out: Path) -> None:
-    """Copy everything of a pipeline's folder but its experts, manifest and the result of an earlier stage."""
+    """Copy a pipeline's folder without its experts, its manifest and the report of an earlier stage."""
     ignored = shutil.ignore_patterns("manifest.json", "compression.json", "expert_*")
     shutil.copytree(ensemble, out, dirs_exist_ok=True, ignore=ignored)
 
 
-def _keep(outcome: ExpertResult, folder: Path) -> None:
+def _save(result: ExpertResult, folder: Path) -> None:
+    """Write an expert and its record, or nothing at all."""
     with atomic_folder(folder) as temporary:
-        outcome.expert.save(temporary)
-        done = ExpertRecord(modules=outcome.modules, flops=outcome.flops, details=to_jsonable(outcome.details))
-        write_json(temporary / RESULT_FILE, done)
+        result.expert.save(temporary)
+        record = ExpertRecord(modules=result.modules, flops=result.flops, details=to_jsonable(result.details))
+        write_json(temporary / RESULT_FILE, record)

@@ -1,6 +1,6 @@
-"""One stage: its method on every expert, or on all at once, and the comparison with the whole ensemble.
+"""Run one compression stage: apply its method to the experts, and compare the result with the original ensemble.
 
-To add a method, write it, give it a configuration in `config.py` and a row here.
+To add a method, write it, give it a configuration in `config.py` and a row in one of the three tables here.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from ensemble.compression.config import (
 from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
 from ensemble.compression.distillation.consistency import train_consistency
 from ensemble.compression.distillation.mmd import finetune_mmd
-from ensemble.compression.distillation.shared_student import distill_shared_student, shared_warmup
+from ensemble.compression.distillation.shared_student import distill_shared_student, train_shared_warmup
 from ensemble.compression.distillation.sid import distill_sid
 from ensemble.compression.handover import hand_over_after_base, stitch
 from ensemble.compression.measurement import REPORT_FILE, compare
@@ -37,7 +37,7 @@ from ensemble.compression.method import (
     Method,
     StageError,
 )
-from ensemble.compression.per_expert import RESULT_FILE, each_expert
+from ensemble.compression.per_expert import RESULT_FILE, compress_each_expert
 from ensemble.compression.pruning.ecodiff import prune_ecodiff
 from ensemble.compression.pruning.laptop import prune_laptop
 from ensemble.compression.quantization.mixed_precision import quantize_mixed_precision
@@ -45,15 +45,15 @@ from ensemble.compression.quantization.quest import quantize_quest
 from ensemble.compression.quantization.shared_base import quantize_shared_base
 from ensemble.compression.quantization.svdquant import quantize_svdquant
 from ensemble.compression.quantization.weight_only import pack_all, quantize_dynamic_int8, quantize_weights
-from ensemble.pipeline import DDMPipeline
+from ensemble.pipeline import EnsemblePipeline
 from experts.expert import Expert
 from router.router import Router
 
-PLAIN: dict[str, Callable[[Expert, Any], ExpertResult]] = {
+DATA_FREE_METHODS: dict[str, Callable[[Expert, Any], ExpertResult]] = {
     "weight_only": quantize_weights,
     "dynamic_int8": quantize_dynamic_int8,
 }
-"""By name: what is done to each expert by itself, without data."""
+"""Methods that compress each expert separately and need no data, by name."""
 EXPERT_METHODS: dict[str, Method] = {
     "sid": distill_sid,
     "consistency": train_consistency,
@@ -63,7 +63,7 @@ EXPERT_METHODS: dict[str, Method] = {
     "svdquant": quantize_svdquant,
     "quest": quantize_quest,
 }
-"""The same with the latents of its own cluster."""
+"""Methods that compress each expert separately with the latents of its cluster, by name."""
 ENSEMBLE_METHODS: dict[str, EnsembleMethod] = {
     "cache": cache_all,
     "hook": hook_all,
@@ -73,84 +73,88 @@ ENSEMBLE_METHODS: dict[str, EnsembleMethod] = {
     "mixed_precision": quantize_mixed_precision,
     "stitch": stitch,
 }
-"""What is done to all of them at once."""
+"""Methods that compress all experts at once, by name."""
 
 
 def run_stage(
-    config: CompressionConfig, ensemble: Path, whole: Path, clusters: Sequence[Path], out: Path, workspace: Workspace
+    config: CompressionConfig, ensemble: Path, original: Path, clusters: Sequence[Path], out: Path, workspace: Workspace
 ) -> float:
-    """Write the smaller ensemble and `compression.json` to `out`, and return the FLOPs of making and comparing it.
+    """Write the compressed ensemble and `compression.json` to `out`; return the FLOPs of compressing and comparing.
 
     `clusters` are the experts' own shards, in the order of their ids. Raises what the methods raise.
     """
-    is_one = len(clusters) > 1 and not (ensemble / "router").is_dir()
-    data = Clusters(folders=clusters, codec=ensemble / "codec", labelled=config.labelled, is_one=is_one)
-    given = CompressionContext(
-        ensemble=ensemble, original=whole, data=data, sampling=config.sampling, workspace=workspace
+    is_single_network = len(clusters) > 1 and not (ensemble / "router").is_dir()
+    data = Clusters(
+        folders=clusters, codec=ensemble / "codec", labeled=config.labelled, is_single_network=is_single_network
     )
-    if config.method.method in ENSEMBLE_METHODS or is_dense(config.method):
-        modules, flops = _compress_ensemble(config.method, given, out)
+    context = CompressionContext(
+        ensemble=ensemble, original=original, data=data, sampling=config.sampling, workspace=workspace
+    )
+    if config.method.method in ENSEMBLE_METHODS or trains_shared_student(config.method):
+        modules, flops = _compress_ensemble(config.method, context, out)
     else:
-        modules, flops = _compress_experts(config.method, given, out)
-    stages = (*stage_records(ensemble), compression_label(config.method))
-    found = compare(stages, modules, whole, out, config.sampling, config.num_samples, workspace)
-    write_json(out / REPORT_FILE, found)
-    return flops + (found.flops_before + found.flops_after) * found.num_samples
+        modules, flops = _compress_experts(config.method, context, out)
+    stages = (*read_stages(ensemble), compression_label(config.method))
+    report = compare(stages, modules, original, out, config.sampling, config.num_samples, workspace)
+    write_json(out / REPORT_FILE, report)
+    return flops + (report.flops_before + report.flops_after) * report.num_samples
 
 
-def _compress_experts(recipe: Any, given: CompressionContext, out: Path) -> tuple[int, float]:
-    """Each expert by itself; how many modules have changed, and the FLOPs."""
-    if isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig):
-        given.check_noise_schedules(recipe.method)
-    has_common = isinstance(recipe, SiDConfig) and recipe.shared_warmup_steps > 0
-    start, spent = shared_warmup(recipe, given) if has_common else (None, 0.0)
+def _compress_experts(method: Any, context: CompressionContext, out: Path) -> tuple[int, float]:
+    """Compress each expert separately; return the number of changed modules, and the FLOPs."""
+    if isinstance(method, SiDConfig | ConsistencyConfig | MMDConfig):
+        context.check_noise_schedules(method.method)
+    has_warmup = isinstance(method, SiDConfig) and method.shared_warmup_steps > 0
+    start, warmup_flops = train_shared_warmup(method, context) if has_warmup else (None, 0.0)
 
-    def make(expert: Expert, own: Workspace) -> ExpertResult:
-        if recipe.method in PLAIN:
-            return PLAIN[recipe.method](expert, recipe)
-        latents = given.data.latents(expert.cluster_id, own)
+    def compress(expert: Expert, workspace: Workspace) -> ExpertResult:
+        if method.method in DATA_FREE_METHODS:
+            return DATA_FREE_METHODS[method.method](expert, method)
+        latents = context.data.load_latents(expert.cluster_id, workspace)
         if start is not None:
-            return distill_sid(expert, latents, recipe, own, start)
-        return EXPERT_METHODS[recipe.method](expert, latents, recipe, own)
+            return distill_sid(expert, latents, method, workspace, start)
+        return EXPERT_METHODS[method.method](expert, latents, method, workspace)
 
-    done = each_expert(recipe.method, make, given.ensemble, out, given.workspace)
-    if isinstance(recipe, WeightOnlyConfig | DynamicInt8Config) and recipe.router and (out / "router").is_dir():
-        _pack_router(out / "router", recipe)
-    return sum(one.modules for one in done.values()), spent + sum(one.flops for one in done.values())
+    records = compress_each_expert(method.method, compress, context.ensemble, out, context.workspace).values()
+    if isinstance(method, WeightOnlyConfig | DynamicInt8Config) and method.router and (out / "router").is_dir():
+        _pack_router(out / "router", method)
+    return sum(record.modules for record in records), warmup_flops + sum(record.flops for record in records)
 
 
-def _compress_ensemble(recipe: MethodConfig, given: CompressionContext, out: Path) -> tuple[int, float]:
-    """All experts at once."""
-    found: EnsembleResult = (
-        distill_shared_student(recipe, given) if is_dense(recipe) else ENSEMBLE_METHODS[recipe.method](recipe, given)
+def _compress_ensemble(method: MethodConfig, context: CompressionContext, out: Path) -> tuple[int, float]:
+    """Compress all experts at once; return the number of changed modules, and the FLOPs."""
+    result: EnsembleResult = (
+        distill_shared_student(method, context)
+        if trains_shared_student(method)
+        else ENSEMBLE_METHODS[method.method](method, context)
     )
-    if not found.modules:
-        raise StageError(f"{recipe.method} found nothing to change, so it would do nothing")
-    pipeline = DDMPipeline.from_pretrained(given.ensemble)
-    router = pipeline.ensemble.router if found.keeps_router else None
-    smaller = replace(pipeline, ensemble=replace(pipeline.ensemble, experts=found.experts, router=router))
-    temporary = given.workspace.scratch / "pipeline"
-    smaller.save_pretrained(temporary)
+    if not result.modules:
+        raise StageError(f"{method.method} would change nothing; remove the stage or change its settings")
+    pipeline = EnsemblePipeline.from_pretrained(context.ensemble)
+    router = pipeline.ensemble.router if result.keeps_router else None
+    compressed = replace(pipeline, ensemble=replace(pipeline.ensemble, experts=result.experts, router=router))
+    temporary = context.workspace.scratch / "pipeline"
+    compressed.save_pretrained(temporary)
     shutil.copytree(temporary, out, dirs_exist_ok=True)
     write_json(
-        out / RESULT_FILE, {"modules": found.modules, "flops": found.flops, "details": to_jsonable(found.details)}
+        out / RESULT_FILE, {"modules": result.modules, "flops": result.flops, "details": to_jsonable(result.details)}
     )
-    return found.modules, found.flops
+    return result.modules, result.flops
 
 
-def is_dense(recipe: MethodConfig) -> TypeGuard[DistillConfig]:
-    """Whether one student is to stand for all experts."""
-    return isinstance(recipe, SiDConfig | ConsistencyConfig | MMDConfig) and recipe.students == "shared"
+def trains_shared_student(method: MethodConfig) -> TypeGuard[DistillConfig]:
+    """Return whether one student replaces all experts."""
+    return isinstance(method, SiDConfig | ConsistencyConfig | MMDConfig) and method.students == "shared"
 
 
-def stage_records(ensemble: Path) -> tuple[str, ...]:
-    """What was done to an ensemble already; nothing to the whole one."""
+def read_stages(ensemble: Path) -> tuple[str, ...]:
+    """Return the labels of the stages that an ensemble has passed; empty for the original."""
     path = ensemble / REPORT_FILE
     return tuple(read_json(path)["stages"]) if path.exists() else ()
 
 
 def _pack_router(folder: Path, config: WeightOnlyConfig | DynamicInt8Config) -> None:
-    """In place, if it is a network; tables and centroids are small."""
+    """Quantize the weights of a router in place; routers of tables or centroids have no large weights and stay."""
     router = Router.load(folder)
     if pack_all(router.model, config):
         for file in folder.iterdir():

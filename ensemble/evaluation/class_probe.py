@@ -1,4 +1,4 @@
-"""A linear probe: which class a feature vector shows, learnt from real images."""
+"""A linear probe from feature vectors to classes, trained on real images."""
 
 import warnings
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class ClassProbe:
     classes: Int[np.ndarray, " class"]
 
     def predict(self, features: Float[np.ndarray, "batch feature"]) -> Int[np.ndarray, " batch"]:
-        """The most probable class id of every row."""
+        """Return the most probable class id of every row."""
         best: Int[np.ndarray, " batch"] = self.classes[(features @ self.slopes.T + self.offsets).argmax(1)]
         return best
 
     def counts(self, features: Float[np.ndarray, "batch feature"], num_classes: int) -> Float[np.ndarray, " group"]:
-        """How many rows the probe puts into each class."""
+        """Count the rows that the probe assigns to each class."""
         return np.bincount(self.predict(features), minlength=num_classes).astype(np.float64)
 
     def save(self, file: Path) -> None:
@@ -37,14 +37,14 @@ class ClassProbe:
     @classmethod
     def load(cls, file: Path) -> "ClassProbe":
         """Read what `save` wrote."""
-        found = load_file(file)
-        return cls(slopes=found["slopes"], offsets=found["offsets"], classes=found["classes"])
+        arrays = load_file(file)
+        return cls(slopes=arrays["slopes"], offsets=arrays["offsets"], classes=arrays["classes"])
 
 
 def fit_probe(
     features: Float[np.ndarray, "sample feature"], labels: Int[np.ndarray, " sample"], iterations: int = 300
 ) -> ClassProbe:
-    """Fit the probe; one that has not converged is fine, since its accuracy is shown beside what it says."""
+    """Fit the probe; it need not converge, since its accuracy is reported next to its counts."""
     if len(np.unique(labels)) < 2:
         raise ValueError(
             f"a class probe needs images of two classes, and all {len(labels)} show class {labels[0]}; "

@@ -1,4 +1,4 @@
-"""The held-out images in one feature space, ready to be compared with any number of other sets."""
+"""Held-out images in one feature space, precomputed for comparisons with any number of other sets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from ensemble.evaluation.metrics import (
     kernel_between,
     kernel_distance_error,
     kernel_within,
-    neighbour_radii,
+    neighbor_radii,
     share_covered,
 )
 from ensemble.evaluation.scores import Distances
@@ -21,17 +21,17 @@ from ensemble.evaluation.scores import Distances
 Features = Float[np.ndarray, "sample feature"]
 
 
-def scaled(features: Features) -> Features:
-    """Features of unit length, stretched to entries of about one.
+def scale_features(features: Features) -> Features:
+    """Scale features of unit length to entries of about one.
 
-    The kernel (x.y / d + 1)^3 then sees the cosine of two images, whatever the number of features.
+    The kernel (x.y / d + 1)^3 then depends on the cosine of two images, not on the number of features.
     """
     return features * np.float32(np.sqrt(features.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RealSpace:
-    """Held-out features and what the metrics need of them, computed once."""
+class HeldOutSpace:
+    """Held-out features and the statistics that the metrics need, computed once."""
 
     features: Float[np.ndarray, "held_out feature"]
     radii: Float[np.ndarray, " held_out"]
@@ -42,18 +42,18 @@ class RealSpace:
     """Mean of the cubic kernel over all pairs of rows."""
 
     @classmethod
-    def of(cls, features: Float[np.ndarray, "held_out feature"], components: int, neighbours: int) -> "RealSpace":
-        """Precompute the real side; raises `ValueError` if the rows are too few for that."""
+    def fit(cls, features: Float[np.ndarray, "held_out feature"], components: int, neighbours: int) -> "HeldOutSpace":
+        """Precompute the statistics; raise `ValueError` if there are too few rows."""
         return cls(
             features=features,
-            radii=neighbour_radii(features, neighbours),
+            radii=neighbor_radii(features, neighbours),
             axes=principal_axes(features, components),
             kernel=kernel_within(features),
         )
 
     def compare(self, features: Features, neighbours: int) -> Distances:
-        """How far other features are from the held-out ones; raises `ValueError` if they are too few."""
-        self._refuse_too_few(len(features))
+        """Return the distances of other features from the held-out ones; raise `ValueError` if they are too few."""
+        self._check_count(len(features))
         blocks = min(10, len(features) // 4, len(self.features) // 4)
         kid = kernel_within(features) + self.kernel - 2 * kernel_between(features, self.features)
         return Distances(
@@ -61,7 +61,7 @@ class RealSpace:
             kid=kid,
             kid_std=kernel_distance_error(features, self.features, blocks),
             precision=share_covered(features, self.features, self.radii),
-            recall=share_covered(self.features, features, neighbour_radii(features, neighbours)),
+            recall=share_covered(self.features, features, neighbor_radii(features, neighbours)),
         )
 
     def save(self, file: Path) -> None:
@@ -70,14 +70,14 @@ class RealSpace:
         save_arrays(file, {"features": self.features, "radii": self.radii, "axes": self.axes, "kernel": kernel})
 
     @classmethod
-    def load(cls, file: Path) -> "RealSpace":
+    def load(cls, file: Path) -> "HeldOutSpace":
         """Read what `save` wrote."""
-        found = load_file(file)
+        arrays = load_file(file)
         return cls(
-            features=found["features"], radii=found["radii"], axes=found["axes"], kernel=float(found["kernel"][0])
+            features=arrays["features"], radii=arrays["radii"], axes=arrays["axes"], kernel=float(arrays["kernel"][0])
         )
 
-    def _refuse_too_few(self, count: int) -> None:
+    def _check_count(self, count: int) -> None:
         components = len(self.axes)
         if count <= components:
             raise ValueError(
@@ -87,7 +87,7 @@ class RealSpace:
 
 
 def principal_axes(features: Features, components: int) -> Float[np.ndarray, "component feature"]:
-    """The first principal axes of the rows, at most as many as there are features."""
+    """Return the first principal axes of the rows, at most as many as there are features."""
     components = min(components, features.shape[1])
     if len(features) <= components:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""How far apart two sets of feature vectors are: pure functions of arrays, in float64.
+"""Distances between two sets of feature vectors: pure functions of arrays, in float64.
 
 frechet_distance         two Gaussians                     biased upwards when samples are few: needs a floor
 kernel_distance          MMD with a cubic kernel           unbiased, may be a little below zero
-precision, recall        `share_covered` by a manifold     quality and variety, apart
-vendi_score              entropy of a similarity matrix    how many samples are unlike each other; no reference
+precision, recall        `share_covered` by a manifold     quality and variety, measured apart
+vendi_score              entropy of a similarity matrix    number of dissimilar samples; no reference needed
 total_variation          shares of classes or clusters     0 equal, 1 disjoint
-nearest_neighbour_ratio  distances to the training set     near 1 no copying, well under 1 memorising
+nearest_neighbour_ratio  distances to the training set     near 1 no copying, well below 1 memorization
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ OtherFeatures: TypeAlias = Float[np.ndarray, "other feature"]
 
 
 def frechet_distance(first: Features, second: OtherFeatures) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets (Heusel et al. 2017, arXiv:1706.08500, eq. 6)."""
+    """Compute the Fréchet distance of Gaussians fitted to two sets (Heusel et al. 2017, arXiv:1706.08500, eq. 6)."""
     moments = [
         (rows.mean(0, dtype=np.float64), np.cov(rows, rowvar=False, dtype=np.float64)) for rows in (first, second)
     ]
@@ -38,7 +38,7 @@ def gaussian_frechet_distance(
     second_mean: Float[np.ndarray, " feature"],
     second_covariance: Float[np.ndarray, "feature feature"],
 ) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians; singular covariances are fine.
+    """Compute the squared 2-Wasserstein distance of two Gaussians; singular covariances are fine.
 
     |m - n|^2 + tr(S + T - 2 (S^1/2 T S^1/2)^1/2)   (Dowson and Landau 1982, doi:10.1016/0047-259X(82)90077-X)
     """
@@ -50,48 +50,50 @@ def gaussian_frechet_distance(
 
 
 def kernel_distance(first: Features, second: OtherFeatures) -> float:
-    """Unbiased squared MMD with the kernel (x.y / d + 1)^3: KID (Bińkowski et al. 2018, arXiv:1801.01401)."""
+    """Compute KID, the unbiased squared MMD of the kernel (x.y / d + 1)^3 (Bińkowski et al. 2018, arXiv:1801.01401)."""
     return kernel_within(first) + kernel_within(second) - 2 * kernel_between(first, second)
 
 
 def kernel_within(features: Features) -> float:
-    """Mean of the cubic kernel over all pairs of different rows."""
+    """Return the mean of the cubic kernel over all pairs of different rows."""
     count = len(features)
     if count < 2:
-        raise ValueError(f"the kernel distance needs two rows in each set, not {count}; draw more samples")
-    own = np.power(np.square(features.astype(np.float64)).mean(1) + 1, 3).sum()
-    return float((kernel_between(features, features) * count**2 - own) / (count * (count - 1)))
+        raise ValueError(f"the kernel distance needs two rows in each set, not {count}; generate more samples")
+    diagonal = np.power(np.square(features.astype(np.float64)).mean(1) + 1, 3).sum()
+    return float((kernel_between(features, features) * count**2 - diagonal) / (count * (count - 1)))
 
 
 def kernel_between(first: Features, second: OtherFeatures) -> float:
-    """Mean of the cubic kernel over all pairs of a row of `first` and a row of `second`."""
+    """Return the mean of the cubic kernel over all pairs of a row of `first` and a row of `second`."""
     other = second.astype(np.float64).T / first.shape[1]
     total = sum(float(np.power(block @ other + 1, 3).sum()) for block in row_blocks(first))
     return total / (len(first) * len(second))
 
 
 def kernel_distance_error(first: Features, second: OtherFeatures, blocks: int = 10) -> float:
-    """Standard error of the kernel distance, from its spread over disjoint blocks of both sets.
+    """Estimate the standard error of the kernel distance from its spread over disjoint blocks of both sets.
 
-    Near a distance of zero, where small blocks scatter more than large ones, it errs on the large side.
+    Near a distance of zero small blocks scatter more than large ones, so the estimate is too large there.
     """
     pairs = zip(np.array_split(first, blocks), np.array_split(second, blocks), strict=True)
-    return float(np.std([kernel_distance(one, other) for one, other in pairs], ddof=1) / np.sqrt(blocks))
+    return float(
+        np.std([kernel_distance(block, other_block) for block, other_block in pairs], ddof=1) / np.sqrt(blocks)
+    )
 
 
-def neighbour_radii(features: Features, neighbours: int) -> Float[np.ndarray, " sample"]:
-    """Squared distance of every row to its k-th nearest other row."""
+def neighbor_radii(features: Features, neighbours: int) -> Float[np.ndarray, " sample"]:
+    """Return the squared distance of every row to its k-th nearest other row."""
     if len(features) <= neighbours:
         raise ValueError(
             f"{neighbours} neighbours need more than {neighbours} rows, not {len(features)}; "
-            "draw more samples or lower `neighbours`"
+            "generate more samples or lower `neighbours`"
         )
     blocks = squared_distances(features, features)
     return np.concatenate([np.partition(block, neighbours, axis=1)[:, neighbours] for block in blocks])
 
 
 def share_covered(queries: Features, manifold: OtherFeatures, radii: Float[np.ndarray, " other"]) -> float:
-    """Share of `queries` inside the union of balls around `manifold`, whose squared radii are given.
+    """Return the share of `queries` inside the union of balls around `manifold`; `radii` are squared.
 
     Precision is samples inside the real manifold, recall is real rows inside that of the samples
     (Kynkäänniemi et al. 2019, arXiv:1904.06991, eq. 2).
@@ -100,10 +102,10 @@ def share_covered(queries: Features, manifold: OtherFeatures, radii: Float[np.nd
 
 
 def vendi_score(features: Features) -> float:
-    """How many unlike samples there are: 1 if all are alike, their number if all are orthogonal.
+    """Compute the effective number of dissimilar samples: 1 if all are equal, n if all are orthogonal.
 
     exp(-sum_i l_i log l_i), l the eigenvalues of the matrix of cosines over n (Friedman and Dieng 2023,
-    arXiv:2210.02410, definition 3.1); those of the n x n and of the d x d matrix are the same but for zeros.
+    arXiv:2210.02410, definition 3.1); those of the n x n and of the d x d matrix are equal up to zeros.
     """
     rows = features.astype(np.float64)
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -114,50 +116,52 @@ def vendi_score(features: Features) -> float:
 
 
 def total_variation(first: Float[np.ndarray, " group"], second: Float[np.ndarray, " group"]) -> float:
-    """Half the summed difference of two sets of counts, each scaled to sum to one: 0 equal, 1 disjoint."""
+    """Return half the summed difference of two sets of counts, each scaled to sum to one: 0 equal, 1 disjoint."""
     return float(np.abs(shares(first) - shares(second)).sum() / 2)
 
 
 def total_variation_floor(counts: Float[np.ndarray, " group"], num_samples: int) -> float:
-    """Expected total variation of `counts` and `num_samples` fair draws of the same shares (normal limit)."""
+    """Return the expected total variation of `counts` and `num_samples` fair draws of its shares (normal limit)."""
     share = shares(counts)
     variance = share * (1 - share) * (1 / counts.sum() + 1 / num_samples)
     return float(np.sqrt(2 / np.pi * variance).sum() / 2)
 
 
 def coverage(first: Float[np.ndarray, " group"], real: Float[np.ndarray, " group"]) -> float:
-    """Share of the groups present in `real` that reach at least half of their real share in `first`."""
+    """Return the share of the groups present in `real` that reach at least half of their real share in `first`."""
     present = real > 0
     return float((2 * shares(first) >= shares(real))[present].mean())
 
 
 def shares(counts: Float[np.ndarray, " group"]) -> Float[np.ndarray, " group"]:
-    """`counts` divided by their sum, which must be positive."""
+    """Divide `counts` by their sum, which must be positive."""
     if counts.min() < 0 or counts.sum() <= 0:
-        raise ValueError(f"shares need counts of at least 0 that are not all 0, not {counts.tolist()}")
+        raise ValueError(
+            f"shares need counts of at least 0 that are not all 0, not {counts.tolist()}; pass counts of samples"
+        )
     return counts / float(counts.sum())
 
 
-def nearest_neighbour_ratio(samples: Features, training: OtherFeatures, real_distance: float) -> float:
-    """Mean distance of a sample to its nearest training row, in units of `real_distance`.
+def nearest_neighbor_ratio(samples: Features, training: OtherFeatures, real_distance: float) -> float:
+    """Return the mean distance of a sample to its nearest training row, in units of `real_distance`.
 
-    `real_distance` is the same mean for real rows that were not trained on: see `mean_nearest_distance`.
+    `real_distance` is the same mean for held-out rows: see `mean_nearest_distance`.
     """
     if real_distance <= 0:
         raise ValueError(
-            "every held-out row is also a training row, so copying cannot be measured; "
+            "copying is measured against held-out rows, and every held-out row is also a training row; "
             "remove the duplicates from the data set"
         )
     return mean_nearest_distance(samples, training) / real_distance
 
 
 def mean_nearest_distance(queries: Features, training: OtherFeatures) -> float:
-    """Mean Euclidean distance of a query to its nearest training row."""
+    """Return the mean Euclidean distance of a query to its nearest training row."""
     return float(np.sqrt(np.concatenate([block.min(1) for block in squared_distances(queries, training)])).mean())
 
 
 def squared_distances(first: Features, second: OtherFeatures) -> Iterator[Float[np.ndarray, "block other"]]:
-    """Squared Euclidean distances, some rows of `first` at a time; what rounding leaves of a zero is zero."""
+    """Yield squared Euclidean distances for blocks of rows of `first`; rounding errors of a zero distance become 0."""
     other = second.astype(np.float64)
     other_norms = np.square(other).sum(1)
     for block in row_blocks(first):
@@ -167,6 +171,6 @@ def squared_distances(first: Features, second: OtherFeatures) -> Iterator[Float[
 
 
 def row_blocks(features: Features) -> Iterator[Float[np.ndarray, "block feature"]]:
-    """`features` in float64, `BLOCK_ROWS` rows at a time."""
+    """Yield `features` in float64, `BLOCK_ROWS` rows at a time."""
     for start in range(0, len(features), BLOCK_ROWS):
         yield features[start : start + BLOCK_ROWS].astype(np.float64)

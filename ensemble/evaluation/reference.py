@@ -1,11 +1,11 @@
-"""The real side of every score, computed once for a data set: an artifact that all rows of a table share.
+"""Statistics of the real images for every score: computed once per data set, shared by all rows of a table.
 
     training images ──► extractors, class probe, neighbours ──┐
                    └──► as many as samples: the floor         ├──► reference folder
     held-out images ──► features, radii, axes, labels ────────┘
 
-Samples are compared with held-out images. The same comparison for as many training images is the floor:
-what a perfect generator would score.
+Samples are compared with held-out images. The same comparison for as many training images is the floor, the score of
+a perfect generator.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,23 +19,24 @@ from jaxtyping import Float, Int
 from data_partition.features.extract import FeatureExtractor, fit_extractor, save_extractor
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import Preempted, Workspace, write_json
+from ddm_core.errors import DDMError
 from ensemble.config import EvaluationConfig
 from ensemble.evaluation.class_probe import fit_probe
-from ensemble.evaluation.feature_space import RealSpace, scaled
+from ensemble.evaluation.feature_space import HeldOutSpace, scale_features
 from ensemble.evaluation.metrics import mean_nearest_distance
 
 BATCH_IMAGES = 256
-"""Images that are read at once."""
+"""Images read per batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealImages:
-    """Features of randomly chosen images, in the order in which they were drawn."""
+    """Features of randomly chosen images, in random order."""
 
     features: dict[str, Float[np.ndarray, "image feature"]]
-    """By the extractor's name; a shorter one holds the first rows of a longer one."""
+    """By the extractor's name; a shorter array covers the first images of a longer one."""
     labels: Int[np.ndarray, " image"]
-    """Classes of the longest, -1 without."""
+    """Classes of the images of the longest array, -1 without."""
     flops: float
 
 
@@ -46,9 +47,9 @@ def read_real_images(
     seed: int,
     on_progress: Callable[[int], None],
 ) -> RealImages:
-    """Draw images from a folder of shards without replacement; extract `counts[name]` features of each kind.
+    """Read the images of a folder of shards in random order, and extract `counts[name]` features of each kind.
 
-    Every count is cut to the number of images there are.
+    No count exceeds the number of images.
     """
     total = read_index(folder).count
     rank = np.empty(total, np.int64)
@@ -63,9 +64,9 @@ def read_real_images(
         ranks = rank[start : start + len(batch.images)]
         labels[ranks] = batch.labels
         for name, extractor in extractors.items():
-            chosen = ranks < len(features[name])
-            if chosen.any():
-                features[name][ranks[chosen]] = scaled(extractor(batch.images[chosen]))
+            is_included = ranks < len(features[name])
+            if is_included.any():
+                features[name][ranks[is_included]] = scale_features(extractor(batch.images[is_included]))
         start += len(batch.images)
         on_progress(start)
     flops = sum(extractor.flops_per_image * len(features[name]) for name, extractor in extractors.items())
@@ -73,46 +74,46 @@ def read_real_images(
 
 
 PIXELS = "pixels"
-"""The space of nearest neighbours (what a copy looks like, not what it shows) and of the class probe."""
-HELD_OUT_LEAST = 16
-"""Held-out images without which a metric has no meaning."""
-HELD_OUT_LIMIT = 10_000
-"""Held-out images at most, drawn at random."""
-PROBE_LIMIT = 5_000
-"""Training images at most from which the class probe learns."""
-NEIGHBOUR_LIMIT = 100_000
-"""Training images at most among which the nearest is looked for; a copy of any other goes unseen."""
+"""The space of nearest neighbors (copies are equal in appearance, not in content) and of the class probe."""
+MIN_HELD_OUT = 16
+"""Fewest held-out images for which the metrics are meaningful."""
+MAX_HELD_OUT = 10_000
+"""Most held-out images, chosen at random."""
+MAX_PROBE_IMAGES = 5_000
+"""Most training images of the class probe."""
+NEIGHBOR_LIMIT = 100_000
+"""Most training images in the search for the nearest one; a copy of any other stays undetected."""
 
 
-class EvaluationError(ValueError):
-    """Samples and real images cannot be compared as they are."""
+class EvaluationError(DDMError, ValueError):
+    """Samples and real images cannot be compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceStatistics:
-    """What a reference holds; its scores are in `reference.json`."""
+class ReferenceSummary:
+    """Size and cost of a reference; its scores are in `reference.json`."""
 
     held_out: int
-    """Held-out images that samples are compared with."""
+    """Held-out images of the comparison."""
     neighbours: int
-    """Training images among which the nearest is looked for."""
+    """Training images in the search for the nearest one."""
     probe_accuracy: float | None
     flops: float
-    """Counted work of the feature extractors."""
+    """Of the feature extractors."""
 
 
-def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspace: Workspace) -> ReferenceStatistics:
-    """Write everything that scores need of the real images in `dataset/train` and `dataset/holdout`.
+def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspace: Workspace) -> ReferenceSummary:
+    """Write the statistics of the real images in `dataset/train` and `dataset/holdout`.
 
     Raises `EvaluationError` if there are too few held-out images.
     """
-    asked, count = config, read_index(dataset / "train").count
-    config = fit_extractor_to(asked, count, read_index(dataset / "holdout").count)
+    requested, count = config, read_index(dataset / "train").count
+    config = fit_config_to(requested, count, read_index(dataset / "holdout").count)
     extractors = _fit_extractors(dataset, config, out)
     training, held_out = _read_both(dataset, extractors, config, workspace)
     spaces: dict[str, Any] = {}
     for name in config.spaces:
-        space = RealSpace.of(held_out.features[name], config.components, config.neighbours)
+        space = HeldOutSpace.fit(held_out.features[name], config.components, config.neighbours)
         space.save(out / f"{name}.safetensors")
         floor = space.compare(training.features[name][: config.num_samples], config.neighbours)
         spaces[name] = {"floor": floor}
@@ -121,7 +122,7 @@ def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspac
     np.save(out / "labels.npy", held_out.labels, allow_pickle=False)
     classes = len(read_index(dataset / "train").class_names)
     probe = _write_probe(training, held_out, classes, out) if classes > 1 else None
-    summary = ReferenceStatistics(
+    summary = ReferenceSummary(
         held_out=len(held_out.labels),
         neighbours=len(training.features[PIXELS]),
         probe_accuracy=probe["accuracy"] if probe else None,
@@ -129,20 +130,20 @@ def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspac
         + held_out.flops
         + sum(count * extractor.fit_flops_per_image for extractor in extractors.values()),
     )
-    found = {
-        "config": asked,
+    statistics = {
+        "config": requested,
         "fitted": config,
         "spaces": spaces,
         "nearest_distance": nearest,
         "probe": probe,
         "classes": classes,
     }
-    write_json(out / "reference.json", found | {"summary": summary})
+    write_json(out / "reference.json", statistics | {"summary": summary})
     return summary
 
 
 def _fit_extractors(dataset: Path, config: EvaluationConfig, out: Path) -> dict[str, FeatureExtractor]:
-    """Fit and write the extractors of all spaces; they see training images only."""
+    """Fit the extractors of all spaces on training images, and write them."""
     extractors: dict[str, FeatureExtractor] = {}
     for name in dict.fromkeys((*config.spaces, PIXELS)):
         extractors[name] = fit_extractor(name, dataset / "train", config.components, config.seed)
@@ -153,23 +154,23 @@ def _fit_extractors(dataset: Path, config: EvaluationConfig, out: Path) -> dict[
 def _read_both(
     dataset: Path, extractors: dict[str, FeatureExtractor], config: EvaluationConfig, workspace: Workspace
 ) -> tuple[RealImages, RealImages]:
-    """Training and held-out images: the former as many as each use of a space needs."""
-    counts = dict.fromkeys(extractors, config.num_samples) | {PIXELS: NEIGHBOUR_LIMIT}
+    """Read as many training images as each use of a space needs, and the held-out images."""
+    counts = dict.fromkeys(extractors, config.num_samples) | {PIXELS: NEIGHBOR_LIMIT}
     progress = _progress(workspace, read_index(dataset / "train").count, read_index(dataset / "holdout").count)
     training = read_real_images(dataset / "train", extractors, counts, config.seed, progress[0])
-    limits = dict.fromkeys(extractors, HELD_OUT_LIMIT)
+    limits = dict.fromkeys(extractors, MAX_HELD_OUT)
     held_out = read_real_images(dataset / "holdout", extractors, limits, config.seed, progress[1])
     return training, held_out
 
 
 def _progress(workspace: Workspace, *counts: int) -> list[Callable[[int], None]]:
-    """One function for each folder that is read after the other; each raises `Preempted` on request."""
+    """Return one progress function per folder, in reading order; each raises `Preempted` on a stop request."""
 
     def reporter(before: int) -> Callable[[int], None]:
         def report(done: int) -> None:
             workspace.report_progress(before + done, sum(counts), unit="images")
             if workspace.stop_requested():
-                raise Preempted(f"stopped after {before + done} real images; reading starts again")
+                raise Preempted(f"stopped after {before + done} real images; reading restarts from the first")
 
         return report
 
@@ -177,23 +178,22 @@ def _progress(workspace: Workspace, *counts: int) -> list[Callable[[int], None]]
 
 
 def _write_probe(training: RealImages, held_out: RealImages, classes: int, out: Path) -> dict[str, Any]:
-    """Fit and write the class probe; what it says about the held-out images."""
-    features = training.features[PIXELS][:PROBE_LIMIT]
+    """Fit and write the class probe; return its accuracy and counts on the held-out images."""
+    features = training.features[PIXELS][:MAX_PROBE_IMAGES]
     probe = fit_probe(features, training.labels[: len(features)])
     probe.save(out / "probe.safetensors")
-    said: Int[np.ndarray, " held_out"] = probe.predict(held_out.features[PIXELS])
+    predicted: Int[np.ndarray, " held_out"] = probe.predict(held_out.features[PIXELS])
     return {
-        "accuracy": float((said == held_out.labels).mean()),
-        "counts": np.bincount(said, minlength=classes).tolist(),
+        "accuracy": float((predicted == held_out.labels).mean()),
+        "counts": np.bincount(predicted, minlength=classes).tolist(),
     }
 
 
-def fit_extractor_to(config: EvaluationConfig, training: int, held_out: int) -> EvaluationConfig:
-    """The configuration with its upper bounds brought down to what a data set of this size can give."""
-    if held_out < HELD_OUT_LEAST:
+def fit_config_to(config: EvaluationConfig, training: int, held_out: int) -> EvaluationConfig:
+    """Return the configuration with its counts reduced to the size of the data set."""
+    if held_out < MIN_HELD_OUT:
         raise EvaluationError(
-            f"scores need {HELD_OUT_LEAST} held-out images, the data set has {held_out}; "
-            "raise data.holdout or add images"
+            f"scores need {MIN_HELD_OUT} held-out images, the data set has {held_out}; raise data.holdout or add images"
         )
     num_samples = min(config.num_samples, training)
     return replace(config, num_samples=num_samples, components=min(config.components, held_out // 2, num_samples // 2))

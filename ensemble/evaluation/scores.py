@@ -1,11 +1,11 @@
-"""What an evaluation finds: the numbers of one table row, and nothing that changes from run to run."""
+"""Scores of one evaluation, the numbers of one table row; they depend on the inputs alone."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distances:
-    """How far a set of images is from the held-out ones, in one feature space."""
+    """Distances of a set of images from the held-out images, in one feature space."""
 
     fd: float
     """Fréchet distance in the held-out images' first principal components."""
@@ -14,14 +14,14 @@ class Distances:
     kid_std: float
     """Standard error of `kid`."""
     precision: float
-    """Share of the set that lies among the held-out images: quality."""
+    """Share of the set within the manifold of the held-out images: quality."""
     recall: float
-    """Share of the held-out images that lie among the set: variety."""
+    """Share of the held-out images within the manifold of the set: variety."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpaceScores:
-    """`Distances` of the samples; `*_floor` are those of as many real training images: nothing beats them."""
+    """`Distances` of the samples; `*_floor` are those of as many training images, the best that can be expected."""
 
     fd: float
     fd_floor: float
@@ -34,8 +34,8 @@ class SpaceScores:
     recall_floor: float
 
     @classmethod
-    def beside(cls, samples: Distances, floor: Distances) -> "SpaceScores":
-        """The distances of the samples with those of real images beside them."""
+    def with_floor(cls, samples: Distances, floor: Distances) -> "SpaceScores":
+        """Combine the distances of the samples with those of real images."""
         return cls(
             fd=samples.fd,
             fd_floor=floor.fd,
@@ -51,33 +51,33 @@ class SpaceScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassScores:
-    """Which classes the samples show. A linear probe counts both sides, so its mistakes cancel."""
+    """Distribution of the samples over classes. A linear probe counts both sides, so its errors cancel."""
 
     coverage: float
     """Share of the classes that reach at least half of their real share."""
     tv: float
     """Total variation of the samples' class shares from those of the held-out images."""
     tv_floor: float
-    """What `tv` is expected to be for as many real images."""
+    """Expected `tv` of as many real images."""
     probe_accuracy: float
-    """Share of the held-out images that the probe names rightly."""
+    """Accuracy of the probe on the held-out images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterScores:
-    """How the samples spread over the clusters of the partition."""
+    """Distribution of the samples over the clusters of the partition."""
 
     tv: float
     """Total variation of the samples' shares from those of the held-out images."""
     tv_floor: float
-    """What `tv` is expected to be for as many real images."""
+    """Expected `tv` of as many real images."""
     shares: tuple[float, ...]
     data_shares: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """One row of the table: how good, how varied and how dear the samples of a pipeline are."""
+    """One row of the table: quality, variety and cost of the samples of a pipeline."""
 
     num_samples: int
     selection: str
@@ -93,10 +93,10 @@ class Scores:
     cluster_shares: tuple[float, ...]
     cluster_shares_data: tuple[float, ...]
     nn_ratio: float
-    """Distance to the nearest training image, over that of held-out images: well under 1 is memorising."""
+    """Distance to the nearest training image over that of held-out images: well below 1 is memorization."""
     calls_per_step: float
     """Expert calls for one image in one evaluation of the velocity."""
     flops_per_image: float
     """Experts and router, over all steps of the solver."""
     flops: float
-    """Counted work of the evaluation: sampling and features."""
+    """FLOPs of the evaluation: sampling and features."""

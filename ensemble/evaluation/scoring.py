@@ -1,4 +1,4 @@
-"""Scores of any images against a reference folder; sampling is `evaluate.py`'s business."""
+"""Score any images against a reference folder; `evaluate.py` samples them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from data_partition.partition import load_partition
 from ddm_core.artifacts import read_json, to_jsonable
 from ensemble.config import EvaluationConfig
 from ensemble.evaluation.class_probe import ClassProbe
-from ensemble.evaluation.feature_space import RealSpace, scaled
+from ensemble.evaluation.feature_space import HeldOutSpace, scale_features
 from ensemble.evaluation.metrics import (
     coverage,
-    nearest_neighbour_ratio,
+    nearest_neighbor_ratio,
     shares,
     total_variation,
     total_variation_floor,
@@ -33,7 +33,7 @@ Features = Float[np.ndarray, "batch feature"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Extracted:
+class ExtractedFeatures:
     """Features of images in every space of a reference."""
 
     spaces: dict[str, Features]
@@ -42,76 +42,75 @@ class Extracted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """A reference folder that was made for one configuration."""
+    """A reference folder, built for one configuration."""
 
     folder: Path
     config: EvaluationConfig
-    """What was asked for, fitted to the size of the data set."""
-    found: dict[str, Any]
-    """What `reference.json` says."""
+    """The requested configuration, fitted to the size of the data set."""
+    statistics: dict[str, Any]
+    """The content of `reference.json`."""
 
     @classmethod
     def load(cls, folder: Path, config: EvaluationConfig) -> "Reference":
-        """Raises `EvaluationError` if the reference was made for another configuration."""
-        found = read_json(folder / "reference.json")
-        made_for, asked = found.get("config", {}), to_jsonable(config)
-        differing = sorted(key for key in asked if key != "conditional" and made_for.get(key) != asked[key])
+        """Load a reference; raise `EvaluationError` if it was built for another configuration."""
+        statistics = read_json(folder / "reference.json")
+        built, requested = statistics.get("config", {}), to_jsonable(config)
+        differing = sorted(key for key in requested if key != "conditional" and built.get(key) != requested[key])
         if differing:
             raise EvaluationError(
-                f"{folder} was made for another configuration, so its floors do not hold: "
-                + ", ".join(f"{key} is {asked[key]}, was {made_for.get(key)}" for key in differing)
+                f"{folder} was built for another configuration, so its floors do not hold: "
+                + ", ".join(f"{key} is {requested[key]}, was {built.get(key)}" for key in differing)
                 + "; build the reference again"
             )
-        fitted = TypeAdapter(EvaluationConfig).validate_python(found["fitted"])
-        return cls(folder=folder, config=replace(fitted, conditional=config.conditional), found=found)
+        fitted = TypeAdapter(EvaluationConfig).validate_python(statistics["fitted"])
+        return cls(folder=folder, config=replace(fitted, conditional=config.conditional), statistics=statistics)
 
-    def score_space(self, name: str, features: Features) -> SpaceScores:
-        """Distances in one feature space, with the floor beside them."""
-        real = RealSpace.load(self.folder / f"{name}.safetensors")
-        floor = Distances(**self.found["spaces"][name]["floor"])
-        return SpaceScores.beside(real.compare(features, self.config.neighbours), floor)
+    def compare_space(self, name: str, features: Features) -> SpaceScores:
+        """Return the distances in one feature space, with their floor."""
+        held_out = HeldOutSpace.load(self.folder / f"{name}.safetensors")
+        floor = Distances(**self.statistics["spaces"][name]["floor"])
+        return SpaceScores.with_floor(held_out.compare(features, self.config.neighbours), floor)
 
-    def score_classes(self, features: Features) -> ClassScores | None:
-        """Which classes the images show; None where the data have no labels."""
-        probe = self.found["probe"]
+    def compare_classes(self, features: Features) -> ClassScores | None:
+        """Compare the class shares of the images; return None if the data have no labels."""
+        probe = self.statistics["probe"]
         if probe is None:
             return None
-        seen = ClassProbe.load(self.folder / "probe.safetensors").counts(features, self.found["classes"])
-        real = np.array(probe["counts"], np.float64)
+        counts = ClassProbe.load(self.folder / "probe.safetensors").counts(features, self.statistics["classes"])
+        real_counts = np.array(probe["counts"], np.float64)
         return ClassScores(
-            coverage=coverage(seen, real),
-            tv=total_variation(seen, real),
-            tv_floor=total_variation_floor(real, len(features)),
+            coverage=coverage(counts, real_counts),
+            tv=total_variation(counts, real_counts),
+            tv_floor=total_variation_floor(real_counts, len(features)),
             probe_accuracy=probe["accuracy"],
         )
 
     def nearest_ratio(self, features: Features) -> float:
-        """Nearness to the training images, in the pixels space, over that of held-out images."""
+        """Return the distance to the nearest training image in pixels, over that of held-out images."""
         training = np.load(self.folder / "neighbours.npy", allow_pickle=False)
-        return nearest_neighbour_ratio(features, training, self.found["nearest_distance"])
+        return nearest_neighbor_ratio(features, training, self.statistics["nearest_distance"])
 
-    def extract(self, images: Images) -> Extracted:
-        """Features of the images in every space of the reference."""
-        found, flops = {}, 0.0
+    def extract(self, images: Images) -> ExtractedFeatures:
+        """Extract features of the images in every space of the reference."""
+        features, flops = {}, 0.0
         for name in dict.fromkeys((*self.config.spaces, PIXELS)):
             extractor = load_extractor(self.folder / "extractors" / name)
-            found[name] = scaled(np.concatenate([extractor(batch) for batch in _batches(images)]))
+            features[name] = scale_features(np.concatenate([extractor(batch) for batch in _batches(images)]))
             flops += extractor.flops_per_image * len(images)
-        return Extracted(spaces=found, flops=flops)
+        return ExtractedFeatures(spaces=features, flops=flops)
 
 
-def score_clusters(partition: Path, images: Images) -> ClusterScores:
-    """How the images spread over the clusters, by the same rule that divided the held-out images."""
-    division = load_partition(partition)
-    clusters = division.num_clusters
-    assigned = np.concatenate([division.assign_images(batch) for batch in _batches(images)])
-    seen = np.bincount(assigned, minlength=clusters).astype(np.float64)
-    real = np.array(read_json(partition / "balance.json")["holdout_looks"], np.float64)
+def compare_clusters(partition: Path, images: Images) -> ClusterScores:
+    """Compare the cluster shares of the images; the partition assigns them as it assigned the held-out images."""
+    loaded = load_partition(partition)
+    assigned = np.concatenate([loaded.assign_images(batch) for batch in _batches(images)])
+    counts = np.bincount(assigned, minlength=loaded.num_clusters).astype(np.float64)
+    real_counts = np.array(read_json(partition / "balance.json")["holdout_looks"], np.float64)
     return ClusterScores(
-        tv=total_variation(seen, real),
-        tv_floor=total_variation_floor(real, len(images)),
-        shares=tuple(shares(seen).tolist()),
-        data_shares=tuple(shares(real).tolist()),
+        tv=total_variation(counts, real_counts),
+        tv_floor=total_variation_floor(real_counts, len(images)),
+        shares=tuple(shares(counts).tolist()),
+        data_shares=tuple(shares(real_counts).tolist()),
     )
 
 

@@ -1,13 +1,15 @@
-"""Weak-to-strong reflection: a denoising step by the strong, the way back by the weak, then the plain step.
+"""Classifier-free guidance, and weak-to-strong reflection of solver steps.
 
     noised ──strong, t to t'──► ahead ──weak, t' to t──► reflected ──plain step of the strong──► …
 
-To first order this moves a sample at t by (t' - t) (u_strong - u_weak): further along what the strong velocity has
-over the weak one, which stands for what a better one still would have over the strong (W2SD, Bai et al. 2025,
-arXiv:2502.00473). Any two velocity fields will do: an ensemble and an expert of it, a model and an early state of it.
+To first order a reflection moves a sample at t by (t' - t) (u_strong - u_weak): further along the difference of the
+strong and the weak velocity. This difference approximates that of an even better model and the strong one (W2SD, Bai et
+al. 2025, arXiv:2502.00473). Any two velocity fields work: an ensemble and one of its experts, a model and an early
+checkpoint of it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -23,27 +25,54 @@ from experts.condition import Condition
 Times = Float[Tensor, " batch"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuidedVelocity:
+    """Velocity field of one batch of trajectories; both branches of guidance go through the ensemble as one batch."""
+
+    ensemble: Ensemble
+    condition: Condition
+    """Of every row, the rows of the unconditional branch included."""
+    routing: RoutingState
+    guidance_scale: float
+    """1 for no unconditional branch."""
+    on_evaluation: Callable[[Latents, Times], None] | None = None
+    """Called before every evaluation."""
+
+    def __call__(self, noised: Latents, t: Times) -> Latents:
+        """Return the velocity at t."""
+        if self.on_evaluation is not None:
+            self.on_evaluation(noised, t)
+        if self.guidance_scale == 1:
+            return self.ensemble.velocity(noised, t, self.condition, self.routing)
+        both = self.ensemble.velocity(torch.cat([noised, noised]), torch.cat([t, t]), self.condition, self.routing)
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+
 def guided_velocity(
-    ensemble: Ensemble, condition: Condition, routing: RoutingState, guidance_scale: float
-) -> VelocityField:
-    """The velocity field of these trajectories; a scale of 1 never evaluates the unconditional branch."""
-    if guidance_scale == 1:
-        return lambda noised, t: ensemble.velocity(noised, t, condition, routing)
-    both = Condition.concatenate([condition, Condition.null(len(condition), condition.class_id.device)])
-    twice = routing.repeated(2)
-
-    def velocity(noised: Latents, t: Times) -> Latents:
-        stacked = ensemble.velocity(torch.cat([noised, noised]), torch.cat([t, t]), both, twice)
-        conditional, unconditional = stacked.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
-
-    return velocity
+    ensemble: Ensemble,
+    condition: Condition,
+    routing: RoutingState,
+    guidance_scale: float,
+    on_evaluation: Callable[[Latents, Times], None] | None = None,
+) -> GuidedVelocity:
+    """Build the velocity field of these trajectories; a scale of 1 never evaluates the unconditional branch."""
+    if guidance_scale != 1:
+        condition = Condition.concatenate([condition, Condition.null(len(condition), condition.class_id.device)])
+        routing = routing.repeat(2)
+    return GuidedVelocity(
+        ensemble=ensemble,
+        condition=condition,
+        routing=routing,
+        guidance_scale=guidance_scale,
+        on_evaluation=on_evaluation,
+    )
 
 
 def reflection_step(strong: VelocityField, weak: VelocityField, noised: Latents, t: float, t_next: float) -> Latents:
-    """Where the sample would be at t if the weak velocity had led to where the strong one leads.
+    """Step from t to `t_next` with the strong velocity, and back to t with the weak one.
 
-    The way back is Euler's rule run backwards, from t' at t': equal fields come back but for O((t - t')^2).
+    The way back is Euler's rule reversed, evaluated at `t_next`: equal fields return to the start up to O((t - t')^2).
     """
     return euler_step(weak, euler_step(strong, noised, t, t_next), t_next, t)
 
@@ -51,17 +80,17 @@ def reflection_step(strong: VelocityField, weak: VelocityField, noised: Latents,
 def reflected_solver(
     solver: Solver, strong: VelocityField, weak: VelocityField, steps: int
 ) -> Callable[[VelocityField, Latents, TimeGrid], Latents]:
-    """The solver with its first `steps` steps reflected, but never the last: at t = 0 nothing need have a velocity.
+    """Return the solver with its first `steps` steps reflected, but never the last: the velocity may not exist at 0.
 
-    `strong` and the velocity that the solver is called with are the same field; they may be counted apart.
+    `strong` and the velocity that the solver is called with are the same field; they may count calls separately.
     """
-    step = STEPS[solver]
+    solver_step = STEPS[solver]
 
     def solve(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
-        first = min(steps, len(times) - 2)
+        reflected = min(steps, len(times) - 2)
         noised = noise
-        for t, t_next in pairwise(times[: first + 1].tolist()):
-            noised = step(velocity, reflection_step(strong, weak, noised, t, t_next), t, t_next)
-        return SOLVERS[solver](velocity, noised, times[first:])
+        for t, t_next in pairwise(times[: reflected + 1].tolist()):
+            noised = solver_step(velocity, reflection_step(strong, weak, noised, t, t_next), t, t_next)
+        return SOLVERS[solver](velocity, noised, times[reflected:])
 
     return solve

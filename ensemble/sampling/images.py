@@ -1,4 +1,4 @@
-"""Images as people look at them: bytes, grids, PNG files."""
+"""Convert images to bytes, grids and PNG files."""
 
 import io
 import math
@@ -9,22 +9,24 @@ from PIL import Image
 from torch import Tensor
 
 Images = Float[Tensor, "batch height width channel"]
-"""Grey or RGB, from 0 to 1; values outside are clipped."""
+"""Gray or RGB, from 0 to 1; values outside are clipped."""
 
 
 def to_bytes(images: Images) -> UInt8[np.ndarray, "batch height width channel"]:
-    """Images as a data set stores them, rounded to 256 levels."""
+    """Convert images to the format of a data set, rounded to 256 levels."""
     levels = (images.detach().clamp(0, 1) * 255).round()
     return levels.cpu().numpy().astype(np.uint8)
 
 
-def grid(images: Images, columns: int = 8, gap: int = 1) -> Image.Image:
-    """The images side by side in reading order, `gap` white pixels apart; empty places are black.
+def image_grid(images: Images, columns: int = 8, gap: int = 1) -> Image.Image:
+    """Arrange images in reading order, `gap` white pixels apart; empty cells are black.
 
-    Raises `ValueError` when there is nothing to show.
+    Raises `ValueError` without images or columns.
     """
     if not len(images) or columns < 1:
-        raise ValueError(f"a grid needs an image and a column; got {len(images)} images, {columns} columns")
+        raise ValueError(
+            f"a grid needs an image and a column; got {len(images)} images, {columns} columns; pass at least one each"
+        )
     tiles = to_bytes(images)
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
@@ -38,8 +40,8 @@ def grid(images: Images, columns: int = 8, gap: int = 1) -> Image.Image:
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
-def png(image: Image.Image) -> bytes:
-    """The file that `image` is as a PNG; equal images give equal bytes."""
+def encode_png(image: Image.Image) -> bytes:
+    """Encode an image as PNG; equal images give equal bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

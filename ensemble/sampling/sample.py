@@ -1,8 +1,12 @@
-"""From seeds to images; image i depends on seed i alone, whatever the batch."""
+"""From seeds to images; image i depends on seed i alone, not on the batch.
+
+`sample` loops over batches and calls the solver itself, so that a network is five calls away: solver, guidance,
+ensemble, expert, network.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -10,53 +14,31 @@ from torch import Tensor, nn
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert
 from ensemble.routing import CallCounts
-from ensemble.sampling.guidance import guided_velocity, reflected_solver
-from ensemble.solvers import SOLVERS, noise_for, sample_few_step, uniform_times
+from ensemble.sampling.guidance import GuidedVelocity, guided_velocity, reflected_solver
+from ensemble.solvers import SOLVERS, TimeGrid, VelocityField, make_noise, sample_few_step, uniform_times
 from experts.codec import Codec
 from experts.compressed.quantization.int8_linear import Int8Linear
 from experts.condition import Condition
-from experts.expert import Expert
-
-
-def compile_networks(experts: Iterable[object]) -> None:
-    """In place; what is no network of our own, has a cache, or is compiled already, stays."""
-    for expert in experts:
-        if isinstance(expert, TimeSplitExpert):
-            compile_networks(expert.networks)
-        elif isinstance(expert, TruncatedExpert):
-            compile_networks([expert.draft, expert.refiner])
-        elif isinstance(expert, Expert) and expert.cache is None:
-            _compile(expert.model)
-
-
-def _compile(model: nn.Module) -> None:
-    if model._compiled_call_impl is not None:
-        return
-    for layer in model.modules():
-        if isinstance(layer, Int8Linear):
-            layer.prepare()
-    model.compile(dynamic=True)
-
+from experts.expert_model import ExpertModel
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
 Progress = Callable[[int, int], None]
-"""(images done, images in all); unfinished images count by how far their t has come."""
+"""(images done, images in total); an unfinished image counts as the fraction 1 - t."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
-    """What one sample call gave, and what it took."""
+    """Images of one call of `sample`, and its cost."""
 
     images: Float[Tensor, "batch height width channel"]
     """From 0 to 1, on the CPU."""
     latents: Latents
     calls: CallCounts
-    """Rows that each expert and the router were called on."""
+    """Rows on which each expert and the router were called."""
     calls_per_step: float
-    """`Calls.per_evaluation`: 1 for sticky, K for full, twice that with guidance."""
+    """`CallCounts.per_evaluation`: 1 for sticky, K for full, twice that with guidance."""
     seconds: float
 
 
@@ -69,84 +51,129 @@ def sample(
     on_progress: Progress | None = None,
     weak: Ensemble | None = None,
 ) -> SampleResult:
-    """Draw one image for every seed; without `class_ids`, or where one is -1, unconditionally.
+    """Sample one image per seed; unconditionally without `class_ids`, or where one is -1.
 
-    Experts with a course go through that instead of `config`'s solver and steps; where it was distilled, guidance is
-    within them. `weak` is what `config.reflection` asks for. Raises `ValueError` without seeds, if seeds and classes do
-    not pair, or if experts with a course are to be reflected.
+    A few-step schedule replaces `config`'s solver and steps; a distilled one includes guidance. `weak` is the ensemble
+    of `config.reflection`. Raises `ValueError` without seeds, for unpaired classes, and to reflect few-step experts.
     """
+    _check_request(ensemble, weak, seeds, class_ids, config)
+    start_s, calls, latents = time.monotonic(), CallCounts(), []
+    ensemble, weak = ensemble.to(config.device), weak and weak.to(config.device)
+    if config.compile:
+        compile_networks(ensemble.experts.values())
+    for start in range(0, len(seeds), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        classes = None if class_ids is None else class_ids[rows]
+        report = _reporter(on_progress, start, len(seeds[rows]), len(seeds))
+        with torch.inference_mode():
+            run = _start(ensemble, weak, codec, seeds[rows], classes, config, report)
+            if (few_step := ensemble.few_step) is None:
+                clean = run.solver(run.velocity, run.initial, uniform_times(config.steps))
+            else:
+                clean = sample_few_step(run.velocity, run.initial, few_step, ensemble.noise_schedule, run.fresh_noise)
+        report(0.0)
+        calls.add(run.calls)
+        latents.append(clean.cpu())
+    return SampleResult(
+        images=torch.cat([codec.decode(part).float().cpu() for part in latents]),
+        latents=torch.cat(latents),
+        calls=calls,
+        calls_per_step=calls.per_evaluation,
+        seconds=time.monotonic() - start_s,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trajectories:
+    """Everything that the integration of one batch needs."""
+
+    initial: Latents
+    velocity: GuidedVelocity
+    solver: Callable[[VelocityField, Latents, TimeGrid], Latents]
+    fresh_noise: Callable[[int], Latents]
+    """Noise of each step of a few-step schedule; index 0 is the noise that a trajectory starts from."""
+    calls: CallCounts
+
+
+def _start(
+    ensemble: Ensemble,
+    weak: Ensemble | None,
+    codec: Codec,
+    seeds: Sequence[int],
+    class_ids: Sequence[int] | None,
+    config: SamplingConfig,
+    report: Callable[[float], None],
+) -> _Trajectories:
+    """Build the trajectories of one batch: their noise, routing state, velocity field and solver."""
+    condition = _make_condition(seeds, class_ids).to(config.device)
+    few_step, solver = ensemble.few_step, SOLVERS[config.solver]
+    is_guided = class_ids is not None and not (few_step and few_step.is_distilled)
+    guidance_scale = config.guidance_scale if is_guided else 1.0
+    routing = ensemble.init_routing(seeds, condition, config.selection)
+
+    def on_evaluation(noised: Latents, t: Times) -> None:
+        report(float(t[0]))
+        routing.calls.evaluations += len(noised)
+
+    def noise(index: int) -> Latents:
+        return make_noise(seeds, codec.latent_shape, index).to(config.device)
+
+    velocity = guided_velocity(ensemble, condition, routing, guidance_scale, on_evaluation)
+    initial = ensemble.initial_latents(noise, condition, routing)
+    if config.reflection is not None and weak is not None:
+        weak_routing = weak.init_routing(seeds, condition, config.selection)
+        routing.calls.weak = weak_routing.calls
+        weak_velocity = guided_velocity(weak, condition, weak_routing, guidance_scale)
+        strong_velocity = replace(velocity, on_evaluation=None)
+        solver = reflected_solver(config.solver, strong_velocity, weak_velocity, config.reflection.steps)
+    return _Trajectories(
+        initial=initial, velocity=velocity, solver=solver, fresh_noise=lambda step: noise(1 + step), calls=routing.calls
+    )
+
+
+def _make_condition(seeds: Sequence[int], class_ids: Sequence[int] | None) -> Condition:
+    return Condition.null(len(seeds)) if class_ids is None else Condition(torch.tensor(list(class_ids)))
+
+
+def _reporter(on_progress: Progress | None, start: int, size: int, total: int) -> Callable[[float], None]:
+    """Return a function of t that reports the progress of a batch of `size` images after `start` finished ones."""
+
+    def report(t: float) -> None:
+        if on_progress is not None:
+            on_progress(start + int(size * (1 - t)), total)
+
+    return report
+
+
+def _check_request(
+    ensemble: Ensemble,
+    weak: Ensemble | None,
+    seeds: Sequence[int],
+    class_ids: Sequence[int] | None,
+    config: SamplingConfig,
+) -> None:
     if not seeds or (class_ids is not None and len(class_ids) != len(seeds)):
         classes = "no classes" if class_ids is None else f"{len(class_ids)} classes"
         raise ValueError(f"give at least one seed, and a class for every seed or none; got {len(seeds)} and {classes}")
     if (weak is None) != (config.reflection is None):
         raise ValueError("reflection needs a weak ensemble, and nothing else does; give both, or neither")
-    course = ensemble.few_step
-    if config.reflection is not None and (course is not None or (weak is not None and weak.few_step is not None)):
-        raise ValueError("reflection goes between steps of a solver, and these experts have a course; leave it out")
-    started, calls, latents = time.monotonic(), CallCounts(), []
-    ensembles = ensemble.to(config.device), weak and weak.to(config.device)
-    if config.compile:
-        compile_networks(ensembles[0].experts.values())
-    for start in range(0, len(seeds), config.batch_size):
-        rows = slice(start, start + config.batch_size)
-        condition = _condition(seeds[rows], None if class_ids is None else class_ids[rows]).to(config.device)
-
-        def report(t: float, start: int = start, size: int = len(condition)) -> None:
-            if on_progress is not None:
-                on_progress(start + int(size * (1 - t)), len(seeds))
-
-        is_guided = class_ids is not None and not (course and course.is_distilled)
-        scale = config.guidance_scale if is_guided else 1.0
-        latents.append(_trajectory(*ensembles, codec, seeds[rows], config, condition, scale, calls, report))
-    images = torch.cat([codec.decode(batch).float().cpu() for batch in latents])
-    return SampleResult(
-        images=images,
-        latents=torch.cat(latents),
-        calls=calls,
-        calls_per_step=calls.per_evaluation,
-        seconds=time.monotonic() - started,
-    )
+    has_few_step = ensemble.few_step is not None or (weak is not None and weak.few_step is not None)
+    if config.reflection is not None and has_few_step:
+        raise ValueError(
+            "reflection needs the steps of a solver, and these are few-step experts; remove the reflection"
+        )
 
 
-@torch.inference_mode()
-def _trajectory(
-    ensemble: Ensemble,
-    weak: Ensemble | None,
-    codec: Codec,
-    seeds: Sequence[int],
-    config: SamplingConfig,
-    condition: Condition,
-    guidance_scale: float,
-    calls: CallCounts,
-    report: Callable[[float], None],
-) -> Latents:
-    """The clean latents of one batch, on the CPU."""
-    routing = ensemble.init_routing(seeds, condition, config.selection)
-    field = guided_velocity(ensemble, condition, routing, guidance_scale)
-
-    def velocity(noised: Latents, t: Times) -> Latents:
-        report(float(t[0]))
-        calls.evaluations += len(noised)
-        return field(noised, t)
-
-    def noise(occasion: int) -> Latents:
-        return noise_for(seeds, codec.latent_shape, occasion).to(config.device)
-
-    begun, solver = ensemble.initial_latents(noise, condition, routing), SOLVERS[config.solver]
-    if config.reflection is not None and weak is not None:
-        other = weak.init_routing(seeds, condition, config.selection)
-        routing.calls.weak = other.calls
-        weak_field = guided_velocity(weak, condition, other, guidance_scale)
-        solver = reflected_solver(config.solver, field, weak_field, config.reflection.steps)
-    course = ensemble.few_step
-    if course is None:
-        clean = solver(velocity, begun, uniform_times(config.steps))
-    else:
-        clean = sample_few_step(velocity, begun, course, ensemble.noise_schedule, lambda step: noise(1 + step))
-    report(0.0)
-    calls.add(routing.calls)
-    return clean.cpu()
+def compile_networks(experts: Iterable[ExpertModel]) -> None:
+    """Compile the experts' networks in place; networks with a cache schedule, or compiled already, stay as they are."""
+    for expert in experts:
+        for model in expert.networks(with_cache=False):
+            if model._compiled_call_impl is None:
+                _compile(model)
 
 
-def _condition(seeds: Sequence[int], class_ids: Sequence[int] | None) -> Condition:
-    return Condition.null(len(seeds)) if class_ids is None else Condition(torch.tensor(list(class_ids)))
+def _compile(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            layer.prepare()
+    model.compile(dynamic=True)

@@ -1,8 +1,7 @@
-"""A small convolutional network that draws an image from its principal components.
+"""A small convolutional decoder from principal components to images.
 
-Components cut off at a fixed number leave ripples and grey halos. The decoder sees the same latents as the linear
-inverse, so nothing changes for experts and router; trained on slightly noised latents, it also forgives small
-errors of the samplers.
+A truncated set of components leaves ripples and gray halos in the linear inverse. The decoder takes the same latents,
+so experts and router do not change. Training on slightly noised latents makes it robust to small sampling errors.
 """
 
 import math
@@ -14,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-SEED_CHANNELS = 16
-"""Channels of the picture of a quarter of the side that the latents are spread into."""
+from experts.types import ImageTensor
 
-Pictures = Float[Tensor, "batch channel height width"]
+SEED_CHANNELS = 16
+"""Channels of the feature map, a quarter of the image's side, that the latents are projected to."""
 
 
 class ResidualConv(nn.Module):
-    """Two convolutions beside a shortcut; close to the identity at initialisation."""
+    """Two convolutions with a skip connection; close to the identity at initialization."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,15 +29,15 @@ class ResidualConv(nn.Module):
         self.outer = nn.Conv2d(channels, channels, 3, padding=1)
         self.outer.weight.data.mul_(0.1)
 
-    def forward(self, pictures: Pictures) -> Pictures:
-        """The pictures plus what this block adds to them."""
-        hidden = self.inner(functional.silu(self.norm(pictures)))
-        added: Tensor = self.outer(functional.silu(hidden))
-        return pictures + added
+    def forward(self, features: ImageTensor) -> ImageTensor:
+        """Return the features plus the block's residual."""
+        hidden = self.inner(functional.silu(self.norm(features)))
+        residual: Tensor = self.outer(functional.silu(hidden))
+        return features + residual
 
 
 class ConvDecoder(ModelMixin, ConfigMixin):
-    """Latents to images in [-1, 1], by a picture of a quarter of the side that is doubled twice."""
+    """Maps latents to images in [-1, 1], by a feature map of a quarter of the side that is upsampled twice."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, components: int, image_shape: Sequence[int], width: int = 32) -> None:
@@ -58,17 +57,17 @@ class ConvDecoder(ModelMixin, ConfigMixin):
             nn.PixelShuffle(2),
         )
 
-    def forward(self, latents: Float[Tensor, "batch component"]) -> Pictures:
-        """Images in about [-1, 1]; a side that is no multiple of four is cut to its length."""
-        drawn: Tensor = self.layers(self.spread(latents).unflatten(1, self.seed_shape))
-        return drawn[:, :, : self.height, : self.width]
+    def forward(self, latents: Float[Tensor, "batch component"]) -> ImageTensor:
+        """Return images in about [-1, 1]; a side that is not a multiple of four is cropped."""
+        images: Tensor = self.layers(self.spread(latents).unflatten(1, self.seed_shape))
+        return images[:, :, : self.height, : self.width]
 
 
-def drawing_loss(drawn: Pictures, images: Pictures) -> Float[Tensor, ""]:
-    """Mean absolute error of the pixels and of their differences to the neighbours below and to the right.
+def decoder_loss(decoded: ImageTensor, images: ImageTensor) -> Float[Tensor, ""]:
+    """Return the mean absolute error of the pixels and of their differences to the neighbors below and to the right.
 
-    The differences keep edges sharp where the pixels alone would be blurred.
+    The differences keep edges sharp that a loss on pixels alone would blur.
     """
-    below = (drawn.diff(dim=2) - images.diff(dim=2)).abs().mean()
-    right = (drawn.diff(dim=3) - images.diff(dim=3)).abs().mean()
-    return (drawn - images).abs().mean() + below + right
+    below = (decoded.diff(dim=2) - images.diff(dim=2)).abs().mean()
+    right = (decoded.diff(dim=3) - images.diff(dim=3)).abs().mean()
+    return (decoded - images).abs().mean() + below + right

@@ -1,4 +1,4 @@
-"""A residual network of linear layers on flattened latents, modulated by time and class; quick on a CPU."""
+"""A residual MLP on flattened latents, modulated by t and class; fast on a CPU."""
 
 import math
 from collections.abc import Sequence
@@ -6,25 +6,25 @@ from collections.abc import Sequence
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experts.diffusion.noise_schedule import Latents
+from experts.types import ClassIndex, Latents, RowTimes
 
 TIME_FEATURES = 64
 EMBEDDING_WIDTH = 128
 
 
-def time_features(t: Float[Tensor, " batch"], count: int) -> Float[Tensor, "batch feature"]:
-    """Cosines and sines of t at `count` / 2 frequencies, spaced evenly on a log scale from 1 to 1000."""
+def time_features(t: RowTimes, count: int) -> Float[Tensor, "batch feature"]:
+    """Return cosines and sines of t at `count` / 2 frequencies, evenly spaced on a log scale from 1 to 1000."""
     frequencies = torch.exp(torch.linspace(0, math.log(1000), count // 2, device=t.device, dtype=t.dtype))
     angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class ResidualBlock(nn.Module):
-    """Two linear layers beside a shortcut; shift, scale and gate come from outside (adaLN-Zero).
+    """Two linear layers with a skip connection; shift, scale and gate are inputs (adaLN-Zero).
 
     Peebles & Xie 2023, arXiv:2212.09748, section 3.2. With a zero gate the block is the identity.
     """
@@ -38,16 +38,16 @@ class ResidualBlock(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "batch width"], modulation: Float[Tensor, "batch 3*width"]
     ) -> Float[Tensor, "batch width"]:
-        """The hidden features plus what this block adds to them."""
+        """Return the hidden features plus the block's gated residual."""
         shift, scale, gate = modulation.chunk(3, dim=1)
         modulated = torch.addcmul(shift, self.norm(hidden), 1 + scale)
         return torch.addcmul(hidden, gate, self.outer(functional.silu(self.inner(modulated))))
 
 
 class ResidualMLP(ModelMixin, ConfigMixin):
-    """The demo's network: any latent shape, flattened; zero at initialisation.
+    """The demo's network, for latents of any shape; it returns zero at initialization.
 
-    `num_classes` classes and the null class behind them; 0 classes leave only null.
+    It embeds `num_classes` classes followed by the null class.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -67,8 +67,8 @@ class ResidualMLP(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, noised: Latents, t: Float[Tensor, " batch"], class_index: Int[Tensor, " batch"]) -> Latents:
-        """The prediction for a noised sample; `class_index` is `num_classes` for null."""
+    def forward(self, noised: Latents, t: RowTimes, class_index: ClassIndex) -> Latents:
+        """Return the prediction for a noised sample; `class_index` is `num_classes` for null."""
         embedding = self.time_embedding(time_features(t, TIME_FEATURES)) + self.class_embedding(class_index)
         modulations = self.modulation(functional.silu(embedding)).chunk(len(self.blocks), dim=1)
         hidden = self.entry(noised.flatten(1))

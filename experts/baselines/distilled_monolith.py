@@ -1,7 +1,7 @@
-"""One dense network that learns from the experts, each on samples of its own cluster; no router is needed.
+"""Distilled monolith: one dense network that learns from the experts, each on samples of its cluster, without a router.
 
-McAllister et al. 2025 (arXiv:2501.05450, section on distillation) reach the monolith at a quarter of its batch, and
-leave the experts' own training out of the account. Here all three parts are counted: student, teachers' calls, experts.
+McAllister et al. 2025 (arXiv:2501.05450, section on distillation) match the monolith at a quarter of its batch, and do
+not count the training of the experts. Here all three parts are counted: student, teachers' calls, experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ from experts.training.latent_dataset import Batch, encode_latents
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistilledMonolithSummary:
-    """What a student cost, part by part, in FLOPs."""
+    """FLOPs of a distillation, by part."""
 
     student: float
-    """Its own training."""
+    """Training of the student."""
     teachers: float
-    """The experts' calls while it learns."""
+    """Calls of the experts during that training."""
     experts: float
-    """The experts' own training, which happened before."""
+    """Earlier training of the experts."""
 
     @property
     def flops(self) -> float:
-        """What this stage took: the experts' own training is on their account."""
+        """Return the FLOPs of this stage; those of the experts belong to their stages."""
         return self.student + self.teachers
 
 
@@ -50,22 +50,22 @@ def train_distilled_monolith(
     out: Path,
     workspace: Workspace,
 ) -> DistilledMonolithSummary:
-    """Train on the samples of all clusters and write the student to `out`, as an expert with `student.json`.
+    """Train on the samples of all clusters and write the student to `out`, an expert with `distilled_monolith.json`.
 
-    The sample of a cluster whose teacher is missing teaches what it would teach an expert.
+    Samples of a cluster without a teacher have their own training target, as for an expert.
     """
     dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
     num_classes = len(read_index(clusters[0]).class_names)
     check_classes(dataset, num_classes)
-    start = build_initial_model(config, dataset.latent_shape, num_classes)
+    initial_model = build_initial_model(config, dataset.latent_shape, num_classes)
     experts = {k: Expert.load(folder) for k, folder in teachers.items()}
     for expert in experts.values():
         expert.to(config.training.device)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return {"loss": student_loss(model, batch, experts, start.prediction, start.noise_schedule)}
+        return {"loss": student_loss(model, batch, experts, initial_model.prediction, initial_model.noise_schedule)}
 
-    trained = train_network(config.training, dataset, start, loss, out, workspace, num_classes)
+    trained = train_network(config.training, dataset, initial_model, loss, out, workspace, num_classes)
     shares = torch.bincount(dataset.cluster_id, minlength=len(clusters)).double() / len(dataset)
     summary = _summary(trained, config, experts, teachers, shares.tolist(), dataset.latent_shape)
     write_json(out / "distilled_monolith.json", summary)
@@ -73,19 +73,23 @@ def train_distilled_monolith(
 
 
 def student_loss(
-    model: nn.Module, batch: Batch, teachers: Mapping[int, Expert], prediction: Prediction, path: NoiseSchedule
+    model: nn.Module,
+    batch: Batch,
+    teachers: Mapping[int, Expert],
+    prediction: Prediction,
+    noise_schedule: NoiseSchedule,
 ) -> Float[Tensor, ""]:
-    """Mean squared distance between the student and the expert of each sample's own cluster."""
+    """Return the mean squared distance between the student and the expert of each sample's cluster."""
     # E || v_student(x, t, c) - v_k(x, t, c) ||^2, x = alpha clean + sigma noise, clean in cluster k.
-    noised = path.add_noise(batch.clean, batch.noise, batch.t)
-    target = training_target(prediction, batch.clean, batch.noise, batch.t, path)
+    noised = noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
+    target = training_target(prediction, batch.clean, batch.noise, batch.t, noise_schedule)
     with torch.no_grad():
         for k, teacher in teachers.items():
             rows = (batch.cluster_id == k).nonzero().squeeze(-1)
             if len(rows):
-                velocity = teacher.velocity(noised[rows], batch.t[rows], batch.condition.rows(rows), path)
-                said = from_velocity(prediction, velocity, noised[rows], batch.t[rows], path)
-                target = target.index_copy(0, rows, said.to(target.dtype))
+                velocity = teacher.velocity(noised[rows], batch.t[rows], batch.condition.rows(rows), noise_schedule)
+                teacher_prediction = from_velocity(prediction, velocity, noised[rows], batch.t[rows], noise_schedule)
+                target = target.index_copy(0, rows, teacher_prediction.to(target.dtype))
     predicted = call_network(model, noised, batch.t, batch.condition)
     return functional.mse_loss(predicted.float(), target)
 
@@ -98,8 +102,8 @@ def _summary(
     shares: Sequence[float],
     latent_shape: tuple[int, ...],
 ) -> DistilledMonolithSummary:
-    """The costs; each teacher is called on its cluster's share of all rows."""
+    """Return the costs; each teacher is called on its cluster's share of all rows."""
     rows = config.training.batch_size * config.training.steps
     calls = sum(rows * shares[k] * network_flops(expert.to("cpu").model, latent_shape) for k, expert in experts.items())
-    before = sum(float(read_json(folder / "training.json")["flops"]) for folder in folders.values())
-    return DistilledMonolithSummary(student=trained.flops, teachers=calls, experts=before)
+    training_cost = sum(float(read_json(folder / "training.json")["flops"]) for folder in folders.values())
+    return DistilledMonolithSummary(student=trained.flops, teachers=calls, experts=training_cost)

@@ -1,4 +1,4 @@
-"""Principal components of images: a latent space that is fitted at once, exact and invertible."""
+"""Principal components of images as latents, fitted in one pass over the images."""
 
 import math
 from dataclasses import dataclass
@@ -13,71 +13,71 @@ from torch import Tensor
 from data_partition.features.pca import PCA, fit_pca
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import write_json
-from experts.codec import Decoded, Images, check_shape
+from experts.codec import check_shape
 from experts.config import CodecConfig
-from experts.diffusion.noise_schedule import Latents
+from experts.types import DecodedImages, Images, Latents
 
 FIT_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PCACodec:
-    """Principal components of flattened images in [0, 1], brought to unit scale."""
+    """Encodes flattened images in [0, 1] as principal components of unit scale."""
 
     image_shape: tuple[int, int, int]
     """Height, width, channels."""
     pca: PCA
     whitening: float
-    """Components are divided by their standard deviation to this power, then all by one number: their rms."""
+    """Components are divided by their standard deviation to this power, then all by their root mean square."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Components."""
+        """Return the number of components."""
         return (len(self.pca.variances),)
 
     @property
     def scale(self) -> Float[Tensor, " component"]:
-        """What the components are divided by, so that latents have a root mean square of 1."""
+        """Return the divisors that give latents a root mean square of 1."""
         deviations = np.sqrt(np.maximum(self.pca.variances, self.pca.variances[0] * 1e-9))
         rms = np.sqrt(np.mean(deviations ** (2 - 2 * self.whitening)))
         return torch.from_numpy((deviations**self.whitening * rms).astype(np.float32))
 
     def encode(self, images: Images) -> Latents:
-        """Latents of images, float32."""
+        """Return the latents of images, float32."""
         check_shape(images, self.image_shape)
-        return torch.from_numpy(self.pca.encode(_flat(images)).astype(np.float32)).div_(self.scale)
+        return torch.from_numpy(self.pca.encode(_flatten(images)).astype(np.float32)).div_(self.scale)
 
-    def decode(self, latents: Latents) -> Decoded:
-        """Images in [0, 1] of latents; what lies outside is clipped."""
+    def decode(self, latents: Latents) -> DecodedImages:
+        """Return the images of latents, clipped to [0, 1]."""
         flat = self.pca.decode(latents.float().cpu().mul(self.scale).numpy())
         return torch.from_numpy(flat.astype(np.float32)).reshape(-1, *self.image_shape).clamp_(0, 1)
 
     def save(self, folder: Path) -> None:
         """Write `codec.json`, and the components as safetensors."""
-        described = {"kind": "pca", "image_shape": self.image_shape, "whitening": self.whitening}
-        write_json(folder / "codec.json", described)
+        metadata = {"kind": "pca", "image_shape": self.image_shape, "whitening": self.whitening}
+        write_json(folder / "codec.json", metadata)
         self.pca.save(folder / "pca.safetensors")
 
 
 def fit_pca_codec(config: CodecConfig, shards: Path) -> PCACodec:
-    """Fit the components on the images of a shard folder; raises `ValueError` if there are fewer than asked for."""
+    """Fit the components on the images of a shard folder; raise `ValueError` if there are fewer than configured."""
     index = read_index(shards)
-    most = min(math.prod(index.image_shape), index.count - 1)
-    if config.components > most:
+    limit = min(math.prod(index.image_shape), index.count - 1)
+    if config.components > limit:
         raise ValueError(
-            f"{index.count} images of shape {index.image_shape} have at most {most} principal components, "
+            f"{index.count} images of shape {index.image_shape} have at most {limit} principal components, "
             f"not {config.components}; lower codec.components"
         )
-    pca = fit_pca((_flat(batch.images) for batch in read_batches(shards, FIT_BATCH)), config.components)
+    pca = fit_pca((_flatten(batch.images) for batch in read_batches(shards, FIT_BATCH)), config.components)
     return PCACodec(image_shape=index.image_shape, pca=pca, whitening=config.whitening)
 
 
-def load_pca_codec(folder: Path, described: dict[str, Any]) -> PCACodec:
-    """Read what `PCACodec.save` wrote; `described` is its `codec.json`."""
+def load_pca_codec(folder: Path, metadata: dict[str, Any]) -> PCACodec:
+    """Load a folder that `PCACodec.save` wrote; `metadata` is its `codec.json`."""
     pca = PCA.load(folder / "pca.safetensors")
-    return PCACodec(image_shape=tuple(described["image_shape"]), pca=pca, whitening=described["whitening"])
+    return PCACodec(image_shape=tuple(metadata["image_shape"]), pca=pca, whitening=metadata["whitening"])
 
 
-def _flat(images: Images) -> Float[np.ndarray, "batch pixel"]:
-    """Images as rows of numbers in [0, 1]."""
+def _flatten(images: Images) -> Float[np.ndarray, "batch pixel"]:
+    """Return images as rows of numbers in [0, 1]."""
     return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)

@@ -1,4 +1,4 @@
-"""Principal components as latents, and a small convolutional network that draws the image from them."""
+"""Principal components as latents, with a small convolutional network as decoder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,46 +10,46 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ddm_core.artifacts import Workspace, write_json
-from experts.architectures.conv_decoder import ConvDecoder, Pictures, drawing_loss
-from experts.codec import Decoded, Images, PixelCodec
+from experts.architectures.conv_decoder import ConvDecoder, decoder_loss
+from experts.codec import PixelCodec
 from experts.codecs.pca import PCACodec, fit_pca_codec, load_pca_codec
 from experts.config import CodecConfig
-from experts.diffusion.noise_schedule import Latents
 from experts.networks.model_io import load_model, save_model
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import Batch, encode_latents
 from experts.training.trainer import fit, write_rows
+from experts.types import DecodedImages, Images, ImageTensor, Latents
 
 DECODE_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PCAConvCodec:
-    """Encodes as its `PCACodec` does; decodes with its network."""
+    """Encodes with its `PCACodec`, decodes with its network."""
 
     linear: PCACodec
     decoder: ConvDecoder
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Components."""
+        """Return the number of components."""
         return self.linear.latent_shape
 
     def encode(self, images: Images) -> Latents:
-        """Latents of images, float32."""
+        """Return the latents of images, float32."""
         return self.linear.encode(images)
 
     @torch.inference_mode()
-    def decode(self, latents: Latents) -> Decoded:
-        """Images in [0, 1] of latents; what lies outside is clipped."""
-        drawn = [self.decoder(rows) for rows in torch.split(latents.float().cpu(), DECODE_BATCH)]
-        return torch.cat(drawn).permute(0, 2, 3, 1).add(1).div(2).clamp(0, 1)
+    def decode(self, latents: Latents) -> DecodedImages:
+        """Return the images of latents, clipped to [0, 1]."""
+        images = [self.decoder(rows) for rows in torch.split(latents.float().cpu(), DECODE_BATCH)]
+        return torch.cat(images).permute(0, 2, 3, 1).add(1).div(2).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
         """Write the linear codec and, below `decoder/`, the network."""
         self.linear.save(folder)
-        described = {"kind": "pca_conv", "image_shape": self.linear.image_shape, "whitening": self.linear.whitening}
-        write_json(folder / "codec.json", described)
+        metadata = {"kind": "pca_conv", "image_shape": self.linear.image_shape, "whitening": self.linear.whitening}
+        write_json(folder / "codec.json", metadata)
         save_model(self.decoder, folder / "decoder")
 
 
@@ -58,8 +58,8 @@ def fit_pca_conv(config: CodecConfig, shards: Path, out: Path, workspace: Worksp
     linear, training = fit_pca_codec(config, shards), config.decoder_training
     pixels = PixelCodec(image_shape=linear.image_shape)
     pixels.save(workspace.scratch / "pixels")
-    pictures = encode_latents([shards], pixels, workspace.scratch / "pixels", workspace)
-    project = _projection(linear)
+    images = encode_latents([shards], pixels, workspace.scratch / "pixels", workspace)
+    project = _create_projection(linear)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         decoder = ConvDecoder(linear.latent_shape[0], linear.image_shape, config.decoder_width)
@@ -68,35 +68,35 @@ def fit_pca_conv(config: CodecConfig, shards: Path, out: Path, workspace: Worksp
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         latents = project(batch.clean)
         noise = batch.noise.flatten(1)[:, : latents.shape[1]]
-        return {"loss": drawing_loss(model(latents + config.decoder_noise * noise), batch.clean)}
+        return {"loss": decoder_loss(model(latents + config.decoder_noise * noise), batch.clean)}
 
-    fitted = fit(decoder, loss, pictures, training, workspace)
-    PCAConvCodec(linear=linear, decoder=_ready(fitted.model)).save(out)
-    write_rows(out / "metrics.jsonl", fitted.rows)
+    trained = fit(decoder, loss, images, training, workspace)
+    PCAConvCodec(linear=linear, decoder=_check_decoder(trained.model)).save(out)
+    write_rows(out / "metrics.jsonl", trained.rows)
     return training_flops(forward, training.batch_size, training.steps)
 
 
-def load_pca_conv(folder: Path, described: dict[str, Any]) -> PCAConvCodec:
-    """Read what `PCAConvCodec.save` wrote; `described` is its `codec.json`."""
+def load_pca_conv(folder: Path, metadata: dict[str, Any]) -> PCAConvCodec:
+    """Load a folder that `PCAConvCodec.save` wrote; `metadata` is its `codec.json`."""
     decoder = load_model((ConvDecoder,), folder / "decoder")
-    return PCAConvCodec(linear=load_pca_codec(folder, described), decoder=_ready(decoder))
+    return PCAConvCodec(linear=load_pca_codec(folder, metadata), decoder=_check_decoder(decoder))
 
 
-def _ready(model: nn.Module) -> ConvDecoder:
-    """The decoder that `model` must be, ready for inference."""
+def _check_decoder(model: nn.Module) -> ConvDecoder:
+    """Return the model as a decoder for inference; raise `TypeError` for another class."""
     if not isinstance(model, ConvDecoder):
-        raise TypeError(f"a decoder of images is a ConvDecoder, not a {type(model).__name__}")
+        raise TypeError(f"a decoder must be a ConvDecoder, not a {type(model).__name__}")
     decoder: ConvDecoder = model.eval()
     return decoder
 
 
-def _projection(linear: PCACodec) -> Callable[[Pictures], Latents]:
-    """What `linear.encode` does, for pictures in [-1, 1] with their channels first."""
+def _create_projection(linear: PCACodec) -> Callable[[ImageTensor], Latents]:
+    """Return `linear.encode` as a function of images in [-1, 1] with channels first."""
     mean = torch.from_numpy(linear.pca.mean).float()
     axes = torch.from_numpy(linear.pca.components).float() / linear.scale[:, None]
 
-    def project(pictures: Pictures) -> Latents:
-        flat = pictures.permute(0, 2, 3, 1).flatten(1).add(1).div(2)
+    def project(images: ImageTensor) -> Latents:
+        flat = images.permute(0, 2, 3, 1).flatten(1).add(1).div(2)
         return (flat - mean.to(flat.device)) @ axes.T.to(flat.device)
 
     return project

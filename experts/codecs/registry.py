@@ -1,7 +1,6 @@
-"""The latent spaces that can be chosen, and how each is fitted and read.
+"""Registry of codecs, each with its fit and load functions.
 
-To add one, write a class with the four members of `codec.Codec` and a function that fits it, and add a row to
-`CODECS`.
+To add one, write a class with the four members of `codec.Codec`, a fit and a load function, and add a row to `CODECS`.
 """
 
 from collections.abc import Callable
@@ -21,11 +20,12 @@ from experts.config import CodecConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecKind:
-    """How one kind of codec is fitted to a shard folder, and read from its own folder and `codec.json`."""
+    """Fit and load functions of one kind of codec."""
 
     fit: Callable[[CodecConfig, Path, Path, Workspace], float]
-    """(config, shards, out, workspace) to the FLOPs that were counted; writes the codec to `out`."""
+    """Maps (config, shards, out, workspace) to the counted FLOPs, and writes the codec to `out`."""
     load: Callable[[Path, dict[str, Any]], Codec]
+    """Maps (folder, content of `codec.json`) to the codec."""
 
 
 def fit_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
@@ -35,15 +35,17 @@ def fit_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace
 
 
 def load_codec(folder: Path) -> Codec:
-    """Read what `fit_codec` wrote; raises an `ArtifactError` if a file is missing or broken."""
-    described = read_json(folder / "codec.json")
-    kind = described.get("kind") if isinstance(described, dict) else None
+    """Load a folder that `fit_codec` wrote; raise an `ArtifactError` if a file is missing or invalid."""
+    metadata = read_json(folder / "codec.json")
+    kind = metadata.get("kind") if isinstance(metadata, dict) else None
     if not isinstance(kind, str) or kind not in CODECS:
-        raise CorruptArtifact(f"{folder / 'codec.json'} is of kind {kind!r}; known are {', '.join(CODECS)}")
+        raise CorruptArtifact(
+            f"{folder / 'codec.json'} must have a kind of {', '.join(CODECS)}; got {kind!r}; fit the codec again"
+        )
     try:
-        return CODECS[kind].load(folder, described)
+        return CODECS[kind].load(folder, metadata)
     except (KeyError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
-        raise CorruptArtifact(f"{folder} does not hold a whole codec ({error}); fit it again") from error
+        raise CorruptArtifact(f"{folder} does not hold a valid codec ({error}); fit it again") from error
 
 
 def _fit_pixels(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
@@ -51,8 +53,8 @@ def _fit_pixels(config: CodecConfig, shards: Path, out: Path, workspace: Workspa
     return 0.0
 
 
-def _load_pixels(folder: Path, described: dict[str, Any]) -> Codec:
-    return PixelCodec(image_shape=tuple(described["image_shape"]))
+def _load_pixels(folder: Path, metadata: dict[str, Any]) -> Codec:
+    return PixelCodec(image_shape=tuple(metadata["image_shape"]))
 
 
 def _fit_pca(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:

@@ -1,52 +1,42 @@
-"""When an expert of few steps is asked, and how a sample goes from each of these times to the next.
+"""Few-step schedules: the few t at which a distilled expert is evaluated, and the step from each to the next.
 
-A student knows its own few t and no other. A trajectory may also begin below t = 1, with a draft noised to there.
+A student is trained at its own few t only. A trajectory may also start below t = 1, from a draft that is noised to
+there.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 StepType = Literal["euler", "renoise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewStepSchedule:
-    """Stands in the place of a solver and its steps."""
+    """Replaces a solver and its step count."""
 
     times: tuple[float, ...]
-    """The falling t at which an expert is asked, the first of them where a sample begins; the last leads to 0."""
+    """The falling t at which an expert is evaluated; sampling starts at the first, and the last step ends at 0."""
     step_types: tuple[StepType, ...]
-    """How a sample goes on from each: along the velocity, or from the clean estimate with fresh noise."""
+    """How each step proceeds: `euler` follows the velocity, `renoise` adds fresh noise to the clean estimate."""
     is_distilled: bool = False
-    """Whether what is said there was learned from an expert, so that data are no longer its target."""
+    """Whether the expert was distilled, so that its target is no longer the data."""
 
     def __post_init__(self) -> None:
-        """Refuse what leads nowhere."""
+        """Check that times fall to 0 and that every one has a step type; raise `ValueError` otherwise."""
         if not self.times or any(a <= b for a, b in pairwise((*self.times, 0.0))) or self.times[0] > 1:
-            raise ValueError(f"a course has times that fall from at most 1 and stay above 0; got {list(self.times)}")
-        if len(self.step_types) != len(self.times) or any(way not in get_args(StepType) for way in self.step_types):
+            raise ValueError(f"few-step times must fall from at most 1 and stay above 0; got {list(self.times)}")
+        is_known = all(step_type in get_args(StepType) for step_type in self.step_types)
+        if len(self.step_types) != len(self.times) or not is_known:
             raise ValueError(
-                f"{len(self.times)} times need as many ways, euler or renoise; got {list(self.step_types)}"
+                f"{len(self.times)} times need as many step types, euler or renoise; got {list(self.step_types)}"
             )
 
     @classmethod
-    def uniform(cls, steps: int, way: StepType, *, start: float = 1.0, is_distilled: bool = False) -> "FewStepSchedule":
-        """In equal steps from `start` down."""
+    def uniform(
+        cls, steps: int, step_type: StepType, *, start: float = 1.0, is_distilled: bool = False
+    ) -> "FewStepSchedule":
+        """Return equal steps from `start` to 0."""
         # Zhou et al. 2025, arXiv:2505.12674, section 3: t_i = t_init (1 - i / K).
         times = tuple(start * (1 - index / steps) for index in range(steps))
-        return cls(times=times, step_types=(way,) * steps, is_distilled=is_distilled)
-
-    def described(self) -> dict[str, Any]:
-        """As JSON."""
-        return {"times": list(self.times), "step_types": list(self.step_types), "is_distilled": self.is_distilled}
-
-    @classmethod
-    def parsed(cls, found: Mapping[str, Any]) -> "FewStepSchedule":
-        """From JSON; raises `KeyError`, `TypeError` or `ValueError`."""
-        return cls(
-            times=tuple(float(t) for t in found["times"]),
-            step_types=tuple(found["step_types"]),
-            is_distilled=bool(found["is_distilled"]),
-        )
+        return cls(times=times, step_types=(step_type,) * steps, is_distilled=is_distilled)

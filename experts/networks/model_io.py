@@ -1,10 +1,10 @@
-"""A diffusers model as a folder: `config.json` and safetensors, and nothing that could run code.
+"""A diffusers model as a folder: `config.json` and safetensors, and no file that could run code.
 
-`structure.json` says what a pruned model lacks of its configuration, `quantization_config.json` which of its layers and weights have
-been replaced. Whole models have neither.
+`structure.json` lists the layers and units that a pruned model lacks, `quantization_config.json` its quantized modules.
+Original models have neither.
 
-diffusers' own `from_pretrained` starts what a file lacks at random, ignores what it does not know, and follows an index
-to files of any kind, pickles among them. Here every parameter must be there, and no other.
+diffusers' `from_pretrained` initializes missing tensors at random, ignores unknown ones, and follows an index to files
+of any kind, pickles included. `load_model` requires every tensor of the model and no other.
 """
 
 import inspect
@@ -16,54 +16,55 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
+from ddm_core.json_values import from_json
 from experts.compressed.pruning.structure import Structure
 from experts.compressed.quantization.registry import quantized_modules, replace_modules
 
-STRUCTURE, FORMS = "structure.json", "quantization_config.json"
+STRUCTURE, QUANTIZATION_CONFIG = "structure.json", "quantization_config.json"
 DIFFUSERS = "diffusion_pytorch_model"
-WAY_OUT = "copy it again from where it was trained, or train it again"
+REMEDY = "copy it again from where it was trained, or train it again"
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """Write the model as diffusers does, and what it lacks or has replaced."""
+    """Write the model as diffusers does, with its structure and its quantized modules."""
     saver: Any = model
     saver.save_pretrained(folder, safe_serialization=True)
-    structure, forms = Structure.of(model), quantized_modules(model)
-    if not structure.is_whole:
+    structure, quantized = Structure.from_model(model), quantized_modules(model)
+    if not structure.is_unpruned:
         write_json(folder / STRUCTURE, structure)
-    if forms:
-        write_json(folder / FORMS, forms)
+    if quantized:
+        write_json(folder / QUANTIZATION_CONFIG, quantized)
 
 
 def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
-    """A model of one of these classes, ready for inference; raises `CorruptArtifact` if it is not whole, or another."""
+    """Load a model of one of these classes for inference; raise `CorruptArtifact` if that fails."""
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    model_class: Any = next((known for known in classes if known.__name__ == name), None)
+    model_class: Any = next((candidate for candidate in classes if candidate.__name__ == name), None)
     if model_class is None:
-        names = ", ".join(known.__name__ for known in classes)
+        names = ", ".join(candidate.__name__ for candidate in classes)
         raise CorruptArtifact(f"{folder} holds a network of class {name!r}; known are {names}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if unknown := sorted(settings.keys() - inspect.signature(model_class).parameters.keys()):
-        raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not know: {', '.join(unknown[:5])}")
+        raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not take: {', '.join(unknown[:5])}")
     try:
         model: nn.Module = model_class(**settings)
         if (folder / STRUCTURE).exists():
-            Structure.parsed(read_json(folder / STRUCTURE)).apply(model)
-        if (folder / FORMS).exists():
-            replace_modules(model, read_json(folder / FORMS))
+            from_json(Structure, read_json(folder / STRUCTURE)).apply(model)
+        if (folder / QUANTIZATION_CONFIG).exists():
+            replace_modules(model, read_json(folder / QUANTIZATION_CONFIG))
         model.load_state_dict(_read_tensors(folder))
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:500]
-        raise CorruptArtifact(f"{folder} does not hold a whole {name}: {reason}; {WAY_OUT}") from error
+        raise CorruptArtifact(f"{folder} does not hold a complete {name}: {reason}; {REMEDY}") from error
     return model.eval()
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All parameters; diffusers writes a large model into several files."""
-    found: dict[str, Tensor] = {}
+    """Return all tensors; diffusers writes a large model into several files."""
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob(f"{DIFFUSERS}*.safetensors")):
-        found |= load_file(path)
-    if not found:
-        raise FileNotFoundError(f"no file {DIFFUSERS}*.safetensors is there; pickles are not read")
-    return found
+        tensors |= load_file(path)
+    if not tensors:
+        raise FileNotFoundError(f"there is no file {DIFFUSERS}*.safetensors; pickles are not read")
+    return tensors

@@ -1,9 +1,9 @@
-"""Where a training starts: at a fresh network, or at a checkpoint that may predict something else on another path.
+"""Initial models: a new network, or a checkpoint that may have another prediction type and noise schedule.
 
-A checkpoint keeps its network, its prediction and its path: the finished expert says so in its `expert.json`, and the
-ensemble matches it at equal noise-to-signal ratio. What `init_loss` chooses is where the error is measured: `own` goes
-on as the checkpoint was trained; `converted` converts what it puts out to the recipe's prediction and path first, so
-that its error is weighted over t as that of the experts beside it. FLOPs that went into a checkpoint are not counted.
+A checkpoint keeps its network, prediction type and noise schedule. The finished expert records both in `expert.json`,
+and the ensemble matches them at equal noise-to-signal ratio. `init_loss` selects where the error is measured: `own`
+uses the checkpoint's prediction and schedule; `converted` first converts the output to those of the config, so that
+its error has the same weight over t as that of the other experts. FLOPs that went into a checkpoint are not counted.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from experts.networks.registry import NetworkError, build_network, load_network
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitialModel:
-    """A network before its first step, and what its predictions mean."""
+    """A network before its first step, with its prediction type and noise schedule."""
 
     model: nn.Module
     prediction: Prediction
@@ -31,7 +31,7 @@ class InitialModel:
 
 
 def build_initial_model(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> InitialModel:
-    """A fresh network, or that of the checkpoint; raises `NetworkError` or `InitError` if it does not fit."""
+    """Build a new network, or load the checkpoint; raise `NetworkError` or `InitError` if it does not fit."""
     if config.init is not None:
         return _from_checkpoint(config, Path(config.init), latent_shape, num_classes)
     with torch.random.fork_rng(devices=[]):
@@ -51,38 +51,39 @@ def _from_checkpoint(
     except ArtifactError as error:
         raise InitError(f"init={folder}: {error}") from error
     _check_fits(model, folder, latent_shape, num_classes)
-    said = read_json(folder / "expert.json") if (folder / "expert.json").is_file() else {}
-    prediction, path = (
-        said.get("prediction", config.init_prediction),
-        said.get("noise_schedule", config.init_noise_schedule),
-    )
-    if path not in NOISE_SCHEDULES:
-        raise InitError(f"init={folder} is on the unknown noise path {path!r}; known are {', '.join(NOISE_SCHEDULES)}")
-    return InitialModel(model=model, prediction=prediction, noise_schedule=NOISE_SCHEDULES[path])
+    metadata = read_json(folder / "expert.json") if (folder / "expert.json").is_file() else {}
+    prediction = metadata.get("prediction", config.init_prediction)
+    name = metadata.get("noise_schedule", config.init_noise_schedule)
+    if name not in NOISE_SCHEDULES:
+        raise InitError(
+            f"init={folder} has the unknown noise schedule {name!r}; choose a checkpoint with one of "
+            f"{', '.join(NOISE_SCHEDULES)}"
+        )
+    return InitialModel(model=model, prediction=prediction, noise_schedule=NOISE_SCHEDULES[name])
 
 
 def _check_fits(model: nn.Module, folder: Path, latent_shape: tuple[int, ...], num_classes: int) -> None:
-    knows = model_signature(model)
-    if knows.latent_shape != latent_shape:
+    signature = model_signature(model)
+    if signature.latent_shape != latent_shape:
         raise InitError(
-            f"init={folder} knows latents of shape {knows.latent_shape}, and the data have {latent_shape}; "
+            f"init={folder} takes latents of shape {signature.latent_shape}, and the data have {latent_shape}; "
             "choose another codec or data.image_size, or another checkpoint"
         )
-    if knows.out_channels != latent_shape[0]:
+    if signature.out_channels != latent_shape[0]:
         raise InitError(
-            f"init={folder} puts out {knows.out_channels} channels for {latent_shape[0]}, so it predicts a variance "
-            "too, which we have no use for; take a checkpoint without a learned variance"
+            f"init={folder} returns {signature.out_channels} channels for {latent_shape[0]}, so it predicts a variance "
+            "too, which is not supported; choose a checkpoint without a learned variance"
         )
-    if knows.num_classes != num_classes:
+    if signature.num_classes != num_classes:
         raise InitError(
-            f"init={folder} knows {knows.num_classes} classes and the null class, and the data have {num_classes}; "
-            "set data.labels=false for one that knows none, or take another checkpoint"
+            f"init={folder} has {signature.num_classes} classes and the null class, and the data have {num_classes}; "
+            "set data.labels=false for one without classes, or choose another checkpoint"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSignature:
-    """What a network was made for."""
+    """The shapes and classes that a network was built for."""
 
     latent_shape: tuple[int, ...]
     out_channels: int
@@ -90,13 +91,15 @@ class ModelSignature:
 
 
 def model_signature(model: nn.Module) -> ModelSignature:
-    """What a network of `experts.networks` says of itself; a UNet without class embedding knows no classes."""
+    """Read the signature from a network's config; a UNet without class embedding has no classes."""
     config: Any = model.config
     if not isinstance(model, UNet2DModel | DiTTransformer2DModel):
         shape = tuple(config.latent_shape)
         return ModelSignature(latent_shape=shape, out_channels=shape[0], num_classes=config.num_classes)
     if not isinstance(config.sample_size, int):
-        raise NetworkError(f"this network is for samples of size {config.sample_size}; only square ones are known here")
+        raise NetworkError(
+            f"networks need square samples; this one takes size {config.sample_size}; choose another checkpoint"
+        )
     is_unet = isinstance(model, UNet2DModel)
     embeds = (config.num_class_embeds or 1) - 1 if is_unet else config.num_embeds_ada_norm
     return ModelSignature(

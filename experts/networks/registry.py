@@ -1,7 +1,7 @@
-"""The networks an expert can have: diffusers models behind one call.
+"""Registry of the networks that an expert can have: diffusers models behind one call.
 
-To add one, write how it is built and how it is called, and put both into `NETWORKS`. Every network takes
-t in [0, 1], one number a row, and knows `num_classes` classes with the null class behind them.
+To add one, write a build and a call function, and add a row to `NETWORKS`. Every network takes t in [0, 1], one number
+a row, and embeds `num_classes` classes followed by the null class.
 """
 
 import math
@@ -14,31 +14,35 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from ddm_core.errors import DDMError
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
-from experts.diffusion.noise_schedule import Latents, Times
 from experts.networks.model_io import load_model
+from experts.types import Latents, RowTimes, Times
 
 AnyNetworkConfig = ResidualMLPConfig | UNetConfig | DiTConfig
 
 TIMESTEPS = 1000
-"""diffusers' models embed timesteps from 0 to 1000, so t is multiplied by this at their door."""
+"""diffusers' models embed timesteps from 0 to 1000, so t is multiplied by this before a call."""
 
 
-class NetworkError(ValueError):
-    """A network cannot work on these latents."""
+class NetworkError(DDMError, ValueError):
+    """A network does not support these latents."""
+
+
+NetworkCall = Callable[[Any, Latents, Tensor, Condition], Tensor]
+"""Maps (model, noised, t of every row, condition) to a prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """How one kind of network is built and called."""
+    """Build and call functions of one kind of network."""
 
     model_class: type[nn.Module]
     build: Callable[[Any, tuple[int, ...], int], nn.Module]
-    """(its config, latent shape, number of classes) to a model with fresh parameters."""
-    call: Callable[[Any, Latents, Tensor, Condition], Tensor]
-    """(model, noised, t of every row, condition) to a prediction."""
+    """Maps (config, latent shape, number of classes) to a model with new parameters."""
+    call: NetworkCall
 
 
 def _build_residual_mlp(config: ResidualMLPConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -54,26 +58,26 @@ def _call_residual_mlp(model: ResidualMLP, noised: Latents, t: Tensor, condition
 
 
 def _build_unet(config: UNetConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    channels, side = _square(latent_shape, "unet")
+    channels, side = _square_shape(latent_shape, "unet")
     lower_levels = len(config.channels) - 1
     if side % 2**lower_levels:
         raise NetworkError(
             f"unet halves the side {lower_levels} times, and {side} cannot be halved so often; "
-            f"give network.channels at most {_halvings(side) + 1} entries, or use residual_mlp"
+            f"give network.channels at most {_count_halvings(side) + 1} entries, or use residual_mlp"
         )
     if config.attention and config.channels[-1] % 8:
         raise NetworkError(
             f"attention needs the lowest level's channels to be a multiple of 8, not {config.channels[-1]}; "
             "change network.channels or set network.attention=false"
         )
-    plain = ["DownBlock2D"] * lower_levels
+    down_blocks = ["DownBlock2D"] * lower_levels
     model: nn.Module = UNet2DModel(
         sample_size=side,
         in_channels=channels,
         out_channels=channels,
         block_out_channels=config.channels,
         layers_per_block=config.layers_per_block,
-        down_block_types=(*plain, "AttnDownBlock2D" if config.attention else "DownBlock2D"),
+        down_block_types=(*down_blocks, "AttnDownBlock2D" if config.attention else "DownBlock2D"),
         up_block_types=("AttnUpBlock2D" if config.attention else "UpBlock2D", *["UpBlock2D"] * lower_levels),
         add_attention=config.attention,
         norm_num_groups=math.gcd(32, *config.channels),
@@ -83,14 +87,14 @@ def _build_unet(config: UNetConfig, latent_shape: tuple[int, ...], num_classes: 
 
 
 def _call_unet(model: UNet2DModel, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
-    embeds = model.config.num_class_embeds
-    labels = None if embeds is None else condition.embedding_index(embeds - 1)
+    num_embeddings = model.config.num_class_embeds
+    labels = None if num_embeddings is None else condition.embedding_index(num_embeddings - 1)
     predicted: Tensor = model(noised, t * TIMESTEPS, labels, return_dict=False)[0]
     return predicted
 
 
 def _build_dit(config: DiTConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    channels, side = _square(latent_shape, "dit")
+    channels, side = _square_shape(latent_shape, "dit")
     if side % config.patch_size:
         raise NetworkError(
             f"dit cuts latents into patches of side {config.patch_size}, which does not divide {side}; "
@@ -124,33 +128,41 @@ _CALLS = {network.model_class: network.call for network in NETWORKS.values()}
 
 
 def build_network(config: AnyNetworkConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """A network with fresh parameters, from torch's global generator; `NetworkError` if it does not fit."""
+    """Build a network with parameters from torch's global generator; raise `NetworkError` if it does not fit."""
     return NETWORKS[config.kind].build(config, latent_shape, num_classes)
 
 
 def call_network(model: nn.Module, noised: Latents, t: Times, condition: Condition) -> Latents:
-    """The network's own prediction for every row; t is one number, or one a row."""
+    """Return the network's prediction for every row; t is one number, or one a row."""
+    call, t = resolve_call(model, noised, t)
+    return call(model, noised, t, condition)
+
+
+def resolve_call(model: nn.Module, noised: Latents, t: Times) -> tuple[NetworkCall, RowTimes]:
+    """Return the network's call function and t of every row; `Expert.velocity` uses them to save a stack frame."""
     if t.ndim > 1:
-        raise NetworkError(f"this network takes one t a row, not t of shape {tuple(t.shape)}; give it {len(noised)}")
-    return _CALLS[type(model)](model, noised, t.expand(len(noised)), condition)
+        raise NetworkError(
+            f"this network takes one t a row, not t of shape {tuple(t.shape)}; pass {len(noised)} numbers"
+        )
+    return _CALLS[type(model)], t.expand(len(noised))
 
 
 def load_network(folder: Path) -> nn.Module:
-    """The network in a folder, ready for inference; raises an `ArtifactError` if it is broken or of another kind."""
+    """Load a network for inference; raise an `ArtifactError` if it is invalid or of another kind."""
     classes = tuple(network.model_class for network in NETWORKS.values())
     return _without_label_dropout(load_model(classes, folder))
 
 
 def _without_label_dropout(model: nn.Module) -> nn.Module:
-    """Switch off DiT's own label dropout: the batch decides which rows are null, nothing else."""
+    """Disable DiT's label dropout in place: the batch alone decides which rows are null."""
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
     return model
 
 
-def _square(latent_shape: tuple[int, ...], kind: str) -> tuple[int, int]:
-    """Channels and side of square latents."""
+def _square_shape(latent_shape: tuple[int, ...], kind: str) -> tuple[int, int]:
+    """Return channels and side of square latents; raise `NetworkError` for others."""
     if len(latent_shape) != 3 or latent_shape[1] != latent_shape[2]:
         raise NetworkError(
             f"{kind} needs latents of shape (channels, side, side), not {latent_shape}; "
@@ -159,6 +171,6 @@ def _square(latent_shape: tuple[int, ...], kind: str) -> tuple[int, int]:
     return latent_shape[0], latent_shape[1]
 
 
-def _halvings(side: int) -> int:
-    """How often `side` can be halved."""
+def _count_halvings(side: int) -> int:
+    """Return how often `side` can be halved."""
     return (side & -side).bit_length() - 1

@@ -1,10 +1,10 @@
-"""Everything that is needed to continue a training bit for bit, and nothing that can be derived.
+"""Training checkpoints: the state that resumes a training bit for bit, without anything that can be derived.
 
-    checkpoints/step-00000500/state.safetensors   parameters, average, optimiser, sums since the last row
+    checkpoints/step-00000500/state.safetensors   parameters, average, optimizer, sums since the last row
                               state.json          step, metrics rows, configuration, checksums; written last
 
-A new checkpoint is whole before the one before it goes, and at most one is kept. One that was damaged on the disk is
-set aside and reported; the training then begins anew and comes to the same bits.
+A new checkpoint is complete before the previous one is deleted, and at most one is stored. A damaged checkpoint is
+renamed and reported; training then restarts from step 0 and is bit-identical.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from ddm_core.artifacts import (
     with_checksum,
     write_text,
 )
+from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
 from experts.training.ema import MovingAverage
 
@@ -37,17 +38,17 @@ MetricsRow = dict[str, int | float]
 STATE, TENSORS = "state.json", "state.safetensors"
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be continued from."""
+class CheckpointError(DDMError):
+    """Training cannot resume from a checkpoint."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint was not as it was written, and has been set aside: started again, the training begins anew."""
+    """A checkpoint was damaged and has been renamed; the next start trains from step 0."""
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainingState:
-    """A training between two steps."""
+    """The state of a training between two steps."""
 
     config: TrainingConfig
     model: nn.Module
@@ -55,80 +56,81 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    """Steps that are done."""
+    """Finished steps."""
     rows: list[MetricsRow] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Sums of the metrics over the steps since the last row, on the device."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Write the state under `folder`, whole or not at all, and remove what was there before."""
+    """Write the state below `folder` atomically, and delete older checkpoints."""
     new = folder / f"step-{state.step:08d}"
     with atomic_folder(new) as temporary:
-        save_file(_tensors_of(state), temporary / TENSORS)
-        described = {
+        save_file(_collect_tensors(state), temporary / TENSORS)
+        content = {
             "step": state.step,
             "config": _identity(state.config),
             "rows": state.rows,
             "scaler": state.scaler.state_dict(),
             "sha256": checksum(temporary / TENSORS),
         }
-        write_text(temporary / STATE, with_checksum(described))
+        write_text(temporary / STATE, with_checksum(content))
     for path in folder.iterdir():
         if path != new:
             shutil.rmtree(path)
 
 
 def restore_checkpoint(folder: Path, state: TrainingState) -> bool:
-    """Overwrite a freshly started state with the newest checkpoint, and say whether there was one.
+    """Overwrite an initial state with the newest checkpoint, and return whether there was one.
 
     Raises `DamagedCheckpoint` if it is truncated or changed, `CheckpointError` if it is of another network or
     configuration.
     """
-    found = sorted(folder.glob("step-*"))
-    if not found:
+    checkpoints = sorted(folder.glob("step-*"))
+    if not checkpoints:
         return False
-    newest = found[-1]
-    way_out = f"delete {folder} to start this training over"
-    described = _read_whole(newest)
+    newest = checkpoints[-1]
+    remedy = f"delete {folder} to restart this training"
+    content = _read_checkpoint(newest)
     try:
-        if described["config"] != _identity(state.config):
-            raise CheckpointError(f"{newest} is of another training configuration; restore that, or {way_out}")
+        if content["config"] != _identity(state.config):
+            raise CheckpointError(f"{newest} has another training configuration; restore that one, or {remedy}")
         _restore(state, load_file(newest / TENSORS))
-        state.step, state.rows = described["step"], described["rows"]
-        state.scaler.load_state_dict(described["scaler"])
+        state.step, state.rows = content["step"], content["rows"]
+        state.scaler.load_state_dict(content["scaler"])
     except KeyError as error:
-        raise CheckpointError(f"{newest} is of another version, without {error}; {way_out}") from error
+        raise CheckpointError(f"{newest} has another version, without {error}; {remedy}") from error
     except RuntimeError as error:
-        raise CheckpointError(f"{newest} is of another network ({error}); {way_out}") from error
+        raise CheckpointError(f"{newest} has another network ({error}); {remedy}") from error
     logger.info("continuing from step %d", state.step)
     return True
 
 
-def _read_whole(newest: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; one that is not as it was written is set aside, with `DamagedCheckpoint`."""
+def _read_checkpoint(newest: Path) -> dict[str, Any]:
+    """Return the content of `state.json`; rename a damaged checkpoint and raise `DamagedCheckpoint`."""
     try:
-        described = read_with_checksum(newest / STATE)
-        if checksum(newest / TENSORS) == described["sha256"]:
-            return described
+        content = read_with_checksum(newest / STATE)
+        if checksum(newest / TENSORS) == content["sha256"]:
+            return content
         reason = f"{TENSORS} is truncated or changed"
     except (ArtifactError, FileNotFoundError) as error:
         reason = str(error)
-    aside = newest.with_name(f"damaged-{newest.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    renamed = newest.with_name(f"damaged-{newest.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
-        newest.rename(aside)
+        newest.rename(renamed)
     raise DamagedCheckpoint(
-        f"{newest} is damaged ({reason}); it was renamed to {aside.name}, so start again: the training begins anew"
+        f"{newest} is damaged ({reason}) and was renamed to {renamed.name}; "
+        "run the same command again to restart from step 0"
     )
 
 
 def _identity(config: TrainingConfig) -> dict[str, object]:
-    """The configuration without what may differ between two attempts: where they run."""
+    """Return the configuration without the device, which may differ between two attempts."""
     return {name: value for name, value in to_jsonable(config).items() if name != "device"}
 
 
-def _tensors_of(state: TrainingState) -> dict[str, Tensor]:
+def _collect_tensors(state: TrainingState) -> dict[str, Tensor]:
     names = [name for name, _ in state.model.named_parameters()]
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in state.average.average.items()}

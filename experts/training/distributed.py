@@ -1,14 +1,15 @@
-"""Workers that train one network together inside one island, as one worker would with the same global batch.
+"""Data parallelism: workers that train one network inside one island, with the result of one worker.
 
-Every worker takes its rows of the global batch, torch's DistributedDataParallel averages the gradients, and all of
-them stop at the same step; the first one alone writes. Whoever wants a group starts a process group of
-torch.distributed that carries CPU tensors (`gloo`, or `cpu:gloo,cuda:nccl`) in every worker, all of which see the same
-scratch folder. Without one, or with one worker, everything here does nothing. A group never reaches across islands.
+Every worker takes its rows of the global batch, torch's DistributedDataParallel averages the gradients, and all stop at
+the same step; only rank 0 writes. To create a group, start a process group of torch.distributed that carries CPU
+tensors (`gloo`, or `cpu:gloo,cuda:nccl`) in every worker; all workers need the same scratch folder. Without a process
+group, or with one worker, every method here does nothing. A group never spans islands.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -16,122 +17,124 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddm_core.artifacts import Preempted
+from ddm_core.errors import DDMError
 
-Rows = TypeVar("Rows")
+BatchT = TypeVar("BatchT")
 
 
-class GroupError(ValueError):
+class GroupError(DDMError, ValueError):
     """These workers cannot train together."""
 
 
-class WorkerLost(Exception):  # noqa: N818 - names what happened
-    """Another worker of the group is gone; what the first one has saved can be continued."""
+class WorkerLost(DDMError):  # noqa: N818 - names the event
+    """Another worker of the group is lost; training can resume from the checkpoint of rank 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataParallelGroup:
-    """This worker's place among those that train together."""
+    """The rank of this worker and the size of its group."""
 
     rank: int = 0
-    """Counted from 0; the first one writes."""
+    """Counted from 0; rank 0 writes."""
     size: int = 1
 
     @classmethod
     def join(cls) -> "DataParallelGroup":
-        """The process group of torch.distributed that this process has joined, or a group of one."""
+        """Return the torch.distributed process group of this process, or a group of one."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()
 
     @property
     def is_main(self) -> bool:
-        """Whether this worker is the one that writes."""
+        """Return whether this worker writes."""
         return self.rank == 0
 
     def local_rows(self, batch_size: int) -> slice:
-        """This worker's rows of a global batch; `GroupError` if the workers would not get equally many."""
+        """Return this worker's rows of a global batch; raise `GroupError` if the workers would not get equally many."""
         if batch_size % self.size:
-            below = batch_size - batch_size % self.size
+            smaller = batch_size - batch_size % self.size
             raise GroupError(
-                f"a batch of {batch_size} cannot be shared equally by {self.size} workers; "
-                f"take a batch of {below or self.size} or {below + self.size}, or another number of workers"
+                f"a batch of {batch_size} cannot be divided equally among {self.size} workers; "
+                f"choose a batch of {smaller or self.size} or {smaller + self.size}, or another number of workers"
             )
         rows = batch_size // self.size
         return slice(self.rank * rows, (self.rank + 1) * rows) if self.size > 1 else slice(None)
 
     def wrap_model(
-        self, model: nn.Module, loss: Callable[[nn.Module, Rows], dict[str, Tensor]]
-    ) -> Callable[[Rows], dict[str, Tensor]]:
-        """The loss of this worker's rows, whose backward pass gives every worker the mean gradient of all."""
+        self, model: nn.Module, loss: Callable[[nn.Module, BatchT], Tensor | dict[str, Tensor]]
+    ) -> Callable[[BatchT], Tensor | dict[str, Tensor]]:
+        """Return the loss of this worker's rows; its backward pass averages the gradients over all workers."""
         if self.size == 1:
-            return lambda batch: loss(model, batch)
-        # DDP otherwise rearranges its buckets after the first backward pass, and so the order in which three or more
-        # workers' gradients are added: a training that was continued would differ in its last bits.
-        return DistributedDataParallel(_LossOf(model, loss), find_unused_parameters=True)
+            return partial(loss, model)
+        # Without `find_unused_parameters` DDP rearranges its buckets after the first backward pass. That changes the
+        # order in which gradients of three or more workers are added, so a resumed training would differ in its last
+        # bits.
+        return DistributedDataParallel(_LossModule(model, loss), find_unused_parameters=True)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean of every value over all workers; nothing waits for the device."""
+        """Return the mean of every value over all workers, without waiting for the device."""
         if self.size == 1:
             return values
         stacked = torch.stack([value.detach().float() for value in values.values()])
         distributed.all_reduce(stacked)
         return dict(zip(values, (stacked / self.size).unbind(), strict=True))
 
-    def any_rank(self, said: bool) -> bool:  # noqa: FBT001 - what this worker says is the value
-        """Whether at least one worker says yes; all of them get the same answer."""
+    def any_rank(self, flag: bool) -> bool:  # noqa: FBT001 - the flag is the value
+        """Return whether the flag is true on at least one worker; the result is equal on all of them."""
         if self.size == 1:
-            return said
-        votes = torch.tensor([said], dtype=torch.uint8)
+            return flag
+        votes = torch.tensor([flag], dtype=torch.uint8)
         distributed.all_reduce(votes, distributed.ReduceOp.MAX)
         return bool(votes)
 
     def check_equal(self, step: int) -> None:
-        """Raise `GroupError` unless all workers would go on from the same step."""
+        """Raise `GroupError` unless all workers would resume from the same step."""
         if self.size == 1:
             return
         steps = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         distributed.all_gather(steps, torch.tensor([step]))
-        found = [int(other) for other in steps]
-        if len(set(found)) > 1:
+        resume_steps = [int(other) for other in steps]
+        if len(set(resume_steps)) > 1:
             raise GroupError(
-                f"the workers found checkpoints of the steps {', '.join(map(str, found))}: they do not see the same "
-                "scratch folder; put it on a disk that all of them share, or all workers on one node"
+                "all workers need the same scratch folder; they read checkpoints of the steps "
+                f"{', '.join(map(str, resume_steps))}; put the folder on a shared disk, or all workers on one node"
             )
 
     def run_on_main(self, work: Callable[[], None]) -> None:
-        """Let the first worker do what all need; the others wait, and raise `Preempted` if it does not end well."""
+        """Run `work` on rank 0 while the other ranks wait; they raise `Preempted` if it fails."""
         if self.size == 1:
             work()
             return
-        done = not self.is_main
+        is_done = not self.is_main
         with self.worker_loss_as_error():
             try:
                 if self.is_main:
                     work()
-                    done = True
+                    is_done = True
             finally:
-                is_missing = self.any_rank(not done)
-            if is_missing:
-                raise Preempted("the first worker of the group stopped, and says why")
+                has_failed = self.any_rank(not is_done)
+            if has_failed:
+                raise Preempted("rank 0 of the group stopped; read its log for the reason")
 
     @contextlib.contextmanager
     def worker_loss_as_error(self) -> Iterator[None]:
-        """Turn the errors of a connection to a worker that is gone into `GroupBroken`."""
+        """Raise `WorkerLost` for the connection errors of a lost worker."""
         try:
             yield
         except RuntimeError as error:  # gloo raises no class of its own
             if self.size > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
                 reason = str(error).partition(". ")[0]
-                raise WorkerLost(f"another of the {self.size} workers is gone ({reason})") from error
+                raise WorkerLost(f"another of the {self.size} workers is lost ({reason})") from error
             raise
 
 
-class _LossOf(nn.Module, Generic[Rows]):
-    """The loss as a module, which is what DistributedDataParallel wraps; the network inside stays as it is."""
+class _LossModule(nn.Module, Generic[BatchT]):
+    """The loss as a module, which DistributedDataParallel can wrap without changing the network."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Rows], dict[str, Tensor]]) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, BatchT], Tensor | dict[str, Tensor]]) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, batch: Rows) -> dict[str, Tensor]:
+    def forward(self, batch: BatchT) -> Tensor | dict[str, Tensor]:
         return self.loss(self.model, batch)

@@ -1,4 +1,4 @@
-"""The parameters' moving average, with a horizon that grows with the run, so that it fits short runs too."""
+"""Moving average of parameters, with a horizon that grows with the run, so that it suits short runs too."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def power_law_gamma(width: float) -> float:
-    """The exponent whose power-function average has this relative width (0 to 0.28).
+    """Return the exponent whose power-function average has this relative width (0 to 0.28).
 
     Karras et al. 2024, arXiv:2312.02696, equation 123: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
@@ -29,11 +29,11 @@ class MovingAverage:
         self._sources = [parameter.detach() for parameter in self.source.values()]
 
     def decay(self, step: int) -> float:
-        """The share of the old average that is kept at a step, counted from 1."""
+        """Return the weight of the previous average at a step, counted from 1."""
         return float((1 - 1 / step) ** (self.gamma + 1))
 
     def update(self, step: int) -> None:
-        """Take in the parameters as they are after `step` steps."""
+        """Add the parameters after `step` steps to the average."""
         torch._foreach_lerp_(self._targets, self._sources, 1 - self.decay(step))
 
     def copy_to(self, model: nn.Module) -> None:

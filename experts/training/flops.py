@@ -1,4 +1,4 @@
-"""How many floating point operations a network costs, counted from the operators it calls."""
+"""FLOPs of a network, counted from the operators that it calls."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def forward_flops(call: Callable[[], object]) -> float:
-    """FLOPs of one call, usually a network on one row on the CPU; a multiply-add counts as two.
+    """Return the FLOPs of one call, usually of a network on one row on the CPU; a multiply-add counts as two.
 
-    Attention is forced onto plain matrix products, the only kind that is counted on every device.
+    Attention runs as plain matrix products, the only implementation that is counted on every device.
     """
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
@@ -18,5 +18,5 @@ def forward_flops(call: Callable[[], object]) -> float:
 
 
 def training_flops(forward: float, batch_size: int, steps: int) -> float:
-    """FLOPs of training; a backward pass costs two forward passes (Kaplan et al. 2020, arXiv:2001.08361)."""
+    """Return the FLOPs of training; a backward pass costs two forward passes (Kaplan et al. 2020, arXiv:2001.08361)."""
     return 3.0 * forward * batch_size * steps

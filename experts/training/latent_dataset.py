@@ -1,7 +1,7 @@
-"""Latents of one or more clusters, and the batch that training sees at each step.
+"""Latents of one or more clusters, and the batch of each training step.
 
-`encode_latents` runs the codec once over all shards; `batch_of` is a pure function of (seed, step), so
-that order, noise, t and dropped conditions need no state and survive any interruption.
+`encode_latents` runs the codec once over all shards. `make_batch` is a pure function of (seed, step), so order, noise,
+t and dropped conditions need no state and survive any interruption.
 """
 
 import functools
@@ -12,64 +12,64 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from data_partition.shards.shards import read_batches, read_index
-from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, files_in, read_json, write_json
-from ddm_core.memmaps import new_array
+from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files, read_json, write_json
+from ddm_core.errors import DDMError
+from ddm_core.memmaps import create_memmap
+from ddm_core.random_bits import Stream
 from experts.codec import Codec
 from experts.condition import Condition
 from experts.config import TrainingConfig
-from experts.diffusion.noise_schedule import Latents
 from experts.training.distributed import DataParallelGroup
+from experts.types import Latents, RowTimes
 
 logger = logging.getLogger(__name__)
 
 ENCODE_BATCH = 512
-_ORDER, _NOISE, _STEP = range(3)
-"""Purposes of random numbers; no two share a stream."""
 
 
-class LatentError(ValueError):
-    """Latents and their conditions cannot be trained on."""
+class LatentError(DDMError, ValueError):
+    """Latents or their conditions cannot be trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentDataset:
-    """Latents with the class and the cluster of each; may lie in memory-mapped files."""
+    """Latents with the class and the cluster of each; may be memory-mapped files."""
 
     clean: Latents
     class_id: Int[Tensor, " batch"]
     """-1 for samples without a class."""
     cluster_id: Int[Tensor, " batch"]
-    """Index of the folder that the sample came from."""
+    """Index of the shard folder of the sample."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
+        """Return the shape of one latent."""
         return tuple(self.clean.shape[1:])
 
     def __len__(self) -> int:
         return self.clean.shape[0]
 
-    def unlabelled(self) -> "LatentDataset":
-        """The same latents without their classes."""
+    def unlabeled(self) -> "LatentDataset":
+        """Return the same latents without their classes."""
         return replace(self, class_id=torch.full_like(self.class_id, -1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one training step sees; everything has one row per sample."""
+    """The input of one training step; every tensor has one row per sample."""
 
     clean: Latents
     noise: Latents
-    t: Float[Tensor, " batch"]
+    t: RowTimes
     condition: Condition
     cluster_id: Int[Tensor, " batch"]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         if device.type == "cpu":
             return self
         return Batch(
@@ -81,67 +81,67 @@ class Batch:
         )
 
 
-def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, share: slice = slice(None)) -> Batch:
-    """The batch of a step, counted from 0: a new order each epoch, logit-normal t, some conditions dropped.
+def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_rows: slice = slice(None)) -> Batch:
+    """Return the batch of a step, counted from 0: a new order each epoch, logit-normal t, some conditions dropped.
 
-    Every sample comes once an epoch; a batch may lie across epochs. t = sigmoid(mean + std * normal)
-    (Esser et al. 2024, arXiv:2403.03206, section 3.1). `share` gives those of its rows alone.
+    Every sample occurs once an epoch; a batch may span two epochs. t = sigmoid(mean + std * normal)
+    (Esser et al. 2024, arXiv:2403.03206, section 3.1). `local_rows` selects the rows of one worker.
     """
-    every = sample_indices(len(dataset), config.batch_size, config.seed, step)
-    rows = every[share]
-    generator = torch.Generator().manual_seed(derive_seed(_NOISE, config.seed, step))
-    noise = torch.randn(len(every), *dataset.latent_shape, generator=generator)
-    t = torch.randn(len(every), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
-    dropped = torch.rand(len(every), generator=generator) < config.condition_dropout
+    batch_rows = sample_indices(len(dataset), config.batch_size, config.seed, step)
+    rows = batch_rows[local_rows]
+    generator = torch.Generator().manual_seed(derive_seed(Stream.TRAINING_NOISE, config.seed, step))
+    noise = torch.randn(len(batch_rows), *dataset.latent_shape, generator=generator)
+    t = torch.randn(len(batch_rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
+    dropped = torch.rand(len(batch_rows), generator=generator) < config.condition_dropout
     return Batch(
         clean=dataset.clean.index_select(0, rows),
-        noise=noise[share],
-        t=t[share],
-        condition=Condition(dataset.class_id.index_select(0, rows)).drop(dropped[share]),
+        noise=noise[local_rows],
+        t=t[local_rows],
+        condition=Condition(dataset.class_id.index_select(0, rows)).drop(dropped[local_rows]),
         cluster_id=dataset.cluster_id.index_select(0, rows),
     )
 
 
 def sample_indices(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " batch"]:
-    """Which of `count` samples a step sees: the next `batch_size` of the endless row of shuffled epochs."""
+    """Return the samples of a step, of `count`: the next `batch_size` of the sequence of shuffled epochs."""
     parts = []
     position, end = step * batch_size, (step + 1) * batch_size
     while position < end:
         epoch, offset = divmod(position, count)
-        taken = min(count - offset, end - position)
-        parts.append(epoch_order(count, seed, epoch)[offset : offset + taken])
-        position += taken
+        size = min(count - offset, end - position)
+        parts.append(epoch_order(count, seed, epoch)[offset : offset + size])
+        position += size
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " sample"]:
-    """A permutation of the samples that depends on (seed, epoch) alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(_ORDER, seed, epoch)))
+    """Return a permutation of the samples that depends on (seed, epoch) only."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(Stream.EPOCH_ORDER, seed, epoch)))
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of whatever a network itself draws at a step, such as its dropout."""
-    return derive_seed(_STEP, seed, step)
+    """Return the seed of a network's own randomness at a step, such as dropout."""
+    return derive_seed(Stream.TRAINING_STEP, seed, step)
 
 
-def derive_seed(purpose: int, seed: int, index: int) -> int:
-    """32 well-mixed bits of three numbers; torch's CPU generator looks at no more."""
-    return int(np.random.SeedSequence((purpose, seed % 2**64, index)).generate_state(1)[0])
+def derive_seed(stream: int, seed: int, index: int) -> int:
+    """Hash three numbers to 32 bits, all that torch's CPU generator uses of a seed."""
+    return int(np.random.SeedSequence((stream, seed % 2**64, index)).generate_state(1)[0])
 
 
 def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, workspace: Workspace) -> LatentDataset:
-    """Encode every sample of the shard folders once; a later attempt finds them in the scratch folder.
+    """Encode every sample of the shard folders once; later attempts reuse the latents in the scratch folder.
 
-    Raises `Preempted` if it is asked to stop; encoding then begins again. In a group the first worker alone encodes.
+    Raises `Preempted` if the workspace requests a stop; encoding then restarts. In a group only rank 0 encodes.
     """
     folder = workspace.scratch / CACHE / "latents"
     counts = [read_index(path).count for path in shards]
     if not sum(counts):
-        raise LatentError(f"there are no samples in {', '.join(map(str, shards))}; leave this cluster out")
+        raise LatentError(f"there are no samples in {', '.join(map(str, shards))}; train the other clusters only")
     source = {
-        "shards": [[str(path), {file.name: file.stat().st_size for file in files_in(path)}] for path in shards],
-        "codec": {str(path.relative_to(codec_folder)): checksum(path) for path in files_in(codec_folder)},
+        "shards": [[str(path), {file.name: file.stat().st_size for file in list_files(path)}] for path in shards],
+        "codec": {str(path.relative_to(codec_folder)): checksum(path) for path in list_files(codec_folder)},
     }
 
     def encode() -> None:
@@ -158,8 +158,8 @@ def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, wor
 
 def read_latents(folder: Path) -> LatentDataset:
     """Open encoded latents as memory maps."""
-    opened = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _FIELDS}
-    return LatentDataset(clean=opened["clean"], class_id=opened["class_id"], cluster_id=opened["cluster_id"])
+    arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _FIELDS}
+    return LatentDataset(clean=arrays["clean"], class_id=arrays["class_id"], cluster_id=arrays["cluster_id"])
 
 
 _FIELDS = ("clean", "class_id", "cluster_id")
@@ -168,7 +168,7 @@ _FIELDS = ("clean", "class_id", "cluster_id")
 def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Codec, workspace: Workspace) -> None:
     shapes = {"clean": codec.latent_shape, "class_id": (), "cluster_id": ()}
     maps = {
-        name: new_array(folder / f"{name}.npy", np.float32 if name == "clean" else np.int64, (count, *shape))
+        name: create_memmap(folder / f"{name}.npy", np.float32 if name == "clean" else np.int64, (count, *shape))
         for name, shape in shapes.items()
     }
     row = 0
@@ -181,6 +181,6 @@ def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Code
             row = rows.stop
             workspace.report_progress(row, count, unit="images encoded")
             if row < count and workspace.stop_requested():
-                raise Preempted(f"stopped after {row} of {count} images were encoded; encoding begins again")
-    for written in maps.values():
-        written.flush()
+                raise Preempted(f"stopped after {row} of {count} images were encoded; encoding restarts")
+    for array in maps.values():
+        array.flush()

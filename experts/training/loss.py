@@ -1,4 +1,4 @@
-"""What an expert is trained on."""
+"""The training losses of an expert."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,28 +11,36 @@ from experts.networks.registry import call_network
 from experts.training.latent_dataset import Batch
 
 
-def expert_loss(model: nn.Module, batch: Batch, prediction: Prediction, path: NoiseSchedule) -> Float[Tensor, ""]:
-    """Mean squared distance between the network's prediction and its target."""
+def expert_loss(
+    model: nn.Module, batch: Batch, prediction: Prediction, noise_schedule: NoiseSchedule
+) -> Float[Tensor, ""]:
+    """Return the mean squared error of the network's prediction."""
     # Flow matching (Lipman et al. 2023, arXiv:2210.02747, equation 9), on the samples of one cluster only:
     # E || v_k(x, t, c) - u(x | clean) ||^2, x = alpha clean + sigma noise, u = alpha' clean + sigma' noise.
-    noised = path.add_noise(batch.clean, batch.noise, batch.t)
+    noised = noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
     predicted = call_network(model, noised, batch.t, batch.condition)
-    target = training_target(prediction, batch.clean, batch.noise, batch.t, path)
+    target = training_target(prediction, batch.clean, batch.noise, batch.t, noise_schedule)
     return functional.mse_loss(predicted.float(), target)
 
 
 def converted_loss(
     model: nn.Module,
     batch: Batch,
-    own: tuple[Prediction, NoiseSchedule],
-    wanted: tuple[Prediction, NoiseSchedule],
+    source: tuple[Prediction, NoiseSchedule],
+    target: tuple[Prediction, NoiseSchedule],
 ) -> Float[Tensor, ""]:
-    """The same in another prediction and on another path than the network's own, matched at equal noise-to-signal."""
-    prediction, path = wanted
-    noised = path.add_noise(batch.clean, batch.noise, batch.t)
-    sample = to_schedule(noised, batch.t, path, own[1])
-    seen = clamp_noise_level(own[0], sample, own[1])
-    predicted = call_network(model, seen.noised, seen.t, batch.condition).float()
-    parts = clean_and_noise_at(own[0], predicted, seen, sample, own[1])
-    said = training_target(prediction, parts.clean, parts.noise, batch.t, path)
-    return functional.mse_loss(said, training_target(prediction, batch.clean, batch.noise, batch.t, path))
+    """Return the loss in another prediction and noise schedule than the network's, at equal noise-to-signal ratio.
+
+    `source` is the network's prediction type and noise schedule, `target` those of the loss.
+    """
+    source_prediction, source_schedule = source
+    prediction, noise_schedule = target
+    noised = noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
+    sample = to_schedule(noised, batch.t, noise_schedule, source_schedule)
+    network_input = clamp_noise_level(source_prediction, sample, source_schedule)
+    predicted = call_network(model, network_input.noised, network_input.t, batch.condition).float()
+    parts = clean_and_noise_at(source_prediction, predicted, network_input, sample, source_schedule)
+    converted = training_target(prediction, parts.clean, parts.noise, batch.t, noise_schedule)
+    return functional.mse_loss(
+        converted, training_target(prediction, batch.clean, batch.noise, batch.t, noise_schedule)
+    )

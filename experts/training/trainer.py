@@ -1,4 +1,4 @@
-"""The training loop, for experts and router alike: AdamW, warm-up, clipping, moving average, checkpoints."""
+"""The training loop of experts and router: AdamW, warm-up, clipping, moving average, checkpoints."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddm_core.artifacts import Preempted, Workspace, write_text
+from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
 from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
 from experts.training.distributed import DataParallelGroup
@@ -21,16 +22,17 @@ from experts.training.latent_dataset import Batch, LatentDataset, make_batch, st
 
 logger = logging.getLogger(__name__)
 
-LossFn = Callable[[nn.Module, Batch], dict[str, Tensor]]
-"""(model, batch) to named scalars; `loss` is what is minimised, the others are only logged."""
+LossValue = Tensor | dict[str, Tensor]
+LossFn = Callable[[nn.Module, Batch], LossValue]
+"""Maps (model, batch) to the loss, or to named scalars: `loss` is minimized, the others are only logged."""
 
 
-class TrainingDiverged(Exception):  # noqa: N818 - names what happened
+class TrainingDiverged(DDMError):  # noqa: N818 - names the event
     """The loss is no longer a finite number."""
 
 
-class DeviceError(ValueError):
-    """The device of the configuration cannot be used here."""
+class DeviceError(DDMError, ValueError):
+    """The configured device is not available."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +40,9 @@ class TrainingResult:
     """A finished training."""
 
     model: nn.Module
-    """Holds the moving average of the parameters; on the CPU, ready for inference."""
+    """The moving average of the parameters; on the CPU, in evaluation mode."""
     rows: list[MetricsRow]
-    """Means over `log_every` steps each: step, lr, grad_norm, loss and whatever else the loss gave."""
+    """Means over `log_every` steps each: step, lr, grad_norm, loss and the other scalars of the loss."""
 
 
 def fit(
@@ -48,25 +50,27 @@ def fit(
 ) -> TrainingResult:
     """Train `model` in place, from the newest checkpoint in the scratch folder if there is one.
 
-    Interrupted and continued, it gives the same bits as uninterrupted. Raises `Preempted` (after saving),
-    `TrainingDiverged`, `CheckpointError` or `DeviceError`; in a group of several workers, each of which calls it,
-    `GroupError` or `GroupBroken` too.
+    A resumed training is bit-identical to an uninterrupted one. Raises `Preempted` (after saving),
+    `TrainingDiverged`, `CheckpointError` or `DeviceError`. Every worker of a group calls it; it then also raises
+    `GroupError` or `WorkerLost`.
     """
     group, checkpoints = DataParallelGroup.join(), workspace.scratch / "checkpoints"
-    share = group.local_rows(config.batch_size)
-    device = usable_device(config.device)
+    local_rows = group.local_rows(config.batch_size)
+    device = check_device(config.device)
     with group.worker_loss_as_error(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        state = new_state(model.to(device), config)
+        state = init_training_state(model.to(device), config)
         restore_checkpoint(checkpoints, state)
         group.check_equal(state.step)
-        losses, journal = group.wrap_model(model, loss), _TrainingLog(workspace, state, group)
+        compute_loss, log = group.wrap_model(model, loss), _TrainingLog(workspace, state, group)
         while state.step < config.steps:
             if group.any_rank(workspace.stop_requested()):
                 _save(checkpoints, state, group)
-                raise Preempted(f"stopped at step {state.step} of {config.steps}; start it again to continue")
-            _step(state, losses, make_batch(dataset, config, state.step, share).to(device), group)
+                raise Preempted(
+                    f"stopped at step {state.step} of {config.steps}; run the same command again to continue"
+                )
+            _train_step(state, compute_loss, make_batch(dataset, config, state.step, local_rows).to(device), group)
             if state.step % config.log_every == 0 or state.step == config.steps:
-                journal.write(_closed_row(state))
+                log.write(_finish_row(state))
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
                 _save(checkpoints, state, group)
     averaged = deepcopy(model)
@@ -74,34 +78,36 @@ def fit(
     return TrainingResult(model=averaged.to("cpu").eval(), rows=state.rows)
 
 
-def usable_device(name: str) -> torch.device:
-    """The device, after one tensor was put there; `DeviceError` if that fails."""
+def check_device(name: str) -> torch.device:
+    """Return the device after a test allocation; raise `DeviceError` if that fails."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise DeviceError(f"device {name!r} cannot be used here ({reason}); set training.device=cpu") from error
+        raise DeviceError(f"device {name!r} is not available ({reason}); set training.device=cpu") from error
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The learning rate of a step, counted from 0: a linear rise, then a linear fall that ends at zero."""
+    """Return the learning rate of a step, counted from 0: a linear warm-up, then a linear decay to zero."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     return config.lr * (config.steps - step) / (config.steps - config.warmup_steps)
 
 
 def write_rows(path: Path, rows: list[MetricsRow]) -> None:
-    """Write metrics rows as JSON, one a line."""
-    write_text(path, "".join(_line(row) for row in rows))
+    """Write metrics rows as JSON Lines."""
+    write_text(path, "".join(_to_json_line(row) for row in rows))
 
 
-def _line(row: MetricsRow) -> str:
-    """A row as JSON; sorted, since a row that was read from a checkpoint has lost its order."""
+def _to_json_line(row: MetricsRow) -> str:
+    """Return a row as JSON with sorted keys, because a checkpoint does not keep their order."""
     return json.dumps(row, sort_keys=True) + "\n"
 
 
-def new_state(model: nn.Module, config: TrainingConfig, betas: tuple[float, float] = (0.9, 0.999)) -> TrainingState:
-    """A network before its first step, with AdamW of these betas."""
+def init_training_state(
+    model: nn.Module, config: TrainingConfig, betas: tuple[float, float] = (0.9, 0.999)
+) -> TrainingState:
+    """Return the state before the first step, with AdamW of these betas."""
     model.train()
     if config.compile:
         model.compile()
@@ -116,17 +122,18 @@ def new_state(model: nn.Module, config: TrainingConfig, betas: tuple[float, floa
     )
 
 
-def _step(
-    state: TrainingState, losses: Callable[[Batch], dict[str, Tensor]], batch: Batch, group: DataParallelGroup
+def _train_step(
+    state: TrainingState, compute_loss: Callable[[Batch], LossValue], batch: Batch, group: DataParallelGroup
 ) -> None:
-    """One step of the optimiser; nothing in it waits for the device."""
+    """Run one optimizer step without waiting for the device."""
     config = state.config
     _seed(step_seed(config.seed, state.step) + group.rank, batch.t.device)
     for parameters in state.optimizer.param_groups:
         parameters["lr"] = learning_rate(state.step, config)
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.t.device.type, PRECISIONS[config.autocast], enabled=config.autocast != "none"):
-        values = losses(batch)
+        terms = compute_loss(batch)
+    values = {"loss": terms} if isinstance(terms, Tensor) else terms
     torch.autograd.backward(state.scaler.scale(values["loss"]))
     values = group.mean(values)
     state.scaler.unscale_(state.optimizer)
@@ -141,7 +148,7 @@ def _step(
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed what a network draws from, such as dropout; ten times quicker than `torch.manual_seed`."""
+    """Seed the generators of a network, for dropout; ten times faster than `torch.manual_seed`."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -150,8 +157,8 @@ def _seed(seed: int, device: torch.device) -> None:
 PRECISIONS = {"none": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _closed_row(state: TrainingState) -> MetricsRow:
-    """Turn the sums into the next metrics row; this is where the device is waited for."""
+def _finish_row(state: TrainingState) -> MetricsRow:
+    """Turn the sums into the next metrics row; this waits for the device."""
     _check_finite(state)
     steps = state.step % state.config.log_every or state.config.log_every
     means = {name: float(value) / steps for name, value in state.sums.items()}
@@ -172,13 +179,13 @@ def _check_finite(state: TrainingState) -> None:
 
 
 def _save(folder: Path, state: TrainingState, group: DataParallelGroup) -> None:
-    """Save a checkpoint, unless the parameters are past saving; all workers of a group have the same."""
+    """Save a checkpoint of finite parameters from rank 0; all workers of a group have the same."""
     _check_finite(state)
     group.run_on_main(lambda: save_checkpoint(folder, state))
 
 
 class _TrainingLog:
-    """Says how far the training is: live metrics rows and progress, neither of which enters an artifact."""
+    """Writes live metrics rows and progress, neither of which is part of an artifact."""
 
     def __init__(self, workspace: Workspace, state: TrainingState, group: DataParallelGroup) -> None:
         self.workspace, self.config, self.is_silent = workspace, state.config, not group.is_main
@@ -188,11 +195,11 @@ class _TrainingLog:
             write_rows(self.path, state.rows)
 
     def write(self, row: MetricsRow) -> None:
-        """Append a row, report the progress."""
+        """Append a row and report progress."""
         if self.is_silent:
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+            file.write(_to_json_line(row))
         images = (row["step"] - self.first_step) * self.config.batch_size
-        figures = {"loss": row["loss"], "images_per_s": images / (time.monotonic() - self.started)}
-        self.workspace.report_progress(int(row["step"]), self.config.steps, figures, unit="steps")
+        metrics = {"loss": row["loss"], "images_per_s": images / (time.monotonic() - self.started)}
+        self.workspace.report_progress(int(row["step"]), self.config.steps, metrics, unit="steps")

@@ -1,4 +1,4 @@
-"""Stages in this process, one after the other: for tests, small machines and the debugger."""
+"""Run stages in this process, one after the other: for tests, small machines and the debugger."""
 
 from collections import deque
 
@@ -14,24 +14,24 @@ class InlineBackend:
         self._killed: list[AttemptOutcome] = []
 
     def place(self, job: Job) -> str | None:
-        """Here, one at a time."""
+        """Return the one place, unless a job waits already."""
         return None if self._waiting else ""
 
     def attach(self, job: Job) -> bool:
-        """What ran in this process has ended with it."""
+        """Return False: jobs of this backend end with their controller."""
         return False
 
     def submit(self, job: Job) -> None:
-        """Put the job at the end of the queue; `ConfigError` if it asks for more than this one process."""
+        """Queue the job; raises `ConfigError` if it needs more than one process."""
         if job.resources.workers > 1:
             raise ConfigError(
-                f"stage {job.stage} asks for {job.resources.workers} workers, and compute.backend=inline has one; "
+                f"compute.backend=inline has one worker, and stage {job.stage} needs {job.resources.workers}; "
                 f"set compute.backend=ray, or compute.stages.{job.kind}.workers=1"
             )
         self._waiting.append(job)
 
     def poll(self, timeout_s: float) -> list[AttemptOutcome]:
-        """Run one job to its end; `timeout_s` does not matter here."""
+        """Run one job to its end and return its outcome; `timeout_s` is ignored."""
         if self._killed or not self._waiting:
             killed, self._killed = self._killed, []
             return killed
@@ -40,10 +40,10 @@ class InlineBackend:
         return [execute(self._waiting.popleft())]
 
     def kill(self, stage: str) -> None:
-        """Take a waiting job out; a running one can only be asked to stop, as it runs in this very process."""
+        """Remove a waiting job. A running one blocks this process, so only its stop file can end it."""
         for job in [job for job in self._waiting if job.stage == stage]:
             self._waiting.remove(job)
             self._killed.append(AttemptOutcome(stage=stage, attempt=job.attempt, state="lost", transient=True))
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: no resources are held."""

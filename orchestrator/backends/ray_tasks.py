@@ -1,7 +1,7 @@
-"""Stages on the workers of a Ray cluster.
+"""Run stages on the workers of a Ray cluster.
 
-Without an address a cluster is started on loopback and ends with this process. Ray retries nothing: attempts,
-backoff and fencing are the runner's.
+Without an address, a cluster starts on loopback and ends with this process. Ray retries nothing: the runner is
+responsible for attempts, backoff and fencing.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray shows its figures for Prometheus without a token; -1 is no port.
+# Ray exposes its Prometheus metrics without a token; port -1 disables them.
 os.environ.setdefault("RAY_enable_metrics_collection", "0")
 os.environ.setdefault("AUTOSCALER_METRIC_PORT", "-1")
 os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
@@ -31,19 +31,19 @@ from orchestrator.run.backend import AttemptOutcome, Job
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 100 * 2**20
-"""Stages exchange folders, not objects, so Ray's smallest store will do."""
+"""Stages exchange folders, not objects, so Ray's smallest store suffices."""
 
-SHARED_ADDRESS = "DDM_RAY_ADDRESS"
-"""Environment variable with the address of a Ray cluster that a sweep has started for all its trials."""
+SHARED_CLUSTER_ADDRESS = "DDM_RAY_ADDRESS"
+"""Environment variable with the address of the Ray cluster that a sweep shares between its trials."""
 
 REACH_S = 5.0
-"""Longest wait for a running Ray cluster to take a connection."""
+"""Longest wait for a running Ray cluster to accept a connection."""
 
 GROUP_POLL_INTERVAL_S = 0.1
-"""How often it is looked whether the process of a group has ended."""
+"""Time between two checks whether the process of a group has ended."""
 
 MAX_QUEUED = 64
-"""Tasks that Ray is given at once, waiting ones included."""
+"""Largest number of tasks submitted to Ray at once, waiting ones included."""
 
 
 def _execute(job: Job) -> AttemptOutcome:
@@ -54,7 +54,7 @@ def _execute(job: Job) -> AttemptOutcome:
 
 
 class RayBackend:
-    """Submits every job as one Ray task with the resources it asks for; one for several workers begins a group."""
+    """Submits every job as one Ray task with its resources; a job with several workers starts a process group."""
 
     def __init__(self, config: ComputeConfig) -> None:
         _connect(config)
@@ -63,61 +63,61 @@ class RayBackend:
         self._groups = TrainDrivers()
 
     def place(self, job: Job) -> str | None:
-        """This Ray cluster, which queues what it has no room for; a bounded number, so that looking stays quick."""
+        """Return the one place until `MAX_QUEUED` tasks are submitted; the bound keeps `poll` fast."""
         return "" if len(self._running) + len(self._groups) < MAX_QUEUED else None
 
     def attach(self, job: Job) -> bool:
-        """A task ends with the controller that submitted it."""
+        """Return False: a task ends with the controller that submitted it."""
         return False
 
     def submit(self, job: Job) -> None:
-        """Queue the job; Ray starts it where its resources are free."""
-        asked = job.resources
-        self._refuse_impossible(job)
-        if asked.workers > 1:
+        """Queue the job; Ray starts it on a node with free resources."""
+        resources = job.resources
+        self._check_resources(job)
+        if resources.workers > 1:
             self._groups.start(job, ray.get_runtime_context().gcs_address)
             return
         task = ray.remote(_execute).options(
             name=job.stage,
-            num_cpus=asked.cpus,
-            num_gpus=asked.gpus,
-            memory=int(asked.memory_gb * 2**30) or None,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            memory=int(resources.memory_gb * 2**30) or None,
             max_retries=0,
         )
         self._running[task.remote(job)] = job
 
     def poll(self, timeout_s: float) -> list[AttemptOutcome]:
-        """Outcomes of the tasks and groups that have ended; a task whose worker died is lost."""
+        """Return outcomes of the tasks and groups that have ended; a task whose worker died is lost."""
         if self._groups:
             timeout_s = min(timeout_s, GROUP_POLL_INTERVAL_S)
             if not self._running:
                 time.sleep(timeout_s)
         ended = ray.wait(list(self._running), num_returns=1, timeout=timeout_s)[0] if self._running else []
-        return [self._outcome(reference) for reference in ended] + self._groups.ended()
+        return [self._outcome(reference) for reference in ended] + self._groups.collect_ended()
 
     def kill(self, stage: str) -> None:
-        """Kill the worker that runs the stage, or all of its workers."""
+        """Kill all workers that run the stage."""
         self._groups.kill(stage)
         for reference, job in self._running.items():
             if job.stage == stage:
                 ray.cancel(reference, force=True)
 
     def close(self) -> None:
-        """Leave the cluster; an embedded one ends."""
+        """Disconnect from the cluster; an embedded one ends."""
         self._groups.close()
         ray.shutdown()
 
-    def _refuse_impossible(self, job: Job) -> None:
-        """Raise `ConfigError` for what an embedded cluster will never have; a job would wait for it for ever."""
-        has, asked = ray.cluster_resources(), job.resources
-        each = {"CPU": asked.cpus, "GPU": asked.gpus, "memory": asked.memory_gb * 2**30}
-        wanted = {name: amount * asked.workers for name, amount in each.items()}
-        lacking = [f"{amount:g} {name}" for name, amount in wanted.items() if amount > has.get(name, 0.0)]
+    def _check_resources(self, job: Job) -> None:
+        """Raise `ConfigError` for resources that an embedded cluster lacks; the job would wait without end."""
+        available, resources = ray.cluster_resources(), job.resources
+        per_worker = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 2**30}
+        needed = {name: amount * resources.workers for name, amount in per_worker.items()}
+        lacking = [f"{amount:g} {name}" for name, amount in needed.items() if amount > available.get(name, 0.0)]
         if self._is_embedded and lacking:
             raise ConfigError(
-                f"stage {job.stage} asks for {', '.join(lacking)} and this machine gives Ray "
-                f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0):g} memory; "
-                f"change compute.stages.{job.kind}, compute.cpus or compute.gpus"
+                f"stage {job.stage} needs {', '.join(lacking)}, and this machine gives Ray "
+                f"{available.get('CPU', 0):g} CPU, {available.get('GPU', 0):g} GPU, "
+                f"{available.get('memory', 0):g} memory; change compute.stages.{job.kind}, compute.cpus or compute.gpus"
             )
 
     def _outcome(self, reference: ray.ObjectRef) -> AttemptOutcome:
@@ -133,23 +133,23 @@ class RayBackend:
 
 
 def _connect(config: ComputeConfig) -> None:
-    """Start an embedded cluster or join a running one.
+    """Start an embedded cluster, or connect to a running one.
 
-    The first start after an installation can run into Ray's fixed limit of 30 s for reading its own files from a
-    cold disk, so an embedded cluster is tried twice.
+    The first start after an installation can exceed Ray's fixed limit of 30 s to read its own files from a cold disk,
+    so an embedded cluster is tried twice.
     """
-    if address := config.address or os.environ.get(SHARED_ADDRESS):
+    if address := config.address or os.environ.get(SHARED_CLUSTER_ADDRESS):
         try:
-            _refuse_silent(address)
+            _check_listening(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
             raise OrchestratorError(
-                f"no Ray cluster lets us in at compute.address={address} ({str(error).strip()}); start it, correct the "
-                "address, give its token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=a file of mode 600), or leave "
-                "the address empty for an embedded one"
+                f"no Ray cluster accepts a connection at compute.address={address} ({str(error).strip()}); start it, "
+                "correct the address, set its token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=a file of mode 600), "
+                "or leave the address empty for an embedded one"
             ) from error
         return
-    for last in (False, True):
+    for is_last in (False, True):
         try:
             ray.init(
                 address="local",
@@ -161,16 +161,16 @@ def _connect(config: ComputeConfig) -> None:
                 logging_level=logging.ERROR,
             )
         except RuntimeError as error:
-            if last:
-                raise OrchestratorError(f"Ray did not start here: {error}; compute=inline does without") from error
+            if is_last:
+                raise OrchestratorError(f"Ray did not start here: {error}; compute=inline needs no Ray") from error
             log.warning("Ray did not start (%s); trying once more", error)
             ray.shutdown()
         else:
             return
 
 
-def _refuse_silent(address: str) -> None:
-    """Raise `OSError` if nobody listens at an address of host and port; Ray itself would wait for minutes."""
+def _check_listening(address: str) -> None:
+    """Raise `OSError` if nothing listens at an address of host and port; Ray itself would wait for minutes."""
     host, _, port = address.rpartition("//")[2].rpartition(":")
     if port.isdigit():
         with socket.create_connection((host, int(port)), timeout=REACH_S):
@@ -179,7 +179,7 @@ def _refuse_silent(address: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayCluster:
-    """The Ray cluster that this process has joined."""
+    """The Ray cluster to which this process is connected."""
 
     address: str
     cpus: int
@@ -187,7 +187,7 @@ class RayCluster:
 
 @contextlib.contextmanager
 def join_cluster(config: ComputeConfig) -> Iterator[RayCluster]:
-    """Be on a Ray cluster, an embedded one if the configuration names none, while the block lasts."""
+    """Connect to a Ray cluster while the block lasts; without an address an embedded one."""
     _connect(config)
     try:
         yield RayCluster(

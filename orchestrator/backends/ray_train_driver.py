@@ -1,8 +1,8 @@
-"""Trainings on several workers, each begun by a process of its own on the Ray cluster that this one is on.
+"""Start each training on several workers from a separate driver process, on this process's Ray cluster.
 
-That process is a driver of Ray, so Ray takes back all that it holds as soon as it is gone, whatever has killed it. It
-is `python -m orchestrator.backends.ray_train_driver`, gets its job through a pipe, and ends when that closes: with
-the process that has started it.
+The trick: that process is a Ray driver, so Ray releases all its resources as soon as it ends, whatever kills it. It
+runs `python -m orchestrator.backends.ray_train_driver`, receives its job through a pipe, and ends when the pipe closes:
+with the process that started it.
 """
 
 import json
@@ -21,7 +21,7 @@ from orchestrator.run.die_with_parent import die_with_parent
 
 
 class TrainDrivers:
-    """The trainings that run, by the name of their stage."""
+    """The driver processes of running trainings, by stage name."""
 
     def __init__(self) -> None:
         self._running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
@@ -30,8 +30,8 @@ class TrainDrivers:
         return len(self._running)
 
     def start(self, job: Job, address: str) -> None:
-        """Begin a job on the Ray cluster at `address`; what the process says goes to `group.log` of the attempt."""
-        with _log_of(job).open("wb") as log:
+        """Start a job on the Ray cluster at `address`; the process prints to `group.log` of the attempt."""
+        with _log_file(job).open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator.backends.ray_train_driver"],
                 stdin=subprocess.PIPE,
@@ -45,18 +45,18 @@ class TrainDrivers:
             process.stdin.flush()
         self._running[job.stage] = (job, process)
 
-    def ended(self) -> list[AttemptOutcome]:
-        """The outcomes of those that have ended since the last call."""
-        gone = [stage for stage, (_, process) in self._running.items() if process.poll() is not None]
-        return [_outcome(*self._running.pop(stage)) for stage in gone]
+    def collect_ended(self) -> list[AttemptOutcome]:
+        """Return the outcomes of the trainings that ended since the last call."""
+        ended = [stage for stage, (_, process) in self._running.items() if process.poll() is not None]
+        return [_outcome(*self._running.pop(stage)) for stage in ended]
 
     def kill(self, stage: str) -> None:
-        """Kill a training at once, if it runs."""
+        """Kill a training if it runs."""
         if stage in self._running:
             self._running[stage][1].kill()
 
     def close(self) -> None:
-        """Kill whatever still runs."""
+        """Kill all running trainings."""
         for _, process in self._running.values():
             process.kill()
             process.wait()
@@ -64,27 +64,30 @@ class TrainDrivers:
 
 
 def _outcome(job: Job, process: subprocess.Popen[bytes]) -> AttemptOutcome:
-    """What the process wrote down, or how it ended if it could not."""
+    """Return the outcome that the process wrote, or one from its exit code."""
     if process.stdin is not None:
         process.stdin.close()
-    if written := read_outcome(job):
-        return written
+    if outcome := read_outcome(job):
+        return outcome
     if process.returncode < 0:
         shutil.rmtree(attempt_folder(job) / "group", ignore_errors=True)
-        error = f"the process that started its workers got signal {-process.returncode}"
+        error = f"the driver process of its workers received signal {-process.returncode}"
         return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="lost", error=error, transient=True)
-    lines = _log_of(job).read_text(errors="replace").strip().splitlines()
+    lines = _log_file(job).read_text(errors="replace").strip().splitlines()
     return AttemptOutcome(
-        stage=job.stage, attempt=job.attempt, state="failed", error=lines[-1] if lines else "it said nothing"
+        stage=job.stage,
+        attempt=job.attempt,
+        state="failed",
+        error=lines[-1] if lines else "the driver process printed nothing",
     )
 
 
-def _log_of(job: Job) -> Path:
+def _log_file(job: Job) -> Path:
     return attempt_folder(job) / "group.log"
 
 
 def main() -> None:
-    """Run the job that comes in; a SIGTERM makes its workers save their work."""
+    """Run the job from standard input; on SIGTERM its workers save their work."""
     job = TypeAdapter(Job).validate_json(sys.stdin.readline())
     die_with_parent()
     with sigterm_flag() as stopping:

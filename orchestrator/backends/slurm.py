@@ -1,8 +1,8 @@
-"""Stages as Slurm jobs on a shared disk, through submitit; the one file that imports it.
+"""Run stages as Slurm jobs on a shared disk, through submitit; the only file that imports it.
 
-A Slurm job is found by its name alone, which says run, stage and attempt. So a controller finds every job of its run
-again, also one that was queued in the instant in which an earlier controller died. How an attempt ended stands in its
-folder; Slurm is asked only whether a job is gone. Nothing is pickled: docs/decisions/0007-slurm-without-pickles.md.
+A Slurm job is identified by its name alone, which contains run, stage and attempt. So a new controller finds every job
+of its run, even one queued at the moment at which the previous controller died. The outcome of an attempt is in its
+folder; Slurm is queried only for the end of a job. Nothing is pickled: docs/decisions/0007-slurm-without-pickles.md.
 """
 
 import math
@@ -25,16 +25,16 @@ try:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 except ImportError as missing:
     raise ConfigError(
-        f"compute.backend=slurm needs submitit ({missing}): pip install 'decentralized-diffusion[slurm]'"
+        f"compute.backend=slurm needs submitit ({missing}); run pip install 'decentralized-diffusion[slurm]'"
     ) from missing
 
 ISLAND = "slurm"
-"""What attempts say of where they run; they outlive their controller."""
+"""Island name of Slurm attempts, which outlive their controller."""
 
 TIMEOUT_MIN = 1440
-"""Time limit of a job unless `compute.slurm` says otherwise; submitit's own is five minutes."""
+"""Default time limit of a job, in minutes; submitit's own is five minutes."""
 
-OURS = {
+RESERVED_PARAMETERS = {
     "name",
     "job_name",
     "nodes",
@@ -45,11 +45,11 @@ OURS = {
     "srun_args",
     "additional_parameters",
 }
-"""What this file sets itself."""
+"""submitit parameters that this file sets."""
 
 
 @dataclass(slots=True)
-class _Watched:
+class _WatchedJob:
     """A submitted attempt."""
 
     job: Job
@@ -57,31 +57,31 @@ class _Watched:
     folder: Path
     killed: float = 0.0
     cancel_reason: bool = False
-    """Whether we hold the claim ourselves, so that it can never begin."""
+    """Whether this controller holds the attempt's claim, so the attempt can never start."""
 
 
 class SlurmBackend:
-    """Submits every job as a Slurm job of its own; `compute.slurm.cluster=local` runs them on this machine instead."""
+    """Submits every job as a separate Slurm job; with `compute.slurm.cluster=local` jobs run on this machine."""
 
     def __init__(self, config: ComputeConfig, run: RunFolder) -> None:
-        self._given = {key: value for key, value in config.slurm.items() if key != "cluster"}
+        self._parameters = {key: value for key, value in config.slurm.items() if key != "cluster"}
         self._cluster = str(config.slurm.get("cluster", "slurm"))
         self._config, self._run_id = config, run.run_id()
-        self._watched: dict[str, _Watched] = {}
-        self._refused: list[AttemptOutcome] = []
-        self._next_look = 0.0
-        self._refuse_impossible()
+        self._watched: dict[str, _WatchedJob] = {}
+        self._rejected: list[AttemptOutcome] = []
+        self._next_poll = 0.0
+        self._check_config()
         self._executor(run.root, "check", ResourcesConfig())
         self._queue: Queue = LocalQueue() if self._cluster == "local" else SlurmQueue()
 
     def place(self, job: Job) -> str | None:
-        """Slurm has a queue of its own; here, jobs wait for this machine's CPUs."""
+        """Return the island, since Slurm queues jobs itself; None if local jobs use all CPUs of this machine."""
         used = sum(entry.job.resources.cpus for entry in self._watched.values())
         has_room = self._cluster != "local" or not used or used + job.resources.cpus <= self._config.cpus_here
         return ISLAND if has_room else None
 
     def submit(self, job: Job) -> None:
-        """Queue the job; if that fails and Slurm does not know of it, it is given up and reported as failed."""
+        """Queue the job; if the submission fails and no job exists, report the attempt as failed."""
         name, folder = submission_name(self._run_id, job), attempt_folder(job)
         (folder / "slurm").mkdir()
         command = [sys.executable, "-m", "orchestrator.backends.slurm_worker", str(folder)]
@@ -89,32 +89,32 @@ class SlurmBackend:
             handle = self._executor(folder / "slurm", name, job.resources)._submit_command(shlex.join(command))
         except (FailedJobError, FailedSubmissionError) as error:
             if not self.attach(job):
-                reason = f"Slurm refuses the job: {'; '.join(str(error).split(chr(10)))}"
-                self._refused.append(
+                reason = f"Slurm rejects the job: {'; '.join(str(error).split(chr(10)))}"
+                self._rejected.append(
                     AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed", error=reason, transient=True)
                 )
             return
         self._queue.add(name, handle)
-        self._watched[job.stage] = _Watched(job, name, folder)
+        self._watched[job.stage] = _WatchedJob(job, name, folder)
 
     def attach(self, job: Job) -> bool:
-        """Watch an attempt that may be queued or running; False if it is neither, and then it never will be."""
-        entry = _Watched(job, submission_name(self._run_id, job), attempt_folder(job))
-        is_gone = self._queue.end_of(entry.name, entry.folder, now=True)
+        """Watch an attempt that may be queued or running; otherwise claim it, so it never starts, and return False."""
+        entry = _WatchedJob(job, submission_name(self._run_id, job), attempt_folder(job))
+        is_gone = self._queue.end_reason(entry.name, entry.folder, now=True)
         if is_gone and (claim_file(entry.folder).exists() or claim(entry.folder)):
             return False
         self._watched[job.stage] = entry
         return True
 
     def poll(self, timeout_s: float) -> list[AttemptOutcome]:
-        """Outcomes that attempts have written, and those of attempts that are gone without a word."""
+        """Return outcomes that attempts have written, and `lost` or `preempted` for jobs that ended without one."""
         deadline = time.monotonic() + timeout_s
-        while not (ended := self._ended()) and self._watched and time.monotonic() < deadline:
+        while not (ended := self._collect_ended()) and self._watched and time.monotonic() < deadline:
             time.sleep(0.05)
         return ended
 
     def kill(self, stage: str) -> None:
-        """Cancel the stage's job; one that has not begun never will."""
+        """Cancel the stage's job; one that has not started never will."""
         entry = self._watched.get(stage)
         if entry is None or time.monotonic() - entry.killed < POLL_INTERVAL_S:
             return
@@ -123,64 +123,68 @@ class SlurmBackend:
         self._queue.cancel(entry.name, entry.folder)
 
     def close(self) -> None:
-        """Leave the jobs to Slurm: they go on, and the next controller takes them over."""
+        """Do nothing: the jobs continue in Slurm, and the next controller reattaches to them."""
 
-    def _ended(self) -> list[AttemptOutcome]:
-        """The attempts that have ended, looked for as often as a shared disk should be asked."""
-        ended, self._refused = self._refused, []
-        if time.monotonic() >= self._next_look:
+    def _collect_ended(self) -> list[AttemptOutcome]:
+        """Return the attempts that have ended; reads the shared disk at most once per `pause_s`."""
+        ended, self._rejected = self._rejected, []
+        if time.monotonic() >= self._next_poll:
             ended += [outcome for entry in self._watched.values() if (outcome := self._outcome(entry))]
-            self._next_look = time.monotonic() + self._queue.pause_s
+            self._next_poll = time.monotonic() + self._queue.pause_s
         for outcome in ended:
             self._watched.pop(outcome.stage, None)
         return ended
 
-    def _outcome(self, entry: _Watched) -> AttemptOutcome | None:
-        """How the attempt ended, if it has; looked for in its folder before and after Slurm is asked."""
-        if written := read_outcome(entry.job):
-            return written
-        end = "cancelled before it began" if entry.cancel_reason else self._queue.end_of(entry.name, entry.folder)
+    def _outcome(self, entry: _WatchedJob) -> AttemptOutcome | None:
+        """Return the attempt's outcome, or None if it may run; reads its folder before and after the query of Slurm."""
+        if outcome := read_outcome(entry.job):
+            return outcome
+        end = "cancelled before its start" if entry.cancel_reason else self._queue.end_reason(entry.name, entry.folder)
         if not end:
             return None
         if not claim_file(entry.folder).exists() and not claim(entry.folder):
             return None
-        if written := read_outcome(entry.job):
-            return written
+        if outcome := read_outcome(entry.job):
+            return outcome
         return AttemptOutcome(
             stage=entry.job.stage,
             attempt=entry.job.attempt,
             state="preempted" if end == "PREEMPTED" else "lost",
-            error=f"its job is gone ({end}); what it printed is in {entry.folder / 'slurm'}",
+            error=f"its job ended without an outcome ({end}); its output is in {entry.folder / 'slurm'}",
             transient=True,
         )
 
-    def _executor(self, folder: Path, name: str, asked: ResourcesConfig) -> Any:
-        """submitit's executor, set to what the stage asks for; raises `ConfigError` for what it does not accept."""
-        parameters: dict[str, Any] = {"timeout_min": TIMEOUT_MIN} | self._given | {"name": name, "nodes": 1}
-        parameters |= {"tasks_per_node": 1, "cpus_per_task": asked.cpus, "slurm_signal_delay_s": self._grace_s()}
-        parameters |= {"slurm_srun_args": [f"--cpus-per-task={asked.cpus}"]}
+    def _executor(self, folder: Path, name: str, resources: ResourcesConfig) -> Any:
+        """Return submitit's executor with the stage's resources; raises `ConfigError` for invalid parameters."""
+        parameters: dict[str, Any] = {"timeout_min": TIMEOUT_MIN} | self._parameters | {"name": name, "nodes": 1}
+        parameters |= {"tasks_per_node": 1, "cpus_per_task": resources.cpus, "slurm_signal_delay_s": self._grace_s()}
+        parameters |= {"slurm_srun_args": [f"--cpus-per-task={resources.cpus}"]}
         parameters |= {"slurm_additional_parameters": {"no-requeue": True}}
-        if asked.gpus:
-            parameters["gpus_per_node"] = int(asked.gpus)
-        if asked.memory_gb:
-            parameters["mem_gb"] = asked.memory_gb
+        if resources.gpus:
+            parameters["gpus_per_node"] = int(resources.gpus)
+        if resources.memory_gb:
+            parameters["mem_gb"] = resources.memory_gb
         try:
             executor = submitit.AutoExecutor(folder, cluster=self._cluster)
             executor.update_parameters(**parameters)
         except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise ConfigError(f"compute.slurm is refused by submitit: {error}") from error
+            raise ConfigError(f"submitit rejects compute.slurm ({error}); correct its parameters") from error
         return executor._executor
 
     def _grace_s(self) -> int:
-        """How long before its time limit a job is told to save its work."""
+        """Return how long before its time limit a job receives the signal to save its work, in seconds."""
         return math.ceil(self._config.grace_s) + 10
 
-    def _refuse_impossible(self) -> None:
-        """Raise `ConfigError` for what a Slurm job of ours cannot be."""
+    def _check_config(self) -> None:
+        """Raise `ConfigError` for settings that Slurm jobs of ddm cannot have."""
         if self._cluster not in ("slurm", "local"):
-            raise ConfigError(f"compute.slurm.cluster is slurm or local; given: {self._cluster!r}")
-        if mine := sorted(key for key in self._given if key.removeprefix("slurm_") in OURS):
-            raise ConfigError(f"compute.slurm may not set {', '.join(mine)}: compute.stages and compute.grace_s do")
-        for kind, asked in vars(self._config.stages).items():
-            if asked.gpus != int(asked.gpus):
-                raise ConfigError(f"compute.stages.{kind}.gpus is {asked.gpus:g}: Slurm gives whole GPUs")
+            raise ConfigError(f"compute.slurm.cluster must be slurm or local; got {self._cluster!r}")
+        if reserved := sorted(key for key in self._parameters if key.removeprefix("slurm_") in RESERVED_PARAMETERS):
+            raise ConfigError(
+                f"compute.slurm must not set {', '.join(reserved)}; use compute.stages and compute.grace_s"
+            )
+        for kind, resources in vars(self._config.stages).items():
+            if resources.gpus != int(resources.gpus):
+                raise ConfigError(
+                    f"compute.stages.{kind}.gpus must be a whole number with Slurm; got {resources.gpus:g}"
+                )

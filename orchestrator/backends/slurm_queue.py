@@ -1,6 +1,6 @@
-"""Whether a Slurm job is gone, asked of Slurm or, for jobs that submitit runs here, of this machine.
+"""Find out whether a Slurm job has ended, from Slurm or, for jobs that submitit runs here, from this machine.
 
-A job is *running*, *gone* or *unknown*, and unknown is not gone: while Slurm does not answer, nothing is given up.
+A job is *running*, *ended* or *unknown*, and unknown is not ended: while Slurm does not respond, no job is lost.
 """
 
 import getpass
@@ -15,16 +15,16 @@ from typing import Any, Protocol
 
 from ddm_core.artifacts import read_json
 from orchestrator.backends.slurm_worker import claim_file
-from orchestrator.run.lease import idle_s, is_alive, this_process
+from orchestrator.run.lease import is_alive, seconds_since_change, this_process
 
 POLL_INTERVAL_S = 10.0
-"""Slurm is asked for all jobs at once, and at most so often; how an attempt ended is seen in its folder before that."""
+"""Least time between two queries of Slurm, each for all jobs; an attempt's outcome is visible earlier in its folder."""
 
 TIMEOUT_S = 20.0
-"""Longest wait for an answer of Slurm."""
+"""Longest wait for a response of Slurm."""
 
-QUIET_S = 30.0
-"""A job that has begun and that Slurm no longer knows is gone when nothing in its folder has changed for so long."""
+IDLE_LIMIT_S = 30.0
+"""A started job that Slurm no longer lists has ended if its folder has not changed for this time."""
 
 ENDED = {
     "BOOT_FAIL",
@@ -38,60 +38,60 @@ ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
-"""Slurm's words for jobs that will not run again; all others wait, run, or are on their way."""
+"""Slurm's states of jobs that will not run again; in all other states a job waits, runs or starts."""
 
 
 class Queue(Protocol):
     """Submitted jobs by name."""
 
     pause_s: float
-    """Least time between two looks into the attempts' folders."""
+    """Least time between two reads of the attempts' folders."""
 
     def add(self, name: str, handle: Any) -> None:
-        """Remember a job that submitit has just submitted."""
+        """Register a job that submitit has submitted."""
 
-    def end_of(self, name: str, attempt: Path, *, now: bool = False) -> str:
-        """What is known of a job's end, such as `TIMEOUT`; empty while it waits, runs or may run."""
+    def end_reason(self, name: str, attempt: Path, *, now: bool = False) -> str:
+        """Return why a job ended, such as `TIMEOUT`; empty while it waits, runs or may run."""
 
     def cancel(self, name: str, attempt: Path) -> None:
-        """End the job at once, or take it out of the queue."""
+        """End the job at once, or remove it from the queue."""
 
 
 class SlurmQueue:
-    """This user's jobs as Slurm lists them."""
+    """This user's jobs, listed by Slurm."""
 
     pause_s = 1.0
 
     def __init__(self) -> None:
         self._states: dict[str, str] | None = None
-        self._looked = -POLL_INTERVAL_S
+        self._listed_at = -POLL_INTERVAL_S
 
     def add(self, name: str, handle: Any) -> None:
-        """Slurm knows it by its name, but the last list does not."""
-        self._looked = -POLL_INTERVAL_S
+        """Invalidate the last list of jobs, which does not contain this one."""
+        self._listed_at = -POLL_INTERVAL_S
 
-    def end_of(self, name: str, attempt: Path, *, now: bool = False) -> str:
-        """Slurm's word for a job that has ended, or that it is not in the queue any more."""
-        if now or time.monotonic() - self._looked >= POLL_INTERVAL_S:
+    def end_reason(self, name: str, attempt: Path, *, now: bool = False) -> str:
+        """Return Slurm's state of an ended job, or that it is not in the queue; empty otherwise."""
+        if now or time.monotonic() - self._listed_at >= POLL_INTERVAL_S:
             self._states = self._list()
-            self._looked = time.monotonic()
+            self._listed_at = time.monotonic()
         if self._states is None or (self._states.get(name, "COMPLETED") not in ENDED):
             return ""
-        if claim_file(attempt).exists() and idle_s(attempt) <= QUIET_S:
+        if claim_file(attempt).exists() and seconds_since_change(attempt) <= IDLE_LIMIT_S:
             return ""
         return self._states.get(name, "not in the queue")
 
     def cancel(self, name: str, attempt: Path) -> None:
-        """SIGTERM, and SIGKILL after the time that this Slurm gives."""
-        _ask("scancel", f"--user={getpass.getuser()}", f"--name={name}")
+        """Send SIGTERM, and SIGKILL after Slurm's configured wait."""
+        _run_command("scancel", f"--user={getpass.getuser()}", f"--name={name}")
 
     def _list(self) -> dict[str, str] | None:
-        """Every job of this user with its state; None if Slurm does not answer."""
-        answer = _ask("squeue", f"--user={getpass.getuser()}", "--states=all", "--noheader", "--format=%T|%j")
-        if answer is None:
+        """Return every job of this user with its state; None if Slurm does not respond."""
+        output = _run_command("squeue", f"--user={getpass.getuser()}", "--states=all", "--noheader", "--format=%T|%j")
+        if output is None:
             return None
-        lines = sorted(line.strip().partition("|") for line in answer.splitlines())
-        lines.sort(key=lambda line: line[0] not in ENDED)  # of two jobs with one name, the one that lives counts
+        lines = sorted(line.strip().partition("|") for line in output.splitlines())
+        lines.sort(key=lambda line: line[0] not in ENDED)  # if two jobs share a name, the active one counts
         return {name: state for state, _, name in lines}
 
 
@@ -104,30 +104,30 @@ class LocalQueue:
         self._handles: dict[str, Any] = {}
 
     def add(self, name: str, handle: Any) -> None:
-        """Keep the job's process, which has to be waited for."""
+        """Keep the job's handle, whose process has to be waited for."""
         self._handles[name] = handle
 
-    def end_of(self, name: str, attempt: Path, *, now: bool = False) -> str:
-        """That the job's process is gone; one that an earlier controller has started is known by its claim."""
+    def end_reason(self, name: str, attempt: Path, *, now: bool = False) -> str:
+        """Return whether the job's process has ended; a process of an earlier controller is identified by its claim."""
         if name in self._handles and not self._handles[name].done():
             return ""
-        claimed = claim_file(attempt)
-        if claimed.exists() and is_alive(read_json(claimed), idle_s(attempt)):
+        claim = claim_file(attempt)
+        if claim.exists() and is_alive(read_json(claim), seconds_since_change(attempt)):
             return ""
-        return "its process is gone"
+        return "its process has ended"
 
     def cancel(self, name: str, attempt: Path) -> None:
-        """Kill whoever runs the attempt; submitit's own process then ends by itself."""
+        """Kill the process that runs the attempt; submitit's own process then ends by itself."""
         if not claim_file(attempt).exists():
             return
-        claimed = read_json(claim_file(attempt))
-        if claimed != this_process() and is_alive(claimed, math.inf):
+        claimant = read_json(claim_file(attempt))
+        if claimant != this_process() and is_alive(claimant, math.inf):
             with suppress(ProcessLookupError):
-                os.kill(int(claimed["pid"]), signal.SIGKILL)
+                os.kill(int(claimant["pid"]), signal.SIGKILL)
 
 
-def _ask(*command: str) -> str | None:
-    """What one of Slurm's commands prints; None if it fails or does not end."""
+def _run_command(*command: str) -> str | None:
+    """Return the output of a Slurm command; None if it fails or times out."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout  # noqa: S603
     except (OSError, subprocess.SubprocessError):

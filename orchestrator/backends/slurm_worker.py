@@ -1,8 +1,8 @@
-"""One attempt as a Slurm job: `python -m orchestrator.backends.slurm_worker ATTEMPT_FOLDER` is its whole command.
+"""Run one attempt as a Slurm job, by the command `python -m orchestrator.backends.slurm_worker ATTEMPT_FOLDER`.
 
-All that it needs lies in the attempt's folder on the shared disk: `job.json` comes in, `outcome.json` goes out. It runs
-only if it gets the attempt's claim, so an attempt that was submitted twice, or given up while it was queued, does not
-run twice.
+It reads `job.json` from the attempt's folder on the shared disk and writes `outcome.json` to it. It runs only if it
+obtains the attempt's claim. So an attempt that was submitted twice, or abandoned while it was queued, does not run
+twice.
 """
 
 import os
@@ -22,44 +22,44 @@ from orchestrator.run.lease import this_process
 
 
 def claim(attempt: Path) -> bool:
-    """Take the right to run an attempt or to give it up; True for one process alone, on whatever machine it is.
+    """Claim the right to run or abandon an attempt; return True for exactly one process on all machines.
 
-    The claim is a hard link, which exactly one of many can make, also on NFS.
+    The trick: the claim is a hard link, which only one of several processes can create, also on NFS.
     """
-    own = attempt / f".claim.{this_process()['host']}.{os.getpid()}"
-    write_json(own, this_process())
+    candidate = attempt / f".claim.{this_process()['host']}.{os.getpid()}"
+    write_json(candidate, this_process())
     try:
-        os.link(own, claim_file(attempt))
+        os.link(candidate, claim_file(attempt))
     except FileExistsError:
         return False
     finally:
-        own.unlink()
+        candidate.unlink()
     return True
 
 
 def claim_file(attempt: Path) -> Path:
-    """Who runs the attempt, or has given it up before it began."""
+    """Return the file that names the process which runs the attempt, or abandoned it before its start."""
     return attempt / "claim.json"
 
 
 def execute_attempt(attempt: Path, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome | None:
-    """Run the attempt that `job.json` describes; None if it is not ours to run."""
+    """Run the attempt of `job.json`; return None if another process holds its claim."""
     if not claim(attempt):
         return None
     job = TypeAdapter(Job).validate_python(read_json(attempt / "job.json"))
-    from orchestrator.run.worker import execute  # torch takes seconds to import, and the claim and a signal cannot wait
+    from orchestrator.run.worker import execute  # torch takes seconds to import; claim and signal handler come first
 
     return execute(job, stopping)
 
 
 def main() -> None:
-    """Run one attempt; SIGTERM (preemption) and SIGUSR2 (soon out of time) ask it to save its work."""
+    """Run one attempt; on SIGTERM (preemption) and SIGUSR2 (time limit near) it saves its work."""
     with ExitStack() as stack:
         stopping = stack.enter_context(sigterm_flag())
         signal.signal(signal.SIGUSR2, _as_sigterm)
         outcome = execute_attempt(Path(sys.argv[1]), stopping)
     if outcome is None:
-        sys.exit(f"{sys.argv[1]} is claimed by another process; nothing is run twice")
+        sys.exit(f"{sys.argv[1]} is claimed by another process; no attempt runs twice")
     sys.exit(EXIT_CODES[outcome.state])
 
 

@@ -1,4 +1,4 @@
-"""`ddm experts`: who is in the ensemble of a finished run; take experts out, put them back, add new ones."""
+"""List, remove, restore or add the experts of a finished run's ensemble."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,16 +14,16 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
 
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
-Ensemble = Annotated[
-    Path | None, typer.Option(help="An ensemble that an earlier change has made; empty is the run's own")
+Ensemble = Annotated[Path | None, typer.Option(help="Ensemble of an earlier change; empty is the run's own")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of the new ensemble; empty is a new folder among the run's artifacts")
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder of the new ensemble; empty is one among the run's artifacts")]
 
 
 @app.command("list")
-def listed(run: RunArgument, ensemble: Ensemble = None) -> None:
-    """Show every expert: what it stood for, what it is, and whether it is there."""
-    pipeline = _base(run, ensemble).load()
+def list_experts(run: RunArgument, ensemble: Ensemble = None) -> None:
+    """Show every expert: its share of the data, its network, and whether it is missing."""
+    pipeline = _open_base(run, ensemble).load()
     console.print(_table(pipeline))
     _warn(pipeline)
 
@@ -31,56 +31,56 @@ def listed(run: RunArgument, ensemble: Ensemble = None) -> None:
 @app.command()
 def remove(
     run: RunArgument,
-    ids: Annotated[list[int], typer.Argument(help="Ids of the experts that leave", metavar="ID…")],
+    ids: Annotated[list[int], typer.Argument(help="Ids of the experts to remove", metavar="ID…")],
     ensemble: Ensemble = None,
     out: Out = None,
 ) -> None:
-    """Make an ensemble without some experts; the others share their gates, and the router is not trained again."""
-    from orchestrator.cli.membership import remove as removed
+    """Write an ensemble without some experts; gates are renormalized, and the router is not trained again."""
+    from orchestrator.cli.membership import write_without_experts
 
-    _said(run, removed(_base(run, ensemble), ids, out))
+    _print_ensemble(run, write_without_experts(_open_base(run, ensemble), ids, out))
 
 
 @app.command()
 def add(
     run: RunArgument,
-    expert: Annotated[Path, typer.Argument(help="The expert's folder, of `python -m experts` or of another run")],
-    shards: Annotated[Path | None, typer.Option(help="Its samples, on which its head in the router is trained")] = None,
-    place: Annotated[int | None, typer.Option(help="Id of a missing expert whose place it takes")] = None,
+    expert: Annotated[Path, typer.Argument(help="The expert's folder, written by `python -m experts` or another run")],
+    shards: Annotated[Path | None, typer.Option(help="Its training samples, for its new head in the router")] = None,
+    place: Annotated[int | None, typer.Option(help="Id of a missing expert that it replaces")] = None,
     ensemble: Ensemble = None,
     out: Out = None,
 ) -> None:
-    """Make an ensemble with one expert more: in the place of a missing one, or with a new head in the router."""
-    from orchestrator.cli.membership import bring_back, codec_is_known, join
+    """Write an ensemble with one more expert: as a missing id (--place) or with a new router head (--shards)."""
+    from orchestrator.cli.membership import records_codec, write_with_new_expert, write_with_restored_expert
 
-    base = _base(run, ensemble)
+    base = _open_base(run, ensemble)
     if place is not None and shards is None:
-        made = bring_back(base, expert, place, out)
+        folder = write_with_restored_expert(base, expert, place, out)
     elif shards is not None and place is None:
-        made = join(base, expert, shards, out)
+        folder = write_with_new_expert(base, expert, shards, out)
     else:
         raise ConfigError(
-            "a new expert needs its samples (--shards), for a head in the router; one that takes the place of a "
-            f"missing expert needs that place (--place); given: --shards {shards}, --place {place}"
+            "a new expert needs its samples (--shards) for a head in the router, or the id of the missing expert "
+            f"that it replaces (--place), and not both; got --shards {shards}, --place {place}"
         )
-    if not codec_is_known(expert):
-        console.print(f"[yellow]Warning:[/] {escape(str(expert))} does not say which codec it was trained with")
-    _said(run, made)
+    if not records_codec(expert):
+        console.print(f"[yellow]Warning:[/] {escape(str(expert))} does not record the codec with which it was trained")
+    _print_ensemble(run, folder)
 
 
-def _base(run: Path, ensemble: Path | None) -> Any:
+def _open_base(run: Path, ensemble: Path | None) -> Any:
     from orchestrator.cli.membership import BaseEnsemble
     from orchestrator.run.run_folder import RunFolder
 
-    return BaseEnsemble.of(RunFolder(run.expanduser()), ensemble and ensemble.expanduser())
+    return BaseEnsemble.open(RunFolder(run.expanduser()), ensemble and ensemble.expanduser())
 
 
-def _said(run: Path, made: Path) -> None:
-    from ensemble.pipeline import DDMPipeline
+def _print_ensemble(run: Path, folder: Path) -> None:
+    from ensemble.pipeline import EnsemblePipeline
 
-    pipeline = DDMPipeline.from_pretrained(made)
-    there = ", ".join(map(str, sorted(pipeline.ensemble.experts)))
-    lines = f"{made}: experts {there}\n  ddm sample {run} --ensemble {made}"
+    pipeline = EnsemblePipeline.from_pretrained(folder)
+    present = ", ".join(map(str, sorted(pipeline.ensemble.experts)))
+    lines = f"{folder}: experts {present}\n  ddm sample {run} --ensemble {folder}"
     console.print(lines, soft_wrap=True, highlight=False, markup=False)
     _warn(pipeline)
 
@@ -96,7 +96,7 @@ def _table(pipeline: Any) -> Table:
     from ensemble.membership import data_shares
 
     table = Table(title=f"{pipeline.ensemble.num_experts} expert(s)")
-    for heading in ("expert", "share of\nthe data", "network", "parameters", "prediction", "path"):
+    for heading in ("expert", "share of\nthe data", "network", "parameters", "prediction", "noise\nschedule"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
     for k, share in enumerate(data_shares(pipeline.ensemble)):
         expert = pipeline.ensemble.experts.get(k)

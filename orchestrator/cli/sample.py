@@ -1,29 +1,37 @@
-"""`ddm sample`: from a finished run to one picture."""
+"""`ddm sample`: sample a finished run and write one grid of images."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ddm_core.artifacts import verify
+from ensemble.config import SamplingConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.reporting.results import current_graph, selection_choice
 from orchestrator.run.run_folder import RunFolder
 from router.config import AUTO, SelectionConfig, SelectionName, selection_label
 
+if TYPE_CHECKING:
+    from ensemble.pipeline import EnsemblePipeline
+    from ensemble.sampling.sample import SampleResult
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".webp")
 
 READABLE_WIDTH = 800
-"""Pictures of small images are enlarged to about so many pixels."""
+"""Grids of small images are enlarged to about this width, in pixels."""
 
 
-def selection_named(name: str, config: RunConfig) -> SelectionConfig:
-    """The run's own settings of a selection, or that selection with its defaults; empty is the run's default."""
+def find_selection(name: str, config: RunConfig) -> SelectionConfig:
+    """Return the run's settings of a selection, or its defaults if the run has none; empty is the run's default.
+
+    Raises `ConfigError` with the known names.
+    """
     if not name:
         return config.ensemble.selection
     names = (*get_args(SelectionName), AUTO)
-    defaults = [SelectionConfig(name=known) for known in names]
+    defaults = [SelectionConfig(name=known_name) for known_name in names]
     for selection in (
         config.ensemble.selection,
         *config.scores.selections,
@@ -32,85 +40,110 @@ def selection_named(name: str, config: RunConfig) -> SelectionConfig:
     ):
         if name in (selection.name, selection_label(selection)):
             return selection
-    raise ConfigError(f"{name!r} is not a selection; known: {', '.join(names)}")
+    raise ConfigError(f"a selection must be one of {', '.join(names)}; got {name!r}")
 
 
-def resolved(run: RunFolder, selection: SelectionConfig) -> SelectionConfig:
-    """The selection itself, or the one that the run has chosen for `auto`."""
+def resolve_selection(run: RunFolder, selection: SelectionConfig) -> SelectionConfig:
+    """Return the selection, with `auto` replaced by the result of the run's selection search."""
     if selection.name != AUTO:
         return selection
     choice = selection_choice(run, current_graph(run, run.load_config()))
     if choice is None:
         raise RunFolderError(
-            f"{run.root} has not chosen a selection; let it choose with `ddm evaluate {run.root} --select auto`, "
-            "or name one, such as --select sticky"
+            f"{run.root} has no result of a selection search; start one with "
+            f"`ddm evaluate {run.root} --selection auto`, or name a selection, such as --selection sticky"
         )
     return SelectionConfig(**choice["selection"])
 
 
-def pipeline_folder(run: RunFolder, *, monolith: bool) -> Path:
-    """The finished pipeline folder of the ensemble or of the monolith, compared with its checksums."""
+def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:
+    """Return the finished pipeline folder of the ensemble or the monolith, after its checksums are verified."""
     name = "monolith_ensemble" if monolith else "ensemble"
     graph = current_graph(run, run.load_config())
     stage = next((stage for stage in graph if stage.name == name), None)
-    if stage is None or not run.finished(stage):
+    if stage is None or not run.is_finished(stage):
         raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
     verify(run.artifact(stage))
     return run.artifact(stage)
 
 
-def sample_run(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRequest:
+    """A loaded pipeline, and what `ddm sample` samples from it."""
+
+    pipeline: "EnsemblePipeline"
+    config: SamplingConfig
+    class_id: int | None
+    """None samples without a condition."""
+
+    def class_ids(self, count: int) -> list[int] | None:
+        """Return the class of each of `count` images."""
+        return None if self.class_id is None else [self.class_id] * count
+
+
+def prepare_sampling(
     run: RunFolder,
-    seeds: Sequence[int],
-    label: str,
-    select: str,
     out: Path,
-    steps: int | None,
-    guidance_scale: float | None,
+    label: str = "",
+    selection: str = "",
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     *,
-    monolith: bool,
+    monolith: bool = False,
     ensemble: Path | None = None,
-) -> str:
-    """Sample, write the picture, and say what was drawn; `ensemble` is the folder of one that `ddm experts` made."""
+) -> SamplingRequest:
+    """Check the options of `ddm sample` and load the pipeline; raises `ConfigError` or `RunFolderError`.
+
+    `ensemble` is the folder of an ensemble that `ddm experts` wrote; `out` is checked and not written.
+    """
     if out.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ConfigError(f"--out {out} must end in one of {', '.join(PICTURE_SUFFIXES)}")
-    config = run.load_config()
-    folder = ensemble or pipeline_folder(run, monolith=monolith)
-    selection = SelectionConfig(name="full") if monolith else resolved(run, selection_named(select, config))
-    own = config.ensemble
-    sampling = replace(
-        own,
-        selection=selection,
-        steps=own.steps if steps is None else steps,
-        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
+        raise ConfigError(f"--out must end in one of {', '.join(PICTURE_SUFFIXES)}; got {out}")
+    defaults = run.load_config()
+    folder = ensemble or find_pipeline(run, monolith=monolith)
+    config = replace(
+        defaults.ensemble,
+        selection=SelectionConfig(name="full")
+        if monolith
+        else resolve_selection(run, find_selection(selection, defaults)),
+        steps=defaults.ensemble.steps if steps is None else steps,
+        guidance_scale=defaults.ensemble.guidance_scale if guidance_scale is None else guidance_scale,
     )
+    from ensemble.pipeline import EnsemblePipeline
+
+    pipeline = EnsemblePipeline.from_pretrained(folder)
+    few_step = pipeline.ensemble.few_step
+    if few_step is not None and steps is not None:
+        raise ConfigError(
+            f"--steps applies only to experts that predict at any t; the experts in {folder} have a few-step schedule "
+            f"of {len(few_step.times)} steps: leave --steps out"
+        )
+    if few_step is not None and few_step.is_distilled and guidance_scale is not None:
+        raise ConfigError(
+            f"--guidance-scale applies only to experts without distilled guidance; the students in {folder} have it: "
+            "leave --guidance-scale out"
+        )
+    return SamplingRequest(pipeline=pipeline, config=config, class_id=_find_class(label, pipeline.class_names))
+
+
+def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> str:
+    """Write the images as one grid and return a summary, with a warning if experts are missing."""
     from PIL.Image import Resampling
 
     from ensemble.membership import missing_warning
-    from ensemble.pipeline import DDMPipeline
-    from ensemble.sampling.images import grid
+    from ensemble.sampling.images import image_grid
 
-    pipeline = DDMPipeline.from_pretrained(folder)
-    course = pipeline.ensemble.few_step
-    if course is not None and steps is not None:
-        raise ConfigError(
-            f"--steps is for experts that can be asked at any t; those in {folder} have their own {len(course.times)}: "
-            "leave it out"
-        )
-    if course is not None and course.is_distilled and guidance_scale is not None:
-        raise ConfigError(f"the students in {folder} have their guidance within them: leave --guidance-scale out")
-    class_id = _class_id(label, pipeline.class_names)
-    samples = pipeline(seeds, sampling, None if class_id is None else [class_id] * len(seeds))
+    count = len(samples.images)
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture = grid(samples.images, columns=max(1, round(len(seeds) ** 0.5)))
-    enlargement = max(1, READABLE_WIDTH // picture.width)
-    picture.resize((picture.width * enlargement, picture.height * enlargement), Resampling.NEAREST).save(out)
-    said = f"{out}: {len(seeds)} images, {selection_label(selection)}, {samples.calls_per_step:.2f} expert calls a step"
-    warning = missing_warning(pipeline.ensemble)
-    return f"{said}\n[yellow]Warning:[/] {warning}" if warning else said
+    grid = image_grid(samples.images, columns=max(1, round(count**0.5)))
+    enlargement = max(1, READABLE_WIDTH // grid.width)
+    grid.resize((grid.width * enlargement, grid.height * enlargement), Resampling.NEAREST).save(out)
+    selection = selection_label(request.config.selection)
+    summary = f"{out}: {count} images, {selection}, {samples.calls_per_step:.2f} expert calls per step"
+    warning = missing_warning(request.pipeline.ensemble)
+    return f"{summary}\n[yellow]Warning:[/] {warning}" if warning else summary
 
 
-def _class_id(label: str, class_names: Sequence[str]) -> int | None:
+def _find_class(label: str, class_names: Sequence[str]) -> int | None:
     if not label:
         return None
     if label in class_names:

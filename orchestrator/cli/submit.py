@@ -1,8 +1,8 @@
-"""`ddm submit`: the controller itself as a job on a Ray cluster, which needs nobody from then on.
+"""`ddm submit`: run the controller as a job on a Ray cluster, independent of this machine.
 
-The run folder lies on a disk that this machine and that Ray cluster see under the same path, and everything else goes
-through it: `ddm status`, `logs`, `stop` and `resume` work as ever. The job's first act is to look whether it finds
-there what was written here.
+The run folder is on a disk that this machine and the Ray cluster mount under the same path. All communication goes
+through it, so `ddm status`, `logs`, `stop` and `resume` work as usual. The job first checks that it reads in the folder
+the file that was written here.
 """
 
 import socket
@@ -16,21 +16,21 @@ from pydantic import ValidationError
 from ddm_core.artifacts import read_json, write_json
 from orchestrator.config.compute import IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
-from orchestrator.controller import SUBMITTED_TO
+from orchestrator.controller import SUBMITTED_ADDRESS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.islands.client import IslandClient, JobState
 from orchestrator.islands.wheel import build_wheel
 from orchestrator.run.lease import hold_lease, this_process
 from orchestrator.run.run_folder import RunFolder
 
-CLOSING_S = 30.0
-"""What a controller may take to end, beyond the grace that its stages have to save their work."""
+SHUTDOWN_S = 30.0
+"""Time for a controller to end after the grace period of its stages."""
 
-SEEN_S = 3.0
-"""A shared disk may show a new file so late."""
+FOLDER_VISIBLE_S = 3.0
+"""Longest delay until a new file is visible on a shared disk."""
 
-SEEN_AFTER_S = 120.0
-"""A job may take so long to begin."""
+JOB_START_S = 120.0
+"""Longest time until a job starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,62 +40,62 @@ class Submission:
     id: str
     folder: Path
     is_new: bool
-    """False if it was there already, and so nothing was submitted."""
-    earlier: str = ""
-    """How the controller before it ended, unless that ended well."""
+    """False if a controller ran there already, so nothing was submitted."""
+    previous_failure: str = ""
+    """How the previous controller failed; empty if it did not."""
 
 
 def submit_run(config: RunConfig, client: IslandClient) -> Submission:
-    """Send the run's controller to a Ray cluster; one that is there already is left alone.
+    """Submit the run's controller to a Ray cluster, unless one of this run is active there.
 
-    Raises `RunIsLocked` if somebody elsewhere walks the run.
+    Raises `RunIsLocked` if a controller elsewhere runs the run.
     """
     client.check_reachable()
     run = RunFolder(Path(config.folder))
     run.root.mkdir(parents=True, exist_ok=True)
     name = f"ddm-{run.run_id()}-c"
-    states = {key: state for key, state in client.states().items() if key.startswith(name)}
+    states = {key: state for key, state in client.list_states().items() if key.startswith(name)}
     last = max((int(key.removeprefix(name)) for key in states), default=0)
     if last and not states[f"{name}{last}"].has_ended:
         return Submission(id=f"{name}{last}", folder=run.root, is_new=False)
     with hold_lease(run):
         run.save_config(config)
         write_json(run.submission, {"id": f"{name}{last + 1}"})
-    is_new = _send(client, f"{name}{last + 1}", run.root, config.compute.grace_s + CLOSING_S)
-    earlier = _last_words(client, f"{name}{last}", states[f"{name}{last}"]) if last else ""
-    return Submission(id=f"{name}{last + 1}", folder=run.root, is_new=is_new, earlier=earlier)
+    is_new = _send(client, f"{name}{last + 1}", run.root, config.compute.grace_s + SHUTDOWN_S)
+    previous_failure = _describe_failure(client, f"{name}{last}", states[f"{name}{last}"]) if last else ""
+    return Submission(id=f"{name}{last + 1}", folder=run.root, is_new=is_new, previous_failure=previous_failure)
 
 
-def reachable_from(config: RunConfig, address: str, token_file: str) -> tuple[RunConfig, IslandClient]:
-    """The configuration with a folder that means the same everywhere, and a client for the Ray cluster."""
+def resolve_submission(config: RunConfig, address: str, token_file: str) -> tuple[RunConfig, IslandClient]:
+    """Return the configuration with an absolute run folder, and a client for the Ray cluster."""
     folder = str(Path(config.folder).expanduser().absolute())
     try:
         island = IslandConfig(address=address, token_file=token_file, storage=folder)
     except ValidationError as error:
-        mistakes = "; ".join(f"{mistake['msg']} (given: {mistake['input']!r})" for mistake in error.errors())
+        mistakes = "; ".join(f"{mistake['msg']}; got {mistake['input']!r}" for mistake in error.errors())
         raise ConfigError(f"--address: {mistakes}") from None
     return replace(config, folder=folder), IslandClient("for the controller", island)
 
 
-def wait_until_seen(submission: Submission, client: IslandClient, timeout_s: float) -> None:
-    """Wait until the job has found the run folder; raises `OrchestratorError` with its log if it has not."""
+def wait_until_started(submission: Submission, client: IslandClient, timeout_s: float) -> None:
+    """Wait until the job has opened the run folder; raises `OrchestratorError` with its log if it fails."""
     run, deadline = RunFolder(submission.folder), time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        state = client.states().get(submission.id)
+        state = client.list_states().get(submission.id)
         if "seen" in read_json(run.submission):
             return
         if state is not None and state.has_ended:
-            raise OrchestratorError(_last_words(client, submission.id, state))
+            raise OrchestratorError(_describe_failure(client, submission.id, state))
         time.sleep(0.5)
-    raise OrchestratorError(f"{submission.id} has not begun within {timeout_s:g} s: that Ray cluster has no CPU free")
+    raise OrchestratorError(f"{submission.id} has not started within {timeout_s:g} s: that Ray cluster has no CPU free")
 
 
-def confirm_folder_seen(run: RunFolder, submission_id: str) -> None:
-    """The job's first act: find what was written when it was submitted, and answer it.
+def confirm_submission(run: RunFolder, submission_id: str) -> None:
+    """Check, as the job's first step, that this is the submitted run folder, and confirm it in `submission.json`.
 
-    Raises `RunFolderError` if this is another folder under the same path, or none.
+    Raises `RunFolderError` if the path is missing here or is another folder.
     """
-    deadline = time.monotonic() + SEEN_S
+    deadline = time.monotonic() + FOLDER_VISIBLE_S
     while not run.submission.is_file() or read_json(run.submission)["id"] != submission_id:
         if time.monotonic() > deadline:
             raise RunFolderError(
@@ -110,21 +110,21 @@ def confirm_folder_seen(run: RunFolder, submission_id: str) -> None:
 
 
 def _send(client: IslandClient, submission_id: str, folder: Path, grace_s: float) -> bool:
-    """Submit the one command that a controller is; False if somebody else has just done so."""
+    """Submit the controller's command; return False if another process submitted it at the same time."""
     with tempfile.TemporaryDirectory(prefix="ddm-") as scratch:
         return client.submit(
             submission_id,
             ["python", "-m", "orchestrator.cli.submitted_controller", str(folder), submission_id],
             wheel=build_wheel(Path(scratch)),
             resources=ResourcesConfig(),
-            env={SUBMITTED_TO: "auto"},
+            env={SUBMITTED_ADDRESS: "auto"},
             grace_s=grace_s,
         )
 
 
-def _last_words(client: IslandClient, submission_id: str, state: JobState) -> str:
-    """How a submission ended, with the end of its log; empty if it ended well."""
+def _describe_failure(client: IslandClient, submission_id: str, state: JobState) -> str:
+    """Return how a submission failed, with the last five lines of its log; empty if it succeeded."""
     if state.status == "SUCCEEDED":
         return ""
-    said = client.log(submission_id).strip().splitlines()[-5:]
-    return "\n  ".join([f"{submission_id} ended as {state.status}: {state.message}", *said])
+    log_lines = client.fetch_log(submission_id).strip().splitlines()[-5:]
+    return "\n  ".join([f"{submission_id} ended as {state.status}: {state.message}", *log_lines])

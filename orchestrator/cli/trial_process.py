@@ -1,6 +1,6 @@
-"""`python -m orchestrator.cli.trial_process FOLDER`: `ddm resume FOLDER` that ends with its sweep.
+"""`python -m orchestrator.cli.trial_process FOLDER`: run `ddm resume FOLDER` as a child that ends with its sweep.
 
-What it leaves is what any killed controller leaves, and the next one goes on from there.
+A killed trial leaves the state of any killed controller, and the next controller resumes from it.
 """
 
 import sys

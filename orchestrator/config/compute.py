@@ -1,4 +1,4 @@
-"""Where stages run: resources, islands, and what happens when something fails. Part of the run's configuration."""
+"""Configuration of where stages run: resources, islands, and limits and retries after failures."""
 
 import os
 from pathlib import Path
@@ -8,42 +8,43 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
+from orchestrator.config.stage_kinds import TRAINING_KINDS
 
 CONTROLLER = "controller"
-"""The name of the place where the controller itself is; stages there run on an embedded Ray cluster."""
+"""Name of the controller's own place; stages there run on an embedded Ray cluster."""
 
 Money = Annotated[float, Field(ge=0)]
 
 StorageUrl = Annotated[str, Field(pattern=r"^(/|file://|s3://|gs://|gcs://|memory://)")]
-"""A storage as an fsspec URL of a scheme that is allowed."""
+"""A storage as an fsspec URL with an allowed scheme."""
 
 
-def _expanded(path: object) -> object:
+def _expand_home(path: object) -> object:
     return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ResourcesConfig:
-    """What one stage asks of one worker."""
+    """Resources that one stage needs from one worker."""
 
     cpus: Annotated[int, Field(ge=1)] = 1
-    """CPUs, and so torch threads."""
+    """Number of CPUs, and of torch threads."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs, fractions allowed."""
+    """Number of GPUs; fractions are allowed."""
     memory_gb: Annotated[float, Field(ge=0)] = 0.0
-    """Memory that must be free on the node; 0 asks for nothing."""
+    """Free memory that the node must have, in GB; 0 requires none."""
     workers: Annotated[int, Field(ge=1)] = 1
     """Workers that train together inside one island (Ray Train, DDP); each gets the CPUs and GPUs above."""
     islands: tuple[str, ...] = ()
-    """Islands that may run it, `home` among them; empty: trainings on any island, everything else at home."""
+    """Names of islands that may run it; `controller` is one. Empty: trainings on any island, other stages there."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StagesConfig:
-    """What each kind of stage asks for."""
+    """Resources of each kind of stage."""
 
     dataset: ResourcesConfig = ResourcesConfig()
-    """Reading and shrinking the images."""
+    """Reading and resizing the images."""
     codec: ResourcesConfig = ResourcesConfig()
     """Fitting the latent space."""
     features: ResourcesConfig = ResourcesConfig()
@@ -53,78 +54,79 @@ class StagesConfig:
     reference: ResourcesConfig = ResourcesConfig()
     """Features of real images for the scores."""
     init: ResourcesConfig = ResourcesConfig()
-    """Copying a checkpoint to start from."""
+    """Copying a pretrained checkpoint."""
     expert: ResourcesConfig = ResourcesConfig()
     """One expert's training."""
     expert_samples: ResourcesConfig = ResourcesConfig()
-    """Drawing latents from the experts, for a router that sees no data."""
+    """Sampling latents from the experts, for a router that is trained without data."""
     router: ResourcesConfig = ResourcesConfig()
     """The router's training."""
     monolith: ResourcesConfig = ResourcesConfig()
     """The baseline's training."""
     cluster_conditioned: ResourcesConfig = ResourcesConfig()
-    """Training of the baseline that is told the cluster."""
+    """Training of the cluster-conditioned monolith."""
     distilled_monolith: ResourcesConfig = ResourcesConfig()
     """Distillation of the experts into one network."""
     ensemble: ResourcesConfig = ResourcesConfig()
-    """Putting trained models into one folder."""
+    """Assembling trained models in one folder."""
     selection_search: ResourcesConfig = ResourcesConfig()
-    """Trying selections for `auto`."""
+    """Comparing selections for `auto`."""
     distill: ResourcesConfig = ResourcesConfig()
     """Training few-step students of the experts."""
     accelerate: ResourcesConfig = ResourcesConfig()
-    """Planning caches, making drafts."""
+    """Planning cache schedules, building drafts."""
     prune: ResourcesConfig = ResourcesConfig()
-    """Taking parts out of the experts, and training what is left."""
+    """Removing parts of the experts, and finetuning the rest."""
     quantize: ResourcesConfig = ResourcesConfig()
-    """Putting the ensemble's weights into few bits."""
+    """Quantizing the ensemble's weights."""
     stitch: ResourcesConfig = ResourcesConfig()
-    """Putting a smaller and the whole ensemble together."""
+    """Joining the compressed and the original ensemble."""
     timing: ResourcesConfig = ResourcesConfig()
-    """Measuring the processor time of an image."""
+    """Measuring the CPU time per image."""
     score: ResourcesConfig = ResourcesConfig()
     """Sampling and scoring."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class IslandConfig:
-    """A Ray cluster of its own, reached by Ray's job submission API; islands never talk to each other."""
+    """A separate Ray cluster, reached by Ray's job submission API; islands do not communicate with each other."""
 
     address: Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
-    """Its dashboard, such as http://127.0.1.1:8265; plain http only on loopback or through a tunnel."""
+    """URL of its dashboard, such as http://127.0.1.1:8265; plain http only on loopback or through a tunnel."""
     token_file: str
-    """File with its token, readable by its owner alone (mode 600); every island has a token of its own."""
-    storage: Annotated[StorageUrl, BeforeValidator(_expanded)]
-    """Where its data and models lie, as an fsspec URL that island and controller both reach; `~` is our home."""
+    """File with its token, readable only by its owner (mode 600); every island has its own token."""
+    storage: Annotated[StorageUrl, BeforeValidator(_expand_home)]
+    """Storage of its data and models, an fsspec URL that island and controller reach; `~` is the controller's home."""
     storage_options: dict[str, str] = Field(default_factory=dict)
-    """Options of that file system, such as `endpoint_url`; never secrets: those come from its own environment."""
+    """Options of that file system, such as `endpoint_url`; secrets must come from its environment instead."""
     cpus: Annotated[int, Field(ge=1)] = 1
     """CPUs that stages may use at once."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs that stages may use at once."""
     memory_gb: Annotated[float, Field(ge=0)] = 0.0
-    """Memory that stages may use at once; 0 is not counted."""
+    """Memory that stages may use at once, in GB; 0 is unlimited."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """Ray's custom resources that every job asks for, such as `{pool_spot: 1}`."""
+    """Custom Ray resources that every job requires, such as `{pool_spot: 1}`."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment of its jobs; never secrets, since Ray shows it to whoever may list jobs."""
+    """Environment of its jobs; no secrets, since Ray shows it to everyone who may list jobs."""
     price_per_hour: Money = 0.0
-    """Price of the whole island at full use, in the currency of your bill."""
+    """Price per hour of the whole island at full use, in the currency of your bill."""
     preemptible: bool = False
-    """Whether its nodes may vanish (spot)."""
+    """Whether its nodes may be preempted (spot)."""
     preemptions_per_hour: Annotated[float, Field(ge=0)] = 0.0
-    """How often a node of it is lost, for `ddm plan`."""
+    """Expected preemptions per node and hour, for `ddm plan`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ComputeConfig:
-    """Where stages run, and what happens when they fail."""
+    """Where stages run, and their limits and retries."""
 
     backend: Literal["inline", "ray", "islands", "slurm"] = "ray"
     """`inline`: one after the other in this process. `ray`: on the workers of one Ray cluster. `islands`: trainings on
-    Ray clusters of their own (`islands` below), the rest at home. `slurm`: each stage a Slurm job on a shared disk."""
+    separate Ray clusters (`islands` below), all else in the controller's place. `slurm`: one Slurm job per stage, on a
+    shared disk."""
     cpus: Annotated[int, Field(ge=1)] | None = None
-    """CPUs of the embedded Ray cluster; all of this machine when empty."""
+    """CPUs of the embedded Ray cluster; empty uses all CPUs of this machine."""
     gpus: Annotated[int, Field(ge=0)] = 0
     """GPUs of the embedded Ray cluster."""
     address: str | None = None
@@ -132,53 +134,52 @@ class ComputeConfig:
     islands: dict[str, IslandConfig] = Field(default_factory=dict)
     """The islands by name, for backend=islands."""
     slurm: dict[str, str | int] = Field(default_factory=dict)
-    """Parameters for Slurm by submitit's names, such as `slurm_partition`; `cluster: local` runs them here."""
+    """Slurm parameters by submitit's names, such as `slurm_partition`; `cluster: local` runs jobs on this machine."""
     stages: StagesConfig = StagesConfig()
     """Resources by kind of stage."""
     retries: Annotated[int, Field(ge=0)] = 2
-    """How often a stage is started again after its worker was lost or an operation failed; a preemption costs none,
-    and a training that goes on from a later checkpoint than the last time has all of them again."""
+    """How often a stage is retried after its worker was lost or an operation failed. Preemptions do not count. A
+    training that resumes from a later checkpoint than the time before gets all retries again."""
     backoff_s: Annotated[float, Field(ge=0)] = 1.0
-    """Wait before the first retry, give or take half; it doubles each time, up to a minute."""
+    """Wait before the first retry, times a random factor from 0.5 to 1.5; it doubles each time, up to a minute."""
     timeout_s: Annotated[float, Field(gt=0)] | None = None
-    """Longest time for one attempt of one stage, waiting for a worker left out; empty is unlimited."""
+    """Longest time for one attempt of one stage, without the wait for a worker; empty is unlimited."""
     deadline_s: Annotated[float, Field(gt=0)] | None = None
-    """Longest time for an expert over all its attempts; the ensemble then goes on without it. Empty waits for ever."""
+    """Longest time for an expert over all its attempts; after it the ensemble omits the expert. Empty is unlimited."""
     grace_s: Annotated[float, Field(ge=0)] = 20.0
-    """How long a stage may take to save its work when it is asked to stop."""
+    """Time for a stage to save its work after a stop request."""
     lease_s: Annotated[float, Field(gt=0)] = 180.0
-    """An island that cannot be reached and shows no sign of life for so long has lost its stages."""
+    """Stages of an island count as lost after this time without a connection or heartbeat."""
     max_spot_preemptions: Annotated[int, Field(ge=0)] = 2
-    """After so many losses on preemptible islands a stage goes to one that is not preemptible, if there is any."""
+    """After this many losses on preemptible islands a stage moves to one that is not preemptible, if there is one."""
 
     @property
     def cpus_here(self) -> int:
-        """CPUs that stages on this machine may use at once."""
+        """Return the number of CPUs that stages on this machine may use at once."""
         return self.cpus or len(os.sched_getaffinity(0))
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
-        """Check that what is asked for belongs to the backend."""
+    def _check_consistency(self) -> Self:
+        """Check that the settings fit the backend."""
         if self.timeout_s is not None and self.backend == "inline":
             raise ValueError(
-                f"timeout_s={self.timeout_s:g} needs backend=ray: inline runs in this process and cannot be interrupted"
+                f"timeout_s needs a backend with separate workers, such as ray; got timeout_s={self.timeout_s:g} with "
+                "backend=inline, which runs in this process and cannot be interrupted"
             )
         if (self.backend == "islands") != bool(self.islands):
             raise ValueError(
-                f"backend={self.backend} and {len(self.islands)} island(s): backend=islands needs at least one, and "
-                "islands need backend=islands"
+                "backend=islands needs at least one island, and islands need backend=islands; "
+                f"got backend={self.backend} and {len(self.islands)} island(s)"
             )
-        shared = sorted(kind for kind, asked in vars(self.stages).items() if asked.workers > 1)
-        if set(shared) - {"expert", "router", "monolith", "cluster_conditioned", "distilled_monolith"} or (
-            shared and self.backend in ("inline", "slurm")
-        ):
+        parallel = sorted(kind for kind, resources in vars(self.stages).items() if resources.workers > 1)
+        if set(parallel) - set(TRAINING_KINDS) or (parallel and self.backend in ("inline", "slurm")):
             raise ValueError(
-                f"stages.{', '.join(shared)} ask for several workers with backend={self.backend}: only trainings "
-                "(expert, router, monolith, told, student) can have them, and only with backend=ray or backend=islands"
+                f"several workers need a training ({', '.join(TRAINING_KINDS)}) and backend=ray or backend=islands; "
+                f"got stages.{', '.join(parallel)} with backend={self.backend}"
             )
         if CONTROLLER in self.islands:
-            raise ValueError(f"an island cannot be called {CONTROLLER!r}: that is where the controller is")
+            raise ValueError(f"an island cannot be named {CONTROLLER!r}, the name of the controller's place; rename it")
         named = {name for kind in vars(self.stages).values() for name in kind.islands}
         if unknown := sorted(named - self.islands.keys() - {CONTROLLER}):
-            raise ValueError(f"stages ask for unknown island(s) {', '.join(unknown)}; known: {', '.join(self.islands)}")
+            raise ValueError(f"stages name unknown island(s) {', '.join(unknown)}; known: {', '.join(self.islands)}")
         return self

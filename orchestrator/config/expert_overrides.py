@@ -1,7 +1,7 @@
-"""Experts that differ: `experts.3.prediction=noise` is laid over `expert`, and becomes a whole recipe.
+"""Per-expert overrides: `experts.3.prediction=noise` is merged into `expert` and becomes a complete configuration.
 
-Keys are ids, or several at once: `0-3`, `1,5`. A later key wins over an earlier one. Checkpoints to start from get
-their checksums here, so that the configuration of a run says what was in them when it was composed.
+A key is an id or several ids: `0-3`, `1,5`. A later key overrides an earlier one. Pretrained checkpoints get their
+checksums here, so the configuration of a run records their contents at the time it was composed.
 """
 
 from collections.abc import Mapping
@@ -14,59 +14,60 @@ from experts.config import ExpertConfig
 from experts.networks.pretrained_files import InitError, init_checksum
 from orchestrator.errors import ConfigError
 
-TAG = "kind"
-"""The key that says which keys its neighbours may be: another kind begins with its own defaults."""
+TAG_KEY = "kind"
+"""The key that selects the type of its mapping; with another kind, the base's values are dropped."""
 
 
 def complete_expert_overrides(composed: Mapping[str, Any]) -> dict[str, Any]:
-    """The composed configuration with every entry of `experts` laid over `expert`; raises `ConfigError`."""
+    """Return the composed configuration with every entry of `experts` merged into `expert`; raises `ConfigError`."""
     values = dict(composed)
     if isinstance(values.get("expert"), Mapping):
-        values["expert"] = _with_checksum(values["expert"])
-    given = values.get("experts")
-    if not isinstance(given, Mapping):
+        values["expert"] = _add_checksum(values["expert"])
+    overrides_by_key = values.get("experts")
+    if not isinstance(overrides_by_key, Mapping):
         return values
-    whole: dict[int, Any] = {}
+    complete: dict[int, Any] = {}
     base = apply_overrides(asdict(ExpertConfig()), values.get("expert", {}))
-    for key, overrides in given.items():
-        for expert_id in ids_in(str(key)):
-            whole[expert_id] = _with_checksum(_own(apply_overrides(whole.get(expert_id, base), overrides), overrides))
-    return values | {"experts": whole}
+    for key, overrides in overrides_by_key.items():
+        for expert_id in parse_expert_ids(str(key)):
+            merged = apply_overrides(complete.get(expert_id, base), overrides)
+            complete[expert_id] = _add_checksum(_drop_base_checksum(merged, overrides))
+    return values | {"experts": complete}
 
 
 def apply_overrides(base: Any, overrides: Any) -> Any:
-    """`base` with the keys of `overrides` in place of its own, at every depth."""
+    """Return `base` with its keys replaced by those of `overrides`, at every depth."""
     if not isinstance(base, Mapping) or not isinstance(overrides, Mapping):
         return overrides
-    if TAG in overrides and overrides[TAG] != base.get(TAG):
+    if TAG_KEY in overrides and overrides[TAG_KEY] != base.get(TAG_KEY):
         return dict(overrides)
     return dict(base) | {key: apply_overrides(base.get(key), value) for key, value in overrides.items()}
 
 
-def ids_in(key: str) -> list[int]:
-    """The expert ids that a key such as `3`, `0-3` or `1,5` names."""
-    found: list[int] = []
+def parse_expert_ids(key: str) -> list[int]:
+    """Return the expert ids of a key such as `3`, `0-3` or `1,5`."""
+    ids: list[int] = []
     for part in key.split(","):
-        first, dash, last = (word.strip() for word in part.partition("-"))
+        first, dash, last = (text.strip() for text in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(
-                f"experts.{key}: not an expert's id; write experts.3, or a key such as 0-3 or 1,5 in YAML"
+                f"keys of experts must be expert ids; got experts.{key}; write experts.3, or 0-3 or 1,5 in YAML"
             )
-        found += range(int(first), int(last or first) + 1)
-    return found
+        ids += range(int(first), int(last or first) + 1)
+    return ids
 
 
-def _own(recipe: Any, overrides: Any) -> Any:
-    """Without the base's checksum where another folder was given."""
+def _drop_base_checksum(config: Any, overrides: Any) -> Any:
+    """Remove the base's checksum if the overrides name another checkpoint folder."""
     is_other = isinstance(overrides, Mapping) and "init" in overrides and "init_checksum" not in overrides
-    return {key: value for key, value in recipe.items() if key != "init_checksum"} if is_other else recipe
+    return {key: value for key, value in config.items() if key != "init_checksum"} if is_other else config
 
 
-def _with_checksum(recipe: Any) -> Any:
-    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("init"), str) or recipe.get("init_checksum"):
-        return recipe
-    folder = Path(recipe["init"]).expanduser().absolute()
+def _add_checksum(config: Any) -> Any:
+    if not isinstance(config, Mapping) or not isinstance(config.get("init"), str) or config.get("init_checksum"):
+        return config
+    folder = Path(config["init"]).expanduser().absolute()
     try:
-        return dict(recipe) | {"init": str(folder), "init_checksum": init_checksum(folder)}
+        return dict(config) | {"init": str(folder), "init_checksum": init_checksum(folder)}
     except (InitError, ArtifactError) as error:
         raise ConfigError(str(error)) from None

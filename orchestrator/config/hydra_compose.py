@@ -1,4 +1,4 @@
-"""From YAML files and overrides to nested dictionaries: by Hydra."""
+"""Compose nested dictionaries from YAML files and overrides, with Hydra."""
 
 import difflib
 import importlib.util
@@ -16,26 +16,27 @@ from omegaconf.errors import OmegaConfBaseException
 from ddm_core.artifacts import to_jsonable
 from orchestrator.config.injection_guard import check_composed, check_overrides
 from orchestrator.config.schema import RunConfig, known_keys
+from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError
 
-OPTIONAL = ("experiment", "distill", "accelerate", "prune", "quantize", "stitch")
-"""Groups of which a run need not have a file."""
+OPTIONAL = ("experiment", *COMPRESSION_KINDS)
+"""Groups without a default file."""
 
 
 def config_folder() -> str:
-    """The folder `cluster_configs`, in a checkout or installed from the wheel."""
-    found = importlib.util.find_spec("cluster_configs")
-    if found is None or not found.submodule_search_locations:
+    """Return the folder `cluster_configs` of the checkout or the installed wheel."""
+    spec = importlib.util.find_spec("cluster_configs")
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError("the folder cluster_configs is not installed; install decentralized-diffusion again")
-    return str(Path(next(iter(found.submodule_search_locations))).resolve())
+    return str(Path(next(iter(spec.submodule_search_locations))).resolve())
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration as nested dictionaries; raises `ConfigError` for what Hydra does not accept, or must not."""
+    """Return the configuration as nested dictionaries; raises `ConfigError` for invalid or unsafe overrides."""
     check_overrides(overrides)
     register_defaults()
-    arguments = [quoted(text) for text in overrides]
-    refuse_unknown_files(arguments)
+    arguments = [quote_override(text) for text in overrides]
+    check_group_files(arguments)
     try:
         with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
             return to_dictionary(hydra.compose("config", overrides=arguments))
@@ -44,7 +45,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def to_dictionary(composed: DictConfig) -> dict[str, Any]:
-    """Resolve interpolations and leave Hydra's types behind."""
+    """Resolve interpolations and convert Hydra's types to plain ones."""
     check_composed(OmegaConf.to_container(composed, resolve=False))
     values = OmegaConf.to_container(composed, resolve=True)
     if not isinstance(values, dict):
@@ -52,15 +53,15 @@ def to_dictionary(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def quoted(override: str) -> str:
-    """An override whose value Hydra's grammar would refuse, such as a path with braces or a tilde, as a string.
+def quote_override(override: str) -> str:
+    """Return the override with its value quoted if Hydra's grammar rejects it, such as a path with braces or a tilde.
 
-    What is below `experts`, or below a group that has a file only if it is asked for, may be new to Hydra;
-    `parse_config` checks it.
+    Keys below `experts` and below optional groups get the prefix `++`, since Hydra may not know them; `parse_config`
+    checks them.
     """
     key, assigned, value = override.partition("=")
     if key.split(".")[0] == "experts" or ("." in key and key.split(".")[0] in OPTIONAL):
-        return quoted(f"++{override}")
+        return quote_override(f"++{override}")
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:
@@ -70,35 +71,35 @@ def quoted(override: str) -> str:
 
 
 def swept_keys(overrides: Sequence[str]) -> set[str]:
-    """The keys of the overrides that have more than one value."""
+    """Return the keys of the overrides with several values."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return {override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()}
 
 
 def register_defaults() -> None:
-    """Let Hydra know every key of the dataclasses with its default, so that YAML names only what differs.
+    """Register the defaults of all dataclasses with Hydra, so that YAML files contain only differences.
 
-    The network is left out: its keys depend on its kind, and so each file of the group `expert` names them all.
+    The network is omitted: its keys depend on its kind, so each file of the group `expert` lists them all.
     """
     defaults = to_jsonable(RunConfig())
     del defaults["expert"]["network"]
     ConfigStore.instance().store("dataclass_defaults", defaults)
 
 
-def refuse_unknown_files(overrides: Sequence[str]) -> None:
-    """Raise `ConfigError` for an optional group's file that is not there: Hydra would leave it out without a word."""
+def check_group_files(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for a missing file of an optional group, which Hydra would skip silently."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         group = override.key_or_group
         if group in OPTIONAL:
             known = sorted(path.stem for path in Path(config_folder(), group).glob("*.yaml"))
-            chosen = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
-            for name in chosen:
+            names = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+            for name in names:
                 if name not in known:
-                    raise ConfigError(f"{group}={name}: there is no such {group}; known: {', '.join(known)}")
+                    raise ConfigError(f"{group} must be one of {', '.join(known)}; got {group}={name}")
 
 
 def explain_error(message: str, overrides: Sequence[str]) -> str:
-    """Hydra's message, with the known keys for an override that names an unknown one."""
+    """Return Hydra's message, with the known keys if an override names an unknown one."""
     first = " ".join(message.partition("Config search path")[0].split())
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
@@ -108,4 +109,4 @@ def explain_error(message: str, overrides: Sequence[str]) -> str:
             close = difflib.get_close_matches(leaf, known, n=1)
             hint = f"; did you mean {'.'.join([*parents, close[0]])}?" if close else ""
             return f"{key}: unknown key{hint}\n  known here: {', '.join(known) or 'nothing'}"
-    return f"{first}\n  given: {' '.join(overrides)}\n  the groups and their files are in {config_folder()}"
+    return f"{first}\n  got {' '.join(overrides)}\n  the groups and their files are in {config_folder()}"

@@ -1,7 +1,8 @@
-"""What a configuration must not say, whoever wrote it: names of Python objects, Hydra's inner settings, lookups.
+"""Reject configurations that could run code or read secrets: Python names, Hydra's internal settings, lookups.
 
-Hydra calls whatever `_target_` or a logging setting names, and `${oc.env:…}` would copy a secret into manifests and
-logs. Nothing of ours is chosen by a dotted path, so all of it is refused, before Hydra composes and again after.
+Hydra calls the object that `_target_` or a logging setting names, and `${oc.env:…}` copies a secret into manifests and
+logs. This project selects nothing by a dotted path, so all of these are rejected before Hydra composes and again
+afterwards.
 """
 
 import re
@@ -10,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from orchestrator.errors import ConfigError
 
 HYDRA_KEYS = re.compile(r"hydra[/.](launcher|sweeper)(\..+)?|hydra\.sweep\.dir")
-"""The settings of Hydra that belong to a sweep; the others can load files and call functions."""
+"""Hydra's settings that belong to a sweep; all others can load files and call functions."""
 
-CALLS = re.compile(r"_(target|args|partial|recursive|convert)_")
-"""Keys by which Hydra makes a mapping into a call."""
+CALL_KEYS = re.compile(r"_(target|args|partial|recursive|convert)_")
+"""Keys by which Hydra turns a mapping into a call."""
 
 LOOKUP = re.compile(r"\$\{[^}]*[:$]")
-"""An interpolation that calls a resolver, or makes up the name of one; `${folder}` does neither."""
+"""An interpolation that calls a resolver, or computes the name of one; `${folder}` does neither."""
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise `ConfigError` for an override that reaches for more than this project's own keys."""
+    """Raise `ConfigError` for an override of keys outside this project's configuration."""
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
@@ -28,26 +29,26 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(
                 f"{override}: of Hydra's own settings only launcher, sweeper and sweep.dir can be changed"
             )
-        if CALLS.search(key) or re.search(rf"{CALLS.pattern}['\"]?\s*:", value):
-            raise ConfigError(f"{override}: it would call a Python object by its name; choose by the known keys")
-        _refuse_lookup(key, value)
+        if CALL_KEYS.search(key) or re.search(rf"{CALL_KEYS.pattern}['\"]?\s*:", value):
+            raise ConfigError(f"{override}: it would call a Python object by its name; use the known keys")
+        _reject_lookup(key, value)
 
 
 def check_composed(value: object, where: str = "") -> None:
-    """The same for a configuration as Hydra has composed it, its interpolations not yet resolved."""
+    """Raise `ConfigError` for such keys in a composed configuration with unresolved interpolations."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             place = f"{where}.{key}" if where else str(key)
-            if CALLS.fullmatch(str(key)):
+            if CALL_KEYS.fullmatch(str(key)):
                 raise ConfigError(f"{place} would call a Python object by its name ({inner!r}); leave the key out")
             check_composed(inner, place)
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
             check_composed(inner, f"{where}.{number}")
     elif isinstance(value, str):
-        _refuse_lookup(where, value)
+        _reject_lookup(where, value)
 
 
-def _refuse_lookup(where: str, text: str) -> None:
+def _reject_lookup(where: str, text: str) -> None:
     if LOOKUP.search(text):
-        raise ConfigError(f"{where}: {text!r} looks something up outside the configuration; write the value itself")
+        raise ConfigError(f"{where}: {text!r} reads a value from outside the configuration; write the value itself")

@@ -1,7 +1,7 @@
-"""One island's Ray Jobs API: every call carries the island's own token and ends within seconds.
+"""Client of one island's Ray Jobs API: every call sends the island's token and ends within seconds.
 
-Ray's client waits for ever for a server that accepts and does not answer, so each request here has a time-out. No
-answer is `Unreachable`, which says nothing about the jobs; a refusal is `IslandError`.
+Ray's client waits forever for a server that accepts a connection and does not respond, so each request here has a
+timeout. No response raises `Unreachable`, which implies nothing about the jobs; a refusal raises `IslandError`.
 """
 
 import logging
@@ -24,21 +24,21 @@ from orchestrator.islands.token import read_token
 logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
 
 TIMEOUT_S = (3.0, 10.0)
-"""Longest wait for a connection, and between two bytes of an answer."""
+"""Timeouts for a connection, and between two bytes of a response."""
 
-ISLAND = "ddm-island"
-"""Key of a submission's metadata that says which island it was given to."""
+ISLAND_KEY = "ddm-island"
+"""Metadata key of a submission: the name of its island."""
 
 Status = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 T = TypeVar("T")
 
-TAKEN = "already exists"
-"""What Ray's answer says somewhere, below a traceback, when a submission id is used a second time."""
+DUPLICATE_SIGN = "already exists"
+"""Text in Ray's response, somewhere below a traceback, when a submission id is used a second time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """What the island says of one submission."""
+    """State of one submission, as the island reports it."""
 
     status: Status
     message: str = ""
@@ -48,26 +48,26 @@ class JobState:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the island says that its process is gone."""
+        """Return whether the island reports that the job's process is gone."""
         return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-def minor(release: str) -> list[str]:
-    """Major and minor number of a release."""
+def major_minor(release: str) -> list[str]:
+    """Return the major and minor number of a release."""
     return release.split(".")[:2]
 
 
 class IslandClient:
-    """Submits to one island and asks it what became of it; raises `Unreachable` or `IslandError`."""
+    """Submits jobs to one island and lists their states; raises `Unreachable` or `IslandError`."""
 
     def __init__(self, name: str, config: IslandConfig) -> None:
         self.name, self.config = name, config
-        self._opened: _Client | None = None
+        self._client: _TimeoutClient | None = None
 
     def check_reachable(self) -> str:
-        """The island's Ray version, after checking that it is one we speak to."""
-        version = self._ask(lambda client: client.ray_version())
-        if minor(version) != minor(ray_version):
+        """Return the island's Ray version; raise `IslandError` if its major or minor number differs from ours."""
+        version = self._call(lambda client: client.fetch_ray_version())
+        if major_minor(version) != major_minor(ray_version):
             raise IslandError(
                 f"island {self.name} runs Ray {version}, this is {ray_version}: major and minor version must agree; "
                 "install the same on one of the two"
@@ -84,34 +84,34 @@ class IslandClient:
         env: Mapping[str, str] = MappingProxyType({}),
         grace_s: float,
     ) -> bool:
-        """Submit a command with the project's code; False if that id was submitted before: nothing is run twice."""
-        group = resources.workers > 1
+        """Submit a command with the project's wheel; return False if the id was submitted before."""
+        uses_ray_train = resources.workers > 1
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(grace_s)), **self.config.env, **env}
         try:
-            self._ask(
+            self._call(
                 lambda client: client.submit_job(
                     entrypoint=shlex.join(command),
                     submission_id=submission_id,
-                    metadata={ISLAND: self.name},
+                    metadata={ISLAND_KEY: self.name},
                     runtime_env={"py_modules": [str(wheel)], "env_vars": environment},
-                    entrypoint_num_cpus=0 if group else resources.cpus,
-                    entrypoint_num_gpus=0 if group else resources.gpus,
+                    entrypoint_num_cpus=0 if uses_ray_train else resources.cpus,
+                    entrypoint_num_gpus=0 if uses_ray_train else resources.gpus,
                     entrypoint_memory=int(resources.memory_gb * 2**30) or None,
                     entrypoint_resources=self.config.resources or None,
                 )
             )
         except IslandError as error:
-            if TAKEN not in str(error):
+            if DUPLICATE_SIGN not in str(error):
                 raise
             return False
         return True
 
-    def states(self) -> dict[str, JobState]:
-        """Everything that was submitted to the island, by submission id.
+    def list_states(self) -> dict[str, JobState]:
+        """Return the state of every job that was submitted to the island, by submission id.
 
-        Several islands may be types of nodes of one Ray cluster: what another of them was given is not counted.
+        Several islands may be node types of one Ray cluster; jobs of the other islands are not listed.
         """
-        found = self._ask(lambda client: client.list_jobs())
+        jobs = self._call(lambda client: client.list_jobs())
         return {
             job.submission_id: JobState(
                 status=cast(Status, job.status.value),
@@ -119,52 +119,62 @@ class IslandClient:
                 error_type=job.error_type or "",
                 exit_code=job.driver_exit_code,
             )
-            for job in found
-            if job.submission_id and (job.metadata or {}).get(ISLAND, self.name) == self.name
+            for job in jobs
+            if job.submission_id and (job.metadata or {}).get(ISLAND_KEY, self.name) == self.name
         }
 
     def stop(self, submission_id: str) -> None:
-        """SIGTERM now, SIGKILL after the grace that was given with the submission."""
-        self._ask(lambda client: client.stop_job(submission_id))
+        """Send SIGTERM now, and SIGKILL after the grace period of the submission."""
+        self._call(lambda client: client.stop_job(submission_id))
 
     def delete(self, submission_id: str) -> None:
-        """Let the island forget a submission that has ended."""
-        self._ask(lambda client: client.delete_job(submission_id))
+        """Delete an ended submission from the island's list."""
+        self._call(lambda client: client.delete_job(submission_id))
 
-    def log(self, submission_id: str) -> str:
-        """What the submission's process has printed so far."""
-        return str(self._ask(lambda client: client.get_job_logs(submission_id)))
+    def fetch_log(self, submission_id: str) -> str:
+        """Return the output that the submission's process has printed."""
+        return str(self._call(lambda client: client.get_job_logs(submission_id)))
 
-    def _ask(self, question: Callable[["_Client"], T]) -> T:
+    def _call(self, request: Callable[["_TimeoutClient"], T]) -> T:
         try:
-            if self._opened is None:
-                self._opened = _Client(self.config.address, read_token(self.name, self.config.token_file))
-            return question(self._opened)
+            if self._client is None:
+                self._client = _TimeoutClient(self.config.address, read_token(self.name, self.config.token_file))
+            return request(self._client)
         except (requests.ConnectionError, requests.Timeout, ConnectionError) as error:
-            self._opened = None
+            self._client = None
             address = self.config.address
-            raise Unreachable(f"island {self.name} does not answer at {address} ({_short(error)})") from error
+            raise Unreachable(f"island {self.name} does not respond at {address} ({_first_line(error)})") from error
         except AuthenticationError as error:
-            self._opened = None
+            self._client = None
             raise IslandError(
-                f"island {self.name} refuses the token in {self.config.token_file}: {_short(error)}; "
+                f"island {self.name} refuses the token in {self.config.token_file}: {_first_line(error)}; "
                 "put the island's own token there"
             ) from error
         except (RuntimeError, requests.RequestException, ValueError) as error:
-            text = _short(error)
-            if TAKEN in str(error):
-                raise IslandError(f"island {self.name}: a job of that name {TAKEN}") from error
-            if any(sign in text for sign in _PASSING):
-                raise Unreachable(f"island {self.name} cannot answer now ({text})") from error
+            text = _first_line(error)
+            if DUPLICATE_SIGN in str(error):
+                raise IslandError(f"island {self.name}: a job of that name {DUPLICATE_SIGN}") from error
+            if any(sign in text for sign in _TRANSIENT_SIGNS):
+                raise Unreachable(f"island {self.name} cannot respond now ({text})") from error
             raise IslandError(f"island {self.name} refuses: {text}") from error
 
 
-_PASSING = ("status code 404", "status code 5", "No available agent", "returned 404", "Expecting value", "Server Error")
-"""Signs of a Ray cluster that starts or ends, or of something else at its address: they say nothing about jobs."""
+_TRANSIENT_SIGNS = (
+    "status code 404",
+    "status code 5",
+    "No available agent",
+    "returned 404",
+    "Expecting value",
+    "Server Error",
+)
+"""Texts of errors from a Ray cluster that starts or ends, or from another server at its address.
+
+They imply nothing about jobs.
+"""
 
 
-class _Client(JobSubmissionClient):
-    """Ray's client with a time-out on every request."""
+class _TimeoutClient(JobSubmissionClient):
+    """Ray's client with a timeout on every request."""
 
     def __init__(self, address: str, token: str) -> None:
         super().__init__(address, headers={"Authorization": f"Bearer {token}"})
@@ -173,14 +183,14 @@ class _Client(JobSubmissionClient):
         options.setdefault("timeout", TIMEOUT_S)
         return super()._do_request(method, endpoint, **options)
 
-    def ray_version(self) -> str:
-        """The release that the island runs; `get_version` gives the version of the API."""
-        answer = self._do_request("GET", "/api/version")
-        if not answer.ok:
-            self._raise_error(answer)
-        return str(answer.json()["ray_version"])
+    def fetch_ray_version(self) -> str:
+        """Return the island's Ray release; `get_version` returns the version of the API."""
+        response = self._do_request("GET", "/api/version")
+        if not response.ok:
+            self._raise_error(response)
+        return str(response.json()["ray_version"])
 
 
-def _short(error: Exception) -> str:
-    """The first line of a message, without Ray's long advice."""
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, without Ray's long advice."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

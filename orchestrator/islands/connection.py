@@ -1,9 +1,9 @@
-"""One island as the controller sees it: a thread that sends inputs, submits, watches and brings home.
+"""The controller's connection to one island: a thread that uploads inputs, submits, polls and downloads results.
 
-Each island has a line of its own, so that one that does not answer delays no other. A job that the island says has
-ended has ended. That it runs is believed only as long as it shows signs of life: an island that was restarted may
-remember jobs that died with it. While it does not answer, its jobs are *unknown*; they are given up when the lease has
-passed.
+Each island has a connection of its own, so an island that does not respond delays no other. If the island reports that
+a job has ended, it has ended. A report that a job runs counts only while the job's heartbeat changes: a restarted
+island may list jobs that died with it. While the island does not respond, its jobs are *unknown*; they are rescheduled
+when the lease expires.
 """
 
 import json
@@ -21,18 +21,18 @@ from ddm_core.artifacts import CACHE, MANIFEST, ArtifactError, CorruptArtifact, 
 from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError, OrchestratorError, Unreachable
 from orchestrator.islands.client import IslandClient, JobState
-from orchestrator.islands.layout import Names, digest, names_of, rebase_paths, spec_of
+from orchestrator.islands.layout import AttemptNames, get_attempt_names, hash_spec, rebase_paths, render_job
 from orchestrator.islands.storage.storage import Storage, StorageError, StorageUnreachable, TransferStats
-from orchestrator.islands.worker import SENT_ROOT
+from orchestrator.islands.worker import PLACEHOLDER_ROOT
 from orchestrator.run.backend import AttemptOutcome, Job, State, attempt_folder, read_outcome, submission_name
 
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
-"""How often an island is asked."""
+"""Seconds between two polls of an island."""
 
-Event = Callable[..., None]
-"""`event(name, **facts)`, into the journal."""
+RecordEvent = Callable[..., None]
+"""`record_event(name, **facts)` writes to the journal."""
 
 
 @dataclass(slots=True)
@@ -42,19 +42,19 @@ class RemoteAttempt:
     job: Job
     submission_id: str
     last_heartbeat: float
-    """When the island or the storage last showed that it may be alive (monotonic clock)."""
+    """When the island or the storage last showed that the attempt may be alive (monotonic clock)."""
     is_submitted: bool = False
     stop_was_sent: bool = False
     is_ending: bool = False
-    heartbeat: int = 0
+    heartbeat_count: int = 0
 
     @property
-    def names(self) -> Names:
-        """Where its things are in the storage."""
-        return names_of(self.job)
+    def names(self) -> AttemptNames:
+        """Return the attempt's names in the storage."""
+        return get_attempt_names(self.job)
 
-    def outcome(self, state: State, error: str, *, transient: bool) -> AttemptOutcome:
-        """How it ended, where it cannot say so itself."""
+    def make_outcome(self, state: State, error: str, *, transient: bool) -> AttemptOutcome:
+        """Return an outcome for an attempt that has written none."""
         return AttemptOutcome(
             stage=self.job.stage, attempt=self.job.attempt, state=state, error=error, transient=transient
         )
@@ -62,274 +62,280 @@ class RemoteAttempt:
 
 @dataclass
 class IslandConnection:
-    """The controller's side of one island."""
+    """The controller's connection to one island."""
 
     name: str
     config: IslandConfig
     run_root: Path
     run_id: str
     wheel: Path
-    event: Event
+    record_event: RecordEvent
     lease_s: float
     grace_s: float
     outcomes: "queue.Queue[AttemptOutcome]"
     client: IslandClient = field(init=False)
     storage: Storage = field(init=False)
-    tracks: dict[str, RemoteAttempt] = field(default_factory=dict)
-    held: set[str] = field(default_factory=set)
+    attempts: dict[str, RemoteAttempt] = field(default_factory=dict)
+    """Attempts that have not ended, by stage."""
+    stored_stages: set[str] = field(default_factory=set)
     """Stages that have been on this island."""
     unreachable_since: float | None = None
-    """Seconds since the epoch."""
-    reason: str = ""
+    """Seconds since the epoch; None while the island responds."""
+    unreachable_reason: str = ""
 
     def __post_init__(self) -> None:
         self.client = IslandClient(self.name, self.config)
         self.storage = Storage(f"{self.config.storage.rstrip('/')}/{self.run_id}", self.config.storage_options)
-        self._ended = threading.Event()
-        self._movers = ThreadPoolExecutor(max_workers=2, thread_name_prefix=f"{self.name}-mover")
-        self._watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name}-line")
-        self._watching: Future[None] | None = None
-        self._defects: list[BaseException] = []
+        self._closed = threading.Event()
+        self._transfer_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix=f"{self.name}-transfer")
+        self._poll_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name}-poll")
+        self._poll_future: Future[None] | None = None
+        self._thread_errors: list[BaseException] = []
 
     def connect(self) -> None:
-        """Check that the island takes us, if it answers; raises `IslandError` if it refuses."""
+        """Raise `IslandError` if the island refuses this controller; record it if it is unreachable."""
         try:
             self.client.check_reachable()
         except Unreachable as error:
             self._record_unreachable(error)
 
     def start_polling(self) -> None:
-        """Look from now on, once all attempts of an earlier controller were added.
+        """Start the poll thread if it does not run; call it after all attempts of an earlier controller were added.
 
-        Whatever runs there for this run without having been added is stopped: nobody waits for it. Raises what none
-        of this line's threads should have raised: nobody would bring home what it was about.
+        The thread stops every job of this run on the island that was not added, since nothing collects its result.
+        Raise the first unexpected error of this connection's threads, because its attempt would never end.
         """
-        if self._watching is None:
-            self._watching = self._watcher.submit(self._poll_loop)
-            self._watching.add_done_callback(self._record_defect)
-        if self._defects:
-            raise self._defects[0]
+        if self._poll_future is None:
+            self._poll_future = self._poll_pool.submit(self._poll_loop)
+            self._poll_future.add_done_callback(self._record_thread_error)
+        if self._thread_errors:
+            raise self._thread_errors[0]
 
     def close(self) -> None:
-        """Leave the island alone; what runs there goes on."""
-        self._ended.set()
-        self._movers.shutdown(wait=True, cancel_futures=True)
-        self._watcher.shutdown(wait=True)
+        """End this connection's threads; the island's jobs continue."""
+        self._closed.set()
+        self._transfer_pool.shutdown(wait=True, cancel_futures=True)
+        self._poll_pool.shutdown(wait=True)
 
     def add(self, job: Job) -> None:
-        """Send a job to the island, or find it there if it was sent before."""
-        track = RemoteAttempt(job, submission_name(self.run_id, job), time.monotonic())
-        self.tracks[job.stage] = track
-        self.held.add(job.stage)
-        self._submit(track, self._send)
+        """Send a job to the island, or reattach to it if it was sent before."""
+        attempt = RemoteAttempt(job, submission_name(self.run_id, job), time.monotonic())
+        self.attempts[job.stage] = attempt
+        self.stored_stages.add(job.stage)
+        self._start_action(attempt, self._send_job)
 
     def stop(self, stage: str) -> None:
-        """Stop an attempt now, with the island's grace."""
-        if (track := self.tracks.get(stage)) and track.is_submitted:
-            self._submit(track, self._send_stop)
+        """Stop an attempt now, with the island's grace period."""
+        if (attempt := self.attempts.get(stage)) and attempt.is_submitted:
+            self._start_action(attempt, self._send_stop)
 
-    # ---- sending
+    # ---- upload and submission
 
-    def _send(self, track: RemoteAttempt) -> None:
-        """Inputs, checkpoint, job, submission, in this order; each of them a second time changes nothing."""
-        job, names = track.job, track.names
+    def _send_job(self, attempt: RemoteAttempt) -> None:
+        """Upload inputs, checkpoint and job, then submit, in this order; each step is idempotent."""
+        job, names = attempt.job, attempt.names
         if self.storage.get_json(names.job) is None:
             for path in {Path(path) for path in job.inputs.values()}:
                 name = str(path.relative_to(self.run_root))
                 if not self.storage.has_tree(name):
-                    self._moved(track, self.storage.put_tree(path, name), "out")
+                    self._record_transfer(attempt, self.storage.put_tree(path, name), "out")
             if Path(job.scratch).is_dir():
-                self._moved(track, self.storage.put_tree(Path(job.scratch), names.state, skip=(CACHE,)), "out")
-        spec = spec_of(rebase_paths(job, self.run_root, SENT_ROOT))
+                stats = self.storage.put_tree(Path(job.scratch), names.state, skip=(CACHE,))
+                self._record_transfer(attempt, stats, "out")
+        spec = render_job(rebase_paths(job, self.run_root, PLACEHOLDER_ROOT))
         self.storage.put_json(names.job, spec)
         self.client.check_reachable()
         self.client.submit(
-            track.submission_id,
-            self._command(names, digest(spec)),
+            attempt.submission_id,
+            self._build_command(names, hash_spec(spec)),
             wheel=self.wheel,
             resources=job.resources,
             grace_s=self.grace_s,
         )
-        track.is_submitted, track.last_heartbeat = True, time.monotonic()
+        attempt.is_submitted, attempt.last_heartbeat = True, time.monotonic()
 
-    def _command(self, names: Names, checksum: str) -> list[str]:
+    def _build_command(self, names: AttemptNames, checksum: str) -> list[str]:
         options = json.dumps(self.config.storage_options)
-        given = ["--storage", self.storage.url, "--options", options, "--job", names.job, "--digest", checksum]
-        return ["python", "-m", "orchestrator.islands.worker", *given]
+        arguments = ["--storage", self.storage.url, "--options", options, "--job", names.job, "--digest", checksum]
+        return ["python", "-m", "orchestrator.islands.worker", *arguments]
 
-    def _send_stop(self, track: RemoteAttempt) -> None:
-        self.client.stop(track.submission_id)
+    def _send_stop(self, attempt: RemoteAttempt) -> None:
+        self.client.stop(attempt.submission_id)
 
-    def _submit(self, track: RemoteAttempt, act: Callable[[RemoteAttempt], None]) -> None:
-        """Do something for an attempt in a thread of its own."""
-        self._movers.submit(self._poll_once, track, act).add_done_callback(self._record_defect)
+    def _start_action(self, attempt: RemoteAttempt, action: Callable[[RemoteAttempt], None]) -> None:
+        """Run an action for an attempt on a transfer thread."""
+        self._transfer_pool.submit(self._retry, attempt, action).add_done_callback(self._record_thread_error)
 
-    def _record_defect(self, done: "Future[None]") -> None:
-        if not done.cancelled() and (error := done.exception()) is not None:
-            self._defects.append(error)
+    def _record_thread_error(self, future: "Future[None]") -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._thread_errors.append(error)
 
-    def _poll_once(self, track: RemoteAttempt, act: Callable[[RemoteAttempt], None]) -> None:
-        """Do something for an attempt, again while the island or its storage does not answer; a refusal ends it."""
-        while not self._ended.is_set():
+    def _retry(self, attempt: RemoteAttempt, action: Callable[[RemoteAttempt], None]) -> None:
+        """Run an action until the island and its storage respond or the lease expires; a refusal ends the attempt."""
+        while not self._closed.is_set():
             try:
-                act(track)
+                action(attempt)
             except (Unreachable, StorageUnreachable) as error:
-                if time.monotonic() - track.last_heartbeat > self.lease_s:
-                    self._finish_attempt(track, track.outcome("lost", str(error), transient=True))
+                if time.monotonic() - attempt.last_heartbeat > self.lease_s:
+                    self._finish_attempt(attempt, attempt.make_outcome("lost", str(error), transient=True))
                     return
-                self._ended.wait(POLL_INTERVAL_S)
+                self._closed.wait(POLL_INTERVAL_S)
             except (OrchestratorError, ArtifactError, OSError) as error:
-                may_pass = isinstance(error, IslandError | StorageError | ArtifactError | OSError)
-                self._finish_attempt(
-                    track, track.outcome("failed", f"{type(error).__name__}: {error}", transient=may_pass)
-                )
+                transient = isinstance(error, IslandError | StorageError | ArtifactError | OSError)
+                outcome = attempt.make_outcome("failed", f"{type(error).__name__}: {error}", transient=transient)
+                self._finish_attempt(attempt, outcome)
                 return
             else:
                 return
 
-    # ---- watching
+    # ---- polling
 
     def _poll_loop(self) -> None:
-        while not self._ended.wait(POLL_INTERVAL_S):
+        while not self._closed.wait(POLL_INTERVAL_S):
             states = self._poll_jobs()
-            for track in list(self.tracks.values()):
-                if track.is_submitted and not track.is_ending:
-                    self._check_attempt(track, states)
+            for attempt in list(self.attempts.values()):
+                if attempt.is_submitted and not attempt.is_ending:
+                    self._check_attempt(attempt, states)
             if states is not None:
                 self._stop_unknown_jobs(states)
 
     def _poll_jobs(self) -> dict[str, JobState] | None:
-        """What the island says; None while it does not answer."""
+        """Return the island's job states by submission id; None while it does not respond."""
         try:
-            states = self.client.states()
+            states = self.client.list_states()
         except IslandError as error:
             self._record_unreachable(error)
             return None
         if self.unreachable_since is not None:
-            self.event("recovered", island=self.name, seconds=round(time.time() - self.unreachable_since, 1))
-            self.unreachable_since, self.reason = None, ""
+            self.record_event("recovered", island=self.name, seconds=round(time.time() - self.unreachable_since, 1))
+            self.unreachable_since, self.unreachable_reason = None, ""
         return states
 
     def _record_unreachable(self, error: IslandError) -> None:
         if self.unreachable_since is None:
-            self.unreachable_since, self.reason = time.time(), str(error)
-            self.event("unreachable", island=self.name, error=str(error))
+            self.unreachable_since, self.unreachable_reason = time.time(), str(error)
+            self.record_event("unreachable", island=self.name, error=str(error))
 
-    def _check_attempt(self, track: RemoteAttempt, states: dict[str, JobState] | None) -> None:
-        """What has become of one attempt."""
+    def _check_attempt(self, attempt: RemoteAttempt, states: dict[str, JobState] | None) -> None:
+        """Update one attempt; collect its results if it has ended, fail it if its lease has expired."""
         now = time.monotonic()
-        state = states.get(track.submission_id) if states is not None else None
+        state = states.get(attempt.submission_id) if states is not None else None
         running = state if state is not None and not state.has_ended else None
-        news = self._sync_attempt_folder(track)
-        if news or (running and (running.status == "PENDING" or not track.heartbeat or news is None)):
-            track.last_heartbeat = now
-        is_overdue = now - track.last_heartbeat > self.lease_s
+        has_heartbeat = self._sync_attempt_folder(attempt)
+        has_no_heartbeat_yet = not attempt.heartbeat_count or has_heartbeat is None
+        if has_heartbeat or (running and (running.status == "PENDING" or has_no_heartbeat_yet)):
+            attempt.last_heartbeat = now
+        is_overdue = now - attempt.last_heartbeat > self.lease_s
         if running:
-            self._forward_stop(track)
+            self._forward_stop(attempt)
             if not is_overdue:
                 return
-        if (state and not running) or (attempt_folder(track.job) / "outcome.json").exists():
-            track.is_ending = True
-            self._submit(track, lambda track: self._collect_results(track, state))
+        if (state and not running) or (attempt_folder(attempt.job) / "outcome.json").exists():
+            attempt.is_ending = True
+            self._start_action(attempt, lambda attempt: self._collect_results(attempt, state))
         elif is_overdue:
-            what = "does not answer" if states is None else f"calls the attempt {state.status if state else 'unknown'}"
-            reason = f"island {self.name} {what} and gave no sign of life for {self.lease_s:g} s (compute.lease_s)"
-            self._submit(track, lambda track: self._fail_attempt(track, reason))
-            track.is_ending = True
+            status = state.status if state else "unknown"
+            report = "is unreachable" if states is None else f"reports the attempt as {status}"
+            reason = f"island {self.name} {report} and sent no heartbeat for {self.lease_s:g} s (compute.lease_s)"
+            self._start_action(attempt, lambda attempt: self._fail_attempt(attempt, reason))
+            attempt.is_ending = True
 
-    def _sync_attempt_folder(self, track: RemoteAttempt) -> bool | None:
-        """Fetch what the attempt has written about itself; whether there is a new beat, None if nobody can tell."""
+    def _sync_attempt_folder(self, attempt: RemoteAttempt) -> bool | None:
+        """Download the attempt's folder; return whether its heartbeat changed, None if the storage is unreachable."""
         try:
-            self.storage.sync_tree(track.names.folder, attempt_folder(track.job))
-            beat = self.storage.get_json(track.names.beat)
+            self.storage.sync_tree(attempt.names.folder, attempt_folder(attempt.job))
+            heartbeat = self.storage.get_json(attempt.names.heartbeat)
         except (StorageError, OSError) as error:
             log.warning("%s: %s", self.name, error)
             return None
-        beats = int(beat["beats"]) if beat else 0
-        grown, track.heartbeat = beats != track.heartbeat, beats
-        return grown
+        count = int(heartbeat["beats"]) if heartbeat else 0
+        has_changed, attempt.heartbeat_count = count != attempt.heartbeat_count, count
+        return has_changed
 
-    def _forward_stop(self, track: RemoteAttempt) -> None:
-        """Tell the island once that the attempt is to stop."""
-        if not track.stop_was_sent and any(Path(path).exists() for path in track.job.stop_files):
-            track.stop_was_sent = True
-            self._submit(track, self._send_stop)
+    def _forward_stop(self, attempt: RemoteAttempt) -> None:
+        """Send a stop to the island once, as soon as one of the job's stop files exists."""
+        if not attempt.stop_was_sent and any(Path(path).exists() for path in attempt.job.stop_files):
+            attempt.stop_was_sent = True
+            self._start_action(attempt, self._send_stop)
 
     def _stop_unknown_jobs(self, states: dict[str, JobState]) -> None:
-        """Stop what runs there for this run and nobody waits for: attempts that were given up."""
-        watched = {track.submission_id for track in self.tracks.values()}
+        """Stop this run's jobs on the island that belong to no attempt here, such as rescheduled ones."""
+        known = {attempt.submission_id for attempt in self.attempts.values()}
         for submission_id, state in states.items():
-            if submission_id.startswith(f"ddm-{self.run_id}-") and submission_id not in watched and not state.has_ended:
+            if submission_id.startswith(f"ddm-{self.run_id}-") and submission_id not in known and not state.has_ended:
                 try:
                     self.client.stop(submission_id)
-                    self.event("reaped", island=self.name, submission=submission_id)
+                    self.record_event("reaped", island=self.name, submission=submission_id)
                 except IslandError as error:
                     log.warning("%s: %s", self.name, error)
 
-    # ---- bringing home
+    # ---- download
 
-    def _collect_results(self, track: RemoteAttempt, state: JobState | None) -> None:
-        """Copy what an ended attempt has left, and say how it ended."""
-        self.storage.sync_tree(track.names.folder, attempt_folder(track.job))
-        outcome = self._read_outcome(track)
+    def _collect_results(self, attempt: RemoteAttempt, state: JobState | None) -> None:
+        """Download the results of an ended attempt and finish it with its outcome."""
+        self.storage.sync_tree(attempt.names.folder, attempt_folder(attempt.job))
+        outcome = self._read_outcome(attempt)
         if outcome is None and state is not None:
-            self._save_driver_log(track)
-        outcome = outcome or _lost_outcome(track.job, state)
+            self._save_driver_log(attempt)
+        outcome = outcome or _infer_outcome(attempt.job, state)
         if outcome.state == "finished":
-            self._fetch_artifact(track)
+            self._fetch_artifact(attempt)
         else:
-            self._fetch_state(track)
-        self._finish_attempt(track, outcome)
+            self._fetch_state(attempt)
+        self._finish_attempt(attempt, outcome)
 
-    def _read_outcome(self, track: RemoteAttempt) -> AttemptOutcome | None:
-        """What the attempt says of its end; what makes no sense is kept aside, and counts as a loss."""
+    def _read_outcome(self, attempt: RemoteAttempt) -> AttemptOutcome | None:
+        """Return the outcome that the attempt wrote; rename a corrupt one to `.damaged` and return "lost"."""
         try:
-            return read_outcome(track.job)
+            return read_outcome(attempt.job)
         except CorruptArtifact as error:
-            written = attempt_folder(track.job) / "outcome.json"
-            written.rename(written.with_suffix(".damaged"))
-            return track.outcome("lost", str(error), transient=True)
+            path = attempt_folder(attempt.job) / "outcome.json"
+            path.rename(path.with_suffix(".damaged"))
+            return attempt.make_outcome("lost", str(error), transient=True)
 
-    def _fetch_artifact(self, track: RemoteAttempt) -> None:
-        target = Path(track.job.artifact)
+    def _fetch_artifact(self, attempt: RemoteAttempt) -> None:
+        target = Path(attempt.job.artifact)
         if not is_finished(target):
-            self._moved(track, self.storage.get_tree(track.names.artifact, target), "in")
+            self._record_transfer(attempt, self.storage.get_tree(attempt.names.artifact, target), "in")
         if not is_finished(target):
-            raise StorageError(f"{track.names.artifact} came from {self.name} without its {MANIFEST}; it is run again")
+            raise StorageError(
+                f"{attempt.names.artifact} arrived from {self.name} without its {MANIFEST}; the stage is run again"
+            )
 
-    def _fetch_state(self, track: RemoteAttempt) -> None:
-        if self.storage.has_tree(track.names.state):
-            self._moved(track, self.storage.get_tree(track.names.state, Path(track.job.scratch)), "in")
+    def _fetch_state(self, attempt: RemoteAttempt) -> None:
+        if self.storage.has_tree(attempt.names.state):
+            stats = self.storage.get_tree(attempt.names.state, Path(attempt.job.scratch))
+            self._record_transfer(attempt, stats, "in")
 
-    def _fail_attempt(self, track: RemoteAttempt, reason: str) -> None:
-        """Take the checkpoints home if the storage still answers, and let the stage go elsewhere."""
+    def _fail_attempt(self, attempt: RemoteAttempt, reason: str) -> None:
+        """Download the checkpoints if the storage responds, and finish the attempt as lost."""
         try:
-            self._fetch_state(track)
+            self._fetch_state(attempt)
         except StorageError as error:
-            log.warning("%s: its checkpoints stay there: %s", self.name, error)
-        self._finish_attempt(track, track.outcome("lost", reason, transient=True))
+            log.warning("%s: checkpoints remain in its storage: %s", self.name, error)
+        self._finish_attempt(attempt, attempt.make_outcome("lost", reason, transient=True))
 
-    def _save_driver_log(self, track: RemoteAttempt) -> None:
-        """Keep what a process printed that did not live to say how it ended."""
+    def _save_driver_log(self, attempt: RemoteAttempt) -> None:
+        """Write the printed output of a process that left no outcome to `driver.txt`."""
         try:
-            text = self.client.log(track.submission_id)
+            text = self.client.fetch_log(attempt.submission_id)
         except IslandError as error:
             text = f"its output could not be fetched: {error}\n"
-        (attempt_folder(track.job) / "driver.txt").write_text(text, encoding="utf-8")
+        (attempt_folder(attempt.job) / "driver.txt").write_text(text, encoding="utf-8")
 
-    def _moved(self, track: RemoteAttempt, moved: TransferStats, direction: str) -> None:
-        if moved.bytes:
-            facts: dict[str, Any] = {"stage": track.job.stage, "attempt": track.job.attempt, "direction": direction}
-            self.event("moved", island=self.name, bytes=moved.bytes, files=moved.files, **facts)
+    def _record_transfer(self, attempt: RemoteAttempt, stats: TransferStats, direction: str) -> None:
+        if stats.bytes:
+            facts: dict[str, Any] = {"stage": attempt.job.stage, "attempt": attempt.job.attempt, "direction": direction}
+            self.record_event("moved", island=self.name, bytes=stats.bytes, files=stats.files, **facts)
 
-    def _finish_attempt(self, track: RemoteAttempt, outcome: AttemptOutcome) -> None:
-        if self.tracks.get(track.job.stage) is track:
-            del self.tracks[track.job.stage]
+    def _finish_attempt(self, attempt: RemoteAttempt, outcome: AttemptOutcome) -> None:
+        if self.attempts.get(attempt.job.stage) is attempt:
+            del self.attempts[attempt.job.stage]
         self.outcomes.put(outcome)
 
 
-def _lost_outcome(job: Job, state: JobState | None) -> AttemptOutcome:
-    """How an attempt ended that left no outcome: its process, node or environment is gone."""
+def _infer_outcome(job: Job, state: JobState | None) -> AttemptOutcome:
+    """Return the outcome of an attempt that wrote none: its process, node or environment is gone."""
     outcome = AttemptOutcome(stage=job.stage, attempt=job.attempt, state="lost", transient=True)
     if state is None:
         return outcome

@@ -1,69 +1,71 @@
-"""Which island runs a stage now: a pure function of what is asked, what there is, and what is in use."""
+"""Choose the island that runs a stage now: a pure function of requested, total and used resources."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
+from orchestrator.config.stage_kinds import TRAINING_KINDS
 from orchestrator.errors import ConfigError
 from orchestrator.run.backend import Job
-
-TRAININGS = ("expert", "router", "monolith", "cluster_conditioned", "distilled_monolith")
-"""Kinds of stages that go to islands unless the configuration says otherwise; all others stay at home."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What of an island is in use."""
+    """Resources of an island that are in use."""
 
     cpus: float = 0.0
     gpus: float = 0.0
     memory_gb: float = 0.0
     is_reachable: bool = True
-    held: frozenset[str] = frozenset()
-    """Stages that were on this island before, so that their inputs and checkpoints lie in its storage."""
+    stored_stages: frozenset[str] = frozenset()
+    """Stages that were on this island before, so its storage has their inputs and checkpoints."""
 
 
-def load_of(jobs: Sequence[Job], *, is_reachable: bool = True, held: frozenset[str] = frozenset()) -> Load:
-    """What jobs use together."""
-    asked = [job.resources for job in jobs]
+def compute_load(
+    jobs: Sequence[Job], *, is_reachable: bool = True, stored_stages: frozenset[str] = frozenset()
+) -> Load:
+    """Sum the resources that jobs use."""
+    requests = [job.resources for job in jobs]
     return Load(
-        cpus=sum(one.cpus * one.workers for one in asked),
-        gpus=sum(one.gpus * one.workers for one in asked),
-        memory_gb=sum(one.memory_gb * one.workers for one in asked),
+        cpus=sum(request.cpus * request.workers for request in requests),
+        gpus=sum(request.gpus * request.workers for request in requests),
+        memory_gb=sum(request.memory_gb * request.workers for request in requests),
         is_reachable=is_reachable,
-        held=held,
+        stored_stages=stored_stages,
     )
 
 
-def allowed_islands(job: Job, config: ComputeConfig) -> tuple[str, ...]:
-    """The islands that may run the job at all, after too many losses only those that are not preemptible.
+def list_allowed_islands(job: Job, config: ComputeConfig) -> tuple[str, ...]:
+    """Return the islands that may run the job; after too many preemptions only those that are not preemptible.
 
-    Raises `ConfigError` if none of them is ever large enough.
+    Raises `ConfigError` if none of them is large enough.
     """
-    named = job.resources.islands or (tuple(config.islands) if job.kind in TRAININGS else (CONTROLLER,))
-    if CONTROLLER in named:
+    candidates = job.resources.islands or (tuple(config.islands) if job.kind in TRAINING_KINDS else (CONTROLLER,))
+    if CONTROLLER in candidates:
         return (CONTROLLER,)
-    fitting = [name for name in named if _fits(job.resources, config.islands[name], Load())]
+    fitting = [name for name in candidates if _fits(job.resources, config.islands[name], Load())]
     if not fitting:
-        sizes = {name: config.islands[name] for name in named}
+        sizes = {name: config.islands[name] for name in candidates}
         largest = ", ".join(f"{name} {size.cpus} CPUs {size.gpus:g} GPUs" for name, size in sizes.items())
-        asked = job.resources
+        request = job.resources
         raise ConfigError(
-            f"stage {job.stage} asks for {asked.workers} x {asked.cpus} CPUs, {asked.gpus:g} GPUs, {asked.memory_gb:g} "
-            f"GB and no island is that large ({largest}); change compute.stages.{job.kind} or compute.islands"
+            f"stage {job.stage} requests {request.workers} x {request.cpus} CPUs, {request.gpus:g} GPUs, "
+            f"{request.memory_gb:g} GB and no island is that large ({largest}); change compute.stages.{job.kind} or "
+            "compute.islands"
         )
-    firm = [name for name in fitting if not config.islands[name].preemptible]
-    return tuple(firm) if firm and job.preemption_count >= config.max_spot_preemptions else tuple(fitting)
+    on_demand = [name for name in fitting if not config.islands[name].preemptible]
+    needs_on_demand = on_demand and job.preemption_count >= config.max_spot_preemptions
+    return tuple(on_demand) if needs_on_demand else tuple(fitting)
 
 
 def place(job: Job, config: ComputeConfig, loads: Mapping[str, Load]) -> str | None:
-    """The island that should run the job now; None if all that may are full or do not answer.
+    """Return the island that should run the job now; None if all allowed ones are full or unreachable.
 
-    One that holds the stage's checkpoints comes first, then the cheapest, then the emptiest.
+    An island with the stage's checkpoints in its storage is first, then the cheapest, then the least loaded.
     """
     free = [
         name
-        for name in allowed_islands(job, config)
+        for name in list_allowed_islands(job, config)
         if name == CONTROLLER or (loads[name].is_reachable and _fits(job.resources, config.islands[name], loads[name]))
     ]
     return min(free, key=lambda name: _rank(job, config, loads, name)) if free else None
@@ -74,13 +76,13 @@ def _rank(job: Job, config: ComputeConfig, loads: Mapping[str, Load], name: str)
         return False, 0.0, 0.0
     island, load = config.islands[name], loads[name]
     size = max(island.gpus, 0.0) or island.cpus
-    return job.stage not in load.held, island.price_per_hour / size, load.cpus / island.cpus
+    return job.stage not in load.stored_stages, island.price_per_hour / size, load.cpus / island.cpus
 
 
-def _fits(asked: ResourcesConfig, island: IslandConfig, load: Load) -> bool:
-    """Whether what is asked fits into what is free."""
+def _fits(request: ResourcesConfig, island: IslandConfig, load: Load) -> bool:
+    """Return whether the requested resources fit into the remaining ones."""
     return (
-        asked.cpus * asked.workers <= island.cpus - load.cpus
-        and asked.gpus * asked.workers <= island.gpus - load.gpus + 1e-9
-        and (not island.memory_gb or asked.memory_gb * asked.workers <= island.memory_gb - load.memory_gb)
+        request.cpus * request.workers <= island.cpus - load.cpus
+        and request.gpus * request.workers <= island.gpus - load.gpus + 1e-9
+        and (not island.memory_gb or request.memory_gb * request.workers <= island.memory_gb - load.memory_gb)
     )

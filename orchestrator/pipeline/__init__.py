@@ -1,1 +1,1 @@
-"""What a run consists of: stages, their configurations, their graph."""
+"""What a run consists of: stages, their configurations, their kinds and their graph."""

@@ -1,4 +1,4 @@
-"""How many steps a baseline may take: as many as are worth all FLOPs that our side spends on training."""
+"""FLOP matching: how many steps a baseline trains, so that it costs as many FLOPs as the training of our side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig
 from experts.expert import expert_flops
 from experts.training.flops import training_flops
-from orchestrator.pipeline.graph import MonolithStageConfig
+from orchestrator.pipeline.stage_configs import MonolithStageConfig
 from router.config import RouterConfig
 from router.train import router_flops
 
@@ -19,36 +19,44 @@ Inputs = Mapping[str, Path]
 
 
 def flop_matched_config(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
-    """The monolith's recipe, with extra steps for the router, the clustering, and what experts cost that differ."""
+    """Return the monolith's configuration with extra steps for router, clustering and larger experts."""
     latent_shape = load_codec(inputs["codec"]).latent_shape
-    num_classes = len(read_index(by_cluster(inputs["partition"] / "clusters")[0]).class_names)
-    expert, training = with_pretrained(config.expert, inputs), config.expert.training
-    whole = expert_flops(expert, latent_shape, num_classes)
-    own = [with_pretrained(one, inputs, f"init_{k}") for k, one in enumerate(config.experts)]
-    ours = [expert_flops(one, latent_shape, num_classes) for one in own]
-    overhead = read_manifest(inputs["features"]).flops + read_manifest(inputs["partition"]).flops
+    num_classes = len(read_index(cluster_folders(inputs["partition"] / "clusters")[0]).class_names)
+    monolith, training = with_init_checkpoint(config.expert, inputs), config.expert.training
+    monolith_flops = expert_flops(monolith, latent_shape, num_classes)
+    experts = [with_init_checkpoint(expert, inputs, f"init_{k}") for k, expert in enumerate(config.experts)]
+    flops_of_experts = [expert_flops(expert, latent_shape, num_classes) for expert in experts]
+    extra = read_manifest(inputs["features"]).flops + read_manifest(inputs["partition"]).flops
     if config.router is not None:
-        overhead += router_flops(config.router, latent_shape, num_classes, config.num_experts)
+        extra += router_flops(config.router, latent_shape, num_classes, config.num_experts)
         if config.router.data == "samples":
-            costs = zip(own, ours, strict=True) if own else [(expert, whole)] * config.num_experts
-            rows = [flops / training_flops(1.0, one.training.batch_size, one.training.steps) for one, flops in costs]
-            overhead += _drawing(config.router, inputs["partition"], rows)
-    extra = overhead + sum(ours) - whole if ours else overhead
-    steps = max(1, training.steps + round(extra / (whole / training.steps)))
-    return replace(expert, training=replace(training, steps=steps))
+            costs = (
+                list(zip(experts, flops_of_experts, strict=True)) or [(monolith, monolith_flops)] * config.num_experts
+            )
+            row_flops = [
+                flops / training_flops(1.0, expert.training.batch_size, expert.training.steps)
+                for expert, flops in costs
+            ]
+            extra += _sampling_flops(config.router, inputs["partition"], row_flops)
+    if experts:
+        extra = extra + sum(flops_of_experts) - monolith_flops
+    steps = max(1, training.steps + round(extra / (monolith_flops / training.steps)))
+    return replace(monolith, training=replace(training, steps=steps))
 
 
-def with_pretrained(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:
-    """The recipe with its checkpoint, if the stage was given one."""
+def with_init_checkpoint(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:
+    """Return the configuration with the path of its checkpoint, if that is among the inputs."""
     return replace(expert, init=str(inputs[role])) if role in inputs else expert
 
 
-def by_cluster(folder: Path) -> list[Path]:
-    """The clusters' folders below `folder`, in the order of their ids."""
+def cluster_folders(folder: Path) -> list[Path]:
+    """Return the clusters' folders inside `folder`, ordered by cluster id."""
     return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name))
 
 
-def _drawing(router: RouterConfig, partition: Path, rows: Sequence[float]) -> float:
-    """FLOPs of drawing for a router that sees no data, from those of one row through each expert."""
-    sizes = sample_counts(proportional_counts(partition)[-1], router.samples_per_expert)
-    return sum(expert_samples_flops(row, size, router.sample_steps) for row, size in zip(rows, sizes, strict=True))
+def _sampling_flops(router: RouterConfig, partition: Path, row_flops: Sequence[float]) -> float:
+    """Return the FLOPs of the samples that train a router without data; `row_flops` is one row through each expert."""
+    counts = sample_counts(proportional_counts(partition)[-1], router.samples_per_expert)
+    return sum(
+        expert_samples_flops(row, count, router.sample_steps) for row, count in zip(row_flops, counts, strict=True)
+    )

@@ -1,7 +1,7 @@
-"""A stage is data: what to run, on what, with which resources. How it runs is the backend's business.
+"""A stage is data: what to run, on which inputs, with which resources. The backend decides how it runs.
 
-Two stages with the same name, configuration and inputs are the same stage: they share a fingerprint, hence a
-folder, hence the second does nothing.
+Two stages with the same name, configuration and inputs have the same fingerprint and share a folder. The second one
+therefore finds its artifact finished and does nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ from orchestrator.config.compute import ResourcesConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """An artifact that a stage reads, or a part of it: whoever runs the stage is given that folder and no other."""
+    """An artifact that a stage reads, or a part of it; the stage receives this folder and no other."""
 
     stage: "Stage"
     part: str = ""
-    """Path inside the artifact, such as `clusters/3`; empty is the whole."""
+    """Path inside the artifact, such as `clusters/3`; empty is the complete artifact."""
 
     @property
     def fingerprint(self) -> str:
-        """The artifact's fingerprint, with the part behind a slash."""
+        """Return the artifact's fingerprint, with the part after a slash."""
         return f"{self.stage.fingerprint}/{self.part}" if self.part else self.stage.fingerprint
 
 
@@ -34,42 +34,42 @@ class Stage:
     name: str
     """Unique in its graph, such as `expert_3`."""
     kind: str
-    """Which function runs it: a key of `stage_functions.KINDS`, such as `expert`."""
+    """A key of `config.stage_kinds.STAGE_KINDS`, such as `expert`."""
     config: Any
     """The kind's configuration dataclass."""
     inputs: Mapping[str, Input] = field(default_factory=dict)
     """Artifacts by role."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    """What one attempt asks of a worker."""
+    """Resources of one attempt."""
     optional: bool = False
-    """Whether the run goes on without it once it has failed for good."""
+    """Whether the run continues without it after it has failed for good."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of name, configuration and the inputs' fingerprints."""
+        """Return the hash of name, configuration and the inputs' fingerprints."""
         return fingerprint(self.name, self.config, self.input_fingerprints)
 
     @property
     def input_fingerprints(self) -> dict[str, str]:
-        """Fingerprint of every input, by role."""
-        return {role: given.fingerprint for role, given in self.inputs.items()}
+        """Return the fingerprint of every input, by role."""
+        return {role: artifact.fingerprint for role, artifact in self.inputs.items()}
 
     @property
     def folder_name(self) -> str:
-        """The name that its artifact and its scratch folder share."""
+        """Return the name that its artifact and its scratch folder share."""
         return f"{self.name}-{self.fingerprint[:12]}"
 
 
-def without(graph: Sequence[Stage], lost: str) -> list[Stage]:
-    """The graph with stage `lost` taken out; what read it is rebuilt, and so has another fingerprint."""
+def remove_stage(graph: Sequence[Stage], name: str) -> list[Stage]:
+    """Return the graph without one stage; every stage that read it is rebuilt and has another fingerprint."""
     rebuilt: dict[str, Stage] = {}
     for stage in graph:
-        if stage.name == lost:
+        if stage.name == name:
             continue
         inputs = {
-            role: replace(given, stage=rebuilt[given.stage.name])
-            for role, given in stage.inputs.items()
-            if given.stage.name != lost
+            role: replace(artifact, stage=rebuilt[artifact.stage.name])
+            for role, artifact in stage.inputs.items()
+            if artifact.stage.name != name
         }
         rebuilt[stage.name] = replace(stage, inputs=inputs)
     return list(rebuilt.values())

@@ -1,75 +1,199 @@
-"""Which part of a run's configuration a stage depends on; the rest must not reach its fingerprint."""
+"""The configuration of every stage, computed once from a run's configuration.
 
-from dataclasses import replace
+A stage's configuration holds only what the stage depends on. Everything else is left out or set to its default, so
+that a change elsewhere does not change the stage's fingerprint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, fields, replace
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_partition.config import PartitionConfig
-from ddm_core.artifacts import STRICT
-from ensemble.compression.config import MethodConfig
-from ensemble.config import ExpertSamplesConfig
+from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
+from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
 from experts.config import ExpertConfig, TrainingConfig
 from orchestrator.config.schema import RunConfig
-from router.config import RouterConfig
+from orchestrator.config.stage_kinds import COMPRESSION_KINDS
+from router.config import AUTO, RouterConfig, SelectionConfig
 
-COMPRESSION_KINDS = ("distill", "accelerate", "prune", "quantize", "stitch")
-"""Kinds of stages that make an ensemble smaller or faster, in their order: a cache needs many steps to save some of,
-pruning is measured on the steps that are left, and what is rounded can no longer be trained."""
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExpertStageConfig:
+    """One expert of a run."""
+
+    expert: ExpertConfig
+    """The expert's configuration; its batch is the global batch divided by K."""
+    cluster_id: Annotated[int, Field(ge=0)]
+    """The cluster on which it is trained; equals the expert's id."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MonolithStageConfig:
+    """The baseline: one expert on all data, with as many FLOPs as all experts, the router and the clustering."""
+
+    expert: ExpertConfig
+    """The experts' configuration with the global batch."""
+    router: RouterConfig | None
+    """The router whose training FLOPs become extra steps; None if the run has no router."""
+    num_experts: int
+    """K, which determines the router's size."""
+    experts: tuple[ExpertConfig, ...] = field(default=(), metadata=UNHASHED_IF_DEFAULT)
+    """The part of each expert's configuration that determines its FLOPs; empty if all experts cost the same."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistilledMonolithStageConfig:
-    """One network that learns from all experts."""
+    """One network that is distilled from all experts."""
 
     expert: ExpertConfig
-    """Its recipe."""
+    """The network's configuration."""
     from_expert: Annotated[int, Field(ge=0)] | None
-    """The expert that it starts from."""
+    """The expert whose weights initialize it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class InitStageConfig:
-    """A checkpoint to start from, copied into the run."""
+    """A pretrained checkpoint that is copied into the run."""
 
     folder: str
-    """Where it lies."""
+    """Path of the checkpoint."""
     checksum: str
-    """What was in it when the run was composed."""
+    """Checksum of its files when the configuration was composed."""
 
 
-def monolith_config(config: RunConfig, expert_id: int) -> ExpertConfig:
-    """One expert's recipe with its part of the global batch."""
-    return _divided(config.experts.get(expert_id, config.expert), config.partition.num_experts)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EnsembleStageConfig:
+    """An ensemble assembled from trained models."""
+
+    expert_ids: tuple[int, ...]
+    """The experts of the complete ensemble; those that are not among the inputs are missing."""
 
 
-def router_costs(config: RunConfig) -> tuple[ExpertConfig, ...]:
-    """What the FLOPs of each expert depend on, a checkpoint left out; empty if all cost the same."""
-    recipes = [monolith_config(config, k) for k in range(config.partition.num_experts)]
-    base, costs = _divided(config.expert, config.partition.num_experts), tuple(map(_cost, recipes))
-    are_alike = set(costs) == {_cost(base)} and {one.init for one in recipes} == {base.init}
-    return () if are_alike else costs
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScoreStageConfig:
+    """One row of the table of scores."""
+
+    evaluation: EvaluationConfig
+    """The number of samples, and the feature spaces."""
+    sampling: SamplingConfig
+    """Settings of the sampling."""
 
 
-def _divided(expert: ExpertConfig, num_experts: int) -> ExpertConfig:
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SelectionSearchStageConfig:
+    """The search for a selection."""
+
+    search: SelectionSearchConfig
+    """The candidates, and how they are tried."""
+    evaluation: EvaluationConfig
+    """The feature spaces in which candidates are compared."""
+    sampling: SamplingConfig
+    """Settings of the sampling; each candidate replaces the selection."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NothingConfig:
+    """A stage without work, for measurements of the orchestrator's own cost."""
+
+    number: int = 0
+    """Distinguishes several such stages."""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class StageConfigs:
+    """The configurations of all stages of one run that differ from the run's own sections."""
+
+    features: PartitionConfig
+    evaluation: EvaluationConfig
+    """Shared by the reference, the scores and the selection search."""
+    experts: tuple[ExpertConfig, ...]
+    """By expert id, each with its part of the global batch."""
+    monolith: MonolithStageConfig
+    distilled_monolith: DistilledMonolithStageConfig
+    expert_samples: ExpertSamplesConfig
+    selection_search: SelectionSearchStageConfig
+    compressions: Mapping[str, CompressionConfig]
+    """By kind, in the order in which they are applied; empty if the run has none."""
+    timing: TimingConfig
+
+
+def build_stage_configs(config: RunConfig) -> StageConfigs:
+    """Compute the configuration of every stage of a run."""
+    num_experts = config.partition.num_experts
+    evaluation = evaluation_config(config)
+    experts = tuple(_divide_batch(config.experts.get(k, config.expert), num_experts) for k in range(num_experts))
+    sampling = replace(config.ensemble, selection=_sampling_selection(config), reflection=None)
+    is_labelled = config.expert.training.condition_dropout < 1
+    return StageConfigs(
+        features=_features_config(config.partition),
+        evaluation=evaluation,
+        experts=experts,
+        monolith=MonolithStageConfig(
+            expert=config.expert,
+            router=_router_cost(config.router) if num_experts > 1 else None,
+            num_experts=num_experts,
+            experts=_expert_costs(experts, _divide_batch(config.expert, num_experts)),
+        ),
+        distilled_monolith=_distilled_monolith_config(config),
+        expert_samples=_expert_samples_config(config),
+        selection_search=_selection_search_config(config, evaluation),
+        compressions={
+            kind: CompressionConfig(method=method, sampling=sampling, labelled=is_labelled)
+            for kind, method in compression_configs(config).items()
+        },
+        timing=TimingConfig(sampling=sampling),
+    )
+
+
+def evaluation_config(config: RunConfig) -> EvaluationConfig:
+    """Return the evaluation's own fields of `scores`, without the selections."""
+    scores = config.scores
+    return EvaluationConfig(**{field.name: getattr(scores, field.name) for field in fields(EvaluationConfig)})
+
+
+def compression_configs(config: RunConfig) -> dict[str, MethodConfig]:
+    """Return the compression methods of a run, by kind and in the order in which they are applied."""
+    methods = {kind: getattr(config, kind) for kind in COMPRESSION_KINDS}
+    return {kind: method for kind, method in methods.items() if method is not None}
+
+
+def _divide_batch(expert: ExpertConfig, num_experts: int) -> ExpertConfig:
     return replace(expert, training=replace(expert.training, batch_size=expert.training.batch_size // num_experts))
 
 
-def _cost(expert: ExpertConfig) -> ExpertConfig:
+def _expert_costs(experts: tuple[ExpertConfig, ...], default: ExpertConfig) -> tuple[ExpertConfig, ...]:
+    """Return what each expert's FLOPs depend on, without its checkpoint; empty if all experts cost the same."""
+    costs = tuple(_expert_cost(expert) for expert in experts)
+    are_alike = set(costs) == {_expert_cost(default)} and {expert.init for expert in experts} == {default.init}
+    return () if are_alike else costs
+
+
+def _expert_cost(expert: ExpertConfig) -> ExpertConfig:
     training = TrainingConfig(steps=expert.training.steps, batch_size=expert.training.batch_size)
     return ExpertConfig(network=expert.network, training=training)
 
 
-def distilled_monolith_config(config: RunConfig) -> ExpertConfig:
-    """The monolith's recipe with what the student has of its own."""
-    training, own = config.expert.training, config.distilled_monolith
-    steps, batch_size = own.steps or training.steps, own.batch_size or training.batch_size
-    return replace(config.expert, training=replace(training, steps=steps, batch_size=batch_size))
+def _router_cost(config: RouterConfig) -> RouterConfig:
+    """Return what the router's FLOPs depend on; defaults for the rest keep the monolith's fingerprint stable."""
+    training = TrainingConfig(steps=config.training.steps, batch_size=config.training.batch_size)
+    return replace(config, noise_schedule="rectified_flow", training=training)
 
 
-def expert_samples_config(config: RunConfig) -> ExpertSamplesConfig:
-    """How the experts are drawn from for the router."""
+def _distilled_monolith_config(config: RunConfig) -> DistilledMonolithStageConfig:
+    """Return the monolith's configuration with the student's own steps and batch size."""
+    training, student = config.expert.training, config.distilled_monolith
+    steps, batch_size = student.steps or training.steps, student.batch_size or training.batch_size
+    expert = replace(config.expert, training=replace(training, steps=steps, batch_size=batch_size))
+    return DistilledMonolithStageConfig(expert=expert, from_expert=student.from_expert)
+
+
+def _expert_samples_config(config: RunConfig) -> ExpertSamplesConfig:
+    """Return how the router's training samples are generated by the experts."""
     router, sampling = config.router, config.ensemble
     return ExpertSamplesConfig(
         samples_per_expert=router.samples_per_expert,
@@ -81,20 +205,24 @@ def expert_samples_config(config: RunConfig) -> ExpertSamplesConfig:
     )
 
 
-def features_only(config: PartitionConfig) -> PartitionConfig:
-    """What the features depend on; the rest is set to its default, so that another K finds them finished."""
+def _features_config(config: PartitionConfig) -> PartitionConfig:
+    """Return what the features depend on; a run with another K then reuses finished features."""
     return PartitionConfig(
         features=config.features, components=config.components, batch_size=config.batch_size, seed=config.seed
     )
 
 
-def router_cost(config: RouterConfig) -> RouterConfig:
-    """What the router's FLOPs depend on; the rest is set to its default, so that it does not touch the monolith."""
-    training = TrainingConfig(steps=config.training.steps, batch_size=config.training.batch_size)
-    return replace(config, noise_schedule="rectified_flow", training=training)
+def _selection_search_config(config: RunConfig, evaluation: EvaluationConfig) -> SelectionSearchStageConfig:
+    """Return the search with all candidates, or with the first alone if a single expert makes them equal."""
+    candidates = config.selection_search.candidates[: 1 if config.partition.num_experts == 1 else None]
+    return SelectionSearchStageConfig(
+        search=replace(config.selection_search, candidates=candidates),
+        evaluation=evaluation,
+        sampling=replace(config.ensemble, selection=SelectionConfig()),
+    )
 
 
-def compression_configs(config: RunConfig) -> dict[str, MethodConfig]:
-    """The stages that make the ensemble smaller, by kind and in their order."""
-    asked = {kind: getattr(config, kind) for kind in COMPRESSION_KINDS}
-    return {kind: recipe for kind, recipe in asked.items() if recipe is not None}
+def _sampling_selection(config: RunConfig) -> SelectionConfig:
+    """Return the selection with which compressions sample: the run's own, or the default in place of `auto`."""
+    selection = config.ensemble.selection
+    return SelectionConfig() if selection.name == AUTO else selection

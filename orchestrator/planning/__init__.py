@@ -1,11 +1,15 @@
-"""What a run would take, before it takes it: `ddm plan`.
+"""`ddm plan`: what a run would take, before it starts.
 
-plan.py ◄── calibration.json ◄── calibrate.py, a process of its own with torch
-  │                                ├── work.py       what every stage has to do: FLOPs, images, bytes
-  ├── schedule.py   who runs when  ├── speeds.py     how quick the networks are here, or on an island (probes.py)
-  ├── risk.py       what spot costs├── rehearsal.py  the stages before training, on a few hundred images
-  ├── synchronised.py  one monolith on one Ray cluster
-  └── tables.py     all of it for a terminal
+plan.py ◄── calibration.json ◄── calibrate.py, a separate process that imports torch
+  │                                ├── cost_model.py       work of every stage: FLOPs, images, rows
+  │                                │     └── sampling_calls.py  network calls per sampled image
+  │                                ├── microbenchmarks.py  speed of the networks, here or on an island
+  │                                └── dry_run.py          the stages before training, on a few hundred images
+  ├── simulate.py              which stage runs when and where
+  ├── estimate.py              duration, expected losses and price of one stage
+  ├── transfers.py             bytes between controller and islands
+  ├── synchronous_baseline.py  one monolith on one Ray cluster
+  └── tables.py                output for a terminal
 
 Nothing on the left imports torch or Ray.
 """

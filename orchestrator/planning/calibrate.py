@@ -1,7 +1,7 @@
-"""Measure what a plan needs: `python -m orchestrator.planning.calibrate`, a run's configuration as JSON on its input.
+"""Measure what a plan needs: `python -m orchestrator.planning.calibrate`, with a run's configuration as JSON on stdin.
 
-Writes `calibration.json` into the run folder. With `--probe JSON` it times the networks alone and prints the result:
-that is what runs on islands. One thread for every CPU that a stage asks for.
+The measurement is written to `calibration.json` in the run folder. With `--probe JSON` the program only times the
+networks and prints the result; this mode runs on islands. Every stage is timed with one thread per requested CPU.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from data_partition.errors import DataError
 from data_partition.shards.shards import read_index
-from ddm_core.artifacts import ArtifactError, to_jsonable, write_json
+from ddm_core.artifacts import to_jsonable, write_json
+from ddm_core.errors import DDMError
 from experts.architectures.conv_decoder import ConvDecoder
 from experts.expert import expert_flops
 from experts.training.flops import forward_flops, training_flops
 from experts.training.trainer import DeviceError
 from orchestrator.config.compute import CONTROLLER, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig, parse_config
-from orchestrator.errors import IslandError, OrchestratorError
+from orchestrator.errors import IslandError
 from orchestrator.islands.client import IslandClient
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
-from orchestrator.planning.calibration import SAID, Calibration, Place, StageSpeed, identity
+from orchestrator.planning.calibration import RESULT_PREFIX, Calibration, Place, StageSpeed, calibration_fingerprint
 from orchestrator.planning.cost_model import DatasetFacts, count_images, estimate_work
 from orchestrator.planning.dry_run import DryRun, dry_run
 from orchestrator.planning.microbenchmarks import NetworkProbe, Networks, build_networks, time_networks
@@ -44,48 +44,48 @@ from orchestrator.planning.synchronous_baseline import BYTES_PER_PARAMETER
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.worker import limited_threads
 
-LONGEST_S = 300.0
-LOOK_S = 0.5
+PROBE_TIMEOUT_S = 300.0
+POLL_S = 0.5
 
 
 def probe_island(
     name: str, island: IslandConfig, probe: NetworkProbe, resources: ResourcesConfig, wheel: Path, grace_s: float
 ) -> Place:
-    """The island as an expert would find it; one that refuses or does not answer is a place with a problem."""
+    """Measure an island with an expert's resources; an island that fails is a place with a problem."""
     client, submission = IslandClient(name, island), f"ddm-probe-{secrets.token_hex(4)}"
     command = ["python", "-m", "orchestrator.planning.calibrate", "--probe", json.dumps(to_jsonable(probe))]
-    started, asked = time.monotonic(), replace(resources, workers=1)
+    started, resources = time.monotonic(), replace(resources, workers=1)
     try:
         client.check_reachable()
-        client.submit(submission, command, wheel=wheel, resources=asked, grace_s=grace_s)
-        if not _ends(client, submission):
+        client.submit(submission, command, wheel=wheel, resources=resources, grace_s=grace_s)
+        if not _wait_for_end(client, submission):
             client.stop(submission)
-            return Place(problem=f"its probe did not end within {LONGEST_S:g} s")
-        took_s = time.monotonic() - started
-        measured = read_place(client.log(submission))
+            return Place(problem=f"its probe did not end within {PROBE_TIMEOUT_S:g} s")
+        elapsed_s = time.monotonic() - started
+        place = parse_place(client.fetch_log(submission))
         client.delete(submission)
     except IslandError as error:
         return Place(problem=str(error))
-    return measured if measured.problem else replace(measured, start_s=max(0.0, took_s - measured.start_s))
+    return place if place.problem else replace(place, start_s=max(0.0, elapsed_s - place.start_s))
 
 
-def read_place(log: str) -> Place:
-    """What a probe has printed; if it has not come so far, its last line is the problem."""
+def parse_place(log: str) -> Place:
+    """Parse a probe's output; without a result, the last line becomes the problem."""
     lines = log.strip().splitlines()
-    said = next((line for line in lines if line.startswith(SAID)), None)
-    if said is None:
+    result = next((line for line in lines if line.startswith(RESULT_PREFIX)), None)
+    if result is None:
         return Place(problem=f"its probe failed: {lines[-1] if lines else 'it printed nothing'}")
-    return TypeAdapter(Place).validate_json(said.removeprefix(SAID))
+    return TypeAdapter(Place).validate_json(result.removeprefix(RESULT_PREFIX))
 
 
-def _ends(client: IslandClient, submission: str) -> bool:
-    """Wait for the probe; False if it takes too long."""
-    give_up = time.monotonic() + LONGEST_S
-    while time.monotonic() < give_up:
-        state = client.states().get(submission)
+def _wait_for_end(client: IslandClient, submission: str) -> bool:
+    """Wait for the probe; return False if it takes too long."""
+    deadline = time.monotonic() + PROBE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        state = client.list_states().get(submission)
         if state is not None and state.has_ended:
             return True
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     return False
 
 
@@ -93,57 +93,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator.planning.calibrate")
     parser.add_argument("--probe", help="what to time, as JSON")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if given.probe:
-            began = time.monotonic()
-            probe = TypeAdapter(NetworkProbe).validate_json(given.probe)
+        if options.probe:
+            started = time.monotonic()
+            probe = TypeAdapter(NetworkProbe).validate_json(options.probe)
             place = measure_place(build_networks(probe), probe)
-            took_s = time.monotonic() - began
-            sys.stdout.write(SAID + json.dumps(to_jsonable(replace(place, start_s=took_s))) + "\n")
+            elapsed_s = time.monotonic() - started
+            sys.stdout.write(RESULT_PREFIX + json.dumps(to_jsonable(replace(place, start_s=elapsed_s))) + "\n")
         else:
             calibrate(parse_config(json.load(sys.stdin)))
-    except (OrchestratorError, ArtifactError, DataError, ValueError) as error:
+    except (DDMError, ValueError) as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 1
     return 0
 
 
 def calibrate(config: RunConfig) -> None:
-    """Measure here and on every island, and write `calibration.json` into the run folder."""
+    """Measure here and on every island; write `calibration.json` into the run folder."""
     run = RunFolder(Path(config.folder).expanduser())
     graph = build_graph(config)
     with (
-        tempfile.TemporaryDirectory(prefix="ddm-rehearsal-") as folder,
+        tempfile.TemporaryDirectory(prefix="ddm-dry-run-") as folder,
         limited_threads(config.compute.stages.dataset.cpus),
     ):
-        rehearsed = dry_run(config, Path(folder))
-    probe = probe_of(config, rehearsed)
+        dry = dry_run(config, Path(folder))
+    probe = build_probe(config, dry)
     networks = build_networks(probe)
-    facts = _facts(config, run, graph, rehearsed, networks)
-    home = measure_place(networks, probe)
-    home = replace(home, start_s=_start_s(), speeds=rehearsed.speeds | home.speeds)
+    facts = _dataset_facts(config, run, graph, dry, networks)
+    controller = measure_place(networks, probe)
+    controller = replace(controller, start_s=_process_start_s(), speeds=dry.speeds | controller.speeds)
     calibration = Calibration(
-        fingerprint=identity(graph, config.compute),
+        fingerprint=calibration_fingerprint(graph, config.compute),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         work=estimate_work(graph, facts),
-        bytes=_sizes(graph, facts, rehearsed, networks.parameters),
-        places={CONTROLLER: home} | _measure_islands(config, probe),
+        bytes=_artifact_bytes(graph, facts, dry, networks.parameters),
+        places={CONTROLLER: controller} | _measure_islands(config, probe),
         parameters=networks.parameters["expert"],
     )
     run.root.mkdir(parents=True, exist_ok=True)
     write_json(run.calibration, calibration)
 
 
-def probe_of(config: RunConfig, rehearsed: DryRun) -> NetworkProbe:
-    """What has to be known to time the networks."""
+def build_probe(config: RunConfig, dry: DryRun) -> NetworkProbe:
+    """Return what is needed to time the networks anywhere."""
     stages = config.compute.stages
     return NetworkProbe(
         expert=config.expert,
         router=config.router,
         num_experts=config.partition.num_experts,
-        latent_shape=rehearsed.latent_shape,
-        num_classes=rehearsed.num_classes,
+        latent_shape=dry.latent_shape,
+        num_classes=dry.num_classes,
         cpus={kind: getattr(stages, kind).cpus for kind in ("expert", "router", "monolith", "score")},
         sampling_rows=config.ensemble.batch_size,
         sampling_device=config.ensemble.device,
@@ -151,9 +151,9 @@ def probe_of(config: RunConfig, rehearsed: DryRun) -> NetworkProbe:
 
 
 def measure_place(networks: Networks, probe: NetworkProbe) -> Place:
-    """How quick this machine is; without the device of the configuration only what is the matter."""
+    """Measure this machine; without the configured device, return the problem instead of speeds."""
     versions = {name: version(name) for name in ("torch", "decentralized-diffusion") if _is_installed(name)}
-    place = Place(machine=machine(), versions={"python": platform.python_version()} | versions)
+    place = Place(machine=describe_machine(), versions={"python": platform.python_version()} | versions)
     try:
         speeds, checkpoint_s = time_networks(networks, probe)
     except DeviceError as error:
@@ -162,14 +162,14 @@ def measure_place(networks: Networks, probe: NetworkProbe) -> Place:
 
 
 def _cpu_share(speeds: Mapping[str, StageSpeed], probe: NetworkProbe) -> float:
-    """CPU time of the experts' steps over what their threads could have had; an accelerator's is not looked at."""
+    """Return the used share of CPU time in an expert's steps; 1 on an accelerator, where it is not measured."""
     if probe.expert.training.device != "cpu":
         return 1.0
     return min(1.0, speeds["expert"].cpu_s / (speeds["expert"].unit_s * probe.cpus["expert"]))
 
 
-def machine() -> str:
-    """The accelerator, or the processor and how many of its cores we may use."""
+def describe_machine() -> str:
+    """Return the accelerators, or the processor and the number of its usable cores."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -185,33 +185,33 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _start_s() -> float:
-    """How long a new process takes until it could begin with a stage."""
-    began = time.monotonic()
+def _process_start_s() -> float:
+    """Return the time from the start of a new process until it could start a stage."""
+    started = time.monotonic()
     subprocess.run([sys.executable, "-c", "import orchestrator.run.worker"], check=True)
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
-def _facts(
-    config: RunConfig, run: RunFolder, graph: Sequence[Stage], rehearsed: DryRun, networks: Networks
+def _dataset_facts(
+    config: RunConfig, run: RunFolder, graph: Sequence[Stage], dry: DryRun, networks: Networks
 ) -> DatasetFacts:
-    """The number of images is exact once the data set is finished."""
+    """Collect the numbers for the cost model; the number of images is exact once the data set is finished."""
     images, held_out = count_images(config.data)
     dataset = next(stage for stage in graph if stage.kind == "dataset")
-    if run.finished(dataset):
+    if run.is_finished(dataset):
         images, held_out = (read_index(run.artifact(dataset) / part).count for part in ("train", "holdout"))
     return DatasetFacts(
         images=images,
         held_out=held_out,
-        row_flops=networks.row_flops | _decoder_flops(config) | _different_experts(config, rehearsed),
-        extractors=rehearsed.extractors,
+        row_flops=networks.row_flops | _decoder_flops(config) | _row_flops_of_experts(config, dry),
+        extractors=dry.extractors,
         num_experts=config.partition.num_experts,
         partition=config.partition,
     )
 
 
-def _different_experts(config: RunConfig, rehearsed: DryRun) -> dict[str, float]:
-    shape, classes = rehearsed.latent_shape, rehearsed.num_classes
+def _row_flops_of_experts(config: RunConfig, dry: DryRun) -> dict[str, float]:
+    shape, classes = dry.latent_shape, dry.num_classes
     return {
         f"expert_{k}": expert_flops(expert, shape, classes)
         / training_flops(1.0, expert.training.batch_size, expert.training.steps)
@@ -227,25 +227,25 @@ def _decoder_flops(config: RunConfig) -> dict[str, float]:
     return {"decoder": forward_flops(lambda: decoder(torch.zeros(1, components)))}
 
 
-def _sizes(
-    graph: Sequence[Stage], facts: DatasetFacts, rehearsed: DryRun, parameters: Mapping[str, int]
+def _artifact_bytes(
+    graph: Sequence[Stage], facts: DatasetFacts, dry: DryRun, parameters: Mapping[str, int]
 ) -> dict[str, int]:
-    """Bytes of what may have to be moved, as far as they can be told before."""
-    sizes = {"codec": float(rehearsed.codec_bytes)}
+    """Return the sizes of transferred artifacts, as far as they are known before the run."""
+    sizes = {"codec": float(dry.codec_bytes)}
     networks = {"expert": parameters["expert"], "monolith": parameters["expert"], "router": parameters["router"]}
     sizes |= {stage.name: BYTES_PER_PARAMETER * networks[stage.kind] for stage in graph if stage.kind in networks}
     if facts.images is None or facts.held_out is None:
         return {name: round(size) for name, size in sizes.items()}
-    train, held_out = facts.images * rehearsed.image_bytes, facts.held_out * rehearsed.image_bytes
+    train, held_out = facts.images * dry.image_bytes, facts.held_out * dry.image_bytes
     sizes |= {"dataset/train": train, "dataset": train + held_out}
     sizes |= {"partition/clusters": train, "partition/holdout": held_out, "partition": train + held_out}
     sizes |= {f"partition/clusters/{k}": train / facts.num_experts for k in range(facts.num_experts)}
-    sizes["features"] = facts.images * rehearsed.extractors["partition"].dimension * BYTES_PER_PARAMETER
+    sizes["features"] = facts.images * dry.extractors["partition"].dimension * BYTES_PER_PARAMETER
     return {name: round(size) for name, size in sizes.items()}
 
 
 def _measure_islands(config: RunConfig, probe: NetworkProbe) -> dict[str, Place]:
-    """All islands at once."""
+    """Measure all islands in parallel."""
     compute = config.compute
     if not compute.islands:
         return {}
@@ -253,11 +253,11 @@ def _measure_islands(config: RunConfig, probe: NetworkProbe) -> dict[str, Place]
 
     with tempfile.TemporaryDirectory(prefix="ddm-wheel-") as folder, ThreadPoolExecutor(len(compute.islands)) as pool:
         wheel = build_wheel(Path(folder))
-        asked = {
+        futures = {
             name: pool.submit(probe_island, name, island, probe, compute.stages.expert, wheel, compute.grace_s)
             for name, island in compute.islands.items()
         }
-        return {name: answer.result() for name, answer in asked.items()}
+        return {name: future.result() for name, future in futures.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What was measured for a plan: the work of every stage, and how quick each place is at it. Imports no torch."""
+"""The measurements for a plan: the work of every stage, and the speed of each place. Imports no torch."""
 
 import json
 import subprocess
@@ -15,14 +15,14 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
-LONGEST_S = 900.0
-"""A calibration that takes longer is stuck."""
+TIMEOUT_S = 900.0
+"""Time after which a calibration is considered stuck."""
 
-BUSY = 0.85
-"""A machine that gives a measurement less than this share of its CPUs is called busy."""
+BUSY_SHARE = 0.85
+"""A machine is reported as busy if a measurement gets less than this share of its CPUs."""
 
-SAID = "CALIBRATION "
-"""What the line begins with that holds the measurement: a `Place`, whose `start_s` is how long measuring took."""
+RESULT_PREFIX = "CALIBRATION "
+"""Prefix of the output line with the measured `Place`; its `start_s` is the duration of the measurement."""
 
 
 class CalibrationFailed(OrchestratorError):
@@ -31,21 +31,21 @@ class CalibrationFailed(OrchestratorError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSpeed:
-    """How long one unit of work takes: an image through a training step, a row through a network, an image read."""
+    """Time of one unit of work: an image through a training step, a row through a network, an image read."""
 
     unit_s: float
     """Wall clock."""
     cpu_s: float = 0.0
-    """CPU time of all threads; much less than they could have had is the sign of a busy machine."""
+    """CPU time of all threads; far less than unit_s times their number means that the machine is busy."""
     once_s: float = 0.0
-    """What the first unit costs more than the others."""
+    """Additional time of the first unit."""
     unit_flops: float = 0.0
-    """Floating point operations in it; 0 is not counted."""
+    """Floating point operations of a unit; 0 means not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """So many units of one kind of work."""
+    """A number of units of one kind of work."""
 
     speed: str
     """A key of `Place.speeds`."""
@@ -54,35 +54,35 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a stage has to do, wherever it runs."""
+    """The work of a stage, independent of where it runs."""
 
     flops: float | None
-    """None: it depends on a number of images that nobody knows yet."""
+    """None if it depends on an unknown number of images."""
     parts: tuple[Part, ...] | None
     is_upper_bound: bool = False
-    """Whether the data will decide, and it is at most this."""
+    """Whether the work depends on the data and this is its maximum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """How quick home or an island is."""
+    """The speed of the controller's machine or of an island."""
 
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     start_s: float = 0.0
     """From submission to the first line of a stage, in a new process."""
     checkpoint_s: float = 0.0
-    """To save one checkpoint of an expert."""
+    """Time to save one checkpoint of an expert."""
     speeds: dict[str, StageSpeed] = field(default_factory=dict)
     cpu_share: float = 1.0
-    """How much of its CPUs the machine gave to the measurement; less than all means that it was busy."""
+    """Share of its CPUs that the measurement got; below 1 the machine was busy."""
     problem: str = ""
     """Why there are no speeds, if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Everything that a plan needs and that only torch, or an island, can tell."""
+    """All inputs of a plan that need torch or an island."""
 
     fingerprint: str
     created: str
@@ -92,48 +92,48 @@ class Calibration:
     bytes: dict[str, int]
     """Sizes of artifacts, or of parts of them, by `<stage>` or `<stage>/<part>`."""
     places: dict[str, Place]
-    """By the island's name; `home` is where the controller is."""
+    """By the island's name; `controller` is the controller's machine."""
     parameters: int
-    """Of one expert."""
+    """Number of parameters of one expert."""
 
 
-def identity(graph: Sequence[Stage], compute: ComputeConfig) -> str:
-    """What a calibration depends on: every stage with its resources, but not where the islands are."""
+def calibration_fingerprint(graph: Sequence[Stage], compute: ComputeConfig) -> str:
+    """Return the hash of every stage and its resources; the location of islands does not matter."""
     return fingerprint("calibration", compute.stages, {stage.name: stage.fingerprint for stage in graph})
 
 
 def find_calibration(run: RunFolder, graph: Sequence[Stage], compute: ComputeConfig) -> tuple[Calibration | None, str]:
-    """The calibration of this very configuration, and a sentence about it, or about how to get one."""
+    """Return the run's calibration and a description of it, or None and how to get one."""
     if not run.calibration.is_file():
-        return None, "Times and prices need a calibration: run the same with --calibrate (under a minute)."
-    found = TypeAdapter(Calibration).validate_python(read_json(run.calibration))
-    if found.fingerprint != identity(graph, compute):
-        return None, f"{run.calibration} is of another configuration: run the same with --calibrate again."
-    machines = "; ".join(f"{name}: {_describe(place)}" for name, place in found.places.items())
-    return found, f"Calibrated {found.created} ({machines})."
+        return None, "Times and prices need a calibration: repeat the command with --calibrate (under a minute)."
+    calibration = TypeAdapter(Calibration).validate_python(read_json(run.calibration))
+    if calibration.fingerprint != calibration_fingerprint(graph, compute):
+        return None, f"{run.calibration} is of another configuration: repeat the command with --calibrate."
+    machines = "; ".join(f"{name}: {_describe(place)}" for name, place in calibration.places.items())
+    return calibration, f"Calibrated {calibration.created} ({machines})."
 
 
 def _describe(place: Place) -> str:
-    """The machine, and what would make its figures worse than they need be."""
-    busy = f", busy: it gave {place.cpu_share:.0%} of its CPUs, so it may be quicker than this says"
-    words = f"{place.machine}{busy if place.cpu_share < BUSY else ''}"
+    """Describe the machine, and anything that makes its figures pessimistic."""
+    busy = f", busy: the measurement got {place.cpu_share:.0%} of its CPUs, so a run may be faster"
+    words = f"{place.machine}{busy if place.cpu_share < BUSY_SHARE else ''}"
     return f"{words}, not measured: {place.problem}" if place.problem else words
 
 
 def calibrate(config: RunConfig) -> None:
-    """Measure in a process of its own, since this one must not import torch; raises `CalibrationFailed`."""
+    """Measure in a separate process, since this one must not import torch; raises `CalibrationFailed`."""
     command = [sys.executable, "-m", "orchestrator.planning.calibrate"]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             input=json.dumps(to_jsonable(config)),
             capture_output=True,
             text=True,
-            timeout=LONGEST_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise CalibrationFailed(f"the calibration took more than {LONGEST_S:g} s and was ended") from None
-    if done.returncode:
-        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
-        raise CalibrationFailed(f"the calibration failed: {last}")
+        raise CalibrationFailed(f"the calibration took more than {TIMEOUT_S:g} s and was ended") from None
+    if process.returncode:
+        last_line = (process.stderr.strip() or "it printed nothing").splitlines()[-1]
+        raise CalibrationFailed(f"the calibration failed: {last_line}")

@@ -1,153 +1,111 @@
-"""What every stage of a graph has to do, by the stages' own formulas: floating point operations, images, rows."""
+"""The work of every stage of a graph, by the stages' own formulas: floating point operations, images, rows.
 
-import math
+`config/stage_kinds.py` maps each kind of stage to one `estimate_…` function of this file.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_partition.clustering.kmeans import num_fine, training_rows
+from data_partition.clustering.kmeans import choose_num_fine, choose_training_rows
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS
-from data_partition.datasets.image_folder import image_files, tree_root
+from data_partition.datasets.image_folder import check_root, iter_image_files
+from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
+from ensemble.compression.distillation.consistency import consistency_flops
+from ensemble.compression.distillation.sid import sid_flops
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
-from ensemble.evaluation.reference import HELD_OUT_LIMIT, NEIGHBOUR_LIMIT
+from ensemble.evaluation.reference import MAX_HELD_OUT, NEIGHBOR_LIMIT
 from experts.config import CodecConfig
 from experts.training.flops import training_flops
-from orchestrator.pipeline.graph import (
+from orchestrator.config.stage_kinds import STAGE_KINDS
+from orchestrator.pipeline.stage import Input, Stage
+from orchestrator.pipeline.stage_configs import (
+    DistilledMonolithStageConfig,
     ExpertStageConfig,
     MonolithStageConfig,
     ScoreStageConfig,
     SelectionSearchStageConfig,
 )
-from orchestrator.pipeline.stage import Input, Stage
-from orchestrator.pipeline.stage_configs import DistilledMonolithStageConfig
 from orchestrator.planning.calibration import Part, Work
 from orchestrator.planning.dry_run import ExtractorCost
+from orchestrator.planning.sampling_calls import CallsPerImage, calls_per_image, most_expensive
 from router.calibration.time_bins import BINS
-from router.config import RouterConfig, SelectionConfig
-from router.costs import forward_rows, gradient_rows, training_cost
+from router.config import RouterConfig
+from router.costs import count_forward_rows, count_gradient_rows, training_cost
 from router.quality import MAX_IMAGES, NOISES_PER_IMAGE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallsPerImage:
-    """Rows that one image puts through the networks, from noise to clean."""
-
-    expert: int
-    router: int
-    is_upper_bound: bool
-
-
-def calls_per_image(
-    sampling: SamplingConfig, num_experts: int, *, has_router: bool, is_conditional: bool
-) -> CallsPerImage:
-    """Of a solver, a selection other than auto, and guidance; what depends on the data is counted at its worst."""
-    selection, K = sampling.selection, num_experts
-    moments = _moments(sampling)
-    branches = 2 if is_conditional and sampling.guidance_scale != 1 else 1
-    most = min(K, max(1, math.floor(1 / selection.probability)))
-    experts: dict[str, Callable[[float], int]] = {
-        "full": lambda t: K,
-        "top_k": lambda t: min(selection.k, K),
-        "threshold": lambda t: most,
-        "nucleus": lambda t: K,
-        "sample": lambda t: min(selection.draws, K),
-        "sticky": lambda t: 1,
-        "full_then_top1": lambda t: K if t > selection.t_switch else 1,
-        "threshold_then_top1": lambda t: most if t > selection.t_switch else 1,
-        "full_then_sticky": lambda t: K if t > selection.t_switch else 1,
-        "sticky_resample": lambda t: 1,
-        "coupled_resample": lambda t: 1,
-    }
-    return CallsPerImage(
-        expert=branches * sum(experts[selection.name](t) for t in moments),
-        router=branches * _routed(selection, moments) if has_router else 0,
-        is_upper_bound=K > 1 and _depends_on_data(selection),
-    )
-
-
-def most_expensive(candidates: Sequence[CallsPerImage], most_calls: float) -> CallsPerImage:
-    """What the choice among candidates costs at worst, if `most_calls` times the fewest calls are allowed."""
-    allowed = math.floor(most_calls * min(calls.expert for calls in candidates))
-    return CallsPerImage(
-        expert=min(allowed, max(calls.expert for calls in candidates)),
-        router=max(calls.router for calls in candidates),
-        is_upper_bound=len(candidates) > 1,
-    )
-
-
-def _routed(selection: SelectionConfig, moments: Sequence[float]) -> int:
-    """How often the router is asked; a draw that is settled needs it no more."""
-    early = sum(t > selection.t_switch for t in moments)
-    settling = min(1, len(moments) - early)
-    return {"sticky": 0, "sticky_resample": settling, "full_then_sticky": early + settling}.get(
-        selection.name, len(moments)
-    )
-
-
-def _depends_on_data(selection: SelectionConfig) -> bool:
-    return selection.name in ("threshold", "nucleus", "threshold_then_top1") or (
-        selection.name == "sample" and selection.draws > 1
-    )
-
-
-def _moments(sampling: SamplingConfig) -> list[float]:
-    """The values of t at which a velocity is asked for; Heun looks ahead in every step but the last."""
-    steps = sampling.steps
-    begins = [1 - step / steps for step in range(steps)]
-    ahead = [1 - step / steps for step in range(1, steps)] if sampling.solver in ("heun", "flow_match_heun") else []
-    return begins + ahead
-
 
 UNKNOWN = Work(flops=None, parts=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFacts:
-    """What the work of all stages follows from."""
+    """The numbers from which the work of all stages follows."""
 
     images: int | None
-    """To learn from; None if nobody can tell before they are read."""
+    """Training images; None if only reading the source reveals their number."""
     held_out: int | None
     row_flops: Mapping[str, float]
-    """One row through an `expert`, the `router`, the codec's `decoder`, and each expert that differs."""
+    """FLOPs of one row through an `expert`, the `router`, the codec's `decoder`, and each expert that differs."""
     extractors: Mapping[str, ExtractorCost]
-    """Of the `partition`, and of each space of the scores as `score/<name>`."""
+    """Of the `partition`, and of each feature space of the scores as `score/<name>`."""
     num_experts: int
     partition: PartitionConfig
 
 
+EarlierWork = Mapping[str, Work]
+"""Work of the stages before a stage, by name."""
+
+
 def estimate_work(graph: Sequence[Stage], facts: DatasetFacts) -> dict[str, Work]:
-    """The work of every stage, by its name."""
-    found: dict[str, Work] = {}
+    """Estimate the work of every stage, by its name."""
+    work: dict[str, Work] = {}
     for stage in graph:
-        found[stage.name] = WORK[stage.kind](stage, facts, found)
-    return found
+        estimate: Callable[[Stage, DatasetFacts, EarlierWork], Work] = STAGE_KINDS[stage.kind].estimate
+        work[stage.name] = estimate(stage, facts, work)
+    return work
 
 
 def count_images(config: DataConfig) -> tuple[int | None, int | None]:
-    """How many images there will be to learn from and to compare with; None where only reading tells."""
-    total = COUNTS[config.source](config)
+    """Count training and held-out images; None where only reading the source reveals the number."""
+    total = SOURCE_COUNTS[config.source](config)
     if config.source == "fashion_full" and total is not None:
         return min(total, config.limit or total), HELD_OUT_ROWS
-    learnable = None if total is None else round(total * (1 - config.holdout))
-    known = [count for count in (learnable, config.limit) if count is not None]
-    if not known:
+    train = None if total is None else round(total * (1 - config.holdout))
+    limits = [count for count in (train, config.limit) if count is not None]
+    if not limits:
         return None, None
-    return min(known), round(min(known) * config.holdout / (1 - config.holdout))
+    return min(limits), round(min(limits) * config.holdout / (1 - config.holdout))
 
 
-def _files(root: Path) -> int:
-    return sum(1 for _ in image_files(root, root.resolve()))
+def _count_files(root: Path) -> int:
+    return sum(1 for _ in iter_image_files(root, root.resolve()))
 
 
-def _dataset(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
+SOURCE_COUNTS: dict[str, Callable[[DataConfig], int | None]] = {
+    "fashion": lambda config: 8000,
+    "fashion_full": lambda config: 60_000,
+    "digits": lambda config: 1797,
+    "image_folder": lambda config: _count_files(check_root(config.path)),
+    "webdataset": lambda config: None,
+}
+"""Images of each source before any is held out."""
+
+
+def estimate_nothing(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Return no work, for stages whose time is negligible."""
+    return Work(flops=0.0, parts=())
+
+
+def estimate_dataset(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the images that are read and written."""
     if facts.images is None or facts.held_out is None:
         return Work(flops=0.0, parts=None)
     return Work(flops=0.0, parts=(Part(speed="dataset", count=facts.images + facts.held_out),))
 
 
-def _codec(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
+def estimate_codec(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the images of the fit, and the training of a convolutional decoder."""
     config: CodecConfig = stage.config
     if facts.images is None:
         return UNKNOWN
@@ -159,131 +117,124 @@ def _codec(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work
     return Work(flops=flops, parts=tuple(parts))
 
 
-def _features(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
+def estimate_features(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the images through the extractor."""
     if facts.images is None:
         return UNKNOWN
-    one = facts.extractors["partition"]
-    return Work(flops=facts.images * (one.flops + one.fit_flops), parts=(Part(speed="features", count=facts.images),))
+    extractor = facts.extractors["partition"]
+    flops = facts.images * (extractor.flops + extractor.fit_flops)
+    return Work(flops=flops, parts=(Part(speed="features", count=facts.images),))
 
 
-def _partition(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """As `data_partition/partition.py` counts them."""
-    config, one = facts.partition, facts.extractors["partition"]
+def estimate_partition(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the distances of k-means, as `data_partition/partition.py` does."""
+    config, extractor = facts.partition, facts.extractors["partition"]
     if facts.images is None or facts.held_out is None:
         return UNKNOWN
-    fine = num_fine(config.num_fine, facts.images, config.num_experts)
-    rows = len(training_rows(facts.images, fine, config.seed)) * config.iterations + facts.images + facts.held_out
-    flops = 2 * rows * fine * one.dimension + facts.held_out * one.flops
+    fine = choose_num_fine(config.num_fine, facts.images, config.num_experts)
+    rows = (
+        len(choose_training_rows(facts.images, fine, config.seed)) * config.iterations + facts.images + facts.held_out
+    )
+    flops = 2 * rows * fine * extractor.dimension + facts.held_out * extractor.flops
     return Work(flops=flops, parts=(Part(speed="partition", count=facts.images),))
 
 
-def _reference(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """As `ensemble/evaluation/reference.py` counts them: each space on as many images as are drawn, pixels on all."""
+def estimate_reference(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the images per feature space, as `ensemble/evaluation/reference.py` does: a sample, for pixels all."""
     config: EvaluationConfig = stage.config
     if facts.images is None or facts.held_out is None:
         return UNKNOWN
     flops = 0.0
-    for name, one in _spaces(facts):
-        most = NEIGHBOUR_LIMIT if name == "pixels" else config.num_samples
-        used = min(most, facts.images) + min(HELD_OUT_LIMIT, facts.held_out)
-        flops += used * one.flops + facts.images * one.fit_flops
+    for name, extractor in _score_extractors(facts):
+        limit = NEIGHBOR_LIMIT if name == "pixels" else config.num_samples
+        rows = min(limit, facts.images) + min(MAX_HELD_OUT, facts.held_out)
+        flops += rows * extractor.flops + facts.images * extractor.fit_flops
     return Work(flops=flops, parts=(Part(speed="reference", count=facts.images + facts.held_out),))
 
 
-def _expert(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """Speeds were measured with the network of most experts; another one's time is taken to go with its FLOPs."""
+def estimate_expert(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the training; the time of an expert that differs is scaled by its FLOPs, since only one was measured."""
     config: ExpertStageConfig = stage.config
-    training, usual = config.expert.training, facts.row_flops["expert"]
-    row = facts.row_flops.get(stage.name, usual)
+    training, measured_row = config.expert.training, facts.row_flops["expert"]
+    row = facts.row_flops.get(stage.name, measured_row)
     flops = training_flops(row, training.batch_size, training.steps)
-    share = None if facts.images is None else facts.images / facts.num_experts
-    return Work(flops=flops, parts=_trained("expert", round(training.batch_size * training.steps * row / usual), share))
+    cluster_size = None if facts.images is None else facts.images / facts.num_experts
+    units = round(training.batch_size * training.steps * row / measured_row)
+    return Work(flops=flops, parts=_training_parts("expert", units, cluster_size))
 
 
-def _router(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """Training, temperatures, and the look at its quality with and without the class."""
+def estimate_router(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the training, the temperatures, and the measurement of its quality with and without the class."""
     config: RouterConfig = stage.config
     flops = training_cost(config, facts.row_flops["router"], facts.num_experts)
-    rows, fitted = gradient_rows(config, facts.num_experts), forward_rows(config)
+    rows, calibration_rows = count_gradient_rows(config, facts.num_experts), count_forward_rows(config)
     if facts.images is None or facts.held_out is None:
-        return Work(flops=flops, parts=_trained("router", rows, None))
-    looked_at = 2 * BINS * NOISES_PER_IMAGE * min(-(-facts.held_out // 2), MAX_IMAGES)
-    trained = _trained("router", rows, facts.images + facts.held_out)
-    return Work(flops=flops, parts=(*trained, Part(speed="router_row", count=fitted + looked_at)))
+        return Work(flops=flops, parts=_training_parts("router", rows, None))
+    quality_rows = 2 * BINS * NOISES_PER_IMAGE * min(-(-facts.held_out // 2), MAX_IMAGES)
+    training = _training_parts("router", rows, facts.images + facts.held_out)
+    return Work(flops=flops, parts=(*training, Part(speed="router_row", count=calibration_rows + quality_rows)))
 
 
-def _monolith(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """With extra steps worth the router and the clustering, as in `orchestrator/pipeline/stage_kinds.py`."""
+def estimate_monolith(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the training with the extra steps of `orchestrator/pipeline/flop_matching.py`."""
     config: MonolithStageConfig = stage.config
     training, row = config.expert.training, facts.row_flops["expert"]
-    needed = [found[name].flops for name in ("features", "partition")]
+    extra = [earlier[name].flops for name in ("features", "partition")]
     if config.router is not None:
-        needed.append(training_cost(config.router, facts.row_flops["router"], config.num_experts))
+        extra.append(training_cost(config.router, facts.row_flops["router"], config.num_experts))
         if config.router.data == "samples":
-            needed.append(
-                config.router.samples_per_expert * config.num_experts * (2 * config.router.sample_steps - 1) * row
-            )
+            samples = config.router.samples_per_expert * config.num_experts
+            extra.append(samples * (2 * config.router.sample_steps - 1) * row)
     if config.experts:
-        ours = sum(
-            training_flops(facts.row_flops.get(f"expert_{k}", row), one.training.batch_size, one.training.steps)
-            for k, one in enumerate(config.experts)
+        experts = sum(
+            training_flops(facts.row_flops.get(f"expert_{k}", row), expert.training.batch_size, expert.training.steps)
+            for k, expert in enumerate(config.experts)
         )
-        needed.append(ours - training_flops(row, training.batch_size, training.steps))
-    overhead = sum(flops or 0.0 for flops in needed)
-    steps = training.steps + round(overhead / training_flops(row, training.batch_size, 1))
+        extra.append(experts - training_flops(row, training.batch_size, training.steps))
+    extra_flops = sum(flops or 0.0 for flops in extra)
+    steps = training.steps + round(extra_flops / training_flops(row, training.batch_size, 1))
     return Work(
         flops=training_flops(row, training.batch_size, steps),
-        parts=_trained("monolith", training.batch_size * steps, facts.images),
+        parts=_training_parts("monolith", training.batch_size * steps, facts.images),
     )
 
 
-def _draws(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """As `ensemble/sampling/expert_samples.py` counts them."""
+def estimate_expert_samples(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the experts' calls, as `ensemble/sampling/expert_samples.py` does."""
     config: ExpertSamplesConfig = stage.config
-    rows = config.samples_per_expert * facts.num_experts * (2 * config.steps - 1)
-    row = _mean_row(stage.inputs, facts)
-    called = round(rows * row / facts.row_flops["expert"])
-    return Work(flops=rows * row, parts=(Part(speed="expert_row", count=called),))
+    calls = config.samples_per_expert * facts.num_experts * (2 * config.steps - 1)
+    row = _mean_expert_row(stage.inputs, facts)
+    return Work(flops=calls * row, parts=(_expert_calls(calls * row, facts),))
 
 
-def _student(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """Training, and one call of a teacher for every row."""
+def estimate_distilled_monolith(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the training, and one teacher call per row."""
     config: DistilledMonolithStageConfig = stage.config
     training, row = config.expert.training, facts.row_flops["expert"]
     rows = training.batch_size * training.steps
-    teacher = _mean_row(stage.inputs, facts)
-    parts = (*_trained("monolith", rows, facts.images), Part(speed="expert_row", count=round(rows * teacher / row)))
-    return Work(flops=training_flops(row, training.batch_size, training.steps) + rows * teacher, parts=parts)
+    teacher_flops = rows * _mean_expert_row(stage.inputs, facts)
+    parts = (*_training_parts("monolith", rows, facts.images), _expert_calls(teacher_flops, facts))
+    return Work(flops=training_flops(row, training.batch_size, training.steps) + teacher_flops, parts=parts)
 
 
-def _trained(speed: str, units: int, images: float | None) -> tuple[Part, ...]:
-    """Encoding, where the number of images is known, then training."""
-    encoded = () if images is None else (Part(speed="encode", count=images),)
-    return (*encoded, Part(speed=speed, count=units))
-
-
-def _no_work(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    return Work(flops=0.0, parts=())
-
-
-def _score(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """Images of one selection; for `auto`, of the dearest that may be chosen."""
+def estimate_score(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the sampling and scoring of one selection; for `auto`, of the most expensive one that is allowed."""
     config: ScoreStageConfig = stage.config
     images = min(config.evaluation.num_samples, facts.images or config.evaluation.num_samples)
     if "selection_search" not in stage.inputs:
-        return _drawn(images, _calls(stage, config.sampling), _row_of(stage, facts), facts)
-    choice: SelectionSearchConfig = stage.inputs["selection_search"].stage.config.choice
-    calls = [_calls(stage, replace(config.sampling, selection=selection)) for selection in choice.candidates]
-    return _drawn(images, most_expensive(calls, choice.max_calls), _row_of(stage, facts), facts)
+        return _sampling_work(stage, images, _calls(stage, config.sampling), facts)
+    search: SelectionSearchConfig = stage.inputs["selection_search"].stage.config.search
+    calls = [_calls(stage, replace(config.sampling, selection=selection)) for selection in search.candidates]
+    return _sampling_work(stage, images, most_expensive(calls, search.max_calls), facts)
 
 
-def _choice(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """A few images of every candidate."""
+def estimate_selection_search(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count a few images of every candidate."""
     config: SelectionSearchStageConfig = stage.config
-    short, row = replace(config.sampling, steps=config.choice.steps), _row_of(stage, facts)
+    sampling = replace(config.sampling, steps=config.search.steps)
     trials = [
-        _drawn(config.choice.num_samples, _calls(stage, replace(short, selection=selection)), row, facts)
-        for selection in config.choice.candidates
+        _sampling_work(stage, config.search.num_samples, _calls(stage, replace(sampling, selection=selection)), facts)
+        for selection in config.search.candidates
     ]
     return Work(
         flops=sum(trial.flops or 0.0 for trial in trials),
@@ -292,42 +243,95 @@ def _choice(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Wor
     )
 
 
-def _smaller(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """A few images of the ensemble before and after; what a method trains comes on top."""
-    return _compared(stage, facts, 2 * stage.config.num_samples)
+def estimate_compression(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the comparison's images of the ensemble before and after; a method's own training is not counted."""
+    return _comparison_work(stage, facts, 2 * stage.config.num_samples)
 
 
-def _timing(stage: Stage, facts: DatasetFacts, found: Mapping[str, Work]) -> Work:
-    """Some turns of both ensembles, and one that is not timed."""
-    return _compared(stage, facts, 2 * (stage.config.turns + 1) * stage.config.num_images)
+def estimate_distill(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the comparison, and the students' training by the method's formula at an expert's training speed."""
+    method: SiDConfig | ConsistencyConfig | MMDConfig = stage.config.method
+    num_experts, row = len(assembly_stage(stage).config.expert_ids), _expert_row(stage, facts)
+    ensemble_row = num_experts * row + facts.row_flops["router"]
+    if method.students == "shared":
+        flops = _distillation_flops(method, row, ensemble_row)
+    else:
+        flops = num_experts * _distillation_flops(method, row, row)
+    if isinstance(method, SiDConfig) and method.shared_warmup_steps:
+        warmup = replace(method, training=replace(method.training, steps=method.shared_warmup_steps))
+        flops += _distillation_flops(warmup, row, ensemble_row)
+    comparison = estimate_compression(stage, facts, earlier)
+    images = round(flops / training_flops(facts.row_flops["expert"], 1, 1))
+    return replace(
+        comparison,
+        flops=flops + (comparison.flops or 0.0),
+        parts=(Part(speed="expert", count=images), *(comparison.parts or ())),
+    )
 
 
-def _compared(stage: Stage, facts: DatasetFacts, images: int) -> Work:
-    """So many images, as if both ensembles were whole."""
-    ensemble = assembly(stage)
+def _distillation_flops(
+    method: SiDConfig | ConsistencyConfig | MMDConfig, student_row: float, teacher_row: float
+) -> float:
+    if isinstance(method, SiDConfig):
+        return sid_flops(student_row, teacher_row, method)
+    if isinstance(method, ConsistencyConfig):
+        return consistency_flops(student_row, teacher_row, method)
+    feature_calls = 3 if method.features == "expert" else 0
+    return method.training.steps * method.training.batch_size * (4 * method.steps + feature_calls) * student_row
+
+
+def estimate_timing(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the timed rounds of both ensembles, and one round of warm-up."""
+    return _comparison_work(stage, facts, 2 * (stage.config.turns + 1) * stage.config.num_images)
+
+
+def assembly_stage(stage: Stage) -> Stage:
+    """Return the stage that assembled the ensemble which `stage` reads, directly or after compressions."""
+    source = stage.inputs["ensemble"].stage
+    return source if source.kind == "ensemble" else assembly_stage(source)
+
+
+def _training_parts(speed: str, units: int, images: float | None) -> tuple[Part, ...]:
+    """Return encoding, if the number of images is known, and training."""
+    encoding = () if images is None else (Part(speed="encode", count=images),)
+    return (*encoding, Part(speed=speed, count=units))
+
+
+def _comparison_work(stage: Stage, facts: DatasetFacts, images: int) -> Work:
+    """Return the work of sampling `images`, as if both ensembles were the original."""
+    ensemble = assembly_stage(stage)
     calls = calls_per_image(
         stage.config.sampling,
         len(ensemble.config.expert_ids),
         has_router="router" in ensemble.inputs,
         is_conditional=False,
     )
-    row = _row_of(stage, facts)
-    drawn = calls.expert * row + calls.router * facts.row_flops["router"]
-    parts = (
-        Part(speed="expert_row", count=round(images * calls.expert * row / facts.row_flops["expert"])),
-        Part(speed="router_row", count=images * calls.router),
+    flops, parts = _image_calls(stage, images, calls, facts)
+    return Work(flops=flops, parts=parts, is_upper_bound=calls.is_upper_bound)
+
+
+def _sampling_work(stage: Stage, images: int, calls: CallsPerImage, facts: DatasetFacts) -> Work:
+    """Return the work of sampling `images` and of extracting their features for the score."""
+    flops, parts = _image_calls(stage, images, calls, facts)
+    feature_flops = images * sum(extractor.flops for _, extractor in _score_extractors(facts))
+    return Work(
+        flops=flops + feature_flops,
+        parts=(*parts, Part(speed="score", count=images)),
+        is_upper_bound=calls.is_upper_bound,
     )
-    return Work(flops=images * drawn, parts=parts, is_upper_bound=calls.is_upper_bound)
 
 
-def assembly(stage: Stage) -> Stage:
-    """The stage that put the ensemble together of which this one works on a smaller or the whole version."""
-    given = stage.inputs["ensemble"].stage
-    return given if given.kind == "ensemble" else assembly(given)
+def _image_calls(
+    stage: Stage, images: int, calls: CallsPerImage, facts: DatasetFacts
+) -> tuple[float, tuple[Part, ...]]:
+    expert_flops = images * calls.expert * _expert_row(stage, facts)
+    router_calls = images * calls.router
+    parts = (_expert_calls(expert_flops, facts), Part(speed="router_row", count=router_calls))
+    return expert_flops + router_calls * facts.row_flops["router"], parts
 
 
 def _calls(stage: Stage, sampling: SamplingConfig) -> CallsPerImage:
-    ensemble = assembly(stage)
+    ensemble = assembly_stage(stage)
     return calls_per_image(
         sampling,
         len(ensemble.config.expert_ids),
@@ -336,60 +340,26 @@ def _calls(stage: Stage, sampling: SamplingConfig) -> CallsPerImage:
     )
 
 
-def _row_of(stage: Stage, facts: DatasetFacts) -> float:
-    return _mean_row(assembly(stage).inputs, facts)
+def _expert_calls(flops: float, facts: DatasetFacts) -> Part:
+    """Return FLOPs of experts as calls of the one whose speed is measured."""
+    return Part(speed="expert_row", count=round(flops / facts.row_flops["expert"]))
 
 
-def _mean_row(inputs: Mapping[str, Input], facts: DatasetFacts) -> float:
-    """FLOPs of a row through one of the experts among the inputs, on average."""
-    usual = facts.row_flops["expert"]
-    rows = [facts.row_flops.get(given.stage.name, usual) for role, given in inputs.items() if role.startswith("expert")]
-    return sum(rows) / len(rows) if rows else usual
+def _expert_row(stage: Stage, facts: DatasetFacts) -> float:
+    return _mean_expert_row(assembly_stage(stage).inputs, facts)
 
 
-def _drawn(images: int, calls: CallsPerImage, row: float, facts: DatasetFacts) -> Work:
-    """Images times velocities times calls times a forward pass, and the features of the samples."""
-    spaces = sum(one.flops for _, one in _spaces(facts))
-    drawn = calls.expert * row + calls.router * facts.row_flops["router"]
-    parts = (
-        Part(speed="expert_row", count=round(images * calls.expert * row / facts.row_flops["expert"])),
-        Part(speed="router_row", count=images * calls.router),
-        Part(speed="score", count=images),
-    )
-    return Work(flops=images * (drawn + spaces), parts=parts, is_upper_bound=calls.is_upper_bound)
+def _mean_expert_row(inputs: Mapping[str, Input], facts: DatasetFacts) -> float:
+    """Return the mean FLOPs of a row through the experts among the inputs."""
+    default = facts.row_flops["expert"]
+    names = [artifact.stage.name for role, artifact in inputs.items() if role.startswith("expert")]
+    rows = [facts.row_flops.get(name, default) for name in names]
+    return sum(rows) / len(rows) if rows else default
 
 
-def _spaces(facts: DatasetFacts) -> list[tuple[str, ExtractorCost]]:
-    return [(name.removeprefix("score/"), one) for name, one in facts.extractors.items() if name.startswith("score/")]
-
-
-COUNTS: dict[str, Callable[[DataConfig], int | None]] = {
-    "fashion": lambda config: 8000,
-    "fashion_full": lambda config: 60_000,
-    "digits": lambda config: 1797,
-    "image_folder": lambda config: _files(tree_root(config.path)),
-    "webdataset": lambda config: None,
-}
-"""Images of each source before any is held out."""
-
-WORK: dict[str, Callable[[Stage, DatasetFacts, Mapping[str, Work]], Work]] = {
-    "dataset": _dataset,
-    "codec": _codec,
-    "features": _features,
-    "partition": _partition,
-    "reference": _reference,
-    "expert": _expert,
-    "router": _router,
-    "monolith": _monolith,
-    "cluster_conditioned": _monolith,
-    "distilled_monolith": _student,
-    "init": _no_work,
-    "expert_samples": _draws,
-    "ensemble": _no_work,
-    "selection_search": _choice,
-    "prune": _smaller,
-    "quantize": _smaller,
-    "stitch": _smaller,
-    "timing": _timing,
-    "score": _score,
-}
+def _score_extractors(facts: DatasetFacts) -> list[tuple[str, ExtractorCost]]:
+    return [
+        (name.removeprefix("score/"), extractor)
+        for name, extractor in facts.extractors.items()
+        if name.startswith("score/")
+    ]

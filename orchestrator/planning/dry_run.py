@@ -1,7 +1,7 @@
-"""The stages before and after training, done for real on a few hundred images of the real source, and timed.
+"""Time the stages before and after training on a few hundred images of the real source.
 
-Three times: cold, again, and with twice as many images. So what is done once, and what each image adds, come apart.
-What grows faster than the number of images is underestimated for large data sets.
+Three passes separate fixed costs from the cost per image: a cold one, a warm one, and one with twice as many images.
+Work that grows faster than the number of images is underestimated for large data sets.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,68 +18,70 @@ from data_partition.shards.images import Pixels
 from data_partition.shards.shards import read_index, read_samples
 from ddm_core.artifacts import Workspace
 from ensemble.config import EvaluationConfig
-from ensemble.evaluation.scoring import Reference, score_clusters
-from experts.codec import Codec, Images
+from ensemble.evaluation.scoring import Reference, compare_clusters
+from experts.codec import Codec
 from experts.codecs.registry import load_codec
 from experts.config import CodecConfig
 from experts.training.latent_dataset import encode_latents
+from experts.types import Images
 from orchestrator.config.schema import RunConfig
-from orchestrator.pipeline.stage_kinds import STAGE_KINDS
+from orchestrator.config.stage_kinds import STAGE_KINDS
 from orchestrator.planning.calibration import StageSpeed
-from orchestrator.planning.microbenchmarks import NOTHING, Duration, measure, per_unit
+from orchestrator.planning.microbenchmarks import ZERO_DURATION, Duration, duration_per_unit, measure
 from orchestrator.planning.transfers import folder_bytes
 
-LEAST_IMAGES = 256
-"""In the short walks."""
+MIN_IMAGES = 256
+"""Images in the short passes."""
 HELD_OUT = 0.2
-"""Share of a rehearsal's images that is held out: a score needs some, however few the run itself keeps."""
+"""Share of a pass's images that is held out; scores need some even if the run holds out fewer."""
 DECODER_STEPS = (2, 8)
-"""Steps of the codec's decoder in a rehearsal, and in the one that tells what a step takes."""
+"""Steps of the codec's decoder in a pass, and in the longer fit from which the time of a step follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractorCost:
-    """What an extractor of features costs."""
+    """Cost of a feature extractor."""
 
     flops: float
-    """For one image."""
+    """Per image."""
     fit_flops: float
-    """For each image that it is fitted on."""
+    """Per image of its fit."""
     dimension: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """What was found out."""
+    """Results of a dry run."""
 
     speeds: dict[str, StageSpeed]
-    """By kind of stage, for each image; `decoder` for each image of a training step, `encode` for an expert's."""
+    """Per image, by kind of stage; `decoder` per image of its training step, `encode` per encoded training image."""
     latent_shape: tuple[int, ...]
     num_classes: int
     image_bytes: float
-    """Of one image in a shard."""
+    """Per image in a shard."""
     codec_bytes: int
     extractors: dict[str, ExtractorCost]
-    """Of the partition and of the scores, by name."""
+    """Of the partition and the scores, by name."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """One walk through the stages."""
+class _Pass:
+    """One pass through the stages."""
 
-    taken: dict[str, Duration]
+    durations: dict[str, Duration]
     counts: dict[str, int]
-    """Images that each of them was about."""
+    """Images that each stage processed."""
     folder: Path
 
 
 def dry_run(config: RunConfig, folder: Path) -> DryRun:
-    """Walk three times; raises what the stages themselves would raise."""
-    few = max(LEAST_IMAGES, 0 if config.codec.kind == "pixels" else 2 * config.codec.components)
+    """Run three passes and fit the speeds; raises what the stages raise."""
+    count = max(MIN_IMAGES, 0 if config.codec.kind == "pixels" else 2 * config.codec.components)
     cold, warm, long = (
-        _walk(config, folder / name, images) for name, images in (("cold", few), ("warm", few), ("long", 2 * few))
+        _run_pass(config, folder / name, images)
+        for name, images in (("cold", count), ("warm", count), ("long", 2 * count))
     )
-    speeds = {kind: _speed(kind, cold, warm, long) for kind in long.taken}
+    speeds = {kind: _speed(kind, cold, warm, long) for kind in long.durations}
     if config.codec.kind == "pca_conv":
         speeds["decoder"] = _decoder_speed(config.codec, long)
     codec, dataset = long.folder / "codec", long.folder / "dataset" / "train"
@@ -94,83 +96,91 @@ def dry_run(config: RunConfig, folder: Path) -> DryRun:
     )
 
 
-def _walk(config: RunConfig, folder: Path, images: int) -> _Turn:
-    """Every stage once, in order; `encode` and `score` are what trainings and scores do besides the networks."""
+def _run_pass(config: RunConfig, folder: Path, images: int) -> _Pass:
+    """Run every stage once; `encode` and `score` are the work of trainings and scores outside the networks."""
     scores = EvaluationConfig(num_samples=min(config.scores.num_samples, images), spaces=config.scores.spaces)
     scores = replace(scores, components=config.scores.components, neighbours=config.scores.neighbours)
     data = replace(config.data, limit=min(images, config.data.limit or images), holdout=HELD_OUT)
     partition = replace(config.partition, num_experts=min(2, config.partition.num_experts))
-    at = {name: folder / name for name in ("dataset", "codec", "features", "partition", "reference")}
-    plans: list[tuple[str, Any, Mapping[str, Path]]] = [
+    folders = {name: folder / name for name in ("dataset", "codec", "features", "partition", "reference")}
+    stages: list[tuple[str, Any, Mapping[str, Path]]] = [
         ("dataset", data, {}),
-        ("codec", _short(config.codec, DECODER_STEPS[0]), {"shards": at["dataset"] / "train"}),
-        ("features", partition, {"dataset": at["dataset"]}),
-        ("partition", partition, {"dataset": at["dataset"], "features": at["features"]}),
-        ("reference", scores, {"dataset": at["dataset"]}),
+        ("codec", _with_decoder_steps(config.codec, DECODER_STEPS[0]), {"shards": folders["dataset"] / "train"}),
+        ("features", partition, {"dataset": folders["dataset"]}),
+        ("partition", partition, {"dataset": folders["dataset"], "features": folders["features"]}),
+        ("reference", scores, {"dataset": folders["dataset"]}),
     ]
-    taken = {kind: _run(kind, chosen, inputs, folder) for kind, chosen, inputs in plans}
-    codec, workspace = load_codec(at["codec"]), Workspace.at(folder / "scratch" / "encode")
-    taken["encode"] = measure(lambda: encode_latents([at["dataset"] / "train"], codec, at["codec"], workspace))
-    samples = np.stack(list(_images(at["dataset"] / "train", scores.num_samples)))
-    taken["score"] = measure(lambda: _score(codec, at["reference"], at["partition"], scores, samples))
-    count, held_out = (read_index(at["dataset"] / part).count for part in ("train", "holdout"))
-    both = dict.fromkeys(("dataset", "reference"), count + held_out)
-    return _Turn(taken, dict.fromkeys(taken, count) | both | {"score": len(samples)}, folder)
+    durations = {kind: _time_stage(kind, stage_config, inputs, folder) for kind, stage_config, inputs in stages}
+    codec, workspace = load_codec(folders["codec"]), Workspace.at(folder / "scratch" / "encode")
+    durations["encode"] = measure(
+        lambda: encode_latents([folders["dataset"] / "train"], codec, folders["codec"], workspace)
+    )
+    samples = np.stack(list(_read_images(folders["dataset"] / "train", scores.num_samples)))
+    durations["score"] = measure(lambda: _score(codec, folders["reference"], folders["partition"], scores, samples))
+    num_train, num_held_out = (read_index(folders["dataset"] / part).count for part in ("train", "holdout"))
+    counts = dict.fromkeys(durations, num_train) | {"score": len(samples)}
+    counts |= dict.fromkeys(("dataset", "reference"), num_train + num_held_out)
+    return _Pass(durations, counts, folder)
 
 
-def _run(kind: str, config: object, inputs: Mapping[str, Path], folder: Path) -> Duration:
-    """One stage by the function that the run itself would call."""
+def _time_stage(kind: str, config: object, inputs: Mapping[str, Path], folder: Path) -> Duration:
+    """Run one stage with the function that the run itself calls."""
     out = folder / kind
     out.mkdir(parents=True)
-    workspace = Workspace.at(folder / "scratch" / kind)
-    return measure(lambda: STAGE_KINDS[kind].run(config, inputs, out, workspace))
+    run, workspace = STAGE_KINDS[kind].run, Workspace.at(folder / "scratch" / kind)
+    return measure(lambda: run(config, inputs, out, workspace))
 
 
 def _score(codec: Codec, reference: Path, partition: Path, config: EvaluationConfig, images: Images) -> None:
-    """All that is done with samples once their latents are drawn."""
+    """Do everything that a score does with samples after their latents are generated."""
     codec.decode(torch.randn(len(images), *codec.latent_shape))
     real = Reference.load(reference, config)
-    found = real.extract(images)
+    features = real.extract(images)
     for name in real.config.spaces:
-        real.score_space(name, found.spaces[name])
-    real.score_classes(found.spaces["pixels"])
-    real.nearest_ratio(found.spaces["pixels"])
-    score_clusters(partition, images)
+        real.compare_space(name, features.spaces[name])
+    real.compare_classes(features.spaces["pixels"])
+    real.nearest_ratio(features.spaces["pixels"])
+    compare_clusters(partition, images)
 
 
-def _images(shards: Path, most: int) -> Iterator[Pixels]:
-    return (sample.image for sample in islice(read_samples(shards), most))
+def _read_images(shards: Path, limit: int) -> Iterator[Pixels]:
+    return (sample.image for sample in islice(read_samples(shards), limit))
 
 
-def _short(config: CodecConfig, steps: int) -> CodecConfig:
+def _with_decoder_steps(config: CodecConfig, steps: int) -> CodecConfig:
     return replace(config, decoder_training=replace(config.decoder_training, steps=steps))
 
 
-def _speed(kind: str, cold: _Turn, warm: _Turn, long: _Turn) -> StageSpeed:
-    """A straight line through two sizes, or through the origin if there are no more; and what was slow at first."""
-    count, more = warm.counts[kind], long.counts[kind] - warm.counts[kind]
-    unit = per_unit(warm.taken[kind], long.taken[kind], more) if more else per_unit(NOTHING, warm.taken[kind], count)
-    fixed_s = max(0.0, warm.taken[kind].wall_s - unit.wall_s * count)
-    once_s = fixed_s + max(0.0, cold.taken[kind].wall_s - warm.taken[kind].wall_s)
+def _speed(kind: str, cold: _Pass, warm: _Pass, long: _Pass) -> StageSpeed:
+    """Fit a line through two sizes, or the origin if they are equal; the cold pass gives the first unit's cost."""
+    count, added = warm.counts[kind], long.counts[kind] - warm.counts[kind]
+    short, double = warm.durations[kind], long.durations[kind]
+    unit = duration_per_unit(short, double, added) if added else duration_per_unit(ZERO_DURATION, short, count)
+    fixed_s = max(0.0, short.wall_s - unit.wall_s * count)
+    once_s = fixed_s + max(0.0, cold.durations[kind].wall_s - short.wall_s)
     return StageSpeed(unit_s=unit.wall_s, cpu_s=unit.cpu_s, once_s=once_s)
 
 
-def _decoder_speed(config: CodecConfig, turn: _Turn) -> StageSpeed:
-    """From fitting the codec with a few more steps."""
-    folder, inputs = turn.folder / "decoder", {"shards": turn.folder / "dataset" / "train"}
-    took = [_run("codec", _short(config, steps), inputs, folder / str(steps)) for steps in DECODER_STEPS]
+def _decoder_speed(config: CodecConfig, last_pass: _Pass) -> StageSpeed:
+    """Measure the decoder's training from two fits of the codec with different numbers of steps."""
+    folder, inputs = last_pass.folder / "decoder", {"shards": last_pass.folder / "dataset" / "train"}
+    short, long = (
+        _time_stage("codec", _with_decoder_steps(config, steps), inputs, folder / str(steps)) for steps in DECODER_STEPS
+    )
     images = (DECODER_STEPS[1] - DECODER_STEPS[0]) * config.decoder_training.batch_size
-    unit = per_unit(took[0], took[1], images)
+    unit = duration_per_unit(short, long, images)
     return StageSpeed(unit_s=unit.wall_s, cpu_s=unit.cpu_s)
 
 
 def _extractors(config: RunConfig, folder: Path) -> dict[str, ExtractorCost]:
-    """Of the partition under its own name, of the scores under `score/<name>`."""
+    """Load the costs of the extractors: `partition`, and `score/<name>` per feature space."""
     spaces = dict.fromkeys((*config.scores.spaces, "pixels"))
     folders = {"partition": folder / "features" / "extractor"}
     folders |= {f"score/{name}": folder / "reference" / "extractors" / name for name in spaces}
     loaded = {name: load_extractor(path) for name, path in folders.items()}
     return {
-        name: ExtractorCost(flops=one.flops_per_image, fit_flops=one.fit_flops_per_image, dimension=one.dimension)
-        for name, one in loaded.items()
+        name: ExtractorCost(
+            flops=extractor.flops_per_image, fit_flops=extractor.fit_flops_per_image, dimension=extractor.dimension
+        )
+        for name, extractor in loaded.items()
     }

@@ -1,6 +1,6 @@
-"""How quick the networks of a configuration are on this machine: a few training steps and calls, on random latents.
+"""Speed of a configuration's networks on this machine: a few training steps and calls on random latents.
 
-Everything is timed through the functions that the stages call. Needs nothing but a `Probe`, so that it can run on an
+The timed functions are those that the stages call. A `NetworkProbe` is the only input, so the benchmark also runs on an
 island that has neither the project's data nor its codec.
 """
 
@@ -27,11 +27,11 @@ from experts.networks.registry import build_network
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.loss import expert_loss
-from experts.training.trainer import fit, usable_device
+from experts.training.trainer import check_device, fit
 from orchestrator.planning.calibration import StageSpeed
 from orchestrator.run.worker import limited_threads
 from router.config import RouterConfig
-from router.costs import gradient_rows
+from router.costs import count_gradient_rows
 from router.models.registry import build_router
 from router.router import Router
 from router.train import router_loss
@@ -45,20 +45,20 @@ class Duration:
     cpu_s: float
 
 
-NOTHING = Duration(0.0, 0.0)
+ZERO_DURATION = Duration(0.0, 0.0)
 
 
-def measure(act: Callable[[], object]) -> Duration:
-    """How long an action takes."""
+def measure(action: Callable[[], object]) -> Duration:
+    """Measure the duration of an action."""
     wall, cpu = time.perf_counter(), time.process_time()
-    act()
+    action()
     return Duration(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def per_unit(short: Duration, long: Duration, units: float) -> Duration:
-    """What each of the units takes that the longer of two tries did more.
+def duration_per_unit(short: Duration, long: Duration, units: float) -> Duration:
+    """Return the duration of one of the `units` that the longer of two measurements contains additionally.
 
-    No clock on the wall can be ahead of the processors: where noise says so, these are believed.
+    Wall clock is at least CPU time divided by the number of threads; noise in the measurement is corrected to that.
     """
     cpu_s = max(0.0, long.cpu_s - short.cpu_s) / units
     wall_s = max(0.0, long.wall_s - short.wall_s) / units
@@ -66,19 +66,20 @@ def per_unit(short: Duration, long: Duration, units: float) -> Duration:
 
 
 TRAINING_S = 0.7
-"""How long the timed steps of a training take together, if that many are as short."""
-MOST_STEPS = 200
+"""Target time of all timed training steps together."""
+MAX_STEPS = 200
 REPEATS = 2
-"""The best of so many turns counts: a busy machine makes everything slower and nothing quicker."""
+"""Repetitions of a measurement; the fastest counts, since a busy machine only slows things down."""
 CALLS_S = 0.3
+"""Target time of all timed network calls together."""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class NetworkProbe:
-    """What has to be known to time the networks anywhere."""
+    """All inputs for timing the networks anywhere."""
 
     expert: ExpertConfig
-    """With the global batch, which the monolith takes as it is."""
+    """With the global batch, which the monolith uses."""
     router: RouterConfig
     """The router."""
     num_experts: Annotated[int, Field(ge=1)]
@@ -90,28 +91,28 @@ class NetworkProbe:
     cpus: dict[str, int]
     """Threads of an `expert`, the `router`, the `monolith` and a `score`."""
     sampling_rows: Annotated[int, Field(ge=1)]
-    """Images drawn at once."""
+    """Images sampled at once."""
     sampling_device: str
     """Torch device of the sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Networks:
-    """Fresh networks of a configuration, and what can be counted in them."""
+    """Untrained networks of a configuration, their FLOPs and parameters."""
 
     expert: nn.Module
     router: Router
     row_flops: dict[str, float]
-    """Of the `expert` and the `router`, for one row."""
+    """Per row, of the `expert` and the `router`."""
     parameters: dict[str, int]
-    """Numbers in each of them."""
+    """Number of parameters of each."""
 
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
 def build_networks(probe: NetworkProbe) -> Networks:
-    """The networks on the CPU; raises `NetworkError` if they do not fit the latents."""
+    """Build the networks on the CPU; raises `NetworkError` if they do not fit the latents."""
     shape = probe.latent_shape
     expert = build_network(probe.expert.network, shape, probe.num_classes)
     router = Router(
@@ -130,34 +131,38 @@ def build_networks(probe: NetworkProbe) -> Networks:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in a network."""
+    """Count the parameters of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def time_networks(networks: Networks, probe: NetworkProbe) -> tuple[dict[str, StageSpeed], float]:
-    """Speeds of training and sampling, and seconds to save a checkpoint; raises `DeviceError` without the device."""
-    path, recipe, speeds = NOISE_SCHEDULES[probe.expert.noise_schedule], probe.expert.training, {}
-    alone = replace(recipe, batch_size=recipe.batch_size // probe.num_experts)
+    """Measure speeds of training and sampling, and the seconds to save a checkpoint.
 
-    def loss_of_expert(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return {"loss": expert_loss(model, batch, probe.expert.prediction, path)}
+    Raises `DeviceError` without the configured device.
+    """
+    noise_schedule, speeds = NOISE_SCHEDULES[probe.expert.noise_schedule], {}
+    monolith_training = probe.expert.training
+    expert_training = replace(monolith_training, batch_size=monolith_training.batch_size // probe.num_experts)
 
-    def loss_of_router(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return router_loss(model, batch, path, probe.num_classes)
+    def compute_expert_loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        return {"loss": expert_loss(model, batch, probe.expert.prediction, noise_schedule)}
+
+    def compute_router_loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        return router_loss(model, batch, noise_schedule, probe.num_classes)
 
     def train(name: str, model: nn.Module, loss: Loss, training: TrainingConfig, unit_flops: float) -> None:
         with limited_threads(probe.cpus[name]):
             speeds[name] = _time_training(model, loss, training, probe, unit_flops)
 
     flops = {name: training_flops(row, 1, 1) for name, row in networks.row_flops.items()}
-    train("expert", networks.expert, loss_of_expert, alone, flops["expert"])
-    train("monolith", networks.expert, loss_of_expert, recipe, flops["expert"])
-    if gradient_rows(probe.router, probe.num_experts):
-        train("router", networks.router.model, loss_of_router, probe.router.training, flops["router"])
+    train("expert", networks.expert, compute_expert_loss, expert_training, flops["expert"])
+    train("monolith", networks.expert, compute_expert_loss, monolith_training, flops["expert"])
+    if count_gradient_rows(probe.router, probe.num_experts):
+        train("router", networks.router.model, compute_router_loss, probe.router.training, flops["router"])
     else:
         speeds["router"] = StageSpeed(unit_s=0.0)
     with limited_threads(probe.cpus["expert"]):
-        checkpoint_s = _time_checkpoint(networks.expert, loss_of_expert, alone, probe, speeds["expert"])
+        checkpoint_s = _time_checkpoint(networks.expert, compute_expert_loss, expert_training, probe, speeds["expert"])
     with limited_threads(probe.cpus["score"]):
         return speeds | _time_calls(networks, probe), checkpoint_s
 
@@ -165,16 +170,17 @@ def time_networks(networks: Networks, probe: NetworkProbe) -> tuple[dict[str, St
 def _time_training(
     model: nn.Module, loss: Loss, config: TrainingConfig, probe: NetworkProbe, unit_flops: float
 ) -> StageSpeed:
-    """From trainings of one step and of many."""
+    """Measure the time per image from trainings of one step and of many."""
     dataset = _random_latents(probe, config.batch_size)
 
     def train(steps: int) -> Duration:
         return measure(lambda: _fit(model, loss, dataset, replace(config, steps=steps, checkpoint_every=steps)))
 
     cold, warm = train(1), train(1)
-    more = max(2, min(MOST_STEPS, math.ceil(TRAINING_S / REPEATS / warm.wall_s)))
-    turns = [per_unit(train(1), train(1 + more), more * config.batch_size) for _ in range(REPEATS)]
-    best = min(turns, key=lambda turn: turn.wall_s)
+    added_steps = max(2, min(MAX_STEPS, math.ceil(TRAINING_S / REPEATS / warm.wall_s)))
+    rows = added_steps * config.batch_size
+    repeats = [duration_per_unit(train(1), train(1 + added_steps), rows) for _ in range(REPEATS)]
+    best = min(repeats, key=lambda duration: duration.wall_s)
     return StageSpeed(
         unit_s=best.wall_s, cpu_s=best.cpu_s, once_s=max(0.0, cold.wall_s - warm.wall_s), unit_flops=unit_flops
     )
@@ -183,11 +189,11 @@ def _time_training(
 def _time_checkpoint(
     model: nn.Module, loss: Loss, config: TrainingConfig, probe: NetworkProbe, speed: StageSpeed
 ) -> float:
-    """From a training of four steps that saves after each of the first three."""
+    """Measure the time of a checkpoint from a training of four steps that saves after each of the first three."""
     dataset = _random_latents(probe, config.batch_size)
-    once = measure(lambda: _fit(model, loss, dataset, replace(config, steps=1)))
-    saving = measure(lambda: _fit(model, loss, dataset, replace(config, steps=4, checkpoint_every=1)))
-    return max(0.0, saving.wall_s - once.wall_s - 3 * config.batch_size * speed.unit_s) / 3
+    one_step = measure(lambda: _fit(model, loss, dataset, replace(config, steps=1)))
+    saving_steps = measure(lambda: _fit(model, loss, dataset, replace(config, steps=4, checkpoint_every=1)))
+    return max(0.0, saving_steps.wall_s - one_step.wall_s - 3 * config.batch_size * speed.unit_s) / 3
 
 
 def _fit(model: nn.Module, loss: Loss, dataset: LatentDataset, config: TrainingConfig) -> None:
@@ -205,12 +211,12 @@ def _random_latents(probe: NetworkProbe, count: int) -> LatentDataset:
 
 
 def _time_calls(networks: Networks, probe: NetworkProbe) -> dict[str, StageSpeed]:
-    """Rows through the expert and the router, as in sampling."""
-    path, device = NOISE_SCHEDULES[probe.expert.noise_schedule], usable_device(probe.sampling_device)
+    """Time rows through the expert and the router, as in sampling."""
+    noise_schedule, device = NOISE_SCHEDULES[probe.expert.noise_schedule], check_device(probe.sampling_device)
     expert = Expert(
         model=networks.expert.eval(),
         prediction=probe.expert.prediction,
-        noise_schedule=path,
+        noise_schedule=noise_schedule,
         latent_shape=probe.latent_shape,
         num_classes=probe.num_classes,
         cluster_id=0,
@@ -218,10 +224,10 @@ def _time_calls(networks: Networks, probe: NetworkProbe) -> dict[str, StageSpeed
     networks.router.model.eval()
     router = networks.router.to(device)
     noised = torch.randn(probe.sampling_rows, *probe.latent_shape, device=device)
-    t, null = torch.full((len(noised),), 0.5, device=device), Condition.null(len(noised), device)
+    t, null_condition = torch.full((len(noised),), 0.5, device=device), Condition.null(len(noised), device)
     calls: dict[str, Callable[[], Tensor]] = {
-        "expert": lambda: expert.velocity(noised, t, null, path),
-        "router": lambda: router.logits(noised, t, null),
+        "expert": lambda: expert.velocity(noised, t, null_condition, noise_schedule),
+        "router": lambda: router.logits(noised, t, null_condition),
     }
     return {f"{name}_row": _time_call(call, len(noised), networks.row_flops[name]) for name, call in calls.items()}
 
@@ -229,15 +235,15 @@ def _time_calls(networks: Networks, probe: NetworkProbe) -> dict[str, StageSpeed
 @torch.inference_mode()
 def _time_call(call: Callable[[], Tensor], rows: int, unit_flops: float) -> StageSpeed:
     cold, warm = measure(lambda: call().sum().item()), measure(lambda: call().sum().item())
-    times = max(1, min(MOST_STEPS, math.ceil(CALLS_S / REPEATS / warm.wall_s)))
+    repeats = max(1, min(MAX_STEPS, math.ceil(CALLS_S / REPEATS / warm.wall_s)))
 
     def repeat() -> None:
-        for _ in range(times):
-            said = call()
-        said.sum().item()
+        for _ in range(repeats):
+            output = call()
+        output.sum().item()
 
-    best = min((measure(repeat) for _ in range(REPEATS)), key=lambda turn: turn.wall_s)
-    units = times * rows
+    best = min((measure(repeat) for _ in range(REPEATS)), key=lambda duration: duration.wall_s)
+    units = repeats * rows
     return StageSpeed(
         unit_s=best.wall_s / units,
         cpu_s=best.cpu_s / units,

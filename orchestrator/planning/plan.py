@@ -1,7 +1,7 @@
 """`plan`: what a run would do, where, how long it would take and what it would cost; runs nothing, imports no torch.
 
-A finished stage shows what it took. Everything else is an estimate: units of work times measured speeds, expected
-losses included, walked through the run's own placement on a virtual clock. Moving bytes is not given any time.
+A finished stage shows its measured cost. All other figures are estimates: units of work times measured speeds, plus
+expected losses, simulated with the run's own placement on a virtual clock. Transfers take no time.
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
-from orchestrator.planning.estimate import Estimate, estimate, training_config
+from orchestrator.planning.estimate import Estimate, estimate_stage, training_config
 from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
-from orchestrator.planning.synchronous_baseline import BaselineComparison, compare
-from orchestrator.planning.transfers import Transfer, estimate_transfers, name_of
+from orchestrator.planning.synchronous_baseline import BaselineComparison, compare_with_synchronous
+from orchestrator.planning.transfers import Transfer, estimate_transfers, input_name
 from orchestrator.run.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStage:
-    """One row of the plan; None is not known, or does not apply."""
+    """One row of the plan; None is unknown, or does not apply."""
 
     name: str
     kind: str
@@ -37,10 +37,10 @@ class PlannedStage:
     workers: int
     fingerprint: str
     place: str
-    """An island, or `home`; for a finished stage the host that ran it."""
+    """An island, or `controller`; for a finished stage the host that ran it."""
     flops: float | None = None
     is_upper_bound: bool = False
-    """Whether the FLOPs and the time are those of the worst case."""
+    """Whether FLOPs and time are those of the worst case."""
     starts_s: float | None = None
     """Seconds from now."""
     ends_s: float | None = None
@@ -50,7 +50,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run would take."""
+    """The stages of a run, its duration and its price."""
 
     name: str
     folder: str
@@ -60,93 +60,100 @@ class Plan:
     seconds: float | None
     """Until the last stage ends; None without a calibration."""
     critical_path_s: float | None
-    """What no number of islands could shorten."""
+    """The duration with unlimited islands."""
     price: float
     """Of all stages on islands, with expected losses."""
     unknown: tuple[str, ...]
-    """Stages whose time is not known and counts as nothing in the sums."""
+    """Stages of unknown duration, which count as 0 in the sums."""
     comparison: BaselineComparison | None
-    """With one monolith on one synchronised Ray cluster."""
+    """With one monolith on one synchronous Ray cluster."""
     calibration: str
-    """When and where it was measured, or how to do that."""
+    """Time and place of the calibration, or how to get one."""
 
 
-def plan(config: RunConfig, run: RunFolder) -> Plan:
-    """Everything that can be told before the run; raises `ConfigError` if a stage would find no room."""
+def plan_run(config: RunConfig, run: RunFolder) -> Plan:
+    """Compute the plan of a run; raises `ConfigError` if a stage fits nowhere."""
     graph = build_graph(config)
-    finished = {stage.name for stage in graph if run.finished(stage)}
-    calibration, said = find_calibration(run, graph, config.compute)
-    guess = _Guess(config, calibration)
-    visits = simulate_run(graph, finished, config.compute, guess.seconds, guess.start_s())
-    at = {visit.stage: visit for visit in visits}
-    moved = estimate_transfers(run, graph, visits, calibration.bytes if calibration else {})
-    stages = tuple(_row(run, stage, at.get(stage.name), guess, moved) for stage in graph)
+    finished = {stage.name for stage in graph if run.is_finished(stage)}
+    calibration, calibration_text = find_calibration(run, graph, config.compute)
+    estimator = _Estimator(config, calibration)
+    executions = simulate_run(graph, finished, config.compute, estimator.seconds, estimator.start_s())
+    by_stage = {execution.stage: execution for execution in executions}
+    transfers = estimate_transfers(run, graph, executions, calibration.bytes if calibration else {})
+    stages = tuple(_plan_stage(run, stage, by_stage.get(stage.name), estimator, transfers) for stage in graph)
     unknown = tuple(row.name for row in stages if row.state != "finished" and row.estimate is None)
-    lasting = {visit.stage: visit.ends_s - visit.starts_s for visit in visits}
+    durations = {execution.stage: execution.ends_s - execution.starts_s for execution in executions}
+    comparison = None
+    if calibration:
+        comparison = compare_with_synchronous(config, calibration, estimator.seconds, estimator.start_s())
     return Plan(
         name=config.name,
         folder=str(run.root),
         backend=config.compute.backend,
         islands=tuple(config.compute.islands),
         stages=stages,
-        seconds=max((visit.ends_s for visit in visits), default=0.0) if calibration else None,
-        critical_path_s=critical_path(graph, finished, lasting) if calibration else None,
+        seconds=max((execution.ends_s for execution in executions), default=0.0) if calibration else None,
+        critical_path_s=critical_path(graph, finished, durations) if calibration else None,
         price=sum(row.estimate.price for row in stages if row.estimate is not None),
         unknown=unknown if calibration else (),
-        comparison=compare(config, calibration, guess.seconds, guess.start_s()) if calibration else None,
-        calibration=said,
+        comparison=comparison,
+        calibration=calibration_text,
     )
 
 
-def as_json(found: Plan) -> str:
-    """The plan for other programs; what would never end is null."""
-    return TypeAdapter(Plan).dump_json(found, indent=1).decode()
+def plan_to_json(plan: Plan) -> str:
+    """Return the plan as JSON; infinite durations become null."""
+    return TypeAdapter(Plan).dump_json(plan, indent=1).decode()
 
 
-class _Guess:
-    """How long stages last; without a calibration only in proportion, so that islands can be chosen."""
+class _Estimator:
+    """Estimates durations; without a calibration only relative ones, which suffice to choose islands."""
 
     def __init__(self, config: RunConfig, calibration: Calibration | None) -> None:
         self.config, self.calibration = config, calibration
 
-    def of(self, stage: Stage, place: str) -> Estimate | None:
-        """None if it is not known."""
-        return estimate(stage, place, self.config.compute, self.calibration) if self.calibration else None
+    def estimate(self, stage: Stage, place: str) -> Estimate | None:
+        """Estimate a stage at a place; None if its duration is unknown."""
+        return estimate_stage(stage, place, self.config.compute, self.calibration) if self.calibration else None
 
     def seconds(self, stage: Stage, place: str) -> float:
-        """With what losses are expected to add."""
+        """Return a stage's duration with expected losses; 0 if it is unknown."""
         if self.calibration is None:
             training = training_config(stage)
             return float(training.steps * training.batch_size) if training else 0.0
-        found = self.of(stage, place)
-        return 0.0 if found is None else found.seconds + found.extra_s
+        estimate = self.estimate(stage, place)
+        return 0.0 if estimate is None else estimate.seconds + estimate.extra_s
 
     def start_s(self) -> Mapping[str, float]:
-        """How long a new process takes at each place."""
+        """Return the time that a new process takes to start at each place."""
         places = self.calibration.places if self.calibration else {}
         return {name: place.start_s for name, place in places.items()}
 
 
-def _row(
-    run: RunFolder, stage: Stage, visit: PlannedExecution | None, guess: _Guess, moved: Mapping[str, Transfer]
+def _plan_stage(
+    run: RunFolder,
+    stage: Stage,
+    execution: PlannedExecution | None,
+    estimator: _Estimator,
+    transfers: Mapping[str, Transfer],
 ) -> PlannedStage:
-    asked, calibration = stage.resources, guess.calibration
+    resources, calibration = stage.resources, estimator.calibration
     row = PlannedStage(
         name=stage.name,
         kind=stage.kind,
         state="finished",
-        reads=tuple(name_of(given) for given in stage.inputs.values()),
-        cpus=asked.cpus,
-        gpus=asked.gpus,
-        workers=asked.workers,
+        reads=tuple(input_name(artifact) for artifact in stage.inputs.values()),
+        cpus=resources.cpus,
+        gpus=resources.gpus,
+        workers=resources.workers,
         fingerprint=stage.fingerprint,
         place="",
     )
-    if visit is None:
+    if execution is None:
         manifest = read_manifest(run.artifact(stage))
-        took = Estimate(seconds=manifest.seconds)
-        return replace(row, place=manifest.island or CONTROLLER, flops=manifest.flops, estimate=took)
-    row = replace(row, state="would run", place=visit.place, movement=moved[stage.name])
+        measured = Estimate(seconds=manifest.seconds)
+        return replace(row, place=manifest.island or CONTROLLER, flops=manifest.flops, estimate=measured)
+    row = replace(row, state="would run", place=execution.place, movement=transfers[stage.name])
     if calibration is None:
         return row
     work = calibration.work[stage.name]
@@ -154,7 +161,7 @@ def _row(
         row,
         flops=work.flops,
         is_upper_bound=work.is_upper_bound,
-        starts_s=visit.starts_s,
-        ends_s=visit.ends_s,
-        estimate=guess.of(stage, visit.place),
+        starts_s=execution.starts_s,
+        ends_s=execution.ends_s,
+        estimate=estimator.estimate(stage, execution.place),
     )

@@ -1,7 +1,7 @@
-"""Who runs when: the run's own frontier and the run's own placement, walked on a virtual clock.
+"""Which stage runs when and where: the run's own ready queue and placement on a virtual clock.
 
-Nothing waits that fits somewhere, and a stage that ends frees its place for the next: list scheduling (Graham 1969,
-doi:10.1137/0117039), so that on equal islands the end is never later than twice the best.
+No stage waits that fits somewhere, and a stage that ends frees its place for the next one. This is list scheduling
+(Graham 1969, doi:10.1137/0117039): on equal islands the run ends at most twice as late as the best schedule.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from orchestrator.config.compute import CONTROLLER, ComputeConfig
 from orchestrator.errors import ConfigError
-from orchestrator.islands.placement import load_of, place
+from orchestrator.islands.placement import compute_load, place
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.backend import Job
 from orchestrator.run.ready_queue import ReadyQueue
@@ -20,7 +20,7 @@ from orchestrator.run.ready_queue import ReadyQueue
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedExecution:
-    """A stage at its place, from when to when, in seconds from now."""
+    """A stage, its place, its start and its end, in seconds from now."""
 
     stage: str
     place: str
@@ -30,15 +30,16 @@ class PlannedExecution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """What home may use at once."""
+    """Resources of the controller's machine."""
 
     cpus: float
     gpus: float
     stages: float = math.inf
+    """Stages at once."""
 
 
-def home_capacity(compute: ComputeConfig) -> Capacity:
-    """What the backend gives the stages at home; a Slurm queue and a Ray cluster elsewhere are taken to be endless."""
+def controller_capacity(compute: ComputeConfig) -> Capacity:
+    """Return what the backend may use at the controller; a Slurm queue or a remote Ray cluster counts as unlimited."""
     if compute.backend == "inline":
         return Capacity(cpus=math.inf, gpus=math.inf, stages=1)
     if compute.backend == "slurm" or compute.address is not None:
@@ -53,100 +54,106 @@ def simulate_run(
     seconds: Callable[[Stage, str], float],
     start_s: Mapping[str, float],
 ) -> list[PlannedExecution]:
-    """The visits of all stages that are not finished, in the order of their starts; raises `ConfigError`.
+    """Return the executions of all unfinished stages, in the order of their starts; raises `ConfigError`.
 
-    `start_s` is the time that a new process needs at each place; home uses its processes again.
+    `seconds` returns the duration of a stage at a place. `start_s` is the time that a new process takes to start at
+    each place; the controller reuses its processes.
     """
-    clock, frontier, taken = _Simulator(compute, seconds, start_s), ReadyQueue(graph), set[str]()
+    simulator, queue, taken = _Simulator(compute, seconds, start_s), ReadyQueue(graph), set[str]()
 
     def take(stage: Stage) -> bool:
         if stage.name in finished:
-            frontier.finish(stage.name)
-        elif not clock.start(stage):
+            queue.finish(stage.name)
+        elif not simulator.start(stage):
             return False
         taken.add(stage.name)
         return True
 
-    while len(taken) < len(graph) or clock.running:
-        before = len(taken)
-        frontier.dispatch(take)
-        if len(taken) > before:
+    while len(taken) < len(graph) or simulator.running:
+        count = len(taken)
+        queue.dispatch(take)
+        if len(taken) > count:
             continue
-        if not clock.running:
+        if not simulator.running:
+            waiting = [stage.name for stage in graph if stage.name not in taken]
             raise ConfigError(
-                f"home has {clock.home.cpus:g} CPUs and {clock.home.gpus:g} GPUs, and one of "
-                f"{', '.join(stage.name for stage in graph if stage.name not in taken)} asks for more; "
-                "change compute.stages, compute.cpus or compute.gpus"
+                f"the controller has {simulator.capacity.cpus:g} CPUs and {simulator.capacity.gpus:g} GPUs, and one of "
+                f"{', '.join(waiting)} needs more; change compute.stages, compute.cpus or compute.gpus"
             )
-        for name in clock.advance():
-            frontier.finish(name)
-    return clock.visits
+        for name in simulator.advance():
+            queue.finish(name)
+    return simulator.executions
 
 
 def critical_path(graph: Sequence[Stage], finished: Collection[str], seconds: Mapping[str, float]) -> float:
-    """The longest chain of stages that wait for each other: what endless islands could not shorten."""
+    """Return the duration of the longest chain of dependent stages, a lower bound for any number of islands."""
     ends: dict[str, float] = {}
     for stage in graph:
-        before = max((ends[given.stage.name] for given in stage.inputs.values()), default=0.0)
-        ends[stage.name] = before + (0.0 if stage.name in finished else seconds[stage.name])
+        start = max((ends[artifact.stage.name] for artifact in stage.inputs.values()), default=0.0)
+        ends[stage.name] = start + (0.0 if stage.name in finished else seconds[stage.name])
     return max(ends.values(), default=0.0)
 
 
 class _Simulator:
-    """What runs now, and what has run."""
+    """The virtual clock with the stages that run now and all executions so far."""
 
     def __init__(
         self, compute: ComputeConfig, seconds: Callable[[Stage, str], float], start_s: Mapping[str, float]
     ) -> None:
         self.compute, self.seconds, self.start_s = compute, seconds, start_s
-        self.home = home_capacity(compute)
+        self.capacity = controller_capacity(compute)
         self.now = 0.0
         self.running: list[tuple[float, int, Job]] = []
-        self.visits: list[PlannedExecution] = []
+        """Heap of end, number and job."""
+        self.executions: list[PlannedExecution] = []
         self._numbers = itertools.count()
-        self._processes_at_home = 0
+        self._controller_processes = 0
 
     def start(self, stage: Stage) -> bool:
-        """Begin a stage where the run would; False if there is no room now."""
-        job = _job(stage, "")
-        chosen = self._place(job)
+        """Start a stage where the run would; False if there is no room now."""
+        chosen = self._choose_place(_placement_job(stage, ""))
         if chosen is None:
             return False
-        ends_s = self.now + self._start_s(chosen) + self.seconds(stage, chosen)
-        heapq.heappush(self.running, (ends_s, next(self._numbers), _job(stage, chosen)))
-        self.visits.append(PlannedExecution(stage=stage.name, place=chosen, starts_s=self.now, ends_s=ends_s))
+        ends_s = self.now + self._process_start_s(chosen) + self.seconds(stage, chosen)
+        heapq.heappush(self.running, (ends_s, next(self._numbers), _placement_job(stage, chosen)))
+        self.executions.append(PlannedExecution(stage=stage.name, place=chosen, starts_s=self.now, ends_s=ends_s))
         return True
 
     def advance(self) -> list[str]:
-        """Go on to the next end; the stages that end then."""
+        """Advance the clock to the next end; return the stages that end then."""
         self.now = self.running[0][0]
         ended = []
         while self.running and self.running[0][0] == self.now:
             ended.append(heapq.heappop(self.running)[2].stage)
         return ended
 
-    def _place(self, job: Job) -> str | None:
-        at = {name: [other for _, _, other in self.running if other.island == name] for name in self.compute.islands}
-        loads = {name: load_of(jobs) for name, jobs in at.items()}
-        chosen = place(job, self.compute, loads) if self.compute.islands else CONTROLLER
-        return chosen if chosen != CONTROLLER or self._home_has_room(job) else None
+    def _choose_place(self, job: Job) -> str | None:
+        if not self.compute.islands:
+            chosen: str | None = CONTROLLER
+        else:
+            loads = {name: compute_load(self._jobs_at(name)) for name in self.compute.islands}
+            chosen = place(job, self.compute, loads)
+        return chosen if chosen != CONTROLLER or self._controller_has_room(job) else None
 
-    def _home_has_room(self, job: Job) -> bool:
-        here = [other for _, _, other in self.running if other.island == CONTROLLER]
-        load = load_of([*here, job])
-        return len(here) < self.home.stages and load.cpus <= self.home.cpus and load.gpus <= self.home.gpus + 1e-9
+    def _jobs_at(self, name: str) -> list[Job]:
+        return [job for _, _, job in self.running if job.island == name]
 
-    def _start_s(self, chosen: str) -> float:
-        """How long the stage waits for a process; at home the next one finds that of the last."""
+    def _controller_has_room(self, job: Job) -> bool:
+        jobs, capacity = self._jobs_at(CONTROLLER), self.capacity
+        load = compute_load([*jobs, job])
+        return len(jobs) < capacity.stages and load.cpus <= capacity.cpus and load.gpus <= capacity.gpus + 1e-9
+
+    def _process_start_s(self, chosen: str) -> float:
+        """Return how long the stage waits for a process; the controller reuses idle ones."""
         if chosen == CONTROLLER and self.compute.backend != "slurm":
-            if sum(job.island == CONTROLLER for _, _, job in self.running) < self._processes_at_home:
+            if len(self._jobs_at(CONTROLLER)) < self._controller_processes:
                 return 0.0
-            self._processes_at_home += 1
+            self._controller_processes += 1
         return self.start_s.get(chosen, 0.0)
 
 
-def _job(stage: Stage, island: str) -> Job:
-    """As much of a job as its placement depends on."""
+def _placement_job(stage: Stage, island: str) -> Job:
+    """Return a job with the fields that placement reads."""
     return Job(
         stage=stage.name,
         kind=stage.kind,

@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 
 from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.stage_kinds import OUR_KINDS, TRAINING_KINDS
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration
-from orchestrator.planning.estimate import estimate, expected_seconds
-from orchestrator.planning.simulate import PlannedExecution, home_capacity, simulate_run
-from orchestrator.reporting.costs import share_of
+from orchestrator.planning.estimate import estimate_stage, expected_seconds
+from orchestrator.planning.simulate import PlannedExecution, controller_capacity, simulate_run
+from orchestrator.reporting.costs import island_share
 
 COMMUNICATION_SHARE = 0.1
-"""The part of a step that all-reduce may take."""
+"""Largest share of a step for all-reduce."""
 
 BYTES_PER_PARAMETER = 4
 
@@ -31,27 +32,27 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SynchronousRun:
-    """What the monolith would take there."""
+    """The monolith's training on synchronous workers."""
 
     workers: int
     step_s: float
-    """Without communication; the slowest worker decides."""
+    """Without communication; the slowest worker determines it."""
     seconds: float
-    """All steps, if the network is as quick as it must be."""
+    """All steps, with the bandwidth below."""
     expected_s: float
-    """With losses: one worker's loss sends all of them back to the last checkpoint."""
+    """With losses: the loss of one worker returns all workers to the last checkpoint."""
     price: float
-    """All workers, held for the expected time."""
+    """All workers for the expected time."""
     bytes_per_step: float
-    """That each worker sends, and receives, every step."""
+    """Sent and received by each worker in every step."""
     bits_per_s: float
-    """The bandwidth that each worker needs for it, to every other site."""
+    """Bandwidth that each worker needs to every other site."""
     total_bytes: float
-    """That all workers send in the whole training."""
+    """Sent by all workers in the complete training."""
 
 
 def all_reduce_bytes(parameters: int, workers: int) -> float:
-    """What one worker sends a step: 2 * parameters * 4 bytes * (n - 1) / n, of a ring.
+    """Return the bytes that one worker of a ring sends per step: 2 * parameters * 4 bytes * (n - 1) / n.
 
     Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002: no all-reduce sends less.
     """
@@ -67,55 +68,55 @@ def estimate_synchronous(
     checkpoint_every: int,
     restart_s: float,
 ) -> SynchronousRun:
-    """One training of so many steps with the global batch divided equally among the workers."""
+    """Estimate one training that divides the global batch equally among the workers."""
     count = len(workers)
     step_s = batch_size / count / min(worker.images_per_s for worker in workers)
-    sent = all_reduce_bytes(parameters, count)
-    losses = sum(worker.preemptions_per_hour for worker in workers)
-    expected_s = expected_seconds(steps * step_s, checkpoint_every * step_s, losses, restart_s)
+    bytes_per_step = all_reduce_bytes(parameters, count)
+    losses_per_hour = sum(worker.preemptions_per_hour for worker in workers)
+    expected_s = expected_seconds(steps * step_s, checkpoint_every * step_s, losses_per_hour, restart_s)
     return SynchronousRun(
         workers=count,
         step_s=step_s,
         seconds=steps * step_s,
         expected_s=expected_s,
         price=sum(worker.price_per_hour for worker in workers) * expected_s / 3600,
-        bytes_per_step=sent,
-        bits_per_s=8 * sent / (COMMUNICATION_SHARE * step_s),
-        total_bytes=sent * count * steps,
+        bytes_per_step=bytes_per_step,
+        bits_per_s=8 * bytes_per_step / (COMMUNICATION_SHARE * step_s),
+        total_bytes=bytes_per_step * count * steps,
     )
-
-
-OURS = ("expert", "router")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineComparison:
-    """Training alone, baseline and scores left out."""
+    """Experts and router against the monolith: training alone, without other stages."""
 
     experts_s: float
-    """From the first expert's or the router's first step to the last one's end; starts of processes left out."""
+    """From the first step of any expert or the router to the last one; process starts excluded."""
     experts_price: float
     monolith: SynchronousRun
-    """On as many workers as experts can train at once, every one as quick as it is for an expert."""
+    """On as many workers as experts can train at once, each as fast as for an expert."""
 
 
-def compare(
+def compare_with_synchronous(
     config: RunConfig,
     calibration: Calibration,
     seconds: Callable[[Stage, str], float],
     start_s: Mapping[str, float],
 ) -> BaselineComparison | None:
-    """None where the speed of a machine is not known."""
+    """Compare both trainings; None if the speed of a machine is unknown."""
     workers = available_workers(config, calibration)
     if not workers:
         return None
-    graph = [stage for stage in build_graph(replace(config, monolith=False)) if stage.kind in OURS]
-    alone = [replace(stage, inputs={}) for stage in graph]
-    visits = simulate_run(alone, (), config.compute, seconds, {})
+    trainings = [
+        replace(stage, inputs={})
+        for stage in build_graph(config)
+        if stage.kind in OUR_KINDS and stage.kind in TRAINING_KINDS
+    ]
+    executions = simulate_run(trainings, (), config.compute, seconds, {})
     training = config.expert.training
     return BaselineComparison(
-        experts_s=max(visit.ends_s for visit in visits),
-        experts_price=_price(alone, visits, config.compute, calibration),
+        experts_s=max(execution.ends_s for execution in executions),
+        experts_price=_total_price(trainings, executions, config.compute, calibration),
         monolith=estimate_synchronous(
             workers,
             parameters=calibration.parameters,
@@ -128,40 +129,40 @@ def compare(
 
 
 def available_workers(config: RunConfig, calibration: Calibration) -> list[Worker]:
-    """As many workers of an expert's size as there is room for, at most one for each expert."""
-    compute, asked = config.compute, config.compute.stages.expert
-    slots = _island_slots(compute, asked) if compute.islands else [(CONTROLLER, None)] * _home_slots(config)
-    measured = {name: place.speeds["expert"] for name, place in calibration.places.items() if "expert" in place.speeds}
-    if any(name not in measured for name, _ in slots):
+    """Return as many workers of an expert's size as fit, at most one per expert; empty if a speed is unknown."""
+    compute, resources = config.compute, config.compute.stages.expert
+    slots = _island_slots(compute, resources) if compute.islands else [(CONTROLLER, None)] * _controller_slots(config)
+    speeds = {name: place.speeds["expert"] for name, place in calibration.places.items() if "expert" in place.speeds}
+    if any(name not in speeds for name, _ in slots):
         return []
     return [
         Worker(
-            images_per_s=asked.workers / measured[name].unit_s,
-            price_per_hour=island.price_per_hour * share_of(island, asked) if island else 0.0,
-            preemptions_per_hour=island.preemptions_per_hour * asked.workers if island else 0.0,
+            images_per_s=resources.workers / speeds[name].unit_s,
+            price_per_hour=island.price_per_hour * island_share(island, resources) if island else 0.0,
+            preemptions_per_hour=island.preemptions_per_hour * resources.workers if island else 0.0,
         )
         for name, island in slots[: config.partition.num_experts]
     ]
 
 
-def _island_slots(compute: ComputeConfig, asked: ResourcesConfig) -> list[tuple[str, IslandConfig | None]]:
-    """One for each expert that an island could hold, the islands taking turns."""
-    names = [name for name in asked.islands or compute.islands if name in compute.islands]
-    room = {name: int(1 / share_of(compute.islands[name], asked) + 1e-9) for name in names}
-    turns = range(max(room.values(), default=0))
-    return [(name, compute.islands[name]) for turn in turns for name in names if turn < room[name]]
+def _island_slots(compute: ComputeConfig, resources: ResourcesConfig) -> list[tuple[str, IslandConfig | None]]:
+    """Return one slot for each expert that fits on an island, round-robin over the islands."""
+    names = [name for name in resources.islands or compute.islands if name in compute.islands]
+    capacity = {name: int(1 / island_share(compute.islands[name], resources) + 1e-9) for name in names}
+    rounds = range(max(capacity.values(), default=0))
+    return [(name, compute.islands[name]) for number in rounds for name in names if number < capacity[name]]
 
 
-def _home_slots(config: RunConfig) -> int:
-    home, asked = home_capacity(config.compute), config.compute.stages.expert
-    by_gpu = home.gpus / (asked.gpus * asked.workers) if asked.gpus else float("inf")
-    room = min(home.stages, home.cpus / (asked.cpus * asked.workers), by_gpu)
-    return int(min(room, config.partition.num_experts))
+def _controller_slots(config: RunConfig) -> int:
+    capacity, resources = controller_capacity(config.compute), config.compute.stages.expert
+    by_gpu = capacity.gpus / (resources.gpus * resources.workers) if resources.gpus else float("inf")
+    slots = min(capacity.stages, capacity.cpus / (resources.cpus * resources.workers), by_gpu)
+    return int(min(slots, config.partition.num_experts))
 
 
-def _price(
-    graph: list[Stage], visits: list[PlannedExecution], compute: ComputeConfig, calibration: Calibration
+def _total_price(
+    graph: list[Stage], executions: list[PlannedExecution], compute: ComputeConfig, calibration: Calibration
 ) -> float:
-    place_of = {visit.stage: visit.place for visit in visits}
-    found = [estimate(stage, place_of[stage.name], compute, calibration) for stage in graph]
-    return sum(one.price for one in found if one is not None)
+    places = {execution.stage: execution.place for execution in executions}
+    estimates = [estimate_stage(stage, places[stage.name], compute, calibration) for stage in graph]
+    return sum(estimate.price for estimate in estimates if estimate is not None)

@@ -1,4 +1,4 @@
-"""Node pools that exist while they are needed: one typed configuration, rendered for the tool that starts the nodes.
+"""Node pools that grow and shrink with demand: one typed configuration, rendered for the tool that starts the nodes.
 
-A pool that is up is a Ray cluster of its own, and so an island, or several: one for each type of its nodes.
+A running pool is a Ray cluster, which is used as one island for each type of its nodes.
 """

@@ -1,4 +1,4 @@
-"""Up and down: check, write, start, and afterwards look whether it is really gone."""
+"""Start and end a pool: check, write files, start; end, and check that nothing remains."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from orchestrator.pools.shell import PoolError
 from orchestrator.pools.token import ensure_token
 
 CONFIG = "pool.json"
-"""The configuration with which the pool was started; there while the pool is."""
+"""File with the configuration of a started pool; it exists as long as the pool."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
-    """How nodes come and go; each function takes the configuration and the folder with the rendered files."""
+    """Functions that start and end nodes; each takes the configuration and the folder with the rendered files."""
 
     check: Callable[[PoolConfig, Path], None]
     """Raise `PoolError` if a tool or credentials are missing; changes nothing."""
     up: Callable[[PoolConfig, Path], None]
     down: Callable[[PoolConfig, Path], None]
     remaining: Callable[[PoolConfig, Path], list[str]]
-    """What is still there; raises `PoolError` if that cannot be found out."""
+    """Return the remaining resources; raise `PoolError` if they cannot be listed."""
 
 
 PROVIDERS = {
@@ -38,7 +38,7 @@ PROVIDERS = {
 
 
 def write_files(config: PoolConfig, folder: Path) -> list[Path]:
-    """Write the rendered files into `folder`, each whole or not at all."""
+    """Write the rendered files into `folder`, each atomically."""
     files = {folder / name: text for name, text in render(config).items()}
     for path, text in files.items():
         write_text(path, text)
@@ -51,8 +51,8 @@ def check(config: PoolConfig, folder: Path) -> None:
 
 
 def up(config: PoolConfig, folder: Path) -> None:
-    """Start the pool, or bring one that is up to this configuration; what is recorded first is the way down."""
-    ensure_token(config.token)
+    """Start the pool, or update one that is up; the configuration is stored first, so `down` works after a failure."""
+    ensure_token(config.token_path)
     write_files(config, folder)
     write_json(folder / CONFIG, config)
     try:
@@ -61,21 +61,21 @@ def up(config: PoolConfig, folder: Path) -> None:
         raise PoolError(f"{error}; end what was started with `ddm pool down {config.name}`") from error
 
 
-def is_started(folder: Path) -> PoolConfig:
-    """The pool that was started from `folder`; raises `PoolError` if none was."""
+def load_started_pool(folder: Path) -> PoolConfig:
+    """Load the pool that was started from `folder`; raise `PoolError` if none was."""
     if not (folder / CONFIG).is_file():
         others = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))) or "none"
-        raise PoolError(f"no pool was started in {folder}; those that were: {others}")
+        raise PoolError(f"no pool was started in {folder}; started pools: {others}")
     return parse_pool(read_json(folder / CONFIG))
 
 
 def down(config: PoolConfig, folder: Path) -> None:
-    """End the pool and look whether it is gone; raises `PoolError` naming what is left, which may still cost money."""
+    """End the pool; raise `PoolError` with the remaining resources, which may still cost money."""
     provider = PROVIDERS[config.provider]
     provider.down(config, folder)
-    if left := provider.remaining(config, folder):
+    if remaining := provider.remaining(config, folder):
         raise PoolError(
-            f"pool {config.name} is not gone: {', '.join(left[:10])}; run `ddm pool down {config.name}` again, or end "
-            "it by hand"
+            f"pool {config.name} is not gone: {', '.join(remaining[:10])}; run `ddm pool down {config.name}` again, or "
+            "end it by hand"
         )
     (folder / CONFIG).unlink()

@@ -1,4 +1,4 @@
-"""From the files of `cluster_configs/pool`, or one of your own, and overrides to a typed pool."""
+"""Load a typed pool from a file of `cluster_configs/pool`, or one of your own, and overrides."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from orchestrator.config.schema import listed
+from orchestrator.config.schema import format_mistakes
 from orchestrator.errors import ConfigError
 from orchestrator.pools.config import HeadConfig, KubernetesConfig, NetworkConfig, NodeConfig, PoolConfig
 
@@ -21,31 +21,31 @@ PARTS: dict[str, type] = {
 }
 
 
-def pool_config(folder: Path, name: str, overrides: Sequence[str]) -> PoolConfig:
-    """The pool `name` of a folder of YAML files, or the YAML file `name`, with `key=value` overrides."""
+def load_pool(folder: Path, name: str, overrides: Sequence[str]) -> PoolConfig:
+    """Load the pool `name` of a folder of YAML files, or the YAML file `name`, with `key=value` overrides."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"no pool {name!r}; known: {known}, or a YAML file of your own")
-    if wrong := [text for text in overrides if "=" not in text]:
-        raise ConfigError(f"overrides are key=value, such as nodes.l4_spot.max_nodes=4; given: {' '.join(wrong)}")
-    given = [f"{text}''" if text.endswith("=") else text for text in overrides]
+    if invalid := [text for text in overrides if "=" not in text]:
+        raise ConfigError(f"overrides are key=value, such as nodes.l4_spot.max_nodes=4; given: {' '.join(invalid)}")
+    assignments = [f"{text}''" if text.endswith("=") else text for text in overrides]
     try:
-        merged = OmegaConf.merge({"name": file.stem}, OmegaConf.load(file), OmegaConf.from_dotlist(given))
+        merged = OmegaConf.merge({"name": file.stem}, OmegaConf.load(file), OmegaConf.from_dotlist(assignments))
         return parse_pool(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file} with {' '.join(overrides) or 'no overrides'}: {error}") from None
 
 
 def parse_pool(composed: Any) -> PoolConfig:
-    """The typed pool; raises `ConfigError` with every mistake and, for unknown keys, the known ones."""
+    """Return the typed pool; raise `ConfigError` with every mistake and, for unknown keys, the known ones."""
     try:
         return TypeAdapter(PoolConfig).validate_python(composed)
     except ValidationError as error:
-        raise ConfigError(listed(error, "pool", _known)) from None
+        raise ConfigError(format_mistakes(error, "pool", _list_known_keys)) from None
 
 
-def _known(location: Sequence[str | int]) -> list[str]:
+def _list_known_keys(location: Sequence[str | int]) -> list[str]:
     kind: Any = PARTS[str(location[0])] if location else PoolConfig
     fields: dict[str, FieldInfo] = kind.__pydantic_fields__
     return sorted(fields)

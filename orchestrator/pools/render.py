@@ -1,4 +1,4 @@
-"""Every pool as text: one function for each provider, from the configuration to file names and their YAML."""
+"""Render a pool: one function for each provider, from the configuration to YAML files by name."""
 
 from collections.abc import Callable
 
@@ -20,5 +20,5 @@ RENDERERS: dict[str, Callable[[PoolConfig], dict[str, str]]] = {
 
 
 def render(config: PoolConfig) -> dict[str, str]:
-    """The files that the provider's tool reads, by name, and `islands.yaml` for ours; no file holds a secret."""
+    """Return the files of the provider's tool by name, and `islands.yaml` for `ddm run`; none contains a secret."""
     return {**RENDERERS[config.provider](config), "islands.yaml": render_islands(config)}

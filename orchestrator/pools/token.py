@@ -1,16 +1,16 @@
-"""The pool's token, which all its islands have in common."""
+"""The pool's token, which all its islands share."""
 
 from pathlib import Path
 
-from orchestrator.islands.token import exposure, new_token
+from orchestrator.islands.token import create_token, describe_exposure
 from orchestrator.pools.shell import PoolError
 
 
 def ensure_token(path: Path) -> None:
-    """Make the file with a new token if it is absent; refuse one that others can read."""
+    """Create the file with a new token if it is absent; raise `PoolError` if others can read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        new_token(path)
+        create_token(path)
     except FileExistsError:
-        if exposed := exposure(path):
-            raise PoolError(exposed) from None
+        if exposure := describe_exposure(path):
+            raise PoolError(exposure) from None

@@ -1,4 +1,4 @@
-"""How a document becomes text."""
+"""Render a document as YAML."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 import yaml
 
 
-def as_yaml(document: Mapping[str, Any], *, about: str) -> str:
-    """A document as YAML, with a first line that says what it is; keys keep their order."""
-    text = yaml.dump(dict(document), Dumper=_Plain, sort_keys=False, width=1000, default_flow_style=False)
-    return f"# {about}\n{text}"
+def to_yaml(document: Mapping[str, Any], *, comment: str) -> str:
+    """Render a document as YAML below a comment line; keys keep their order."""
+    text = yaml.dump(dict(document), Dumper=_PlainDumper, sort_keys=False, width=1000, default_flow_style=False)
+    return f"# {comment}\n{text}"
 
 
-class _Plain(yaml.SafeDumper):
-    """No anchors, and text of several lines as such."""
+class _PlainDumper(yaml.SafeDumper):
+    """YAML dumper without anchors, with multi-line text as blocks."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Write what is the same twice out twice."""
+        """Write repeated objects in full."""
         return True
 
 
-def _block(dumper: _Plain, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: _PlainDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
-_Plain.add_representer(str, _block)
+_PlainDumper.add_representer(str, _represent_text)

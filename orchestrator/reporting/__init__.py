@@ -1,4 +1,4 @@
-"""The report for people: one HTML file that opens from disk and needs nothing else.
+"""Progress, status, costs, wandb, and the HTML report: one file that opens from disk and needs no other.
 
-`facts.py` reads the run folder, `charts.py` draws, `page.py` puts both into `page.html`.
+`facts.py` and `results.py` read the run folder, `summary.py` and `charts.py` condense it, `page.py` fills `page.html`.
 """

@@ -1,7 +1,6 @@
-"""What a person may ask of a finished run: an audit of samples, a classifier made of experts.
+"""Analyses of a finished run on demand: an audit of samples, and a classifier made of experts.
 
-Each is a stage that no graph has: it runs in this process, its artifact lies beside the others, and asking again does
-nothing.
+Each is a stage outside the graph. It runs in this process, writes its artifact next to the others, and runs only once.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +17,12 @@ from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.reporting.results import current_graph
 from orchestrator.run.run_folder import RunFolder
 
-Progress = Callable[[int, int], None]
-Fill = Callable[[Path], float]
+ProgressCallback = Callable[[int, int], None]
+WriteArtifact = Callable[[Path], float]
 
 
 def audit_stage(score: Stage) -> Stage:
-    """The audit of the samples of one row of the table of scores."""
+    """Return the stage that audits the samples of one row of the table of scores."""
     config = AuditConfig(selection=score.config.sampling.selection, conditional=score.config.evaluation.conditional)
     dataset = score.inputs["reference"].stage.inputs["dataset"]
     inputs = {"score": Input(stage=score), "dataset": dataset} | dict(score.inputs)
@@ -31,85 +30,94 @@ def audit_stage(score: Stage) -> Stage:
 
 
 def finished_audits(run: RunFolder, graph: Sequence[Stage]) -> list[Stage]:
-    """The audits that were asked for so far."""
-    return [audit for audit in map(audit_stage, _scores(graph)) if run.finished(audit)]
+    """Return the finished audits."""
+    return [audit for audit in map(audit_stage, _scores(graph)) if run.is_finished(audit)]
 
 
-def run_audit(run: RunFolder, row: str, on_progress: Progress) -> Stage:
-    """Audit the samples of a row, the default selection's if it is empty; returns the finished stage."""
+def run_audit(run: RunFolder, row: str, on_progress: ProgressCallback) -> Stage:
+    """Audit the samples of a row (by default the default selection's), and return the finished stage.
+
+    Raises `ConfigError` for an unknown row, and `RunFolderError` if its score is not finished.
+    """
     scores = _scores(current_graph(run, run.load_config()))
     names = [score.name.removeprefix("score_") for score in scores]
     if row and row not in names:
         raise ConfigError(f"--row {row!r} is not a row of the table of scores; known: {', '.join(names)}")
     score = scores[names.index(row) if row else 0]
-    if not run.finished(score):
+    if not run.is_finished(score):
         raise RunFolderError(f"{run.root} has no finished {score.name}; finish the run with `ddm resume {run.root}`")
     audit = audit_stage(score)
 
-    def fill(out: Path) -> float:
+    def write(out: Path) -> float:
         from ensemble.analysis.memorization import audit_samples
 
-        folders = {role: run.input(given) for role, given in audit.inputs.items()}
+        folders = {role: run.input_folder(source) for role, source in audit.inputs.items()}
         for role in ("score", "ensemble", "partition", "reference"):
             verify(folders[role])
-        samples = _samples(folders, audit.config)
+        samples = _load_samples(folders, audit.config)
         audit_samples(
             samples, folders["dataset"], folders["partition"], folders["reference"], audit.config, out, on_progress
         )
         return 0.0
 
-    _publish(run, audit, fill)
+    _publish(run, audit, write)
     return audit
 
 
-def run_classify(run: RunFolder, images: int, draws: int, on_progress: Progress) -> Stage:
-    """Classify held-out images through the ensemble and through each expert alone; returns the finished stage."""
+def run_classify(run: RunFolder, images: int, noises_per_image: int, on_progress: ProgressCallback) -> Stage:
+    """Classify held-out images with the ensemble and with each expert alone, and return the finished stage.
+
+    Raises `RunFolderError` if the ensemble or the partition is not finished.
+    """
     graph = {stage.name: stage for stage in current_graph(run, run.load_config())}
     needed = {name: Input(stage=graph[name]) for name in ("ensemble", "partition")}
-    if unfinished := [name for name, given in needed.items() if not run.finished(given.stage)]:
+    if unfinished := [name for name, source in needed.items() if not run.is_finished(source.stage)]:
         raise RunFolderError(
             f"{run.root} has no finished {' and '.join(unfinished)}; finish the run with `ddm resume {run.root}`"
         )
     stage = Stage(
-        name="classify", kind="classify", config=ClassifierConfig(images=images, noises_per_image=draws), inputs=needed
+        name="classify",
+        kind="classify",
+        config=ClassifierConfig(images=images, noises_per_image=noises_per_image),
+        inputs=needed,
     )
 
-    def fill(out: Path) -> float:
+    def write(out: Path) -> float:
         from ensemble.analysis.diffusion_classifier import classify
-        from ensemble.pipeline import DDMPipeline
+        from ensemble.pipeline import EnsemblePipeline
 
-        verify(run.input(needed["ensemble"]))
-        pipeline = DDMPipeline.from_pretrained(run.input(needed["ensemble"]))
-        return classify(pipeline, run.input(needed["partition"]), stage.config, out, on_progress)
+        verify(run.input_folder(needed["ensemble"]))
+        pipeline = EnsemblePipeline.from_pretrained(run.input_folder(needed["ensemble"]))
+        return classify(pipeline, run.input_folder(needed["partition"]), stage.config, out, on_progress)
 
-    _publish(run, stage, fill)
+    _publish(run, stage, write)
     return stage
 
 
 def load_result(run: RunFolder, stage: Stage, file: str) -> dict[str, Any]:
-    """What a finished examination wrote, once it has been compared with its checksum."""
-    return dict(read_json(run.checked(stage, file)))
+    """Return what a finished analysis wrote, after its checksum is verified."""
+    return dict(read_json(run.verify_file(stage, file)))
 
 
 def _scores(graph: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in graph if stage.kind == "score"]
 
 
-def _publish(run: RunFolder, stage: Stage, fill: Fill) -> None:
-    publish(run.artifact(stage), fill, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
+def _publish(run: RunFolder, stage: Stage, write: WriteArtifact) -> None:
+    publish(run.artifact(stage), write, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
 
 
-def _samples(folders: dict[str, Path], config: AuditConfig) -> Any:
-    """The samples of a finished score, and which expert made each."""
-    from ensemble.analysis.memorization import AuditedSamples, drawn_experts
-    from ensemble.evaluation.evaluate import held_out_classes
+def _load_samples(folders: dict[str, Path], config: AuditConfig) -> Any:
+    """Return the samples of a finished score, and the expert that generated each."""
+    from ensemble.analysis.memorization import AuditedSamples, pinned_experts
+    from ensemble.evaluation.evaluate import load_held_out_classes
     from ensemble.evaluation.selection_search import read_choice
-    from ensemble.pipeline import DDMPipeline
+    from ensemble.pipeline import EnsemblePipeline
 
     images, seeds = (np.load(folders["score"] / f"{name}.npy", allow_pickle=False) for name in ("images", "seeds"))
     if "selection_search" in folders:
         config = replace(config, selection=read_choice(folders["selection_search"]).selection)
-    pipeline = DDMPipeline.from_pretrained(folders["ensemble"])
-    class_ids = held_out_classes(folders["reference"], len(seeds)) if config.conditional else None
-    experts = drawn_experts(pipeline.ensemble, seeds.tolist(), class_ids, config.selection)
+    pipeline = EnsemblePipeline.from_pretrained(folders["ensemble"])
+    class_ids = load_held_out_classes(folders["reference"], len(seeds)) if config.conditional else None
+    experts = pinned_experts(pipeline.ensemble, seeds.tolist(), class_ids, config.selection)
     return AuditedSamples(images=images, seeds=seeds, experts=experts, codec=pipeline.codec)

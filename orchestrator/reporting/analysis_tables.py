@@ -1,4 +1,4 @@
-"""What an examination found, for a terminal."""
+"""Results of an analysis as tables for a terminal."""
 
 from typing import Any
 
@@ -7,21 +7,22 @@ from rich.table import Table
 from rich.text import Text
 
 SURPRISING = 0.001
-"""Chance below which an excess of near samples is shown in red; a table has tens of cells."""
+"""p-value below which an excess of near samples is red; it is small because a table has tens of cells."""
 
 UNKNOWN = "–"
 
 CAPTION = (
     "NN ratio: distance to the nearest training image over that of held-out images\n"
-    "nearer than q %: than q % of those of its cluster are; above expectation is memorising"
+    "nearer than q %: nearer than the closest q % of them in the same cluster; above expectation is memorization"
 )
 
 
-def audit_tables(found: dict[str, Any]) -> list[RenderableType]:
-    """One table for each space, and the samples that are nearest to a training image."""
-    made = "the expert that was drawn for it" if found["made_by"] == "draw" else "the cluster that it looks like"
-    how = f"Against all {found['training']:,} training images; each sample counts for {made}. In brackets: 95 %."
-    return [*(_space_table(name, space) for name, space in found["spaces"].items()), _suspect_table(found), Text(how)]
+def audit_tables(audit: dict[str, Any]) -> list[RenderableType]:
+    """Return one table for each space, and one of the samples closest to a training image."""
+    group = "the expert that generated it" if audit["made_by"] == "draw" else "the cluster that it resembles"
+    training = f"Against all {audit['training']:,} training images"
+    note = f"{training}; each sample belongs to {group}. In brackets: 95 % interval."
+    return [*(_space_table(name, space) for name, space in audit["spaces"].items()), _suspect_table(audit), Text(note)]
 
 
 def _space_table(name: str, space: dict[str, Any]) -> Table:
@@ -42,37 +43,43 @@ def _space_table(name: str, space: dict[str, Any]) -> Table:
 
 
 def _share_cells(share: dict[str, float]) -> tuple[str, str]:
-    said = f"{100 * share['share']:.1f} ({100 * share['low']:.1f}–{100 * share['high']:.1f})"
+    text = f"{100 * share['share']:.1f} ({100 * share['low']:.1f}–{100 * share['high']:.1f})"
     is_surprising = share["p_value"] < SURPRISING
-    return (f"[red]{said}[/]" if is_surprising else said), f"{100 * share['expected']:.1f}"
+    return (f"[red]{text}[/]" if is_surprising else text), f"{100 * share['expected']:.1f}"
 
 
-def _suspect_table(found: dict[str, Any]) -> Table:
-    table = Table("seed", "expert", "distance", "nearest training image", title="Nearest samples, by pixels")
-    for suspect in found["suspects"]:
+def _suspect_table(audit: dict[str, Any]) -> Table:
+    table = Table(
+        "seed", "expert", "distance", "nearest training image", title="Samples closest to a training image, by pixels"
+    )
+    for suspect in audit["suspects"]:
         distance = f"{suspect['ratio']:.3f}"
         table.add_row(str(suspect["seed"]), str(suspect["cluster_id"]), distance, suspect["training_key"])
-    table.caption = "distance: over the median of the cluster's held-out images"
+    table.caption = "distance: divided by the median of the cluster's held-out images"
     return table
 
 
-def knowledge_table(found: dict[str, Any]) -> Table:
-    """Accuracy of the ensemble and of every expert on the images of every cluster."""
-    table = Table(title=f"Class by denoising: accuracy on {sum(found['images']):,} held-out images")
+def accuracy_table(accuracy: dict[str, Any]) -> Table:
+    """Return the accuracy of the ensemble and of every expert on the images of every cluster."""
+    table = Table(title=f"Diffusion classifier: accuracy on {sum(accuracy['images']):,} held-out images")
     table.add_column("")
-    for cluster in range(len(found["images"])):
+    for cluster in range(len(accuracy["images"])):
         table.add_column(f"cluster {cluster}", justify="right")
     table.add_column("all", justify="right")
-    for voice, row, overall in zip(found["models"], found["accuracy"], found["overall"], strict=True):
-        own = voice.removeprefix("expert_")
-        cells = [f"[bold]{_percent(value)}[/]" if str(k) == own else _percent(value) for k, value in enumerate(row)]
-        table.add_row(voice, *cells, _percent(overall))
+    for model, row, overall in zip(accuracy["models"], accuracy["accuracy"], accuracy["overall"], strict=True):
+        cluster_of_expert = model.removeprefix("expert_")
+        cells = [
+            f"[bold]{_percent(value)}[/]" if str(k) == cluster_of_expert else _percent(value)
+            for k, value in enumerate(row)
+        ]
+        table.add_row(model, *cells, _percent(overall))
     table.add_section()
-    table.add_row("[dim]commonest class[/]", *map(_percent, found["floor"]), f"{_percent(found['chance'])} by chance")
-    table.add_row("[dim]images[/]", *(f"{count:,}" for count in found["images"]), f"{sum(found['images']):,}")
-    table.caption = (
-        f"experts on their own cluster {_percent(found['own_cluster'])}, on others {_percent(found['other_clusters'])}"
+    table.add_row(
+        "[dim]most frequent class[/]", *map(_percent, accuracy["floor"]), f"{_percent(accuracy['chance'])} by chance"
     )
+    table.add_row("[dim]images[/]", *(f"{count:,}" for count in accuracy["images"]), f"{sum(accuracy['images']):,}")
+    same_cluster, others = _percent(accuracy["own_cluster"]), _percent(accuracy["other_clusters"])
+    table.caption = f"experts on their own cluster {same_cluster}, on others {others}"
     return table
 
 

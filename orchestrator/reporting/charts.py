@@ -1,10 +1,15 @@
-"""Charts of the report, as SVG text; the one file that imports matplotlib."""
+"""Charts of the report, as SVG text; the only file that imports matplotlib.
+
+The page draws its charts in the colors of the reader's theme: `themed` replaces the neutral colors by CSS variables.
+"""
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
+from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -13,73 +18,87 @@ from matplotlib.ticker import StrMethodFormatter
 
 from orchestrator.reporting.pareto import CompressionPoint
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-MONOLITH = "#555555"
+COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
+INK, MUTED, GRID = "#1c2126", "#575f68", "#e2e6ea"
+
+WITH_CLASS, WITHOUT_CLASS = "with class", "without class"
+
+SERIES_COLORS = {"monolith": MUTED, "router": COLORS[6], WITH_CLASS: COLORS[0], WITHOUT_CLASS: COLORS[2]}
+
+THEME = {INK: "--chart-ink", MUTED: "--chart-muted", GRID: "--chart-grid"}
+"""CSS variables of the page, by the color that they replace."""
 
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "hatch.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e5e5e5",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
     "legend.frameon": False,
+    "legend.fontsize": 8,
 }
+
+WIDTH, HEIGHT, LEGEND_ROW = 4.7, 2.7, 0.17
+"""Inches: of a chart in a column of the page, and of one row of its legend below."""
 
 Curve = Sequence[tuple[float, float]]
 
 
-def colour_of(name: str) -> str:
-    """One colour for every expert wherever it appears; the monolith and the router have their own."""
+def series_color(name: str) -> str:
+    """Return the color of an expert, of the monolith, of the router, or of a line with that name: always the same."""
     if name.startswith("expert_"):
-        return COLOURS[int(name.removeprefix("expert_")) % len(COLOURS)]
-    return {"monolith": MONOLITH, "router": "#a463f2", "with the class": COLOURS[0], "without": COLOURS[2]}.get(
-        name, "#9498a0"
-    )
+        return COLORS[int(name.removeprefix("expert_")) % len(COLORS)]
+    return SERIES_COLORS.get(name, COLORS[9])
 
 
 def line_chart(
     curves: Mapping[str, Curve], x_label: str, y_label: str, floors: Mapping[str, float | Curve] | None = None
 ) -> str:
-    """Lines over a common axis; `floors` are dashed, and horizontal if they are numbers, named in the legend."""
-    with _figure(5.4, 3.0) as (axes, svg):
+    """Draw lines over common axes; `floors` are dashed, and horizontal if they are numbers. All are in the legend."""
+    legend_rows = (len(curves) + len(floors or {}) + 1) // 2
+    with _figure(WIDTH, HEIGHT + LEGEND_ROW * legend_rows) as (axes, svg):
         for name, points in curves.items():
-            axes.plot(*zip(*points, strict=True), label=name, color=colour_of(name), linewidth=1.6)
+            axes.plot(*zip(*points, strict=True), label=name, color=series_color(name), linewidth=1.6)
         for name, level in (floors or {}).items():
-            colour = colour_of(name.rpartition(", ")[2])
+            color = series_color(name.rpartition(", ")[2])
             if isinstance(level, float | int):
-                axes.axhline(level, label=name, color=colour, linestyle="--", linewidth=1)
+                axes.axhline(level, label=name, color=color, linestyle="--", linewidth=1)
             else:
-                axes.plot(*zip(*level, strict=True), label=name, color=colour, linestyle="--", linewidth=1)
+                axes.plot(*zip(*level, strict=True), label=name, color=color, linestyle="--", linewidth=1)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.legend(fontsize=8, ncols=2)
+        _add_legend(axes, columns=2)
     return svg.getvalue()
 
 
 def timeline(bars: Sequence[tuple[str, str, float, float, str]]) -> str:
-    """Who ran when: (row, colour name, start s, end s, note) bars; what did not finish is hatched."""
+    """Draw (row, series, start s, end s, state) bars; those of unfinished attempts are hatched."""
     rows = list(dict.fromkeys(bar[0] for bar in bars))
-    with _figure(9.4, 0.8 + 0.28 * len(rows)) as (axes, svg):
-        for row, name, start, end, note in bars:
-            finished = note == "finished"
+    with _figure(10.0, 0.8 + 0.28 * len(rows)) as (axes, svg):
+        for row, name, start, end, state in bars:
+            finished = state == "finished"
             axes.barh(
                 row,
                 max(end - start, 0.05),
                 left=start,
                 height=0.7,
-                color=colour_of(name),
+                color=series_color(name),
                 alpha=1.0 if finished else 0.45,
                 hatch=None if finished else "///",
             )
-            axes.text(
-                end,
-                rows.index(row),
-                f" {end - start:.1f} s" + ("" if finished else f" ({note})"),
-                va="center",
-                fontsize=8,
-            )
+            label = f" {end - start:.1f} s" + ("" if finished else f" ({state})")
+            axes.text(end, rows.index(row), label, va="center", fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.1)
         axes.grid(visible=False, axis="y")
@@ -88,54 +107,77 @@ def timeline(bars: Sequence[tuple[str, str, float, float, str]]) -> str:
 
 
 def trial_chart(scores: Sequence[tuple[float, float]], metric: str, *, maximize: bool) -> str:
-    """A sweep's (trial number, score) as dots, and the best one so far as steps."""
+    """Draw a sweep's (trial number, score) as dots, and the best score so far as steps."""
     numbers, values = zip(*scores, strict=True)
     best = list(accumulate(values, max if maximize else min))
     with _figure(7.0, 3.0) as (axes, svg):
-        axes.plot(numbers, values, "o", color=COLOURS[0], markersize=4, label="trial")
-        axes.step(numbers, best, where="post", color=COLOURS[2], linewidth=1.4, label="best so far")
+        axes.plot(numbers, values, "o", color=COLORS[0], markersize=4, label="trial")
+        axes.step(numbers, best, where="post", color=COLORS[2], linewidth=1.4, label="best so far")
         axes.set_xlabel("trial")
         axes.set_ylabel(metric)
-        axes.legend(fontsize=8)
+        axes.legend()
     return svg.getvalue()
 
 
-def pareto_chart(points: Sequence[CompressionPoint], front: Sequence[CompressionPoint]) -> str:
-    """Bytes and processor time against KID, as ratios to the whole ensemble, which is the star; the front is filled."""
-    costs = (("bytes", "bytes"), ("cpu", "CPU time of an image"))
-    with _figures(10.4, 3.6, len(costs)) as (axes, svg):
-        for plane, (key, label) in zip(axes, costs, strict=True):
-            plane.plot(1, 1, "*", color=MONOLITH, markersize=12)
-            for number, point in enumerate(points):
-                cost = getattr(point, key)
-                if cost is None or point.kid is None:
-                    continue
-                colour = COLOURS[number % len(COLOURS)]
-                face = colour if point in front else "none"
-                plane.plot(cost, point.kid, "o", color=colour, markerfacecolor=face, label=point.name)
-            plane.set_xlabel(f"{label}, to the whole ensemble's")
-            plane.set_ylabel("KID, to the whole ensemble's")
-            plane.set_xscale("log")
-            plane.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            plane.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-            plane.tick_params(axis="x", which="both", labelsize=7)
-        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+def pareto_chart(points: Sequence[CompressionPoint], front: Sequence[CompressionPoint], cost: str, label: str) -> str:
+    """Draw a cost (`bytes` or `cpu`) against KID, as ratios to the original ensemble (the star); the front is filled.
+
+    Returns an empty text if no point has both.
+    """
+    known = [
+        (number, point, getattr(point, cost), point.kid)
+        for number, point in enumerate(points)
+        if getattr(point, cost) is not None and point.kid is not None
+    ]
+    if not known:
+        return ""
+    with _figure(WIDTH, HEIGHT + LEGEND_ROW * (len(known) + 2) // 2) as (axes, svg):
+        axes.plot(1, 1, "*", color=MUTED, markersize=12, label="original", linestyle="none")
+        for number, point, x, y in known:
+            color = COLORS[number % len(COLORS)]
+            face = color if point in front else "none"
+            axes.plot(x, y, "o", color=color, markerfacecolor=face, label=point.name, markersize=7)
+        axes.set_xlabel(f"{label} (original = 1)")
+        axes.set_ylabel("KID (original = 1)")
+        axes.set_xscale("log")
+        for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis_format(StrMethodFormatter("{x:.3g}"))
+        axes.tick_params(axis="x", which="both", labelsize=8)
+        _add_legend(axes, columns=2)
     return svg.getvalue()
+
+
+def themed(svg: str, description: str) -> Markup:
+    """Return a chart as an inline element: transparent, in the page's colors, with a description for screen readers.
+
+    Only ids that something refers to stay, because a page holds several charts and ids must be unique.
+    """
+    drawing = svg[svg.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>\s*", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r'(<g id="patch_1">\s*<path [^>]*style=")fill: #ffffff', r"\1fill: none", drawing)
+    drawing = re.sub(
+        r'(<g id="axes_1">\s*<g id="patch_\d+">\s*<path [^>]*style=")fill: #ffffff', r"\1fill: none", drawing
+    )
+    referenced = set(re.findall(r"#([A-Za-z][\w.-]*)[\")]", drawing))
+    drawing = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referenced else "", drawing)
+    for color, variable in THEME.items():
+        drawing = drawing.replace(color, f"var({variable}, {color})")
+    return Markup(drawing.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1))  # noqa: S704
+
+
+def _add_legend(axes: Axes, columns: int) -> None:
+    """Put the legend below the axes, where it covers no line."""
+    figure = axes.get_figure()
+    if figure is not None:
+        figure.legend(loc="outside lower center", ncols=columns)
 
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Axes, io.StringIO]]:
-    """One pair of axes to draw on; the SVG is in the buffer once the block has ended."""
-    with _figures(width, height, 1) as (axes, svg):
-        yield axes[0], svg
-
-
-@contextmanager
-def _figures(width: float, height: float, columns: int) -> Iterator[tuple[list[Axes], io.StringIO]]:
-    """The same with several pairs of axes beside each other."""
+    """Yield axes to draw on; the buffer holds the SVG once the block has ended."""
     svg = io.StringIO()
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
-        yield [figure.add_subplot(1, columns, number + 1) for number in range(columns)], svg
+        yield figure.add_subplot(), svg
         figure.savefig(svg, format="svg", metadata={"Date": None})

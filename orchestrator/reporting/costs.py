@@ -1,8 +1,8 @@
-"""What a run has cost so far: time, CPUs and GPUs, money, bytes, and the work that was lost; from its folder alone.
+"""Costs of a run so far: time, CPUs, GPUs, money, bytes and lost work; read from its folder alone.
 
-An attempt costs from its worker's first word to its last. One that ended without an artifact was useful for as long as
-the steps took that a later attempt did not have to repeat; all the rest of it is lost, its start included. What is not
-a training keeps nothing by this account. An idle island costs nothing here, whatever its owner's bill says.
+An attempt costs from its worker's first sign of life to its last. If it ends without an artifact, only the time of the
+steps that no later attempt repeats is useful. The rest is lost, including its startup. A stage that is no training
+keeps nothing of an unfinished attempt. An idle island costs nothing here, even if its owner pays for it.
 """
 
 from collections import defaultdict
@@ -12,168 +12,168 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
-from orchestrator.reporting.progress import clock
-from orchestrator.run.attempts import Attempt, all_attempts
+from orchestrator.reporting.progress import format_clock
+from orchestrator.run.attempts import Attempt, load_all_attempts
 from orchestrator.run.run_folder import RunFolder
 
-UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostRow:
-    """What one stage cost, all its attempts together; or a whole run."""
+    """Costs of one stage over all its attempts, or of a run."""
 
     stage: str
     attempts: int = 0
-    """Those that a worker began."""
+    """Attempts that a worker started."""
     seconds: float = 0.0
-    """Time of workers."""
+    """Worker time: wall clock, summed over attempts."""
     cpu_seconds: float = 0.0
-    """Seconds times the CPUs that were held."""
+    """Reserved CPU time: worker time multiplied by the reserved CPUs."""
     gpu_seconds: float = 0.0
-    """Seconds times the GPUs that were held."""
+    """Reserved GPU time: worker time multiplied by the reserved GPUs."""
     price: float = 0.0
-    """In the currency of the islands' prices; home is free."""
+    """In the currency of the islands' prices; the controller's machine is free."""
     unpriced_s: float = 0.0
-    """Seconds on islands that the configuration does not name any more: nobody knows their price."""
+    """Seconds on islands that the configuration no longer names, so their price is unknown."""
     lost_s: float = 0.0
-    """Seconds whose work came to nothing."""
+    """Seconds whose work a later attempt repeats, or that led to no artifact."""
     lost_steps: int = 0
-    """Training steps that were done again, as far as they were reported."""
+    """Reported training steps that a later attempt repeats."""
     waiting_s: float = 0.0
-    """From submission to the worker's first word."""
+    """From submission to the worker's first sign of life."""
     bytes_out: int = 0
-    """Moved to islands."""
+    """Sent to islands."""
     bytes_in: int = 0
-    """Moved back."""
+    """Sent back."""
 
     @property
     def goodput(self) -> float:
-        """The share of the seconds that was useful."""
+        """Return the useful share of the worker time."""
         return 1.0 - self.lost_s / self.seconds if self.seconds else 1.0
 
 
-def cost_rows(run: RunFolder) -> list[CostRow]:
-    """Every stage that was tried here, in the order of their first attempts."""
-    compute, events = run.load_config().compute, run.events()
+def load_costs(run: RunFolder) -> list[CostRow]:
+    """Return the costs of every attempted stage, in the order of their first attempts."""
+    compute, events = run.load_config().compute, run.read_events()
     by_stage: dict[str, list[Attempt]] = defaultdict(list)
-    for attempt in all_attempts(run):
+    for attempt in load_all_attempts(run):
         by_stage[attempt.stage].append(attempt)
-    waits, moved = _waits(events), _moved(events)
+    submissions, transfers = _submission_times(events), _transfers(events)
     rows = []
     for stage, attempts in by_stage.items():
-        costs = [_cost(attempt, compute, waits) for attempt in attempts]
-        lost = [_lost(run, work) for work in _by_work(attempts)]
-        rows.append(total([*costs, *lost, *moved.get(stage, [])], stage))
+        costs = [_attempt_cost(attempt, compute, submissions) for attempt in attempts]
+        lost = [_lost_work(run, group) for group in _group_by_checkpoints(attempts)]
+        rows.append(sum_costs([*costs, *lost, *transfers.get(stage, [])], stage))
     return rows
 
 
-def total(rows: Iterable[CostRow], name: str = "total") -> CostRow:
-    """The sum of rows."""
-    given = list(rows)
-    sums = {field.name: sum(getattr(row, field.name) for row in given) for field in fields(CostRow)[1:]}
+def sum_costs(rows: Iterable[CostRow], name: str = "total") -> CostRow:
+    """Return the sum of rows, as a row of that name."""
+    summands = list(rows)
+    sums = {field.name: sum(getattr(row, field.name) for row in summands) for field in fields(CostRow)[1:]}
     return CostRow(stage=name, **sums)
 
 
-def share_of(island: IslandConfig, asked: ResourcesConfig) -> float:
-    """Which part of an island a stage holds: of its CPUs or of its GPUs, whichever is more."""
-    cpus = asked.cpus * asked.workers / island.cpus
-    return max(cpus, asked.gpus * asked.workers / island.gpus) if island.gpus else cpus
+def island_share(island: IslandConfig, resources: ResourcesConfig) -> float:
+    """Return the share of an island that a stage reserves: of its CPUs or of its GPUs, whichever is larger."""
+    cpus = resources.cpus * resources.workers / island.cpus
+    return max(cpus, resources.gpus * resources.workers / island.gpus) if island.gpus else cpus
 
 
-def price_of(island: IslandConfig, asked: ResourcesConfig, seconds: float) -> float:
-    """What it costs to hold these resources on an island for so long."""
-    return island.price_per_hour * share_of(island, asked) * seconds / 3600
+def reservation_price(island: IslandConfig, resources: ResourcesConfig, seconds: float) -> float:
+    """Return the price of reserving these resources on an island for so long."""
+    return island.price_per_hour * island_share(island, resources) * seconds / 3600
 
 
-def cost_line(run: RunFolder) -> str:
-    """The whole run in one line; empty before its first attempt."""
-    rows = cost_rows(run)
-    return describe_costs(total(rows)) if rows else ""
+def format_run_costs(run: RunFolder) -> str:
+    """Return the costs of the run as one line; empty before its first attempt."""
+    rows = load_costs(run)
+    return format_costs(sum_costs(rows)) if rows else ""
 
 
-def describe_costs(row: CostRow) -> str:
-    """A row in words; what is nothing goes unsaid."""
-    words = [f"{row.attempts} attempts", f"{clock(row.cpu_seconds)} CPU time"]
+def format_costs(row: CostRow) -> str:
+    """Return a row as text, without the quantities that are zero."""
+    parts = [f"{row.attempts} attempts", f"{format_clock(row.cpu_seconds)} of reserved CPU time"]
     if row.gpu_seconds:
-        words.append(f"{clock(row.gpu_seconds)} GPU time")
+        parts.append(f"{format_clock(row.gpu_seconds)} of reserved GPU time")
     if row.price:
-        words.append(f"price {row.price:.4g}")
-    words.append(f"{clock(row.lost_s)} lost, goodput {row.goodput:.1%}" if row.lost_s else "nothing lost")
+        parts.append(f"price {row.price:.4g}")
+    parts.append(f"{format_clock(row.lost_s)} lost, goodput {row.goodput:.1%}" if row.lost_s else "nothing lost")
     if row.bytes_out or row.bytes_in:
-        words.append(f"{size(row.bytes_out)} to islands, {size(row.bytes_in)} back")
-    return " · ".join(words)
+        parts.append(f"{format_bytes(row.bytes_out)} to islands, {format_bytes(row.bytes_in)} back")
+    return " · ".join(parts)
 
 
-def size(count: float) -> str:
-    """A number of bytes with a metric prefix."""
+def format_bytes(count: float) -> str:
+    """Return a number of bytes with a metric prefix: 12.3 MB."""
     power = 0
-    while count >= 1000 and power < len(UNITS) - 1:
+    while count >= 1000 and power < len(BYTE_UNITS) - 1:
         count, power = count / 1000, power + 1
-    return f"{count:.3g} {UNITS[power]}"
+    return f"{count:.3g} {BYTE_UNITS[power]}"
 
 
-def _cost(attempt: Attempt, compute: ComputeConfig, waits: dict[tuple[str, int], float]) -> CostRow:
-    """What one attempt held, and for how long."""
-    asked, island = attempt.resources, compute.islands.get(attempt.island)
-    submitted = waits.get((attempt.folder.parent.name, attempt.attempt), attempt.start)
+def _attempt_cost(attempt: Attempt, compute: ComputeConfig, submissions: dict[tuple[str, int], float]) -> CostRow:
+    """Return the time and the reserved resources of one attempt."""
+    resources, island = attempt.resources, compute.islands.get(attempt.island)
+    submitted = submissions.get((attempt.folder.parent.name, attempt.attempt), attempt.start)
     is_gone = island is None and attempt.island not in ("", CONTROLLER)
     return CostRow(
         stage=attempt.stage,
         attempts=1,
         seconds=attempt.seconds,
-        cpu_seconds=attempt.seconds * asked.cpus * asked.workers,
-        gpu_seconds=attempt.seconds * asked.gpus * asked.workers,
-        price=price_of(island, asked, attempt.seconds) if island else 0.0,
+        cpu_seconds=attempt.seconds * resources.cpus * resources.workers,
+        gpu_seconds=attempt.seconds * resources.gpus * resources.workers,
+        price=reservation_price(island, resources, attempt.seconds) if island else 0.0,
         unpriced_s=attempt.seconds if is_gone else 0.0,
         waiting_s=max(0.0, attempt.start - submitted),
     )
 
 
-def _by_work(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
-    """Attempts that share checkpoints, the first one first."""
+def _group_by_checkpoints(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
+    """Return groups of attempts that share checkpoints, each in order."""
     ordered = sorted(attempts, key=lambda attempt: (attempt.folder.parent, attempt.attempt))
     return [list(group) for _, group in groupby(ordered, key=lambda attempt: attempt.folder.parent)]
 
 
-def _lost(run: RunFolder, attempts: Sequence[Attempt]) -> CostRow:
-    """What the attempts lost: everything but the steps that those after them began with."""
-    kept, lost_s, lost_steps = _kept_at_last(run, attempts[-1]), 0.0, 0
-    paces = [attempt.steps.seconds_each for attempt in attempts if attempt.steps and attempt.steps.seconds_each]
+def _lost_work(run: RunFolder, attempts: Sequence[Attempt]) -> CostRow:
+    """Return what the attempts lost: everything but the steps from which later attempts continued."""
+    saved_step, lost_s, lost_steps = _last_saved_step(run, attempts[-1]), 0.0, 0
+    paces = [attempt.steps.seconds_per_step for attempt in attempts if attempt.steps and attempt.steps.seconds_per_step]
     for attempt in reversed(attempts):
         steps = attempt.steps
         if attempt.state not in ("finished", "running"):
-            useful_s, repeated = _useful(attempt, kept, paces)
+            useful_s, repeated = _useful_work(attempt, saved_step, paces)
             lost_s, lost_steps = lost_s + attempt.seconds - useful_s, lost_steps + repeated
         if steps is not None:
-            kept = steps.first if attempt is attempts[-1] else min(kept, steps.first)
+            saved_step = steps.first if attempt is attempts[-1] else min(saved_step, steps.first)
     return CostRow(stage=attempts[-1].stage, lost_s=lost_s, lost_steps=lost_steps)
 
 
-def _useful(attempt: Attempt, kept: int, paces: Sequence[float]) -> tuple[float, int]:
-    """Seconds that were not in vain, and steps that were, if work up to step `kept` outlived the attempt.
+def _useful_work(attempt: Attempt, saved_step: int, paces: Sequence[float]) -> tuple[float, int]:
+    """Return useful seconds and repeated steps, if work up to `saved_step` survived the attempt.
 
-    One that was cut short before it could tell its own pace is taken to have had that of its siblings.
+    An attempt that reported no pace is assumed to have had that of its siblings.
     """
     steps = attempt.steps
     if steps is None:
         return 0.0, 0
-    usual = min(paces, default=attempt.seconds / max(1, steps.last - steps.first))
-    seconds_each = steps.seconds_each or usual
-    useful_s = max(0, kept - steps.first) * seconds_each
-    return min(useful_s, attempt.seconds), max(0, steps.last - max(kept, steps.first))
+    sibling_pace = min(paces, default=attempt.seconds / max(1, steps.last - steps.first))
+    seconds_per_step = steps.seconds_per_step or sibling_pace
+    useful_s = max(0, saved_step - steps.first) * seconds_per_step
+    return min(useful_s, attempt.seconds), max(0, steps.last - max(saved_step, steps.first))
 
 
-def _kept_at_last(run: RunFolder, latest: Attempt) -> int:
-    """The step of the checkpoint that a next attempt would find; 0 if there will be none."""
+def _last_saved_step(run: RunFolder, latest: Attempt) -> int:
+    """Return the step from which a next attempt would continue; 0 if there will be none."""
     if latest.state == "failed":
         return 0
-    saved = run.scratch_of(latest.folder).glob("checkpoints/step-*")
-    return max((int(path.name.removeprefix("step-")) for path in saved), default=0)
+    checkpoints = run.scratch_of_attempt(latest.folder).glob("checkpoints/step-*")
+    return max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)
 
 
-def _waits(events: Sequence[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """When each attempt was submitted."""
+def _submission_times(events: Sequence[dict[str, Any]]) -> dict[tuple[str, int], float]:
+    """Return the time at which each attempt was submitted, by work folder and number."""
     return {
         (f"{event['stage']}-{event['fingerprint'][:12]}", event["attempt"]): event["time"]
         for event in events
@@ -181,11 +181,11 @@ def _waits(events: Sequence[dict[str, Any]]) -> dict[tuple[str, int], float]:
     }
 
 
-def _moved(events: Sequence[dict[str, Any]]) -> dict[str, list[CostRow]]:
-    """The bytes that crossed, by stage."""
-    found: dict[str, list[CostRow]] = defaultdict(list)
+def _transfers(events: Sequence[dict[str, Any]]) -> dict[str, list[CostRow]]:
+    """Return the bytes that were sent, by stage."""
+    rows: dict[str, list[CostRow]] = defaultdict(list)
     for event in events:
         if event["event"] == "moved":
-            crossed = {f"bytes_{event['direction']}": int(event["bytes"])}
-            found[event["stage"]].append(CostRow(stage=event["stage"], **crossed))
-    return found
+            sent = {f"bytes_{event['direction']}": int(event["bytes"])}
+            rows[event["stage"]].append(CostRow(stage=event["stage"], **sent))
+    return rows

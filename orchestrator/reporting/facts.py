@@ -1,4 +1,4 @@
-"""What the report says, read from the run folder: plain values, no HTML."""
+"""Contents of the report, read from the run folder: plain values, no HTML."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,18 +12,18 @@ import torch
 
 from data_partition.shards.shards import read_index, read_samples
 from ddm_core.artifacts import read_json
-from ensemble.sampling.images import grid, png
+from ensemble.sampling.images import encode_png, image_grid
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.analyses import finished_audits
 from orchestrator.run.run_folder import RunFolder
 
-PICTURES = 24
-"""Images shown of every cluster."""
+IMAGES_PER_CLUSTER = 24
+"""How many images the report shows of every cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterFacts:
-    """One cluster: how large it is, what is in it, and how often its expert saw it."""
+    """One cluster: its size, some of its images, and how often its expert saw them."""
 
     cluster_id: int
     count: int
@@ -34,8 +34,8 @@ class ClusterFacts:
     """PNG of some of its images."""
 
 
-def cluster_facts(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
-    """Every cluster of the partition."""
+def load_clusters(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
+    """Return every cluster of the partition."""
     by_name = {stage.name: stage for stage in graph}
     folder = run.artifact(by_name["partition"]) / "clusters"
     counts = [read_index(folder / str(k)).count for k in range(len(list(folder.iterdir())))]
@@ -52,23 +52,25 @@ def cluster_facts(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
 
 
 def _epochs(run: RunFolder, expert: Stage | None) -> float | None:
-    if expert is None or not run.finished(expert):
+    if expert is None or not run.is_finished(expert):
         return None
-    return float(read_json(run.checked(expert, "training.json"))["epochs"])
+    return float(read_json(run.verify_file(expert, "training.json"))["epochs"])
 
 
 def _picture(shards: Path, count: int) -> bytes:
-    spread = islice(read_samples(shards), 0, None, max(1, count // PICTURES))
-    images = np.stack([sample.image for sample in islice(spread, PICTURES)])
-    return png(grid(torch.from_numpy(images).float() / 255, columns=PICTURES // 2))
+    spread = islice(read_samples(shards), 0, None, max(1, count // IMAGES_PER_CLUSTER))
+    images = np.stack([sample.image for sample in islice(spread, IMAGES_PER_CLUSTER)])
+    return encode_png(image_grid(torch.from_numpy(images).float() / 255, columns=IMAGES_PER_CLUSTER // 2))
 
 
-def loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    """(step, loss) of every finished training of the given kinds that took steps."""
+def load_loss_curves(
+    run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Return (step, loss) of every finished training of these kinds, by name; those without steps are left out."""
     curves = {
-        stage.name: [(row["step"], row["loss"]) for row in _rows(run.checked(stage, "metrics.jsonl"))]
+        stage.name: [(row["step"], row["loss"]) for row in _rows(run.verify_file(stage, "metrics.jsonl"))]
         for stage in graph
-        if stage.kind in kinds and run.finished(stage)
+        if stage.kind in kinds and run.is_finished(stage)
     }
     return {name: points for name, points in curves.items() if points}
 
@@ -78,41 +80,41 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def missing_share(run: RunFolder, graph: Sequence[Stage], missing: Sequence[str]) -> float:
-    """The share of the training images whose experts, such as `expert_3`, are missing."""
+def load_missing_share(run: RunFolder, graph: Sequence[Stage], missing: Sequence[str]) -> float:
+    """Return the share of the training images whose experts, such as `expert_3`, are missing."""
     partition = next(stage for stage in graph if stage.kind == "partition")
     ids = [int(name.removeprefix("expert_")) for name in missing if name.startswith("expert_")]
-    if not ids or not run.finished(partition):
+    if not ids or not run.is_finished(partition):
         return 0.0
-    shares = read_json(run.checked(partition, "balance.json"))["shares"]
+    shares = read_json(run.verify_file(partition, "balance.json"))["shares"]
     return float(sum(shares[k] for k in ids))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditFacts:
-    """What an audit found, and its picture."""
+    """Result and picture of an audit."""
 
     name: str
-    """The row of the table of scores."""
-    found: dict[str, Any]
+    """Its row in the table of scores."""
+    result: dict[str, Any]
     """`audit.json`."""
     picture: bytes
     """PNG: suspects above, their nearest training images below."""
 
 
-def audit_facts(run: RunFolder, graph: Sequence[Stage]) -> list[AuditFacts]:
-    """Every finished audit."""
+def load_audits(run: RunFolder, graph: Sequence[Stage]) -> list[AuditFacts]:
+    """Return every finished audit."""
     return [
         AuditFacts(
             name=audit.name.removeprefix("audit_"),
-            found=read_json(run.checked(audit, "audit.json")),
-            picture=run.checked(audit, "suspects.png").read_bytes(),
+            result=read_json(run.verify_file(audit, "audit.json")),
+            picture=run.verify_file(audit, "suspects.png").read_bytes(),
         )
         for audit in finished_audits(run, graph)
     ]
 
 
-def router_quality(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
-    """The router's held-out figures by t; None if the run has no finished router."""
-    router = next((stage for stage in graph if stage.kind == "router" and run.finished(stage)), None)
-    return None if router is None else dict(read_json(run.checked(router, "quality.json")))
+def load_router_quality(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
+    """Return the router's held-out quality by t; None if the run has no finished router."""
+    router = next((stage for stage in graph if stage.kind == "router" and run.is_finished(stage)), None)
+    return None if router is None else dict(read_json(run.verify_file(router, "quality.json")))

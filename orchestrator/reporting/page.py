@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from ddm_core.artifacts import to_jsonable, write_text
 from orchestrator.config.schema import RunConfig
@@ -13,81 +14,123 @@ from orchestrator.controller import project_version
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting import charts, facts
-from orchestrator.reporting.costs import cost_rows, size, total
-from orchestrator.reporting.pareto import compression_points, front_of
-from orchestrator.reporting.progress import clock
-from orchestrator.reporting.results import ScoreRow, current_graph, score_rows, selection_choice, training_flops
-from orchestrator.run.attempts import Attempt, attempts_of
+from orchestrator.reporting.analysis_tables import SURPRISING
+from orchestrator.reporting.charts import WITH_CLASS, WITHOUT_CLASS
+from orchestrator.reporting.costs import format_bytes, load_costs, sum_costs
+from orchestrator.reporting.pareto import CompressionPoint, load_compression_points, pareto_front
+from orchestrator.reporting.results import (
+    ScoreRow,
+    current_graph,
+    load_score_rows,
+    load_training_flops,
+    selection_choice,
+)
+from orchestrator.reporting.summary import format_duration, summary_tiles
+from orchestrator.run.attempts import Attempt, load_attempts
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
 from router.config import AUTO
+
+NOISE_AXIS = "t (0 = clean, 1 = noise)"
+
+Chart = dict[str, Any]
+"""`svg`, and a `caption` with the reading rule."""
 
 
 def write_report(run: RunFolder) -> Path:
     """Write `report.html` from whatever is finished, and return its path."""
     config = run.load_config()
     graph = current_graph(run, config)
-    templates = Environment(
-        loader=PackageLoader("orchestrator.reporting", "."), autoescape=True, undefined=StrictUndefined
-    )
-    templates.filters |= {"data_url": _data_url, "si": _si, "clock": clock, "size": size}
-    page = templates.get_template("page.html").render(**_page_facts(run, config, graph))
+    page = render_page(_page_facts(run, config, graph))
     with disk_errors_as_messages(run.root):
         write_text(run.report, page)
     return run.report
 
 
+def render_page(page_facts: dict[str, Any]) -> str:
+    """Return `page.html` with its facts filled in; everything but the charts is escaped."""
+    templates = Environment(
+        loader=PackageLoader("orchestrator.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"data_url": _data_url, "si": _si, "duration": format_duration, "bytes": format_bytes}
+    return templates.get_template("page.html").render(**page_facts)
+
+
 def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[str, Any]:
-    finished = {stage.name for stage in graph if run.finished(stage)}
-    rows = score_rows(run, graph)
-    attempts, costs = attempts_of(run, graph), cost_rows(run)
-    quality = facts.router_quality(run, graph)
-    standing = {stage.name for stage in graph}
-    points = compression_points(run, graph)
-    missing = [stage.name for stage in build_graph(config) if stage.name not in standing]
+    rows, points, costs = load_score_rows(run, graph), load_compression_points(run, graph), load_costs(run)
+    attempts, total = load_attempts(run, graph), sum_costs(costs, "whole run")
     return {
-        "config": config,
-        "yaml": yaml.safe_dump(to_jsonable(config), sort_keys=False),
-        "version": project_version(),
-        "unfinished": [stage.name for stage in graph if stage.name not in finished],
-        "missing": missing,
-        "missing_share": facts.missing_share(run, graph, missing),
-        "audits": facts.audit_facts(run, graph),
+        "tiles": summary_tiles(rows, total, attempts),
         "rows": rows,
         "why": explain_default(rows),
         "selection_search": selection_choice(run, graph),
         "points": points,
-        "front": front_of(points),
-        "pareto_chart": charts.pareto_chart(points, front_of(points)) if points else "",
+        "front": pareto_front(points),
+        "pareto_charts": _pareto_charts(points),
         "grids": _grids(run, graph, rows),
-        "clusters": facts.cluster_facts(run, graph) if "partition" in finished else [],
-        "loss_chart": _chart(
-            facts.loss_curves(run, graph, ("expert", "monolith", "cluster_conditioned")), "step", "loss"
-        ),
-        "router_loss_chart": _chart(facts.loss_curves(run, graph, ("router",)), "step", "cross-entropy (nats)"),
-        "router_charts": _router_charts(quality) if quality else [],
+        "audits": facts.load_audits(run, graph),
+        "surprising": SURPRISING,
         "attempts": attempts,
-        "timeline": _timeline(attempts) if attempts else "",
+        "timeline": _timeline(attempts) if attempts else None,
         "costs": costs,
-        "total": total(costs, "everything"),
-        "flops": _flops_table(training_flops(run, graph)),
+        "total": total,
+        **_run_facts(run, config, graph),
+        **_training_facts(run, graph),
+    }
+
+
+def _run_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[str, Any]:
+    """Return the head of the page: the configuration of the run, and what it lacks."""
+    present = {stage.name for stage in graph}
+    missing = [stage.name for stage in build_graph(config) if stage.name not in present]
+    return {
+        "config": config,
+        "folder": run.root,
+        "yaml": yaml.safe_dump(to_jsonable(config), sort_keys=False),
+        "version": project_version(),
+        "unfinished": [stage.name for stage in graph if not run.is_finished(stage)],
+        "missing": missing,
+        "missing_share": facts.load_missing_share(run, graph, missing),
+    }
+
+
+def _training_facts(run: RunFolder, graph: list[Stage]) -> dict[str, Any]:
+    """Return clusters, losses, quality of the router, and FLOPs of training."""
+    has_partition = any(stage.name == "partition" and run.is_finished(stage) for stage in graph)
+    quality = facts.load_router_quality(run, graph)
+    losses = facts.load_loss_curves(run, graph, ("expert", "monolith", "cluster_conditioned"))
+    return {
+        "clusters": facts.load_clusters(run, graph) if has_partition else [],
+        "loss_chart": _line_chart(losses, "training step", "loss", "Training loss by step"),
+        "router_loss_chart": _line_chart(
+            facts.load_loss_curves(run, graph, ("router",)),
+            "training step",
+            "cross-entropy (nats)",
+            "Training loss of the router by step",
+        ),
+        "router_charts": _router_charts(quality) if quality else [],
+        "flops": _flops_table(load_training_flops(run, graph)),
     }
 
 
 def explain_default(rows: list[ScoreRow]) -> str:
-    """Why the default selection is the default, with this run's own figures."""
+    """Return why the default selection is the default, with this run's own figures."""
     default = next((row for row in rows if row.is_default), None)
     monolith = next((row for row in rows if row.name == "monolith"), None)
     if default is None:
         return ""
-    calls = f"{default.scores['calls_per_step']:.2f} expert call(s) a step"
+    calls = f"{default.scores['calls_per_step']:.2f} expert calls per step"
     if default.name == AUTO:
-        return f"auto is the default because the configuration says so; it stands for {default.scores['selection']}."
+        return f"The configuration sets auto as the default; in this run it selects {default.scores['selection']}."
     if default.name != "sticky":
-        return f"{default.name} is the default because the configuration says so; it makes {calls}."
+        return f"The configuration sets {default.name} as the default; it makes {calls}."
     reason = (
-        "sticky is the default because it is exact in distribution (one expert is drawn from p(cluster | condition) "
-        f"and kept, which is ancestral sampling of the mixture) and makes {calls}."
+        "Sticky is the default because it is exact in distribution: it draws one expert from p(cluster | condition) "
+        f"and keeps it, which is ancestral sampling of the mixture. It makes {calls}."
     )
     if monolith is None:
         return reason
@@ -95,62 +138,91 @@ def explain_default(rows: list[ScoreRow]) -> str:
         f"{default.scores['spaces'][space]['fd'] / values['fd']:.2f} in {space}"
         for space, values in monolith.scores["spaces"].items()
     ]
-    return f"{reason} Its Fréchet distance is {' and '.join(ratios)} times the monolith's in this run (one seed)."
+    return f"{reason} Its Fréchet distance, divided by the monolith's, is {' and '.join(ratios)} (this run, one seed)."
 
 
 def _grids(run: RunFolder, graph: list[Stage], rows: list[ScoreRow]) -> list[tuple[str, bytes]]:
-    """The default selection and the monolith, drawn from the same seeds."""
+    """Return title and PNG of the default selection's and the monolith's samples from the same seeds."""
     by_name = {stage.name: stage for stage in graph}
     shown = [row for row in rows if row.is_default] + [row for row in rows if row.name == "monolith"]
-    titles = {"monolith": "monolith"}
     return [
         (
-            titles.get(row.name, f"ensemble, {row.label}"),
-            run.checked(by_name[f"score_{row.name}"], "grid.png").read_bytes(),
+            "Monolith" if row.name == "monolith" else f"Ensemble, {row.label}",
+            run.verify_file(by_name[f"score_{row.name}"], "grid.png").read_bytes(),
         )
         for row in shown
     ]
 
 
-def _chart(curves: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    return charts.line_chart(curves, x_label, y_label) if curves else ""
+def _line_chart(
+    curves: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, description: str
+) -> Markup | None:
+    return charts.themed(charts.line_chart(curves, x_label, y_label), description) if curves else None
 
 
-def _router_charts(quality: dict[str, Any]) -> list[str]:
-    """Cross-entropy, accuracy and calibration over t, each beside its floor.
+def _pareto_charts(points: list[CompressionPoint]) -> list[Markup]:
+    """Return KID against bytes and against CPU time, each if any point has both."""
+    front = pareto_front(points)
+    labels = {"bytes": "bytes on disk", "cpu": "CPU time per image"}
+    drawn = {label: charts.pareto_chart(points, front, cost, label) for cost, label in labels.items()}
+    return [charts.themed(svg, f"KID against {label} of every ensemble") for label, svg in drawn.items() if svg]
+
+
+def _router_charts(quality: dict[str, Any]) -> list[Chart]:
+    """Return cross-entropy, accuracy and calibration over t, each with its floor.
 
     The floor of the first two is the prior, which is all that is known at t = 1; that of the third is chance.
     """
-    labels = {
-        "cross_entropy": ("cross-entropy (nats)", "prior_entropy", "entropy of the prior"),
-        "accuracy": ("accuracy", "largest_share", "share of the largest cluster"),
-    }
-    return [
-        charts.line_chart(
-            {
-                "with the class": _over_t(quality["bins"], name),
-                "without": _over_t(quality["bins"], f"{name}_null"),
-            },
-            "t (0 clean, 1 noise)",
-            label,
-            {f"{floor_label}, with the class": quality[floor], f"{floor_label}, without": quality[f"{floor}_null"]},
-        )
-        for name, (label, floor, floor_label) in labels.items()
-    ] + [_calibration_chart(quality["bins"])]
+    cross_entropy = _prior_chart(quality, "cross_entropy", "cross-entropy (nats)", "prior_entropy", "prior's entropy")
+    accuracy = _prior_chart(quality, "accuracy", "accuracy", "largest_share", "share of largest cluster")
+    drawn = (
+        (
+            "Cross-entropy of the router over t",
+            cross_entropy,
+            "Lower is better; a solid line above its dashed line is worse than knowing only the clusters' sizes.",
+        ),
+        (
+            "Accuracy of the router over t",
+            accuracy,
+            "Higher is better; a solid line below its dashed line is worse than always naming the largest cluster.",
+        ),
+        (
+            "Calibration error of the router over t",
+            _calibration_chart(quality["bins"]),
+            "Lower is better; a solid line far above its dashed line means over- or underconfident gates.",
+        ),
+    )
+    return [{"svg": charts.themed(svg, title), "caption": caption} for title, svg, caption in drawn]
+
+
+def _prior_chart(quality: dict[str, Any], name: str, label: str, floor: str, floor_label: str) -> str:
+    """Draw a quantity over t with and without the class label, and what the prior alone reaches."""
+    return charts.line_chart(
+        {
+            WITH_CLASS: _over_t(quality["bins"], name),
+            WITHOUT_CLASS: _over_t(quality["bins"], f"{name}_null"),
+        },
+        NOISE_AXIS,
+        label,
+        {
+            f"{floor_label}, {WITH_CLASS}": quality[floor],
+            f"{floor_label}, {WITHOUT_CLASS}": quality[f"{floor}_null"],
+        },
+    )
 
 
 def _calibration_chart(bins: list[dict[str, float]]) -> str:
     return charts.line_chart(
         {
-            "with the class": _over_t(bins, "calibration_error"),
-            "without": _over_t(bins, "calibration_error_null"),
-            "without, before calibration": _over_t(bins, "calibration_error_before_null"),
+            WITH_CLASS: _over_t(bins, "calibration_error"),
+            WITHOUT_CLASS: _over_t(bins, "calibration_error_null"),
+            f"{WITHOUT_CLASS}, uncalibrated": _over_t(bins, "calibration_error_before_null"),
         },
-        "t (0 clean, 1 noise)",
+        NOISE_AXIS,
         "expected calibration error",
         {
-            "perfectly calibrated, with the class": _over_t(bins, "calibration_error_floor"),
-            "perfectly calibrated, without": _over_t(bins, "calibration_error_floor_null"),
+            f"perfect calibration, {WITH_CLASS}": _over_t(bins, "calibration_error_floor"),
+            f"perfect calibration, {WITHOUT_CLASS}": _over_t(bins, "calibration_error_floor_null"),
         },
     )
 
@@ -159,20 +231,19 @@ def _over_t(bins: list[dict[str, float]], name: str) -> list[tuple[float, float]
     return [((row["t_low"] + row["t_high"]) / 2, row[name]) for row in bins]
 
 
-def _timeline(attempts: list[Attempt]) -> str:
+def _timeline(attempts: list[Attempt]) -> Markup:
     first = min(attempt.start for attempt in attempts)
-    return charts.timeline(
-        [
-            (
-                f"{attempt.stage} #{attempt.attempt} · {_place(attempt)}",
-                attempt.stage,
-                attempt.start - first,
-                attempt.end - first,
-                attempt.state,
-            )
-            for attempt in attempts
-        ]
-    )
+    bars = [
+        (
+            f"{attempt.stage} #{attempt.attempt} · {_place(attempt)}",
+            attempt.stage,
+            attempt.start - first,
+            attempt.end - first,
+            attempt.state,
+        )
+        for attempt in attempts
+    ]
+    return charts.themed(charts.timeline(bars), "When each attempt ran, and where")
 
 
 def _place(attempt: Attempt) -> str:
@@ -180,9 +251,9 @@ def _place(attempt: Attempt) -> str:
 
 
 def _flops_table(flops: dict[str, float]) -> dict[str, Any]:
-    """FLOPs of every part, and the two sums that must match."""
-    ours = {name: value for name, value in flops.items() if name != "monolith"}
-    return {"parts": flops, "ours": sum(ours.values()), "monolith": flops.get("monolith")}
+    """Return the FLOPs of every part of the decentralized side, their sum, and the monolith's."""
+    parts = {name: value for name, value in flops.items() if name != "monolith"}
+    return {"parts": parts, "ours": sum(parts.values()), "monolith": flops.get("monolith")}
 
 
 def _data_url(png: bytes) -> str:
@@ -190,8 +261,8 @@ def _data_url(png: bytes) -> str:
 
 
 def _si(value: float) -> str:
-    """A number with a metric prefix: 1.23 T."""
+    """Return a number with a metric prefix: 1.23 T."""
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.2f} {prefix}"
-    return f"{value:.0f} "
+    return f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""Every compressed ensemble that a run has made so far: what each weighs, costs and is worth."""
+"""Size, cost and quality of every compressed ensemble that a run has so far."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
 MEASURES = ("bytes", "flops", "cpu", "kid", "fd", "l2")
-"""What a budget may bound; all but the relative L2 distance are ratios to the whole ensemble."""
+"""Quantities that a budget may limit; all but the relative L2 distance are ratios to the original ensemble."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,23 +21,23 @@ class CompressionPoint:
     """One compressed ensemble."""
 
     name: str
-    """Its stages, in their order."""
+    """Its compression methods, in order."""
     folder: Path
     bytes: float
-    """On disk, over the whole ensemble's."""
+    """On disk, relative to the original ensemble."""
     flops: float
-    """Of an image, over the whole ensemble's."""
+    """Per image, relative to the original ensemble."""
     l2: float
-    """Relative L2 distance to the whole ensemble's images from the same noise."""
+    """Relative L2 distance to the original ensemble's images from the same noise."""
     cpu: float | None
-    """Processor time of an image over the whole ensemble's; None if it was not measured."""
+    """CPU time per image, relative to the original ensemble; None if it was not measured."""
     kid: float | None
-    """KID over the whole ensemble's, in the space where that is larger; None without a score."""
+    """KID relative to the original ensemble, in the space where that is larger; None without a score."""
     fd: float | None
-    """The same of the Fréchet distance."""
+    """The same for the Fréchet distance."""
 
     def dominates(self, other: "CompressionPoint") -> bool:
-        """Whether it is nowhere worse in bytes, processor time (or FLOPs) and KID (or L2), and somewhere better."""
+        """Return whether it is nowhere worse in bytes, CPU time (or FLOPs) and KID (or L2), and somewhere better."""
         ours, theirs = self._costs(), other._costs()
         return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
 
@@ -49,31 +49,31 @@ class CompressionPoint:
         )
 
 
-def compression_points(run: RunFolder, graph: Sequence[Stage]) -> list[CompressionPoint]:
-    """Every compressed version of the run's ensemble, the heaviest first."""
+def load_compression_points(run: RunFolder, graph: Sequence[Stage]) -> list[CompressionPoint]:
+    """Return every compressed version of the run's ensemble, the largest first."""
     by_name = {stage.name: stage for stage in graph}
     default = next((stage for stage in graph if stage.kind == "score"), None)
-    if "ensemble" not in by_name or default is None or not run.finished(default):
+    if "ensemble" not in by_name or default is None or not run.is_finished(default):
         return []
-    whole, score = by_name["ensemble"].fingerprint, read_manifest(run.artifact(default))
+    original, score = by_name["ensemble"].fingerprint, read_manifest(run.artifact(default))
     baseline = read_json(run.artifact(default) / "scores.json")
-    found = dict(_finished(run))
+    manifests = dict(_finished_artifacts(run))
     points = [
-        _point(folder, manifest, found, score, baseline)
-        for folder, manifest in found.items()
-        if (folder / REPORT_FILE).exists() and manifest.inputs.get("whole") == whole
+        _load_point(folder, manifest, manifests, score, baseline)
+        for folder, manifest in manifests.items()
+        if (folder / REPORT_FILE).exists() and manifest.inputs.get("original") == original
     ]
     return sorted(points, key=lambda point: -point.bytes)
 
 
-def front_of(points: Sequence[CompressionPoint]) -> list[CompressionPoint]:
-    """Those that no other dominates."""
+def pareto_front(points: Sequence[CompressionPoint]) -> list[CompressionPoint]:
+    """Return the points that no other dominates."""
     return [point for point in points if not any(other.dominates(point) for other in points)]
 
 
 def pareto_table(points: Sequence[CompressionPoint]) -> Table:
-    """For a terminal; the front is bold."""
-    table, front = Table(title="Compressed ensembles, as ratios to the whole one"), front_of(points)
+    """Return a table for a terminal; the Pareto front is bold."""
+    table, front = Table(title="Compressed ensembles, as ratios to the original"), pareto_front(points)
     for heading in ("", "bytes", "FLOPs", "CPU time", "KID", "FD", "relative L2"):
         table.add_column(heading, justify="right" if heading else "left")
     for point in points:
@@ -83,33 +83,35 @@ def pareto_table(points: Sequence[CompressionPoint]) -> Table:
     return table
 
 
-def _finished(run: RunFolder) -> Iterator[tuple[Path, Manifest]]:
+def _finished_artifacts(run: RunFolder) -> Iterator[tuple[Path, Manifest]]:
     folder = run.root / "artifacts"
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_finished(path):
             yield path, read_manifest(path)
 
 
-def _point(
-    folder: Path, manifest: Manifest, found: dict[Path, Manifest], score: Manifest, baseline: dict[str, Any]
+def _load_point(
+    folder: Path, manifest: Manifest, manifests: dict[Path, Manifest], score: Manifest, baseline: dict[str, Any]
 ) -> CompressionPoint:
-    compared = CompressionReport.read(folder / REPORT_FILE)
-    behind = {path: one for path, one in found.items() if one.inputs.get("ensemble") == manifest.fingerprint}
-    scores = [read_json(path / "scores.json") for path, one in behind.items() if one.config == score.config]
-    timings = [read_json(path / TIMING_FILE) for path in behind if (path / TIMING_FILE).exists()]
+    report = CompressionReport.read(folder / REPORT_FILE)
+    dependents = {
+        path: other for path, other in manifests.items() if other.inputs.get("ensemble") == manifest.fingerprint
+    }
+    scores = [read_json(path / "scores.json") for path, other in dependents.items() if other.config == score.config]
+    timings = [read_json(path / TIMING_FILE) for path in dependents if (path / TIMING_FILE).exists()]
     return CompressionPoint(
-        name=" + ".join(compared.stages),
+        name=" + ".join(report.stages),
         folder=folder,
-        bytes=compared.bytes_after / compared.bytes_before,
-        flops=compared.flops_after / compared.flops_before,
-        l2=compared.relative_l2,
+        bytes=report.bytes_after / report.bytes_before,
+        flops=report.flops_after / report.flops_before,
+        l2=report.relative_l2,
         cpu=timings[-1]["ratio"] if timings else None,
-        kid=_worst(scores, baseline, "kid"),
-        fd=_worst(scores, baseline, "fd"),
+        kid=_largest_ratio(scores, baseline, "kid"),
+        fd=_largest_ratio(scores, baseline, "fd"),
     )
 
 
-def _worst(scores: Sequence[dict[str, Any]], baseline: dict[str, Any], key: str) -> float | None:
+def _largest_ratio(scores: Sequence[dict[str, Any]], baseline: dict[str, Any], key: str) -> float | None:
     if not scores:
         return None
     ours, theirs = scores[-1]["spaces"], baseline["spaces"]

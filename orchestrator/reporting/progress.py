@@ -1,7 +1,7 @@
-"""What a person sees while a run is on its way: one line per running stage.
+"""Progress display of a run: one line per running stage.
 
-Everything shown is read from the files that the attempts write, so any backend can be watched, and `ddm status` shows
-the same. On a terminal the lines stay in place; elsewhere (a log, CI) a line is printed every ten seconds.
+It reads only the files that attempts write, so it works for every backend, and `ddm status` shows the same. On a
+terminal the lines stay in place. Elsewhere (a log, CI) a line is printed every ten seconds.
 """
 
 import threading
@@ -19,43 +19,43 @@ from ddm_core.artifacts import read_json
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
-PLAIN_EVERY_S = 10.0
+PRINT_EVERY_S = 10.0
 
 
-def progress_of(attempt: Path) -> dict[str, Any]:
-    """What an attempt last said about itself; empty before its first word."""
-    written = attempt / "progress.json"
-    return dict(read_json(written)) if written.is_file() else {}
+def load_progress(attempt: Path) -> dict[str, Any]:
+    """Return the latest progress that an attempt reported; empty before its first report."""
+    path = attempt / "progress.json"
+    return dict(read_json(path)) if path.is_file() else {}
 
 
-def describe(progress: dict[str, Any]) -> str:
-    """Progress in words: share, figures, time left."""
+def format_progress(progress: dict[str, Any]) -> str:
+    """Return progress as text: share, figures, time left."""
     if not progress:
         return "waiting for a worker"
     done, total, unit = progress["done"], progress["total"], progress["unit"]
-    words = [
+    parts = [
         f"{done:,} {unit}" if total is None else f"{done / max(total, 1):4.0%}",
-        *(f"{name.replace('_per_s', '/s')} {figure(value)}" for name, value in progress["figures"].items()),
+        *(f"{name.replace('_per_s', '/s')} {format_number(value)}" for name, value in progress["figures"].items()),
     ]
     if progress["left_s"] is not None and done != total:
-        words.append(f"{clock(progress['left_s'])} left")
-    return "  ".join(words)
+        parts.append(f"{format_clock(progress['left_s'])} left")
+    return "  ".join(parts)
 
 
-def figure(value: float) -> str:
-    """A number in four digits, a large one in as many as it has."""
+def format_number(value: float) -> str:
+    """Return a number in four digits, or a large one rounded to an integer."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+def format_clock(seconds: float) -> str:
+    """Return seconds as m:ss or h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class RunDisplay:
-    """Shows a walk while the block lasts."""
+    """Context manager that displays a run's running stages."""
 
     def __init__(self, run: RunFolder, console: Console) -> None:
         self.run, self.console = run, console
@@ -65,7 +65,7 @@ class RunDisplay:
         self._printer = threading.Thread(target=self._print_lines, daemon=True, name="display")
 
     def __enter__(self) -> Self:
-        """Start showing."""
+        """Start the display."""
         if self.console.is_terminal:
             self._live.start()
         else:
@@ -73,7 +73,7 @@ class RunDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop showing."""
+        """Stop the display."""
         self._ended.set()
         if self.console.is_terminal:
             self._live.stop()
@@ -81,11 +81,11 @@ class RunDisplay:
             self._printer.join()
 
     def tick(self, running: Sequence[Stage]) -> None:
-        """Say which stages are running now."""
+        """Set the stages that are running now."""
         self.running = list(running)
 
     def event(self, event: str, stage: Stage, text: str) -> None:
-        """Print what has happened to a stage."""
+        """Print an event of a stage."""
         text = escape(text)
         line = {
             "finished": f"[green]✔[/] {stage.name:22} finished {text}",
@@ -101,15 +101,17 @@ class RunDisplay:
         table = Table.grid(padding=(0, 1))
         for stage in self.running:
             attempts = self.run.attempts(stage)
-            progress = progress_of(attempts[-1]) if attempts else {}
+            progress = load_progress(attempts[-1]) if attempts else {}
             total, done = progress.get("total", 1), progress.get("done", 0)
             bar = ProgressBar(total=total or 1, completed=done, width=24, pulse=total is None)
-            table.add_row(f"  {stage.name:22}", bar, describe(progress))
+            table.add_row(f"  {stage.name:22}", bar, format_progress(progress))
         return table
 
     def _print_lines(self) -> None:
-        while not self._ended.wait(PLAIN_EVERY_S):
+        while not self._ended.wait(PRINT_EVERY_S):
             for stage in self.running:
                 attempts = self.run.attempts(stage)
-                if attempts and (progress := progress_of(attempts[-1])):
-                    self.console.print(f"  {stage.name:22} {describe(progress)}", highlight=False, soft_wrap=True)
+                if attempts and (progress := load_progress(attempts[-1])):
+                    self.console.print(
+                        f"  {stage.name:22} {format_progress(progress)}", highlight=False, soft_wrap=True
+                    )

@@ -1,4 +1,4 @@
-"""What a run has found so far, read from its artifacts: the rows of the tables that people see."""
+"""Results of a run so far, read from its artifacts: the rows of the tables that people see."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from rich.table import Table
 
 from ddm_core.artifacts import read_json, read_manifest
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.stage_kinds import OUR_KINDS
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.pipeline.stage import Stage, without
+from orchestrator.pipeline.stage import Stage, remove_stage
 from orchestrator.run.run_folder import RunFolder
 from router.config import AUTO
 
@@ -24,31 +25,31 @@ class ScoreRow:
     scores: dict[str, Any]
     """`scores.json` of the stage."""
     is_default: bool
-    """Whether this is what `ddm sample` draws with."""
+    """Whether `ddm sample` generates with it."""
 
     @property
     def label(self) -> str:
-        """The name, and for `auto` the selection that it stands for."""
+        """Return the name, and for `auto` also the selection that it resolves to."""
         return f"{self.name}: {self.scores['selection']}" if self.name == AUTO else self.name
 
 
 def current_graph(run: RunFolder, config: RunConfig) -> list[Stage]:
-    """The graph of what there is: without the experts that a finished ensemble had to do without."""
-    whole = build_graph(config)
-    lost = [stage.name for stage in whole if stage.optional and not run.finished(stage)]
-    reduced = reduce(without, lost, whole) if len(lost) < config.partition.num_experts else whole
-    stands = any(stage.name == "ensemble" and run.finished(stage) for stage in reduced)
-    return reduced if stands else whole
+    """Return the graph, without the experts that a finished ensemble lacks."""
+    graph = build_graph(config)
+    missing = [stage.name for stage in graph if stage.optional and not run.is_finished(stage)]
+    reduced = reduce(remove_stage, missing, graph) if len(missing) < config.partition.num_experts else graph
+    has_ensemble = any(stage.name == "ensemble" and run.is_finished(stage) for stage in reduced)
+    return reduced if has_ensemble else graph
 
 
-def score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:
-    """Every finished score, the monolith first, then the default selection."""
-    stages = [stage for stage in graph if stage.kind == "score" and run.finished(stage)]
+def load_score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:
+    """Return every finished score, the monolith first, then the default selection."""
+    stages = [stage for stage in graph if stage.kind == "score" and run.is_finished(stage)]
     default = next((stage.name for stage in graph if stage.kind == "score"), "")
     rows = [
         ScoreRow(
             name=stage.name.removeprefix("score_"),
-            scores=read_json(run.checked(stage, "scores.json")),
+            scores=read_json(run.verify_file(stage, "scores.json")),
             is_default=stage.name == default,
         )
         for stage in stages
@@ -57,46 +58,48 @@ def score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:
 
 
 def selection_choice(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any] | None:
-    """The run's `selection_choice.json`: what `auto` stands for, why, and the candidates; None as long as there is none."""
-    stage = next((stage for stage in graph if stage.kind == "selection_search" and run.finished(stage)), None)
-    return None if stage is None else dict(read_json(run.checked(stage, "selection_choice.json")))
+    """Return `selection_choice.json`: selection of `auto`, reason, candidates; None without a finished search."""
+    stage = next((stage for stage in graph if stage.kind == "selection_search" and run.is_finished(stage)), None)
+    return None if stage is None else dict(read_json(run.verify_file(stage, "selection_choice.json")))
 
 
-def training_flops(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
-    """FLOPs of every finished stage that belongs to the training of one side or the other; a choice is ours."""
-    kinds = ("features", "partition", "expert", "expert_samples", "router", "selection_search", "monolith")
+def load_training_flops(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
+    """Return FLOPs of every finished stage of either side's training; a selection search belongs to the ensemble's."""
     return {
         stage.name: read_manifest(run.artifact(stage)).flops
         for stage in graph
-        if stage.kind in kinds and run.finished(stage)
+        if stage.kind in (*OUR_KINDS, "monolith") and run.is_finished(stage)
     }
 
 
 def score_table(rows: Sequence[ScoreRow]) -> Table:
-    """The scores for a terminal, smaller is better; the report has precision, recall and coverage too."""
+    """Return the scores as a table for a terminal; smaller is better. The report has more columns."""
     table = Table(title="Scores against held-out images", padding=(0, 1, 0, 0))
     spaces = list(rows[0].scores["spaces"]) if rows else []
     table.add_column("")
-    for heading in (*(f"{name}\n{space}" for space in spaces for name in ("FD", "KID x1000")), *_HEADINGS.values()):
+    for heading in (
+        *(f"{name}\n{space}" for space in spaces for name in ("FD", "KID x1000")),
+        *COLUMN_HEADINGS.values(),
+    ):
         table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         label = f"[bold]{row.label} *[/]" if row.is_default else row.label
         cells = [cell for space in spaces for cell in _distances(row.scores["spaces"][space], "")]
-        table.add_row(label, *cells, *(_number(row.scores[name], 3) for name in _HEADINGS))
+        table.add_row(label, *cells, *(_number(row.scores[name], 3) for name in COLUMN_HEADINGS))
     if rows:
         table.add_section()
         cells = [cell for space in spaces for cell in _distances(rows[0].scores["spaces"][space], "_floor")]
-        rest = [_number(rows[0].scores.get(f"{name}_floor"), 3) for name in _HEADINGS]
+        rest = [_number(rows[0].scores.get(f"{name}_floor"), 3) for name in COLUMN_HEADINGS]
         table.add_row("[dim]real images[/]", *cells, *rest)
-        table.caption = "* the default selection   TV: total variation of shares   NN < 1: memorising"
+        table.caption = "* the default selection   TV: total variation of shares   NN well below 1: memorization"
     return table
 
 
-_HEADINGS = {
+COLUMN_HEADINGS = {
     "class_tv": "class\nTV",
     "cluster_share_tv": "cluster\nTV",
     "nn_ratio": "NN\nratio",
-    "calls_per_step": "calls\na step",
+    "calls_per_step": "calls\nper step",
 }
 
 

@@ -1,7 +1,7 @@
-"""Weights & Biases: one wandb run per trained model, one group per run; the one file that imports wandb.
+"""Weights & Biases: one wandb run per trained model, one group per run; the only file that imports wandb.
 
-The truth is `metrics.jsonl` of every attempt. This file follows it and remembers how far it came, so that a resumed
-run logs no step twice. Nothing here ever asks for an account: `offline` writes below the run folder.
+The source of truth is `metrics.jsonl` of every attempt. The tracker follows it and stores the last logged step, so
+that a resumed run logs no step twice. It never prompts for an account: `offline` writes below the run folder.
 """
 
 import json
@@ -13,69 +13,69 @@ from typing import Any
 
 from ddm_core.artifacts import read_json, write_json
 from orchestrator.config.schema import TrackingConfig
+from orchestrator.config.stage_kinds import TRAINING_KINDS
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline.stage import Stage
-from orchestrator.reporting.costs import cost_rows
+from orchestrator.reporting.costs import load_costs
 from orchestrator.run.run_folder import RunFolder
 
-FOLLOW_EVERY_S = 2.0
-TRAINED = ("expert", "router", "monolith", "cluster_conditioned", "distilled_monolith")
+POLL_EVERY_S = 2.0
 
 
 class WandbTracker:
-    """Tells wandb what the attempts have written since the last time."""
+    """Logs to wandb what the attempts have written since the last call."""
 
     def __init__(self, run: RunFolder, config: TrackingConfig, group: str) -> None:
         self.run, self.config, self.group = run, config, group
         self._runs: dict[str, Any] = {}
-        self._looked = 0.0
+        self._last_poll = 0.0
         if config.mode == "online":
-            _refuse_without_account()
+            _require_account()
 
     def follow(self, running: Sequence[Stage]) -> None:
         """Log the new rows of all running stages."""
-        if self.config.mode != "disabled" and time.monotonic() - self._looked > FOLLOW_EVERY_S:
-            self._looked = time.monotonic()
+        if self.config.mode != "disabled" and time.monotonic() - self._last_poll > POLL_EVERY_S:
+            self._last_poll = time.monotonic()
             for stage in running:
-                if stage.kind in TRAINED:
+                if stage.kind in TRAINING_KINDS:
                     self._log_rows(stage)
 
     def close(self, graph: Sequence[Stage]) -> None:
-        """Log what is left, the pictures, the scores and the costs, and end every wandb run."""
+        """Log the remaining rows, the pictures, the scores and the costs, and finish every wandb run."""
         if self.config.mode == "disabled":
             return
         for stage in graph:
-            if stage.kind in TRAINED and self.run.attempts(stage):
+            if stage.kind in TRAINING_KINDS and self.run.attempts(stage):
                 self._log_rows(stage)
-            if stage.kind == "score" and self.run.finished(stage) and not self._logged_so_far(stage):
+            if stage.kind == "score" and self.run.is_finished(stage) and not self._last_logged_step(stage):
                 self._log_score(stage)
         self._log_costs()
         for run in self._runs.values():
             run.finish()
 
     def _log_costs(self) -> None:
-        """Put what every stage has cost so far into its wandb run's summary."""
-        for row in cost_rows(self.run) if self._runs else []:
+        """Write the costs of every stage so far into the summary of its wandb run."""
+        for row in load_costs(self.run) if self._runs else []:
             if row.stage in self._runs:
                 figures = asdict(row) | {"goodput": row.goodput}
                 del figures["stage"]
                 self._runs[row.stage].summary.update({f"cost/{name}": value for name, value in figures.items()})
 
     def _log_rows(self, stage: Stage) -> None:
-        last = self._logged_so_far(stage)
-        rows = [row for row in self._rows(stage) if row["step"] > last]
+        last = self._last_logged_step(stage)
+        rows = [row for row in self._load_rows(stage) if row["step"] > last]
         for row in rows:
             self._wandb_run(stage).log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
         if rows:
-            self._remember(stage, rows[-1]["step"])
+            self._save_step(stage, rows[-1]["step"])
 
-    def _rows(self, stage: Stage) -> list[dict[str, Any]]:
-        """The rows of the latest attempt that has any; a line that is being written is left for later."""
+    def _load_rows(self, stage: Stage) -> list[dict[str, Any]]:
+        """Return the complete rows of the latest attempt that has any."""
         for attempt in reversed(self.run.attempts(stage)):
-            written = attempt / "metrics.jsonl"
-            if written.is_file():
-                whole = written.read_text(encoding="utf-8").rpartition("\n")[0]
-                return [json.loads(line) for line in whole.splitlines()]
+            path = attempt / "metrics.jsonl"
+            if path.is_file():
+                complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+                return [json.loads(line) for line in complete.splitlines()]
         return []
 
     def _log_score(self, stage: Stage) -> None:
@@ -84,7 +84,7 @@ class WandbTracker:
         artifact = self.run.artifact(stage)
         scores = read_json(artifact / "scores.json")
         self._wandb_run(stage).log({"samples": wandb.Image(str(artifact / "grid.png"))} | _numbers(scores))
-        self._remember(stage, 1)
+        self._save_step(stage, 1)
 
     def _wandb_run(self, stage: Stage) -> Any:
         if stage.name not in self._runs:
@@ -105,25 +105,25 @@ class WandbTracker:
             )
         return self._runs[stage.name]
 
-    def _logged_so_far(self, stage: Stage) -> int:
-        """The last step that wandb knows of; 0 for none."""
-        written = self.run.tracking / f"{stage.folder_name}.json"
-        return int(read_json(written)["step"]) if written.is_file() else 0
+    def _last_logged_step(self, stage: Stage) -> int:
+        """Return the last step that was logged to wandb; 0 for none."""
+        path = self.run.tracking / f"{stage.folder_name}.json"
+        return int(read_json(path)["step"]) if path.is_file() else 0
 
-    def _remember(self, stage: Stage, step: int) -> None:
+    def _save_step(self, stage: Stage, step: int) -> None:
         write_json(self.run.tracking / f"{stage.folder_name}.json", {"step": step})
 
 
-def _refuse_without_account() -> None:
-    """Say before anything runs that there is no key; wandb would ask for one in the middle of the run."""
+def _require_account() -> None:
+    """Raise `ConfigError` if there is no API key, because wandb would prompt for one in the middle of the run."""
     import wandb
 
     if not wandb.api.api_key:
-        raise ConfigError("wandb.mode=online needs an account: run `wandb login`, or take wandb.mode=offline")
+        raise ConfigError("wandb.mode=online needs an account: run `wandb login`, or set wandb.mode=offline")
 
 
 def _numbers(scores: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """All numbers of nested scores, under names such as `pixels/fd`."""
+    """Return all numbers of nested scores, under names such as `pixels/fd`."""
     flat: dict[str, float] = {}
     for name, value in scores.items():
         if isinstance(value, dict):

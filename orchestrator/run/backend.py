@@ -1,7 +1,8 @@
-"""Where stages run: the whole of what the runner knows about execution.
+"""The interface between the runner and the places where stages run.
 
-`inline` runs them here, one after the other; `ray` on the workers of a Ray cluster; `islands` on Ray clusters of their
-own; `slurm` as Slurm jobs. All of them hand a `Job` to `worker.execute`, so a stage cannot tell the difference.
+`inline` runs stages in this process, one after the other; `ray` on the workers of a Ray cluster; `islands` on Ray
+clusters of their own; `slurm` as Slurm jobs. All of them pass a `Job` to `worker.execute`, so stages are independent
+of the backend.
 """
 
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ from orchestrator.config.compute import ResourcesConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One attempt of one stage, as plain data that can cross to another process or machine."""
+    """One attempt of one stage, as plain data for another process or machine."""
 
     stage: str
     kind: str
     config: dict[str, Any]
     inputs: dict[str, str]
-    """Folder of every input, by role."""
+    """Folder of every input by role."""
     input_fingerprints: dict[str, str]
     artifact: str
     """The folder to publish."""
@@ -32,7 +33,7 @@ class Job:
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     commit: str = ""
     island: str = ""
-    """Where it runs; empty for backends that are one place."""
+    """Where it runs; empty for backends with only one place."""
     preemption_count: int = 0
     """How many of its attempts were lost on preemptible islands."""
 
@@ -40,15 +41,15 @@ class Job:
 State = Literal["finished", "preempted", "lost", "failed"]
 
 EXIT_CODES: dict[State, int] = {"finished": 0, "preempted": 75, "lost": 1, "failed": 1}
-"""Of a process that runs one attempt; the runner reads `outcome.json` instead."""
+"""Exit codes of a process that runs one attempt; the runner reads `outcome.json` instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptOutcome:
-    """How an attempt ended.
+    """The result of an attempt.
 
-    `finished`: the artifact is published. `preempted`: asked to stop, its work is saved. `lost`: its worker
-    vanished. `failed`: it raised; trying again helps only if the error is `transient`.
+    `finished`: the artifact is published. `preempted`: it stopped on request and saved its work. `lost`: its worker
+    vanished. `failed`: it raised an error; a retry helps only if the error is `transient`.
     """
 
     stage: str
@@ -59,50 +60,50 @@ class AttemptOutcome:
     started: float = 0.0
     """Seconds since the epoch; 0 if it never started."""
     ended: float = 0.0
-    """The same for its end; 0 if its worker did not live to say so."""
+    """Seconds since the epoch; 0 if its worker died before it wrote its end."""
 
 
 class Backend(Protocol):
-    """Runs jobs, each in a process that has the CPUs it asked for."""
+    """Runs jobs, each in a process with the CPUs that the job requires."""
 
     def place(self, job: Job) -> str | None:
-        """The island that should run the job now, empty for a backend that is one place; None: none has room."""
+        """Return the island that should run the job now (empty: the backend has one place), or None without room."""
 
     def submit(self, job: Job) -> None:
-        """Take a job and return at once."""
+        """Start or queue a job and return at once."""
 
     def attach(self, job: Job) -> bool:
-        """Take over an attempt that an earlier controller submitted; False if it cannot have outlived that."""
+        """Reattach to an attempt of an earlier controller; return False if it cannot run any more."""
 
     def poll(self, timeout_s: float) -> list[AttemptOutcome]:
-        """The attempts that have ended since the last call, waiting up to `timeout_s` for one."""
+        """Return the attempts that ended since the last call, after waiting up to `timeout_s` for one."""
 
     def kill(self, stage: str) -> None:
-        """End the running attempt of a stage at once; `poll` reports it as lost."""
+        """Kill the running attempt of a stage; `poll` reports it as lost."""
 
     def close(self) -> None:
-        """Give back whatever was started."""
+        """Release all resources that the backend has started."""
 
 
 def submission_name(run_id: str, job: Job) -> str:
-    """What an attempt is called wherever it is submitted; no other attempt of any run has that name."""
+    """Return the attempt's name on clusters and islands, unique among all attempts of all runs."""
     return f"ddm-{run_id}-{Path(job.artifact).name}-a{job.attempt}"
 
 
 def read_outcome(job: Job) -> AttemptOutcome | None:
-    """What the attempt says of its end; None if it has not, or did not live to.
+    """Return the attempt's written outcome; None if it runs, or died before it wrote one.
 
-    Raises `CorruptArtifact` for what no worker writes.
+    Raises `CorruptArtifact` for a file that is not an outcome.
     """
-    written = attempt_folder(job) / "outcome.json"
-    if not written.is_file():
+    path = attempt_folder(job) / "outcome.json"
+    if not path.is_file():
         return None
     try:
-        return TypeAdapter(AttemptOutcome).validate_python(read_json(written))
+        return TypeAdapter(AttemptOutcome).validate_python(read_json(path))
     except ValidationError as error:
-        raise CorruptArtifact(f"{written} does not say how an attempt ended ({error}); delete it") from error
+        raise CorruptArtifact(f"{path} is not the outcome of an attempt ({error}); delete it") from error
 
 
 def attempt_folder(job: Job) -> Path:
-    """Where the attempt writes its log and its progress."""
+    """Return the folder of the attempt's log and progress."""
     return Path(job.scratch).parent / f"attempt_{job.attempt}"

@@ -1,7 +1,7 @@
-"""A process that must not outlive whoever started it, however that ended.
+"""End a process with its parent, whatever ends the parent.
 
-Its standard input is a pipe that the other one holds open. When that dies the pipe ends, and this process with it:
-nobody is left behind to hold a lease or a Ray cluster's resources.
+The trick: standard input is a pipe that the parent holds open. When the parent dies, the pipe closes and this process
+kills itself. So no orphan holds a lease or a Ray cluster's resources.
 """
 
 import os
@@ -11,11 +11,11 @@ import threading
 
 
 def die_with_parent() -> None:
-    """From now on, SIGKILL this process when its standard input ends; what is left in that is not read by anyone."""
-    threading.Thread(target=_wait, daemon=True, name="lifeline").start()
+    """Start a thread that discards standard input and sends SIGKILL to this process when it closes."""
+    threading.Thread(target=_kill_at_end_of_input, daemon=True, name="die-with-parent").start()
 
 
-def _wait() -> None:
+def _kill_at_end_of_input() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,19 +1,20 @@
-"""The run folder: the only place where a run's state is kept, and the only file that knows its names.
+"""The run folder, which holds all state of a run. Only this file knows the names in it.
 
-config.yaml                       the composed configuration of the latest `ddm run`
-journal.jsonl                     what happened, append-only
-controller.json                   which controller walks the run, with a heartbeat
+config.yaml                       format version, and the composed configuration of the latest `ddm run`
+journal.jsonl                     events, append-only
+controller.json                   the controller that runs the run, with a heartbeat
 run_id                            eight hex digits that name this run on islands
-islands.json                      which islands do not answer, while that is so
-submission.json                   the latest `ddm submit`, and that its job has found this folder
+islands.json                      the islands that do not respond
+submission.json                   the latest `ddm submit`, and the confirmation of its job
 wheels/                           the code as it was sent to islands
-stop                              a request to stop; the controller removes it
-calibration.json                  how quick this machine and the islands are, written by `ddm plan --calibrate`
+stop                              a stop request; the controller removes it
+calibration.json                  speed of this machine and the islands, written by `ddm plan --calibrate`
 report.html                       written at the end of every run
-artifacts/<stage>-<fingerprint>/  finished, once there is a manifest
-work/<stage>-<fingerprint>/       attempt_<n>/ with log, progress, metrics; state/ that outlives attempts: checkpoints
+artifacts/<stage>-<fingerprint>/  finished when it has a manifest
+work/<stage>-<fingerprint>/       attempt_<n>/ with log, progress, metrics; state/ with the checkpoints of all attempts
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -31,35 +32,38 @@ from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Input, Stage
 
+FORMAT = 2
+"""Version of the names and keys in a run folder, stored in config.yaml; folders without a version are format 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The names below one run folder."""
+    """The files of one run folder."""
 
     root: Path
 
     @property
     def journal(self) -> Path:
-        """Events, one JSON object a line."""
+        """Return the journal: events, one JSON object per line."""
         return self.root / "journal.jsonl"
 
     @property
     def lease(self) -> Path:
-        """Who controls the run."""
+        """Return the file that names the run's controller."""
         return self.root / "controller.json"
 
     @property
     def stop(self) -> Path:
-        """Exists while the run is asked to stop."""
+        """Return the file that exists while a stop is requested."""
         return self.root / "stop"
 
     @property
     def islands(self) -> Path:
-        """Which islands do not answer; the controller writes it whenever that changes."""
+        """Return the file with the islands that do not respond; the controller writes it on every change."""
         return self.root / "islands.json"
 
     def run_id(self) -> str:
-        """The name of this run on islands, made up once and kept with it wherever the folder is moved."""
+        """Return the run's name on islands; it is generated once and moves with the folder."""
         path = self.root / "run_id"
         if not path.is_file():
             write_text(path, secrets.token_hex(4))
@@ -67,68 +71,68 @@ class RunFolder:
 
     @property
     def calibration(self) -> Path:
-        """How quick this machine and the islands are, for `ddm plan`."""
+        """Return the file with the speeds of this machine and the islands, for `ddm plan`."""
         return self.root / "calibration.json"
 
     @property
     def submission(self) -> Path:
-        """The latest `ddm submit`, and that its job has found this folder."""
+        """Return the file with the latest `ddm submit` and the confirmation of its job."""
         return self.root / "submission.json"
 
     @property
     def report(self) -> Path:
-        """The report for people."""
+        """Return the HTML report."""
         return self.root / "report.html"
 
     @property
     def tracking(self) -> Path:
-        """How far wandb has been told; wandb's own files lie in `wandb/`."""
+        """Return the folder with the positions of the last wandb update; wandb's files are in `wandb/`."""
         return self.root / "tracking"
 
     def artifact(self, stage: Stage) -> Path:
-        """Where the stage's artifact is or will be."""
+        """Return the folder of the stage's artifact, finished or not."""
         return self.root / "artifacts" / stage.folder_name
 
-    def checked(self, stage: Stage, name: str) -> Path:
-        """A file of a finished artifact, once it has been compared with its checksum."""
+    def verify_file(self, stage: Stage, name: str) -> Path:
+        """Compare a file of a finished artifact with its checksum and return its path."""
         verify(self.artifact(stage), name)
         return self.artifact(stage) / name
 
-    def input(self, given: Input) -> Path:
-        """The folder, or the part of one, that a stage reads."""
-        return self.artifact(given.stage) / given.part
+    def input_folder(self, source: Input) -> Path:
+        """Return the folder, or the part of one, that a stage reads."""
+        return self.artifact(source.stage) / source.part
 
     def work(self, stage: Stage) -> Path:
-        """All that is known of a stage's attempts."""
+        """Return the folder of all attempts of a stage."""
         return self.root / "work" / stage.folder_name
 
     def scratch(self, stage: Stage) -> Path:
-        """What the stage keeps between attempts."""
+        """Return the folder that the stage's attempts share, such as for checkpoints."""
         return self.work(stage) / "state"
 
     def attempt(self, stage: Stage, number: int) -> Path:
-        """What one attempt writes about itself."""
+        """Return the folder of one attempt."""
         return self.work(stage) / f"attempt_{number}"
 
     def attempts(self, stage: Stage) -> list[Path]:
-        """All attempts of a stage, the first one first."""
+        """Return the folders of a stage's attempts, oldest first."""
         return sorted(self.work(stage).glob("attempt_*"), key=attempt_number)
 
     def attempted_stages(self) -> list[list[Path]]:
-        """The attempts of every stage that was ever tried here, of earlier configurations too."""
-        found = [list(work.glob("attempt_*")) for work in sorted(self.root.glob("work/*"))]
-        return [sorted(folders, key=attempt_number) for folders in found if folders]
+        """Return the attempts of every stage that was ever started here, also of earlier configurations."""
+        attempts = [list(work.glob("attempt_*")) for work in sorted(self.root.glob("work/*"))]
+        return [sorted(folders, key=attempt_number) for folders in attempts if folders]
 
-    def artifact_of(self, attempt: Path) -> Path:
-        """Where an attempt's artifact is or will be, also if no configuration names its stage any more."""
+    def artifact_of_attempt(self, attempt: Path) -> Path:
+        """Return the folder of an attempt's artifact, also if no configuration names its stage any more."""
         return self.root / "artifacts" / attempt.parent.name
 
-    def scratch_of(self, attempt: Path) -> Path:
-        """What an attempt leaves to the next one."""
+    def scratch_of_attempt(self, attempt: Path) -> Path:
+        """Return the folder that an attempt shares with the next ones."""
         return attempt.parent / "state"
 
-    def finished(self, stage: Stage) -> bool:
-        """Whether the stage's artifact is whole."""
+    def is_finished(self, stage: Stage) -> bool:
+        """Return whether the stage's artifact is complete."""
         return is_finished(self.artifact(stage))
 
     def clear_unfinished(self) -> None:
@@ -137,21 +141,35 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def save_config(self, config: RunConfig) -> None:
-        """Write `config.yaml`."""
-        write_text(self.root / "config.yaml", yaml.safe_dump(to_jsonable(config), sort_keys=False))
+        """Write `config.yaml`; raises `RunFolderError` if an earlier version of ddm wrote the folder."""
+        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+            self._check_format(yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8")))
+        contents = {"format": FORMAT} | to_jsonable(config)
+        write_text(self.root / "config.yaml", yaml.safe_dump(contents, sort_keys=False))
 
     def load_config(self) -> RunConfig:
-        """The configuration of the latest `ddm run` here; raises `RunFolderError` if this is not a run folder."""
+        """Return the latest configuration; raises `RunFolderError` for no run folder or one of another format."""
         path = self.root / "config.yaml"
         if not path.is_file():
             raise RunFolderError(f"{self.root} is not a run folder: it has no config.yaml; start one with `ddm run`")
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            contents = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RunFolderError(f"{path} cannot be read ({error}); write it again with `ddm run folder=…`") from error
-        if not isinstance(found, dict):
+        if not isinstance(contents, dict):
             raise RunFolderError(f"{path} holds no configuration; write it again with `ddm run folder=…`")
-        return parse_config(found)
+        self._check_format(contents)
+        return parse_config({key: value for key, value in contents.items() if key != "format"})
+
+    def _check_format(self, contents: Any) -> None:
+        """Raise `RunFolderError` if the contents of `config.yaml` have another format than this version's."""
+        version = contents.get("format", 1) if isinstance(contents, dict) else FORMAT
+        if version != FORMAT:
+            age = "a later" if isinstance(version, int) and version > FORMAT else "an earlier"
+            raise RunFolderError(
+                f"{self.root} was written by {age} version of ddm (format {version}; this version reads {FORMAT}): "
+                "start a new run in another folder, or use the version that made it"
+            )
 
     def record(self, event: str, **facts: Any) -> None:
         """Append one event to the journal and flush it to the disk."""
@@ -167,28 +185,28 @@ class RunFolder:
             os.close(descriptor)
 
     def repair_journal(self) -> None:
-        """Cut off a last line that a crash has torn, so that the next event starts a line of its own."""
+        """Remove an incomplete last line that a crash left, so that the next event starts on a new line."""
         if self.journal.is_file():
-            whole = self.journal.read_bytes()
-            os.truncate(self.journal, whole.rfind(b"\n") + 1)
+            contents = self.journal.read_bytes()
+            os.truncate(self.journal, contents.rfind(b"\n") + 1)
 
-    def events(self) -> list[dict[str, Any]]:
-        """The journal; a last line that was torn by a crash is left out."""
+    def read_events(self) -> list[dict[str, Any]]:
+        """Return the journal's events, without an incomplete last line that a crash left."""
         if not self.journal.is_file():
             return []
         lines = self.journal.read_text(encoding="utf-8").splitlines()
-        found = []
+        events = []
         for number, line in enumerate(lines, start=1):
             try:
-                found.append(json.loads(line))
+                events.append(json.loads(line))
             except json.JSONDecodeError as error:
                 if number < len(lines):
                     raise CorruptArtifact(
-                        f"{self.journal}, line {number}: {error}; mend or delete that line"
+                        f"{self.journal}, line {number}: {error}; correct or delete that line"
                     ) from error
-        return found
+        return events
 
 
 def attempt_number(attempt: Path) -> int:
-    """The number in the name of an attempt's folder."""
+    """Return the number in the name of an attempt's folder."""
     return int(attempt.name.removeprefix("attempt_"))

@@ -1,7 +1,7 @@
-"""Walk the graph: skip what is finished, submit what is ready, retry what was lost, go on without the optional.
+"""Run a graph: skip finished stages, submit ready ones, retry lost ones, continue without failed optional ones.
 
-The runner keeps nothing that the run folder does not: started again after any crash, it takes over the attempts that
-still run and comes to the same artifacts.
+All state is in the run folder. After a crash, a new runner reattaches to the attempts that still run and produces
+the same artifacts.
 """
 
 import contextlib
@@ -17,49 +17,51 @@ from pydantic import TypeAdapter
 
 from ddm_core.artifacts import read_json, to_jsonable, write_json
 from orchestrator.config.compute import CONTROLLER, ComputeConfig, ResourcesConfig
-from orchestrator.pipeline.stage import Stage, without
-from orchestrator.run.attempts import resumed_from_step
+from orchestrator.pipeline.stage import Stage, remove_stage
+from orchestrator.run.attempts import read_resume_step
 from orchestrator.run.backend import AttemptOutcome, Backend, Job, attempt_folder
-from orchestrator.run.lease import is_alive, is_here
+from orchestrator.run.lease import is_alive, is_on_this_host
 from orchestrator.run.ready_queue import ReadyQueue
-from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.run_folder import RunFolder, attempt_number
 
 POLL_S = 0.2
 
-LONGEST_WAIT_S = 60.0
+MAX_BACKOFF_S = 60.0
+"""Longest wait before a retry, before the random factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """How a walk ended."""
+    """The result of one execution of a graph."""
 
     finished: tuple[str, ...]
-    """Every stage whose artifact is there."""
+    """Names of the stages whose artifacts exist."""
     submitted: int
-    """Attempts started by this walk; 0 if everything was finished already."""
+    """Attempts started by this execution; 0 if everything was finished already."""
     failed: dict[str, str]
-    """Stages that failed for good, with their errors."""
+    """Stages that failed permanently, with their errors."""
     stopped: bool
-    """Whether the walk was asked to stop before its end."""
+    """Whether a stop request left stages unfinished."""
 
 
 @dataclass(slots=True)
 class _Running:
-    """An attempt on its way."""
+    """A submitted attempt without an outcome."""
 
     stage: Stage
     job: Job
     submitted: float
     stop_requested: float | None = None
+    """Time of the stop request, in seconds since the epoch."""
     cancel_reason: str = ""
-    """Why the attempt was cut off, if it was."""
+    """Why the attempt exceeded a limit; empty if it did not."""
     is_final: bool = False
-    """Whether the stage is to be given up, not only the attempt."""
+    """Whether the stage fails permanently with this attempt."""
 
 
 @dataclass
 class Runner:
-    """One walk over one graph."""
+    """Runs one graph once."""
 
     run: RunFolder
     graph: list[Stage]
@@ -77,73 +79,73 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.run = RunFolder(self.run.root.absolute())  # a worker may have another working folder
-        self.frontier = ReadyQueue(self.graph)
+        self.queue = ReadyQueue(self.graph)
 
     def run_to_end(self) -> RunResult:
-        """Come as far as possible, and say how far that was."""
+        """Run stages until nothing can run any more or a stop is requested, and return the result."""
         self._reattach_running()
         while True:
             stopping = self.run.stop.exists()
             if not stopping:
-                self.frontier.dispatch(self._start)
+                self.queue.dispatch(self._start)
             self._enforce_timeouts(stopping=stopping)
-            for look in self.on_tick:
-                look([entry.stage for entry in self.running.values()])
+            for on_tick in self.on_tick:
+                on_tick([entry.stage for entry in self.running.values()])
             for outcome in self.backend.poll(POLL_S):
                 self._handle_outcome(outcome)
-            if not self.running and (stopping or self.frontier.is_exhausted()):
+            if not self.running and (stopping or self.queue.is_exhausted()):
                 break
-            if not self.running and self.frontier.only_delayed():
+            if not self.running and self.queue.has_only_delayed():
                 time.sleep(POLL_S / 4)
         return RunResult(
             finished=tuple(stage.name for stage in self.graph if stage.name in self.finished),
             submitted=self.submitted,
             failed=dict(self.failed),
-            stopped=bool(self._waiting()),
+            stopped=bool(self._unfinished_stages()),
         )
 
-    def _waiting(self) -> list[Stage]:
-        """Stages that could still run: neither finished nor failed, and with no failed stage before them."""
+    def _unfinished_stages(self) -> list[Stage]:
+        """Return the stages that could still run: neither finished nor failed, and with no failed stage before them."""
         blocked = set(self.failed)
-        found = []
+        unfinished = []
         for stage in self.graph:
-            if any(given.stage.name in blocked for given in stage.inputs.values()):
+            if any(source.stage.name in blocked for source in stage.inputs.values()):
                 blocked.add(stage.name)
             elif stage.name not in self.finished | blocked:
-                found.append(stage)
-        return found
+                unfinished.append(stage)
+        return unfinished
 
     def _reattach_running(self) -> None:
         """Attach to the attempts of an earlier controller that may still run."""
         for stage in self.graph:
             attempts = self.run.attempts(stage)
-            if self.run.finished(stage) or not attempts or (attempts[-1] / "outcome.json").exists():
+            if self.run.is_finished(stage) or not attempts or (attempts[-1] / "outcome.json").exists():
                 continue
             if not (attempts[-1] / "job.json").exists():
                 continue
-            earlier = read_json(attempts[-1] / "job.json")
+            saved_job = read_json(attempts[-1] / "job.json")
             job = replace(
-                self._job(stage, int(earlier["attempt"]), str(earlier["island"])),
-                resources=TypeAdapter(ResourcesConfig).validate_python(earlier["resources"]),
-                commit=str(earlier["commit"]),
-                preemption_count=int(earlier["preemption_count"]),
+                self._make_job(stage, int(saved_job["attempt"]), str(saved_job["island"])),
+                resources=TypeAdapter(ResourcesConfig).validate_python(saved_job["resources"]),
+                commit=str(saved_job["commit"]),
+                preemption_count=int(saved_job["preemption_count"]),
             )
             if self.backend.attach(job):
                 self.running[stage.name] = _Running(stage, job, (attempts[-1] / "job.json").stat().st_mtime)
                 self.run.record("attached", stage=stage.name, attempt=job.attempt, island=job.island)
                 self.on_event("attached", stage, f"attempt {job.attempt} on {job.island}")
-        self.frontier = ReadyQueue(self.graph, taken=self.running)
+        self.queue = ReadyQueue(self.graph, taken=self.running)
 
     def _start(self, stage: Stage) -> bool:
-        """Start a ready stage; False if no island has room for it now."""
-        if self.run.finished(stage):
+        """Start a ready stage; return False if no island has room for it now."""
+        if self.run.is_finished(stage):
             self._finish(stage)
             self.on_event("kept", stage, "")
             return True
-        island = self.backend.place(self._job(stage, 0, ""))
+        island = self.backend.place(self._make_job(stage, 0, ""))
         if island is None:
             return False
-        job = self._job(stage, self._reserve_attempt(stage), island)
+        job = self._make_job(stage, self._reserve_attempt(stage), island)
         write_json(attempt_folder(job) / "job.json", job)
         self.run.record(
             "submitted", stage=stage.name, fingerprint=stage.fingerprint, attempt=job.attempt, island=island
@@ -153,13 +155,13 @@ class Runner:
         self.backend.submit(job)
         return True
 
-    def _job(self, stage: Stage, attempt: int, island: str) -> Job:
-        """An attempt of the stage as plain data."""
+    def _make_job(self, stage: Stage, attempt: int, island: str) -> Job:
+        """Return an attempt of the stage as plain data."""
         return Job(
             stage=stage.name,
             kind=stage.kind,
             config=to_jsonable(stage.config),
-            inputs={role: str(self.run.input(given)) for role, given in stage.inputs.items()},
+            inputs={role: str(self.run.input_folder(source)) for role, source in stage.inputs.items()},
             input_fingerprints=stage.input_fingerprints,
             artifact=str(self.run.artifact(stage)),
             scratch=str(self.run.scratch(stage)),
@@ -168,29 +170,29 @@ class Runner:
             island=island,
             resources=stage.resources,
             commit=self.commit,
-            preemption_count=self.frontier.preemption_count(stage),
+            preemption_count=self.queue.preemption_count(stage),
         )
 
     def _reserve_attempt(self, stage: Stage) -> int:
-        """The next attempt's number; its folder fences off every earlier attempt."""
-        earlier = self.run.attempts(stage)
-        number = int(earlier[-1].name.removeprefix("attempt_")) + 1 if earlier else 1
+        """Create the next attempt's folder, which fences off every earlier attempt, and return its number."""
+        attempts = self.run.attempts(stage)
+        number = attempt_number(attempts[-1]) + 1 if attempts else 1
         self.run.attempt(stage, number).mkdir(parents=True)
         return number
 
     def _finish(self, stage: Stage) -> None:
         self.finished.add(stage.name)
-        self.frontier.finish(stage.name)
+        self.queue.finish(stage.name)
 
     def _handle_outcome(self, outcome: AttemptOutcome) -> None:
         entry = self.running.pop(outcome.stage)
-        cut_off = bool(entry.cancel_reason) and outcome.state != "finished"
-        stopped = entry.stop_requested is not None and not cut_off and outcome.state == "lost"
-        state = "failed" if cut_off else "preempted" if stopped else outcome.state
-        error = entry.cancel_reason if cut_off else outcome.error
-        written = attempt_folder(entry.job) / "outcome.json"
-        if not written.exists():
-            write_json(written, replace(outcome, state=state, error=error))
+        is_cancelled = bool(entry.cancel_reason) and outcome.state != "finished"
+        is_stopped = entry.stop_requested is not None and not is_cancelled and outcome.state == "lost"
+        state = "failed" if is_cancelled else "preempted" if is_stopped else outcome.state
+        error = entry.cancel_reason if is_cancelled else outcome.error
+        outcome_file = attempt_folder(entry.job) / "outcome.json"
+        if not outcome_file.exists():
+            write_json(outcome_file, replace(outcome, state=state, error=error))
         self.run.record(
             state,
             stage=outcome.stage,
@@ -203,16 +205,16 @@ class Runner:
             self._finish(entry.stage)
             self.on_event("finished", entry.stage, f"in {time.time() - outcome.started:.1f} s")
         elif state == "preempted":
-            self._requeue_with_backoff(entry, self._counted(self.preemptions, entry.stage), error or "preempted")
+            self._requeue_with_backoff(entry, self._increment(self.preemptions, entry.stage), error or "preempted")
         else:
-            transient = (outcome.transient or cut_off) and not entry.is_final
+            transient = (outcome.transient or is_cancelled) and not entry.is_final
             self._retry_or_fail(entry, error, transient=transient)
 
     def _retry_or_fail(self, entry: _Running, error: str, *, transient: bool) -> None:
         stage = entry.stage
         if self._made_progress(entry):
             self.failures[stage.name] = 0
-        failures = self._counted(self.failures, stage)
+        failures = self._increment(self.failures, stage)
         if transient and failures <= self.policy.retries:
             self._requeue_with_backoff(entry, failures, f"{error}; retry {failures} of {self.policy.retries}")
             return
@@ -222,42 +224,44 @@ class Runner:
             self._drop_optional_stage(stage, error)
 
     def _requeue_with_backoff(self, entry: _Running, count: int, reason: str) -> None:
-        """Start the stage again after a wait that doubles each time, give or take half."""
-        wait_s = min(LONGEST_WAIT_S, self.policy.backoff_s * 2 ** min(count - 1, 30)) * random.uniform(0.5, 1.5)  # noqa: S311
+        """Queue the stage again after a wait that doubles each time, times a random factor from 0.5 to 1.5."""
+        wait_s = min(MAX_BACKOFF_S, self.policy.backoff_s * 2 ** min(count - 1, 30)) * random.uniform(0.5, 1.5)  # noqa: S311
         island = self.policy.islands.get(entry.job.island)
         losses = entry.job.preemption_count + (island is not None and island.preemptible)
-        self.frontier.requeue(entry.stage, time.time() + wait_s, losses)
+        self.queue.requeue(entry.stage, time.time() + wait_s, losses)
         if entry.stop_requested is None or entry.cancel_reason:
             self.on_event("retry", entry.stage, f"{reason}; again in {wait_s:.1f} s")
 
     def _drop_optional_stage(self, lost: Stage, error: str) -> None:
-        """Go on with the graph as it is without an optional stage."""
-        delays, before = self.frontier.delays(), self.frontier
-        self.graph = without(self.graph, lost.name)
-        self.frontier = ReadyQueue(self.graph, self.finished, {*self.running, *self.failed, *delays})
+        """Continue with the graph as it is without an optional stage."""
+        delays, old_queue = self.queue.delays(), self.queue
+        self.graph = remove_stage(self.graph, lost.name)
+        self.queue = ReadyQueue(self.graph, self.finished, {*self.running, *self.failed, *delays})
         for stage in self.graph:
             if stage.name in delays:
-                self.frontier.requeue(stage, delays[stage.name], before.preemption_count(stage))
+                self.queue.requeue(stage, delays[stage.name], old_queue.preemption_count(stage))
         self.run.record("left_out", stage=lost.name, fingerprint=lost.fingerprint)
         self.on_event("left_out", lost, error)
 
     def _made_progress(self, entry: _Running) -> bool:
-        """Whether an attempt began at a later checkpoint than the one before: what is lost now and then, yet goes on,
-        uses up no retries; what dies at the same place does."""
-        before = self.run.attempt(entry.stage, entry.job.attempt - 1)
-        return resumed_from_step(attempt_folder(entry.job)) > resumed_from_step(before)
+        """Return whether an attempt resumed from a later checkpoint than the previous one.
+
+        An attempt that is lost after progress uses up no retries; one that fails at the same step does.
+        """
+        previous = self.run.attempt(entry.stage, entry.job.attempt - 1)
+        return read_resume_step(attempt_folder(entry.job)) > read_resume_step(previous)
 
     @staticmethod
-    def _counted(counts: dict[str, int], stage: Stage) -> int:
+    def _increment(counts: dict[str, int], stage: Stage) -> int:
         counts[stage.name] = counts.get(stage.name, 0) + 1
         return counts[stage.name]
 
     def _has_sibling(self, stage: Stage) -> bool:
-        """Whether another stage of the kind is left, without which nothing could be assembled."""
+        """Return whether the graph has another stage of the same kind; an ensemble needs at least one."""
         return any(other.kind == stage.kind and other.name != stage.name for other in self.graph)
 
     def _enforce_timeouts(self, *, stopping: bool) -> None:
-        """Ask attempts that are out of time to stop, and kill those that do not."""
+        """Request a stop of attempts that exceed a limit, and kill those that still run after the grace period."""
         now = time.time()
         for entry in self.running.values():
             folder = attempt_folder(entry.job)
@@ -271,39 +275,39 @@ class Runner:
                 self.backend.kill(entry.stage.name)
 
     def _timeout_reason(self, entry: _Running, now: float) -> tuple[str, bool]:
-        """Why an attempt has to end, if it has to, and whether the whole stage is given up; queueing is free."""
-        worker, limit, deadline = (
-            attempt_folder(entry.job) / "worker.json",
-            self.policy.timeout_s,
-            self.policy.deadline_s,
-        )
+        """Return why an attempt has to end (empty if it may run) and whether its stage fails permanently.
+
+        Waiting in a queue does not count towards the limits.
+        """
+        worker = attempt_folder(entry.job) / "worker.json"
+        limit, deadline = self.policy.timeout_s, self.policy.deadline_s
         if deadline is not None and entry.stage.optional:
             first = self.run.attempt(entry.stage, 1) / "job.json"
             if first.exists() and now - first.stat().st_mtime > deadline:
                 return f"not finished within compute.deadline_s = {deadline:g} s", True
         if limit is not None and worker.is_file() and now - worker.stat().st_mtime > limit:
-            return f"no end within compute.timeout_s = {limit:g} s", False
+            return f"not finished within compute.timeout_s = {limit:g} s", False
         return "", False
 
 
 def kill_orphan_workers(run: RunFolder, graph: Sequence[Stage]) -> None:
-    """Kill workers on this machine that a dead controller left at unfinished attempts; what they saved is kept.
+    """Kill workers on this machine that a dead controller left at unfinished attempts; their checkpoints are kept.
 
-    One on an island goes on, and the next controller takes it over. One on another machine is left alone: its attempt
-    is fenced off by the next one's number.
+    A worker on an island continues, and this controller reattaches to it. A worker on another machine is left alone:
+    the next attempt's number fences it off.
     """
     for stage in graph:
         for attempt in run.attempts(stage):
-            written = attempt / "worker.json"
-            if not written.is_file() or (attempt / "outcome.json").is_file() or _is_elsewhere(attempt):
+            worker_file = attempt / "worker.json"
+            if not worker_file.is_file() or (attempt / "outcome.json").is_file() or _outlives_controller(attempt):
                 continue
-            worker = read_json(written)
-            if is_here(worker) and worker["pid"] != os.getpid() and is_alive(worker, 0.0):
+            worker = read_json(worker_file)
+            if is_on_this_host(worker) and worker["pid"] != os.getpid() and is_alive(worker, 0.0):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(worker["pid"]), signal.SIGKILL)
 
 
-def _is_elsewhere(attempt: Path) -> bool:
-    """Whether an attempt was given to a place that outlives its controller."""
-    given = attempt / "job.json"
-    return given.is_file() and read_json(given)["island"] not in ("", CONTROLLER)
+def _outlives_controller(attempt: Path) -> bool:
+    """Return whether an attempt runs in a place that outlives its controller."""
+    job_file = attempt / "job.json"
+    return job_file.is_file() and read_json(job_file)["island"] not in ("", CONTROLLER)

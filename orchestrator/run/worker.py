@@ -1,7 +1,7 @@
-"""One attempt of one stage, in whatever process the backend chose.
+"""Run one attempt of one stage, in whatever process the backend chose.
 
-The attempt writes its own log, says who it is, and publishes an artifact or leaves none. It never raises: how it
-ended is its return value, and the traceback is in its log.
+The attempt writes its own log, records its process, and publishes an artifact or leaves none. It never raises: its
+result is the returned outcome, and a traceback goes to its log.
 """
 
 import contextlib
@@ -12,20 +12,21 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from threadpoolctl import ThreadpoolController
 
+import orchestrator.pipeline.run_stages  # noqa: F401 - load all numeric libraries, so that thread limits apply to them
 from data_partition.errors import DownloadFailed, SourceUnreachable
 from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify, write_json
 from experts.training.checkpoint import DamagedCheckpoint
 from experts.training.distributed import DataParallelGroup, WorkerLost
 from orchestrator.config.compute import CONTROLLER
-from orchestrator.pipeline.stage_kinds import STAGE_KINDS
+from orchestrator.config.stage_kinds import STAGE_KINDS
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
 from orchestrator.run.disk_errors import error_number, explain_disk_error
 from orchestrator.run.lease import this_process
@@ -33,10 +34,10 @@ from orchestrator.run.lease import this_process
 
 @contextlib.contextmanager
 def limited_threads(cpus: int) -> Iterator[None]:
-    """One thread per CPU that was given; results depend on this number."""
+    """Use one thread per assigned CPU while the block lasts; results depend on this number."""
     before = torch.get_num_threads()
     torch.set_num_threads(cpus)
-    with _pools().limit(limits=cpus):
+    with _thread_pools().limit(limits=cpus):
         try:
             yield
         finally:
@@ -44,8 +45,8 @@ def limited_threads(cpus: int) -> Iterator[None]:
 
 
 @functools.cache
-def _pools() -> ThreadpoolController:
-    """The pools of all libraries that are loaded by the first stage; looking for them takes a millisecond."""
+def _thread_pools() -> ThreadpoolController:
+    """Return the thread pools of all libraries loaded by the first stage; the search takes a millisecond."""
     return ThreadpoolController()
 
 
@@ -53,100 +54,118 @@ Fill = Callable[[Path], float]
 """Writes an artifact into a folder and returns its FLOPs."""
 
 TRANSIENT = (OSError, MemoryError, DownloadFailed, SourceUnreachable, DamagedCheckpoint)
-"""Errors of the machine; all others come from configuration, data or code, and would come again."""
+"""Errors of the machine. All others come from configuration, data or code, and a retry would repeat them."""
 
 log = logging.getLogger(__name__)
 
 
 def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome:
-    """Run the job to its end and say how it ended, in `outcome.json` too for a controller that comes back later.
+    """Run the job and return its outcome, also written to `outcome.json` for a controller that returns later.
 
-    Asked to stop by `stopping`, or by one of the job's stop files, it saves its work and ends as preempted.
+    On a stop request, from `stopping` or one of the job's stop files, it saves its work and ends as preempted.
     """
     folder = attempt_folder(job)
+    workspace = _make_workspace(job, folder, stopping)
     try:
         write_json(folder / "worker.json", this_process() | {"time": time.time()})
-        outcome = _attempt(job, _workspace(job, folder, stopping), partial(_publish, job))
+        with _attempt(job, workspace) as attempt:
+            config, fill = _prepare_stage(job, workspace)
+            publish(Path(job.artifact), fill, **_publish_arguments(job, config))
+        outcome = attempt.outcome
     except OSError as error:
-        outcome = _failed(AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed"), error, folder)
+        outcome = _failure(AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed"), error, folder)
     if outcome.state == "finished":
         shutil.rmtree(job.scratch, ignore_errors=True)
     try:
         write_json(folder / "outcome.json", outcome)
     except OSError as error:
-        log.warning("how %s ended is not written down: %s", job.stage, explain_disk_error(error, folder))
+        log.warning("the outcome of %s is not written: %s", job.stage, explain_disk_error(error, folder))
     return outcome
 
 
-def execute_rank(job: Job, rank: int, aside: Path, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome:
-    """Run the job as one worker of the group that this process has joined; whoever started the group says the outcome.
+def execute_rank(job: Job, rank: int, output: Path, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome:
+    """Run the job as one worker of the process group that this process has joined, and return its outcome.
 
-    The first worker publishes and reports. The others do their share of the training, write their log below the
-    attempt's folder, and what the stage writes into `aside`.
+    Rank 0 publishes and reports. The other ranks train on their share of each batch, log to a folder of their own
+    below the attempt's, and write the stage's files to `output`. The caller writes `outcome.json`.
     """
     folder = attempt_folder(job) / (f"worker_{rank}" if rank else "")
-    aside.mkdir(parents=True, exist_ok=True)
+    workspace = _make_workspace(job, folder, stopping)
+    output.mkdir(parents=True, exist_ok=True)
     write_json(folder / "worker.json", this_process() | {"time": time.time()})
-    write = (lambda config, fill: fill(aside)) if rank else partial(_publish, job)
-    return _attempt(job, _workspace(job, folder, stopping), write)
+    with _attempt(job, workspace) as attempt:
+        config, fill = _prepare_stage(job, workspace)
+        if rank:
+            fill(output)
+        else:
+            publish(Path(job.artifact), fill, **_publish_arguments(job, config))
+    return attempt.outcome
 
 
-def _workspace(job: Job, folder: Path, stopping: Callable[[], bool]) -> Workspace:
+def _make_workspace(job: Job, folder: Path, stopping: Callable[[], bool]) -> Workspace:
     return Workspace(Path(job.scratch), folder, tuple(Path(path) for path in job.stop_files), stopping)
 
 
-def _attempt(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> AttemptOutcome:
-    """Run the stage with its log, and turn whatever it raises into an outcome."""
+@dataclass(slots=True)
+class _Attempt:
+    """A running attempt; its outcome is final when the block of `_attempt` has ended."""
+
+    outcome: AttemptOutcome
+
+
+@contextlib.contextmanager
+def _attempt(job: Job, workspace: Workspace) -> Iterator[_Attempt]:
+    """Write the block's log, limit its threads, and turn every error that it raises into an outcome."""
     outcome = AttemptOutcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
+    attempt = _Attempt(outcome)
     with _logging_to(workspace.attempt / "log.txt"), limited_threads(job.resources.cpus):
         try:
-            _run(job, workspace, write)
+            yield attempt
         except Preempted as notice:
-            outcome = replace(outcome, state="preempted", error=str(notice))
+            attempt.outcome = replace(outcome, state="preempted", error=str(notice))
         except WorkerLost as error:
-            outcome = replace(outcome, state="lost", error=str(error), transient=True)
-        except Exception as error:  # noqa: BLE001 - the border between a stage and whoever runs it
+            attempt.outcome = replace(outcome, state="lost", error=str(error), transient=True)
+        except Exception as error:  # noqa: BLE001 - the border between a stage and its caller
             log.error("%s", traceback.format_exc())
-            outcome = _failed(outcome, error, workspace.scratch)
-    return replace(outcome, ended=time.time())
+            attempt.outcome = _failure(outcome, error, workspace.scratch)
+    attempt.outcome = replace(attempt.outcome, ended=time.time())
 
 
-def _failed(outcome: AttemptOutcome, error: Exception, place: Path) -> AttemptOutcome:
+def _failure(outcome: AttemptOutcome, error: Exception, place: Path) -> AttemptOutcome:
     is_transient = isinstance(error, TRANSIENT) or error_number(error) is not None
     return replace(outcome, state="failed", error=explain_disk_error(error, place), transient=is_transient)
 
 
-def _run(job: Job, workspace: Workspace, write: Callable[[object, Fill], object]) -> None:
+def _prepare_stage(job: Job, workspace: Workspace) -> tuple[object, Fill]:
+    """Verify the stage's inputs; return its configuration and the function that fills its artifact."""
     kind = STAGE_KINDS[job.kind]
     config = TypeAdapter(kind.config).validate_python(job.config)
     workspace.scratch.mkdir(parents=True, exist_ok=True)
     if DataParallelGroup.join().any_rank(workspace.stop_requested()):
-        raise Preempted(f"{job.stage} was asked to stop before it began")
+        raise Preempted(f"{job.stage} was stopped before its work began")
     inputs = {role: Path(folder) for role, folder in job.inputs.items()}
     for folder in inputs.values():
-        _verify(folder)
-    write(config, lambda out: kind.run(config, inputs, out, workspace))
+        _verify_input(folder)
+    return config, functools.partial(kind.run, config, inputs, workspace=workspace)
 
 
-def _publish(job: Job, config: object, fill: Fill) -> None:
-    """Give what the stage writes its final name, unless a later attempt has begun."""
-    publish(
-        Path(job.artifact),
-        fill,
-        stage=job.stage,
-        config=config,
-        inputs=job.input_fingerprints,
-        island=socket.gethostname() if job.island in ("", CONTROLLER) else job.island,
-        attempt=job.attempt,
-        commit=job.commit,
-        may_commit=lambda: not attempt_folder(replace(job, attempt=job.attempt + 1)).exists(),
-    )
+def _publish_arguments(job: Job, config: object) -> dict[str, Any]:
+    """Return the manifest's fields, and the fence: an attempt may publish only while no later attempt exists."""
+    return {
+        "stage": job.stage,
+        "config": config,
+        "inputs": job.input_fingerprints,
+        "island": socket.gethostname() if job.island in ("", CONTROLLER) else job.island,
+        "attempt": job.attempt,
+        "commit": job.commit,
+        "may_commit": lambda: not attempt_folder(replace(job, attempt=job.attempt + 1)).exists(),
+    }
 
 
-def _verify(folder: Path) -> None:
+def _verify_input(folder: Path) -> None:
     """Compare an input, or the part of an artifact that it is, with its checksums.
 
-    A part that came without its manifest was compared on its way to this island.
+    A part without its manifest was compared when it was transferred to this island.
     """
     artifact = next((place for place in (folder, *folder.parents) if is_finished(place)), None)
     if artifact is not None:
@@ -155,7 +174,7 @@ def _verify(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """Send everything that is logged while the block lasts to a file of the attempt."""
+    """Send all log records to a file of the attempt while the block lasts."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

@@ -1,6 +1,6 @@
-"""Sweeps: many runs under one budget, at once, each a controller process of its own.
+"""Sweeps: many runs in parallel under shared resources, each a controller process of its own.
 
-`plugins.py` is what Hydra calls, `study.py` is what Optuna knows; `drive.py` walks the trials, `pool.py` runs them,
-`budget.py` is what they share. A sweep's state is its run folders (and, with Optuna, one journal), so the same command
-run again goes on where the last one was killed.
+Hydra calls `hydra_entry.py`, `launcher.py` and `optuna_sweeper.py`. `study.py` holds Optuna's state. `loop.py` starts
+the trials, `trial_pool.py` runs them, and `resources.py` is what they share. A sweep's state is its run folders and,
+with Optuna, one journal, so repeating the command after a crash continues the sweep.
 """

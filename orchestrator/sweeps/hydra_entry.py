@@ -1,4 +1,4 @@
-"""`ddm run -m`: enter Hydra's multirun, which calls back for every combination."""
+"""`ddm run -m`: run Hydra's multirun, which calls back for every combination."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.config.hydra_compose import (
+    check_group_files,
     config_folder,
     explain_error,
-    quoted,
-    refuse_unknown_files,
+    quote_override,
     register_defaults,
     swept_keys,
     to_dictionary,
@@ -24,25 +24,25 @@ from orchestrator.config.hydra_compose import (
 from orchestrator.config.injection_guard import check_overrides
 from orchestrator.errors import ConfigError
 from orchestrator.sweeps.config import FULL_ERROR, LauncherConfig, OptunaConfig
-from orchestrator.sweeps.launcher import TrialLauncher, register
+from orchestrator.sweeps.launcher import TrialLauncher, register_plugin
 from orchestrator.sweeps.optuna_sweeper import OptunaSweeper
 from orchestrator.sweeps.trial import swept_parameters
 
 OUR_LAUNCHER, OUR_SWEEPER = "hydra/launcher=ddm_ray", "hydra/sweeper=ddm_optuna"
 
 
-def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str, str]], None]) -> None:
-    """Walk all combinations through Hydra's sweeper and launcher.
+def run_sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str, str]], None]) -> None:
+    """Run all combinations through Hydra's sweeper and launcher.
 
-    Hydra's own launcher calls `job(configuration, swept values)` for one after the other; ours run them at once.
+    Hydra's own launcher calls `job(configuration, swept values)` sequentially; ours runs the trials in parallel.
     """
     check_overrides(overrides)
     register_defaults()
     _register_plugins()
-    arguments = _with_our_launcher([quoted(text) for text in overrides])
-    refuse_unknown_files(arguments)
+    arguments = _with_our_launcher([quote_override(text) for text in overrides])
+    check_group_files(arguments)
 
-    def one(composed: DictConfig) -> None:
+    def run_combination(composed: DictConfig) -> None:
         settings = HydraConfig.get()
         swept = swept_keys(arguments) | set(settings.sweeper.get("params") or ())
         job(to_dictionary(composed), swept_parameters(settings.overrides.task, swept))
@@ -50,20 +50,20 @@ def sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str, str
     sys.argv = ["ddm", "--multirun", *arguments]
     try:
         with _plain_errors():
-            hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(one)()
+            hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run_combination)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_error(str(error), overrides)) from None
 
 
 def _with_our_launcher(arguments: list[str]) -> list[str]:
-    """Our sweeper needs our launcher, so choosing the one chooses the other."""
+    """Add our launcher if our sweeper is chosen, which needs it."""
     has_launcher = any(text.startswith("hydra/launcher=") for text in arguments)
     return arguments if has_launcher or OUR_SWEEPER not in arguments else [*arguments, OUR_LAUNCHER]
 
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Let errors through to us; by itself Hydra prints them, traceback included, and exits."""
+    """Let Hydra raise its errors instead of printing them with a traceback and exiting."""
     before = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
     try:
@@ -76,5 +76,5 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _register_plugins() -> None:
-    register(TrialLauncher, OUR_LAUNCHER, LauncherConfig())
-    register(OptunaSweeper, OUR_SWEEPER, OptunaConfig())
+    register_plugin(TrialLauncher, OUR_LAUNCHER, LauncherConfig())
+    register_plugin(OptunaSweeper, OUR_SWEEPER, OptunaConfig())

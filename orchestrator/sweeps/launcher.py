@@ -1,6 +1,6 @@
-"""Hydra's launcher `ddm_ray`: the trials of a sweep at once, under one budget.
+"""Hydra's launcher `ddm_ray`: the trials of a sweep in parallel under shared resources.
 
-It also is what our own sweeper asks for trials.
+Our own sweeper builds and runs its trials with it, too.
 """
 
 import contextlib
@@ -29,32 +29,32 @@ from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.hydra_compose import swept_keys, to_dictionary
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.sweeps.config import LauncherConfig, settings
+from orchestrator.sweeps.config import LauncherConfig, parse_settings
 from orchestrator.sweeps.display import SweepDisplay
-from orchestrator.sweeps.loop import finish_sweep, only_sweep, run_trials
-from orchestrator.sweeps.resources import shared_budget
+from orchestrator.sweeps.loop import lock_sweep_folder, raise_if_incomplete, run_trials
+from orchestrator.sweeps.resources import open_shared_resources
 from orchestrator.sweeps.scores import default_metric
 from orchestrator.sweeps.summary import show_summary
-from orchestrator.sweeps.trial import SweepTrial, TrialEnd, swept_parameters, trial_config, trial_label
+from orchestrator.sweeps.trial import SweepTrial, TrialEnd, label_trial, parse_trial_config, swept_parameters
 from orchestrator.sweeps.trial_pool import TrialPool
 
 PACKAGE, NAME = "hydra_plugins", "ddm"
 
 HYDRA_MODULE = f"{PACKAGE}.{NAME}"
-"""The module that a plugin of ours says it is from: its class attribute `__module__`."""
+"""Module name of our plugins, set as their class attribute `__module__`; Hydra reads it."""
 
 
-def register(kind: type[Plugin], choice: str, defaults: object) -> None:
-    """Let Hydra know a choice such as `hydra/launcher=ddm_ray`, with the fields of `defaults` as its keys."""
+def register_plugin(kind: type[Plugin], choice: str, defaults: object) -> None:
+    """Register a choice such as `hydra/launcher=ddm_ray`, with the fields of `defaults` as its keys."""
     group, _, name = choice.partition("=")
     Plugins.instance().register(kind)
-    setattr(_module(), kind.__name__, kind)
+    setattr(_plugin_module(), kind.__name__, kind)
     node = {"_target_": f"{HYDRA_MODULE}.{kind.__name__}", **to_jsonable(defaults)}
     ConfigStore.instance().store(name, node, group=group, provider=NAME)
 
 
-def _module() -> ModuleType:
-    """The module `hydra_plugins.ddm`, beside whatever other plugins are installed."""
+def _plugin_module() -> ModuleType:
+    """Return the module `hydra_plugins.ddm`, created next to any other installed plugins."""
     if HYDRA_MODULE not in sys.modules:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(PACKAGE)
@@ -65,75 +65,75 @@ def _module() -> ModuleType:
 
 
 class TrialLauncher(Launcher):
-    """Runs trials at once, each as a process of its own."""
+    """Runs trials in parallel, each in a separate process."""
 
     __module__ = HYDRA_MODULE
 
     def __init__(self, parallel: object) -> None:
-        """Hydra gives the values of its group here, and the whole configuration to `setup`, which checks them."""
+        """Accept the values of Hydra's group; `setup` receives and checks the complete configuration."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra has composed; the task function is for launchers that run trials in this process."""
+        """Store what Hydra has composed; the task function serves launchers that run trials in this process."""
         self.context, self.master = hydra_context, config
-        self.settings = settings(LauncherConfig, config.hydra.launcher, "hydra.launcher")
+        self.settings = parse_settings(LauncherConfig, config.hydra.launcher, "hydra.launcher")
         self.folder = Path(str(config.hydra.sweep.dir)).expanduser()
         self.console = Console()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run every trial of a grid; raises `RunFailed` or `SweepStopped` once all have ended."""
+        """Run every trial of a grid; raises `RunFailed` or `SweepStopped` after all have ended."""
         hydra = self.master.hydra
         swept = swept_keys(hydra.overrides.task) | set(hydra.sweeper.get("params") or ())
-        every = [
-            self.trial(number, overrides, swept_parameters(overrides, swept))
+        all_trials = [
+            self.build_trial(number, overrides, swept_parameters(overrides, swept))
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
         ]
-        trials = list({trial.label: trial for trial in reversed(every)}.values())[::-1]  # equal values are one run
+        trials = list({trial.label: trial for trial in reversed(all_trials)}.values())[::-1]  # equal values share a run
         config = next((trial.config for trial in trials if trial.config), None)
         metric = "" if config is None else default_metric(config)
         ends: list[TrialEnd] = []
-        with only_sweep(self.folder):
-            self._walk(trials, ends, metric)
+        with lock_sweep_folder(self.folder):
+            self._run_trials(trials, ends, metric)
             show_summary(self.console, self.folder, ends, metric, maximize=False)
-        finish_sweep(ends, unstarted=len(trials) - len(ends))
+        raise_if_incomplete(ends, unstarted=len(trials) - len(ends))
         return [JobReturn(overrides=overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
 
-    def _walk(self, trials: Sequence[SweepTrial], ends: list[TrialEnd], metric: str) -> None:
+    def _run_trials(self, trials: Sequence[SweepTrial], ends: list[TrialEnd], metric: str) -> None:
         display = SweepDisplay(self.console, len(trials), metric)
-        following = iter(trials)
-        with self.pool("") as pool, display.showing(pool.members):
-            run_trials(pool, lambda: next(following, None), ends.append, display)
+        remaining = iter(trials)
+        with self.open_pool("") as pool, display.show_live(pool.running):
+            run_trials(pool, lambda: next(remaining, None), ends.append, display)
 
-    def trial(self, number: int, overrides: Sequence[str], parameters: Mapping[str, str]) -> SweepTrial:
-        """A trial from its overrides; what Hydra or the configuration refuses becomes its error."""
-        label = trial_label(parameters)
+    def build_trial(self, number: int, overrides: Sequence[str], parameters: Mapping[str, str]) -> SweepTrial:
+        """Build a trial from its overrides; an invalid configuration becomes its error."""
+        label = label_trial(parameters)
         try:
-            config, error = self.config(overrides, label), ""
-        except ConfigError as refused:
-            config, error = None, str(refused)
+            config, error = self.compose_trial(overrides, label), ""
+        except ConfigError as mistake:
+            config, error = None, str(mistake)
         return SweepTrial(number=number, label=label, config=config, parameters=dict(parameters), error=error)
 
-    def config(self, overrides: Sequence[str], label: str) -> RunConfig:
-        """The configuration of a trial; raises `ConfigError`."""
+    def compose_trial(self, overrides: Sequence[str], label: str) -> RunConfig:
+        """Compose the configuration of a trial; raises `ConfigError`."""
         try:
             composed = self.context.config_loader.load_sweep_config(self.master, list(overrides))
             with open_dict(composed):
                 del composed["hydra"]
-            return trial_config(to_dictionary(composed), label)
+            return parse_trial_config(to_dictionary(composed), label)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(str(error).splitlines()[0]) from None
 
     @contextmanager
-    def pool(self, metric: str, at_once: int | None = None) -> Iterator[TrialPool]:
-        """A pool of trials under one budget, `at_once` of them if that is less than the launcher allows."""
-        with shared_budget(self._compute()) as budget:
+    def open_pool(self, metric: str, max_parallel: int | None = None) -> Iterator[TrialPool]:
+        """Open a pool of trials with shared resources; at most `max_parallel` run in parallel."""
+        with open_shared_resources(self._compute_config()) as resources:
 
             def limit() -> int:
-                allowed = self.settings.parallel or budget.cpus
-                return min(allowed, at_once or allowed)
+                parallel = self.settings.parallel or resources.cpus
+                return min(parallel, max_parallel or parallel)
 
-            yield TrialPool(limit, lambda: budget.environment, metric)
+            yield TrialPool(limit, lambda: resources.environment, metric)
 
-    def _compute(self) -> ComputeConfig:
-        """Where all trials run; what is swept below `compute` is not seen here."""
+    def _compute_config(self) -> ComputeConfig:
+        """Return where all trials run; swept keys below `compute` are ignored."""
         composed: Any = OmegaConf.to_container(self.master.compute, resolve=True)
         return TypeAdapter(ComputeConfig).validate_python(composed)

@@ -1,4 +1,4 @@
-"""One walk over the trials of a sweep: start as many as fit, hear how they ended, stop when asked to."""
+"""The loop over the trials of a sweep: start as many as fit, record how they ended, stop on a signal."""
 
 import contextlib
 import signal
@@ -19,75 +19,75 @@ POLL_S = 0.5
 
 
 @dataclass(slots=True)
-class _Notice:
-    """How often the sweep was asked to stop."""
+class _StopSignals:
+    """The number of stop signals received."""
 
-    times: int = 0
+    count: int = 0
 
 
 def run_trials(
     pool: TrialPool,
-    following: Callable[[], SweepTrial | None],
-    ended: Callable[[TrialEnd], None],
+    next_trial: Callable[[], SweepTrial | None],
+    record_end: Callable[[TrialEnd], None],
     display: SweepDisplay,
 ) -> None:
-    """Run trials until `following` gives None and all have ended, or until a signal stops the sweep.
+    """Run trials until `next_trial` returns None and all have ended, or until a signal stops the sweep.
 
-    The first Ctrl-C or SIGTERM lets every trial save its work; a second one does not wait for that.
+    The first Ctrl-C or SIGTERM lets every trial save its work; a second one kills the trials.
     """
-    heard = 0
-    with _listening() as notice:
+    handled = 0
+    with _count_stop_signals() as signals:
         while True:
-            while pool.has_room and (trial := following()) is not None:
+            while pool.has_room and (trial := next_trial()) is not None:
                 pool.start(trial)
-                if trial.label in pool.members:
-                    display.started(trial)
+                if trial.label in pool.running:
+                    display.show_start(trial)
             if pool.is_idle:
                 return
             for end in pool.poll(POLL_S):
-                ended(end)
-                display.ended(end)
-            if notice.times > heard:
-                (pool.kill if heard else pool.stop)()
-                display.print("Stopping; the same command goes on later. Press Ctrl-C again to stop at once.")
-                heard = notice.times
+                record_end(end)
+                display.show_end(end)
+            if signals.count > handled:
+                (pool.kill if handled else pool.stop)()
+                display.print_line("Stopping; the same command continues later. Press Ctrl-C again to stop at once.")
+                handled = signals.count
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[_Notice]:
+def _count_stop_signals() -> Iterator[_StopSignals]:
     """Count SIGINT and SIGTERM while the block lasts."""
-    notice = _Notice()
+    signals = _StopSignals()
 
-    def note(number: int, frame: FrameType | None) -> None:
-        notice.times += 1
+    def count(number: int, frame: FrameType | None) -> None:
+        signals.count += 1
 
-    with handle_signals(note, signal.SIGINT, signal.SIGTERM):
-        yield notice
+    with handle_signals(count, signal.SIGINT, signal.SIGTERM):
+        yield signals
 
 
 @contextlib.contextmanager
-def only_sweep(folder: Path) -> Iterator[None]:
-    """Be the only sweep in its folder while the block lasts; raises `RunIsLocked` naming the other one."""
+def lock_sweep_folder(folder: Path) -> Iterator[None]:
+    """Lock a sweep's folder while the block lasts; raises `RunIsLocked` with the other sweep's process."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hold_lease(RunFolder(folder)))
         except RunIsLocked as error:
             raise RunIsLocked(
-                f"another sweep is at work here: {str(error).partition(';')[0]}; wait for it, stop it with Ctrl-C, or "
-                "choose another folder=…"
+                f"another sweep runs in this folder: {str(error).partition(';')[0]}; wait for it, stop it with "
+                "Ctrl-C, or set another folder=…"
             ) from None
         yield
 
 
-def finish_sweep(ends: Sequence[TrialEnd], *, unstarted: int = 0) -> None:
-    """Raise `SweepStopped` if trials were stopped or never started, `RunFailed` naming all that failed."""
+def raise_if_incomplete(ends: Sequence[TrialEnd], *, unstarted: int = 0) -> None:
+    """Raise `SweepStopped` if trials were stopped or never started, `RunFailed` if any failed."""
     failed = [end for end in ends if end.state == "failed"]
     stopped = sum(end.state == "stopped" for end in ends) + unstarted
     lines = "".join(f"\n  {end.trial.label}: {end.error}" for end in failed)
     if stopped:
-        raise SweepStopped(f"{stopped} trial(s) of the sweep are not finished; the same command goes on{lines}")
+        raise SweepStopped(f"{stopped} trial(s) of the sweep are unfinished; the same command continues{lines}")
     if failed:
         raise RunFailed(
-            f"{len(failed)} of {len(ends)} trial(s) failed; the same command tries them again and keeps the rest{lines}"
+            f"{len(failed)} of {len(ends)} trial(s) failed; the same command retries them and keeps the others{lines}"
         )

@@ -1,4 +1,4 @@
-"""Between Optuna's proposals and the trials that run: every proposal is one trial, equal values are one run."""
+"""Map Optuna's proposals to trials: each proposal is one trial, and proposals with equal values share one run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,57 +10,58 @@ from orchestrator.sweeps.trial import SweepTrial, TrialEnd
 
 @dataclass
 class Proposals:
-    """Gives out trials, those that an earlier call left open first, and tells the study their scores."""
+    """Provides trials, first those that an earlier call left open, and records their scores in the study."""
 
     study: Study
-    trial_of: Callable[[Proposal], SweepTrial]
+    build_trial: Callable[[Proposal], SweepTrial]
     n_trials: int
     metric: str
     ends: list[TrialEnd] = field(default_factory=list)
-    """How the trials of this call ended."""
+    """Ends of this call's trials."""
     _open: list[Proposal] = field(init=False)
-    _at_work: dict[str, list[SweepTrial]] = field(default_factory=dict)
-    """By label: one run may be the trial of several proposals."""
+    _running: dict[str, list[SweepTrial]] = field(default_factory=dict)
+    """By label; one run may be the trial of several proposals."""
 
     def __post_init__(self) -> None:
-        """Find what earlier calls have left open."""
-        self._open = self.study.open()
+        """Load the proposals that earlier calls left open."""
+        self._open = self.study.open_proposals()
 
     @property
     def unproposed(self) -> int:
-        """Trials that are still to be proposed."""
+        """Return the number of trials that are not yet proposed."""
         return max(0, self.n_trials - self.study.total)
 
     @property
     def unstarted(self) -> int:
-        """Trials that no run was started for in this call: only a sweep that was stopped has any."""
+        """Return the number of trials without a run in this call; positive only after a stopped sweep."""
         return self.unproposed + len(self._open)
 
     def next_trial(self) -> SweepTrial | None:
-        """The next trial to run; None if there is none."""
+        """Return the next trial to run; None if there is none."""
         while self._open or self.unproposed:
-            trial = self.trial_of(self._open.pop(0) if self._open else self.study.propose())
-            same = self._at_work.setdefault(trial.label, [])
-            same.append(trial)
-            if len(same) == 1:
+            trial = self.build_trial(self._open.pop(0) if self._open else self.study.propose())
+            equal_trials = self._running.setdefault(trial.label, [])
+            equal_trials.append(trial)
+            if len(equal_trials) == 1:
                 return trial
         return None
 
-    def ended(self, end: TrialEnd) -> None:
-        """Tell the study how a run ended; without a score its proposals stay open, for the next call."""
+    def record_end(self, end: TrialEnd) -> None:
+        """Record how a run ended; without a score its proposals stay open for the next call."""
         if end.state == "finished" and end.score is None:
-            end = replace(end, state="failed", error=f"its scores have no {self.metric}")
-        for trial in self._at_work.pop(end.trial.label):
+            end = replace(end, state="failed", error=f"its scores lack {self.metric}")
+        for trial in self._running.pop(end.trial.label):
             if end.state == "finished" and end.score is not None:
                 self.study.record(trial.number, end.score)
             self.ends.append(replace(end, trial=trial))
 
-    def every_end(self) -> list[TrialEnd]:
-        """How all trials of all calls ended."""
-        here = {end.trial.number: end for end in self.ends}
-        earlier = [self._earlier(scored) for scored in self.study.scored() if scored.number not in here]
-        return [*earlier, *here.values()]
+    def all_ends(self) -> list[TrialEnd]:
+        """Return the ends of all trials of all calls."""
+        current = {end.trial.number: end for end in self.ends}
+        earlier = [
+            self._earlier_end(proposal) for proposal in self.study.scored_proposals() if proposal.number not in current
+        ]
+        return [*earlier, *current.values()]
 
-    def _earlier(self, scored: Proposal) -> TrialEnd:
-        trial = self.trial_of(scored)
-        return TrialEnd(trial=trial, state="finished", score=scored.score)
+    def _earlier_end(self, proposal: Proposal) -> TrialEnd:
+        return TrialEnd(trial=self.build_trial(proposal), state="finished", score=proposal.score)

@@ -1,29 +1,29 @@
-"""A search space and a point of it, between what Hydra parses and what Optuna draws."""
+"""A search space and its points, between Hydra's parser and Optuna's sampler."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """A swept key and the values that it may take: choices, or numbers from `low` to `high`, both included."""
+    """A swept key and its possible values: choices, or numbers from `low` to `high` inclusive."""
 
     key: str
     choices: tuple[str, ...] = ()
-    """As they are written on the command line; empty for numbers."""
+    """As written on the command line; empty for numbers."""
     low: float = 0.0
     high: float = 0.0
     step: float | None = None
-    """Distance between two numbers; None for all of them."""
+    """Distance between two numbers; None allows all numbers in between."""
     is_log: bool = False
-    """Whether small numbers are as likely as large ones, by order of magnitude."""
-    is_whole: bool = False
+    """Whether numbers are sampled uniformly on a logarithmic scale."""
+    is_integer: bool = False
     """Whether the numbers are integers."""
 
-    def text(self, value: str | float) -> str:
-        """A value as it is written on the command line, without the rounding errors of a step."""
+    def format_value(self, value: str | float) -> str:
+        """Format a value as on the command line, without rounding errors of the step."""
         if isinstance(value, str):
             return value
-        if self.is_whole:
+        if self.is_integer:
             return str(int(value))
         if self.step is None:
             return repr(float(value))
@@ -32,10 +32,10 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A point of the space under a number: a trial as Optuna knows it."""
+    """A numbered point of the space: a trial in Optuna's sense."""
 
     number: int
     parameters: dict[str, str]
-    """Swept key and value, as they are written on the command line."""
+    """Swept keys and values, as written on the command line."""
     score: float | None = None
-    """None as long as it is open."""
+    """None while the proposal is open."""

@@ -1,7 +1,7 @@
-"""Optuna: what to try next, and what came of it; the one file that imports it.
+"""The sweep's Optuna study: proposals and their scores. No other file imports Optuna.
 
-All that it knows lies in one journal of JSON lines, which it replays; no sampler's state is kept. Instead the sampler
-of the nth trial is seeded by (seed, n), so a sweep that was killed proposes what one that was not would have proposed.
+The state is one journal of JSON lines, which Optuna replays; no sampler state is stored. The sampler of the nth trial
+is seeded by (seed, n), so a killed and restarted sweep proposes the same values as an undisturbed one.
 """
 
 import os
@@ -21,17 +21,17 @@ from orchestrator.sweeps.config import OptunaConfig
 from orchestrator.sweeps.search_space import Axis, Proposal
 
 MEANING = "meaning"
-"""Name of the study's attribute that says what its scores mean: the same in every call of one sweep."""
+"""Name of the study's attribute with everything that its scores depend on; equal in every call of one sweep."""
 
 
 class Study:
-    """Proposals and scores; a proposal stays open until it has a score, over any number of calls."""
+    """Proposals and scores; a proposal stays open until it has a score, across any number of calls."""
 
     def __init__(self, journal: Path, axes: Sequence[Axis], config: OptunaConfig, *, is_parallel: bool) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        _mend(journal)
+        _repair_journal(journal)
         self._axes = {axis.key: axis for axis in axes}
-        self._space = {axis.key: _distribution(axis) for axis in axes}
+        self._space = {axis.key: _to_distribution(axis) for axis in axes}
         self._config, self._is_parallel = config, is_parallel
         self._study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
@@ -40,53 +40,55 @@ class Study:
             load_if_exists=True,
         )
 
-    def refuse_other_meaning(self, fixed: Sequence[str], metric: str) -> None:
-        """Raise `ConfigError` if the journal's trials cannot be compared with those that are asked for now."""
+    def check_comparable(self, fixed: Sequence[str], metric: str) -> None:
+        """Raise `ConfigError` if the journal's trials are not comparable with those of this call."""
         space = {key: sorted(axis.choices) or "number" for key, axis in self._axes.items()}
-        asked = {"metric": metric, "direction": self._config.direction, "swept": space, "fixed": sorted(fixed)}
-        known = self._study.user_attrs.get(MEANING)
-        if known is None:
-            self._study.set_user_attr(MEANING, asked)
-        elif known != asked:
+        current = {"metric": metric, "direction": self._config.direction, "swept": space, "fixed": sorted(fixed)}
+        previous = self._study.user_attrs.get(MEANING)
+        if previous is None:
+            self._study.set_user_attr(MEANING, current)
+        elif previous != current:
             changed = [
-                f"{key}: {known.get(key)} before, {asked[key]} now" for key in asked if known.get(key) != asked[key]
+                f"{key}: {previous.get(key)} before, {current[key]} now"
+                for key in current
+                if previous.get(key) != current[key]
             ]
             raise ConfigError(
-                "this folder holds an Optuna sweep whose trials cannot be compared with what is asked for now; choose "
-                "another folder=…, or the values of before\n  " + "\n  ".join(changed)
+                "the trials of an Optuna study must be comparable, and this folder has other settings; choose another "
+                "folder=…, or restore these settings\n  " + "\n  ".join(changed)
             )
 
     @property
     def total(self) -> int:
-        """Trials that have been proposed so far."""
-        return len(self.open()) + len(self.scored())
+        """Return the number of proposed trials."""
+        return len(self.open_proposals()) + len(self.scored_proposals())
 
-    def open(self) -> list[Proposal]:
-        """Proposals without a score: to be gone on with under the same number, not to be made again.
+    def open_proposals(self) -> list[Proposal]:
+        """Return proposals without a score; they continue under the same number.
 
-        One that was being written when the sweep was killed has not run; it is closed, and its number not used again.
+        A proposal that was being written when the sweep was killed has not run. It is closed and its number is skipped.
         """
-        whole = []
+        proposals = []
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.params.keys() == self._space.keys():
-                whole.append(self._proposal(trial))
+                proposals.append(self._proposal(trial))
             else:
                 self._study.tell(trial.number, state=TrialState.FAIL)
-        return whole
+        return proposals
 
-    def scored(self) -> list[Proposal]:
-        """Proposals with a score."""
+    def scored_proposals(self) -> list[Proposal]:
+        """Return proposals with a score."""
         return [self._proposal(trial) for trial in self._study.get_trials(False, (TrialState.COMPLETE,))]
 
     def propose(self) -> Proposal:
-        """One more proposal."""
+        """Add a proposal."""
         self._study.sampler = TPESampler(
             seed=int(np.random.SeedSequence((self._config.seed, self.total)).generate_state(1)[0]),
             n_startup_trials=self._config.startup,
             constant_liar=self._is_parallel,
         )
         trial = self._study.ask(self._space)
-        return Proposal(number=trial.number, parameters=self._texts(trial.params))
+        return Proposal(number=trial.number, parameters=self._format_values(trial.params))
 
     def record(self, number: int, score: float) -> None:
         """Close a proposal with its score."""
@@ -94,25 +96,25 @@ class Study:
 
     def _proposal(self, trial: FrozenTrial) -> Proposal:
         score = trial.value if trial.state == TrialState.COMPLETE else None
-        return Proposal(number=trial.number, parameters=self._texts(trial.params), score=score)
+        return Proposal(number=trial.number, parameters=self._format_values(trial.params), score=score)
 
-    def _texts(self, params: Mapping[str, str | float]) -> dict[str, str]:
-        return {key: self._axes[key].text(value) for key, value in params.items()}
+    def _format_values(self, params: Mapping[str, str | float]) -> dict[str, str]:
+        return {key: self._axes[key].format_value(value) for key, value in params.items()}
 
 
-def _distribution(axis: Axis) -> BaseDistribution:
+def _to_distribution(axis: Axis) -> BaseDistribution:
     if axis.choices:
         return CategoricalDistribution(axis.choices)
     try:
-        if axis.is_whole:
+        if axis.is_integer:
             return IntDistribution(int(axis.low), int(axis.high), log=axis.is_log, step=int(axis.step or 1))
         return FloatDistribution(axis.low, axis.high, log=axis.is_log, step=axis.step)
     except ValueError as error:
         raise ConfigError(f"{axis.key}: {error}") from None
 
 
-def _mend(journal: Path) -> None:
-    """Take away what a killed sweep left half-done: a torn last line, and the lock that it held."""
+def _repair_journal(journal: Path) -> None:
+    """Remove the leftovers of a killed sweep: an incomplete last line and the lock file."""
     journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
     if journal.is_file():
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)

@@ -1,1 +1,1 @@
-"""Temperatures and calibration errors of a router."""
+"""Temperatures and calibration errors of routers."""

@@ -1,4 +1,4 @@
-"""Expected calibration error: how far the probability of the chosen expert is from how often it is right."""
+"""Expected calibration error: the difference between the probability of the best expert and its accuracy."""
 
 from typing import Final
 
@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CELLS: Final = 15
-"""Cells of equal width in the probability of the most probable expert. Cells of equal mass would cut through equal
+"""Cells of equal width in the probability of the most probable expert. Cells of equal mass would split equal
 probabilities, of which there are many near t = 1."""
 FLOOR_DRAWS: Final = 20
 
@@ -15,16 +15,16 @@ Probabilities = Float[Tensor, "row expert"]
 
 
 def calibration_error(probability: Probabilities, cluster_id: Int[Tensor, " row"]) -> float:
-    """Mean difference between probability and share of hits over the cells, from 0 to 1."""
+    """Compute the mean difference between probability and accuracy over the cells, from 0 to 1."""
     confidence, best = probability.double().max(-1)
     return float(_error(confidence, (best == cluster_id).double()))
 
 
 def calibration_error_floor(probability: Probabilities, repeats: int, seed: int) -> float:
-    """What a router that is perfectly calibrated, and says just this, has on average at this number of rows.
+    """Estimate the average error of a perfectly calibrated router with these outputs and number of rows.
 
-    The rows are `repeats` blocks of the same images. As these have one cluster each, one uniform number an image
-    draws it in all blocks.
+    The rows are `repeats` blocks of the same images. Each image has one cluster, so one uniform number per image draws
+    it in all blocks.
     """
     probability = probability.double()
     confidence, best = probability.max(-1)

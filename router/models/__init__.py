@@ -1,1 +1,1 @@
-"""The kinds of router."""
+"""Networks of the router: mlp, transformer, prior_table, nearest_centroid, density_ratio."""

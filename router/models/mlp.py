@@ -1,4 +1,4 @@
-"""The router's small network: residual layers on flattened latents."""
+"""Router kind `mlp`: a small network of residual layers on flattened latents."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Hidden = Float[Tensor, "batch width"]
 
 
 class Embedding(nn.Module):
-    """t and class as one vector."""
+    """Embedding of t and class as one vector."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class Embedding(nn.Module):
         self.of_class = nn.Embedding(num_classes + 1, width)
 
     def forward(self, t: Times, class_index: ClassIndex) -> Hidden:
-        """The sum of both embeddings."""
-        waves = get_timestep_embedding(1000 * t, self.width).to(self.of_class.weight.dtype)
-        embedding: Tensor = self.of_t(waves) + self.of_class(class_index)
+        """Return the SiLU of the sum of both embeddings."""
+        frequencies = get_timestep_embedding(1000 * t, self.width).to(self.of_class.weight.dtype)
+        embedding: Tensor = self.of_t(frequencies) + self.of_class(class_index)
         return functional.silu(embedding)
 
 
@@ -44,10 +44,10 @@ class _Block(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
 
     def forward(self, hidden: Hidden, embedding: Hidden) -> Hidden:
-        """The hidden state after this layer."""
+        """Return the hidden state after this layer."""
         scale, shift = self.modulation(embedding).chunk(2, dim=-1)
-        change: Tensor = self.layers(self.norm(hidden) * (1 + scale) + shift)
-        return hidden + change
+        residual: Tensor = self.layers(self.norm(hidden) * (1 + scale) + shift)
+        return hidden + residual
 
 
 class MLPRouter(ModelMixin, ConfigMixin):
@@ -63,7 +63,7 @@ class MLPRouter(ModelMixin, ConfigMixin):
         self.head = zero_init(nn.Linear(width, num_experts))
 
     def forward(self, noised: Latents, t: Times, class_index: ClassIndex) -> Logits:
-        """One logit per expert."""
+        """Return one logit per expert."""
         embedding = self.embedding(t, class_index)
         hidden = self.input(noised.flatten(1))
         for block in self.blocks:
@@ -73,7 +73,7 @@ class MLPRouter(ModelMixin, ConfigMixin):
 
 
 def zero_init(head: nn.Linear) -> nn.Linear:
-    """A layer that puts out zeros until it is trained, so that all experts begin equally probable."""
+    """Set a layer to zero and return it, so that all experts are equally probable before training."""
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

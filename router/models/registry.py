@@ -1,13 +1,14 @@
-"""The networks that say which expert speaks: noised latents, t and a class in, one logit per expert out.
+"""Networks of the router: (noised, t, class index) -> one logit per expert.
 
-               learns from                                   knows of (noised, t)
-mlp            cross-entropy                                 flattened latents
-transformer    cross-entropy                                 tokens of them
-density_ratio  each expert against all data, one by one      a small network per expert
-centroids      moments of the data, in closed form           distance to the clusters' centroids
-table          counting                                      nothing
+kind              training                                    dependence on (noised, t)
+mlp               cross-entropy                               a network on flattened latents
+transformer       cross-entropy                               a network on tokens of flattened latents
+density_ratio     each cluster against all data, separately   a small network per expert
+nearest_centroid  moments of the data, in closed form         distance to the centroids of the clusters
+prior_table       counting                                    none
 
-To add one, write its class and add it to `ROUTERS` and `BUILDERS`; how it is trained is in `train.py`.
+To add one, write its class and add it to `ROUTERS` and `BUILDERS`, and its training to `FIT_FUNCTIONS` in
+`train.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ ROUTERS: Final[dict[RouterKind, type[nn.Module]]] = {
 }
 
 Builder = Callable[[RouterConfig, list[int], int, int], nn.Module]
-"""(config, latent shape, experts, classes) -> a network that knows nothing yet."""
+"""(config, latent shape, experts, classes) -> an untrained network."""
 
 BUILDERS: Final[dict[RouterKind, Builder]] = {
     "mlp": lambda config, shape, experts, classes: MLPRouter(shape, experts, classes, config.width, config.depth),
@@ -49,5 +50,5 @@ BUILDERS: Final[dict[RouterKind, Builder]] = {
 
 
 def build_router(config: RouterConfig, latent_shape: Sequence[int], num_experts: int, num_classes: int) -> nn.Module:
-    """An untrained network; `num_classes` is 0 for data without labels."""
+    """Build an untrained network; `num_classes` is 0 for data without labels."""
     return BUILDERS[config.kind](config, list(latent_shape), num_experts, num_classes)

@@ -1,4 +1,4 @@
-"""The router of McAllister et al. 2025 (arXiv:2501.05450, section 4): attention, and a CLS token for the logits."""
+"""Router kind `transformer`: attention with a CLS token, as in McAllister et al. 2025, arXiv:2501.05450, section 4."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from router.models.mlp import ClassIndex, Embedding, Latents, Logits, Times, zer
 
 
 class TransformerRouter(ModelMixin, ConfigMixin):
-    """Attention over tokens of flattened latents; the CLS token carries t and class, and gives the logits."""
+    """Attention over tokens of flattened latents; the CLS token contains t and class, and its output the logits."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -29,7 +29,7 @@ class TransformerRouter(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"width must be a multiple of heads; {width} is not one of {heads}: change one")
+            raise ValueError(f"width must be a multiple of heads; got width {width}, heads {heads}: change one")
         size = math.prod(latent_shape)
         self.tokens = min(tokens, size)
         self.padding = -size % self.tokens
@@ -43,7 +43,7 @@ class TransformerRouter(ModelMixin, ConfigMixin):
         self.head = zero_init(nn.Linear(width, num_experts))
 
     def forward(self, noised: Latents, t: Times, class_index: ClassIndex) -> Logits:
-        """One logit per expert."""
+        """Return one logit per expert."""
         padded = functional.pad(noised.flatten(1), (0, self.padding))
         tokens = self.input(padded.reshape(len(noised), self.tokens, -1)) + self.positions
         hidden = torch.cat([self.embedding(t, class_index).unsqueeze(1), tokens], dim=1)

@@ -1,4 +1,4 @@
-"""A small data set of real digits, built once, and samples made by rule."""
+"""A small data set of real digits, built once, and synthetic samples."""
 
 from pathlib import Path
 
@@ -24,21 +24,21 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def sample(number: int, side: int = 6, channels: int = 1) -> Sample:
-    """A sample whose pixels, class and caption follow from its number."""
+def make_sample(number: int, side: int = 6, channels: int = 1) -> Sample:
+    """Make a sample whose pixels, class and caption depend on its number alone."""
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, channels), dtype=np.uint8)
     return Sample(key=f"sample-{number:05d}", image=pixels, label=number % 3, caption=f"number {number}")
 
 
 def write_samples(folder: Path, count: int, samples_per_shard: int = 4) -> list[Sample]:
-    samples = [sample(number) for number in range(count)]
+    samples = [make_sample(number) for number in range(count)]
     writer = ShardWriter(folder, samples_per_shard, ("a", "b", "c"))
-    for each in samples:
-        writer.add(each)
+    for written in samples:
+        writer.add(written)
     writer.close()
     return samples
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder and its bytes."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read every file below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

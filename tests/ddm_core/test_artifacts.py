@@ -1,4 +1,4 @@
-"""A folder is whole or absent, and whoever lost its lease does not write."""
+"""An artifact is complete or absent, and a worker without its lease does not write."""
 
 import json
 import os
@@ -37,75 +37,75 @@ JSON = st.recursive(
 
 
 def fill(out: Path) -> float:
-    (out / "deep").mkdir()
-    (out / "deep" / "file").write_text("content")
+    (out / "nested").mkdir()
+    (out / "nested" / "file").write_text("content")
     return 7.0
 
 
-def made(folder: Path, **more):
-    return publish(folder, fill, stage="s", config={"a": 1}, inputs={"data": "f"}, **more)
+def publish_example(folder: Path, **options):
+    return publish(folder, fill, stage="s", config={"a": 1}, inputs={"data": "f"}, **options)
 
 
-def test_what_is_published_can_be_read_and_verified(tmp_path):
-    manifest = made(tmp_path / "a", island="here", attempt=3)
+def test_published_artifact_can_be_read_and_verified(tmp_path):
+    manifest = publish_example(tmp_path / "a", island="here", attempt=3)
     assert read_manifest(tmp_path / "a") == manifest
     assert manifest.flops == 7.0 and manifest.attempt == 3
     assert manifest.fingerprint == fingerprint("s", {"a": 1}, {"data": "f"})
     verify(tmp_path / "a")
 
 
-def test_a_failed_stage_leaves_nothing(tmp_path):
-    def broken(out: Path) -> float:
+def test_failed_stage_leaves_no_files(tmp_path):
+    def failing_fill(out: Path) -> float:
         fill(out)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        publish(tmp_path / "a", broken, stage="s", config={}, inputs={})
+        publish(tmp_path / "a", failing_fill, stage="s", config={}, inputs={})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_artifact_is_left_as_it_is(tmp_path):
-    made(tmp_path / "a")
+def test_publish_to_finished_artifact_does_not_rerun(tmp_path):
+    publish_example(tmp_path / "a")
     publish(tmp_path / "a", lambda out: pytest.fail("ran again"), stage="s", config={"a": 1}, inputs={"data": "f"})
 
 
-def test_a_worker_without_its_lease_does_not_commit(tmp_path):
+def test_publish_after_lease_loss_is_preempted(tmp_path):
     with pytest.raises(Preempted, match="lost its lease"):
-        made(tmp_path / "a", may_commit=lambda: False)
+        publish_example(tmp_path / "a", may_commit=lambda: False)
     assert not is_finished(tmp_path / "a") and list(tmp_path.iterdir()) == []
 
 
-def test_what_another_attempt_has_published_meanwhile_is_kept(tmp_path):
-    def slow(out: Path) -> float:
-        made(tmp_path / "b", attempt=2)
+def test_publish_keeps_artifact_of_concurrent_attempt(tmp_path):
+    def slow_fill(out: Path) -> float:
+        publish_example(tmp_path / "b", attempt=2)
         (tmp_path / "b").rename(tmp_path / "a")
         return fill(out)
 
     with pytest.raises(Preempted):
-        publish(tmp_path / "a", slow, stage="s", config={"a": 1}, inputs={"data": "f"})
+        publish(tmp_path / "a", slow_fill, stage="s", config={"a": 1}, inputs={"data": "f"})
     assert read_manifest(tmp_path / "a").attempt == 2
     verify(tmp_path / "a")
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_damage_is_found_and_named(tmp_path, damage):
-    made(tmp_path / "a")
-    file = tmp_path / "a" / "deep" / "file"
+def test_verify_names_damaged_file(tmp_path, damage):
+    publish_example(tmp_path / "a")
+    file = tmp_path / "a" / "nested" / "file"
     file.unlink() if damage == "missing" else file.write_text("other")
-    with pytest.raises(CorruptArtifact, match="deep/file"):
+    with pytest.raises(CorruptArtifact, match="nested/file"):
         verify(tmp_path / "a")
 
 
-def test_an_unfinished_folder_is_replaced(tmp_path):
+def test_publish_replaces_unfinished_folder(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "left-over").write_text("half")
+    (tmp_path / "a" / "leftover").write_text("partial")
     with pytest.raises(UnfinishedArtifact):
         read_manifest(tmp_path / "a")
-    made(tmp_path / "a")
-    assert not (tmp_path / "a" / "left-over").exists()
+    publish_example(tmp_path / "a")
+    assert not (tmp_path / "a" / "leftover").exists()
 
 
-def test_killed_at_any_instant_the_folder_is_whole_or_unfinished(tmp_path):
+def test_publish_killed_at_any_time_is_complete_or_unfinished(tmp_path):
     code = (
         "import sys; from pathlib import Path; from ddm_core.artifacts import publish\n"
         "def fill(out):\n"
@@ -130,13 +130,13 @@ def test_killed_at_any_instant_the_folder_is_whole_or_unfinished(tmp_path):
 
 
 @given(JSON, JSON)
-def test_fingerprints_differ_exactly_when_configurations_do(one, other):
-    same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
-    assert (fingerprint("s", one, {}) == fingerprint("s", other, {})) == same
+def test_fingerprints_differ_only_if_configs_differ(first, second):
+    is_same = json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
+    assert (fingerprint("s", first, {}) == fingerprint("s", second, {})) == is_same
 
 
 @given(st.sampled_from(["C", "F", "transposed", "reversed", "strided"]), st.integers(1, 4), st.integers(1, 5))
-def test_arrays_come_back_whatever_their_layout(tmp_path_factory, layout, rows, columns):
+def test_saved_arrays_of_any_layout_load_unchanged(tmp_path_factory, layout, rows, columns):
     plain_array = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
     array = {
         "C": plain_array,
@@ -150,13 +150,13 @@ def test_arrays_come_back_whatever_their_layout(tmp_path_factory, layout, rows, 
     assert np.array_equal(load_file(path)["a"], array)
 
 
-def test_the_order_of_keys_does_not_matter():
+def test_fingerprint_ignores_key_order():
     assert fingerprint("s", {"a": 1, "b": 2}, {"x": "1", "y": "2"}) == fingerprint(
         "s", {"b": 2, "a": 1}, {"y": "2", "x": "1"}
     )
 
 
-def test_json_says_what_is_wrong(tmp_path):
+def test_read_json_of_missing_or_invalid_file_raises(tmp_path):
     with pytest.raises(UnfinishedArtifact, match="does not exist"):
         read_json(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('{"a": ')
@@ -164,7 +164,7 @@ def test_json_says_what_is_wrong(tmp_path):
         read_json(tmp_path / "bad.json")
 
 
-def test_a_workspace_reports_and_hears(tmp_path):
+def test_workspace_reports_progress_and_detects_stop_file(tmp_path):
     workspace = Workspace.at(tmp_path)
     workspace.report_progress(5, 5, {"loss": 0.5}, unit="images")
     assert read_json(workspace.attempt / "progress.json")["figures"] == {"loss": 0.5}
@@ -174,7 +174,7 @@ def test_a_workspace_reports_and_hears(tmp_path):
     assert workspace.stop_requested()
 
 
-def test_work_of_another_unit_starts_its_own_clock(tmp_path):
+def test_progress_of_new_unit_restarts_pace(tmp_path):
     workspace = Workspace.at(tmp_path)
     workspace.report_progress(1000, 1000, unit="images")
     time.sleep(0.1)
@@ -187,24 +187,34 @@ def test_work_of_another_unit_starts_its_own_clock(tmp_path):
     assert (progress["done"], progress["total"], progress["left_s"]) == (9, None, None)
 
 
-def test_json_is_written_whole(tmp_path):
+def test_write_json_leaves_no_temporary_file(tmp_path):
     write_json(tmp_path / "a.json", {"x": Path("p"), "y": (1, 2)})
     assert read_json(tmp_path / "a.json") == {"x": "p", "y": [1, 2]}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_later_key_enters_a_fingerprint_only_once_it_is_used():
+def test_fingerprint_omits_unhashed_default_fields():
     @dataclass
     class Earlier:
         size: int = 1
 
     @dataclass
-    class Now:
+    class Current:
         size: int = 1
         extra: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
 
-    def of(*configs):
-        return fingerprint("s", {"deep": list(configs)}, {})
+    def fingerprint_of(*configs):
+        return fingerprint("s", {"nested": list(configs)}, {})
 
-    assert of(Now(), Now(size=2)) == of(Earlier(), Earlier(size=2))
-    assert len({of(Now()), of(Now(extra="a")), of(Now(extra="b")), of(Now(size=2))}) == 4
+    assert fingerprint_of(Current(), Current(size=2)) == fingerprint_of(Earlier(), Earlier(size=2))
+    assert (
+        len(
+            {
+                fingerprint_of(Current()),
+                fingerprint_of(Current(extra="a")),
+                fingerprint_of(Current(extra="b")),
+                fingerprint_of(Current(size=2)),
+            }
+        )
+        == 4
+    )

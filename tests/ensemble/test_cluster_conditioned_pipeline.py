@@ -1,12 +1,12 @@
-"""The baseline that is told the cluster, as a pipeline: one network on the disk, one expert for each cluster."""
+"""The cluster-conditioned baseline as a pipeline: one network on disk, one expert per cluster."""
 
 import pytest
 import torch
 
-from ddm_core.artifacts import files_in, read_json, write_json
+from ddm_core.artifacts import list_files, read_json, write_json
 from ensemble.config import SamplingConfig
 from ensemble.evaluation.generate import RowFlops
-from ensemble.pipeline import DDMPipeline, PipelineError, assemble
+from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
 from experts.baselines.cluster_conditioned import ClusterConditionedExpert
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig
@@ -47,31 +47,31 @@ def folder(tmp_path):
     return tmp_path / "pipeline"
 
 
-def test_it_is_stored_once_and_sampled_with_one_call_a_step(folder):
-    assert sum(path.suffix == ".safetensors" for path in files_in(folder / "cluster_conditioned")) == 1
+def test_shared_network_is_stored_once_and_called_once(folder):
+    assert sum(path.suffix == ".safetensors" for path in list_files(folder / "cluster_conditioned")) == 1
     assert not (folder / "expert_0").exists()
-    pipeline = DDMPipeline.from_pretrained(folder)
+    pipeline = EnsemblePipeline.from_pretrained(folder)
     assert sorted(pipeline.ensemble.experts) == [0, 1, 2]
     assert pipeline.num_classes == CLASSES
-    drawn = pipeline(range(40), STICKY, [0, 1] * 20)
-    assert drawn.calls_per_step == 1 and drawn.calls.router == 0
-    assert set(drawn.calls.experts) == {0, 1, 2}
-    costs = RowFlops.of(pipeline)
+    result = pipeline(range(40), STICKY, [0, 1] * 20)
+    assert result.calls_per_step == 1 and result.calls.router == 0
+    assert set(result.calls.experts) == {0, 1, 2}
+    costs = RowFlops.measure(pipeline)
     assert costs.experts[0] == costs.experts[2] > 0
 
 
-def test_what_is_saved_again_is_the_same(folder, tmp_path):
-    pipeline = DDMPipeline.from_pretrained(folder)
+def test_saved_pipeline_gives_the_same_samples(folder, tmp_path):
+    pipeline = EnsemblePipeline.from_pretrained(folder)
     pipeline.save_pretrained(tmp_path / "again")
-    again = DDMPipeline.from_pretrained(tmp_path / "again")
+    again = EnsemblePipeline.from_pretrained(tmp_path / "again")
     assert torch.equal(again(range(4), STICKY).images, pipeline(range(4), STICKY).images)
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
         path.name for path in folder.iterdir()
     )
 
 
-def test_a_cluster_that_it_was_not_told_of_is_an_error(folder):
+def test_unknown_cluster_raises(folder):
     index = read_json(folder / "model_index.json")
     write_json(folder / "model_index.json", index | {"experts": [0, 1, 2, 3]})
-    with pytest.raises(PipelineError, match=r"not told of the clusters \[3\]"):
-        DDMPipeline.from_pretrained(folder)
+    with pytest.raises(PipelineError, match=r"trained on 3 clusters, and model_index.json lists experts \[3\]"):
+        EnsemblePipeline.from_pretrained(folder)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ensemble.ensemble import Ensemble, EnsembleError, ExpertOutput, combine_velocities
-from ensemble.routing import uniforms_at, uniforms_once
+from ensemble.routing import occasion_uniforms, time_uniforms
 from experts.condition import Condition
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from router.config import SelectionConfig
@@ -16,12 +16,12 @@ NOISED = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0), dtype=
 T = torch.linspace(0.05, 0.95, ROWS, dtype=torch.float64)
 
 
-def whole() -> Ensemble:
+def make_ensemble() -> Ensemble:
     return Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rows"),
+    ("settings", "rows"),
     [
         ({"name": "full"}, 4 * ROWS),
         ({"name": "top_k", "k": 1}, ROWS),
@@ -30,17 +30,17 @@ def whole() -> Ensemble:
         ({"name": "sample"}, ROWS),
     ],
 )
-def test_only_selected_experts_are_called_and_each_once(chosen: dict[str, object], rows: int) -> None:
-    ensemble = whole()
-    routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(**chosen))
+def test_velocity_calls_each_selected_expert_once(settings: dict[str, object], rows: int) -> None:
+    ensemble = make_ensemble()
+    routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(**settings))
     ensemble.velocity(NOISED, T, NULL, routing)
     assert sum(routing.calls.experts.values()) == rows
     assert sum(expert.rows for expert in ensemble.experts.values()) == rows
     assert all(expert.calls <= 1 for expert in ensemble.experts.values())
 
 
-def test_sticky_never_asks_the_router_and_keeps_its_experts() -> None:
-    ensemble = whole()
+def test_sticky_keeps_its_experts_without_router_calls() -> None:
+    ensemble = make_ensemble()
     routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name="sticky"))
     early = ensemble.gates(NOISED, T, NULL, routing)
     late = ensemble.gates(-NOISED, T / 2, NULL, routing)
@@ -48,8 +48,8 @@ def test_sticky_never_asks_the_router_and_keeps_its_experts() -> None:
     assert ensemble.router.calls == routing.calls.router == 0
 
 
-def test_a_router_call_is_counted_for_every_row() -> None:
-    ensemble = whole()
+def test_router_calls_are_counted_by_row() -> None:
+    ensemble = make_ensemble()
     routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name="full"))
     ensemble.velocity(NOISED, T, NULL, routing)
     assert routing.calls.router == ROWS
@@ -59,13 +59,13 @@ def test_sticky_draws_from_the_prior_of_the_class() -> None:
     mixture = MixtureOfGaussians((0.4, 0.3, 0.2, 0.1), allowed=((0, 1), (3,)))
     ensemble = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     condition = Condition(torch.tensor([0, 1] * 20))
-    gates = ensemble.init_routing(range(40), condition, SelectionConfig(name="sticky")).memory.gates
+    gates = ensemble.init_routing(range(40), condition, SelectionConfig(name="sticky")).state.gates
     assert gates[1::2].argmax(1).tolist() == [3] * 20
     assert set(gates[::2].argmax(1).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("name", list(SELECTIONS))
-def test_a_missing_expert_is_silent_and_the_others_share_its_gates(name: str) -> None:
+def test_missing_expert_has_zero_gates(name: str) -> None:
     experts = {k: expert for k, expert in MIXTURE.experts().items() if k != 1}
     ensemble = Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
     routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name=name))
@@ -74,58 +74,61 @@ def test_a_missing_expert_is_silent_and_the_others_share_its_gates(name: str) ->
     assert gates[:, 1].tolist() == [0] * ROWS
     torch.testing.assert_close(gates.sum(1).double(), torch.ones(ROWS, dtype=torch.float64))
     if name == "full":
-        complete = whole()
-        before = complete.gates(NOISED, T, NULL, complete.init_routing(range(ROWS), NULL, SelectionConfig(name=name)))
-        kept = before * torch.tensor([1, 0, 1, 1])
-        torch.testing.assert_close(gates, kept / kept.sum(1, keepdim=True))
+        complete = make_ensemble()
+        complete_gates = complete.gates(
+            NOISED, T, NULL, complete.init_routing(range(ROWS), NULL, SelectionConfig(name=name))
+        )
+        remaining = complete_gates * torch.tensor([1, 0, 1, 1])
+        torch.testing.assert_close(gates, remaining / remaining.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize(
     ("ids", "has_router", "message"),
     [([], True, "all are missing"), ([0, 4], True, r"got \[4\]"), ([0, 1], False, "add their router")],
 )
-def test_what_cannot_be_sampled_is_refused(ids: list[int], has_router: bool, message: str) -> None:
+def test_ensemble_of_invalid_experts_raises(ids: list[int], has_router: bool, message: str) -> None:
     experts = {k: MIXTURE.experts()[k % 4] for k in ids}
     with pytest.raises(EnsembleError, match=message):
         Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router() if has_router else None)
 
 
-def test_a_router_of_another_path_is_refused() -> None:
+def test_router_of_another_noise_schedule_raises() -> None:
     with pytest.raises(EnsembleError, match="rectified_flow"):
         Ensemble(experts=MIXTURE.experts(), noise_schedule=COSINE, router=MIXTURE.router(RECTIFIED_FLOW))
 
 
-def test_seeds_and_rows_must_pair() -> None:
+def test_routing_with_unpaired_seeds_raises() -> None:
     with pytest.raises(ValueError, match="every row needs a seed"):
-        whole().init_routing([1, 2], Condition.null(3), SelectionConfig())
+        make_ensemble().init_routing([1, 2], Condition.null(3), SelectionConfig())
 
 
-def test_t_may_differ_inside_a_row() -> None:
-    ensemble = whole()
+def test_velocity_accepts_t_per_element() -> None:
+    ensemble = make_ensemble()
     routing = ensemble.init_routing(range(ROWS), NULL, SelectionConfig(name="full"))
-    inside = T[:, None].expand(-1, 2)
+    t_per_element = T[:, None].expand(-1, 2)
     torch.testing.assert_close(
-        ensemble.velocity(NOISED, inside, NULL, routing), ensemble.velocity(NOISED, T, NULL, routing)
+        ensemble.velocity(NOISED, t_per_element, NULL, routing), ensemble.velocity(NOISED, T, NULL, routing)
     )
 
 
-def test_mixing_lets_gradients_through() -> None:
-    said = torch.ones(2, 3, requires_grad=True)
+def test_combine_velocities_is_differentiable() -> None:
+    velocity = torch.ones(2, 3, requires_grad=True)
     mixed = combine_velocities(
-        torch.zeros(4, 3), [ExpertOutput(rows=torch.tensor([1, 3]), gates=torch.tensor([0.25, 1.0]), velocity=said)]
+        torch.zeros(4, 3), [ExpertOutput(rows=torch.tensor([1, 3]), gates=torch.tensor([0.25, 1.0]), velocity=velocity)]
     )
     mixed.sum().backward()
     assert mixed[:, 0].tolist() == [0, 0.25, 0, 1]
-    assert said.grad[:, 0].tolist() == [0.25, 1]
+    assert velocity.grad[:, 0].tolist() == [0.25, 1]
 
 
-def test_draws_depend_on_seed_and_t_alone_and_are_uniform() -> None:
+def test_uniforms_depend_on_seed_and_t_alone() -> None:
     t = torch.full((3,), 0.5)
-    drawn = uniforms_at([5, -1, 5], t, 2)
-    assert torch.equal(drawn[0], drawn[2])
-    assert torch.equal(drawn[1:2], uniforms_at([-1], t[:1], 2))
-    assert not torch.equal(drawn, uniforms_at([5, -1, 5], t / 2, 2))
-    many = torch.cat([uniforms_once(range(20_000), 1), uniforms_at(range(20_000), torch.full((20_000,), 0.3), 1)], 1)
+    uniforms = time_uniforms([5, -1, 5], t, 2)
+    assert torch.equal(uniforms[0], uniforms[2])
+    assert torch.equal(uniforms[1:2], time_uniforms([-1], t[:1], 2))
+    assert not torch.equal(uniforms, time_uniforms([5, -1, 5], t / 2, 2))
+    seeds, t = range(20_000), torch.full((20_000,), 0.3)
+    many = torch.cat([occasion_uniforms(seeds, 1), time_uniforms(seeds, t, 1)], 1)
     assert many.min() >= 0 and many.max() < 1
     torch.testing.assert_close(many.mean(0), torch.full((2,), 0.5, dtype=torch.float64), atol=0.01, rtol=0)
     assert abs(torch.corrcoef(many.T)[0, 1]) < 0.03

@@ -1,11 +1,11 @@
-"""Experts leave, come back and join, and everyone else stays as they were."""
+"""Remove, restore and add experts; all others stay unchanged."""
 
 import pytest
 import torch
 
 from ensemble.config import SamplingConfig
-from ensemble.membership import with_expert_back, with_new_expert, without_experts
-from ensemble.pipeline import DDMPipeline, PipelineError
+from ensemble.membership import add_expert, remove_experts, restore_expert
+from ensemble.pipeline import EnsemblePipeline, PipelineError
 from experts.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
@@ -18,66 +18,68 @@ __all__ = ["parts"]
 FULL = SamplingConfig(steps=3, selection=SelectionConfig(name="full"))
 
 
-def gates(pipeline: DDMPipeline) -> torch.Tensor:
+def gates(pipeline: EnsemblePipeline) -> torch.Tensor:
     noised = torch.randn(20, *SHAPE, generator=torch.Generator().manual_seed(1))
     null, ensemble = Condition.null(20), pipeline.ensemble
     return ensemble.gates(noised, torch.full((20,), 0.5), null, ensemble.init_routing(range(20), null, FULL.selection))
 
 
-def test_who_leaves_is_silent_and_the_others_share_its_gates(parts, tmp_path):
-    whole = put_together(parts)
-    left = without_experts(whole, [1])
-    assert left.ensemble.missing == (1,) and whole.ensemble.missing == ()
-    kept = gates(whole) * torch.tensor([1.0, 0.0, 1.0])
-    torch.testing.assert_close(gates(left), kept / kept.sum(1, keepdim=True))
-    left.save_pretrained(tmp_path / "left")
-    again = DDMPipeline.from_pretrained(tmp_path / "left")
-    assert not (tmp_path / "left" / "expert_1").exists()
-    assert torch.equal(again([3, 4], FULL).latents, left([3, 4], FULL).latents)
+def test_removed_expert_has_zero_gates(parts, tmp_path):
+    original = put_together(parts)
+    reduced = remove_experts(original, [1])
+    assert reduced.ensemble.missing == (1,) and original.ensemble.missing == ()
+    remaining = gates(original) * torch.tensor([1.0, 0.0, 1.0])
+    torch.testing.assert_close(gates(reduced), remaining / remaining.sum(1, keepdim=True))
+    reduced.save_pretrained(tmp_path / "reduced")
+    again = EnsemblePipeline.from_pretrained(tmp_path / "reduced")
+    assert not (tmp_path / "reduced" / "expert_1").exists()
+    assert torch.equal(again([3, 4], FULL).latents, reduced([3, 4], FULL).latents)
 
 
-def test_who_comes_back_makes_the_ensemble_whole_again(parts):
-    whole = put_together(parts)
-    back = with_expert_back(without_experts(whole, [1, 2]), Expert.load(parts / "trained_2"), 2)
-    back = with_expert_back(back, Expert.load(parts / "trained_1"), 1)
-    assert torch.equal(back([3, 4], FULL).latents, whole([3, 4], FULL).latents)
+def test_restored_experts_give_the_original_samples(parts):
+    original = put_together(parts)
+    restored = restore_expert(remove_experts(original, [1, 2]), Expert.load(parts / "trained_2"), 2)
+    restored = restore_expert(restored, Expert.load(parts / "trained_1"), 1)
+    assert torch.equal(restored([3, 4], FULL).latents, original([3, 4], FULL).latents)
 
 
-def test_who_joins_is_the_last_and_the_others_keep_their_ids(parts):
-    whole = put_together(parts)
+def test_added_expert_gets_the_next_id(parts):
+    original = put_together(parts)
     counts = torch.ones(3, 4, dtype=torch.float64)
     model = build_router(RouterConfig(width=8, depth=1), SHAPE, 4, 2)
-    more = with_new_expert(
-        whole, Expert.load(parts / "trained_0"), Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=counts)
+    extended = add_expert(
+        original,
+        Expert.load(parts / "trained_0"),
+        Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=counts),
     )
-    assert sorted(more.ensemble.experts) == [0, 1, 2, 3] and more.ensemble.experts[3].cluster_id == 3
-    assert all(more.ensemble.experts[k] is whole.ensemble.experts[k] for k in range(3))
-    assert whole.ensemble.num_experts == 3
+    assert sorted(extended.ensemble.experts) == [0, 1, 2, 3] and extended.ensemble.experts[3].cluster_id == 3
+    assert all(extended.ensemble.experts[k] is original.ensemble.experts[k] for k in range(3))
+    assert original.ensemble.num_experts == 3
 
 
-def test_a_router_that_does_not_know_the_new_one_is_refused(parts):
-    whole = put_together(parts)
-    with pytest.raises(PipelineError, match="know the 3 experts and the new one; it knows 3"):
-        with_new_expert(whole, Expert.load(parts / "trained_0"), whole.ensemble.router)
+def test_add_expert_with_old_router_raises(parts):
+    original = put_together(parts)
+    with pytest.raises(PipelineError, match="have the 3 experts and the new one; it has 3"):
+        add_expert(original, Expert.load(parts / "trained_0"), original.ensemble.router)
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([3], r"among \[0, 1, 2\], which are there; got \[3\]"), ([0, 1, 2], "leave one in it")],
+    [([3], r"among \[0, 1, 2\]; got \[3\]"), ([0, 1, 2], "leave one in it")],
 )
-def test_who_is_not_there_cannot_leave_and_one_must_stay(parts, ids, message):
+def test_remove_experts_that_are_absent_or_all_raises(parts, ids, message):
     with pytest.raises(PipelineError, match=message):
-        without_experts(put_together(parts), ids)
+        remove_experts(put_together(parts), ids)
 
 
 @pytest.mark.parametrize(("removed", "message"), [([1], r"missing are \[1\]; got place 2"), ([], "none is missing")])
-def test_a_place_must_be_a_missing_one(parts, removed, message):
-    pipeline = without_experts(put_together(parts), removed)
+def test_restore_expert_that_is_present_raises(parts, removed, message):
+    pipeline = remove_experts(put_together(parts), removed)
     with pytest.raises(PipelineError, match=message):
-        with_expert_back(pipeline, Expert.load(parts / "trained_2"), 2)
+        restore_expert(pipeline, Expert.load(parts / "trained_2"), 2)
 
 
-def test_an_expert_of_other_classes_does_not_fit(parts, tmp_path):
+def test_restore_expert_of_other_classes_raises(parts, tmp_path):
     other = Expert.load(make_expert(tmp_path / "other", 1, num_classes=5))
-    with pytest.raises(PipelineError, match="must know the ensemble's latents and classes"):
-        with_expert_back(without_experts(put_together(parts), [1]), other, 1)
+    with pytest.raises(PipelineError, match="must have the ensemble's latents and classes"):
+        restore_expert(remove_experts(put_together(parts), [1]), other, 1)

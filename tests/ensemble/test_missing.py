@@ -1,4 +1,4 @@
-"""An ensemble says what it lacks."""
+"""Warnings about missing experts."""
 
 import re
 
@@ -18,19 +18,19 @@ def with_experts(*ids: int) -> Ensemble:
 
 
 @pytest.mark.parametrize(
-    ("present", "share", "said"),
+    ("present", "share", "pattern"),
     [
-        ((0, 1, 2), 0.1, r"1 of 4 experts is missing \(3\), which stood for 10\.0 %"),
-        ((1, 3), 0.6, r"2 of 4 experts are missing \(0, 2\), which stood for 60\.0 %"),
+        ((0, 1, 2), 0.1, r"1 of 4 experts is missing \(3\), trained on 10\.0 %"),
+        ((1, 3), 0.6, r"2 of 4 experts are missing \(0, 2\), trained on 60\.0 %"),
     ],
 )
-def test_it_names_who_is_missing_and_for_how_much_they_stood(present, share, said):
+def test_missing_warning_names_experts_and_share(present, share, pattern):
     ensemble = with_experts(*present)
     assert missing_share(ensemble) == pytest.approx(share)
-    assert re.search(said, missing_warning(ensemble))
+    assert re.search(pattern, missing_warning(ensemble))
 
 
-def test_a_whole_ensemble_and_a_monolith_say_nothing():
-    alone = Ensemble(experts={0: MIXTURE.experts()[0]}, noise_schedule=RECTIFIED_FLOW)
-    for ensemble in (with_experts(0, 1, 2, 3), alone):
+def test_missing_warning_of_complete_ensemble_is_empty():
+    monolith = Ensemble(experts={0: MIXTURE.experts()[0]}, noise_schedule=RECTIFIED_FLOW)
+    for ensemble in (with_experts(0, 1, 2, 3), monolith):
         assert missing_warning(ensemble) == "" and missing_share(ensemble) == 0

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddm_core.artifacts import CorruptArtifact, files_in, read_json, write_json
+from ddm_core.artifacts import CorruptArtifact, list_files, read_json, write_json
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import EnsembleError
-from ensemble.pipeline import DDMPipeline, PipelineError, assemble
+from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
@@ -55,94 +55,101 @@ def parts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def put_together(parts: Path, present: tuple[int, ...] = (0, 1, 2), missing: tuple[int, ...] = ()) -> DDMPipeline:
+def put_together(parts: Path, present: tuple[int, ...] = (0, 1, 2), missing: tuple[int, ...] = ()) -> EnsemblePipeline:
     folders = {k: parts / f"trained_{k}" for k in present}
     return assemble(
         folders, parts / "trained_router", parts / "codec", parts / "pipeline", missing, class_names=("a", "b")
     )
 
 
-def test_assembled_saved_and_loaded_it_samples_the_same(parts: Path) -> None:
+def test_saved_and_loaded_pipeline_samples_equally(parts: Path) -> None:
     first = put_together(parts)
     first.save_pretrained(parts / "again")
-    second = DDMPipeline.from_pretrained(parts / "again")
-    drawn, redrawn = (pipeline([5, 6, 7], FULL, [0, 1, -1]) for pipeline in (first, second))
-    assert torch.equal(drawn.latents, redrawn.latents)
-    assert drawn.images.shape == (3, 4, 4, 1)
+    second = EnsemblePipeline.from_pretrained(parts / "again")
+    result, repeated = (pipeline([5, 6, 7], FULL, [0, 1, -1]) for pipeline in (first, second))
+    assert torch.equal(result.latents, repeated.latents)
+    assert result.images.shape == (3, 4, 4, 1)
     assert second.class_names == ("a", "b")
 
 
-def test_saved_again_it_gives_the_same_bytes(parts: Path) -> None:
+def test_from_pretrained_accepts_str_and_path(parts: Path) -> None:
+    pipeline = put_together(parts)
+    pipeline.save_pretrained(str(parts / "as_str"))
+    for folder in (str(parts / "as_str"), parts / "as_str"):
+        assert torch.equal(EnsemblePipeline.from_pretrained(folder)([5], FULL).latents, pipeline([5], FULL).latents)
+
+
+def test_save_is_byte_identical_to_assemble(parts: Path) -> None:
     put_together(parts).save_pretrained(parts / "again")
-    for file in files_in(parts / "again"):
+    for file in list_files(parts / "again"):
         assert file.read_bytes() == (parts / "pipeline" / file.relative_to(parts / "again")).read_bytes(), file.name
 
 
-def test_the_folder_is_a_diffusers_pipeline_folder(parts: Path) -> None:
+def test_folder_is_a_diffusers_pipeline_folder(parts: Path) -> None:
     put_together(parts)
     index = read_json(parts / "pipeline" / "model_index.json")
     assert index["_class_name"] == "DDMPipeline"
     assert index["experts"] == [0, 1, 2]
     assert (parts / "pipeline" / "scheduler" / "scheduler_config.json").is_file()
-    copied = {file.name for file in files_in(parts / "pipeline")}
+    copied = {file.name for file in list_files(parts / "pipeline")}
     assert "metrics.jsonl" not in copied
     assert "manifest.json" not in copied
 
 
-def test_it_works_while_an_expert_is_missing(parts: Path) -> None:
+def test_pipeline_samples_with_a_missing_expert(parts: Path) -> None:
     pipeline = put_together(parts, (0, 2), (1,))
     assert pipeline.ensemble.missing == (1,)
-    drawn = pipeline(range(4), FULL)
-    assert set(drawn.calls.experts) == {0, 2}
-    assert drawn.images.isfinite().all()
+    result = pipeline(range(4), FULL)
+    assert set(result.calls.experts) == {0, 2}
+    assert result.images.isfinite().all()
 
 
-def test_an_expert_that_is_neither_there_nor_listed_is_an_error(parts: Path) -> None:
+def test_expert_neither_present_nor_listed_raises(parts: Path) -> None:
     with pytest.raises(PipelineError, match=r"lists \[\] as missing"):
         put_together(parts, (0, 2))
     put_together(parts)
     (parts / "pipeline" / "expert_1").rename(parts / "elsewhere")
     with pytest.raises(PipelineError, match="add 1 to the index's missing list"):
-        DDMPipeline.from_pretrained(parts / "pipeline")
+        EnsemblePipeline.from_pretrained(parts / "pipeline")
     file = parts / "pipeline" / "model_index.json"
     write_json(file, read_json(file) | {"missing": [1]})
-    assert DDMPipeline.from_pretrained(parts / "pipeline").ensemble.missing == (1,)
+    assert EnsemblePipeline.from_pretrained(parts / "pipeline").ensemble.missing == (1,)
 
 
-def test_all_missing_is_an_error(parts: Path) -> None:
+def test_all_experts_missing_raises(parts: Path) -> None:
     with pytest.raises(PipelineError, match="all are missing"):
         put_together(parts, (), (0, 1, 2))
     put_together(parts)
     file = parts / "pipeline" / "model_index.json"
     write_json(file, read_json(file) | {"missing": [0, 1, 2]})
     with pytest.raises(EnsembleError, match="all are missing"):
-        DDMPipeline.from_pretrained(parts / "pipeline")
+        EnsemblePipeline.from_pretrained(parts / "pipeline")
 
 
 @pytest.mark.parametrize("name", ["router/pytorch_model.bin", "expert_0/a.PT", "notes.pkl"])
-def test_pickles_are_refused(name: str, parts: Path) -> None:
+def test_folder_with_pickles_raises(name: str, parts: Path) -> None:
     put_together(parts)
     (parts / "pipeline" / name).write_bytes(b"")
     with pytest.raises(PipelineError, match=name):
-        DDMPipeline.from_pretrained(parts / "pipeline")
+        EnsemblePipeline.from_pretrained(parts / "pipeline")
 
 
-def test_a_monolith_is_a_pipeline_of_one_expert(parts: Path) -> None:
+def test_monolith_is_a_pipeline_of_one_expert(parts: Path) -> None:
     pipeline = assemble({0: parts / "trained_0"}, None, parts / "codec", parts / "mono")
-    drawn = pipeline(range(3), FULL.__class__(solver="euler", steps=2))
-    assert drawn.calls_per_step == 1
+    result = pipeline(range(3), FULL.__class__(solver="euler", steps=2))
+    assert result.calls_per_step == 1
     assert not (parts / "mono" / "router").exists()
 
 
-def test_parts_that_do_not_fit_leave_nothing_behind(parts: Path) -> None:
+def test_assemble_of_unfit_parts_leaves_no_folder(parts: Path) -> None:
     make_expert(parts / "trained_2", 2, num_classes=5)
-    with pytest.raises(PipelineError, match="expert 2 knows"):
+    with pytest.raises(PipelineError, match="expert 2 has latents of shape"):
         put_together(parts)
     assert not (parts / "pipeline").exists()
 
 
 @pytest.mark.parametrize("class_id", [2, -2])
-def test_unknown_classes_are_refused(class_id: int, parts: Path) -> None:
+def test_unknown_classes_raise(class_id: int, parts: Path) -> None:
     with pytest.raises(PipelineError, match="classes go from 0 to 1"):
         put_together(parts)([1], FULL, [class_id])
 
@@ -150,9 +157,9 @@ def test_unknown_classes_are_refused(class_id: int, parts: Path) -> None:
 @pytest.mark.parametrize(
     "broken", [{"_class_name": "Other"}, {"noise_schedule": "../x"}, {"experts": ["one"]}, {"missing": None}]
 )
-def test_an_index_of_something_else_is_refused(broken: dict[str, object], parts: Path) -> None:
+def test_index_of_another_class_raises(broken: dict[str, object], parts: Path) -> None:
     put_together(parts)
     file = parts / "pipeline" / "model_index.json"
     write_json(file, read_json(file) | broken)
     with pytest.raises(CorruptArtifact, match="not the index"):
-        DDMPipeline.from_pretrained(parts / "pipeline")
+        EnsemblePipeline.from_pretrained(parts / "pipeline")

@@ -2,21 +2,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.solvers import SOLVERS, noise_for, uniform_times
+from ensemble.solvers import SOLVERS, make_noise, uniform_times
 
 
-def test_times_fall_from_noise_to_clean() -> None:
+def test_uniform_times_decrease_from_one_to_zero() -> None:
     assert uniform_times(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
-def test_a_constant_velocity_is_integrated_exactly(name: str) -> None:
+def test_constant_velocity_is_integrated_exactly(name: str) -> None:
     noise = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     clean = SOLVERS[name](lambda noised, t: torch.full_like(noised, 2.0), noise, uniform_times(5))
     torch.testing.assert_close(clean, noise - 2)
 
 
-def test_heun_is_exact_for_a_velocity_linear_in_t_but_for_its_last_step() -> None:
+def test_heun_is_exact_for_linear_t_except_the_last_step() -> None:
     def velocity(noised: Tensor, t: Tensor) -> Tensor:
         return 2 * t[:, None] * torch.ones_like(noised)
 
@@ -26,19 +26,19 @@ def test_heun_is_exact_for_a_velocity_linear_in_t_but_for_its_last_step() -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "visits"), [("euler", 3), ("heun", 5), ("flow_match_euler", 3), ("flow_match_heun", 5)]
+    ("name", "evaluations"), [("euler", 3), ("heun", 5), ("flow_match_euler", 3), ("flow_match_heun", 5)]
 )
-def test_every_solver_visits_the_times_it_was_given(name: str, visits: int) -> None:
-    seen = []
+def test_solver_evaluates_the_given_times(name: str, evaluations: int) -> None:
+    evaluated = []
 
     def velocity(noised: Tensor, t: Tensor) -> Tensor:
-        seen.append(t[0].item())
+        evaluated.append(t[0].item())
         return noised
 
     times = torch.tensor([1.0, 0.5, 0.125, 0.0], dtype=torch.float64)
     SOLVERS[name](velocity, torch.ones(2, 3), times)
-    assert len(seen) == visits
-    assert set(seen) == {1.0, 0.5, 0.125}
+    assert len(evaluated) == evaluations
+    assert set(evaluated) == {1.0, 0.5, 0.125}
 
 
 @pytest.mark.parametrize("name", ["euler", "heun"])
@@ -46,12 +46,12 @@ def test_diffusers_schedulers_take_the_same_steps(name: str) -> None:
     def velocity(noised: Tensor, t: Tensor) -> Tensor:
         return torch.sin(3 * noised) + t[:, None] ** 2
 
-    noise, times = noise_for(range(8), (3,)), torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
+    noise, times = make_noise(range(8), (3,)), torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
     ours, theirs = SOLVERS[name](velocity, noise, times), SOLVERS[f"flow_match_{name}"](velocity, noise, times)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
-def test_a_trajectory_may_end_before_clean() -> None:
+def test_solver_may_stop_before_t_zero() -> None:
     times = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
     for name, solver in SOLVERS.items():
         clean = solver(lambda noised, t: torch.ones_like(noised), torch.zeros(1, 2), times)
@@ -59,17 +59,17 @@ def test_a_trajectory_may_end_before_clean() -> None:
 
 
 def test_noise_depends_on_its_own_seed_alone() -> None:
-    together, alone = noise_for([7, 2**40, 7], (2, 3)), noise_for([2**40], (2, 3))
+    together, alone = make_noise([7, 2**40, 7], (2, 3)), make_noise([2**40], (2, 3))
     assert torch.equal(together[1:2], alone)
     assert torch.equal(together[0], together[2])
     assert not torch.equal(together[0], together[1])
 
 
 def test_noise_is_unit_gaussian() -> None:
-    noise = noise_for(range(2000), (8,))
+    noise = make_noise(range(2000), (8,))
     assert abs(noise.mean()) < 0.03
     assert abs(noise.std() - 1) < 0.03
 
 
-def test_no_seeds_give_no_rows() -> None:
-    assert noise_for([], (2, 3)).shape == (0, 2, 3)
+def test_noise_without_seeds_is_empty() -> None:
+    assert make_noise([], (2, 3)).shape == (0, 2, 3)

@@ -13,17 +13,17 @@ def images(shards):
     return next(read_batches(shards, 40)).images
 
 
-def fitted(kind, shards, out, workspace, whitening=0.0, components=16):
-    brief = TrainingConfig(steps=4, batch_size=8, warmup_steps=1)
-    config = CodecConfig(kind=kind, components=components, whitening=whitening, decoder_training=brief)
+def fit_and_load(kind, shards, out, workspace, whitening=0.0, components=16):
+    short_training = TrainingConfig(steps=4, batch_size=8, warmup_steps=1)
+    config = CodecConfig(kind=kind, components=components, whitening=whitening, decoder_training=short_training)
     fit_codec(config, shards, out, workspace)
     return load_codec(out)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "pca"])
-def test_images_come_back(kind, shards, images, tmp_path, workspace):
-    """16 components are all there are of 4 x 4 pixels."""
-    codec = fitted(kind, shards, tmp_path / "codec", workspace)
+def test_full_rank_codec_reproduces_images(kind, shards, images, tmp_path, workspace):
+    """Use all 16 components of 4 x 4 pixels."""
+    codec = fit_and_load(kind, shards, tmp_path / "codec", workspace)
     latents = codec.encode(images)
     assert latents.shape == (40, *codec.latent_shape)
     assert latents.dtype == torch.float32
@@ -31,8 +31,8 @@ def test_images_come_back(kind, shards, images, tmp_path, workspace):
 
 
 @pytest.mark.parametrize("kind", CODECS)
-def test_what_is_saved_is_what_is_loaded(kind, shards, images, tmp_path, workspace):
-    codec = fitted(kind, shards, tmp_path / "codec", workspace, whitening=0.5, components=5)
+def test_loaded_codec_equals_saved_codec(kind, shards, images, tmp_path, workspace):
+    codec = fit_and_load(kind, shards, tmp_path / "codec", workspace, whitening=0.5, components=5)
     loaded = load_codec(tmp_path / "codec")
     assert loaded.latent_shape == codec.latent_shape
     assert torch.equal(loaded.encode(images), codec.encode(images))
@@ -40,7 +40,7 @@ def test_what_is_saved_is_what_is_loaded(kind, shards, images, tmp_path, workspa
 
 @pytest.mark.parametrize("whitening", [0.0, 0.4, 1.0])
 def test_latents_have_unit_root_mean_square(whitening, shards, images, tmp_path, workspace):
-    codec = fitted("pca", shards, tmp_path / "codec", workspace, whitening, components=6)
+    codec = fit_and_load("pca", shards, tmp_path / "codec", workspace, whitening, components=6)
     latents = codec.encode(images)
     assert latents.square().mean().item() == pytest.approx(1, rel=1e-3)
     spread = latents.std(dim=0, correction=0)
@@ -50,7 +50,7 @@ def test_latents_have_unit_root_mean_square(whitening, shards, images, tmp_path,
 
 def test_decoded_images_are_clipped(shards, tmp_path, workspace):
     for kind in CODECS:
-        codec = fitted(kind, shards, tmp_path / kind, workspace)
+        codec = fit_and_load(kind, shards, tmp_path / kind, workspace)
         decoded = codec.decode(50 * torch.randn(3, *codec.latent_shape))
         assert decoded.shape == (3, 4, 4, 1)
         assert decoded.min() == 0
@@ -58,17 +58,17 @@ def test_decoded_images_are_clipped(shards, tmp_path, workspace):
 
 
 def test_images_of_another_shape_are_refused(shards, tmp_path, workspace):
-    codec = fitted("pixels", shards, tmp_path / "codec", workspace)
+    codec = fit_and_load("pixels", shards, tmp_path / "codec", workspace)
     with pytest.raises(ValueError, match="fitted on images of shape"):
         codec.encode(np.zeros((1, 5, 4, 1), dtype=np.uint8))
 
 
 def test_more_components_than_pixels_are_refused(shards, tmp_path, workspace):
     with pytest.raises(ValueError, match="at most 16"):
-        fitted("pca", shards, tmp_path / "codec", workspace, components=17)
+        fit_and_load("pca", shards, tmp_path / "codec", workspace, components=17)
 
 
-def test_an_unknown_kind_is_refused(tmp_path):
+def test_unknown_codec_kind_is_refused(tmp_path):
     write_json(tmp_path / "codec.json", {"kind": "wavelets"})
     with pytest.raises(CorruptArtifact, match="wavelets"):
         load_codec(tmp_path)

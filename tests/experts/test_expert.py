@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, files_in, read_json, write_json
+from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, list_files, read_json, write_json
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.codecs.registry import fit_codec, load_codec
 from experts.condition import Condition
@@ -23,12 +23,17 @@ def codec(shards, tmp_path, workspace):
     return tmp_path / "codec"
 
 
-def expert(prediction="velocity", path=RECTIFIED_FLOW):
+def create_expert(prediction="velocity", noise_schedule=RECTIFIED_FLOW):
     torch.manual_seed(0)
     model = ResidualMLP(latent_shape=[4], num_classes=3, width=16, depth=1).eval()
     torch.nn.init.normal_(model.exit.weight)
     return Expert(
-        model=model, prediction=prediction, noise_schedule=path, latent_shape=(4,), num_classes=3, cluster_id=2
+        model=model,
+        prediction=prediction,
+        noise_schedule=noise_schedule,
+        latent_shape=(4,),
+        num_classes=3,
+        cluster_id=2,
     )
 
 
@@ -36,40 +41,40 @@ def inputs():
     return torch.randn(3, 4), torch.tensor([0.2, 0.5, 0.9]), Condition(torch.tensor([0, -1, 2]))
 
 
-def test_a_velocity_network_on_its_own_path_is_passed_on_bit_for_bit():
-    one, (noised, t, condition) = expert(path=COSINE), inputs()
-    predicted = call_network(one.model, noised, t, condition)
-    assert torch.equal(one.velocity(noised, t, condition), predicted)
-    assert torch.equal(one.velocity(noised, t, condition, COSINE), predicted)
-    assert not torch.allclose(one.velocity(noised, t, condition, RECTIFIED_FLOW), predicted)
+def test_velocity_on_own_schedule_is_the_network_output():
+    expert, (noised, t, condition) = create_expert(noise_schedule=COSINE), inputs()
+    predicted = call_network(expert.model, noised, t, condition)
+    assert torch.equal(expert.velocity(noised, t, condition), predicted)
+    assert torch.equal(expert.velocity(noised, t, condition, COSINE), predicted)
+    assert not torch.allclose(expert.velocity(noised, t, condition, RECTIFIED_FLOW), predicted)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
-def test_what_is_saved_is_what_is_loaded(prediction, tmp_path):
-    one, (noised, t, condition) = expert(prediction, COSINE), inputs()
-    one.save(tmp_path)
+def test_loaded_expert_equals_saved_expert(prediction, tmp_path):
+    expert, (noised, t, condition) = create_expert(prediction, COSINE), inputs()
+    expert.save(tmp_path)
     loaded = Expert.load(tmp_path)
     assert torch.equal(
-        loaded.velocity(noised, t, condition, RECTIFIED_FLOW), one.velocity(noised, t, condition, RECTIFIED_FLOW)
+        loaded.velocity(noised, t, condition, RECTIFIED_FLOW), expert.velocity(noised, t, condition, RECTIFIED_FLOW)
     )
     for name in ("prediction", "noise_schedule", "latent_shape", "num_classes", "cluster_id"):
-        assert getattr(loaded, name) == getattr(one, name)
+        assert getattr(loaded, name) == getattr(expert, name)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_a_folder_that_is_no_expert_is_an_error(tmp_path):
+def test_invalid_expert_folder_is_refused(tmp_path):
     with pytest.raises(UnfinishedArtifact, match=r"expert\.json"):
         Expert.load(tmp_path)
-    expert().save(tmp_path)
+    create_expert().save(tmp_path)
     write_json(tmp_path / "expert.json", read_json(tmp_path / "expert.json") | {"noise_schedule": "spiral"})
     with pytest.raises(CorruptArtifact, match="spiral"):
         Expert.load(tmp_path)
 
 
-def test_a_trained_expert_is_a_whole_folder(shards, codec, tmp_path, workspace):
+def test_trained_expert_folder_is_complete(shards, codec, tmp_path, workspace):
     out = tmp_path / "expert"
     summary = train_expert(CONFIG, [shards], codec, out, workspace, cluster_id=1)
-    assert {path.name for path in files_in(out)} == {
+    assert {path.name for path in list_files(out)} == {
         "config.json",
         "diffusion_pytorch_model.safetensors",
         "expert.json",
@@ -86,25 +91,25 @@ def test_a_trained_expert_is_a_whole_folder(shards, codec, tmp_path, workspace):
     assert summary.flops == 3 * 2 * linear * 100 * 12
 
 
-def test_the_same_training_gives_the_same_bytes_everywhere(shards, codec, tmp_path):
+def test_training_is_byte_identical_in_another_folder(shards, codec, tmp_path):
     for name in ("a", "b"):
         train_expert(CONFIG, [shards], codec, tmp_path / name, Workspace.at(tmp_path / f"work_{name}"))
-    for path in files_in(tmp_path / "a"):
+    for path in list_files(tmp_path / "a"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_classes_beyond_the_number_are_refused(shards, codec, tmp_path, workspace):
+def test_class_beyond_num_classes_is_refused(shards, codec, tmp_path, workspace):
     with pytest.raises(LatentError, match="class 2, but there are only 2 classes"):
         train_expert(CONFIG, [shards], codec, tmp_path / "expert", workspace, num_classes=2)
 
 
-def test_a_network_for_other_latents_is_refused(shards, codec, tmp_path, workspace):
+def test_network_for_other_latents_is_refused(shards, codec, tmp_path, workspace):
     config = ExpertConfig(network=DiTConfig(), training=TRAINING)
     with pytest.raises(NetworkError, match="codec pixels"):
         train_expert(config, [shards], codec, tmp_path / "expert", workspace)
 
 
-def test_an_expert_trains_on_pixels_too(shards, tmp_path, workspace):
+def test_expert_trains_on_pixels(shards, tmp_path, workspace):
     fit_codec(CodecConfig(kind="pixels"), shards, tmp_path / "codec", workspace)
     config = ExpertConfig(network=DiTConfig(heads=1, head_width=8, depth=1), training=TRAINING)
     train_expert(config, [shards], tmp_path / "codec", tmp_path / "expert", workspace)

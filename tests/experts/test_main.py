@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddm_core import artifacts
-from ddm_core.artifacts import files_in, read_manifest, write_json
+from ddm_core.artifacts import list_files, read_manifest, write_json
 from experts.__main__ import main
 
 CONFIG = {
@@ -27,14 +27,14 @@ def command(shards, folder, out, config=CONFIG):
     return [sys.executable, "-m", "experts", *map(str, arguments)]
 
 
-def started(arguments):
+def start_process(arguments):
     path = os.pathsep.join([str(Path(artifacts.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def finished(arguments):
-    process = started(arguments)
+def run_process(arguments):
+    process = start_process(arguments)
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors
 
@@ -46,7 +46,7 @@ def pixels(tmp_path):
 
 @pytest.fixture
 def one_thread():
-    """What OMP_NUM_THREADS=1 gives a process of its own."""
+    """Run with one thread, as OMP_NUM_THREADS=1 does in a subprocess."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,29 +54,29 @@ def one_thread():
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in files_in(folder)}
+    return {path.name: path.read_bytes() for path in list_files(folder)}
 
 
-def wait_for(found, process):
-    while not found():
+def wait_for(is_reached, process):
+    while not is_reached():
         assert process.poll() is None, "the training ended before it could be killed"
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_killed_and_started_again_gives_the_same_bytes(shards, tmp_path, pixels):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert finished(command(shards, tmp_path, whole))[0] == 0
+@pytest.mark.integration
+def test_restart_after_sigkill_is_byte_identical(shards, tmp_path, pixels):
+    uninterrupted, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_process(command(shards, tmp_path, uninterrupted))[0] == 0
     checkpoints = tmp_path / "killed.work" / "checkpoints"
-    for least in (100, 400):
-        process = started(command(shards, tmp_path, killed))
-        wait_for(lambda least=least: any(checkpoints.glob("step-*")) and newest(checkpoints) >= least, process)
+    for min_step in (100, 400):
+        process = start_process(command(shards, tmp_path, killed))
+        wait_for(lambda min_step=min_step: any(checkpoints.glob("step-*")) and newest(checkpoints) >= min_step, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not killed.exists()
-    assert finished(command(shards, tmp_path, killed))[0] == 0
-    assert content(killed) == content(whole)
-    assert read_manifest(killed).checksums == read_manifest(whole).checksums
+    assert run_process(command(shards, tmp_path, killed))[0] == 0
+    assert content(killed) == content(uninterrupted)
+    assert read_manifest(killed).checksums == read_manifest(uninterrupted).checksums
 
 
 def newest(checkpoints):
@@ -88,23 +88,23 @@ MOMENTS = {
     "encoding": lambda work: (work / "attempt_1").exists(),
     "saving": lambda work: any((work / "checkpoints").glob(".step-*")),
 }
-"""When SIGTERM comes: as soon as this is true of the work folder."""
+"""SIGTERM is sent as soon as the predicate of the work folder is true."""
 
 
-@pytest.mark.slow
-def test_sigterm_at_any_moment_costs_no_step_and_no_byte(shards, tmp_path, pixels, monkeypatch, one_thread):
-    """Three trainings at once, so that the signals also come at moments that no predicate names."""
+@pytest.mark.integration
+def test_sigterm_at_any_moment_loses_no_step(shards, tmp_path, pixels, monkeypatch, one_thread):
+    """Run three trainings at once, so that signals also arrive at moments that no predicate names."""
     config = {**CONFIG, "training": {**CONFIG["training"], "steps": 500, "checkpoint_every": 20}}
     commands = {moment: command(shards, tmp_path, tmp_path / moment, config) for moment in MOMENTS}
-    processes = {moment: started(arguments) for moment, arguments in commands.items()}
+    processes = {moment: start_process(arguments) for moment, arguments in commands.items()}
     signal_each(processes, tmp_path)
     for moment in MOMENTS:
-        said = next((line for line in processes[moment].stderr if "stopped" in line), "")
+        log = next((line for line in processes[moment].stderr if "stopped" in line), "")
         processes[moment].send_signal(signal.SIGTERM)  # a second one, while the process ends
-        said += processes[moment].communicate(timeout=60)[1]
+        log += processes[moment].communicate(timeout=60)[1]
         killed = moment == "importing" and processes[moment].returncode == -signal.SIGTERM
-        assert killed or processes[moment].returncode == 75, f"{moment}: {processes[moment].returncode} {said}"
-        check_nothing_is_lost(tmp_path / f"{moment}.work", said)
+        assert killed or processes[moment].returncode == 75, f"{moment}: {processes[moment].returncode} {log}"
+        check_checkpoint(tmp_path / f"{moment}.work", log)
         assert not (tmp_path / moment).exists()
     commands["undisturbed"] = command(shards, tmp_path, tmp_path / "undisturbed", config)
     for moment, arguments in reversed(commands.items()):
@@ -118,66 +118,66 @@ def signal_each(processes, folder):
     waiting = dict(MOMENTS)
     time.sleep(random.uniform(0.1, 1.0))
     while waiting:
-        for moment, has_come in list(waiting.items()):
+        for moment, is_due in list(waiting.items()):
             assert processes[moment].poll() is None, f"{moment}: it ended before its signal"
-            if has_come(folder / f"{moment}.work"):
+            if is_due(folder / f"{moment}.work"):
                 processes[moment].send_signal(signal.SIGTERM)
                 del waiting[moment]
 
 
-def check_nothing_is_lost(work, said):
-    """The only checkpoint is whole, and of the very step at which the training says it stopped."""
-    found = list((work / "checkpoints").glob("*"))
-    if "stopped at step" not in said:
-        assert not found
+def check_checkpoint(work, log):
+    """Check that the only checkpoint is complete, and of the step at which the log reports the stop."""
+    checkpoints = list((work / "checkpoints").glob("*"))
+    if "stopped at step" not in log:
+        assert not checkpoints
         return
-    assert [path.name for path in found] == [f"step-{int(said.split('stopped at step ')[1].split()[0]):08d}"]
-    state = artifacts.read_with_checksum(found[0] / "state.json")
-    assert state["sha256"] == artifacts.checksum(found[0] / "state.safetensors")
+    assert [path.name for path in checkpoints] == [f"step-{int(log.split('stopped at step ')[1].split()[0]):08d}"]
+    state = artifacts.read_with_checksum(checkpoints[0] / "state.json")
+    assert state["sha256"] == artifacts.checksum(checkpoints[0] / "state.safetensors")
     rows = (work / "attempt_1" / "metrics.jsonl").read_text().splitlines()
     assert state["step"] >= max((json.loads(row)["step"] for row in rows), default=0)
 
 
 @pytest.mark.slow
-def test_asked_to_stop_it_says_so_with_its_exit_code(shards, tmp_path, pixels):
+def test_stop_request_exits_with_code_75(shards, tmp_path, pixels):
     (tmp_path / "expert.work").mkdir()
     (tmp_path / "expert.work" / "stop").touch()
-    code, errors = finished(command(shards, tmp_path, tmp_path / "expert"))
+    code, errors = run_process(command(shards, tmp_path, tmp_path / "expert"))
     assert code == 75
-    assert "start it again to continue" in errors
+    assert "run the same command again to continue" in errors
 
 
 @pytest.mark.slow
-def test_mistakes_are_one_message_without_a_traceback(shards, tmp_path, pixels):
-    code, errors = finished(command(shards, tmp_path, tmp_path / "expert", {"training": {"stepps": 3}}))
+def test_config_error_is_one_message_without_traceback(shards, tmp_path, pixels):
+    code, errors = run_process(command(shards, tmp_path, tmp_path / "expert", {"training": {"stepps": 3}}))
     assert code == 1
     assert "stepps" in errors
     assert "Traceback" not in errors
 
 
-@pytest.mark.slow
-def test_a_finished_expert_is_kept_and_never_mistaken_for_another(shards, tmp_path, pixels):
+@pytest.mark.integration
+def test_finished_expert_is_never_overwritten(shards, tmp_path, pixels):
     short = {**CONFIG, "training": {"steps": 3, "batch_size": 4}}
     arguments = command(shards, tmp_path, tmp_path / "expert", short)
-    assert finished(arguments)[0] == 0
+    assert run_process(arguments)[0] == 0
     before = content(tmp_path / "expert")
-    assert finished(arguments)[0] == 0
-    code, errors = finished(command(shards, tmp_path, tmp_path / "expert", {**short, "prediction": "noise"}))
+    assert run_process(arguments)[0] == 0
+    code, errors = run_process(command(shards, tmp_path, tmp_path / "expert", {**short, "prediction": "noise"}))
     assert code == 1
     assert "another configuration" in errors
-    code, errors = finished([*arguments, "--cluster-id", "1"])
+    code, errors = run_process([*arguments, "--cluster-id", "1"])
     assert code == 1 and "other data" in errors
     assert content(tmp_path / "expert") == before
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_trains_as_well(shards, tmp_path, pixels):
-    """In a process of its own: the shape checks of the test run cannot be compiled."""
+def test_compiled_network_reaches_the_same_loss(shards, tmp_path, pixels):
+    """Run in a subprocess, because the shape checks of the test run cannot be compiled."""
     losses = []
     for compiled in (False, True):
         out = tmp_path / f"compiled_{compiled}"
         config = {**CONFIG, "training": {"steps": 30, "batch_size": 16, "compile": compiled}}
-        assert finished(command(shards, tmp_path, out, config))[0] == 0
+        assert run_process(command(shards, tmp_path, out, config))[0] == 0
         losses.append(json.loads((out / "training.json").read_text())["final_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -1,4 +1,4 @@
-"""A whole run, as small as it can be, made once for all laws that need real artifacts."""
+"""A complete run of minimal size, shared by all tests that need real artifacts."""
 
 import io
 import shutil
@@ -39,20 +39,20 @@ def tiny_config(folder: Path) -> RunConfig:
     return parse_config(compose([*TINY, f"folder={folder}"]))
 
 
-def walk(folder: Path) -> None:
-    """Run, or go on with, the tiny run in this folder."""
+def run_tiny(folder: Path) -> None:
+    """Run, or resume, the tiny run in this folder."""
     run_pipeline(tiny_config(folder), Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; whoever changes something in it takes a copy."""
+    """Return a finished run, which tests must not change; see `own_run`."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    walk(folder)
+    run_tiny(folder)
     return folder
 
 
 @pytest.fixture
 def own_run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy of the finished run, which a test may change."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))

@@ -1,6 +1,6 @@
-"""A full or read-only disk is an error with a name and a way out, within seconds; nothing is half-written or lost.
+"""A full or read-only disk is an error with a name and a remedy, within seconds; no file is incomplete or lost.
 
-The disks are real: small file systems in memory, which only root may mount.
+The disks are real: small file systems in memory, which only root can mount.
 """
 
 import os
@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from ddm_core.artifacts import files_in, read_manifest, save_arrays, verify, write_json
+from ddm_core.artifacts import list_files, read_manifest, save_arrays, verify, write_json
 from orchestrator.errors import OrchestratorError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.disk_errors import explain_disk_error
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.worker import execute
-from tests.laws.conftest import tiny_config, walk
-from tests.laws.test_corruption import job, stage_of
+from tests.laws.conftest import run_tiny, tiny_config
+from tests.laws.test_corruption import find_stage, job
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A file system of its own."""
+    """A separate file system."""
 
     path: Path
 
@@ -38,7 +38,7 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
 
     def fill(self, free_bytes: int = 0) -> Path:
-        """Write a file that leaves so much free."""
+        """Write a file that leaves `free_bytes` free."""
         filler = self.path / "filler"
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.path).free - free_bytes)
@@ -47,26 +47,26 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    place = tmp_path / "disk"
-    place.mkdir()
+    path = tmp_path / "disk"
+    path.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "ddm-test", place], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "ddm-test", path], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
     try:
-        yield Disk(place)
+        yield Disk(path)
     finally:
-        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["umount", "-l", path], check=True)
 
 
-def left_behind(out: Path) -> list[str]:
-    """What lies in the place of artifacts, and half-written files anywhere."""
+def leftovers(out: Path) -> list[str]:
+    """Return the artifacts, and the incomplete files in all folders."""
     hidden = [str(path) for path in out.rglob(".*")]
     return hidden + [path.name for path in out.iterdir() if path.name != "work"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "free_kb"),
     [
@@ -81,79 +81,79 @@ def left_behind(out: Path) -> list[str]:
         ("score", 24),
     ],
 )
-def test_a_stage_on_a_full_disk_is_named_leaves_nothing_and_works_once_there_is_room(tiny_run, disk, kind, free_kb):
+def test_stage_on_full_disk_fails_cleanly_and_retries(tiny_run, disk, kind, free_kb):
     run, out = RunFolder(tiny_run), disk.path / "out"
-    stage = stage_of(tiny_run, kind)
+    stage = find_stage(tiny_run, kind)
     first, second = job(run, stage, out), job(run, stage, out, attempt=2)
-    filler, began = disk.fill(free_kb * 1024), time.monotonic()
+    filler, started = disk.fill(free_kb * 1024), time.monotonic()
     outcome = execute(first)
     assert (outcome.state, outcome.transient) == ("failed", True), outcome.error
     assert outcome.error.startswith("DiskFull: ") and str(out) in outcome.error
-    assert "MB free now; make room" in outcome.error and time.monotonic() - began < 10
-    assert left_behind(out) == []
+    assert "MB free now; free some space" in outcome.error and time.monotonic() - started < 10
+    assert leftovers(out) == []
     filler.unlink()
     assert execute(second).state == "finished"
     verify(out / stage.folder_name)
     assert read_manifest(out / stage.folder_name).checksums == read_manifest(run.artifact(stage)).checksums
 
 
-@pytest.mark.slow
-def test_a_run_on_a_full_disk_is_named_and_goes_on_to_the_same_bytes(tiny_run, disk):
+@pytest.mark.integration
+def test_run_on_full_disk_resumes_bit_identically(tiny_run, disk):
     folder = disk.path / "run"
     filler = disk.fill(1_500_000)
-    with pytest.raises(OrchestratorError, match=r"DiskFull: .* MB free now; make room"):
-        walk(folder)
+    with pytest.raises(OrchestratorError, match=r"DiskFull: .* MB free now; free some space"):
+        run_tiny(folder)
     filler.unlink()
     for path in folder.glob("artifacts/*"):
         verify(path)
-    walk(folder)
+    run_tiny(folder)
     for stage in build_graph(tiny_config(folder)):
-        written = read_manifest(RunFolder(folder).artifact(stage)).checksums
-        assert written == read_manifest(RunFolder(tiny_run).artifact(stage)).checksums
+        checksums = read_manifest(RunFolder(folder).artifact(stage)).checksums
+        assert checksums == read_manifest(RunFolder(tiny_run).artifact(stage)).checksums
 
 
-def test_a_run_folder_on_a_disk_without_any_room_is_named(disk):
+def test_run_folder_on_full_disk_is_an_error(disk):
     disk.fill()
     with pytest.raises(RunFolderError, match="DiskFull: .* has 0.0 MB free now"):
-        walk(disk.path / "run")
+        run_tiny(disk.path / "run")
 
 
-@pytest.mark.slow
-def test_a_run_folder_on_a_read_only_disk_is_named(tiny_run, disk):
+@pytest.mark.integration
+def test_run_folder_on_read_only_disk_is_an_error(tiny_run, disk):
     shutil.copytree(tiny_run, disk.path / "run")
-    before = {path: path.read_bytes() for path in files_in(disk.path / "run")}
+    before = {path: path.read_bytes() for path in list_files(disk.path / "run")}
     disk.remount("ro")
-    began = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(RunFolderError, match="ReadOnlyDisk: .*mount it writable"):
-        walk(disk.path / "run")
+        run_tiny(disk.path / "run")
     with pytest.raises(RunFolderError, match="ReadOnlyDisk"):
-        walk(disk.path / "another")
-    assert time.monotonic() - began < 5
-    assert {path: path.read_bytes() for path in files_in(disk.path / "run")} == before
+        run_tiny(disk.path / "another")
+    assert time.monotonic() - started < 5
+    assert {path: path.read_bytes() for path in list_files(disk.path / "run")} == before
 
 
-@pytest.mark.slow
-def test_a_stage_on_a_read_only_disk_says_so_without_raising(tiny_run, disk):
-    made = job(RunFolder(tiny_run), stage_of(tiny_run, "codec"), disk.path / "out")
+@pytest.mark.integration
+def test_stage_on_read_only_disk_returns_failure(tiny_run, disk):
+    codec_job = job(RunFolder(tiny_run), find_stage(tiny_run, "codec"), disk.path / "out")
     disk.remount("ro")
-    outcome = execute(replace(made, scratch=str(disk.path / "other" / "work" / "state")))
+    outcome = execute(replace(codec_job, scratch=str(disk.path / "other" / "work" / "state")))
     assert outcome.state == "failed" and outcome.error.startswith("ReadOnlyDisk: ")
 
 
-def test_an_event_that_does_not_fit_leaves_the_journal_whole(disk):
+def test_record_without_space_keeps_journal_intact(disk):
     run = RunFolder(disk.path)
     while not run.journal.exists() or run.journal.stat().st_size < 4050:
         run.record("submitted", stage="x")
-    filler, before = disk.fill(), run.events()
+    filler, before = disk.fill(), run.read_events()
     with pytest.raises(OSError, match="No space left"):
         run.record("finished", error="y" * 200)
-    assert run.events() == before
+    assert run.read_events() == before
     filler.unlink()
     run.record("finished")
-    assert [event["event"] for event in run.events()] == ["submitted"] * len(before) + ["finished"]
+    assert [event["event"] for event in run.read_events()] == ["submitted"] * len(before) + ["finished"]
 
 
-def test_a_full_disk_is_known_by_whatever_library_runs_into_it(disk):
+def test_full_disk_is_recognized_from_every_library(disk):
     for write in (
         lambda: np.save(disk.path / "a.npy", np.zeros(10**7)),
         lambda: np.save(disk.path / "a.npy", np.zeros(10**6 + 10**5)),
@@ -166,11 +166,11 @@ def test_a_full_disk_is_known_by_whatever_library_runs_into_it(disk):
         assert not list(disk.path.glob(".*")) and not (disk.path / "c.json").exists()
 
 
-def test_an_array_that_does_not_fit_is_an_error_and_not_the_end_of_the_process(disk):
+def test_array_on_full_disk_raises_instead_of_crash(disk):
     code = (
-        "import errno, sys; from pathlib import Path; from ddm_core.memmaps import new_array\n"
-        "try: new_array(Path(sys.argv[1]), 'float32', (10**7,))[:] = 1\n"
+        "import errno, sys; from pathlib import Path; from ddm_core.memmaps import create_memmap\n"
+        "try: create_memmap(Path(sys.argv[1]), 'float32', (10**7,))[:] = 1\n"
         "except OSError as error: print(errno.errorcode[error.errno])"
     )
-    ran = subprocess.run([sys.executable, "-c", code, str(disk.path / "a.npy")], capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout) == (0, "ENOSPC\n"), ran
+    process = subprocess.run([sys.executable, "-c", code, str(disk.path / "a.npy")], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "ENOSPC\n"), process

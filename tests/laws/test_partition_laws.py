@@ -15,7 +15,7 @@ from data_partition.features.extract import extract_features
 from data_partition.partition import make_partition
 from data_partition.shards.shards import Sample, ShardWriter, read_samples
 from ddm_core.artifacts import Workspace
-from tests.data_partition.conftest import files_of
+from tests.data_partition.conftest import read_files
 
 CONFIG = PartitionConfig(num_experts=4, components=16, iterations=6, num_fine=25)
 
@@ -26,8 +26,8 @@ def digits(folder: Path, limit: int = 500) -> Path:
     return folder / "data"
 
 
-def divide(config: PartitionConfig, dataset: Path, folder: Path) -> Path:
-    """The whole way from a data set to its partition."""
+def partition_dataset(config: PartitionConfig, dataset: Path, folder: Path) -> Path:
+    """Extract features and make the partition."""
     extract_features(config, dataset, folder / "features", Workspace.at(folder / "features_workspace"))
     out = folder / "partition"
     make_partition(config, dataset, folder / "features", out, Workspace.at(folder / "partition_workspace"))
@@ -39,33 +39,33 @@ def divide(config: PartitionConfig, dataset: Path, folder: Path) -> Path:
 def test_every_sample_is_in_exactly_one_cluster(tmp_path: Path, balanced: bool, features: str):
     dataset = digits(tmp_path)
     config = dataclasses.replace(CONFIG, balanced=balanced, features=features)
-    made = divide(config, dataset, tmp_path)
+    partition = partition_dataset(config, dataset, tmp_path)
     for before, after in (("train", "clusters"), ("holdout", "holdout")):
-        whole = Counter(sample.key for sample in read_samples(dataset / before))
-        parts = [Counter(each.key for each in read_samples(made / after / str(k))) for k in range(4)]
-        assert sum(parts, Counter()) == whole
-        assert set(whole.values()) == {1}
+        all_keys = Counter(sample.key for sample in read_samples(dataset / before))
+        cluster_keys = [Counter(sample.key for sample in read_samples(partition / after / str(k))) for k in range(4)]
+        assert sum(cluster_keys, Counter()) == all_keys
+        assert set(all_keys.values()) == {1}
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bytes_whatever_was_drawn_before(tmp_path: Path):
+def test_partition_of_same_seed_is_byte_identical(tmp_path: Path):
     dataset = digits(tmp_path)
-    first = files_of(divide(CONFIG, dataset, tmp_path / "first"))
-    divide(dataclasses.replace(CONFIG, seed=5, num_experts=3), dataset, tmp_path / "between")
+    first = read_files(partition_dataset(CONFIG, dataset, tmp_path / "first"))
+    partition_dataset(dataclasses.replace(CONFIG, seed=5, num_experts=3), dataset, tmp_path / "between")
     np.random.seed(99)
-    assert files_of(divide(CONFIG, digits(tmp_path / "again"), tmp_path / "second")) == first
+    assert read_files(partition_dataset(CONFIG, digits(tmp_path / "again"), tmp_path / "second")) == first
 
 
 @pytest.mark.slow
-def test_another_seed_gives_another_partition(tmp_path: Path):
+def test_partition_depends_on_seed(tmp_path: Path):
     dataset = digits(tmp_path)
-    one = divide(CONFIG, dataset, tmp_path / "one")
-    other = divide(dataclasses.replace(CONFIG, seed=1), dataset, tmp_path / "other")
-    assert (one / "assignment.csv").read_bytes() != (other / "assignment.csv").read_bytes()
+    first = partition_dataset(CONFIG, dataset, tmp_path / "first")
+    second = partition_dataset(dataclasses.replace(CONFIG, seed=1), dataset, tmp_path / "second")
+    assert (first / "assignment.csv").read_bytes() != (second / "assignment.csv").read_bytes()
 
 
-def made_up(folder: Path, count: int) -> Path:
-    """So many random images, and a few held out."""
+def write_random_images(folder: Path, count: int) -> Path:
+    """Write `count` random training images and 20 held-out ones."""
     generator = np.random.default_rng(0)
     for name, size in (("train", count), ("holdout", 20)):
         writer = ShardWriter(folder / name, 128)
@@ -79,16 +79,16 @@ def made_up(folder: Path, count: int) -> Path:
 def peak_bytes(dataset: Path, folder: Path) -> int:
     tracemalloc.start()
     try:
-        divide(CONFIG, dataset, folder)
+        partition_dataset(CONFIG, dataset, folder)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.integration
+def test_partition_memory_is_independent_of_data_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kmeans, "POINTS_PER_CENTROID", 16)
-    small, large = made_up(tmp_path / "small", 600), made_up(tmp_path / "large", 2400)
-    divide(CONFIG, small, tmp_path / "warm_up")
-    least = peak_bytes(small, tmp_path / "one")
-    assert peak_bytes(large, tmp_path / "two") < 1.2 * least
+    small, large = write_random_images(tmp_path / "small", 600), write_random_images(tmp_path / "large", 2400)
+    partition_dataset(CONFIG, small, tmp_path / "warm_up")
+    small_peak = peak_bytes(small, tmp_path / "first")
+    assert peak_bytes(large, tmp_path / "second") < 1.2 * small_peak

@@ -1,4 +1,4 @@
-"""Killed at any instant, a run continues, and its artifacts are those of a run that was never killed, byte for byte."""
+"""A run that is killed at any moment resumes, and its artifacts are byte-identical to an uninterrupted run."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddm_core.artifacts import read_json, verify
-from orchestrator.run.lease import process_start
+from orchestrator.run.lease import process_start_time
 from orchestrator.run.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -31,49 +31,50 @@ SMALL = (
 )
 
 
-def ddm(*words: str) -> list[str]:
-    return [sys.executable, "-m", "orchestrator", *words]
+def ddm(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator", *arguments]
 
 
-def run(*words: str) -> str:
-    done = subprocess.run(ddm(*words), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def run(*arguments: str) -> str:
+    process = subprocess.run(ddm(*arguments), capture_output=True, text=True, timeout=400)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of every artifact; a manifest also tells when and where, so only what it checks is compared."""
+    """Return every file of every artifact, and of manifests only the fields that do not depend on time and place."""
     files = sorted(path for path in (folder / "artifacts").rglob("*") if path.is_file())
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "manifest.json"}
+    files_by_name = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "manifest.json"}
     for path in files:
         if path.name == "manifest.json":
             verify(path.parent)
             manifest = read_json(path)
-            kept = {key: manifest[key] for key in ("stage", "fingerprint", "config", "inputs", "checksums", "flops")}
-            found[str(path.relative_to(folder))] = repr(kept).encode()
-    return found
+            fields = {key: manifest[key] for key in ("stage", "fingerprint", "config", "inputs", "checksums", "flops")}
+            files_by_name[str(path.relative_to(folder))] = repr(fields).encode()
+    return files_by_name
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run that nobody has killed, on Ray."""
+    """Return an uninterrupted run on Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run("run", *SMALL, f"folder={folder}")
     return folder
 
 
-def test_both_backends_write_the_same_bytes(undisturbed, tmp_path):
+def test_inline_and_ray_write_identical_artifacts(undisturbed, tmp_path):
     run("run", *SMALL, f"folder={tmp_path}", "compute=inline")
     assert contents(tmp_path) == contents(undisturbed)
 
 
-def test_a_second_run_submits_nothing(undisturbed):
+def test_second_run_submits_nothing(undisturbed):
     before = (undisturbed / "journal.jsonl").read_text()
     assert "nothing to do" in run("run", *SMALL, f"folder={undisturbed}")
     assert (undisturbed / "journal.jsonl").read_text() == before
 
 
-def test_a_controller_killed_at_five_random_moments_loses_nothing(undisturbed, tmp_path):
+@pytest.mark.integration
+def test_controller_killed_five_times_is_bit_identical(undisturbed, tmp_path):
     moments = random.Random(0)
     command, kills = ddm("run", *SMALL, f"folder={tmp_path}"), 0
     while kills < 5:
@@ -90,56 +91,60 @@ def test_a_controller_killed_at_five_random_moments_loses_nothing(undisturbed, t
     assert contents(tmp_path) == contents(undisturbed)
 
 
-def test_an_experts_worker_that_is_killed_goes_on_from_its_checkpoint(undisturbed, tmp_path):
+@pytest.mark.integration
+def test_killed_expert_worker_resumes_checkpoint(undisturbed, tmp_path):
     controller = subprocess.Popen(ddm("run", *SMALL, f"folder={tmp_path}"), stdout=subprocess.DEVNULL)
     worker = _wait_for_checkpoint(tmp_path, controller)
     os.kill(worker, signal.SIGKILL)
     assert controller.wait(timeout=300) == 0
-    events = [event["event"] for event in RunFolder(tmp_path).events() if event.get("stage") == "expert_1"]
+    events = [event["event"] for event in RunFolder(tmp_path).read_events() if event.get("stage") == "expert_1"]
     assert events == ["submitted", "lost", "submitted", "finished"]
     assert contents(tmp_path) == contents(undisturbed)
 
 
-def test_an_expert_that_fails_for_good_does_not_sink_the_run(undisturbed, tmp_path):
-    words = ("run", *SMALL, f"folder={tmp_path}", "compute.retries=0")
-    controller = subprocess.Popen(ddm(*words), stdout=subprocess.PIPE, text=True)
+@pytest.mark.integration
+def test_permanently_failed_expert_is_omitted(undisturbed, tmp_path):
+    command = ("run", *SMALL, f"folder={tmp_path}", "compute.retries=0")
+    controller = subprocess.Popen(ddm(*command), stdout=subprocess.PIPE, text=True)
     os.kill(_wait_for_checkpoint(tmp_path, controller), signal.SIGKILL)
-    said, _ = controller.communicate(timeout=300)
-    assert controller.returncode == 0 and "assembled without it" in said
-    assert "The ensemble stands without expert_1" in (tmp_path / "report.html").read_text()
+    output, _ = controller.communicate(timeout=300)
+    assert controller.returncode == 0 and "assembled without it" in output
+    assert "The ensemble runs without expert_1" in (tmp_path / "report.html").read_text()
     run("sample", str(tmp_path), "--out", str(tmp_path / "grid.png"))
     run("resume", str(tmp_path))
-    assert "stands without" not in (tmp_path / "report.html").read_text()
-    whole = contents(undisturbed)
-    assert {name: data for name, data in contents(tmp_path).items() if name in whole} == whole
+    assert "runs without" not in (tmp_path / "report.html").read_text()
+    expected = contents(undisturbed)
+    assert {name: data for name, data in contents(tmp_path).items() if name in expected} == expected
 
 
 def _wait_for_checkpoint(folder: Path, controller: subprocess.Popen) -> int:
-    """The pid of expert 1's worker, once that has saved a checkpoint."""
+    """Wait until expert 1's worker has saved a checkpoint, and return its pid."""
     while controller.poll() is None:
         for scratch in (folder / "work").glob("expert_1-*"):
             worker = scratch / "attempt_1" / "worker.json"
-            if any((scratch / "state" / "checkpoints").glob("*")) and process_start(read_json(worker)["pid"]):
+            if any((scratch / "state" / "checkpoints").glob("*")) and process_start_time(read_json(worker)["pid"]):
                 return int(read_json(worker)["pid"])
         time.sleep(0.01)
     raise AssertionError(f"the run ended with {controller.returncode} before expert_1 wrote a checkpoint")
 
 
-def test_ctrl_c_leaves_a_run_that_can_be_continued(undisturbed, tmp_path):
+@pytest.mark.integration
+def test_ctrl_c_leaves_a_resumable_run(undisturbed, tmp_path):
     controller = subprocess.Popen(ddm("run", *SMALL, f"folder={tmp_path}"), stdout=subprocess.PIPE, text=True)
     _wait_for_checkpoint(tmp_path, controller)
     controller.send_signal(signal.SIGINT)
-    said, _ = controller.communicate(timeout=120)
-    assert controller.returncode == 130 and f"ddm resume {tmp_path}" in said
+    output, _ = controller.communicate(timeout=120)
+    assert controller.returncode == 130 and f"ddm resume {tmp_path}" in output
     assert not (tmp_path / "controller.json").exists() and not (tmp_path / "stop").exists()
     run("resume", str(tmp_path))
     assert contents(tmp_path) == contents(undisturbed)
 
 
-def test_a_changed_router_value_runs_the_router_and_what_holds_it(undisturbed, tmp_path):
+@pytest.mark.integration
+def test_changed_router_runs_only_dependent_stages(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
     run("run", *SMALL, f"folder={folder}", "router.training.lr=0.002")
-    events = RunFolder(folder).events()
+    events = RunFolder(folder).read_events()
     last = max(number for number, event in enumerate(events) if event["event"] == "run_started")
     submitted = {event["stage"] for event in events[last:] if event["event"] == "submitted"}
     assert submitted == {"router", "ensemble", "score_sticky"}

@@ -1,4 +1,4 @@
-"""A backend with a script, and a graph small enough to reason about."""
+"""A backend with a script, and a small graph."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from orchestrator.run.run_folder import RunFolder
 
 @dataclass
 class ScriptedBackend:
-    """Ends every attempt as its script says, one word per attempt; without a script everything finishes."""
+    """Ends every attempt with the next outcome of its stage's script; without a script every attempt finishes."""
 
     script: dict[str, list[str]] = field(default_factory=dict)
     waiting: list[Job] = field(default_factory=list)
@@ -34,7 +34,9 @@ class ScriptedBackend:
         self.jobs.append(job)
 
     def poll(self, timeout_s: float) -> list[AttemptOutcome]:
-        hanging = [job for job in self.waiting if self._word(job) == "hang" and job.stage not in self.killed]
+        hanging = [
+            job for job in self.waiting if self._scripted_outcome(job) == "hang" and job.stage not in self.killed
+        ]
         ended = [job for job in self.waiting if job not in hanging]
         self.waiting = hanging
         return [self._end(job) for job in ended]
@@ -45,17 +47,19 @@ class ScriptedBackend:
     def close(self) -> None:
         self.waiting.clear()
 
-    def _word(self, job: Job) -> str:
-        words = self.script.get(job.stage, [])
-        return words[self.attempts[job.stage]] if self.attempts[job.stage] < len(words) else "finished"
+    def _scripted_outcome(self, job: Job) -> str:
+        outcomes = self.script.get(job.stage, [])
+        return outcomes[self.attempts[job.stage]] if self.attempts[job.stage] < len(outcomes) else "finished"
 
     def _end(self, job: Job) -> AttemptOutcome:
-        word = self._word(job)
+        outcome = self._scripted_outcome(job)
         self.attempts[job.stage] += 1
-        if word == "finished":
+        if outcome == "finished":
             publish(Path(job.artifact), _write, stage=job.stage, config=job.config, inputs=job.input_fingerprints)
-        state = {"error": "failed", "hang": "lost"}.get(word, word)
-        return AttemptOutcome(stage=job.stage, attempt=job.attempt, state=state, error=word, transient=word != "error")
+        state = {"error": "failed", "hang": "lost"}.get(outcome, outcome)
+        return AttemptOutcome(
+            stage=job.stage, attempt=job.attempt, state=state, error=outcome, transient=outcome != "error"
+        )
 
 
 def _write(folder: Path) -> float:
@@ -64,7 +68,7 @@ def _write(folder: Path) -> float:
 
 
 def diamond(seed: int = 0) -> list[Stage]:
-    """data -> two optional experts -> ensemble -> score."""
+    """Return the graph data -> two optional experts -> ensemble -> score."""
     data = Stage(name="data", kind="dataset", config=DataConfig(version=str(seed)))
     experts = [
         Stage(name=f"expert_{k}", kind="expert", config=k, inputs={"data": Input(stage=data)}, optional=True)
@@ -78,6 +82,6 @@ def diamond(seed: int = 0) -> list[Stage]:
 
 
 def run_folder(folder: Path) -> RunFolder:
-    """An empty run folder."""
+    """Create an empty run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return RunFolder(folder)

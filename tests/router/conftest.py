@@ -15,11 +15,11 @@ def workspace(tmp_path):
 
 
 def write_cluster(folder, count, brightness, first_seed):
-    """Grey 4 x 4 images around one brightness; a third of them carry the class of the other cluster."""
-    draws = np.random.default_rng(first_seed)
+    """Write gray 4 x 4 images around one brightness; a third of them have the class of the other cluster."""
+    generator = np.random.default_rng(first_seed)
     writer = ShardWriter(folder, 64, class_names=CLASSES)
     for number in range(count):
-        image = np.clip(draws.normal(brightness, 12, (4, 4, 1)), 0, 255).astype(np.uint8)
+        image = np.clip(generator.normal(brightness, 12, (4, 4, 1)), 0, 255).astype(np.uint8)
         label = int(brightness > 128) ^ (number % 3 == 0)
         writer.add(Sample(key=f"{folder.name}-{number:04d}", image=image, label=label))
     writer.close()
@@ -28,7 +28,7 @@ def write_cluster(folder, count, brightness, first_seed):
 
 @pytest.fixture
 def clusters(tmp_path):
-    """Three quarters dark, a quarter bright."""
+    """Write three quarters dark and one quarter bright images."""
     return [write_cluster(tmp_path / "dark", 90, 60, 0), write_cluster(tmp_path / "bright", 30, 200, 1)]
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddm_core.artifacts import Workspace, files_in
+from ddm_core.artifacts import Workspace, list_files
 from experts.condition import Condition
 from experts.config import TrainingConfig
 from router.add_remove import RouterChangeError, add_expert, remove_expert, remove_head
@@ -23,28 +23,28 @@ def folder(clusters: list[Path], holdouts: list[Path], codec: Path, tmp_path: Pa
 
 
 @pytest.fixture
-def grown(folder: Path, clusters: list[Path], codec: Path, workspace: Workspace, tmp_path: Path) -> Path:
+def extended(folder: Path, clusters: list[Path], codec: Path, workspace: Workspace, tmp_path: Path) -> Path:
     grey = write_cluster(tmp_path / "grey", 30, 130, 4)
-    flops = add_expert(folder, grey, clusters, codec, TRAINING, tmp_path / "grown", workspace)
+    flops = add_expert(folder, grey, clusters, codec, TRAINING, tmp_path / "extended", workspace)
     assert flops > 0
-    return tmp_path / "grown"
+    return tmp_path / "extended"
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
     names = ("router.json", "config.json", "diffusion_pytorch_model.safetensors")
-    return {file.name: file.read_bytes() for file in files_in(folder) if file.name in names}
+    return {file.name: file.read_bytes() for file in list_files(folder) if file.name in names}
 
 
-def test_added_and_removed_it_is_the_same_to_the_byte(folder: Path, grown: Path, tmp_path: Path) -> None:
-    remove_expert(grown, 2, tmp_path / "back")
+def test_add_then_remove_is_byte_identical(folder: Path, extended: Path, tmp_path: Path) -> None:
+    remove_expert(extended, 2, tmp_path / "back")
     before, after = model_files(folder), model_files(tmp_path / "back")
     assert len(before) == 3
     assert before == after
-    assert model_files(grown) != before
+    assert model_files(extended) != before
 
 
-def test_the_other_heads_are_untouched_and_the_prior_counts_the_new_samples(folder: Path, grown: Path) -> None:
-    before, after = Router.load(folder), Router.load(grown)
+def test_add_expert_keeps_other_heads_and_extends_prior(folder: Path, extended: Path) -> None:
+    before, after = Router.load(folder), Router.load(extended)
     for old, new in zip(before.model.heads, after.model.heads, strict=False):
         assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
     assert after.prior_counts.tolist() == [[60, 10, 10], [30, 20, 20], [90, 30, 30]]
@@ -52,34 +52,34 @@ def test_the_other_heads_are_untouched_and_the_prior_counts_the_new_samples(fold
     assert any(parameter.any() for parameter in after.model.heads[2].head.parameters())
 
 
-def test_without_an_expert_the_others_share_what_was_its_own(grown: Path) -> None:
-    router = Router.load(grown)
-    fewer = remove_head(router, 0)
+def test_remove_head_renormalizes_the_other_experts(extended: Path) -> None:
+    router = Router.load(extended)
+    reduced = remove_head(router, 0)
     noised, t, condition = torch.randn(5, 1, 4, 4), torch.rand(5), Condition(torch.tensor([0, 1, -1, 0, 1]))
     expected = router.logits(noised, t, condition)[:, [1, 2]].softmax(-1)
-    torch.testing.assert_close(fewer.logits(noised, t, condition).softmax(-1), expected)
+    torch.testing.assert_close(reduced.logits(noised, t, condition).softmax(-1), expected)
 
 
-def test_the_same_head_is_learned_whatever_else_was_added(
-    grown: Path, clusters: list[Path], codec: Path, tmp_path: Path, folder: Path
+def test_added_head_is_independent_of_other_additions(
+    extended: Path, clusters: list[Path], codec: Path, tmp_path: Path, folder: Path
 ) -> None:
-    again = tmp_path / "again"
-    add_expert(folder, tmp_path / "grey", clusters, codec, TRAINING, again, Workspace.at(tmp_path / "other"))
-    assert model_files(again) == model_files(grown)
+    second = tmp_path / "second"
+    add_expert(folder, tmp_path / "grey", clusters, codec, TRAINING, second, Workspace.at(tmp_path / "other"))
+    assert model_files(second) == model_files(extended)
 
 
 @pytest.mark.parametrize("expert_id", [-1, 2])
-def test_only_an_expert_that_is_there_can_be_removed(folder: Path, tmp_path: Path, expert_id: int) -> None:
+def test_remove_of_unknown_expert_raises(folder: Path, tmp_path: Path, expert_id: int) -> None:
     with pytest.raises(RouterChangeError, match=rf"0 \.\.\. 1.*got {expert_id}"):
         remove_expert(folder, expert_id, tmp_path / "out")
 
 
-def test_the_last_one_stays(folder: Path) -> None:
+def test_remove_of_last_expert_raises(folder: Path) -> None:
     with pytest.raises(RouterChangeError, match="not the last one"):
         remove_head(remove_head(Router.load(folder), 0), 0)
 
 
-def test_a_router_of_one_network_cannot_change(
+def test_remove_from_single_network_router_raises(
     clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     config = RouterConfig(width=8, depth=1, training=TRAINING)

@@ -1,4 +1,4 @@
-"""A router that learns from latents instead of the data."""
+"""A router that trains on latents of the experts instead of the data."""
 
 import pytest
 import torch
@@ -17,15 +17,15 @@ COUNTS = torch.tensor([[7.0, 1.0], [2.0, 3.0], [9.0, 4.0]], dtype=torch.float64)
 
 
 @pytest.fixture
-def draws(clusters, codec, tmp_path, workspace):
-    """Perfect experts: what they draw are the samples."""
+def expert_samples(clusters, codec, tmp_path, workspace):
+    """Write samples of perfect experts: the data themselves."""
     dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
-    ExpertSamples(dataset=dataset, prior_counts=COUNTS).save(tmp_path / "draws")
-    return tmp_path / "draws"
+    ExpertSamples(dataset=dataset, prior_counts=COUNTS).save(tmp_path / "expert_samples")
+    return tmp_path / "expert_samples"
 
 
-def test_it_never_sees_a_cluster_and_knows_them_apart(draws, codec, holdouts, tmp_path, workspace):
-    summary = train_router(CONFIG, [], codec, holdouts, tmp_path / "router", workspace, draws=draws)
+def test_router_trained_on_expert_samples_separates_clusters(expert_samples, codec, holdouts, tmp_path, workspace):
+    summary = train_router(CONFIG, [], codec, holdouts, tmp_path / "router", workspace, expert_samples=expert_samples)
     router = Router.load(tmp_path / "router")
     assert torch.equal(router.prior_counts, COUNTS)
     assert summary.images == 120
@@ -33,10 +33,10 @@ def test_it_never_sees_a_cluster_and_knows_them_apart(draws, codec, holdouts, tm
     assert read_json(tmp_path / "router" / "quality.json")["bins"][0]["accuracy"] == summary.quality.bins[0].accuracy
 
 
-def test_counts_of_another_partition_are_refused(tmp_path):
+def test_counts_of_other_partition_raise(tmp_path):
     ids = torch.tensor([0, 2])
     ExpertSamples(
         dataset=LatentDataset(clean=torch.zeros(2, 3), class_id=ids, cluster_id=ids), prior_counts=COUNTS
     ).save(tmp_path)
-    with pytest.raises(CorruptArtifact, match="draw them again"):
+    with pytest.raises(CorruptArtifact, match="generate them again"):
         ExpertSamples.load(tmp_path)

@@ -10,8 +10,8 @@ from experts.training.latent_dataset import Batch
 from router.train import router_loss
 
 
-class Fixed(nn.Module):
-    """Puts out given logits, and keeps what it was shown."""
+class FixedLogits(nn.Module):
+    """A network that returns fixed logits and records its inputs."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -31,15 +31,15 @@ BATCH = Batch(
 )
 
 
-def test_loss_worked_out_by_hand() -> None:
-    model = Fixed(torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log())
+def test_router_loss_matches_example() -> None:
+    model = FixedLogits(torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log())
     values = router_loss(model, BATCH, RECTIFIED_FLOW, 5)
     assert values["loss"].item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
     assert values["accuracy"].item() == 0.5
 
 
-def test_the_network_sees_noised_samples_and_null() -> None:
-    model = Fixed(torch.zeros(2, 2))
+def test_network_receives_noised_samples_and_null_class() -> None:
+    model = FixedLogits(torch.zeros(2, 2))
     router_loss(model, BATCH, RECTIFIED_FLOW, 5)
     assert model.noised.tolist() == [[0.75], [3.0]]
     assert model.class_index.tolist() == [1, 5]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddm_core.artifacts import Workspace, files_in, read_json
+from ddm_core.artifacts import Workspace, list_files, read_json
 from experts.condition import Condition
 from experts.config import TrainingConfig
 from router.config import RouterConfig
@@ -20,11 +20,11 @@ def config(kind: str = "mlp", steps: int = 60) -> RouterConfig:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "transformer", "nearest_centroid", "density_ratio"])
-def test_it_learns_the_clusters_and_says_how_well(
+def test_training_separates_clusters_and_reports_quality(
     kind: str, clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    recipe = config(kind, steps=180 if kind == "density_ratio" else 60)
-    summary = train_router(recipe, clusters, codec, holdouts, tmp_path / "router", workspace)
+    router_config = config(kind, steps=180 if kind == "density_ratio" else 60)
+    summary = train_router(router_config, clusters, codec, holdouts, tmp_path / "router", workspace)
     quality = read_json(tmp_path / "router" / "quality.json")
     assert len(quality["bins"]) == 10
     assert quality["bins"][0]["accuracy"] > 0.95
@@ -35,17 +35,17 @@ def test_it_learns_the_clusters_and_says_how_well(
     assert summary.flops > 0
     assert summary.images == 120
     rows = (tmp_path / "router" / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) == (0 if kind == "nearest_centroid" else recipe.training.steps // 20)
+    assert len(rows) == (0 if kind == "nearest_centroid" else router_config.training.steps // 20)
 
 
 @pytest.mark.parametrize("kind", list(ROUTERS))
-def test_every_kind_is_loaded_as_it_was_trained(
+def test_every_kind_loads_as_trained(
     kind: str, clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     train_router(config(kind, steps=2), clusters, codec, holdouts, tmp_path / "router", workspace)
     router = Router.load(tmp_path / "router")
     router.save(tmp_path / "again")
-    for file in files_in(tmp_path / "again"):
+    for file in list_files(tmp_path / "again"):
         assert file.read_bytes() == (tmp_path / "router" / file.name).read_bytes(), file.name
     assert (router.temperatures != 1).any() == (kind != "prior_table")
     noised, t, condition = (
@@ -57,18 +57,18 @@ def test_every_kind_is_loaded_as_it_was_trained(
     assert torch.equal(again.logits(noised, t, condition), router.logits(noised, t, condition))
 
 
-def test_temperatures_can_be_left_out(
+def test_training_without_calibration_has_unit_temperatures(
     clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    plain = replace(config(steps=20), calibrate=False)
-    summary = train_router(plain, clusters, codec, holdouts, tmp_path / "router", workspace)
+    uncalibrated = replace(config(steps=20), calibrate=False)
+    summary = train_router(uncalibrated, clusters, codec, holdouts, tmp_path / "router", workspace)
     assert (Router.load(tmp_path / "router").temperatures == 1).all()
     for row in summary.quality.bins:
         assert row.cross_entropy == row.cross_entropy_before
         assert row.calibration_error_null == row.calibration_error_before_null
 
 
-def test_the_prior_counts_every_sample(
+def test_prior_counts_every_sample(
     clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     train_router(config(steps=1), clusters, codec, holdouts, tmp_path / "router", workspace)
@@ -78,17 +78,17 @@ def test_the_prior_counts_every_sample(
     torch.testing.assert_close(prior, torch.tensor([[0.75, 0.25]], dtype=torch.float64))
 
 
-def test_trained_twice_it_is_the_same_to_the_byte(
+def test_training_is_byte_identical_when_repeated(
     clusters: list[Path], holdouts: list[Path], codec: Path, tmp_path: Path
 ) -> None:
-    for name in ("one", "two"):
+    for name in ("first", "second"):
         workspace = Workspace.at(tmp_path / f"work_{name}")
         train_router(config(steps=5), clusters, codec, holdouts, tmp_path / name, workspace)
-    for file in files_in(tmp_path / "one"):
-        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes(), file.name
+    for file in list_files(tmp_path / "first"):
+        assert file.read_bytes() == (tmp_path / "second" / file.relative_to(tmp_path / "first")).read_bytes(), file.name
 
 
-def test_every_cluster_needs_its_holdout(
+def test_cluster_without_holdout_raises(
     clusters: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="2 clusters, 0 holdouts"):
@@ -96,7 +96,7 @@ def test_every_cluster_needs_its_holdout(
 
 
 @pytest.mark.parametrize("kind", list(ROUTERS))
-def test_flops_are_known_before_training(
+def test_router_flops_equal_those_of_the_training(
     kind: str, clusters: list[Path], holdouts: list[Path], codec: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     summary = train_router(config(kind, steps=2), clusters, codec, holdouts, tmp_path / "router", workspace)
@@ -104,7 +104,7 @@ def test_flops_are_known_before_training(
     assert (summary.flops > 0) == (kind != "prior_table")
 
 
-def test_heads_cost_together_what_one_network_does_and_temperatures_are_counted() -> None:
+def test_all_heads_cost_as_much_as_one_network() -> None:
     heads = replace(config("density_ratio"), calibrate=False)
     row = training_cost(heads, 1.0, 4)
     assert row == training_cost(replace(heads, kind="mlp"), 1.0, 4) / 4 == 3 * 8 * 60

@@ -1,4 +1,8 @@
-"""diffusers' cache hooks as a stage: one for every expert, calibrated and counted along its own trajectories."""
+"""Caching with diffusers' own hooks: attach one to every expert, calibrated and counted along its own trajectories.
+
+TaylorSeer (Liu et al. 2025, arXiv:2503.06923), first-block cache (from TeaCache, Liu et al. 2024, arXiv:2411.19108),
+MagCache (Ma et al. 2025, arXiv:2506.09045), pyramid attention broadcast (Zhao et al. 2024, arXiv:2408.12588).
+"""
 
 import contextlib
 import io
@@ -11,96 +15,105 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.acceleration.config import HookConfig
-from ensemble.compression.acceleration.feature_cache import LEAST_SAVED
+from ensemble.compression.acceleration.feature_cache import MIN_SAVED_SHARE
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
-from ensemble.solvers import euler_step, noise_for, uniform_times
+from ensemble.solvers import euler_step, make_noise, uniform_times
 from experts.compressed.caching.diffusers_hooks import CacheHook, apply_cache_hook
 from experts.compressed.caching.plan import CacheSchedule
 from experts.condition import Condition
 from experts.expert import Expert
 from experts.training.flops import forward_flops
 
-ONCE_A_STEP = ("euler", "flow_match_euler")
-"""Solvers that call the velocity once a step: hooks count calls."""
+SINGLE_CALL_SOLVERS = ("euler", "flow_match_euler")
+"""Solvers with one network call per step; hooks count calls as steps."""
 
 
-def hook_all(config: HookConfig, given: CompressionContext) -> EnsembleResult:
-    """Every expert of an ensemble with a hook for this way of sampling.
+def hook_all(config: HookConfig, context: CompressionContext) -> EnsembleResult:
+    """Attach a hook to every expert of an ensemble, for its sampling settings.
 
-    Raises `StageError` for another solver, a network that the hook does not match, or if hardly anything is saved.
+    Raises `StageError` for another solver, a network that the hook does not support, or if it saves less than 1 %.
     """
-    if given.sampling.solver not in ONCE_A_STEP:
+    if context.sampling.solver not in SINGLE_CALL_SOLVERS:
         raise StageError(
-            f"diffusers' hooks count calls, and {given.sampling.solver} makes two a step; set ensemble.solver=euler, "
-            "or take accelerate=cache"
+            f"diffusers' hooks count calls as steps, and {context.sampling.solver} makes two calls per step; set "
+            "ensemble.solver=euler or accelerate=cache"
         )
-    times = tuple(uniform_times(given.sampling.steps)[:-1].tolist())
-    experts, flops = given.experts("hook"), 0.0
-    made, details = {}, {}
+    times = tuple(uniform_times(context.sampling.steps)[:-1].tolist())
+    experts, flops = context.load_single_networks("hook"), 0.0
+    cached, details = {}, {}
     for k, expert in experts.items():
-        plan, spent = cache_schedule(expert, config, times, given.workspace)
-        share = sum(plan.relative_flops) / len(times)
-        if config.interval > 1 and share > 1 - LEAST_SAVED:
-            raise StageError(f"with this hook expert {k} would have {share:.1%} of its FLOPs; let it keep more")
-        made[k], flops = replace(expert, cache=plan), flops + spent
-        details[str(k)] = {"flops": share, "hook": plan.hook}
-    return EnsembleResult(experts=made, modules=len(made), flops=flops, details=details)
+        schedule, calibration_flops = calibrate_hook(expert, config, times, context.workspace)
+        share = sum(schedule.relative_flops) / len(times)
+        if config.interval > 1 and share > 1 - MIN_SAVED_SHARE:
+            raise StageError(
+                f"a hook must save 1 % of the FLOPs, and expert {k} would keep {share:.1%} of them; raise "
+                "accelerate.interval or accelerate.threshold"
+            )
+        cached[k], flops = replace(expert, cache=schedule), flops + calibration_flops
+        details[str(k)] = {"flops": share, "hook": schedule.hook}
+    return EnsembleResult(experts=cached, modules=len(cached), flops=flops, details=details)
 
 
-def cache_schedule(
+def calibrate_hook(
     expert: Expert, config: HookConfig, times: tuple[float, ...], workspace: Workspace
 ) -> tuple[CacheSchedule, float]:
-    """The hook with what it needs to know of the expert, and the FLOPs of finding out.
+    """Return the hook's schedule for an expert, with counted FLOPs, and the FLOPs of calibration.
 
-    `first_block` decides anew for each sample; its costs are means over some.
+    `first_block` decides for each sample separately, so its FLOPs are means over samples.
     """
-    ratios = _ratios(expert, config, times, workspace) if config.hook == "mag" else ()
+    ratios = _measure_ratios(expert, config, times, workspace) if config.hook == "mag" else ()
     hook = CacheHook(
         kind=config.hook, interval=config.interval, order=config.order, threshold=config.threshold, ratios=ratios
     )
     rows = 1 if config.hook == "first_block" else config.rows
     counted = [
-        _costs(expert, _hooked(expert.model, hook), range(start, start + rows), times, workspace)
+        _count_step_flops(expert, _apply_hook(expert.model, hook), range(start, start + rows), times, workspace)
         for start in range(config.seed, config.seed + config.rows, rows)
     ]
-    whole = _costs(expert, expert.model, range(1), times[:1], workspace)[0]
-    costs = tuple(min(1.0, sum(step) / (whole * config.rows)) for step in zip(*counted, strict=True))
-    spent = sum(map(sum, counted)) + (whole * config.rows * len(times) if ratios else 0.0)
-    return CacheSchedule(times=times, compute_steps={}, relative_flops=costs, hook=hook), spent
+    full_step = _count_step_flops(expert, expert.model, range(1), times[:1], workspace)[0]
+    relative = tuple(min(1.0, sum(step) / (full_step * config.rows)) for step in zip(*counted, strict=True))
+    flops = sum(map(sum, counted)) + (full_step * config.rows * len(times) if ratios else 0.0)
+    return CacheSchedule(times=times, compute_steps={}, relative_flops=relative, hook=hook), flops
 
 
-def _hooked(model: nn.Module, hook: CacheHook, calibrate: int = 0) -> nn.Module:
+def _apply_hook(model: nn.Module, hook: CacheHook, calibrate: int = 0) -> nn.Module:
+    """Return a copy of the network with the hook; raise `StageError` if the hook does not support it."""
     try:
         return apply_cache_hook(model, hook, calibrate=calibrate)
     except ValueError as error:
-        raise StageError(f"{error}; take accelerate=cache") from error
+        raise StageError(f"{error}; set accelerate=cache") from error
 
 
-def _costs(
+def _count_step_flops(
     expert: Expert, model: nn.Module, seeds: range, times: tuple[float, ...], workspace: Workspace
 ) -> list[float]:
-    """FLOPs of every step of these samples' trajectories."""
-    costs, spoken, condition = [], replace(expert, model=model, cache=None), Condition.null(len(seeds))
-    noised = [noise_for(seeds, expert.latent_shape)]
+    """Count the FLOPs of every step along the trajectories of these samples."""
+    flops, hooked, condition = [], replace(expert, model=model, cache=None), Condition.null(len(seeds))
+    noised = [make_noise(seeds, expert.latent_shape)]
 
     def step(t: float, t_next: float) -> Tensor:
-        return euler_step(lambda at, now: spoken.velocity(at, now, condition), noised[0], t, t_next)
+        return euler_step(lambda latents, now: hooked.velocity(latents, now, condition), noised[0], t, t_next)
 
     with torch.no_grad():
         for t, t_next in pairwise([*times, 0.0]):
             if workspace.stop_requested():
-                raise Preempted("stopped while a hook was tried; it is tried again")
-            costs.append(forward_flops(lambda t=t, t_next=t_next: noised.insert(0, step(t, t_next))))
-    return costs
+                raise Preempted("stopped while a hook was calibrated; calibration restarts")
+            flops.append(forward_flops(lambda t=t, t_next=t_next: noised.insert(0, step(t, t_next))))
+    return flops
 
 
-def _ratios(expert: Expert, config: HookConfig, times: tuple[float, ...], workspace: Workspace) -> tuple[float, ...]:
-    """What MagCache prints when it has seen as many calls as it was told."""
-    model = _hooked(expert.model, CacheHook(kind="mag"), calibrate=len(times))
+def _measure_ratios(
+    expert: Expert, config: HookConfig, times: tuple[float, ...], workspace: Workspace
+) -> tuple[float, ...]:
+    """Return the magnitude ratios of MagCache, which it only prints at the end of a calibration."""
+    model = _apply_hook(expert.model, CacheHook(kind="mag"), calibrate=len(times))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        _costs(expert, model, range(config.seed, config.seed + config.rows), times, workspace)
+        _count_step_flops(expert, model, range(config.seed, config.seed + config.rows), times, workspace)
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
     if not lines:
-        raise StageError("MagCache printed no ratios, which it does since diffusers 0.36; take another accelerate.hook")
+        raise StageError(
+            "MagCache printed no ratios, which it does since diffusers 0.36; update diffusers, or set another "
+            "accelerate.hook"
+        )
     return tuple(float(ratio) for ratio in json.loads(lines[-1]))

@@ -1,10 +1,13 @@
-"""Caches for an ensemble: for each expert a plan of what is computed when, and what that costs.
+"""Feature caching: give each expert a schedule of which modules are computed at which step, and count its FLOPs.
 
-Nothing of a network changes. Schedules that look at features look at those of the expert's own trajectories, so each
-expert has its own, unless one is asked for that suits all.
+    output(t) = f(t) at compute steps, else a Taylor series of `order` around the last of them (0: its output)
+
+DeepCache (Ma et al. 2024, arXiv:2312.00858), TaylorSeer (Liu et al. 2025, arXiv:2503.06923) and block-wise adaptive
+caching (2025, arXiv:2506.13456). Networks are not changed. Adaptive schedules depend on features along the expert's own
+trajectories, so each expert can have its own, or all share the schedule of their mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,16 +20,16 @@ from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.acceleration.adaptive_schedule import (
     Similarity,
     bubbling_union,
+    cosine_similarity,
     optimal_compute_steps,
     output_variation,
-    similarity,
 )
 from ensemble.compression.acceleration.cacheable_modules import FEED_FORWARD, cacheable_modules, uniform_compute_steps
 from ensemble.compression.acceleration.config import CacheConfig
-from ensemble.compression.common.calibration_data import record_inputs
+from ensemble.compression.common.calibration_data import record_calls
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
 from ensemble.config import SamplingConfig
-from ensemble.solvers import euler_step, noise_for, uniform_times
+from ensemble.solvers import euler_step, make_noise, uniform_times
 from experts.compressed.caching.feature_cache import CachedOutputs, skip_cached_modules
 from experts.compressed.caching.plan import CacheSchedule
 from experts.compressed.pruning.structure import Structure
@@ -35,157 +38,170 @@ from experts.expert import Expert
 from experts.networks.registry import call_network
 from experts.training.flops import forward_flops
 
-LEAST_SAVED = 0.01
-"""A cache that saves a smaller share of the FLOPs is a mistake."""
+MIN_SAVED_SHARE = 0.01
+"""A cache that saves a smaller share of the FLOPs is an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedModules:
-    """What an expert's own trajectories show of its modules."""
+    """Statistics of an expert's modules along its own trajectories."""
 
     similarities: Mapping[str, Similarity]
     changes: Mapping[str, float]
 
 
-def cache_all(config: CacheConfig, given: CompressionContext) -> EnsembleResult:
-    """Every expert of an ensemble with a plan; raises what `cached` raises."""
-    return cache_expert(given.experts("cache"), config, given.sampling, given.workspace)
+def cache_all(config: CacheConfig, context: CompressionContext) -> EnsembleResult:
+    """Run `cache_experts` on all experts of an ensemble."""
+    return cache_experts(context.load_single_networks("cache"), config, context.sampling, context.workspace)
 
 
-def cache_expert(
+def cache_experts(
     experts: Mapping[int, Expert], config: CacheConfig, sampling: SamplingConfig, workspace: Workspace
 ) -> EnsembleResult:
-    """Every expert with a plan for this way of sampling.
+    """Give every expert a cache schedule for these sampling settings.
 
-    Raises `StageError` for an expert that is asked at few t, or if hardly anything would be saved.
+    Raises `StageError` for a few-step expert, or if the schedule saves less than 1 % of the FLOPs.
     """
     times = tuple(uniform_times(sampling.steps)[:-1].tolist())
     for k, expert in experts.items():
         if expert.few_step is not None:
             raise StageError(
-                f"expert {k} has a course of {len(expert.few_step.times)} steps, between which hardly anything stays the "
-                "same; cache an ensemble that was not distilled"
+                f"expert {k} has only {len(expert.few_step.times)} steps, whose features differ too much to be reused; "
+                "cache an ensemble that was not distilled"
             )
-    looks = config.policy in ("adaptive", "unified")
-    seen = {k: _observe(expert, config, times, workspace) for k, expert in experts.items()} if looks else {}
-    if looks and not config.route_aware:
-        seen = dict.fromkeys(experts, _mean(list(seen.values())))
-    made, details = {}, {}
+    is_adaptive = config.policy in ("adaptive", "unified")
+    observed = {k: _observe(expert, config, times, workspace) for k, expert in experts.items()} if is_adaptive else {}
+    if is_adaptive and not config.route_aware:
+        observed = dict.fromkeys(experts, _mean(list(observed.values())))
+    cached, details = {}, {}
     for k, expert in experts.items():
-        updates = _updates(expert.model, config, len(times), seen.get(k))
-        plan = CacheSchedule(
-            times=times, compute_steps=updates, order=config.order, relative_flops=_costs(expert, updates, len(times))
+        steps = _choose_steps(expert.model, config, len(times), observed.get(k))
+        schedule = CacheSchedule(
+            times=times,
+            compute_steps=steps,
+            order=config.order,
+            relative_flops=_relative_flops(expert, steps, len(times)),
         )
-        if config.interval > 1 and sum(plan.relative_flops) > (1 - LEAST_SAVED) * len(times):
+        share = sum(schedule.relative_flops) / len(times)
+        if config.interval > 1 and share > 1 - MIN_SAVED_SHARE:
             raise StageError(
-                f"expert {k} would have {sum(plan.relative_flops) / len(times):.1%} of its FLOPs; keep more of it"
+                f"a cache must save 1 % of the FLOPs, and expert {k} would keep {share:.1%} of them; raise "
+                "accelerate.interval, or cache more modules"
             )
-        made[k] = replace(expert, cache=plan)
+        cached[k] = replace(expert, cache=schedule)
         details[str(k)] = {
-            "flops": sum(plan.relative_flops) / len(times),
-            "compute_steps": plan.described()["compute_steps"],
+            "flops": share,
+            "compute_steps": {path: list(steps) for path, steps in schedule.compute_steps.items()},
         }
-    flops = sum(network_rows(expert) * config.rows * len(times) for expert in experts.values()) if looks else 0.0
+    flops = sum(row_flops(expert) * config.rows * len(times) for expert in experts.values()) if is_adaptive else 0.0
     return EnsembleResult(
-        experts=made,
-        modules=sum(len(one.cache.compute_steps) for one in made.values() if one.cache),
+        experts=cached,
+        modules=sum(len(expert.cache.compute_steps) for expert in cached.values() if expert.cache),
         flops=flops,
         details=details,
     )
 
 
 def refit_cache(expert: Expert, before: Expert) -> Expert:
-    """An expert whose network may have lost layers since its plan was made: what is left of it, at its own costs.
+    """Adapt the cache schedule of an expert whose network may have lost layers, and count its FLOPs again.
 
-    Raises `StageError` if the plan is a hook of diffusers, which was tried on the network as it was.
+    Raises `StageError` for a hook of diffusers, which was calibrated on the network before.
     """
-    if expert.cache is None or Structure.of(expert.model) == Structure.of(before.model):
+    if expert.cache is None or Structure.from_model(expert.model) == Structure.from_model(before.model):
         return expert
     if expert.cache.hook is not None:
         raise StageError(
-            "diffusers' hooks are tried on whole networks; take accelerate=cache, which can be pruned behind"
+            "diffusers' hooks are calibrated on the unpruned network; set accelerate=cache, which adapts to pruning"
         )
-    known = {path for path, _ in expert.model.named_modules()}
-    updates = {path: steps for path, steps in expert.cache.compute_steps.items() if path in known}
-    plan = replace(expert.cache, compute_steps=updates, relative_flops=_costs(expert, updates, len(expert.cache.times)))
-    return replace(expert, cache=plan)
+    paths = {path for path, _ in expert.model.named_modules()}
+    steps = {path: steps for path, steps in expert.cache.compute_steps.items() if path in paths}
+    flops = _relative_flops(expert, steps, len(expert.cache.times))
+    return replace(expert, cache=replace(expert.cache, compute_steps=steps, relative_flops=flops))
 
 
-def _updates(
-    model: nn.Module, config: CacheConfig, steps: int, seen: ObservedModules | None
+def _choose_steps(
+    model: nn.Module, config: CacheConfig, steps: int, observed: ObservedModules | None
 ) -> dict[str, tuple[int, ...]]:
+    """Return the steps at which each cached module is computed."""
     paths = cacheable_modules(model, config)
-    if seen is None:
+    if observed is None:
         return dict.fromkeys(paths, uniform_compute_steps(config, steps))
     count = max(1, round(steps / config.interval))
     if config.policy == "unified":
-        return dict.fromkeys(paths, optimal_compute_steps(seen.similarities[paths[0]], count))
-    own = {path: optimal_compute_steps(seen.similarities[path], count) for path in paths}
-    behind = [path for path in paths if FEED_FORWARD.fullmatch(path)]
-    return bubbling_union(own, seen.changes, config.bubbling, behind)
+        return dict.fromkeys(paths, optimal_compute_steps(observed.similarities[paths[0]], count))
+    optimal = {path: optimal_compute_steps(observed.similarities[path], count) for path in paths}
+    feed_forward = [path for path in paths if FEED_FORWARD.fullmatch(path)]
+    return bubbling_union(optimal, observed.changes, config.bubbling, feed_forward)
 
 
 def _observe(expert: Expert, config: CacheConfig, times: tuple[float, ...], workspace: Workspace) -> ObservedModules:
-    """What its modules say along Euler's trajectories from seeded noise."""
+    """Compare the outputs of an expert's modules along Euler trajectories from seeded noise."""
     paths = cacheable_modules(expert.model, config)
-    said: dict[str, list[Tensor]] = {path: [] for path in paths}
-    noised = noise_for(range(config.seed, config.seed + config.rows), expert.latent_shape)
+    outputs: dict[str, list[Tensor]] = {path: [] for path in paths}
+    noised = make_noise(range(config.seed, config.seed + config.rows), expert.latent_shape)
     condition = Condition.null(config.rows)
-    with torch.no_grad(), record_inputs(expert.model, paths, lambda path, _, found: said[path].append(_flat(found))):
+    with (
+        torch.no_grad(),
+        record_calls(expert.model, paths, lambda path, _, output: outputs[path].append(_flatten(output))),
+    ):
         for t, t_next in pairwise([*times, 0.0]):
             if workspace.stop_requested():
-                raise Preempted("stopped while features were looked at; they are looked at again")
-            noised = euler_step(lambda at, now: expert.velocity(at, now, condition), noised, t, t_next)
-    stacked = {path: torch.stack(found) for path, found in said.items()}
+                raise Preempted("stopped while features were recorded; recording restarts")
+            noised = euler_step(lambda latents, now: expert.velocity(latents, now, condition), noised, t, t_next)
+    stacked = {path: torch.stack(steps) for path, steps in outputs.items()}
     return ObservedModules(
-        similarities={path: similarity(found) for path, found in stacked.items()},
-        changes={path: output_variation(found) for path, found in stacked.items()},
+        similarities={path: cosine_similarity(steps) for path, steps in stacked.items()},
+        changes={path: output_variation(steps) for path, steps in stacked.items()},
     )
 
 
-def _flat(found: Tensor | tuple[Any, ...]) -> Tensor:
-    return (found if isinstance(found, Tensor) else found[0]).flatten(1)
+def _flatten(output: Tensor | tuple[Any, ...]) -> Tensor:
+    return (output if isinstance(output, Tensor) else output[0]).flatten(1)
 
 
-def _mean(seen: list[ObservedModules]) -> ObservedModules:
+def _mean(observed: list[ObservedModules]) -> ObservedModules:
+    """Return the mean over experts, for a schedule that all share."""
+    first = observed[0]
     return ObservedModules(
-        similarities={path: np.mean([one.similarities[path] for one in seen], axis=0) for path in seen[0].similarities},
-        changes={path: float(np.mean([one.changes[path] for one in seen])) for path in seen[0].changes},
+        similarities={
+            path: np.mean([expert.similarities[path] for expert in observed], axis=0) for path in first.similarities
+        },
+        changes={path: float(np.mean([expert.changes[path] for expert in observed])) for path in first.changes},
     )
 
 
-def _costs(expert: Expert, updates: Mapping[str, tuple[int, ...]], steps: int) -> tuple[float, ...]:
-    """FLOPs of every step over a full one's, counted."""
-    whole, found = network_rows(expert), dict[frozenset[str], float]()
-    costs = []
+def _relative_flops(expert: Expert, compute_steps: Mapping[str, tuple[int, ...]], steps: int) -> tuple[float, ...]:
+    """Count the FLOPs of every step, relative to a step without cache; equal sets of modules are counted once."""
+    full_step, counted = row_flops(expert), dict[frozenset[str], float]()
+    shares = []
     for index in range(steps):
-        due = frozenset(path for path, when in updates.items() if index in when)
-        if due not in found:
-            found[due] = _flops(expert, updates, due) / whole
-        costs.append(min(1.0, found[due]))
-    return tuple(costs)
+        computed = frozenset(path for path, when in compute_steps.items() if index in when)
+        if computed not in counted:
+            counted[computed] = _count_flops(expert, compute_steps, computed) / full_step
+        shares.append(min(1.0, counted[computed]))
+    return tuple(shares)
 
 
-def _flops(expert: Expert, updates: Mapping[str, tuple[int, ...]], due: frozenset[str]) -> float:
-    """Of one row where these modules are computed and the others are kept."""
-    plan = CacheSchedule(
+def _count_flops(expert: Expert, paths: Iterable[str], computed: frozenset[str]) -> float:
+    """Count the FLOPs of one row when only the modules in `computed` are computed and the others are cached."""
+    schedule = CacheSchedule(
         times=(1.0, 0.5),
-        compute_steps={path: (1,) if path in due else () for path in updates},
+        compute_steps={path: (1,) if path in computed else () for path in paths},
         relative_flops=(1.0, 1.0),
     )
-    kept = CachedOutputs()
-    with skip_cached_modules(expert.model, plan, 0, kept):
-        _call(expert)
-    with skip_cached_modules(expert.model, plan, 1, kept):
-        return forward_flops(lambda: _call(expert))
+    cache = CachedOutputs()
+    with skip_cached_modules(expert.model, schedule, 0, cache):
+        _run_row(expert)
+    with skip_cached_modules(expert.model, schedule, 1, cache):
+        return forward_flops(lambda: _run_row(expert))
 
 
-def network_rows(expert: Expert) -> float:
-    """FLOPs of the network on one row."""
-    return forward_flops(lambda: _call(expert))
+def row_flops(expert: Expert) -> float:
+    """Return the FLOPs of the network on one row."""
+    return forward_flops(lambda: _run_row(expert))
 
 
-def _call(expert: Expert) -> Tensor:
+def _run_row(expert: Expert) -> Tensor:
     row, t = torch.zeros(1, *expert.latent_shape), torch.full((1,), 0.5)
     with torch.no_grad():
         return call_network(expert.model, row, t, Condition.null(1))

@@ -1,7 +1,7 @@
-"""Training of several networks in turns, each with an optimiser of its own; stopped and resumed bit for bit.
+"""Alternating training of several networks, each with its own optimizer; a resumed training is bit-identical.
 
-A turn is a generator: it yields the name of a network and its losses, that network takes a step, and what the turn
-computes next already sees it. All networks are kept in one checkpoint, so none can be ahead of another.
+The updates of a step are a generator: it yields the name of a network and its losses, the trainer updates that network,
+and the generator continues with the updated network. All networks are stored in one checkpoint, so they always match.
 """
 
 import contextlib
@@ -26,70 +26,77 @@ from experts.training.checkpoint import (
     save_checkpoint,
 )
 from experts.training.latent_dataset import step_seed
-from experts.training.trainer import PRECISIONS, TrainingDiverged, learning_rate, new_state, usable_device, write_rows
+from experts.training.trainer import (
+    PRECISIONS,
+    TrainingDiverged,
+    check_device,
+    init_training_state,
+    learning_rate,
+    write_rows,
+)
 
 Update = tuple[str, Mapping[str, Tensor]]
-"""Whose turn it is, and named scalars; `loss` is what is minimised, the others are only logged."""
+"""(network to update, scalars by name); `loss` is minimized, the others are only logged."""
 UpdateStep = Callable[[Mapping[str, nn.Module], int], Iterator[Update]]
-"""(networks by name, step) to the updates of that step; it may draw from torch's global generator."""
+"""(networks by name, step) to the updates of that step; it may use torch's global random generator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModels:
-    """A finished training."""
+    """Result of a training."""
 
     models: Mapping[str, nn.Module]
-    """The moving averages of the networks; on the CPU, ready for inference."""
+    """Moving averages of the networks, on the CPU."""
     rows: list[MetricsRow]
-    """Means over `log_every` steps each; a metric is named after its network."""
+    """Metrics, each a mean over `log_every` steps; names start with the name of the network."""
 
 
 def train_alternating(
     models: Mapping[str, nn.Module],
-    turn: UpdateStep,
+    update_step: UpdateStep,
     config: TrainingConfig,
     workspace: Workspace,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> TrainedModels:
-    """Train the networks in place, from the newest checkpoint in the scratch folder if there is one.
+    """Train the networks in place; continue from the newest checkpoint in the scratch folder if there is one.
 
     Raises `Preempted` (after saving), `TrainingDiverged`, `CheckpointError` or `DeviceError`.
     """
-    folder, device = workspace.scratch / "checkpoints", usable_device(config.device)
+    folder, device = workspace.scratch / "checkpoints", check_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        states = {name: new_state(model.to(device), config, betas) for name, model in models.items()}
+        states = {name: init_training_state(model.to(device), config, betas) for name, model in models.items()}
         first = next(iter(states.values()))
         _restore(folder, states)
         while first.step < config.steps:
             if workspace.stop_requested():
                 _save(folder, states)
                 raise Preempted(f"stopped at step {first.step} of {config.steps}; start it again to continue")
-            _run_iteration(states, turn, config)
+            _run_step(states, update_step, config)
             if first.step % config.log_every == 0 or first.step == config.steps:
-                _close_row(states, config, workspace)
+                _log_row(states, config, workspace)
             if first.step % config.checkpoint_every == 0 and first.step < config.steps:
                 _save(folder, states)
-    return TrainedModels(models={name: _averaged(state) for name, state in states.items()}, rows=first.rows)
+    return TrainedModels(models={name: _copy_average(state) for name, state in states.items()}, rows=first.rows)
 
 
 @contextlib.contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, gradients run through a network to what it is given, and not to its parameters."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Freeze the parameters of a network within the context; gradients still flow through it to its inputs."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield model
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
-def _run_iteration(states: Mapping[str, TrainingState], turn: UpdateStep, config: TrainingConfig) -> None:
-    """Every update of one step; the metrics of all networks are added up in the first one's state."""
+def _run_step(states: Mapping[str, TrainingState], update_step: UpdateStep, config: TrainingConfig) -> None:
+    """Run all updates of one step, and add the metrics of all networks to the state of the first."""
     first = next(iter(states.values()))
     torch.manual_seed(step_seed(config.seed, first.step))
-    updates = turn({name: state.model for name, state in states.items()}, first.step)
+    updates = update_step({name: state.model for name, state in states.items()}, first.step)
     while True:
         with torch.autocast(config.device.partition(":")[0], PRECISIONS[config.autocast], config.autocast != "none"):
             update = next(updates, None)
@@ -106,7 +113,7 @@ def _run_iteration(states: Mapping[str, TrainingState], turn: UpdateStep, config
 
 
 def _update(state: TrainingState, loss: Tensor, config: TrainingConfig) -> Tensor:
-    """One step of one optimiser; the norm of the gradient before it was clipped."""
+    """Update one network; return the norm of its gradient before clipping."""
     for parameters in state.optimizer.param_groups:
         parameters["lr"] = learning_rate(state.step, config)
     state.optimizer.zero_grad(set_to_none=True)
@@ -118,8 +125,8 @@ def _update(state: TrainingState, loss: Tensor, config: TrainingConfig) -> Tenso
     return norm
 
 
-def _close_row(states: Mapping[str, TrainingState], config: TrainingConfig, workspace: Workspace) -> None:
-    """Turn the sums into the next metrics row, and say how far the training is."""
+def _log_row(states: Mapping[str, TrainingState], config: TrainingConfig, workspace: Workspace) -> None:
+    """Write the next metrics row from the accumulated sums, and report progress."""
     _check_finite(states)
     first = next(iter(states.values()))
     steps = first.step % config.log_every or config.log_every
@@ -131,6 +138,7 @@ def _close_row(states: Mapping[str, TrainingState], config: TrainingConfig, work
 
 
 def _check_finite(states: Mapping[str, TrainingState]) -> None:
+    """Raise `TrainingDiverged` if a loss is not finite."""
     first = next(iter(states.values()))
     for name, value in first.sums.items():
         if name.endswith("_loss") and not math.isfinite(value):
@@ -140,14 +148,15 @@ def _check_finite(states: Mapping[str, TrainingState]) -> None:
             )
 
 
-def _averaged(state: TrainingState) -> nn.Module:
+def _copy_average(state: TrainingState) -> nn.Module:
+    """Return the moving average of a network on the CPU, in evaluation mode."""
     averaged = deepcopy(state.model)
     state.average.copy_to(averaged)
     return averaged.to("cpu").eval().requires_grad_(True)
 
 
 def _save(folder: Path, states: Mapping[str, TrainingState]) -> None:
-    """Save all networks at once, and remove what was there before."""
+    """Save all networks as one checkpoint, and remove older ones."""
     _check_finite(states)
     step = next(iter(states.values())).step
     new = folder / f"turn-{step:08d}"
@@ -160,14 +169,15 @@ def _save(folder: Path, states: Mapping[str, TrainingState]) -> None:
 
 
 def _restore(folder: Path, states: Mapping[str, TrainingState]) -> None:
-    """Overwrite fresh states with the newest checkpoint, if there is one; a damaged one is removed and reported."""
-    found = sorted(folder.glob("turn-*"))
-    if not found:
+    """Load the newest checkpoint into fresh states, if there is one; rename a damaged one and raise its error."""
+    checkpoints = sorted(folder.glob("turn-*"))
+    if not checkpoints:
         return
+    newest = checkpoints[-1]
     try:
-        known = [restore_checkpoint(found[-1] / name, state) for name, state in states.items()]
+        is_restored = [restore_checkpoint(newest / name, state) for name, state in states.items()]
     except DamagedCheckpoint:
-        found[-1].rename(found[-1].with_name(f"damaged-{found[-1].name}"))
+        newest.rename(newest.with_name(f"damaged-{newest.name}"))
         raise
-    if not all(known):
-        raise CheckpointError(f"{found[-1]} lacks one of {', '.join(states)}; delete {folder} to start over")
+    if not all(is_restored):
+        raise CheckpointError(f"{newest} lacks one of {', '.join(states)}; delete {folder} to start over")

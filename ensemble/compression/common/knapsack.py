@@ -1,87 +1,80 @@
-"""One option of every item, at the least cost within a budget: the multiple-choice knapsack.
+"""Exact knapsacks, solved as integer programs: which layers to remove, and how many bits each weight gets.
 
-Greedily along the lower convex hull of each item's options, the best saving for the size first; the solution of the
-linear relaxation but for one item (Sinha & Zoltners 1979, The multiple-choice knapsack problem).
+    choose_items:    min sum_i c_i x_i       subject to  sum_i s_i x_i >= target,                         x_i in {0, 1}
+    choose_options:  min sum_ij c_ij x_ij    subject to  sum_ij s_ij x_ij <= budget,  sum_j x_ij = 1,     x_ij in {0, 1}
+
+The second is the multiple-choice knapsack (Sinha & Zoltners 1979). The solver is HiGHS. It is deterministic, so equal
+inputs always give the same choice among ties. scipy.optimize takes half a second to import, so functions import it.
 """
 
-import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 
-def knapsack(costs: Sequence[float], sizes: Sequence[int], target: int, buckets: int = 2000) -> list[int]:
-    """Indices whose `sizes` add up to at least `target` at the least sum of `costs`, by dynamic programming.
-
-    Sizes are rounded down to a `buckets`-th of the target, so the set is never too small; with as many buckets as the
-    target is large it is the optimum. Raises `ValueError` if all sizes together are too small.
-    """
-    if sum(sizes) < target:
-        raise ValueError(f"all units together have {sum(sizes):,} parameters, and {target:,} are to go; ask for fewer")
-    unit = max(1, target // buckets)
-    need = math.ceil(target / unit)
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(math.inf, ())] * need]
-    for index, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
-        for have in range(need, -1, -1):
-            value, chosen = best[have]
-            gained = min(need, have + size // unit)
-            if value + cost < best[gained][0]:
-                best[gained] = (value + cost, (*chosen, index))
-    found = list(best[need][1])
-    return found if math.isfinite(best[need][0]) else list(range(len(sizes)))
+LARGEST_COST = 1e6
+"""Costs are scaled to this maximum: HiGHS stops at an absolute gap of 1e-6, which is then 1e-12 of the largest cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What an item may be."""
+    """One of the values that an item can take."""
 
     size: int
     cost: float
 
 
-def choose_options(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
-    """The index of every item's chosen option; `ValueError` if not even the smallest options fit.
+def choose_items(costs: Sequence[float], sizes: Sequence[int], target: int) -> list[int]:
+    """Return the indices whose `sizes` add up to at least `target` at the least sum of `costs`.
 
-    The cost is above the least possible one by less than the largest saving of a single step along a hull.
+    Raises `ValueError` if all sizes together are smaller than the target.
     """
-    hulls = [_hull(options) for options in items]
-    spent = sum(options[hull[0]].size for options, hull in zip(items, hulls, strict=True))
-    if spent > budget:
-        raise ValueError(f"the smallest options take {spent}, which is more than the budget of {budget}")
-    places = [0] * len(items)
-    steps = [_step(items[k], hulls[k], 0, k) for k in range(len(items)) if len(hulls[k]) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, k, more = heapq.heappop(steps)
-        if spent + more > budget:
-            continue
-        spent += more
-        places[k] += 1
-        if places[k] + 1 < len(hulls[k]):
-            heapq.heappush(steps, _step(items[k], hulls[k], places[k], k))
-    return [hull[place] for hull, place in zip(hulls, places, strict=True)]
+    if sum(sizes) < target:
+        raise ValueError(f"all items together have size {sum(sizes):,}, less than {target:,}; lower the target")
+    return _solve(costs, [(np.array([sizes], float), float(target), np.inf)])
 
 
-def _hull(options: Sequence[Option]) -> list[int]:
-    """Indices of the options on the lower convex hull, from the smallest to the cheapest."""
-    if not options:
+def choose_options(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
+    """Return the index of the option of every item, at the least total cost within a budget of total size.
+
+    Raises `ValueError` if an item has no options, or if not even the smallest options fit.
+    """
+    if not all(items):
         raise ValueError("an item has no options; leave it out")
-    hull: list[int] = []
-    for index in sorted(range(len(options)), key=lambda index: (options[index].size, options[index].cost)):
-        if hull and options[index].cost >= options[hull[-1]].cost:
-            continue
-        while len(hull) > 1 and _saving(options, hull[-2], hull[-1]) <= _saving(options, hull[-2], index):
-            hull.pop()
-        hull.append(index)
-    return hull
+    smallest = sum(min(option.size for option in options) for options in items)
+    if smallest > budget:
+        raise ValueError(f"the smallest options take {smallest}, more than the budget of {budget}; raise the budget")
+    from scipy import sparse
+
+    flat = [(number, index, option) for number, options in enumerate(items) for index, option in enumerate(options)]
+    owners = [number for number, _, _ in flat]
+    one_of_each = sparse.csr_array((np.ones(len(flat)), (owners, range(len(flat)))), shape=(len(items), len(flat)))
+    sizes = np.array([[option.size for _, _, option in flat]], float)
+    chosen = _solve([option.cost for _, _, option in flat], [(one_of_each, 1.0, 1.0), (sizes, -np.inf, float(budget))])
+    return [flat[column][1] for column in chosen]
 
 
-def _saving(options: Sequence[Option], small: int, large: int) -> float:
-    """Cost that is saved for each unit of size."""
-    return (options[small].cost - options[large].cost) / (options[large].size - options[small].size)
+def _solve(costs: Sequence[float], constraints: Sequence[tuple[Any, float, float]]) -> list[int]:
+    """Return the columns that are 1 in the cheapest solution; a constraint is (matrix, lowest, highest)."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
-
-def _step(options: Sequence[Option], hull: Sequence[int], place: int, item: int) -> tuple[float, int, int]:
-    """The next step along a hull, best first: (- saving, item, more size)."""
-    small, large = hull[place], hull[place + 1]
-    return -_saving(options, small, large), item, options[large].size - options[small].size
+    values: Float[np.ndarray, " column"] = np.array(costs, float)
+    if not len(values):
+        return []
+    result = milp(
+        values / (np.abs(values).max() or 1.0) * LARGEST_COST,
+        integrality=np.ones(len(values)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(*constraint) for constraint in constraints],
+        options={"mip_rel_gap": 0.0},
+    )
+    if not result.success:
+        raise RuntimeError(f"HiGHS stopped without an optimum: {result.message}; please report the sizes and costs")
+    chosen = np.flatnonzero(np.round(result.x))
+    for matrix, lowest, highest in constraints:
+        totals = matrix[:, chosen].sum(1)
+        if np.any(totals < lowest) or np.any(totals > highest):
+            raise RuntimeError("HiGHS returned a choice outside its constraints; please report the sizes and costs")
+    return [int(column) for column in chosen]

@@ -1,4 +1,4 @@
-"""The stages of a network: the ends of a U-Net's blocks and a transformer's blocks, by their module paths."""
+"""Module paths of a network's stages, at whose ends features are compared: the blocks of U-Nets and transformers."""
 
 import re
 from typing import Final

@@ -1,4 +1,4 @@
-"""What can be chosen about consistency training; imports no torch."""
+"""Settings of the distillation methods; imports no torch."""
 
 from typing import Annotated, Literal
 
@@ -13,43 +13,44 @@ CONSISTENCY_TRAINING = TrainingConfig(steps=2000, batch_size=64, lr=3e-4, warmup
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ConsistencyConfig:
-    """A student that calls all points of a trajectory by the same clean sample."""
+    """A few-step student that predicts the same clean sample from every point of a trajectory."""
 
     method: Literal["consistency"] = "consistency"
     students: Literal["per_expert", "shared"] = "per_expert"
-    """One for each expert, from its own cluster; or one for all, without router and clusters."""
+    """`per_expert`: one student per expert, trained on its cluster. `shared`: one for all, without router."""
     steps: Annotated[int, Field(ge=1)] = 2
-    """Times at which the student is asked, with fresh noise between."""
+    """Sampling steps of the student, with fresh noise in between."""
     training: TrainingConfig = CONSISTENCY_TRAINING
-    """How it is trained; its distribution of t serves `t_choice` logit_normal alone."""
+    """Training of the student; its distribution of t applies only to t_choice=logit_normal."""
     teacher: bool = False
-    """Whether the neighbouring point is found by a step of the expert (distillation) or the same noise (training)."""
+    """Compute the neighboring point with a step of the expert (distillation) instead of the same noise (training)."""
     loss: Literal["cauchy", "pseudo_huber", "l2"] = "cauchy"
-    """Distance of two clean estimates; the first bears outliers best."""
+    """Distance between two clean estimates; `cauchy` is the most robust to outliers."""
     c: Annotated[float, Field(gt=0)] = 0.02
-    """Distance an entry beyond which it counts for less, at the coarsest discretisation."""
+    """Distance per element above which the robust losses grow more slowly, at the coarsest discretization."""
     adaptive_c: bool = True
-    """Whether `c` falls as the discretisation becomes finer, as distances do."""
+    """Lower `c` as the discretization becomes finer, as distances do."""
     coupling: bool = False
-    """Whether noise is assigned to the samples of a batch by optimal transport; harms where latents are few numbers."""
+    """Assign noise to the samples of a batch by optimal transport; harmful for latents of few elements."""
     t_choice: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of t."""
     coarsest_intervals: Annotated[int, Field(ge=1)] = 10
-    """Intervals of t at the beginning."""
+    """Intervals of t at the start of training."""
     finest_intervals: Annotated[int, Field(ge=1)] = 160
-    """Intervals of t at the end; they double in between."""
+    """Intervals of t at the end of training; the number doubles in between."""
     diffusion_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the distance to the sample itself at early t."""
+    """Weight of the distance to the clean sample, which is added at small t."""
     early: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """The t up to which it is added."""
+    """The largest t at which it is added."""
     fixed_scales: bool = True
-    """Whether the scales of layer norms are not trained, so that they cannot enlarge outliers."""
+    """Freeze the scales of layer norms, so that they cannot amplify outliers."""
 
     @model_validator(mode="after")
-    def _finer(self) -> "ConsistencyConfig":
+    def _check_intervals(self) -> "ConsistencyConfig":
         if self.finest_intervals < self.coarsest_intervals:
             raise ValueError(
-                f"finest must be at least coarsest, {self.coarsest_intervals}, not {self.finest_intervals}; raise finest"
+                f"finest_intervals must be at least coarsest_intervals, {self.coarsest_intervals}, but is "
+                f"{self.finest_intervals}; raise finest_intervals"
             )
         return self
 
@@ -61,25 +62,25 @@ MMD_TRAINING = TrainingConfig(steps=500, batch_size=128, lr=1e-4, warmup_steps=2
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MMDConfig:
-    """The chain of few Euler steps is trained as a whole, until its samples are spread as the cluster's are."""
+    """A few-step student, fine-tuned through all its steps until its samples are distributed as the cluster's."""
 
     method: Literal["mmd"] = "mmd"
     students: Literal["per_expert", "shared"] = "per_expert"
-    """One for each expert, from its own cluster; or one for all, without router and clusters."""
+    """`per_expert`: one student per expert, trained on its cluster. `shared`: one for all, without router."""
     steps: Annotated[int, Field(ge=1)] = 5
-    """Euler steps of the chain."""
+    """Euler steps of the student."""
     kernel: Literal["rbf", "poly3"] = "rbf"
-    """Sum of Gaussians around the median distance, or a cubic polynomial, which is blind to most of a distribution of
-    few features."""
+    """`rbf`: sum of Gaussians around the median distance. `poly3`: a cubic polynomial, which misses most differences
+    between distributions of few features."""
     features: FeatureKind = "expert"
-    """What the kernel sees: what the expert's middle says of latents, the latents themselves, or what filters that were
-    never trained say of them."""
+    """Input of the kernel. `expert`: features of the expert's middle stage. `latents`: the latents themselves.
+    `random_conv`: features of fixed random convolutions."""
     across: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of its kernel that a pair of unlike conditions keeps; at 1 conditions do not matter."""
+    """Kernel weight of pairs with different conditions; 1 ignores conditions."""
     training: TrainingConfig = MMD_TRAINING
-    """How the chain is trained; a batch is as many samples as it is of the cluster's latents."""
+    """Training of the student; each batch compares as many samples as latents of the cluster."""
     seed: int = 0
-    """The random filters are a function of it."""
+    """Seed of the random convolutions."""
 
 
 SID_TRAINING = TrainingConfig(
@@ -89,39 +90,40 @@ SID_TRAINING = TrainingConfig(
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SiDConfig:
-    """A student of few steps whose samples the expert takes for its own; needs none of the expert's data."""
+    """A few-step student, trained by score identity distillation (SiD) from the expert alone, without its data."""
 
     method: Literal["sid"] = "sid"
     students: Literal["per_expert", "shared"] = "per_expert"
-    """One for each expert, from its own cluster; or one for all, without router and clusters."""
+    """`per_expert`: one student per expert, trained on its cluster. `shared`: one for all, without router."""
     steps: Annotated[int, Field(ge=1)] = 2
-    """Times at which the student is asked."""
+    """Sampling steps of the student."""
     start: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The first of them. Below 1 the student begins with weaker noise, of which it calls more a signal."""
+    """First time of the student. Below 1, it starts with weaker noise and treats more of it as signal."""
     shared_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Turns in which one student learns from all experts at once; each expert's own then begins with it, not anew."""
+    """Training steps of one shared student, from which each expert's student then starts; 0 starts from the expert."""
     step_type: Literal["renoise", "euler"] = "renoise"
-    """How it goes from one of them to the next: with fresh noise, or along its own velocity."""
+    """How the student moves to its next time: `renoise` adds fresh noise, `euler` follows its own velocity."""
     alpha: Annotated[float, Field(ge=0)] = 1.2
-    """How much of the distance between the two scores itself is taken off the loss; 1.0 to 1.2."""
+    """Weight of the squared distance between the two scores that the loss subtracts; 1.0 to 1.2."""
     weighting: Literal["signal", "one"] = "signal"
-    """Weight of a t in the student's loss: the share of signal in a sample there, or the same for each."""
+    """Weight of a time in the student's loss: `signal` is the share of signal in a noised sample, `one` is constant."""
     training: TrainingConfig = SID_TRAINING
-    """How student and fake score are trained: turns, samples each, and the distribution of t."""
+    """Training of student and fake score, including the distribution of t."""
     fake_score_updates: Annotated[int, Field(ge=1)] = 1
-    """Steps of the fake score before each of the student's."""
+    """Updates of the fake score before each update of the student."""
     teacher_guidance: float = 1.0
-    """Guidance of the expert while the student learns."""
+    """Guidance scale of the expert in the student's loss."""
     fake_guidance: float = 1.0
-    """Guidance of the fake score while the student learns: the expert's is long-short guidance, 0 is zero guidance,
-    below 0 is anti-guidance."""
+    """Guidance scale of the fake score in the student's loss. Long-short guidance: as the expert's. Zero guidance: 0.
+    Anti-guidance: below 0."""
     fake_training_guidance: float = 1.0
-    """Guidance of the fake score while it learns itself."""
+    """Guidance scale of the fake score in its own training."""
 
     @model_validator(mode="after")
-    def _common_is_for_each(self) -> "SiDConfig":
+    def _check_warmup(self) -> "SiDConfig":
         if self.shared_warmup_steps and self.students == "shared":
             raise ValueError(
-                "shared_warmup_steps are for students of each expert; with students=shared set training.steps"
+                "distill.shared_warmup_steps applies to one student per expert; with distill.students=shared set "
+                "distill.training.steps"
             )
         return self

@@ -1,7 +1,9 @@
-"""A short chain is fine-tuned as a whole: gradients of the MMD of its samples run back through every step.
+"""MMD fine-tuning: train a few-step sampler so that its samples are distributed as the cluster's latents.
 
-Aiello et al. 2023, arXiv:2301.07969. Each step is computed again when its gradient is due, so that memory does not grow
-with the chain.
+    MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y),    x, x' samples, y, y' latents
+
+Aiello et al. 2023, arXiv:2301.07969. Gradients flow back through every sampling step. Each step is recomputed in the
+backward pass, so that memory does not grow with the number of steps.
 """
 
 import time
@@ -23,33 +25,33 @@ from ensemble.compression.method import ExpertResult, StageError
 from experts.diffusion.few_step import FewStepSchedule
 from experts.expert import Expert, network_flops
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch
-from experts.training.trainer import LossFn, fit
+from experts.training.trainer import fit
 
 Rows = Float[Tensor, "row feature"]
 OtherRows = Float[Tensor, "other feature"]
 Kernel = Callable[[Rows, OtherRows], Float[Tensor, "row other"]]
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the Gaussians, as multiples of the median squared distance."""
+"""Squared bandwidths of the Gaussians, as multiples of the median squared distance."""
 FINE = (1 / 64, 1 / 32, 1 / 16, 1 / 8)
-"""The same for who has to see whether samples are blurred or alike, which wide Gaussians do not."""
+"""Narrower bandwidths, which detect blurred or repeated samples; wide Gaussians do not."""
 
 
 def median_kernel(kind: Literal["rbf", "poly3"], real: Rows, widths: Sequence[float] = BANDWIDTHS) -> Kernel:
-    """The kernel; the Gaussians' widths come from the real rows' median squared distance."""
+    """Return the kernel; Gaussian bandwidths are multiples of the median squared distance of `real`."""
     if kind == "poly3":
         return lambda first, second: (first @ second.T / first.shape[1] + 1) ** 3
-    apart = squared_distances(real.detach(), real.detach())
-    median = apart[~torch.eye(len(real), dtype=torch.bool, device=real.device)].median()
+    distances = squared_distances(real.detach(), real.detach())
+    median = distances[~torch.eye(len(real), dtype=torch.bool, device=real.device)].median()
 
     def gaussians(first: Rows, second: OtherRows) -> Float[Tensor, "row other"]:
-        apart = squared_distances(first, second) / median.clamp(min=torch.finfo(real.dtype).tiny)
-        return torch.stack([torch.exp(-apart / (2 * width)) for width in widths]).mean(0)
+        distances = squared_distances(first, second) / median.clamp(min=torch.finfo(real.dtype).tiny)
+        return torch.stack([torch.exp(-distances / (2 * width)) for width in widths]).mean(0)
 
     return gaussians
 
 
 def squared_distances(first: Rows, second: OtherRows) -> Float[Tensor, "row other"]:
-    """Of all pairs; its gradient is finite where two rows are equal, unlike that of the distance."""
+    """Return the squared distances of all pairs; unlike those of distances, gradients are finite for equal rows."""
     squares = first.square().sum(1)[:, None] + second.square().sum(1)[None]
     return (squares - 2 * first @ second.T).clamp(min=0)
 
@@ -58,22 +60,23 @@ def squared_mmd(
     first: Rows,
     second: OtherRows,
     kernel: Kernel,
-    told: tuple[Int[Tensor, " row"], Int[Tensor, " other"]] | None = None,
+    conditions: tuple[Int[Tensor, " row"], Int[Tensor, " other"]] | None = None,
     across: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """The estimate above; `told` are both sets' conditions, and pairs of unlike ones keep `across` of their kernel.
+    """Return the unbiased estimate of MMD^2, which can be negative.
 
-    With `told`, row i of both has the same. May be below zero. Raises `StageError` if a set has fewer than two
-    rows.
+    `conditions` are those of both sets, equal row by row. Pairs with different conditions have their kernel multiplied
+    by `across`. Raises `StageError` if a set has fewer than two rows.
     """
     if min(len(first), len(second)) < 2:
-        raise StageError("the unbiased MMD needs two rows in each set; raise training.batch_size")
+        raise StageError("the unbiased MMD needs two rows in each set; raise distill.training.batch_size")
 
     def mean(pair: tuple[int, int]) -> Float[Tensor, ""]:
         sets = (first, second)
         values = kernel(sets[pair[0]], sets[pair[1]])
-        if told is not None:
-            values = values * (across + (1 - across) * (told[pair[0]][:, None] == told[pair[1]][None]))
+        if conditions is not None:
+            is_equal = conditions[pair[0]][:, None] == conditions[pair[1]][None]
+            values = values * (across + (1 - across) * is_equal)
         elif pair[0] != pair[1]:
             return values.mean()
         return (values.sum() - values.diagonal().sum()) / (len(values) * (len(values) - 1))
@@ -81,58 +84,65 @@ def squared_mmd(
     return mean((0, 0)) + mean((1, 1)) - 2 * mean((0, 1))
 
 
+MMDLossFn = Callable[[nn.Module, Batch], Tensor]
 MEASURED = 8
-"""Batches on which the chain is measured before and after."""
+"""Batches on which the sampler is measured before and after training."""
 
 
 def finetune_mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, workspace: Workspace) -> ExpertResult:
-    """A student of `config.steps` Euler steps; raises `StageError` if batches or latents do not do, and as `fit`."""
+    """Train a student of `config.steps` Euler steps.
+
+    Raises `StageError` for batches or latents that are too few or do not fit, and what `fit` raises.
+    """
     if min(config.training.batch_size, len(dataset)) < 2:
-        raise StageError("the unbiased MMD needs two rows in each set; raise training.batch_size or give more samples")
+        raise StageError(
+            "the unbiased MMD needs two rows in each set; raise distill.training.batch_size, or use larger clusters"
+        )
     check_step_type(expert, "euler")
-    started, course = time.monotonic(), few_step_schedule(config)
+    started = time.monotonic()
     loss = mmd_loss(expert, config)
     student = deepcopy(expert.model).requires_grad_(True)
-    fitted = fit(student, loss, dataset, config.training, workspace)
+    trained = fit(student, loss, dataset, config.training, workspace)
     on_cpu = mmd_loss(expert, replace(config, training=replace(config.training, device="cpu")))
-    found = [measure_mmd(model, on_cpu, dataset, config) for model in (expert.model, fitted.model)]
-    seen = 3 if config.features == "expert" else 0
-    learned = config.training.steps * (4 * config.steps + seen)
-    rows = config.training.batch_size * (learned + 2 * MEASURED * (config.steps + seen))
+    squared_mmds = [measure_mmd(model, on_cpu, dataset, config) for model in (expert.model, trained.model)]
+    feature_passes = 3 if config.features == "expert" else 0
+    training_passes = config.training.steps * (4 * config.steps + feature_passes)
+    passes = config.training.batch_size * (training_passes + 2 * MEASURED * (config.steps + feature_passes))
     return ExpertResult(
-        expert=replace(expert, model=fitted.model, few_step=course, cache=None),
+        expert=replace(expert, model=trained.model, few_step=build_few_step_schedule(config), cache=None),
         modules=1,
-        flops=rows * network_flops(expert.model, expert.latent_shape),
+        flops=passes * network_flops(expert.model, expert.latent_shape),
         details={
-            "losses": fitted.rows,
-            "squared_mmd_before": found[0],
-            "squared_mmd_after": found[1],
+            "losses": trained.rows,
+            "squared_mmd_before": squared_mmds[0],
+            "squared_mmd_after": squared_mmds[1],
             "seconds": time.monotonic() - started,
         },
     )
 
 
-def mmd_loss(expert: Expert, config: MMDConfig) -> LossFn:
-    """The squared MMD of the chain's samples and the batch's, whose conditions they share."""
+def mmd_loss(expert: Expert, config: MMDConfig) -> MMDLossFn:
+    """Return the loss: the squared MMD between samples and the latents of a batch, under equal conditions."""
     features = latent_features(config.features, expert, config.seed, config.training.device)
-    times = few_step_schedule(config).times
+    times = build_few_step_schedule(config).times
 
-    def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        drawn = sample_student(with_network(expert, model), batch.noise, batch.condition, times)
-        real, made = features(batch.clean), features(drawn)
-        told = (batch.condition.class_id, batch.condition.class_id)
-        return {"loss": squared_mmd(made, real, median_kernel(config.kernel, real), told, config.across)}
+    def loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+        samples = sample_student(with_network(expert, model), batch.noise, batch.condition, times)
+        real, generated = features(batch.clean), features(samples)
+        conditions = (batch.condition.class_id, batch.condition.class_id)
+        kernel = median_kernel(config.kernel, real)
+        return squared_mmd(generated, real, kernel, conditions, config.across)
 
     return loss
 
 
-def few_step_schedule(config: MMDConfig) -> FewStepSchedule:
-    """When the student is asked."""
+def build_few_step_schedule(config: MMDConfig) -> FewStepSchedule:
+    """Return the times at which the student is evaluated."""
     return FewStepSchedule.uniform(config.steps, "euler", is_distilled=True)
 
 
 @torch.no_grad()
-def measure_mmd(model: nn.Module, loss: LossFn, dataset: LatentDataset, config: MMDConfig) -> float:
-    """Mean of the loss over batches whose noise trained nothing."""
+def measure_mmd(model: nn.Module, loss: MMDLossFn, dataset: LatentDataset, config: MMDConfig) -> float:
+    """Return the mean loss over held-out batches, whose noise is not used in training."""
     batches = [make_batch(dataset, config.training, HELD_OUT + number) for number in range(MEASURED)]
-    return sum(float(loss(model, batch)["loss"]) for batch in batches) / MEASURED
+    return sum(float(loss(model, batch)) for batch in batches) / MEASURED

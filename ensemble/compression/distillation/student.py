@@ -1,4 +1,4 @@
-"""A few-step student's way from noise to a clean latent, at its own few t, on the expert's own path."""
+"""Sampling of a few-step student in training: rollouts, clean predictions and class labels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,58 +13,61 @@ from ensemble.compression.method import StageError
 from ensemble.solvers import VelocityField, euler_step, renoise_step, scale_initial_noise
 from experts.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule, StepType
-from experts.diffusion.noise_schedule import Latents, Times
 from experts.diffusion.predictions import to_clean
 from experts.expert import Expert
 from experts.training.latent_dataset import LatentDataset
+from experts.types import Latents, Times
 
 
-def check_step_type(expert: Expert, way: StepType) -> None:
-    """Raise `StageError` if a step of Euler's method on the expert's path does not end at its clean estimate."""
-    if way == "euler" and expert.noise_schedule.name != "rectified_flow":
+def check_step_type(expert: Expert, step_type: StepType) -> None:
+    """Raise `StageError` if an Euler step on the expert's noise schedule does not end at its clean estimate."""
+    if step_type == "euler" and expert.noise_schedule.name != "rectified_flow":
         raise StageError(
-            f"step_type=euler takes straight steps, and expert {expert.cluster_id} is on the {expert.noise_schedule.name} path, "
-            "where one straight step from noise does not end at what the student calls clean; take step_type=renoise"
+            f"step_type=euler takes straight steps, and expert {expert.cluster_id} has the curved noise schedule "
+            f"{expert.noise_schedule.name}, where such a step does not end at the clean estimate; set "
+            "distill.step_type=renoise"
         )
 
 
 def with_network(expert: Expert, model: nn.Module) -> Expert:
-    """The expert with another network in its place."""
+    """Return the expert with another network."""
     return replace(expert, model=model)
 
 
 def predict_clean(teacher: Teacher, noised: Latents, t: Times, condition: Condition, guidance: float = 1.0) -> Latents:
-    """The clean sample that a velocity implies, guided by f(null) + guidance (f(condition) - f(null))."""
+    """Return the clean estimate f of a velocity, with guidance f(null) + guidance (f(condition) - f(null))."""
     if guidance == 0:
         condition = Condition.null(len(condition), noised.device)
-    said = to_clean("velocity", teacher.velocity(noised, t, condition), noised, t, teacher.noise_schedule)
+    clean = to_clean("velocity", teacher.velocity(noised, t, condition), noised, t, teacher.noise_schedule)
     if guidance in {0, 1}:
-        return said
+        return clean
     null = predict_clean(teacher, noised, t, condition, 0.0)
-    return null + guidance * (said - null)
+    return null + guidance * (clean - null)
 
 
 def rollout_to(
-    expert: Expert, noise: Sequence[Latents], condition: Condition, course: FewStepSchedule, last: int
+    expert: Expert, noise: Sequence[Latents], condition: Condition, few_step: FewStepSchedule, last: int
 ) -> Latents:
-    """What a sample of this student is at time number `last` of its course, where the student is not asked yet.
+    """Return the noised sample at time number `last` of the few-step schedule, before the student is evaluated there.
 
-    `noise` is that of its beginning, then that of every later time, used where a step wants some.
+    `noise` is the initial noise, then one for every later time, which only renoising steps use.
     """
-    noised = scale_initial_noise(noise[0], course, expert.noise_schedule)
-    for index, (t, t_next) in enumerate(zip(course.times[:last], course.times[1 : last + 1], strict=True)):
-        if course.step_types[index] == "renoise":
-            noised = renoise_step(_field(expert, condition), noised, t, t_next, expert.noise_schedule, noise[index + 1])
+    noised = scale_initial_noise(noise[0], few_step, expert.noise_schedule)
+    for index, (t, t_next) in enumerate(zip(few_step.times[:last], few_step.times[1 : last + 1], strict=True)):
+        if few_step.step_types[index] == "renoise":
+            noised = renoise_step(
+                _velocity_field(expert, condition), noised, t, t_next, expert.noise_schedule, noise[index + 1]
+            )
         else:
-            noised = euler_step(_field(expert, condition), noised, t, t_next)
+            noised = euler_step(_velocity_field(expert, condition), noised, t, t_next)
     return noised
 
 
 def sample_student(expert: Expert, noise: Latents, condition: Condition, times: Sequence[float]) -> Latents:
-    """Clean latents by Euler's method through all of `times` down to 0, at the memory of a single step's gradients."""
+    """Sample clean latents by Euler's method through all `times` to 0, with the gradient memory of a single step."""
 
     def step(noised: Latents, t: float, t_next: float) -> Latents:
-        return euler_step(_field(expert, condition), noised, t, t_next)
+        return euler_step(_velocity_field(expert, condition), noised, t, t_next)
 
     noised = noise
     for t, t_next in zip(times, (*times[1:], 0.0), strict=True):
@@ -76,10 +79,10 @@ def sample_student(expert: Expert, noise: Latents, condition: Condition, times: 
 
 
 def sample_class_labels(dataset: LatentDataset, rows: int, dropout: float, generator: torch.Generator) -> Condition:
-    """Conditions as frequent as in the cluster, some of them dropped; of the samples themselves nothing is read."""
+    """Sample conditions as frequent as in the cluster, some of them dropped; the latents are not read."""
     index: Int[Tensor, " row"] = torch.randint(len(dataset), (rows,), generator=generator)
     return Condition(dataset.class_id[index]).drop(torch.rand(rows, generator=generator) < dropout)
 
 
-def _field(expert: Expert, condition: Condition) -> VelocityField:
+def _velocity_field(expert: Expert, condition: Condition) -> VelocityField:
     return lambda noised, t: expert.velocity(noised, t, condition)

@@ -1,4 +1,4 @@
-"""What can be chosen about EcoDiff's pruning of heads and hidden units; imports no torch."""
+"""Settings of the pruning methods; imports no torch."""
 
 from dataclasses import field
 from typing import Annotated, Literal
@@ -14,54 +14,55 @@ MASK_TRAINING = TrainingConfig(steps=200, batch_size=8, lr=0.1, warmup_steps=5, 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EcoDiffConfig:
-    """Attention heads, hidden neurons and groups of hidden channels that matter least for the sample are taken out."""
+    """Removes the attention heads, hidden neurons and groups of hidden channels that change samples least."""
 
     method: Literal["ecodiff"] = "ecodiff"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """What is taken out, as a share of what `by` says."""
+    """Share of the units or parameters (see `by`) that is removed."""
     by: Literal["units", "parameters"] = "units"
-    """`units`: that share of all heads, of all hidden neurons and of all groups of channels, each by themselves.
-    `parameters`: whatever is least, until that share of the whole network's parameters is gone."""
+    """`units`: remove `ratio` of all heads, of all hidden neurons and of all channel groups, each kind separately.
+    `parameters`: remove units of any kind, lowest score first, until `ratio` of the network's parameters is gone."""
     criterion: Literal["learned", "magnitude", "random"] = "learned"
-    """`learned`: logits of masks on whole trajectories. `magnitude`: root mean square of a unit's weights."""
+    """How units are scored. `learned`: mask logits trained along full trajectories. `magnitude`: root mean square of a
+    unit's weights. `random`: a baseline."""
     chain: Annotated[int, Field(ge=1)] = 10
-    """Euler steps of a trajectory while masks are learned."""
+    """Euler steps of a trajectory in mask training."""
     mask_training: TrainingConfig = MASK_TRAINING
-    """How the logits are learned: iterations, trajectories each, learning rate, seed of their noise."""
+    """Training of the mask logits; the batch size counts trajectories."""
     regulariser: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the mean of sigmoid(logit) beside the distance of the masked sample, relative to the sample's size."""
+    """Weight of mean sigmoid(logit) in the loss, next to the relative distance between masked and original samples."""
     noise: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Width of the interval around 1/2 that a gate's uniform noise is drawn from; 0 is none."""
+    """Width of the interval around 1/2 from which the uniform noise of a gate is sampled; 0 disables the noise."""
     start: float = 3.0
-    """All logits before the first iteration."""
+    """Initial value of all mask logits."""
     finetune: TrainingConfig | None = None
-    """How the smaller network then learns to say what the whole one says; empty leaves it as it is."""
+    """Training of the pruned network to match the original's outputs; empty skips it."""
     seed: int = 0
-    """The random criterion and the measuring samples are functions of it."""
+    """Seed of the random criterion and of the samples that measure the result."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LaptopConfig:
-    """Layers are taken out whole, those first that the output misses least; then the rest learns from the whole one."""
+    """Removes the layers that change the output least, and fine-tunes the rest against the original network."""
 
     method: Literal["laptop"] = "laptop"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the network's parameters that goes at least."""
+    """Minimum share of the network's parameters that is removed."""
     criterion: Literal["output_loss", "magnitude", "random"] = "output_loss"
-    """By what layers are chosen; the last two are baselines."""
+    """How layers are scored. `output_loss`: change of the output without the layer. The others are baselines."""
     rows: Annotated[int, Field(ge=1)] = 128
-    """Samples on which the loss of each layer is measured."""
+    """Samples on which the output loss of each layer is measured."""
     additivity_sets: Annotated[int, Field(ge=0)] = 0
-    """Random sets of layers on which it is checked that losses add up; 0 checks nothing."""
+    """Random sets of layers that check whether losses are additive; 0 skips the check."""
     finetune: TrainingConfig | None = field(
         default_factory=lambda: TrainingConfig(steps=400, batch_size=32, lr=5e-4, warmup_steps=20)
     )
-    """How what is left is trained; empty leaves it as it is."""
+    """Fine-tuning of the remaining layers; empty skips it."""
     output_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the distance to the whole network's output in that training."""
+    """Weight of the distance to the original's output in fine-tuning."""
     feature_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the distances to its features."""
+    """Weight of the distances to the original's features in fine-tuning."""
     normalize: bool = True
-    """Whether each of these is divided by the whole network's own mean square there."""
+    """Divide each feature distance by the mean square of the original's features."""
     seed: int = 0
-    """Samples, random sets and the random criterion are functions of it."""
+    """Seed of the samples, the random sets and the random criterion."""

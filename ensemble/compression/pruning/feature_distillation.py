@@ -1,10 +1,10 @@
-"""What is left of a network learns from the whole one: its task, the whole one's output and its features.
+"""Fine-tuning of a pruned network on its task, the original's output and the original's features.
 
     L = |target - student|^2 + a |teacher - student|^2 + b sum_l w_l |f_l(teacher) - f_l(student)|^2,
     w_l = 1 / E |f_l(teacher)|^2
 
-Zhang et al. 2024, LAPTOP-Diff, arXiv:2404.11098, section 3.3: distances to features of very different size weigh
-alike. l runs over the ends of a U-Net's stages and a transformer's blocks from the first removed layer on.
+Zhang et al. 2024, LAPTOP-Diff, arXiv:2404.11098, section 3.3: w_l gives features of different magnitudes equal weight.
+l runs over the ends of a U-Net's stages and a transformer's blocks, from the first removed layer on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,57 +26,62 @@ from experts.training.trainer import LossFn
 
 
 def stages_behind(model: nn.Module, removed: Sequence[str]) -> list[str]:
-    """Paths of the stages of a network that end behind its first removed layer."""
+    """Return the paths of the stages of a network that end behind its first removed layer."""
     stages = [path for path, _ in model.named_modules() if STAGE.fullmatch(path)]
     first = min(i for i, stage in enumerate(stages) if any(f"{path}.".startswith(f"{stage}.") for path in removed))
     return stages[first:]
 
 
-def features(model: nn.Module, paths: Sequence[str], batch: Batch, expert: Expert) -> tuple[Tensor, dict[str, Tensor]]:
-    """The network's answer, and what comes out of each of these stages."""
-    found: dict[str, Tensor] = {}
+def run_with_features(
+    model: nn.Module, paths: Sequence[str], batch: Batch, expert: Expert
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the network's output, and the outputs of these stages."""
+    features: dict[str, Tensor] = {}
 
-    def keeper(path: str) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
-        return lambda _, given, said: found.update({path: said if isinstance(said, Tensor) else said[0]})
+    def recorder(path: str) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
+        return lambda _, inputs, output: features.update({path: output if isinstance(output, Tensor) else output[0]})
 
-    handles = [model.get_submodule(path).register_forward_hook(keeper(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(recorder(path)) for path in paths]
     try:
         noised = expert.noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
-        answer = call_network(model, noised, batch.t, batch.condition)
+        output = call_network(model, noised, batch.t, batch.condition)
     finally:
         for handle in handles:
             handle.remove()
-    return answer, found
+    return output, features
 
 
 def distillation_loss(
     teacher: Expert, paths: Sequence[str], weights: Mapping[str, float], config: LaptopConfig, training: TrainingConfig
 ) -> LossFn:
-    """The loss above, for a student of this teacher; at the times of its course, and without its task if it has none.
+    """Return the loss above for a pruned network, at the times of the teacher's few-step schedule if it has one.
 
-    What was distilled does not say what data say, so that only the teacher is left to learn from.
+    The task term is left out for a distilled teacher, whose outputs do not match its training targets.
     """
-    course = teacher.few_step
-    has_task = course is None or not course.is_distilled
+    few_step = teacher.few_step
+    has_task = few_step is None or not few_step.is_distilled
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        batch = at_few_step_times(batch, course, training)
+        batch = at_few_step_times(batch, few_step, training)
         target = training_target(teacher.prediction, batch.clean, batch.noise, batch.t, teacher.noise_schedule)
         with torch.no_grad():
-            exact, theirs = features(teacher.model, paths, batch, teacher)
-        said, ours = features(model, paths, batch, teacher)
-        terms = {"task": functional.mse_loss(said.float(), target), "output": functional.mse_loss(said, exact)}
-        apart = [weights[path] * functional.mse_loss(ours[path], theirs[path]) for path in paths]
-        terms["features"] = torch.stack(apart).sum() if apart else said.new_zeros(())
-        learned = config.output_weight * terms["output"] + config.feature_weight * terms["features"]
-        whole = learned + terms["task"] if has_task else learned
-        return {"loss": whole} | {name: term.detach() for name, term in terms.items()}
+            target_output, target_features = run_with_features(teacher.model, paths, batch, teacher)
+        output, features = run_with_features(model, paths, batch, teacher)
+        terms = {
+            "task": functional.mse_loss(output.float(), target),
+            "output": functional.mse_loss(output, target_output),
+        }
+        distances = [weights[path] * functional.mse_loss(features[path], target_features[path]) for path in paths]
+        terms["features"] = torch.stack(distances).sum() if distances else output.new_zeros(())
+        total = config.output_weight * terms["output"] + config.feature_weight * terms["features"]
+        total = total + terms["task"] if has_task else total
+        return {"loss": total} | {name: term.detach() for name, term in terms.items()}
 
     return loss
 
 
 @torch.no_grad()
-def feature_weights(teacher: Expert, paths: Sequence[str], batch: Batch, *, normalise: bool) -> dict[str, float]:
-    """One over the mean square of the teacher's features at each stage, or one."""
-    found = features(teacher.model, paths, batch, teacher)[1]
-    return {path: float(1 / found[path].square().mean()) if normalise else 1.0 for path in paths}
+def feature_weights(teacher: Expert, paths: Sequence[str], batch: Batch, *, normalize: bool) -> dict[str, float]:
+    """Return w_l of each stage, or 1 without normalization."""
+    features = run_with_features(teacher.model, paths, batch, teacher)[1]
+    return {path: float(1 / features[path].square().mean()) if normalize else 1.0 for path in paths}

@@ -1,4 +1,4 @@
-"""Which units of a network stay: by a score of each, under a share of units or of parameters."""
+"""Score the units of a network, and select those that stay for a target share of units or of parameters."""
 
 import math
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from ensemble.compression.method import StageError
 from experts.compressed.pruning.units import parameters_per_unit, prunable_units, unit_groups
 
 Scores = Mapping[str, Tensor]
-"""What each unit of a layer is worth, one number a unit, by the layer's path; the least go first."""
+"""Importance of the units of each layer, by its path; the lowest are removed first."""
 
 
 def magnitude_importance(model: nn.Module) -> Scores:
-    """The root mean square of the weights that write and read each unit."""
-    found, scores = unit_groups(model), {}
+    """Return the root mean square of the weights into and out of each unit."""
+    groups, scores = unit_groups(model), {}
     for path, count in prunable_units(model).items():
-        units, module = found[path], model.get_submodule(path)
+        units, module = groups[path], model.get_submodule(path)
         read = module.get_submodule(units.reader).get_parameter("weight").detach().transpose(0, 1)
         parts = [read.reshape(count, -1)]
         for writer, times in units.writers.items():
@@ -29,7 +29,7 @@ def magnitude_importance(model: nn.Module) -> Scores:
 
 
 def random_importance(counts: Mapping[str, int], seed: int) -> Scores:
-    """Numbers that say nothing."""
+    """Return random scores, as a baseline."""
     generator = torch.Generator().manual_seed(seed)
     return {path: torch.rand(count, generator=generator) for path, count in counts.items()}
 
@@ -37,47 +37,50 @@ def random_importance(counts: Mapping[str, int], seed: int) -> Scores:
 def select_units(
     model: nn.Module, scores: Scores, share: float, by: Literal["units", "parameters"]
 ) -> dict[str, list[int]]:
-    """The units that stay, by path, where the least go; each layer's best always stays.
+    """Return the units that stay, by path, of all layers that lose units; each layer's best unit always stays.
 
-    Raises `StageError` if that much cannot go, or nothing would.
+    Raises `StageError` if so much cannot be removed, or if nothing would be.
     """
     sizes = parameters_per_unit(model)
     if by == "parameters":
-        whole = sum(parameter.numel() for parameter in model.parameters())
-        gone = _least(scores, sizes, share * whole)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        removed = _select_lowest(scores, sizes, share * total)
     else:
-        gone = set[tuple[str, int]]()
-        for paths in _kinds(model, scores):
-            among = {path: scores[path] for path in paths}
-            target = float(math.floor(share * sum(len(score) for score in among.values())))
-            gone |= _least(among, dict.fromkeys(paths, 1), target)
-    if not gone:
-        raise StageError(f"a share of {share} is not one whole unit of any kind, so nothing would change; raise it")
-    kept = {path: [unit for unit in range(len(score)) if (path, unit) not in gone] for path, score in scores.items()}
-    return {path: units for path, units in kept.items() if len(units) < len(scores[path])}
+        removed = set[tuple[str, int]]()
+        for paths in _group_by_kind(model, scores):
+            of_kind = {path: scores[path] for path in paths}
+            target = float(math.floor(share * sum(len(score) for score in of_kind.values())))
+            removed |= _select_lowest(of_kind, dict.fromkeys(paths, 1), target)
+    if not removed:
+        raise StageError(f"prune.ratio {share} is less than one unit of any kind, so nothing would change; raise it")
+    remaining = {
+        path: [unit for unit in range(len(score)) if (path, unit) not in removed] for path, score in scores.items()
+    }
+    return {path: units for path, units in remaining.items() if len(units) < len(scores[path])}
 
 
-def _kinds(model: nn.Module, scores: Scores) -> list[list[str]]:
-    """Paths of layers of the same kind."""
-    found: dict[type[nn.Module], list[str]] = {}
+def _group_by_kind(model: nn.Module, scores: Scores) -> list[list[str]]:
+    """Return the paths of the layers, one list per kind of layer."""
+    kinds: dict[type[nn.Module], list[str]] = {}
     for path in scores:
-        found.setdefault(type(model.get_submodule(path)), []).append(path)
-    return list(found.values())
+        kinds.setdefault(type(model.get_submodule(path)), []).append(path)
+    return list(kinds.values())
 
 
-def _least(scores: Scores, sizes: Mapping[str, int], target: float) -> set[tuple[str, int]]:
-    """Units of the least scores, in their order, until sizes of at least `target` are together."""
+def _select_lowest(scores: Scores, sizes: Mapping[str, int], target: float) -> set[tuple[str, int]]:
+    """Return the units of the lowest scores whose sizes add up to at least `target`, sparing the best of each layer."""
     best = {(path, int(score.argmax())) for path, score in scores.items()}
-    flat = [(float(worth), path, unit) for path, score in scores.items() for unit, worth in enumerate(score)]
-    gone, removed = set[tuple[str, int]](), 0.0
+    flat = [(float(value), path, unit) for path, score in scores.items() for unit, value in enumerate(score)]
+    selected, total = set[tuple[str, int]](), 0.0
     for _, path, unit in sorted(flat):
-        if removed >= target:
+        if total >= target:
             break
         if (path, unit) not in best:
-            gone.add((path, unit))
-            removed += sizes[path]
-    if removed < target:
+            selected.add((path, unit))
+            total += sizes[path]
+    if total < target:
         raise StageError(
-            f"only {removed:.0f} of the {target:.0f} that should go can, as every layer keeps one unit; lower the share"
+            f"prune.ratio removes a total size of {target:.0f}, and only {total:.0f} can be removed, since every layer "
+            "keeps one unit; lower the ratio"
         )
-    return gone
+    return selected

@@ -1,7 +1,7 @@
-"""LAPTOP-Diff: layers are taken out whole, and what is left learns from the whole network.
+"""LAPTOP-Diff: remove whole layers, those that change the output least, and fine-tune the rest.
 
-    min over S of E |e(all but S) - e(all)|^2, so that S has enough parameters; nearly a sum over S of
-    c_i = E |e(all but i) - e(all)|^2, and so a 0-1 knapsack
+    min over S of E |e(all but S) - e(all)|^2    subject to    sum of sizes over S >= target
+    ~ sum over S of c_i,    c_i = E |e(all but i) - e(all)|^2,    which makes it a 0-1 knapsack
 
 Zhang et al. 2024, arXiv:2404.11098.
 """
@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.common.calibration_data import HELD_OUT, calibration_batches, output_error, run_network
-from ensemble.compression.common.knapsack import knapsack
-from ensemble.compression.distillation.teacher import frozen_copy
+from ensemble.compression.common.knapsack import choose_items
+from ensemble.compression.distillation.teacher import copy_frozen
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import distillation_loss, feature_weights, stages_behind
@@ -32,20 +32,22 @@ from experts.training.trainer import fit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Additivity:
-    """Sums of single losses against joint losses, over random sets of layers."""
+    """Comparison of joint losses with sums of single losses, over random sets of layers."""
 
     spearman: float
-    """Their rank correlation."""
+    """Rank correlation of sums and joint losses."""
     ratio: float
-    """Median of joint over sum."""
+    """Median of joint loss / sum."""
     sums: tuple[float, ...]
     joint: tuple[float, ...]
     sizes: tuple[int, ...]
-    """Layers of each set."""
+    """Number of layers of each set."""
 
 
-def additivity(costs: Sequence[float], joint_cost: Callable[[list[int]], float], sets: int, seed: int) -> Additivity:
-    """Over `sets` random sets of two layers up to half of them; `joint_cost` takes their indices."""
+def measure_additivity(
+    costs: Sequence[float], joint_cost: Callable[[list[int]], float], sets: int, seed: int
+) -> Additivity:
+    """Compare joint and summed losses of `sets` random sets, from two layers up to half of all."""
     generator = np.random.default_rng(seed)
     sums, joint, sizes = [], [], []
     for _ in range(sets):
@@ -65,62 +67,60 @@ def additivity(costs: Sequence[float], joint_cost: Callable[[list[int]], float],
 
 
 def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, workspace: Workspace) -> ExpertResult:
-    """The expert without the layers it misses least, trained again.
+    """Remove the layers that change the output least, and fine-tune the rest.
 
-    Raises `StageError` if its removable layers have too few parameters, `Preempted` between two of them.
+    Raises `StageError` if the removable layers have too few parameters, `Preempted` between two of them.
     """
     model, units = deepcopy(expert.model), removable_layers(expert.model)
-    batch = calibration_batches(dataset, config.rows, config.seed, 1, course=expert.few_step)[0]
-    row, whole = network_flops(model, expert.latent_shape), _parameters(model)
-    sizes = [_parameters(model.get_submodule(unit)) for unit in units]
-    target = round(config.ratio * whole)
+    batch = calibration_batches(dataset, config.rows, config.seed, 1, few_step=expert.few_step)[0]
+    row_flops, total = network_flops(model, expert.latent_shape), _count_parameters(model)
+    sizes = [_count_parameters(model.get_submodule(unit)) for unit in units]
+    target = round(config.ratio * total)
     if sum(sizes) < target:
         raise StageError(
-            f"the {len(units)} layers of expert {expert.cluster_id} that can be taken out have "
-            f"{sum(sizes) / whole:.0%} of its parameters, and {config.ratio:.0%} are to go; lower prune.ratio"
+            f"prune.ratio is {config.ratio:.0%}, and the {len(units)} removable layers of expert {expert.cluster_id} "
+            f"have only {sum(sizes) / total:.0%} of its parameters; lower prune.ratio"
         )
-    lost = _loss_of(model, expert, batch, units, workspace)
-    costs = [lost([index]) for index in range(len(units))] if config.criterion == "output_loss" else []
+    measure_loss = _loss_function(model, expert, batch, units, workspace)
+    costs = [measure_loss([index]) for index in range(len(units))] if config.criterion == "output_loss" else []
     details: dict[str, Any] = {"costs": dict(zip(units, costs, strict=False))}
     if costs and config.additivity_sets:
-        details["additivity"] = additivity(costs, lost, config.additivity_sets, config.seed)
-    chosen = _chosen(model, units, sizes, costs, target, config)
-    details |= {"removed": [units[index] for index in chosen], "joint_cost": lost(chosen)}
+        details["additivity"] = measure_additivity(costs, measure_loss, config.additivity_sets, config.seed)
+    chosen = _choose_layers(model, units, sizes, costs, target, config)
+    details |= {"removed": [units[index] for index in chosen], "joint_cost": measure_loss(chosen)}
     remove_layers(model, details["removed"])
     pruned = replace(expert, model=model)
     measuring = calibration_batches(dataset, config.rows, config.seed, 2, HELD_OUT, expert.few_step)
     details["error_pruned"] = output_error(model, expert, measuring)
-    flops = (len(costs) + config.additivity_sets + 2) * config.rows * row
+    flops = (len(costs) + config.additivity_sets + 2) * config.rows * row_flops
     if config.finetune is not None:
-        pruned = replace(
-            pruned, model=_retrained(pruned, expert, dataset, batch, details["removed"], config, workspace)
-        )
-        small = network_flops(pruned.model, expert.latent_shape)
+        pruned = replace(pruned, model=_finetune(pruned, expert, dataset, batch, details["removed"], config, workspace))
+        pruned_flops = network_flops(pruned.model, expert.latent_shape)
         rows = config.finetune.batch_size * config.finetune.steps
-        flops += training_flops(small, config.finetune.batch_size, config.finetune.steps) + rows * row
+        flops += training_flops(pruned_flops, config.finetune.batch_size, config.finetune.steps) + rows * row_flops
         details["error_retrained"] = output_error(pruned.model, expert, measuring)
-    details["share"] = 1 - _parameters(pruned.model) / whole
+    details["share"] = 1 - _count_parameters(pruned.model) / total
     return ExpertResult(expert=pruned, modules=len(chosen), flops=flops, details=details)
 
 
-def _loss_of(
+def _loss_function(
     model: nn.Module, expert: Expert, batch: Batch, units: Sequence[str], workspace: Workspace
 ) -> Callable[[list[int]], float]:
-    """What is lost without some units, by their indices: mean squared distance of the outputs on one fixed batch."""
+    """Return a function from indices of units to the mean squared change of the output without them, on one batch."""
     with torch.no_grad():
         exact = run_network(model, expert, batch)
 
-    def lost(indices: list[int]) -> float:
+    def measure_loss(indices: list[int]) -> float:
         if workspace.stop_requested():
-            raise Preempted("stopped while layers were compared; they are compared again")
+            raise Preempted("stopped while losses of layers were measured; the measurement restarts")
         with torch.no_grad(), layers_disabled(model, [units[index] for index in indices]):
-            said: Tensor = run_network(model, expert, batch)
-        return float(functional.mse_loss(said.double(), exact.double()))
+            output: Tensor = run_network(model, expert, batch)
+        return float(functional.mse_loss(output.double(), exact.double()))
 
-    return lost
+    return measure_loss
 
 
-def _chosen(
+def _choose_layers(
     model: nn.Module,
     units: Sequence[str],
     sizes: Sequence[int],
@@ -128,9 +128,9 @@ def _chosen(
     target: int,
     config: LaptopConfig,
 ) -> list[int]:
-    """Indices of the units that go; the baselines take them one by one until it is enough."""
+    """Return the indices of the layers to remove; the baselines add layers one by one until the target is reached."""
     if config.criterion == "output_loss":
-        return knapsack(costs, sizes, target)
+        return choose_items(costs, sizes, target)
     if config.criterion == "magnitude":
         order = sorted(range(len(units)), key=lambda index: _magnitude(model.get_submodule(units[index])))
     else:
@@ -141,7 +141,7 @@ def _chosen(
     return sorted(chosen)
 
 
-def _retrained(
+def _finetune(
     pruned: Expert,
     teacher: Expert,
     dataset: LatentDataset,
@@ -150,20 +150,21 @@ def _retrained(
     config: LaptopConfig,
     workspace: Workspace,
 ) -> nn.Module:
+    """Return the pruned network after fine-tuning against the original one."""
     if config.finetune is None:
         return pruned.model
     paths = stages_behind(teacher.model, removed) if config.feature_weight else []
-    weights = feature_weights(teacher, paths, batch, normalise=config.normalize)
-    there = frozen_copy(teacher, config.finetune.device)
-    loss = distillation_loss(there, paths, weights, config, config.finetune)
+    weights = feature_weights(teacher, paths, batch, normalize=config.normalize)
+    frozen = copy_frozen(teacher, config.finetune.device)
+    loss = distillation_loss(frozen, paths, weights, config, config.finetune)
     return fit(deepcopy(pruned.model), loss, dataset, config.finetune, workspace).model
 
 
-def _parameters(model: nn.Module) -> int:
+def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _magnitude(module: nn.Module) -> float:
-    """Mean absolute weight."""
+    """Return the mean absolute weight."""
     total = sum(float(parameter.detach().abs().sum()) for parameter in module.parameters())
-    return total / max(1, _parameters(module))
+    return total / max(1, _count_parameters(module))

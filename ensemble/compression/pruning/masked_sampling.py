@@ -1,8 +1,8 @@
-"""From noise to a clean latent under one fixed mask, with gradients at the memory of a single step.
+"""Sampling with masked units, differentiable along the whole trajectory at the memory of a single step.
 
-Zhang et al. 2024, arXiv:2412.02852 (time-step gradient checkpointing): only the latents between steps are kept,
-and each step is computed again when its gradient is due. The mask is an argument, drawn once for a trajectory, so both
-computations see the same.
+Time-step gradient checkpointing (Zhang et al. 2024, arXiv:2412.02852): only the latents between steps are stored, and
+each step is recomputed in the backward pass. The mask is an argument, sampled once per trajectory, so both computations
+use the same one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,21 +16,21 @@ from torch.utils.checkpoint import checkpoint
 from ensemble.solvers import euler_step, uniform_times
 from experts.compressed.pruning.units import unit_groups
 from experts.condition import Condition
-from experts.diffusion.noise_schedule import Latents
 from experts.expert import Expert
+from experts.types import Latents
 
 Masks = Mapping[str, Tensor]
-"""A number for each unit of a layer, by its path; 1 keeps the unit, 0 is as if it were not there."""
+"""Factors of the units of each layer, by its path; 1 keeps a unit, 0 removes its effect."""
 
 
 def sample_with_masks(
     expert: Expert, masks: Masks, noise: Latents, condition: Condition, steps: int, *, checkpointed: bool = True
 ) -> Latents:
-    """Euler's method on the expert's own path in equal steps from t = 1 to t = 0, with its units masked."""
+    """Sample clean latents with masked units, by Euler's method on the expert's own noise schedule in equal steps."""
 
     def step(noised: Latents, t: float, t_next: float) -> Latents:
         with unit_masks(expert.model, masks):
-            return euler_step(lambda at, times: expert.velocity(at, times, condition), noised, t, t_next)
+            return euler_step(lambda latents, times: expert.velocity(latents, times, condition), noised, t, t_next)
 
     noised = noise
     for t, t_next in pairwise(uniform_times(steps).tolist()):
@@ -43,14 +43,14 @@ def sample_with_masks(
 
 @contextmanager
 def unit_masks(model: nn.Module, masks: Masks) -> Iterator[None]:
-    """Within it, what units of these layers put out is multiplied by their masks before it is read."""
-    found, handles = unit_groups(model), []
+    """Multiply the outputs of units by their masks within the context, where the next layer reads them."""
+    groups, handles = unit_groups(model), []
     for path, mask in masks.items():
-        units = found[path]
+        units = groups[path]
         reader = model.get_submodule(path).get_submodule(units.reader)
-        entries = mask.repeat_interleave(units.size)
-        shaped = entries[:, None, None] if isinstance(reader, nn.Conv2d) else entries
-        handles.append(reader.register_forward_pre_hook(_times(shaped)))
+        factors = mask.repeat_interleave(units.size)
+        shaped = factors[:, None, None] if isinstance(reader, nn.Conv2d) else factors
+        handles.append(reader.register_forward_pre_hook(_multiply_by(shaped)))
     try:
         yield
     finally:
@@ -58,6 +58,6 @@ def unit_masks(model: nn.Module, masks: Masks) -> Iterator[None]:
             handle.remove()
 
 
-def _times(mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A hook that multiplies what a layer is given."""
+def _multiply_by(mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """Return a hook that multiplies the input of a layer."""
     return lambda _, args: (args[0] * mask, *args[1:])

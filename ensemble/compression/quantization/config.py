@@ -1,4 +1,4 @@
-"""What can be chosen about QuEST; imports no torch."""
+"""Settings of the quantization methods that need data or all experts at once; imports no torch."""
 
 from typing import Annotated, Literal
 
@@ -11,24 +11,23 @@ from experts.config import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixedPrecisionConfig:
-    """One budget of bytes for all experts, spent on the weights whose rounding moves the samples most."""
+    """Weights in few bits, more bits for those whose rounding changes the output most, within one budget of bytes."""
 
     method: Literal["mixed_precision"] = "mixed_precision"
     mean_bits: Annotated[float, Field(gt=0, le=16)] = 4.25
-    """The budget: bits an entry of a large weight has in the mean over all experts, its share of the scales included,
-    which is 16 / group."""
+    """The budget: mean bits per element of all large weights of all experts, including 16 / group_size for scales."""
     choices: Annotated[tuple[Literal[2, 3, 4, 5, 6, 8], ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
-    """Bits that a weight may get; with one choice all are alike."""
+    """Bit widths that a weight can get; a single choice gives every weight the same."""
     group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64
-    """Entries of a row that share a scale of 16 bits."""
+    """Neighboring weights of a row that share one 16-bit scale."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
-    """Matrices with fewer entries stay as they are."""
+    """Matrices with fewer elements are not quantized."""
     rows: Annotated[int, Field(ge=1)] = 64
-    """Latents of its own cluster on which an expert is measured, all at once."""
+    """Latents of its own cluster on which the error of an expert is measured, in one batch."""
     by_share: bool = True
-    """Whether an expert counts as much as its cluster has samples; otherwise all count alike."""
+    """Weight each expert by the size of its cluster; False weights all experts equally."""
     seed: int = 0
-    """Of the measured latents, their noise and their t."""
+    """Seed of the measured latents, their noise and their t."""
 
 
 TUNING = TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=10)
@@ -37,110 +36,108 @@ TUNING = TrainingConfig(steps=200, batch_size=32, lr=2e-4, warmup_steps=10)
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class QuESTConfig:
-    """Layers of few bits, weights and activations alike, with grids for the activations of each time; then the layers
-    that matter are trained to say what they said before."""
+    """Weights and activations in few bits, activation scales per timestep; the most sensitive layers are trained."""
 
     method: Literal["quest"] = "quest"
     bits: Literal[4, 8] = 4
-    """Bits of a weight; one scale a row."""
+    """Bits per weight, with one scale per row."""
     activation_bits: Literal[4, 8] = 4
-    """Bits of what a layer is given; one scale for all of it."""
+    """Bits per activation, with one scale per layer input."""
     times: Annotated[int, Field(ge=1)] = 20
-    """Times, evenly spread, at which activations are calibrated."""
+    """Evenly spaced times at which activation scales are calibrated."""
     timewise: bool = True
-    """Whether each of these times has a scale of its own; if not, all share one."""
+    """Give each of these times its own activation scale; False uses one scale for all times."""
     rows: Annotated[int, Field(ge=1)] = 32
-    """Samples that calibrate at each time."""
+    """Calibration samples per time."""
     entries: Annotated[int, Field(ge=64)] = 2048
-    """Entries of a layer's input, at each time, on which its scale is searched, at most."""
+    """Maximum number of elements of a layer input, per time, on which its scale is searched."""
     convolutions: bool = True
-    """Whether the convolutions of residual blocks are rounded as linear layers are; if not, they are only stored in
-    few bits."""
+    """Also quantize inputs of the convolutions in residual blocks; False only stores their weights in few bits."""
     time_embedding: TrainingConfig | None = TUNING
-    """How the layers that are told the time are trained; empty leaves them as they were rounded."""
+    """Training of the layers that receive the time embedding; empty skips it."""
     sensitive: TrainingConfig | None = TUNING
-    """How feed-forward layers, queries, keys and values are trained after that; empty leaves them out."""
+    """Training of feed-forward, query, key and value layers, which follows; empty skips it."""
     trained_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the parameters that is trained at most: weights of layers whose gradient is largest for their size,"""
+    """Maximum share of the parameters that is trained. Layers with the largest mean squared gradient come first."""
     vectors: bool = True
-    """and before those the biases, scales and step sizes of all rounded layers, a hundredth of the parameters."""
+    """Also train the biases, scales and step sizes of all quantized layers, about 1 % of the parameters."""
     sensitive_convolutions: bool = False
-    """Whether the convolutions that are rounded are trained along with those, which a U-Net has few of."""
+    """Also train quantized convolutions in the second training; useful for U-Nets, which have few linear layers."""
     rest_bits: Literal[4, 8] | None = 8
-    """Bits of all other large weights, which are only stored in few; empty leaves them as they are."""
+    """Bits per stored weight of all other large weights; empty keeps full precision."""
     group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
-    """Entries of a row of those weights that share a scale."""
+    """Neighboring weights of a row of those that share one scale."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
-    """Other weights with fewer entries stay as they are."""
+    """Other matrices with fewer elements are not quantized."""
     seed: int = 0
-    """The calibrating samples are a function of it."""
+    """Seed of the calibration samples."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SharedBaseConfig:
-    """Large weights as one base for all experts and a small difference for each; worth it for experts of one start."""
+    """Large weights stored as one base for all experts plus a small difference each; needs a common initialization."""
 
     method: Literal["shared_base"] = "shared_base"
     delta: Literal["low_rank", "packed", "tailors"] = "packed"
-    """`low_rank`: two thin matrices. `packed`: as many numbers as the weight, of few bits. `tailors`: own coefficients
-    on shared singular directions, and two thin matrices for the rest."""
+    """How differences are stored. `low_rank`: two thin matrices. `packed`: a full matrix in few bits. `tailors`: own
+    coefficients on shared singular directions, and two thin matrices for the remainder."""
     base_bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
-    """Bits of an entry of the base."""
+    """Bits per element of the base."""
     bits: Literal[2, 3, 4, 5, 6, 8, 16] = 4
-    """Bits of an entry of a difference, or of its two matrices."""
+    """Bits per element of a difference, or of its two thin matrices."""
     rank: Annotated[float, Field(gt=0, le=1)] = 0.125
-    """Rank of a difference as a share of the weight's smaller side; of no meaning to `packed`."""
+    """Rank of a difference, as a share of the smaller side of the weight; unused by `packed`."""
     directions: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Shared singular directions as a share of the weight's smaller side; of `tailors` alone. Fewer than all lose what
-    the mean has beyond them, and only a difference of as many ranks brings it back."""
+    """`tailors`: shared singular directions, as a share of the smaller side of the weight. Below 1, the mean loses
+    the part outside them, and only differences of that much more rank restore it."""
     rounds: Annotated[int, Field(ge=1)] = 3
-    """How often the base and the differences of low rank are fitted to each other; 1 takes the mean as the base."""
+    """Rounds in which base and low-rank differences are fitted to each other; 1 uses the mean as the base."""
     group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64
-    """Entries of a row that share a scale of 16 bits."""
+    """Neighboring weights of a row that share one 16-bit scale."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
-    """Matrices with fewer entries stay as they are."""
+    """Matrices with fewer elements are not shared."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SVDQuantConfig:
-    """Linear layers of few bits, weights and activations alike, beside a low-rank branch of more.
+    """Linear layers with weights and activations in few bits, plus a low-rank branch in higher precision.
 
     Without smoothing, branch and refinement it is plain rounding.
     """
 
     method: Literal["svdquant"] = "svdquant"
     bits: Literal[4, 8] = 4
-    """Bits of the weights of attention and feed-forward layers."""
+    """Bits per weight of attention and feed-forward layers."""
     activation_bits: Literal[4, 8] | None = 4
-    """Bits of what these layers are given; empty leaves it as it is."""
+    """Bits per activation of these layers; empty keeps full precision."""
     group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
-    """Neighbours, of weights and of activations, that share a scale."""
+    """Neighboring weights, or activations, that share one scale."""
     scaling: Literal["absmax", "mse"] = "absmax"
-    """`absmax`: no weight is clipped. `mse`: the scale of least squared error, which takes six times as long
-    and is better without refinement only."""
+    """`absmax`: no weight is clipped. `mse`: scales of least squared error, six times slower and better only without
+    refinement."""
     smooth: bool = True
-    """Whether outliers of the activations are moved into the weights."""
+    """Move outliers of the activations into the weights."""
     rank: Annotated[int, Field(ge=0)] = 32
-    """Rank of the branch; 0 is none."""
+    """Rank of the branch; 0 disables it."""
     branch_bits: Literal[8, 16] = 16
-    """Bits of its weights: eight have twice the rank in the same bytes, and what they round off falls to the rest."""
+    """Bits per weight of the branch. 8 bits hold twice the rank in equal bytes; the residual absorbs their rounding."""
     rank_share: Annotated[float, Field(gt=0, le=1)] = 0.125
-    """The rank is at most this share of a layer's smaller side: a branch as wide as its layer saves nothing."""
+    """Maximum rank as a share of the smaller side of a layer; a branch as wide as its layer saves nothing."""
     refine: Annotated[int, Field(ge=0)] = 100
-    """Turns in which branch and residual are fitted to each other, at most."""
+    """Maximum number of iterations that fit branch and residual to each other."""
     patience: Annotated[int, Field(ge=1)] = 3
-    """Turns without a smaller error after which that ends."""
+    """Iterations without a smaller error after which refinement stops."""
     grid: Annotated[int, Field(ge=1)] = 20
-    """Strengths of smoothing that are tried for each layer."""
+    """Smoothing strengths tried per layer."""
     rows: Annotated[int, Field(ge=1)] = 64
-    """Samples that calibrate."""
+    """Calibration samples."""
     tokens: Annotated[int, Field(ge=16)] = 1024
-    """Inputs of a layer, of those samples, on which its error is measured, at most."""
+    """Maximum number of inputs per layer, from those samples, on which its error is measured."""
     time_embedding: bool = False
-    """Whether the linear layers that are told the time are split in the same way, what they are given left as it is."""
+    """Also split the linear layers that receive the time embedding; their activations keep full precision."""
     rest_bits: Literal[4, 8] | None = 8
-    """Bits of all other large weights, which are only stored in few; empty leaves them as they are."""
+    """Bits per stored weight of all other large weights; empty keeps full precision."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
-    """Other weights with fewer entries stay as they are."""
+    """Other matrices with fewer elements are not quantized."""
     seed: int = 0
-    """The calibrating samples are a function of it."""
+    """Seed of the calibration samples."""

@@ -1,4 +1,4 @@
-"""Which layers of a network a stage works on, by what they are for; and few bits for the weights of all others."""
+"""Select the layers that a method quantizes, by their purpose, and pack the weights of all other layers."""
 
 import re
 from typing import Literal
@@ -20,11 +20,11 @@ PATHS: dict[Purpose, re.Pattern[str]] = {
     ),
     "convolution": re.compile(r"(^|\.)resnets\.\d+\.(conv1|conv2|conv_shortcut)$"),
 }
-"""The names of such layers in diffusers' U-Net and transformer, and in our residual network."""
+"""Module paths of these layers in diffusers' U-Net and transformer, and in our residual network."""
 
 
 def quantizable_layers(model: nn.Module, *purposes: Purpose) -> list[str]:
-    """Paths of the linear and convolutional layers with one of these purposes, in the network's order."""
+    """Return the paths of the linear and convolutional layers with one of these purposes, in the network's order."""
     return [
         path
         for path, module in model.named_modules()
@@ -32,13 +32,10 @@ def quantizable_layers(model: nn.Module, *purposes: Purpose) -> list[str]:
     ]
 
 
-def pack_rest(model: nn.Module, bits: Literal[4, 8] | None, group: int, least: int) -> int:
-    """Pack every weight of at least `least` entries that no form holds yet, in place, and return how many there were.
-
-    None leaves them as they are.
-    """
-    names = [] if bits is None else list(large_weights(model, least))
+def pack_rest(model: nn.Module, bits: Literal[4, 8] | None, group_size: int, min_elements: int) -> int:
+    """Pack all large weights that are not quantized yet, in place, and return their number; `bits` None packs none."""
+    names = [] if bits is None else list(large_weights(model, min_elements))
     for name in names:
         shape = tuple(model.get_parameter(name).shape)
-        pack_weight(model, name, Packing(bits=bits or 8, group_size=group, shape=shape, scaling="mse"))
+        pack_weight(model, name, Packing(bits=bits or 8, group_size=group_size, shape=shape, scaling="mse"))
     return len(names)

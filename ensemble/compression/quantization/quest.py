@@ -1,7 +1,9 @@
-"""QuEST: few bits for weights and activations, a grid for each time, and training for the layers that matter.
+"""QuEST: weights and activations in few bits, activation scales per timestep, and training of the sensitive layers.
 
-Wang et al. 2025, arXiv:2402.03666. Weights are rounded by least squared error, a scale a row, without reconstruction
-of blocks. Every other large weight is stored in few bits and computes in full precision.
+    min sum_l || f_l quantized - f_l ||^2 + || output quantized - output ||^2,   first over layers with time embeddings
+
+Wang et al. 2025, arXiv:2402.03666. Weights are rounded with one scale per row, of least squared error, without block
+reconstruction. All other large weights are stored in few bits and compute in full precision.
 """
 
 from collections.abc import Sequence
@@ -19,10 +21,10 @@ from ensemble.compression.common.calibration_data import (
     at_few_step_times,
     calibration_batches,
     output_error,
-    record_inputs,
+    record_calls,
     run_network,
-    spread_evenly,
     subsample_rows,
+    to_uniform_times,
 )
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.quantization.config import QuESTConfig
@@ -31,23 +33,23 @@ from ensemble.compression.quantization.quantization_aware import (
     convert,
     exact_weight,
     fake_quantize_layers,
-    learn_only,
     pack_quantized_weights,
+    train_only,
 )
 from experts.compressed.quantization.activation_quant import TimestepRecorder
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
 from experts.training.flops import training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
-from experts.training.trainer import fit, usable_device
+from experts.training.trainer import check_device, fit
 
 SENSITIVE: tuple[Purpose, ...] = ("attention", "feed_forward")
 MEASURED = 4
-"""Batches that measure the error of the whole network."""
+"""Batches that measure the error of the network's output."""
 
 
 def quantize_quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, workspace: Workspace) -> ExpertResult:
-    """Layers that are told the time, of attention, feed-forward parts and residual blocks in few bits, then trained.
+    """Quantize time-embedding, attention, feed-forward and residual layers, then train the sensitive ones.
 
     Raises `StageError` if there is no such layer, `Preempted` between two steps, after saving, and what `fit` raises.
     """
@@ -55,40 +57,40 @@ def quantize_quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, 
     paths = quantizable_layers(model, *SENSITIVE, "time_embedding", *(("convolution",) if config.convolutions else ()))
     if not paths:
         raise StageError(
-            f"quest found no layer to round in expert {expert.cluster_id}, so it would do nothing: it knows those of "
-            "diffusers' U-Net and transformer and of the residual network"
+            f"quest needs a layer of diffusers' U-Net or transformer or of the residual network, and expert "
+            f"{expert.cluster_id} has none; set quantize to another method"
         )
-    samples, times = _observed(model, paths, expert, dataset, config, workspace)
+    samples, times = _record_inputs(model, paths, expert, dataset, config, workspace)
     fake_quantize_layers(model, samples, times, config.bits, config.activation_bits)
     measuring = calibration_batches(dataset, config.rows, config.seed, MEASURED, HELD_OUT, expert.few_step)
-    errors, touched, sizes = {"calibrated": output_error(model, expert, measuring)}, set[str](), dict[str, int]()
-    flops = network_flops(expert.model, expert.latent_shape)
-    asked = config.times if expert.few_step is None else len(expert.few_step.times)
-    spent = flops * config.rows * (asked + 3 * MEASURED)
-    tunings = _tunings(model, config)
+    errors, trained, sizes = {"calibrated": output_error(model, expert, measuring)}, set[str](), dict[str, int]()
+    row_flops = network_flops(expert.model, expert.latent_shape)
+    num_times = config.times if expert.few_step is None else len(expert.few_step.times)
+    flops = row_flops * config.rows * (num_times + 3 * MEASURED)
+    tunings = _list_tunings(model, config)
     vectors = paths if config.vectors else []
-    trying = calibration_batches(dataset, config.rows, config.seed, MEASURED, config.times, expert.few_step)
-    allowed = _most_sensitive(model, expert, trying, tunings, vectors, config)
-    for name, training, named in tunings:
-        chosen = [path for path in named if path in allowed]
+    gradient_batches = calibration_batches(dataset, config.rows, config.seed, MEASURED, config.times, expert.few_step)
+    sensitive = _most_sensitive_layers(model, expert, gradient_batches, tunings, vectors, config)
+    for name, training, candidates in tunings:
+        chosen = [path for path in candidates if path in sensitive]
         if not chosen and not vectors:
             continue
-        sizes |= learn_only(model, chosen, vectors)
-        touched |= set(chosen)
-        model = _tuned(model, expert, dataset, chosen, training, workspace.part(name), name == "time_embedding")
+        sizes |= train_only(model, chosen, vectors)
+        trained |= set(chosen)
+        model = _tune(model, expert, dataset, chosen, training, workspace.part(name), name == "time_embedding")
         convert(model, paths)
         errors[name] = output_error(model, expert, measuring)
-        spent += training_flops(flops, training.batch_size, training.steps) * 4 / 3
+        flops += training_flops(row_flops, training.batch_size, training.steps) * 4 / 3
     share = sum(sizes.values()) / sum(parameter.numel() for parameter in expert.model.parameters())
     pack_quantized_weights(model, paths)
     rest = pack_rest(model, config.rest_bits, config.group_size, config.min_elements)
     errors["with_the_rest_in_few_bits"] = output_error(model, expert, measuring)
-    details = {"output_errors": errors, "trained_share": share, "trained_layers": sorted(touched), "layers": paths}
+    details = {"output_errors": errors, "trained_share": share, "trained_layers": sorted(trained), "layers": paths}
     details |= {"weights_stored_in_few_bits": rest}
-    return ExpertResult(expert=replace(expert, model=model), modules=len(paths) + rest, flops=spent, details=details)
+    return ExpertResult(expert=replace(expert, model=model), modules=len(paths) + rest, flops=flops, details=details)
 
 
-def _observed(
+def _record_inputs(
     model: nn.Module,
     paths: Sequence[str],
     expert: Expert,
@@ -96,45 +98,45 @@ def _observed(
     config: QuESTConfig,
     workspace: Workspace,
 ) -> tuple[dict[str, Float[Tensor, "grid entry"]], Float[Tensor, " grid"]]:
-    """Some of what every layer is given at each calibrated time, and those times in the network's own unit."""
-    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
+    """Return a sample of each layer's inputs at each calibrated time, and those times in the network's own unit."""
+    inputs: dict[str, list[Tensor]] = {path: [] for path in paths}
     clock, times = TimestepRecorder(), []
-    even = [(number + 0.5) / config.times for number in range(config.times)]
-    asked = even if expert.few_step is None else sorted(expert.few_step.times)
-    batches = calibration_batches(dataset, config.rows, config.seed, len(asked))
-    called: dict[str, Tensor] = {}
+    uniform = [(number + 0.5) / config.times for number in range(config.times)]
+    schedule = uniform if expert.few_step is None else sorted(expert.few_step.times)
+    batches = calibration_batches(dataset, config.rows, config.seed, len(schedule))
+    latest: dict[str, Tensor] = {}
 
-    def see(path: str, given: Tensor, said: Tensor) -> None:
-        called[path] = subsample_rows(given.detach().flatten().float(), config.entries)
+    def record(path: str, layer_input: Tensor, layer_output: Tensor) -> None:
+        latest[path] = subsample_rows(layer_input.detach().flatten().float(), config.entries)
 
     handle = model.register_forward_pre_hook(clock, with_kwargs=True)
-    with torch.no_grad(), record_inputs(model, paths, see):
-        for number, (t, batch) in enumerate(zip(asked, batches, strict=True)):
+    with torch.no_grad(), record_calls(model, paths, record):
+        for number, (t, batch) in enumerate(zip(schedule, batches, strict=True)):
             if workspace.stop_requested():
-                raise Preempted(f"stopped after {number} of {len(asked)} times, which are calibrated again")
+                raise Preempted(f"stopped after {number} of {len(schedule)} times; calibration restarts from the first")
             run_network(model, expert, replace(batch, t=torch.full_like(batch.t, t)))
-            times.append(clock.now)
-            for path, found in called.items():
-                seen[path].append(found)
+            times.append(clock.timestep)
+            for path, rows in latest.items():
+                inputs[path].append(rows)
     handle.remove()
-    samples = {path: torch.stack(found) for path, found in seen.items()}
-    known = torch.stack([now[0].float() for now in times if now is not None])
+    samples = {path: torch.stack(rows) for path, rows in inputs.items()}
+    timesteps = torch.stack([timestep[0].float() for timestep in times if timestep is not None])
     if config.timewise:
-        return samples, known
-    return {path: found.reshape(1, -1) for path, found in samples.items()}, known.mean().reshape(1)
+        return samples, timesteps
+    return {path: rows.reshape(1, -1) for path, rows in samples.items()}, timesteps.mean().reshape(1)
 
 
-def _tunings(model: nn.Module, config: QuESTConfig) -> list[tuple[str, TrainingConfig, list[str]]]:
-    """The trainings that are asked for: name, recipe and layers."""
-    told = quantizable_layers(model, "time_embedding")
-    is_wide = config.convolutions and config.sensitive_convolutions
-    purposes: tuple[Purpose, ...] = (*SENSITIVE, "convolution") if is_wide else SENSITIVE
+def _list_tunings(model: nn.Module, config: QuESTConfig) -> list[tuple[str, TrainingConfig, list[str]]]:
+    """Return the configured trainings: name, training configuration and layers."""
+    time_layers = quantizable_layers(model, "time_embedding")
+    has_convolutions = config.convolutions and config.sensitive_convolutions
+    purposes: tuple[Purpose, ...] = (*SENSITIVE, "convolution") if has_convolutions else SENSITIVE
     sensitive = [path for path in quantizable_layers(model, *purposes) if not path.endswith("to_out.0")]
-    asked = (("time_embedding", config.time_embedding, told), ("sensitive", config.sensitive, sensitive))
-    return [(name, training, paths) for name, training, paths in asked if training is not None and paths]
+    tunings = (("time_embedding", config.time_embedding, time_layers), ("sensitive", config.sensitive, sensitive))
+    return [(name, training, paths) for name, training, paths in tunings if training is not None and paths]
 
 
-def _most_sensitive(
+def _most_sensitive_layers(
     model: nn.Module,
     expert: Expert,
     batches: Sequence[Batch],
@@ -142,32 +144,32 @@ def _most_sensitive(
     vectors: Sequence[str],
     config: QuESTConfig,
 ) -> set[str]:
-    """The layers whose weights are trained: those of the largest mean squared gradient, as far as the share goes.
+    """Return the layers to train: those of the largest mean squared gradient, up to `config.trained_share`.
 
-    A small step along the gradient lowers the output's error by its squared norm, so this is gain a parameter.
+    A small step along the gradient lowers the output error by the squared gradient norm, so this is gain per parameter.
     """
-    paths = [path for _, _, named in tunings for path in named]
+    paths = [path for _, _, candidates in tunings for path in candidates]
     if not paths:
         return set()
     trial = deepcopy(model)
-    left = config.trained_share * sum(parameter.numel() for parameter in expert.model.parameters())
-    left -= sum(learn_only(trial, [], vectors).values())
-    learn_only(trial, paths)
+    budget = config.trained_share * sum(parameter.numel() for parameter in expert.model.parameters())
+    budget -= sum(train_only(trial, [], vectors).values())
+    train_only(trial, paths)
     for batch in batches:
         with torch.no_grad():
-            wanted = run_network(expert.model, expert, batch)
-        functional.mse_loss(run_network(trial, expert, batch).float(), wanted).backward()  # type: ignore[no-untyped-call]
+            target = run_network(expert.model, expert, batch)
+        functional.mse_loss(run_network(trial, expert, batch).float(), target).backward()  # type: ignore[no-untyped-call]
     exact = {path: exact_weight(trial, path) for path in paths}
     gains = {path: float(weight.grad.square().mean()) for path, weight in exact.items() if weight.grad is not None}
     chosen = set()
     for path in sorted(gains, key=lambda path: -gains[path]):
-        if exact[path].numel() <= left:
+        if exact[path].numel() <= budget:
             chosen.add(path)
-            left -= exact[path].numel()
+            budget -= exact[path].numel()
     return chosen
 
 
-def _tuned(
+def _tune(
     model: nn.Module,
     expert: Expert,
     dataset: LatentDataset,
@@ -176,22 +178,24 @@ def _tuned(
     workspace: Workspace,
     by_layer: bool,
 ) -> nn.Module:
-    """The network after what learns in it has; `by_layer` holds these layers to what they said, besides the network."""
-    teacher = deepcopy(expert.model).to(usable_device(training.device))
-    watched_paths = paths if by_layer else []
+    """Train the network's trainable parameters towards the original output; `by_layer` adds the outputs of `paths`."""
+    teacher = deepcopy(expert.model).to(check_device(training.device))
+    layer_paths = paths if by_layer else []
 
     def loss(student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if expert.few_step is None:
-            batch = replace(batch, t=spread_evenly(batch.t, training))
+            batch = replace(batch, t=to_uniform_times(batch.t, training))
         batch = at_few_step_times(batch, expert.few_step, training)
-        exact: dict[str, Tensor] = {}
-        said: dict[str, Tensor] = {}
-        with torch.no_grad(), record_inputs(teacher, watched_paths, lambda path, _, found: exact.update({path: found})):
-            wanted = run_network(teacher, expert, batch)
-        with record_inputs(student, watched_paths, lambda path, _, found: said.update({path: found})):
-            output = functional.mse_loss(run_network(student, expert, batch).float(), wanted)
+        targets: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        with torch.no_grad(), record_calls(teacher, layer_paths, lambda path, _, value: targets.update({path: value})):
+            target = run_network(teacher, expert, batch)
+        with record_calls(student, layer_paths, lambda path, _, value: outputs.update({path: value})):
+            output = functional.mse_loss(run_network(student, expert, batch).float(), target)
         # Wang et al. 2025, arXiv:2402.03666: sum over layers of ||their output - before||^2 + ||output - before||^2.
-        layers = torch.stack([functional.mse_loss(said[path], exact[path]) for path in watched_paths] or [output * 0])
+        layers = torch.stack(
+            [functional.mse_loss(outputs[path], targets[path]) for path in layer_paths] or [output * 0]
+        )
         return {"loss": output + layers.sum(), "output": output}
 
     return fit(model, loss, dataset, training, workspace).model

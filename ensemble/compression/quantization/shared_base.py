@@ -1,7 +1,10 @@
-"""All experts as one base and K differences: what K networks of one start have in common is stored once.
+"""Shared base: store each large weight of K experts as one common base plus K small differences.
 
-The base is a mean over the experts, weight by weight, so nothing but their start may bring them together: experts that
-were trained from scratch have no neuron in the same place. `distance` in the details says how far apart they are.
+    W_k ~ B + D_k,    min over B, D_k of sum_k |W_k - B - D_k|^2
+
+The base is a mean over the experts, weight by weight. It is only useful for experts of one initialization: networks
+from different ones have no corresponding neurons. `distance` in the details measures how far the experts differ.
+Related: BitDelta (Liu et al. 2024, arXiv:2402.10193), which stores fine-tuned models as one base and 1-bit differences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +20,10 @@ from ensemble.compression.method import CompressionContext, EnsembleResult, Stag
 from ensemble.compression.quantization.config import SharedBaseConfig
 from ensemble.compression.quantization.weight_only import large_weights
 from experts.compressed.quantization.shared_weight import (
+    DELTA,
+    FULL,
     LEFT,
-    OWN,
     RIGHT,
-    WHOLE,
     MatrixFormat,
     SharedBase,
     SharedWeight,
@@ -34,59 +37,64 @@ Stack = Float[Tensor, "expert row column"]
 Matrix = Float[Tensor, "row column"]
 
 
-def quantize_shared_base(config: SharedBaseConfig, given: CompressionContext) -> EnsembleResult:
-    """What `share` makes of all experts of an ensemble."""
-    return share_base(given.experts("shared_base"), config, given.workspace)
+def quantize_shared_base(config: SharedBaseConfig, context: CompressionContext) -> EnsembleResult:
+    """Run `share_base` on all experts of an ensemble."""
+    return share_base(context.load_single_networks("shared_base"), config, context.workspace)
 
 
 def share_base(experts: Mapping[int, Expert], config: SharedBaseConfig, workspace: Workspace) -> EnsembleResult:
-    """The same experts with their large weights shared.
+    """Replace the large weights of all experts by a shared base and differences.
 
     Raises `StageError` for fewer than two experts, or without a large weight that all have in the same shape.
     """
     ids = sorted(experts)
     models = [deepcopy(experts[k].model) for k in ids]
-    names = _common(models, config)
+    names = _common_weights(models, config)
     bases, report, flops = [], {}, 0.0
     for number, name in enumerate(names):
         workspace.report_progress(number, len(names), unit="weights")
         if workspace.stop_requested():
-            raise Preempted(f"stopped after {number} of {len(names)} weights were shared; sharing begins again")
+            raise Preempted(f"stopped after {number} of {len(names)} weights; sharing restarts from the first")
         weights = torch.stack([model.get_parameter(name).detach().float() for model in models])
-        base, forms = _shared(models, name, weights, config)
+        base, shared = _share_weight(models, name, weights, config)
         bases.append(base)
-        report[name] = _report(weights, forms)
-        flops += _flops(weights.flatten(2), config)
+        report[name] = _measure(weights, shared)
+        flops += _estimate_flops(weights.flatten(2), config)
     sizes = {
         "bytes_before": sum(sum(parameter.nbytes for parameter in experts[k].model.parameters()) for k in ids),
         "bytes_shared": sum(base.nbytes for base in bases),
         "bytes_own": sum(sum(tensor.nbytes for tensor in model.state_dict().values()) for model in models),
     }
-    made = {k: replace(experts[k], model=model) for k, model in zip(ids, models, strict=True)}
-    return EnsembleResult(experts=made, modules=len(names) * len(ids), flops=flops, details=sizes | {"weights": report})
+    return EnsembleResult(
+        experts={k: replace(experts[k], model=model) for k, model in zip(ids, models, strict=True)},
+        modules=len(names) * len(ids),
+        flops=flops,
+        details=sizes | {"weights": report},
+    )
 
 
-def _common(models: Sequence[nn.Module], config: SharedBaseConfig) -> list[str]:
-    """Large weights that all models have in the same shape."""
+def _common_weights(models: Sequence[nn.Module], config: SharedBaseConfig) -> list[str]:
+    """Return the names of large weights that all models have in the same shape."""
     if len(models) < 2:
-        raise StageError(f"share needs two experts or more to have something in common, not {len(models)}")
+        raise StageError(f"shared_base needs two experts or more, not {len(models)}; set quantize to another method")
     shapes = [
         {name: model.get_parameter(name).shape for name in large_weights(model, config.min_elements)}
         for model in models
     ]
-    found = [name for name, shape in shapes[0].items() if all(other.get(name) == shape for other in shapes)]
-    if not found:
+    names = [name for name, shape in shapes[0].items() if all(other.get(name) == shape for other in shapes)]
+    if not names:
         raise StageError(
-            f"share found no matrix of at least {config.min_elements} entries that all experts have in the same shape: lower "
-            "share.least, or take experts of one architecture that no other stage has packed"
+            f"shared_base needs a matrix of at least {config.min_elements} elements that all experts have in the same "
+            "shape, and there is none; lower quantize.min_elements, or use experts of one architecture that no other "
+            "stage has packed"
         )
-    return found
+    return names
 
 
-def _shared(
+def _share_weight(
     models: Sequence[nn.Module], name: str, weights: Tensor, config: SharedBaseConfig
 ) -> tuple[SharedBase, list[SharedWeight]]:
-    """Put the shared form of one weight into all models."""
+    """Replace one weight in all models by the shared base and its difference, in place."""
     stack = weights.flatten(2)
     side = min(stack.shape[1:])
     directions = max(1, round(config.directions * side)) if config.delta == "tailors" else 0
@@ -98,48 +106,54 @@ def _shared(
         rank=0 if config.delta == "packed" else max(1, round(config.rank * side)),
         directions=directions,
     )
-    parts = _directions(stack, directions) if directions else {WHOLE: _middle(stack, sharing.rank, config.rounds)}
-    if WHOLE in parts:
-        parts = {WHOLE: parts[WHOLE].reshape(sharing.shape)}
+    parts = (
+        _leading_directions(stack, directions) if directions else {FULL: _fit_base(stack, sharing.rank, config.rounds)}
+    )
+    if FULL in parts:
+        parts = {FULL: parts[FULL].reshape(sharing.shape)}
     storage = MatrixFormat(bits=config.base_bits, group_size=config.group_size, shape=sharing.shape)
-    held = {part: StoredMatrix.from_matrix(values, storage.of(values.shape)) for part, values in parts.items()}
-    base, forms = SharedBase(held), []
+    stored = {
+        part: StoredMatrix.from_matrix(values, storage.with_shape(values.shape)) for part, values in parts.items()
+    }
+    base, shared = SharedBase(stored), []
     for model, weight in zip(models, stack, strict=True):
-        coefficients = _coefficients(weight, base) if directions else None
-        rest = weight - base.weight(weight.device, coefficients).flatten(1)
-        own = {OWN: rest.reshape(sharing.shape)} if not sharing.rank else _thin(rest, sharing.rank)
-        forms.append(share_weight(model, name, sharing, base, own, coefficients))
-    return base, forms
+        coefficients = _fit_coefficients(weight, base) if directions else None
+        remainder = weight - base.weight(weight.device, coefficients).flatten(1)
+        delta = {DELTA: remainder.reshape(sharing.shape)} if not sharing.rank else _factorize(remainder, sharing.rank)
+        shared.append(share_weight(model, name, sharing, base, delta, coefficients))
+    return base, shared
 
 
-def _middle(stack: Stack, rank: int, rounds: int) -> Matrix:
-    """The base: the mean, or what is best under differences of this rank."""
-    # min_{B, L_k: rank(L_k) <= r} sum_k |W_k - B - L_k|^2, over B and the L_k in turn; no turn makes it larger.
+def _fit_base(stack: Stack, rank: int, rounds: int) -> Matrix:
+    """Return the base: the mean, or the best matrix under differences of this rank."""
+    # min_{B, L_k: rank(L_k) <= r} sum_k |W_k - B - L_k|^2, alternately over B and the L_k; no iteration raises it.
     base = stack.mean(0)
     for _ in range(rounds - 1 if rank else 0):
-        fitted = torch.stack([parts[LEFT].T @ parts[RIGHT] for parts in (_thin(rest, rank) for rest in stack - base)])
+        fitted = torch.stack(
+            [parts[LEFT].T @ parts[RIGHT] for parts in (_factorize(delta, rank) for delta in stack - base)]
+        )
         base = (stack - fitted).mean(0)
     return base
 
 
-def _directions(stack: Stack, count: int) -> dict[str, Tensor]:
-    """The mean's leading singular directions, one a row."""
+def _leading_directions(stack: Stack, count: int) -> dict[str, Tensor]:
+    """Return the leading singular directions of the mean, one per row."""
     left, _, right = torch.linalg.svd(stack.mean(0).double(), full_matrices=False)
     return {LEFT: left[:, :count].T.float(), RIGHT: right[:count].float()}
 
 
-def _coefficients(weight: Matrix, base: SharedBase) -> Float[Tensor, " direction"]:
-    """The expert's own coefficients on the shared directions as they are stored, by least squares."""
+def _fit_coefficients(weight: Matrix, base: SharedBase) -> Float[Tensor, " direction"]:
+    """Return the expert's coefficients on the stored shared directions, by least squares."""
     # min_s |W - U^T diag(s) V|^2:  (U U^T * V V^T) s = diag(U W V^T)
     left, right = (base.parts[part]().double() for part in (LEFT, RIGHT))
     gram = (left @ left.T) * (right @ right.T)
-    wanted = ((left @ weight.double()) * right).sum(1)
-    solved: Tensor = torch.linalg.lstsq(gram, wanted.unsqueeze(1)).solution
-    return solved.squeeze(1).float()
+    target = ((left @ weight.double()) * right).sum(1)
+    solution: Tensor = torch.linalg.lstsq(gram, target.unsqueeze(1)).solution
+    return solution.squeeze(1).float()
 
 
-def _thin(matrix: Matrix, rank: int) -> dict[str, Tensor]:
-    """The two thin matrices, one direction a row, whose product is the nearest of this rank (Eckart & Young 1936)."""
+def _factorize(matrix: Matrix, rank: int) -> dict[str, Tensor]:
+    """Return two matrices, one direction per row, with the closest product of this rank (Eckart & Young 1936)."""
     is_wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix.double() if is_wide else matrix.double().T
     _, vectors = torch.linalg.eigh(short @ short.T)
@@ -152,18 +166,18 @@ def _thin(matrix: Matrix, rank: int) -> dict[str, Tensor]:
     return dict(zip((LEFT, RIGHT) if is_wide else (RIGHT, LEFT), halves, strict=True))
 
 
-def _report(weights: Tensor, forms: Sequence[SharedWeight]) -> dict[str, float]:
-    """How far the experts are from their mean, and from what is stored, as shares of their own length."""
-    length = torch.linalg.vector_norm(weights)
-    again = torch.stack([form(weights) for form in forms])
+def _measure(weights: Tensor, shared: Sequence[SharedWeight]) -> dict[str, float]:
+    """Return the distance of the experts from their mean, and from their stored form, relative to their norm."""
+    norm = torch.linalg.vector_norm(weights)
+    stored = torch.stack([weight(weights) for weight in shared])
     return {
-        "distance": float(torch.linalg.vector_norm(weights - weights.mean(0)) / length),
-        "error": float(torch.linalg.vector_norm(weights - again) / length),
+        "distance": float(torch.linalg.vector_norm(weights - weights.mean(0)) / norm),
+        "error": float(torch.linalg.vector_norm(weights - stored) / norm),
     }
 
 
-def _flops(stack: Stack, config: SharedBaseConfig) -> float:
-    """About what taking one weight apart costs: a Gram matrix and its eigenvectors for each expert and round."""
+def _estimate_flops(stack: Stack, config: SharedBaseConfig) -> float:
+    """Estimate the FLOPs of one weight: a Gram matrix and its eigenvectors for each expert and round."""
     if config.delta == "packed":
         return 0.0
     short, long = sorted(stack.shape[1:])

@@ -1,7 +1,9 @@
-"""SVDQuant: attention and feed-forward layers of four bits, whose outliers a low-rank branch of sixteen bits takes.
+"""SVDQuant: attention and feed-forward layers in 4 bits, with a 16-bit low-rank branch that absorbs outliers.
 
-Li et al. 2025, arXiv:2411.05007. Every other large weight is stored in few bits and computes in full precision. No
-processor is quicker by it: it is bytes that are saved, and what the rounding does to samples is as it would be.
+    x W^T ~ Q(x / s) Q(R)^T + (x / s) (U D)^T,    W diag(s) = U D + R
+
+Li et al. 2025, arXiv:2411.05007. All other large weights are stored in few bits and compute in full precision. The
+arithmetic in 4 bits is simulated: it saves bytes but no time, and changes samples as real 4-bit kernels would.
 """
 
 from copy import deepcopy
@@ -17,7 +19,7 @@ from ensemble.compression.common.calibration_data import (
     HELD_OUT,
     calibration_batches,
     output_error,
-    record_inputs,
+    record_calls,
     run_network,
     subsample_rows,
 )
@@ -33,77 +35,81 @@ from experts.training.latent_dataset import Batch, LatentDataset
 def quantize_svdquant(
     expert: Expert, dataset: LatentDataset, config: SVDQuantConfig, workspace: Workspace
 ) -> ExpertResult:
-    """Every linear layer of attention and feed-forward parts in few bits, the rest of the network stored in few.
+    """Quantize every attention and feed-forward layer, and pack the other large weights.
 
-    Raises `StageError` if there is no such layer, `Preempted` between two layers, which are then searched anew.
+    Raises `StageError` if there is no such layer, `Preempted` between two layers; a restart searches all layers again.
     """
     model = deepcopy(expert.model)
     paths = quantizable_layers(model, "attention", "feed_forward")
-    told = quantizable_layers(model, "time_embedding") if config.time_embedding else []
+    time_layers = quantizable_layers(model, "time_embedding") if config.time_embedding else []
     if not paths:
         raise StageError(
-            f"svdquant found no linear layer of attention or feed-forward parts in expert {expert.cluster_id}, so it "
-            "would do nothing: give the network attention, or take another stage"
+            f"svdquant needs attention or feed-forward layers, and expert {expert.cluster_id} has none; set quantize "
+            "to another method"
         )
-    found: dict[str, SearchResult] = {}
-    calibrating = calibration_batches(dataset, config.rows, config.seed, 1, course=expert.few_step)[0]
-    flops = forward_flops(lambda: found.update(_search_all(expert, [*paths, *told], calibrating, config, workspace)))
+    results: dict[str, SearchResult] = {}
+    calibration = calibration_batches(dataset, config.rows, config.seed, 1, few_step=expert.few_step)[0]
+    flops = forward_flops(
+        lambda: results.update(_search_layers(expert, [*paths, *time_layers], calibration, config, workspace))
+    )
     for path in paths:
-        if path in found:
-            model.set_submodule(path, found[path].layer)
+        if path in results:
+            model.set_submodule(path, results[path].layer)
     measuring = calibration_batches(dataset, config.rows, config.seed, 1, HELD_OUT, expert.few_step)
     error_of_layers = output_error(model, expert, measuring)
-    for path in told:
-        if path in found:
-            model.set_submodule(path, found[path].layer)
+    for path in time_layers:
+        if path in results:
+            model.set_submodule(path, results[path].layer)
     rest = pack_rest(model, config.rest_bits, config.group_size, config.min_elements)
     details = {
         "output_error_of_layers": error_of_layers,
         "output_error": output_error(model, expert, measuring),
-        "layers": {path: _described(one) for path, one in found.items()},
-        "mean_layer_error": fmean(one.errors[-1] for one in found.values()),
+        "layers": {path: _layer_details(result) for path, result in results.items()},
+        "mean_layer_error": fmean(result.errors[-1] for result in results.values()),
         "weights_stored_in_few_bits": rest,
     }
-    return ExpertResult(expert=replace(expert, model=model), modules=len(found) + rest, flops=flops, details=details)
+    return ExpertResult(expert=replace(expert, model=model), modules=len(results) + rest, flops=flops, details=details)
 
 
-def _search_all(
+def _search_layers(
     expert: Expert, paths: list[str], batch: Batch, config: SVDQuantConfig, workspace: Workspace
 ) -> dict[str, SearchResult]:
-    inputs = _inputs_of(expert, paths, batch, config.tokens)
-    found = {}
+    """Search the quantized form of every linear layer; layers that receive the time keep their activations."""
+    inputs = _record_inputs(expert, paths, batch, config.tokens)
+    results = {}
     for number, path in enumerate(paths):
         workspace.report_progress(number, len(paths), unit="layers")
         if workspace.stop_requested():
-            raise Preempted(f"stopped after {number} of {len(paths)} layers, which are searched again")
+            raise Preempted(f"stopped after {number} of {len(paths)} layers; the search restarts from the first")
         linear = expert.model.get_submodule(path)
         if isinstance(linear, nn.Linear):
-            rounds_inputs = path in quantizable_layers(expert.model, "attention", "feed_forward")
-            own = config if rounds_inputs else replace(config, activation_bits=None, smooth=False)
-            found[path] = search(linear, inputs.pop(path), own)
-    return found
+            quantizes_inputs = path in quantizable_layers(expert.model, "attention", "feed_forward")
+            layer_config = config if quantizes_inputs else replace(config, activation_bits=None, smooth=False)
+            results[path] = search(linear, inputs.pop(path), layer_config)
+    return results
 
 
-def _inputs_of(expert: Expert, paths: list[str], batch: Batch, tokens: int) -> dict[str, Tensor]:
-    """What every layer of the whole network is given; at most so many rows each."""
+def _record_inputs(expert: Expert, paths: list[str], batch: Batch, tokens: int) -> dict[str, Tensor]:
+    """Return the inputs of these layers in the original network, at most `tokens` rows each."""
     inputs: dict[str, Tensor] = {}
 
-    def see(path: str, given: Tensor, said: Tensor) -> None:
-        inputs[path] = subsample_rows(given.detach().flatten(0, -2), tokens)
+    def record(path: str, layer_input: Tensor, layer_output: Tensor) -> None:
+        inputs[path] = subsample_rows(layer_input.detach().flatten(0, -2), tokens)
 
-    with torch.no_grad(), record_inputs(expert.model, paths, see):
+    with torch.no_grad(), record_calls(expert.model, paths, record):
         run_network(expert.model, expert, batch)
     return inputs
 
 
-def _described(found: SearchResult) -> dict[str, Any]:
-    shape = found.layer.shape
+def _layer_details(result: SearchResult) -> dict[str, Any]:
+    """Return the measurements of one layer as JSON."""
+    shape = result.layer.shape
     return {
-        "alpha": found.alpha,
-        "error_before_refining": found.errors[0],
-        "error": found.errors[-1],
-        "better_turns": len(found.errors) - 1,
-        "bits_a_weight": 8 * _nbytes(found.layer) / found.layer.in_features / found.layer.out_features,
+        "alpha": result.alpha,
+        "error_before_refining": result.errors[0],
+        "error": result.errors[-1],
+        "better_turns": len(result.errors) - 1,
+        "bits_a_weight": 8 * _nbytes(result.layer) / result.layer.in_features / result.layer.out_features,
     } | {key: value for key, value in asdict(shape).items() if key in ("rank", "is_unsigned")}
 
 

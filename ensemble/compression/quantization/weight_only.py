@@ -1,4 +1,10 @@
-"""Weights in few bits, rounded to nearest, in memory as on disk; and linear layers that multiply in eight bits."""
+"""Round-to-nearest quantization: weights in few bits, or linear layers that also multiply in 8 bits.
+
+    q = round(w / s),  w' = s q,    one scale s for each group of neighboring weights, of least squared error
+
+int8_dynamic also rounds activations, with a scale per row that is computed at run time (torchao: Int8WeightOnlyConfig,
+Int8DynamicActivationInt8WeightConfig). Quantized weights stay packed in memory.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -9,7 +15,7 @@ from torch import nn
 
 from ensemble.compression.config import DynamicInt8Config, WeightOnlyConfig
 from ensemble.compression.method import ExpertResult, StageError
-from experts.compressed.quantization.int8_linear import NO_INSTRUCTIONS, Int8Linear, computes_in_int8
+from experts.compressed.quantization.int8_linear import NO_INT8_INSTRUCTIONS, Int8Linear, computes_in_int8
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
 from experts.compressed.quantization.registry import quantized_modules
@@ -19,47 +25,48 @@ log = logging.getLogger(__name__)
 
 
 def quantize_weights(expert: Expert, config: WeightOnlyConfig) -> ExpertResult:
-    """Every large weight of the expert in few bits."""
+    """Quantize every large weight of the expert; raise `StageError` if there is none."""
     model = deepcopy(expert.model)
     count = pack_all(model, config)
     if not count:
         raise StageError(
-            f"quantize found no matrix of at least {config.min_elements} entries in expert {expert.cluster_id}, so it would "
-            "do nothing: lower quantize.min_elements"
+            f"weight_only needs a matrix of at least {config.min_elements} elements, and expert "
+            f"{expert.cluster_id} has none that is not quantized yet; lower quantize.min_elements"
         )
     return ExpertResult(expert=replace(expert, model=model), modules=count, flops=0.0)
 
 
 def quantize_dynamic_int8(expert: Expert, config: DynamicInt8Config) -> ExpertResult:
-    """Every linear layer of the expert in eight bits, its other large weights stored in few."""
+    """Replace every linear layer by one that multiplies in 8 bits, and pack the other large weights."""
     model = deepcopy(expert.model)
     layers = [path for path, module in model.named_modules() if type(module) is nn.Linear and "." in path]
     if not layers:
         raise StageError(
-            f"expert {expert.cluster_id} has no linear layer to compute in eight bits; take quantize=int8_weight_only"
+            f"dynamic_int8 needs linear layers, and expert {expert.cluster_id} has no linear layer that is not "
+            "quantized yet; set quantize=int8_weight_only"
         )
     if not computes_in_int8():
-        log.warning(NO_INSTRUCTIONS)
+        log.warning(NO_INT8_INSTRUCTIONS)
     for path in layers:
         linear = model.get_submodule(path)
         if isinstance(linear, nn.Linear):
-            model.set_submodule(path, Int8Linear.of(linear, _packing(linear.weight.shape, config)))
+            model.set_submodule(path, Int8Linear.from_linear(linear, _packing(linear.weight.shape, config)))
     return ExpertResult(expert=replace(expert, model=model), modules=len(layers) + pack_all(model, config), flops=0.0)
 
 
 def pack_all(model: nn.Module, config: WeightOnlyConfig | DynamicInt8Config) -> int:
-    """Pack every weight of at least `config.least` entries that no form holds yet, in place; how many there were."""
+    """Pack every large weight that is not quantized yet, in place, and return the number of packed weights."""
     names = list(large_weights(model, config.min_elements))
     for name in names:
         pack_weight(model, name, _packing(model.get_parameter(name).shape, config))
     return len(names)
 
 
-def large_weights(model: nn.Module, least: int) -> Iterator[str]:
-    """Names of the parameters of two dimensions or more, and so many entries, that no form holds yet."""
-    held = tuple(f"{path}." for path in quantized_modules(model))
+def large_weights(model: nn.Module, min_elements: int) -> Iterator[str]:
+    """Yield the names of unquantized parameters with at least two dimensions and `min_elements` elements."""
+    quantized = tuple(f"{path}." for path in quantized_modules(model))
     for name, weight in model.named_parameters():
-        if weight.ndim >= 2 and weight.numel() >= least and not name.startswith(held):
+        if weight.ndim >= 2 and weight.numel() >= min_elements and not name.startswith(quantized):
             yield name
 
 

@@ -1,13 +1,13 @@
-"""diffusers' own cache hooks, for transformers: one set of hooks for the samples of each trajectory.
+"""diffusers' cache hooks for transformers, with a separate set of hooks for each trajectory.
 
-A hook keeps its features inside the network that it hangs in. So each trajectory gets a network of its own that shares
-all parameters, and `first_block`, which decides by what it sees of a whole batch, gets one for each sample.
+A hook stores its features inside the network that it is attached to. So each trajectory gets a copy of the network
+that shares all parameters. `first_block` decides from the statistics of a batch, so it gets one copy for each sample.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.hooks import (
@@ -22,14 +22,16 @@ from diffusers.hooks import (
     apply_taylorseer_cache,
 )
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
-from jaxtyping import Int
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
-Rows = Int[Tensor, " row"]
+from ddm_core.artifacts import STRICT
+from experts.types import RowIds
+
 HookKind = Literal["taylorseer", "first_block", "mag", "pyramid"]
 
 LAYERS = [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"]
-"""What TaylorSeer keeps; its own patterns match no layer of a DiT."""
+"""The layers that TaylorSeer caches; its default patterns match no layer of a DiT."""
 CONTEXT = CacheContext(name="ddm")
 
 
@@ -39,58 +41,49 @@ class CacheHook:
 
     kind: HookKind
     interval: int = 3
-    """`taylorseer` and `pyramid`: a layer is computed at one of so many steps; `mag`: at most so many less one are
-    skipped in a row."""
+    """`taylorseer` and `pyramid` compute a layer on one step in this many; `mag` skips at most this many less one in a
+    row."""
     order: int = 1
-    """`taylorseer`: how many differences it goes on by."""
+    """`taylorseer`: order of the extrapolation."""
     threshold: float = 0.1
-    """`first_block` and `mag`: how much may change before a step is computed."""
+    """`first_block` and `mag`: the change above which a step is computed."""
     ratios: tuple[float, ...] = ()
-    """`mag`: how the size of what the blocks add changes from step to step."""
+    """`mag`: magnitude of the blocks' residual relative to the step before, for each step."""
 
-    @classmethod
-    def parsed(cls, found: Mapping[str, Any]) -> "CacheHook":
-        """From JSON; raises `KeyError`, `TypeError` or `ValueError`."""
-        if found["kind"] not in get_args(HookKind):
-            raise ValueError(f"hook {found['kind']!r}")
-        return cls(**{**found, "ratios": tuple(float(ratio) for ratio in found["ratios"])})
-
-    def described(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
 
-class TimestepRecorder:
-    """Says the timestep that a network is called with, which one hook wants to know."""
+class FirstTimestepRecorder:
+    """Records the timestep that a network is called with, which `pyramid` reads."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.timestep = 0.0
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the timestep of the first row; it comes second."""
+        """Record the timestep of the first row, the network's second argument."""
         t = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.now = float(t[0])
+        self.timestep = float(t[0])
 
 
 def apply_cache_hook(model: nn.Module, hook: CacheHook, *, calibrate: int = 0) -> nn.Module:
-    """A network with the same parameters and fresh hooks; `ValueError` if they found nothing to hang in.
+    """Return a copy that shares all parameters and has fresh hooks; raise `ValueError` if no layer matches the hook.
 
-    `calibrate` is how many calls `mag` observes before it prints its ratios; 0 observes nothing.
+    `calibrate` is the number of calls that `mag` observes before it prints its ratios; 0 observes nothing.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    made = copy.deepcopy(model, shared)
-    _APPLY[hook.kind](made, hook, calibrate)
-    if not any(registry.hooks for registry in _registries(made)):
+    hooked = copy.deepcopy(model, shared)
+    _APPLY[hook.kind](hooked, hook, calibrate)
+    if not any(registry.hooks for registry in _registries(hooked)):
         raise ValueError(
-            f"diffusers' hook {hook.kind} matches nothing in a {type(model).__name__}, and would do nothing"
+            f"diffusers' hook {hook.kind} must match a layer; a {type(model).__name__} has none; choose another hook"
         )
-    _set_cache_context(made, CONTEXT)
-    return made
+    _set_cache_context(hooked, CONTEXT)
+    return hooked
 
 
 def _registries(model: nn.Module) -> list[HookRegistry]:
-    found = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
-    return [registry for registry in found if isinstance(registry, HookRegistry)]
+    candidates = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    return [registry for registry in candidates if isinstance(registry, HookRegistry)]
 
 
 def _taylorseer(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
@@ -107,7 +100,9 @@ def _taylorseer(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
 def _first_block(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
     blocks = getattr(model, "transformer_blocks", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:
-        raise ValueError(f"diffusers' hook first_block needs two transformer blocks; a {type(model).__name__} has none")
+        raise ValueError(
+            f"diffusers' hook first_block needs two transformer blocks; a {type(model).__name__} has fewer"
+        )
     apply_first_block_cache(model, FirstBlockCacheConfig(threshold=hook.threshold))
 
 
@@ -123,12 +118,12 @@ def _mag(model: nn.Module, hook: CacheHook, calibrate: int) -> None:
 
 
 def _pyramid(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
-    clock = TimestepRecorder()
-    model.register_forward_pre_hook(clock, with_kwargs=True)
+    recorder = FirstTimestepRecorder()
+    model.register_forward_pre_hook(recorder, with_kwargs=True)
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=hook.interval,
         spatial_attention_timestep_skip_range=(-1, 1001),
-        current_timestep_callback=lambda: clock.now,
+        current_timestep_callback=lambda: recorder.timestep,
     )
     apply_pyramid_attention_broadcast(model, config)
 
@@ -143,39 +138,44 @@ _APPLY: dict[HookKind, Callable[[nn.Module, CacheHook, int], None]] = {
 
 @dataclass(slots=True, kw_only=True)
 class HookedModel:
-    """Samples with a network of their own."""
+    """A network copy and the samples that use it."""
 
-    rows: Rows
+    rows: RowIds
     model: nn.Module
     index: int
 
 
 @dataclass(slots=True, kw_only=True)
 class HookedModels:
-    """The networks of one trajectory."""
+    """The network copies of one trajectory."""
 
     groups: list[HookedModel] = field(default_factory=list)
 
     def run(
-        self, model: nn.Module, hook: CacheHook, index: int, rows: Rows, said: Callable[[Rows, nn.Module], Tensor]
+        self,
+        model: nn.Module,
+        hook: CacheHook,
+        index: int,
+        rows: RowIds,
+        evaluate: Callable[[RowIds, nn.Module], Tensor],
     ) -> Tensor:
-        """What `said` says of all rows, given places in `rows` and the network to ask.
+        """Return the output for all rows; `evaluate` takes positions in `rows` and the network to call.
 
-        Raises `ValueError` if samples have come or gone since the first evaluation, or for a second one at the same t:
-        hooks count calls from the first one on, and know nothing of single samples.
+        Hooks count calls from the first one on and do not track single samples. So this raises `ValueError` if the
+        rows differ from those of the first step, or for a second evaluation at the same t.
         """
         if not self.groups and index == 0:
-            apart: Sequence[Rows] = list(torch.split(rows, 1)) if hook.kind == "first_block" else [rows]
-            self.groups = [HookedModel(rows=one, model=apply_cache_hook(model, hook), index=-1) for one in apart]
-        known = torch.cat([group.rows for group in self.groups] or [rows[:0]])
-        if not torch.equal(known, rows) or any(group.index != index - 1 for group in self.groups):
+            batches: Sequence[RowIds] = list(torch.split(rows, 1)) if hook.kind == "first_block" else [rows]
+            self.groups = [HookedModel(rows=batch, model=apply_cache_hook(model, hook), index=-1) for batch in batches]
+        cached_rows = torch.cat([group.rows for group in self.groups] or [rows[:0]])
+        if not torch.equal(cached_rows, rows) or any(group.index != index - 1 for group in self.groups):
             raise ValueError(
-                "diffusers' hooks keep features of a whole batch that is called once a step; sample with selection "
-                "sticky and solver euler, or take accelerate.method=cache"
+                "diffusers' hooks need the same batch, called once a step; sample with selection sticky and solver "
+                "euler, or choose accelerate.method=cache"
             )
-        parts, start = [], 0
+        outputs, start = [], 0
         for group in self.groups:
-            places = torch.arange(start, start + len(group.rows), device=rows.device)
-            parts.append(said(places, group.model))
+            positions = torch.arange(start, start + len(group.rows), device=rows.device)
+            outputs.append(evaluate(positions, group.model))
             group.index, start = index, start + len(group.rows)
-        return torch.cat(parts)
+        return torch.cat(outputs)

@@ -1,11 +1,11 @@
-"""Features that the samples of one trajectory keep from one evaluation to the next.
+"""Feature caches: module outputs that the samples of one trajectory reuse from step to step.
 
-A module that is not due says what it said before, or goes on from it:
+On skipped steps a module returns its cached output, or extrapolates it with a finite-difference Taylor series:
 
     f(i) = f(a) + (i - a) d1 + (i - a)^2 / 2 d2,    d1 = (f(a) - f(b)) / (a - b), ...
 
-where a and b are the evaluations at which it was last computed (Liu et al. 2025, TaylorSeer, arXiv:2503.06923). Order 0
-is plain reuse, as in DeepCache (Ma et al. 2024, arXiv:2312.00858).
+where a and b are the latest steps at which it was computed (Liu et al. 2025, TaylorSeer, arXiv:2503.06923). Order 0 is
+plain reuse, as in DeepCache (Ma et al. 2024, arXiv:2312.00858).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,81 +19,89 @@ from torch import Tensor, nn
 
 from experts.compressed.caching.diffusers_hooks import HookedModels
 from experts.compressed.caching.plan import CacheSchedule
+from experts.types import RowIds
 
-Rows = Int[Tensor, " row"]
-CachedOutputs = dict[str, list[tuple[int, Any]]]
-"""By a module's path: at which evaluation it said what, the latest last; tensors, or tuples of them."""
-ModuleOutput = Callable[[Rows], Tensor]
+CachedOutput = tuple[int, Any]
+"""The step at which a module was computed, and its output: a tensor, or a tuple of them."""
+CachedOutputs = dict[str, list[CachedOutput]]
+"""The latest outputs of each module by its path, the newest last."""
+ModuleOutput = Callable[[RowIds], Tensor]
 
 
 @dataclass(slots=True, kw_only=True)
 class CachedRows:
-    """Samples that came to an expert at the same evaluation, and so have kept the same modules."""
+    """Samples that reached an expert at the same step, and so have outputs of the same modules."""
 
-    rows: Rows
-    kept: CachedOutputs
+    rows: RowIds
+    outputs: CachedOutputs
     index: int
-    """The evaluation at which it was last asked; who skips one has spoken to another expert, and comes back anew."""
+    """The step of their latest evaluation. A sample that skips a step used another expert, and returns as new."""
 
 
 @dataclass(slots=True, kw_only=True)
 class FeatureCache:
-    """What the samples of a trajectory have kept of one network; new with every trajectory, and its own."""
+    """The cached outputs of one network for the samples of one trajectory."""
 
     groups: list[CachedRows] = field(default_factory=list)
 
     def run(
-        self, model: nn.Module, plan: CacheSchedule, t: float, rows: Rows, said: ModuleOutput
+        self, model: nn.Module, schedule: CacheSchedule, t: float, rows: RowIds, evaluate: ModuleOutput
     ) -> tuple[Tensor, float]:
-        """What `said` says of all rows, and how many full calls on a row that took; new rows get all of it.
+        """Return the output for all rows, and its cost in full calls on one row; new rows are computed in full.
 
-        `said` calls the model on some of the rows, given by their places in `rows`.
+        `evaluate` calls the model on some of the rows, given by their positions in `rows`.
         """
-        index = plan.index(t)
+        index = schedule.index(t)
         is_new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        parts: list[tuple[Rows, Tensor]] = []
-        work = 0.0
+        parts: list[tuple[Tensor, Tensor]] = []
+        calls = 0.0
         groups, self.groups = self.groups, []
         for group in groups:
-            stays = torch.isin(group.rows, rows)
-            if not stays.any() or index - group.index > 1:
+            is_present = torch.isin(group.rows, rows)
+            if not is_present.any() or index - group.index > 1:
                 continue
-            if not stays.all():
-                group = CachedRows(rows=group.rows[stays], kept=_chosen(group.kept, stays), index=index)
+            if not is_present.all():
+                outputs = _select_rows(group.outputs, is_present)
+                group = CachedRows(rows=group.rows[is_present], outputs=outputs, index=index)
             group.index = index
-            places = _places(group.rows, rows)
-            is_new[places] = False
-            with skip_cached_modules(model, plan, index, group.kept):
-                parts.append((places, said(places)))
-            work += len(places) * plan.relative_flops[index]
+            positions = _positions(group.rows, rows)
+            is_new[positions] = False
+            with skip_cached_modules(model, schedule, index, group.outputs):
+                parts.append((positions, evaluate(positions)))
+            calls += len(positions) * schedule.relative_flops[index]
             self.groups.append(group)
         if is_new.any():
-            places, kept = is_new.nonzero().squeeze(-1), CachedOutputs()
-            with skip_cached_modules(model, plan, index, kept):
-                parts.append((places, said(places)))
-            work += len(places)
-            self.groups.append(CachedRows(rows=rows[places], kept=kept, index=index))
-        if len(parts) == 1 and torch.equal(parts[0][0], torch.arange(len(rows), device=rows.device)):
-            return parts[0][1], work
-        whole = torch.cat([part for _, part in parts])
-        return torch.empty_like(whole).index_copy(0, torch.cat([places for places, _ in parts]), whole), work
+            positions, outputs = is_new.nonzero().squeeze(-1), CachedOutputs()
+            with skip_cached_modules(model, schedule, index, outputs):
+                parts.append((positions, evaluate(positions)))
+            calls += len(positions)
+            self.groups.append(CachedRows(rows=rows[positions], outputs=outputs, index=index))
+        return _join_parts(parts, rows), calls
+
+
+def _join_parts(parts: Sequence[tuple[Tensor, Tensor]], rows: RowIds) -> Tensor:
+    """Put the outputs of all parts into the order of the rows; a single part in order is returned unchanged."""
+    if len(parts) == 1 and torch.equal(parts[0][0], torch.arange(len(rows), device=rows.device)):
+        return parts[0][1]
+    joined = torch.cat([output for _, output in parts])
+    return torch.empty_like(joined).index_copy(0, torch.cat([positions for positions, _ in parts]), joined)
 
 
 @dataclass(slots=True, kw_only=True)
 class ExpertCache:
-    """What one trajectory remembers of an expert: the features of each of its networks, and how much they worked."""
+    """The caches of one expert in one trajectory: of each of its networks, with their counts of calls."""
 
     name: str
     """Of the expert or the network: `3`, or `3/0` where expert 3 has several."""
     work: dict[str, float] = field(default_factory=dict)
-    """By these names: calls on a row so far, in full ones."""
+    """Calls on a row so far, in units of full calls, by these names."""
     features: FeatureCache = field(default_factory=FeatureCache)
-    hooked: HookedModels = field(default_factory=HookedModels)
-    inside: dict[str, "ExpertCache"] = field(default_factory=dict)
+    hooked_models: HookedModels = field(default_factory=HookedModels)
+    children: dict[str, "ExpertCache"] = field(default_factory=dict)
 
-    def part(self, name: str) -> "ExpertCache":
-        """What is remembered of one network of several."""
-        return self.inside.setdefault(name, ExpertCache(name=f"{self.name}/{name}", work=self.work))
+    def child(self, name: str) -> "ExpertCache":
+        """Return the cache of one of several networks."""
+        return self.children.setdefault(name, ExpertCache(name=f"{self.name}/{name}", work=self.work))
 
     def count(self, calls: float) -> None:
         """Add calls on a row."""
@@ -101,15 +109,17 @@ class ExpertCache:
 
 
 @contextmanager
-def skip_cached_modules(model: nn.Module, plan: CacheSchedule, index: int, kept: CachedOutputs) -> Iterator[None]:
-    """Within it, modules that are not due at this evaluation are not called, and those that are leave their answers.
+def skip_cached_modules(
+    model: nn.Module, schedule: CacheSchedule, index: int, outputs: CachedOutputs
+) -> Iterator[None]:
+    """Replace the forward of every module of the schedule: skip it on this step, or compute it and store its output.
 
-    `AttributeError` if the network lacks a module of the plan.
+    Raises `AttributeError` if the network lacks a module of the schedule.
     """
-    modules = {path: model.get_submodule(path) for path in plan.compute_steps}
+    modules = {path: model.get_submodule(path) for path in schedule.compute_steps}
     for path, module in modules.items():
-        is_due = index in plan.compute_steps[path]
-        module.forward = _cached_forward(module.forward, kept.setdefault(path, []), index, is_due, plan.order)
+        is_due = index in schedule.compute_steps[path]
+        module.forward = _cached_forward(module.forward, outputs.setdefault(path, []), index, is_due, schedule.order)
     try:
         yield
     finally:
@@ -118,65 +128,63 @@ def skip_cached_modules(model: nn.Module, plan: CacheSchedule, index: int, kept:
 
 
 def _cached_forward(
-    forward: Callable[..., Any], kept: list[tuple[int, Any]], index: int, is_due: bool, order: int
+    forward: Callable[..., Any], outputs: list[CachedOutput], index: int, is_due: bool, order: int
 ) -> Callable[..., Any]:
-    """A module's forward that looks first at what it has said."""
+    """Return a forward that extrapolates cached outputs on skipped steps."""
 
-    def recalled(*args: Any, **kwargs: Any) -> Any:
-        if kept and not is_due:
-            return taylor_extrapolate(kept, index)
-        said = forward(*args, **kwargs)
-        if kept and kept[-1][0] == index:
-            kept.pop()
-        kept.append((index, said))
-        del kept[: -order - 1]
-        return said
+    def cached_forward(*args: Any, **kwargs: Any) -> Any:
+        if outputs and not is_due:
+            return taylor_extrapolate(outputs, index)
+        output = forward(*args, **kwargs)
+        if outputs and outputs[-1][0] == index:
+            outputs.pop()
+        outputs.append((index, output))
+        del outputs[: -order - 1]
+        return output
 
-    return recalled
+    return cached_forward
 
 
-def taylor_extrapolate(kept: Sequence[tuple[int, Any]], index: int) -> Any:
-    """The equation above, of as high an order as there are answers for."""
-    at, latest = kept[-1]
-    if len(kept) == 1 or index == at:
+def taylor_extrapolate(outputs: Sequence[CachedOutput], index: int) -> Any:
+    """Extrapolate the equation above to step `index`, to the order that the number of outputs allows."""
+    latest_index, latest = outputs[-1]
+    if len(outputs) == 1 or index == latest_index:
         return latest
-    ahead = index - at
-    slope = _joined(_slope, kept[-1], kept[-2])
-    if len(kept) == 2:
-        return _tree(lambda value, first: value + ahead * first, latest, slope)
-    before = _joined(_slope, kept[-2], kept[-3])
-    gap = at - kept[-2][0]
-    return _tree(
-        lambda value, first, earlier: value + ahead * first + ahead**2 / 2 * (first - earlier) / gap,
+    distance = index - latest_index
+    slope = _finite_difference(outputs[-1], outputs[-2])
+    if len(outputs) == 2:
+        return _map_tensors(lambda value, first: value + distance * first, latest, slope)
+    previous_slope = _finite_difference(outputs[-2], outputs[-3])
+    gap = latest_index - outputs[-2][0]
+    return _map_tensors(
+        lambda value, first, earlier: value + distance * first + distance**2 / 2 * (first - earlier) / gap,
         latest,
         slope,
-        before,
+        previous_slope,
     )
 
 
-def _slope(late: Tensor, early: Tensor, gap: int) -> Tensor:
-    return (late - early) / gap
+def _finite_difference(late: CachedOutput, early: CachedOutput) -> Any:
+    gap = late[0] - early[0]
+    return _map_tensors(lambda a, b: (a - b) / gap, late[1], early[1])
 
 
-def _joined(rule: Callable[[Tensor, Tensor, int], Tensor], late: tuple[int, Any], early: tuple[int, Any]) -> Any:
-    return _tree(lambda a, b: rule(a, b, late[0] - early[0]), late[1], early[1])
-
-
-def _tree(rule: Callable[..., Tensor], first: Any, *others: Any) -> Any:
-    """A function of tensors on tuples of them."""
+def _map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    """Apply a function of tensors to tensors, or to nested tuples of them element by element."""
     if isinstance(first, Tensor):
-        return rule(first, *others)
-    return tuple(_tree(rule, *parts) for parts in zip(first, *others, strict=True))
+        return function(first, *others)
+    return tuple(_map_tensors(function, *parts) for parts in zip(first, *others, strict=True))
 
 
-def _chosen(kept: Mapping[str, Sequence[tuple[int, Any]]], rows: Tensor) -> CachedOutputs:
-    """What some of the samples have kept; `rows` is a mask."""
+def _select_rows(outputs: Mapping[str, Sequence[CachedOutput]], mask: Tensor) -> CachedOutputs:
+    """Return the cached outputs of the samples where `mask` is true."""
     return {
-        path: [(index, _tree(lambda value: value[rows], said)) for index, said in found] for path, found in kept.items()
+        path: [(index, _map_tensors(lambda value: value[mask], output)) for index, output in entries]
+        for path, entries in outputs.items()
     }
 
 
-def _places(rows: Rows, among: Int[Tensor, " among"]) -> Rows:
-    """Where each of `rows` stands in `among`, which holds them all."""
+def _positions(rows: RowIds, among: Int[Tensor, " among"]) -> RowIds:
+    """Return the position of each of `rows` in `among`, which contains them all."""
     order = among.argsort()
     return order[torch.searchsorted(among[order], rows)]

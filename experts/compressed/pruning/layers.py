@@ -1,7 +1,7 @@
-"""Layers that are taken out of a network whole: what would have gone through them goes past.
+"""Layer removal: a removed layer passes on its input.
 
-Removable are the layers of a residual network that add to what they are given: residual and attention layers of
-diffusers' U-Net, attention and feed-forward layers of its transformer, blocks of our residual network.
+Removable are the layers that add to their input: residual and attention layers of diffusers' U-Net, attention and
+feed-forward layers of its transformer, and blocks of our residual MLP.
 """
 
 import re
@@ -20,56 +20,56 @@ PATTERNS: dict[type[nn.Module], re.Pattern[str]] = {
     DiTTransformer2DModel: re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
     ResidualMLP: re.compile(r"blocks\.\d+"),
 }
-"""The paths of such layers."""
+"""Paths of removable layers."""
 
 
 class SkipLayer(nn.Module):
-    """In the place of a layer that adds to its input: gives back the input, or its first channels."""
+    """Replaces a layer that adds to its input: returns the input, or its first channels."""
 
     def __init__(self, channels: int | None = None) -> None:
-        """`channels` None keeps all; a layer of the way up is given a skip connection's channels behind its own."""
+        """Return the first `channels`, or all if None; in `up_blocks` the others belong to a skip connection."""
         super().__init__()
         self.channels = channels
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The input."""
+        """Return the input."""
         return x if self.channels is None else x[:, : self.channels]
 
 
 class ZeroLayer(nn.Module):
-    """In the place of a layer whose answer is added by its owner: says zero."""
+    """Replaces a layer whose output its parent adds: returns zeros."""
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Zeros."""
+        """Return zeros in the shape of the input."""
         return x.new_zeros(()).expand_as(x)
 
 
 def removable_layers(model: nn.Module) -> list[str]:
-    """Paths of the layers that can still be taken out, in the network's order."""
+    """Return the paths of the layers that can still be removed, in the network's order."""
     pattern = PATTERNS.get(type(model))
-    found = model.named_modules() if pattern else ()
-    return [path for path, module in found if pattern and pattern.fullmatch(path) and _can_pass(path, module)]
+    if pattern is None:
+        return []
+    return [path for path, module in model.named_modules() if pattern.fullmatch(path) and _is_removable(path, module)]
 
 
 def removed_layers(model: nn.Module) -> list[str]:
-    """Paths of the layers that have been taken out."""
-    found = []
+    """Return the paths of the layers that have been removed."""
+    removed = []
     for path, module in model.named_modules():
         if isinstance(module, SkipLayer | ZeroLayer):
             is_block = isinstance(model, DiTTransformer2DModel) and isinstance(module, SkipLayer)
-            found += [f"{path}.attn1", f"{path}.ff"] if is_block else [path]
-    return found
+            removed += [f"{path}.attn1", f"{path}.ff"] if is_block else [path]
+    return removed
 
 
 def remove_layers(model: nn.Module, paths: Sequence[str]) -> None:
-    """Take layers out, in place; `ValueError` for one that is not removable.
+    """Remove layers, in place; raise `ValueError` for one that is not removable.
 
-    A transformer's block goes whole if both of its layers do; the first one embeds the time for the last layer, so it
-    stays.
+    A transformer block is removed if both of its layers are. The first block stays: it embeds t for the output layer.
     """
-    known = removable_layers(model)
-    if unknown := [path for path in paths if path not in known]:
-        raise ValueError(f"{unknown[0]} is no layer that can be taken out; those are {', '.join(known) or 'none'}")
+    removable = removable_layers(model)
+    if unknown := [path for path in paths if path not in removable]:
+        raise ValueError(f"{unknown[0]} is not a removable layer; those are {', '.join(removable) or 'none'}")
     for path in paths:
         model.set_submodule(path, _replacement(path, model.get_submodule(path)))
     if isinstance(model, DiTTransformer2DModel):
@@ -80,24 +80,24 @@ def remove_layers(model: nn.Module, paths: Sequence[str]) -> None:
 
 @contextmanager
 def layers_disabled(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """The same model with these layers taken out, for as long as the context lasts."""
-    kept = {path: model.get_submodule(path) for path in paths}
+    """Remove these layers inside the context, and put them back at its end."""
+    layers = {path: model.get_submodule(path) for path in paths}
     try:
-        for path, module in kept.items():
+        for path, module in layers.items():
             model.set_submodule(path, _replacement(path, module))
         yield
     finally:
-        for path, module in kept.items():
+        for path, module in layers.items():
             model.set_submodule(path, module)
 
 
-def _can_pass(path: str, module: nn.Module) -> bool:
-    """Whether something of the right shape is left if the layer is gone."""
+def _is_removable(path: str, module: nn.Module) -> bool:
+    """Return whether the layer's input has the shape of its output."""
     if isinstance(module, SkipLayer | ZeroLayer):
         return False
     if isinstance(module, ResnetBlock2D):
-        is_plain = not (module.up or module.down)
-        return is_plain and (path.startswith("up_blocks") or module.in_channels == module.out_channels)
+        keeps_side = not (module.up or module.down)
+        return keeps_side and (path.startswith("up_blocks") or module.in_channels == module.out_channels)
     return True
 
 

@@ -1,14 +1,14 @@
-"""Narrow layers: attention heads, hidden neurons and groups of hidden channels are really taken out of a network.
+"""Unit pruning: attention heads, hidden neurons and groups of hidden channels are physically removed from layers.
 
-A *unit* is what goes or stays as a whole:
+A *unit* is removed as a whole:
 
 * an attention head, of diffusers' `Attention`;
 * a hidden neuron, of diffusers' `FeedForward` and of our `ResidualBlock`;
 * a group of channels between the two convolutions of diffusers' `ResnetBlock2D`, as wide as a group of its second
-  normalisation, whose statistics are those of whole groups and so stay what they are.
+  normalization, so that the statistics of the other groups do not change.
 
-What is left computes exactly what the whole layer does where the missing units' outputs are multiplied by zero. A layer
-keeps one unit at least; a layer that is gone altogether is a matter of `removal.py`.
+The pruned layer computes exactly what the original layer computes with the outputs of the removed units set to zero. A
+layer keeps at least one unit; `layers.py` removes whole layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,18 +26,17 @@ from experts.architectures.residual_mlp import ResidualBlock
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitGroup:
-    """Where the units of one layer are."""
+    """The units of one layer and the modules that hold them."""
 
     count: int
     size: int
-    """Neighbouring features, or channels, of a unit."""
+    """Adjacent features, or channels, of a unit."""
     reader: str
-    """The path, within the layer, of what reads the units' outputs; a mask is multiplied onto its input."""
+    """Path, within the layer, of the module that reads the units' outputs; masks multiply its input."""
     writers: Mapping[str, int]
-    """Paths, within the layer, of what writes them; and how many times all units stand in its rows, one after the
-    other."""
+    """Paths, within the layer, of the modules that write the outputs, and how many copies of all units each holds."""
     norm: str | None = None
-    """The path of a group normalisation between them that has one group a unit."""
+    """Path of a group normalization between them that has one group a unit."""
 
 
 def _attention(module: Attention) -> UnitGroup:
@@ -65,7 +64,7 @@ def _residual_block(module: ResidualBlock) -> UnitGroup:
     return UnitGroup(count=module.inner.out_features, size=1, reader="outer", writers={"inner": 1})
 
 
-_KINDS: dict[type[nn.Module], Callable[[Any], UnitGroup]] = {
+_UNIT_GROUPS: dict[type[nn.Module], Callable[[Any], UnitGroup]] = {
     Attention: _attention,
     FeedForward: _feed_forward,
     ResnetBlock2D: _resnet,
@@ -74,51 +73,53 @@ _KINDS: dict[type[nn.Module], Callable[[Any], UnitGroup]] = {
 
 
 def unit_groups(model: nn.Module) -> dict[str, UnitGroup]:
-    """The units of every layer that has some, by its path; layers whose heads share keys or norms have none."""
-    found = {}
+    """Return the units of every layer that has some, by its path; not of layers whose heads share keys or norms."""
+    groups = {}
     for path, module in model.named_modules():
-        kind = _KINDS.get(type(module))
-        if kind and not _is_shared(module):
-            found[path] = kind(module)
-    return found
+        create_group = _UNIT_GROUPS.get(type(module))
+        if create_group and not _has_shared_heads(module):
+            groups[path] = create_group(module)
+    return groups
 
 
 def prunable_units(model: nn.Module) -> dict[str, int]:
-    """How many units every layer that can still be cut has, by its path; layers in another form cannot be."""
+    """Return the number of units of every layer that can be pruned, by its path; quantized layers cannot be."""
     return {
         path: units.count for path, units in unit_groups(model).items() if _is_plain(model.get_submodule(path), units)
     }
 
 
 def unit_counts(model: nn.Module) -> dict[str, int]:
-    """Units that are left, by path, of the layers that have fewer than `config.json` would build."""
-    found = unit_groups(model)
-    if not found:
+    """Return the number of units, by path, of the layers that have fewer than `config.json` would build."""
+    groups = unit_groups(model)
+    if not groups:
         return {}
     configured: Any = model
     settings = {key: value for key, value in configured.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        whole = unit_groups(type(model)(**settings))
-    return {path: units.count for path, units in found.items() if path in whole and units.count < whole[path].count}
+        original = unit_groups(type(model)(**settings))
+    return {
+        path: units.count for path, units in groups.items() if path in original and units.count < original[path].count
+    }
 
 
 def shrink_to(model: nn.Module, widths: Mapping[str, int]) -> None:
-    """Make layers of a fresh model that narrow, in place; `ValueError` if one has fewer units, or none."""
+    """Prune layers of a new model to these unit counts, in place; raise `ValueError` if one has fewer units."""
     prune_units(model, {path: range(width) for path, width in widths.items()})
 
 
-def prune_units(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-    """Take all units but these out of the layers at these paths, in place, in the order of their indices.
+def prune_units(model: nn.Module, remaining: Mapping[str, Sequence[int]]) -> None:
+    """Remove all units but the remaining indices from the layers at these paths, in place; their order is kept.
 
-    Raises `ValueError` for a path without units, and for indices that are empty, out of range or given twice.
+    Raises `ValueError` for a path without units, and for indices that are empty, out of range or repeated.
     """
-    found = unit_groups(model)
-    for path, indices in kept.items():
-        if path not in found:
-            raise ValueError(f"{path} has no units that could be taken out; those of {', '.join(found) or 'none'} can")
-        module, units = model.get_submodule(path), found[path]
+    groups = unit_groups(model)
+    for path, indices in remaining.items():
+        if path not in groups:
+            raise ValueError(f"{path} has no units to prune; prune {', '.join(groups) or 'another model'}")
+        module, units = model.get_submodule(path), groups[path]
         if not _is_plain(module, units):
-            raise ValueError(f"{path} holds its weights in another form; cut a network before it is quantized")
+            raise ValueError(f"{path} is quantized; prune a network before it is quantized")
         order = sorted(set(indices))
         if not order or len(order) < len(indices) or order[0] < 0 or order[-1] >= units.count:
             raise ValueError(
@@ -130,7 +131,7 @@ def prune_units(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
 
 
 def parameters_per_unit(model: nn.Module) -> dict[str, int]:
-    """Parameters that go with each unit of a layer, by its path."""
+    """Return the number of parameters that each unit of a layer has, by the layer's path."""
     counts = {}
     for path, units in unit_groups(model).items():
         if _is_plain(module := model.get_submodule(path), units):
@@ -139,17 +140,17 @@ def parameters_per_unit(model: nn.Module) -> dict[str, int]:
 
 
 def _parameters(module: nn.Module, units: UnitGroup) -> int:
-    owned = [*units.writers, units.norm] if units.norm else list(units.writers)
-    counted = sum(parameter.numel() for path in owned for parameter in module.get_submodule(path).parameters())
-    return counted + module.get_submodule(units.reader).get_parameter("weight").numel()
+    paths = [*units.writers, units.norm] if units.norm else list(units.writers)
+    written = sum(parameter.numel() for path in paths for parameter in module.get_submodule(path).parameters())
+    return written + module.get_submodule(units.reader).get_parameter("weight").numel()
 
 
-def _is_shared(module: nn.Module) -> bool:
-    """Attention whose heads do not have everything to themselves."""
+def _has_shared_heads(module: nn.Module) -> bool:
+    """Return whether it is attention whose heads share a projection or a norm."""
     if not isinstance(module, Attention):
         return False
-    own = module.norm_q is None and module.norm_k is None and module.added_kv_proj_dim is None
-    return not own or module.inner_kv_dim != module.inner_dim or module.fused_projections
+    is_separate = module.norm_q is None and module.norm_k is None and module.added_kv_proj_dim is None
+    return not is_separate or module.inner_kv_dim != module.inner_dim or module.fused_projections
 
 
 def _is_plain(module: nn.Module, units: UnitGroup) -> bool:
@@ -157,33 +158,33 @@ def _is_plain(module: nn.Module, units: UnitGroup) -> bool:
     return all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers)
 
 
-def _prune_group(module: nn.Module, units: UnitGroup, kept: list[int]) -> None:
-    """Rows of what writes the units, columns of what reads them, and the widths that modules say they have."""
-    entries = torch.tensor([unit * units.size + offset for unit in kept for offset in range(units.size)])
+def _prune_group(module: nn.Module, units: UnitGroup, remaining: list[int]) -> None:
+    """Select rows of the writers and columns of the reader, and set the modules' width attributes."""
+    entries = torch.tensor([unit * units.size + offset for unit in remaining for offset in range(units.size)])
     width = units.count * units.size
-    for path, times in units.writers.items():
-        rows = torch.cat([entries + number * width for number in range(times)])
-        _keep_rows(module.get_submodule(path), rows)
+    for path, copies in units.writers.items():
+        rows = torch.cat([entries + number * width for number in range(copies)])
+        _select_rows(module.get_submodule(path), rows)
     reader: Any = module.get_submodule(units.reader)
-    reader.weight = _kept(reader.weight, entries, 1)
+    reader.weight = _select(reader.weight, entries, 1)
     setattr(reader, "in_channels" if isinstance(reader, nn.Conv2d) else "in_features", len(entries))
     if units.norm:
         norm: Any = module.get_submodule(units.norm)
-        norm.weight, norm.bias = _kept(norm.weight, entries, 0), _kept(norm.bias, entries, 0)
-        norm.num_groups, norm.num_channels = len(kept), len(entries)
+        norm.weight, norm.bias = _select(norm.weight, entries, 0), _select(norm.bias, entries, 0)
+        norm.num_groups, norm.num_channels = len(remaining), len(entries)
     if isinstance(module, Attention):
-        module.heads, module.sliceable_head_dim = len(kept), len(kept)
+        module.heads, module.sliceable_head_dim = len(remaining), len(remaining)
         module.inner_dim, module.inner_kv_dim = len(entries), len(entries)
 
 
-def _keep_rows(layer: Any, rows: Tensor) -> None:
-    layer.weight = _kept(layer.weight, rows, 0)
+def _select_rows(layer: Any, rows: Tensor) -> None:
+    layer.weight = _select(layer.weight, rows, 0)
     if layer.bias is not None:
-        layer.bias = _kept(layer.bias, rows, 0)
+        layer.bias = _select(layer.bias, rows, 0)
     setattr(layer, "out_channels" if isinstance(layer, nn.Conv2d) else "out_features", len(rows))
 
 
-def _kept(parameter: nn.Parameter, entries: Tensor, dim: int) -> nn.Parameter:
-    """The part of a parameter, in memory of its own."""
-    part = parameter.detach().index_select(dim, entries.to(parameter.device))
-    return nn.Parameter(part, requires_grad=parameter.requires_grad)
+def _select(parameter: nn.Parameter, entries: Tensor, dim: int) -> nn.Parameter:
+    """Return a copy of some entries of a parameter along `dim`."""
+    selected = parameter.detach().index_select(dim, entries.to(parameter.device))
+    return nn.Parameter(selected, requires_grad=parameter.requires_grad)

@@ -1,7 +1,7 @@
-"""A weight that stays in few bits in memory too: it is unpacked whenever its layer is called.
+"""Weights that are packed in memory too, and unpacked on every call of their layer.
 
-torch's parametrization puts `PackedWeight` between the layer and its weight; `torch.nn.utils.parametrize.cached()`
-keeps what was unpacked, for whoever has the memory.
+torch's parametrization puts `PackedWeight` between the layer and its weight. Inside
+`torch.nn.utils.parametrize.cached()` the unpacked weight is cached, at the cost of its memory.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from experts.compressed.quantization.packing import Packing, empty_parts, pack, unpack
-
-ORIGINAL = "original"
+from ddm_core.json_values import from_json
+from experts.compressed.quantization.packing import Packing, empty_codes_and_scales, pack, unpack
 
 
 class PackedWeight(nn.Module):
@@ -26,41 +25,44 @@ class PackedWeight(nn.Module):
     scales: Float[Tensor, "row group"]
 
     def __init__(self, packing: Packing) -> None:
-        """Empty, in the shapes of `packing`."""
+        """Allocate zeros in the shapes of `packing`."""
         super().__init__()
         self.packing = packing
-        codes, scales = empty_parts(packing)
+        codes, scales = empty_codes_and_scales(packing)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
     def settings(self) -> dict[str, Any]:
-        """Its packing."""
+        """Return its packing as JSON."""
         return asdict(self.packing)
 
     def forward(self, original: Tensor) -> Tensor:
-        """The weight; what was there before is an empty tensor."""
+        """Return the weight; `original` is an empty tensor."""
         return unpack(self.codes, self.scales, self.packing)
 
 
 def pack_weight(model: nn.Module, name: str, packing: Packing) -> None:
-    """Put a weight's packed form in its place, in place."""
+    """Replace a weight by its packed form, in place."""
     codes, scales = pack(model.get_parameter(name), packing)
     module, _, parameter = name.rpartition(".")
     path = f"{module}.parametrizations.{parameter}.0".removeprefix(".")
     replace_with_packed_weight(model, path, asdict(packing))
-    form: Any = model.get_submodule(path)
-    form.codes.copy_(codes)
-    form.scales.copy_(scales)
+    packed: Any = model.get_submodule(path)
+    packed.codes.copy_(codes)
+    packed.scales.copy_(scales)
 
 
 def replace_with_packed_weight(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
-    """Put an empty form at `<module>.parametrizations.<parameter>.0`; `ValueError` if it does not fit."""
+    """Put an empty `PackedWeight` at `<module>.parametrizations.<parameter>.0`.
+
+    Raises `ValueError` if the network's weight has another shape.
+    """
     owner, _, parameter = path.removesuffix(".0").rpartition(".")
     module = model.get_submodule(owner.removesuffix("parametrizations").removesuffix("."))
-    packing = Packing.parsed(settings)
+    packing = from_json(Packing, settings)
     shape = tuple(getattr(module, parameter).shape)
     if shape != packing.shape:
-        raise ValueError(f"{path} is a packed weight of shape {packing.shape}, the network has {shape}")
+        raise ValueError(f"{path} must have the network's shape {shape}; the packed weight has {packing.shape}")
     delattr(module, parameter)
     module.register_buffer(parameter, torch.empty(0))
     parametrize.register_parametrization(module, parameter, PackedWeight(packing), unsafe=True)

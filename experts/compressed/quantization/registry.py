@@ -1,8 +1,8 @@
-"""Modules that take the place of a diffusers model's own layers or weights, and stand in its folder's `quantization_config.json`.
+"""Registry of the modules that replace layers or weights of a diffusers model, listed in `quantization_config.json`.
 
-A form keeps what it holds in buffers, so the model's state dict, and the file that diffusers writes, are as small as
-it is. To add one, write a module with `KIND` and `settings()`, say how an empty one is put in place, and add it to
-`FORMS`.
+A quantized module stores its data in buffers, so the model's state dict and file are as small as the module. To add
+one, write a module with `KIND` and `settings()` and a function that puts an empty one in place, and add a row to
+`QUANTIZED_MODULES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ from experts.compressed.quantization.svd_linear import SVDLinear, replace_with_s
 
 @runtime_checkable
 class QuantizedModule(Protocol):
-    """What every form has; it is a `torch.nn.Module` too."""
+    """The interface of a quantized module, which is a `torch.nn.Module` too."""
 
     KIND: str
     """Its name in `quantization_config.json`."""
 
     def settings(self) -> dict[str, Any]:
-        """What an empty form of the same shapes is made from, as JSON."""
+        """Return the JSON from which an empty module of the same shapes is built."""
 
 
 QUANTIZED_MODULES: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]] = {
@@ -38,11 +38,11 @@ QUANTIZED_MODULES: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]
     SVDLinear.KIND: replace_with_svd_linear,
     TimestepActivationQuantizer.KIND: replace_with_timestep_quantizer,
 }
-"""By name: put an empty form of these settings at a path of a model, in the place of what is there."""
+"""By kind: a function (model, path, settings) that replaces the module at a path by an empty quantized one."""
 
 
 def quantized_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every form in a model by its path."""
+    """Return the settings of every quantized module of a model, by its path."""
     return {
         path: {"kind": module.KIND} | module.settings()
         for path, module in model.named_modules()
@@ -50,11 +50,14 @@ def quantized_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def replace_modules(model: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put empty forms into a model, whose state dict can then be loaded; raises `KeyError` or `ValueError`."""
-    for path, described in found.items():
-        settings = {key: value for key, value in described.items() if key != "kind"}
-        QUANTIZED_MODULES[described["kind"]](model, path, settings)
+def replace_modules(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put empty quantized modules into a model, so that its state dict can be loaded.
+
+    Raises `KeyError` for an unknown kind and `ValueError` for a module that does not fit.
+    """
+    for path, entry in settings.items():
+        module_settings = {key: value for key, value in entry.items() if key != "kind"}
+        QUANTIZED_MODULES[entry["kind"]](model, path, module_settings)
 
 
 def _is_quantized(module: nn.Module) -> bool:

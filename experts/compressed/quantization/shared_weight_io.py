@@ -1,7 +1,6 @@
-"""What experts share, as a folder beside theirs: `shared.json` says what is there, `shared.safetensors` holds it."""
+"""Folder of the shared bases: `shared.json` lists their formats, `shared.safetensors` holds their tensors."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,45 +8,46 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
+from ddm_core.json_values import from_json
 from experts.compressed.quantization.shared_weight import MatrixFormat, SharedBase, StoredMatrix, shared_weights
 
 SHARED = "shared"
-DESCRIBED, TENSORS = "shared.json", "shared.safetensors"
+INDEX, TENSORS = "shared.json", "shared.safetensors"
 
 
-def bases_of(models: Iterable[nn.Module]) -> dict[str, SharedBase]:
-    """The bases of all models by the weight's name; `ValueError` if two models have another one of the same name."""
-    found: dict[str, SharedBase] = {}
+def collect_bases(models: Iterable[nn.Module]) -> dict[str, SharedBase]:
+    """Return the bases of all models by the weight's name; raise `ValueError` if two bases have the same name."""
+    bases: dict[str, SharedBase] = {}
     for model in models:
-        for name, form in shared_weights(model):
-            if form.base is None:
+        for name, weight in shared_weights(model):
+            if weight.base is None:
                 raise ValueError(f"{name} is a shared weight without its base; load the ensemble's whole folder")
-            if found.setdefault(name, form.base) is not form.base:
-                raise ValueError(f"experts of two ensembles share {name}; save those of each apart")
-    return found
+            if bases.setdefault(name, weight.base) is not weight.base:
+                raise ValueError(f"experts of two ensembles share {name}; save each ensemble separately")
+    return bases
 
 
 def save_bases(bases: Mapping[str, SharedBase], folder: Path) -> None:
-    """Write the folder."""
+    """Write the bases to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    described: dict[str, dict[str, object]] = {}
+    formats: dict[str, dict[str, MatrixFormat]] = {}
     tensors: dict[str, Tensor] = {}
     for name, base in sorted(bases.items()):
         parts = {part: module for part, module in base.parts.items() if isinstance(module, StoredMatrix)}
-        described[name] = {part: asdict(module.storage) for part, module in parts.items()}
+        formats[name] = {part: module.format for part, module in parts.items()}
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in base.parts.state_dict().items()}
-    write_json(folder / DESCRIBED, described)
+    write_json(folder / INDEX, formats)
     save_file(tensors, folder / TENSORS)
 
 
 def load_bases(folder: Path) -> dict[str, SharedBase]:
-    """Read what `save_bases` wrote; raises a `CorruptArtifact` if it is not whole."""
-    described = read_json(folder / DESCRIBED)
+    """Read a folder that `save_bases` wrote; raise `CorruptArtifact` if it is incomplete or invalid."""
+    index = read_json(folder / INDEX)
     try:
         tensors = load_file(folder / TENSORS)
         bases = {}
-        for name, parts in described.items():
-            base = SharedBase({part: StoredMatrix(MatrixFormat.parsed(storage)) for part, storage in parts.items()})
+        for name, parts in index.items():
+            base = SharedBase({part: StoredMatrix(from_json(MatrixFormat, entry)) for part, entry in parts.items()})
             base.parts.load_state_dict({key: tensors.pop(f"{name}.{key}") for key in base.parts.state_dict()})
             bases[name] = base
         if tensors:
@@ -55,21 +55,24 @@ def load_bases(folder: Path) -> dict[str, SharedBase]:
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:500]
         raise CorruptArtifact(
-            f"{folder} does not hold what experts share: {reason}; make the ensemble again"
+            f"{folder} does not hold valid shared weights: {reason}; make the ensemble again"
         ) from error
     return bases
 
 
-def link(model: nn.Module, bases: Mapping[str, SharedBase]) -> int:
+def link_bases(model: nn.Module, bases: Mapping[str, SharedBase]) -> int:
     """Link every shared weight of a model to its base, and return how many there are.
 
-    Raises `CorruptArtifact` if one has no base, or one of another shape.
+    Raises `CorruptArtifact` if a base is missing or has another shape.
     """
     count = 0
-    for name, form in shared_weights(model):
+    for name, weight in shared_weights(model):
         try:
-            form.link(bases[name])
+            weight.link(bases[name])
         except (KeyError, ValueError) as error:
-            raise CorruptArtifact(f"an expert shares {name} with others, which is not there ({error})") from error
+            raise CorruptArtifact(
+                f"an expert shares {name} with others, but its base is missing or invalid ({error}); "
+                "load the ensemble's whole folder"
+            ) from error
         count += 1
     return count

@@ -1,4 +1,4 @@
-"""A linear layer of few bits beside a thin one of more, which takes what few bits cannot hold.
+"""SVDQuant linear layers: a residual in few bits plus a low-rank branch in more bits.
 
     x^ = (x + shift) / smooth,    y = x^ down^T up^T + Q(x^) Q(R)^T + bias
 
@@ -14,68 +14,58 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddm_core.json_values import from_json
 from experts.compressed.quantization.fake_quant import fake_quantize_groups
-from experts.compressed.quantization.packing import Packing, empty_parts, pack, unpack
+from experts.compressed.quantization.packing import Packing, empty_codes_and_scales, pack, unpack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SVDShape:
-    """What an empty layer is made from."""
+    """Bits, rank and shape from which an empty layer is built."""
 
     packing: Packing
     """Of the residual R."""
     rank: int
-    """Width of the thin layer; 0 is none."""
+    """Rank of the low-rank branch; 0 is none."""
     branch_bits: Literal[8, 16]
-    """Bits of its weights."""
+    """Bits of the branch's weights."""
     activation_bits: Literal[4, 8] | None
-    """Bits of the residual's input, which is rounded row by row in groups as large as the residual's; None does not
-    round it."""
+    """Bits of the residual's input, which is rounded per row in groups of the residual's size; None does not round."""
     is_unsigned: bool
-    """Whether the input, shifted, has no negative entries, so that no bit is spent on a sign."""
+    """Whether the shifted input is never negative, so that no bit is spent on a sign."""
     has_bias: bool
 
-    @classmethod
-    def parsed(cls, found: Mapping[str, Any]) -> "SVDShape":
-        """From JSON; raises `KeyError`, `TypeError` or `ValueError`."""
-        shape = cls(
-            packing=Packing.parsed(found["packing"]),
-            rank=int(found["rank"]),
-            branch_bits=found["branch_bits"],
-            activation_bits=found["activation_bits"],
-            is_unsigned=bool(found["is_unsigned"]),
-            has_bias=bool(found["has_bias"]),
-        )
-        is_linear = len(shape.packing.shape) == 2 and 0 <= shape.rank <= min(shape.packing.shape)
-        if shape.activation_bits not in (4, 8, None) or shape.branch_bits not in (8, 16) or not is_linear:
-            raise ValueError(f"a layer of {asdict(shape)}")
-        return shape
+    def __post_init__(self) -> None:
+        """Raise `ValueError` unless the residual is a matrix and the rank fits it."""
+        if len(self.packing.shape) != 2 or not 0 <= self.rank <= min(self.packing.shape):
+            raise ValueError(f"a branch of rank {self.rank} needs a matrix of at least that rank; got {self.packing}")
 
     @property
     def branch(self) -> tuple[Packing, Packing]:
-        """How the two weights of a thin layer of eight bits are kept, the second one turned over."""
-        out, into = self.packing.shape
-        sizes = ((self.rank, into), (self.rank, out))
+        """Return the packings of the branch's two weights in 8 bits, the second one transposed."""
+        out_features, in_features = self.packing.shape
+        sizes = ((self.rank, in_features), (self.rank, out_features))
         down, up = (Packing(bits=8, group_size=BRANCH_GROUP, shape=size, scaling="absmax") for size in sizes)
         return down, up
 
 
 BRANCH_GROUP = 64
-"""Weights of a thin layer of eight bits that share a scale."""
+"""Weights of an 8-bit branch that share a scale."""
 
 Branch = tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]
 
 
 def rounded_branch(down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"], shape: SVDShape) -> Branch:
-    """The two weights of the thin layer as they will be kept."""
+    """Return the two weights of the branch after rounding."""
     if shape.branch_bits == 16 or not shape.rank:
         return down.to(torch.float16).float(), up.to(torch.float16).float()
-    kept = [unpack(*pack(one, packing), packing) for one, packing in zip((down, up.t()), shape.branch, strict=True)]
-    return kept[0], kept[1].t()
+    weights = zip((down, up.t()), shape.branch, strict=True)
+    rounded = [unpack(*pack(weight, packing), packing) for weight, packing in weights]
+    return rounded[0], rounded[1].t()
 
 
 class SVDLinear(nn.Module):
-    """Takes the place of a `torch.nn.Linear`."""
+    """Replaces a `torch.nn.Linear`."""
 
     KIND: ClassVar[str] = "svd_linear"
     codes: UInt8[Tensor, "out byte"]
@@ -85,11 +75,11 @@ class SVDLinear(nn.Module):
     bias: Float[Tensor, " out"] | None
 
     def __init__(self, shape: SVDShape) -> None:
-        """Empty: it gives its bias, which is zero."""
+        """Allocate zeros; the layer then returns zeros."""
         super().__init__()
         self.shape = shape
         self.out_features, self.in_features = shape.packing.shape
-        codes, scales = empty_parts(shape.packing)
+        codes, scales = empty_codes_and_scales(shape.packing)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("smooth", torch.ones(self.in_features, dtype=torch.float16))
@@ -98,53 +88,53 @@ class SVDLinear(nn.Module):
             if shape.branch_bits == 16:
                 self.register_buffer(name, torch.zeros(packing.shape, dtype=torch.float16))
             else:
-                for part, empty in zip(("codes", "scales"), empty_parts(packing), strict=True):
+                for part, empty in zip(("codes", "scales"), empty_codes_and_scales(packing), strict=True):
                     self.register_buffer(f"{name}_{part}", empty)
         self.register_buffer("bias", torch.zeros(self.out_features) if shape.has_bias else None)
 
     def settings(self) -> dict[str, Any]:
-        """Its shape."""
+        """Return its shape as JSON."""
         return asdict(self.shape)
 
     def set_residual(self, residual: Float[Tensor, "out in"]) -> None:
-        """Keep the residual in few bits."""
-        for kept, found in zip((self.codes, self.scales), pack(residual, self.shape.packing), strict=True):
-            kept.copy_(found)
+        """Pack and store the residual."""
+        for buffer, packed in zip((self.codes, self.scales), pack(residual, self.shape.packing), strict=True):
+            buffer.copy_(packed)
 
     def set_low_rank(self, down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"]) -> None:
-        """Keep the thin layer's weights."""
+        """Store the branch's weights."""
         for name, packing, weight in zip(("down", "up"), self.shape.branch, (down, up.t()), strict=True):
             if self.shape.branch_bits == 16:
                 self.get_buffer(name).copy_(weight)
             else:
-                for part, found in zip(("codes", "scales"), pack(weight, packing), strict=True):
-                    self.get_buffer(f"{name}_{part}").copy_(found)
+                for part, packed in zip(("codes", "scales"), pack(weight, packing), strict=True):
+                    self.get_buffer(f"{name}_{part}").copy_(packed)
 
     def low_rank_weights(self) -> Branch:
-        """What is kept of them."""
-        found = []
+        """Return the branch's weights as float32."""
+        weights = []
         for name, packing in zip(("down", "up"), self.shape.branch, strict=True):
             if self.shape.branch_bits == 16:
-                found.append(self.get_buffer(name).float())
+                weights.append(self.get_buffer(name).float())
             else:
                 parts = (self.get_buffer(f"{name}_codes"), self.get_buffer(f"{name}_scales"))
-                found.append(unpack(*parts, packing))
-        return found[0], found[1].t()
+                weights.append(unpack(*parts, packing))
+        return weights[0], weights[1].t()
 
     def residual(self) -> Float[Tensor, "out in"]:
-        """What is kept of the residual."""
+        """Return the residual as float32."""
         return unpack(self.codes, self.scales, self.shape.packing)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """In the type of `x`."""
+        """Return the layer's output in the dtype of `x`."""
         smoothed = (x.float() + self.shift) / self.smooth.float()
-        said = functional.linear(self._rounded(smoothed), self.residual(), self.bias)
+        output = functional.linear(self._round_activations(smoothed), self.residual(), self.bias)
         if self.shape.rank:
             down, up = self.low_rank_weights()
-            said = said + functional.linear(functional.linear(smoothed, down), up)
-        return said.to(x.dtype)
+            output = output + functional.linear(functional.linear(smoothed, down), up)
+        return output.to(x.dtype)
 
-    def _rounded(self, smoothed: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+    def _round_activations(self, smoothed: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         shape = self.shape
         if shape.activation_bits is None:
             return smoothed
@@ -152,8 +142,8 @@ class SVDLinear(nn.Module):
 
 
 def replace_with_svd_linear(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
-    """Put an empty form in the place of a linear layer; `ValueError` if there is none of that shape."""
-    found, shape = model.get_submodule(path), SVDShape.parsed(settings)
-    if not isinstance(found, nn.Linear) or tuple(found.weight.shape) != shape.packing.shape:
+    """Replace a linear layer by an empty `SVDLinear`; raise `ValueError` if there is none of that shape."""
+    layer, shape = model.get_submodule(path), from_json(SVDShape, settings)
+    if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != shape.packing.shape:
         raise ValueError(f"{path} of the network is no linear layer of shape {shape.packing.shape}")
     model.set_submodule(path, SVDLinear(shape))

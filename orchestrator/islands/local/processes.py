@@ -1,4 +1,4 @@
-"""Every process of a local island, found through /proc by a mark in its environment, and ended together.
+"""Find every process of a local island through /proc by a mark in its environment, and end them together.
 
 Ray's own `ray stop` ends every Ray cluster of the machine, so it is never called.
 """
@@ -16,21 +16,21 @@ from orchestrator.errors import IslandError
 MARK = "DDM_ISLAND"
 """Environment variable that all processes of an island inherit; its value is the island's folder."""
 
-GONE_S = 20.0
-"""A killed process may take so long to disappear: a large one on a busy machine."""
+EXIT_TIMEOUT_S = 20.0
+"""Longest wait for a killed process to disappear: a large one on a busy machine is slow."""
 
 
-def marked_processes(mark: str) -> list[int]:
-    """The processes that carry the mark, and their descendants."""
-    marked = f"{MARK}={mark}".encode()
-    parents = _parents()
-    found = {pid for pid in parents if marked in _environment(pid)}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found)
+def find_marked_processes(mark: str) -> list[int]:
+    """Return the process ids that carry the mark, and their descendants."""
+    variable = f"{MARK}={mark}".encode()
+    parents = _read_parents()
+    processes = {pid for pid in parents if variable in _read_environment(pid)}
+    while children := {pid for pid, parent in parents.items() if parent in processes} - processes:
+        processes |= children
+    return sorted(processes)
 
 
-def send(processes: list[int], number: signal.Signals) -> None:
+def send_signal(processes: list[int], number: signal.Signals) -> None:
     """Send a signal to processes, some of which may be gone."""
     for pid in processes:
         try:
@@ -39,32 +39,32 @@ def send(processes: list[int], number: signal.Signals) -> None:
             continue
 
 
-def kill_marked(mark: str) -> None:
-    """SIGKILL all of them, also those that are being born, and wait until they are gone; raises `IslandError`."""
-    deadline = time.monotonic() + GONE_S
-    while found := marked_processes(mark):
+def kill_marked_processes(mark: str) -> None:
+    """Send SIGKILL until no marked process is left, new children included; raise `IslandError` after 20 s."""
+    deadline = time.monotonic() + EXIT_TIMEOUT_S
+    while processes := find_marked_processes(mark):
         if time.monotonic() > deadline:
             raise IslandError(
-                f"processes {found} of {mark} have not ended {GONE_S:g} s after SIGKILL; kill them by hand"
+                f"processes {processes} of {mark} have not ended {EXIT_TIMEOUT_S:g} s after SIGKILL; kill them by hand"
             )
-        send(found, signal.SIGKILL)
+        send_signal(processes, signal.SIGKILL)
         time.sleep(0.05)
 
 
-def _parents() -> dict[int, int]:
-    """The parent of every process that is not a zombie."""
-    found = {}
+def _read_parents() -> dict[int, int]:
+    """Return the parent of every process that is not a zombie."""
+    parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if fields[0] not in "ZX":
-            found[int(entry.name)] = int(fields[1])
-    return found
+            parents[int(entry.name)] = int(fields[1])
+    return parents
 
 
-def _environment(pid: int) -> list[bytes]:
+def _read_environment(pid: int) -> list[bytes]:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -72,23 +72,23 @@ def _environment(pid: int) -> list[bytes]:
 
 
 FOLDER = Path("~/.ddm/islands")
-"""Where `ddm islands up` keeps tokens and storages unless told otherwise."""
+"""Default folder of `ddm islands up` for tokens and storages."""
 
 STATE = "island.json"
-"""In an island's folder while it has processes or temporary files: where they are."""
+"""File in an island's folder with the place of its temporary files; it exists while they or processes do."""
 
 TOKEN = "token"  # noqa: S105 - the name of a file
 
 
 def take_down(folder: Path) -> list[str]:
-    """Kill every island in a folder, delete its token and its temporary files, and name it; its storage stays."""
-    found = sorted(folder.glob(f"*/{STATE}"))
-    for state in found:
-        kill_marked(str(state.parent))
-        shutil.rmtree(json.loads(state.read_text(encoding="utf-8"))["scratch"], ignore_errors=True)
-        (state.parent / TOKEN).unlink(missing_ok=True)
-        state.unlink(missing_ok=True)
-    return [state.parent.name for state in found]
+    """Kill every island in a folder, delete tokens and temporary files but no storage; return their names."""
+    state_files = sorted(folder.glob(f"*/{STATE}"))
+    for path in state_files:
+        kill_marked_processes(str(path.parent))
+        shutil.rmtree(json.loads(path.read_text(encoding="utf-8"))["scratch"], ignore_errors=True)
+        (path.parent / TOKEN).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    return [path.parent.name for path in state_files]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One Ray cluster on this machine, as an island: its ports, its environment, its command.
 
-It listens on loopback alone: on any node address but 127.0.0.1 Ray opens six of its ports on all interfaces. Ports that
-answer whoever asks, without a token, are switched off.
+It listens on loopback only: with any node address but 127.0.0.1, Ray opens six of its ports on all interfaces. Ports
+that respond without a token are switched off.
 """
 
 import os
@@ -19,8 +19,8 @@ from orchestrator.islands.local.processes import MARK, TOKEN
 
 ADDRESS = "127.0.0.1"
 
-BLOCK = 100
-"""Ports that are an island's own, of which its workers have the last eighty."""
+BLOCK_SIZE = 100
+"""Number of ports for one island; its workers have the last eighty."""
 
 PORTS = {
     "--port": 0,
@@ -35,12 +35,12 @@ PORTS = {
     "--min-worker-port": 20,
     "--max-worker-port": 99,
 }
-"""Ray's options for ports, and where in the block each port is."""
+"""Ray's port options, with the offset of each port in the block."""
 
-SEARCHED = range(20_000, 32_000, BLOCK)
-"""Where a free block is looked for: below the ports that the system hands out by itself."""
+SEARCH_RANGE = range(20_000, 32_000, BLOCK_SIZE)
+"""First ports of blocks that may be free: below the ports that the system assigns by itself."""
 
-INHERITED = (
+INHERITED_VARIABLES = (
     "PATH",
     "LANG",
     "LC_ALL",
@@ -51,19 +51,19 @@ INHERITED = (
     "no_proxy",
     "NO_PROXY",
 )
-"""What of our environment an island gets; not its secrets, and not the way to our code, which is sent as a wheel."""
+"""Environment variables that an island inherits: no secrets, and no PYTHONPATH, since the code is sent as a wheel."""
 
 OBJECT_STORE_BYTES = 80 * 2**20
 
-SETTINGS = {
+RAY_SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # never replaces 127.0.0.1 by the machine's own address
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # prevents Ray from replacing 127.0.0.1 by the machine's own address
     "RAY_enable_metrics_collection": "0",
-    "DASHBOARD_METRIC_PORT": "-1",  # figures for Prometheus would be shown without a token: there is no such port
+    "DASHBOARD_METRIC_PORT": "-1",  # no port for Prometheus, which would need no token
     "PYTHONUNBUFFERED": "1",
-    "SPT_NOENV": "1",  # a process that gives itself a name keeps its environment, and so our mark
+    "SPT_NOENV": "1",  # a process that renames itself keeps its environment, and so the mark
     "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
@@ -74,60 +74,60 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The one node of a local island."""
+    """The only node of a local island."""
 
     folder: Path
-    """What stays: token, storage, log. Its path is the mark of all its processes."""
+    """Token, storage and log, which remain after the island. Its path is the mark of all its processes."""
     scratch: Path
-    """What goes with the island; short, because Ray's sockets lie in it."""
+    """Temporary files, deleted with the island; its path is short, because it contains Ray's sockets."""
     first_port: int
     cpus: int
     is_durable: bool
-    """Whether Ray keeps what it knows on disk, so that it remembers its jobs after its own death."""
+    """Whether Ray stores its job list on disk, so that it survives a restart."""
     environment: Mapping[str, str]
     """Added to the environment of all its processes, such as a storage's credentials."""
     autoscaling: Path | None = None
-    """What an autoscaler reads, which starts and ends nodes beside this one; without it this is the only node."""
+    """Configuration of an autoscaler that starts and ends further nodes; without it this is the only node."""
 
     @property
     def address(self) -> str:
-        """Its dashboard."""
+        """Return the URL of its dashboard."""
         return f"http://{ADDRESS}:{self.first_port + PORTS['--dashboard-port']}"
 
     @property
     def agent(self) -> str:
-        """Its agent, which starts jobs, and comes last."""
+        """Return the URL of its agent, which starts jobs and is the last process to become ready."""
         return f"http://{ADDRESS}:{self.first_port + PORTS['--dashboard-agent-listen-port']}"
 
     @property
     def working_directory(self) -> Path:
-        """An empty folder: Ray's processes import whatever lies where they start."""
+        """Return an empty folder, because Ray's processes import modules from the folder in which they start."""
         return self.scratch / "empty"
 
     @property
     def log(self) -> Path:
-        """What its processes print."""
+        """Return the file with the output of its processes."""
         return self.folder / "head.log"
 
     def launch(self) -> subprocess.Popen[bytes]:
-        """Start it, in a session of its own."""
+        """Start it, in its own session."""
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                self.command(),
+                self.build_command(),
                 cwd=self.working_directory,
-                env=self.whole_environment(),
+                env=self.build_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def command(self) -> list[str]:
-        """The command that runs it until it is killed."""
+    def build_command(self) -> list[str]:
+        """Return the command that runs it until it is killed."""
         options = {
             "--node-ip-address": ADDRESS,
             "--dashboard-host": ADDRESS,
-            **{option: self.first_port + place for option, place in PORTS.items()},
+            **{option: self.first_port + offset for option, offset in PORTS.items()},
             "--num-cpus": self.cpus,
             "--num-gpus": 0,
             "--object-store-memory": OBJECT_STORE_BYTES,
@@ -136,54 +136,62 @@ class Head:
             "--log-style": "record",
             "--log-color": "false",
         }
-        given = [f"{option}={value}" for option, value in options.items()]
+        arguments = [f"{option}={value}" for option, value in options.items()]
         scaling = f"--autoscaling-config={self.autoscaling}" if self.autoscaling else "--no-monitor"
-        return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", scaling, *given]
+        return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", scaling, *arguments]
 
-    def whole_environment(self) -> dict[str, str]:
-        """The environment of all its processes, jobs included."""
-        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    def build_environment(self) -> dict[str, str]:
+        """Return the environment of all its processes, jobs included."""
+        inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         paths = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
-        own = {
+        island = {
             MARK: str(self.folder),
             "PATH": paths,
             "HOME": str(self.scratch / "home"),
             "TMPDIR": str(self.scratch / "tmp"),
             "RAY_AUTH_TOKEN_PATH": str(self.folder / TOKEN),
         }
-        kept = (
+        durable = (
             {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.scratch / "gcs")} if self.is_durable else {}
         )
-        return inherited | SETTINGS | own | kept | dict(self.environment)
+        return inherited | RAY_SETTINGS | island | durable | dict(self.environment)
 
     def make_folders(self) -> None:
-        """Make everything that must be there before it starts."""
+        """Create the folders that must exist before it starts."""
         for folder in (self.folder, self.working_directory, self.scratch / "home", self.scratch / "tmp"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
-def new_scratch() -> Path:
-    """A folder for one island's temporary files that only we can read."""
+def create_scratch() -> Path:
+    """Create a folder for one island's temporary files that only this user can read."""
     return Path(tempfile.mkdtemp(prefix="ddm-"))
 
 
-def free_blocks(count: int, first: int | None) -> list[int]:
-    """The first ports of as many blocks that nobody uses, from `first` on or anywhere; raises `IslandError`."""
-    wanted = [first + BLOCK * number for number in range(count)] if first else random.sample(SEARCHED, len(SEARCHED))
-    found: list[int] = []
-    for block in wanted:
-        if len(found) < count and _is_free(block):
-            found.append(block)
-    if len(found) < count:
+def find_free_blocks(count: int, first: int | None) -> list[int]:
+    """Return the first ports of `count` unused blocks, consecutive from `first` or anywhere.
+
+    Raises `IslandError` if there are fewer.
+    """
+    candidates = (
+        [first + BLOCK_SIZE * number for number in range(count)]
+        if first
+        else random.sample(SEARCH_RANGE, len(SEARCH_RANGE))
+    )
+    blocks: list[int] = []
+    for block in candidates:
+        if len(blocks) < count and _is_free(block):
+            blocks.append(block)
+    if len(blocks) < count:
+        last_port = max(candidates) + BLOCK_SIZE - 1
         raise IslandError(
-            f"{count} island(s) need {BLOCK} free ports each, from {min(wanted)} to {max(wanted) + BLOCK - 1}, and "
+            f"{count} island(s) need {BLOCK_SIZE} free ports each, from {min(candidates)} to {last_port}, and "
             "other processes use some of them; end those (`ss -tnap` names them)"
         )
-    return found
+    return blocks
 
 
 def _is_free(block: int) -> bool:
-    for port in range(block, block + BLOCK):
+    for port in range(block, block + BLOCK_SIZE):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -1,7 +1,7 @@
-"""What is wrong with an island, before it costs anything: every check is a function, every finding a row.
+"""Find what is wrong with an island before it costs anything: every check is a function, every finding a row.
 
-The checks of one island follow each other, so that one that cannot be made is left out; islands are checked in
-parallel, and all of it ends within a time limit.
+The checks of one island run in sequence, and a check is left out if one that it needs has failed. Islands are checked
+in parallel, within one time limit.
 """
 
 import tempfile
@@ -41,10 +41,10 @@ State = Literal["ok", "warning", "error", "left out"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check, and those that must be ok before it."""
+    """A check, and the names of the checks that must not fail before it."""
 
     needs: tuple[str, ...]
-    make: Callable[[PreflightSession], Verdict]
+    run: Callable[[PreflightSession], Verdict]
 
 
 CHECKS = {
@@ -52,7 +52,7 @@ CHECKS = {
     "token file": Check((), check_token_file),
     "reach": Check((), check_reach),
     "clock": Check(("reach",), check_clock),
-    "strangers": Check(("reach",), check_rejects_unauthenticated),
+    "authentication": Check(("reach",), check_rejects_unauthenticated),
     "token": Check(("reach", "token file"), check_token),
     "Ray": Check(("token",), check_ray),
     "resources": Check(("token",), check_resources),
@@ -61,31 +61,31 @@ CHECKS = {
     "project": Check(("job",), check_project),
     "Python": Check(("job",), check_python),
     "torch": Check(("job",), check_torch),
-    "storage there": Check(("job",), check_remote_storage),
-    "clock there": Check(("job",), check_remote_clock),
+    "remote storage": Check(("job",), check_remote_storage),
+    "remote clock": Check(("job",), check_remote_clock),
 }
-"""What is looked at, in this order."""
+"""All checks by name, in the order in which they run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One check of one island."""
+    """Result of one check of one island."""
 
     island: str
     check: str
     state: State
     text: str
-    """What was found, and the way out if it is not ok."""
+    """The result, with the remedy if it is not ok."""
 
 
 def check_islands(islands: Mapping[str, IslandConfig], timeout_s: float) -> list[Finding]:
-    """Every check of every island, by island; one that does not come to its end in time is an error."""
-    found: dict[str, list[Finding]] = {name: [] for name in islands}
+    """Run every check of every island; a check that does not finish within `timeout_s` is an error."""
+    findings: dict[str, list[Finding]] = {name: [] for name in islands}
     with tempfile.TemporaryDirectory(prefix="ddm-check-") as folder:
         wheel = build_wheel(Path(folder))
         threads = {
             name: threading.Thread(
-                target=_check, args=(PreflightSession(name, config, wheel), found[name].append), daemon=True
+                target=_run_checks, args=(PreflightSession(name, config, wheel), findings[name].append), daemon=True
             )
             for name, config in islands.items()
         }
@@ -94,28 +94,28 @@ def check_islands(islands: Mapping[str, IslandConfig], timeout_s: float) -> list
         deadline = time.monotonic() + timeout_s
         for thread in threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        return [finding for name in islands for finding in _ended(name, list(found[name]), timeout_s)]
+        return [each for name in islands for each in _add_unfinished(name, list(findings[name]), timeout_s)]
 
 
-def _check(visit: PreflightSession, tell: Callable[[Finding], None]) -> None:
-    """Make the checks one after the other; what needs one that was not ok is left out."""
+def _run_checks(session: PreflightSession, report: Callable[[Finding], None]) -> None:
+    """Run the checks in sequence; leave out those that need a failed one."""
     failed: set[str] = set()
     for name, check in CHECKS.items():
         if lacking := sorted(failed.intersection(check.needs)):
             failed.add(name)
-            tell(Finding(island=visit.name, check=name, state="left out", text=f"needs {', '.join(lacking)}"))
+            report(Finding(island=session.name, check=name, state="left out", text=f"needs {', '.join(lacking)}"))
             continue
         try:
-            verdict = check.make(visit)
+            verdict = check.run(session)
         except OrchestratorError as error:
             verdict = Verdict("error", str(error))
         if verdict.state == "error":
             failed.add(name)
-        tell(Finding(island=visit.name, check=name, state=verdict.state, text=verdict.text))
+        report(Finding(island=session.name, check=name, state=verdict.state, text=verdict.text))
 
 
-def _ended(name: str, found: list[Finding], timeout_s: float) -> list[Finding]:
-    """What was found, and an error for what was not finished."""
-    missing = list(CHECKS)[len(found) :]
+def _add_unfinished(name: str, findings: list[Finding], timeout_s: float) -> list[Finding]:
+    """Return the findings, with an error for the first check that has not finished."""
+    unfinished = list(CHECKS)[len(findings) :]
     text = f"not finished within {timeout_s:g} s; see what the island is busy with, or give --timeout more"
-    return found + [Finding(island=name, check=check, state="error", text=text) for check in missing[:1]]
+    return findings + [Finding(island=name, check=check, state="error", text=text) for check in unfinished[:1]]

@@ -1,4 +1,4 @@
-"""What can be checked of an island from outside: its door, its clock, what it has, and its storage."""
+"""Checks of an island from this machine: its address, authentication, clock, resources and storage."""
 
 import os
 import secrets
@@ -10,110 +10,115 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.islands.client import minor
+from orchestrator.islands.client import major_minor
 from orchestrator.islands.preflight.probe import try_storage
-from orchestrator.islands.preflight.session import PreflightSession, Verdict, skew_of
+from orchestrator.islands.preflight.session import PreflightSession, Verdict, judge_clock_skew
 from orchestrator.islands.token import read_token
 
-DATE_STEP_S = 1.0
-"""HTTP tells the time in whole seconds."""
+DATE_RESOLUTION_S = 1.0
+"""HTTP's Date header has whole seconds."""
 
 
-def check_address(visit: PreflightSession) -> Verdict:
-    """The token must not cross a network in clear."""
-    url = urlsplit(visit.config.address)
+def check_address(session: PreflightSession) -> Verdict:
+    """Check that the token does not cross a network in clear."""
+    url = urlsplit(session.config.address)
     if url.scheme == "https" or _is_loopback(url.hostname or ""):
-        return Verdict("ok", visit.config.address)
-    text = f"{visit.config.address} sends the token in clear; use https, or an ssh tunnel to loopback"
+        return Verdict("ok", session.config.address)
+    text = f"{session.config.address} sends the token in clear; use https, or an ssh tunnel to loopback"
     return Verdict("warning", text)
 
 
-def check_token_file(visit: PreflightSession) -> Verdict:
-    """Nobody else may read the token."""
-    read_token(visit.name, visit.config.token_file)
-    path = Path(visit.config.token_file).expanduser()
-    found = path.stat()
-    if found.st_uid != os.getuid():
-        return Verdict("error", f"{path} is user {found.st_uid}'s and we are {os.getuid()}; copy it to a file of ours")
-    return Verdict("ok", f"{path}, mode {stat.S_IMODE(found.st_mode):o}")
+def check_token_file(session: PreflightSession) -> Verdict:
+    """Check that only this user can read the token."""
+    read_token(session.name, session.config.token_file)
+    path = Path(session.config.token_file).expanduser()
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        text = f"{path} must be owned by user {os.getuid()}, not {status.st_uid}; copy it to a file of your own"
+        return Verdict("error", text)
+    return Verdict("ok", f"{path}, mode {stat.S_IMODE(status.st_mode):o}")
 
 
-def check_reach(visit: PreflightSession) -> Verdict:
-    """Something answers; its clock is read on the way."""
+def check_reach(session: PreflightSession) -> Verdict:
+    """Check that a Ray dashboard responds at the address; store its clock for `check_clock`."""
     sent = time.time()
-    answered = visit.fetch_json("/api/version", None)
+    response = session.send_request("/api/version", None)
     took = time.time() - sent
-    visit.asked, visit.date = (sent, sent + took), answered.headers.get("Date", "")
-    if answered.status_code not in (200, 401, 403):
+    session.version_request_times, session.remote_date = (sent, sent + took), response.headers.get("Date", "")
+    if response.status_code not in (200, 401, 403):
         return Verdict(
             "error",
-            f"{visit.config.address} answers {answered.status_code} to /api/version, so it is not the dashboard of a "
-            f"Ray cluster; correct compute.islands.{visit.name}.address",
+            f"{session.config.address} returns {response.status_code} for /api/version, so it is not the dashboard of "
+            f"a Ray cluster; correct compute.islands.{session.name}.address",
         )
-    return Verdict("ok", f"answers in {1000 * took:.0f} ms")
+    return Verdict("ok", f"responds in {1000 * took:.0f} ms")
 
 
-def check_rejects_unauthenticated(visit: PreflightSession) -> Verdict:
-    """Without the island's token nothing may be had."""
-    tried = {"no token": None, "a wrong token": secrets.token_hex(32)}
-    let_in = [
-        what for what, token in tried.items() if visit.fetch_json("/api/jobs/", token).status_code not in (401, 403)
+def check_rejects_unauthenticated(session: PreflightSession) -> Verdict:
+    """Check that the island refuses requests without its token."""
+    tokens = {"no token": None, "a wrong token": secrets.token_hex(32)}
+    accepted = [
+        name
+        for name, token in tokens.items()
+        if session.send_request("/api/jobs/", token).status_code not in (401, 403)
     ]
-    if let_in:
+    if accepted:
         return Verdict(
             "error",
-            f"refuses nobody: {' and '.join(let_in)} may list, start and stop its jobs; start all its nodes with "
-            "RAY_AUTH_MODE=token and a token of its own",
+            f"accepts requests with {' and '.join(accepted)}, so anyone may list, start and stop its jobs; start all "
+            "its nodes with RAY_AUTH_MODE=token and a token of its own",
         )
     return Verdict("ok", "refuses no token and a wrong one")
 
 
-def check_token(visit: PreflightSession) -> Verdict:
-    """The island takes the token that we have."""
-    visit.ray = str(visit.report("/api/version").get("ray_version", "unknown"))
+def check_token(session: PreflightSession) -> Verdict:
+    """Check that the island accepts the configured token."""
+    session.remote_ray = str(session.fetch_json("/api/version").get("ray_version", "unknown"))
     return Verdict("ok", "accepted")
 
 
-def check_ray(visit: PreflightSession) -> Verdict:
-    """Jobs and their client must be of one release."""
-    theirs, ours = visit.ray, version("ray")
-    if minor(theirs) != minor(ours):
-        text = f"Ray {theirs} there, {ours} here: major and minor version must agree; install one of them on both"
+def check_ray(session: PreflightSession) -> Verdict:
+    """Check that the island's Ray and the client's have the same major and minor version."""
+    remote, local = session.remote_ray, version("ray")
+    if major_minor(remote) != major_minor(local):
+        text = (
+            f"remote Ray {remote}, local Ray {local}: major and minor version must agree; install one of them on both"
+        )
         return Verdict("error", text)
-    return Verdict("ok", theirs)
+    return Verdict("ok", remote)
 
 
-def check_clock(visit: PreflightSession) -> Verdict:
-    """The clock of the island's head against ours, give or take the round trip."""
+def check_clock(session: PreflightSession) -> Verdict:
+    """Compare the clock of the island's head with the local one, within the time of the request."""
     try:
-        told = parsedate_to_datetime(visit.date).timestamp()
+        remote_time = parsedate_to_datetime(session.remote_date).timestamp()
     except ValueError:
-        return Verdict("warning", f"tells no time ({visit.date!r}); look at its clock by hand")
-    sent, received = visit.asked
-    ahead, behind = max(0.0, told - received), max(0.0, sent - (told + DATE_STEP_S))
-    return skew_of(ahead - behind, DATE_STEP_S + received - sent)
+        return Verdict("warning", f"its Date header is no time ({session.remote_date!r}); check its clock by hand")
+    sent, received = session.version_request_times
+    ahead, behind = max(0.0, remote_time - received), max(0.0, sent - (remote_time + DATE_RESOLUTION_S))
+    return judge_clock_skew(ahead - behind, DATE_RESOLUTION_S + received - sent)
 
 
-def check_resources(visit: PreflightSession) -> Verdict:
-    """The Ray cluster has at least what the configuration counts on."""
-    said = visit.report("/api/v0/nodes?limit=10000&detail=true")
-    wanted = {"CPU": float(visit.config.cpus), "GPU": visit.config.gpus, **visit.config.resources}
+def check_resources(session: PreflightSession) -> Verdict:
+    """Check that the Ray cluster has at least the configured resources."""
+    listing = session.fetch_json("/api/v0/nodes?limit=10000&detail=true")
+    required = {"CPU": float(session.config.cpus), "GPU": session.config.gpus, **session.config.resources}
     try:
-        nodes = [node for node in said["data"]["result"]["result"] if node["state"] == "ALIVE"]
-        has = {name: sum(float(node["resources_total"].get(name, 0.0)) for node in nodes) for name in wanted}
+        nodes = [node for node in listing["data"]["result"]["result"] if node["state"] == "ALIVE"]
+        total = {name: sum(float(node["resources_total"].get(name, 0.0)) for node in nodes) for name in required}
     except (KeyError, TypeError) as error:
         return Verdict("warning", f"does not list its nodes as Ray does ({error!r}); compare CPUs and GPUs by hand")
-    listed = ", ".join(f"{has[name]:g} {name} (configured {wanted[name]:g})" for name in wanted)
-    if lacking := [name for name in wanted if has[name] < wanted[name]]:
-        text = f"{len(nodes)} node(s), {listed}: stages wait for {', '.join(lacking)} unless the island grows; "
-        return Verdict("warning", f"{text}otherwise lower compute.islands.{visit.name}")
-    return Verdict("ok", f"{len(nodes)} node(s), {listed}")
+    summary = ", ".join(f"{total[name]:g} {name} (configured {required[name]:g})" for name in required)
+    if lacking := [name for name in required if total[name] < required[name]]:
+        text = f"{len(nodes)} node(s), {summary}: stages wait for {', '.join(lacking)} unless the island grows; "
+        return Verdict("warning", f"{text}otherwise lower compute.islands.{session.name}")
+    return Verdict("ok", f"{len(nodes)} node(s), {summary}")
 
 
-def check_storage(visit: PreflightSession) -> Verdict:
-    """The storage works from here."""
-    speed = try_storage(visit.storage, f"{visit.scratch_key}/here")
-    return Verdict("ok", f"{visit.config.storage}, {speed.write_mb_s:.0f} MB/s out, {speed.read_mb_s:.0f} MB/s in")
+def check_storage(session: PreflightSession) -> Verdict:
+    """Check that the storage works from this machine."""
+    speed = try_storage(session.storage, f"{session.scratch_key}/local")
+    return Verdict("ok", f"{session.config.storage}, {speed.write_mb_s:.0f} MB/s out, {speed.read_mb_s:.0f} MB/s in")
 
 
 def _is_loopback(host: str) -> bool:

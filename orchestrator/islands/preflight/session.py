@@ -1,4 +1,4 @@
-"""One island while it is checked: how it is asked, and what is known of it so far."""
+"""One island during its checks: HTTP requests to it, and results that later checks need."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 30.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a check ended, in words that say the way out if it is not ok."""
+    """Result of a check; the text has the remedy if it is not ok."""
 
     state: Literal["ok", "warning", "error"]
     text: str
@@ -28,75 +28,76 @@ class Verdict:
 
 @dataclass
 class PreflightSession:
-    """One island, and what its checks have found out for those that follow."""
+    """One island, and results of its checks that later ones need."""
 
     name: str
     config: IslandConfig
     wheel: Path
-    asked: tuple[float, float] = (0.0, 0.0)
-    """When it was asked for its version, and when it had answered, in seconds since the epoch."""
-    date: str = ""
-    """The time that it told then, as HTTP writes it."""
-    ray: str = ""
-    """Its release of Ray."""
-    probed: tuple[float, float] = (0.0, 0.0)
-    """When the small job was last seen running, and first seen ended."""
-    answers: list[ProbeReport] = field(default_factory=list)
-    """What the small job has said."""
+    version_request_times: tuple[float, float] = (0.0, 0.0)
+    """Start and end of the version request, in seconds since the epoch."""
+    remote_date: str = ""
+    """Date header of the response to that request."""
+    remote_ray: str = ""
+    """The island's Ray version."""
+    job_end_times: tuple[float, float] = (0.0, 0.0)
+    """Time of the last poll at which the small job ran, and of the first at which it had ended."""
+    probe_reports: list[ProbeReport] = field(default_factory=list)
+    """Reports that the small job has printed."""
 
     @cached_property
     def client(self) -> IslandClient:
-        """Its Jobs API."""
+        """Return the client of the island's Jobs API."""
         return IslandClient(self.name, self.config)
 
     @cached_property
     def storage(self) -> Storage:
-        """Its storage, as it is seen from here."""
+        """Return the island's storage, as this machine reaches it."""
         return Storage(self.config.storage, self.config.storage_options)
 
     @cached_property
     def scratch_key(self) -> str:
-        """A name in the storage that nobody else has."""
+        """Return a unique name in the storage for temporary files."""
         return f"check/{secrets.token_hex(6)}"
 
     @property
-    def answer(self) -> ProbeReport:
-        """The last word of the small job."""
-        return self.answers[-1]
+    def probe_report(self) -> ProbeReport:
+        """Return the last report of the small job."""
+        return self.probe_reports[-1]
 
-    def report(self, path: str) -> dict[str, Any]:
-        """What it tells to whoever has the token; raises `IslandError` if it refuses or says something else."""
-        answered = self.fetch_json(path, read_token(self.name, self.config.token_file))
-        if answered.status_code in (401, 403):
+    def fetch_json(self, path: str) -> dict[str, Any]:
+        """Send a request with the token and return its JSON; raise `IslandError` for a refusal or another response."""
+        response = self.send_request(path, read_token(self.name, self.config.token_file))
+        if response.status_code in (401, 403):
             raise IslandError(
-                f"refused ({answered.status_code}): the token in {self.config.token_file} is wrong or expired; fetch "
+                f"refused ({response.status_code}): the token in {self.config.token_file} is wrong or expired; fetch "
                 "the island's present one"
             )
         try:
-            answered.raise_for_status()
-            return dict(answered.json())
+            response.raise_for_status()
+            return dict(response.json())
         except (requests.RequestException, ValueError, TypeError) as error:
             raise IslandError(
-                f"the answer to {path} is not that of a Ray dashboard ({error}); correct "
+                f"the response to {path} is not that of a Ray dashboard ({error}); correct "
                 f"compute.islands.{self.name}.address"
             ) from error
 
-    def fetch_json(self, path: str, token: str | None) -> requests.Response:
-        """Ask with a token or without; raises `Unreachable`."""
+    def send_request(self, path: str, token: str | None) -> requests.Response:
+        """Send a GET request with or without a token; raise `Unreachable` if there is no response."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         url = self.config.address.rstrip("/") + path
         try:
             return requests.get(url, headers=headers, timeout=TIMEOUT_S, allow_redirects=False)
         except requests.RequestException as error:
             raise Unreachable(
-                f"no answer from {self.config.address} ({type(error).__name__}); start it, open the tunnel, or correct "
-                f"compute.islands.{self.name}.address"
+                f"no response from {self.config.address} ({type(error).__name__}); start it, open the tunnel, or "
+                f"correct compute.islands.{self.name}.address"
             ) from error
 
 
-def skew_of(seconds: float, uncertainty_s: float) -> Verdict:
-    """What a clock that is ahead by so much, or behind if negative, means."""
+def judge_clock_skew(seconds: float, uncertainty_s: float) -> Verdict:
+    """Return the verdict for a remote clock that is `seconds` ahead of the local one, or behind if negative."""
     if abs(seconds) < SKEW_WARNING_S:
         return Verdict("ok", f"agrees within {uncertainty_s + abs(seconds):.1f} s")
-    text = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} ours; let both ask a time server (NTP)"
+    direction = "ahead of" if seconds > 0 else "behind"
+    text = f"{abs(seconds):.0f} s {direction} the local clock; synchronize both with a time server (NTP)"
     return Verdict("error" if abs(seconds) > SKEW_ERROR_S else "warning", text)

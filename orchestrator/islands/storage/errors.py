@@ -1,9 +1,9 @@
-"""What can go wrong between us and a storage, and how a driver's error becomes one of ours.
+"""Errors of a storage, and how a driver's error becomes one of them.
 
 OrchestratorError
-└── StorageError             the storage refuses, or is not what it should be; trying again does not help
-    ├── StorageUnreachable   no answer: nothing is known about what lies there, and trying again is safe
-    └── CorruptTransfer      what lies there is not what was sent; sending it again mends it
+└── StorageError             the storage refuses or is not usable; a retry does not help
+    ├── StorageUnreachable   no response: its content is unknown, and a retry is safe
+    └── CorruptTransfer      its content differs from what was uploaded; uploading again repairs it
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from orchestrator.errors import OrchestratorError
 
 ErrorTypes = tuple[type[Exception], ...]
 
-SILENCES = {
+UNREACHABLE_ERRNOS = {
     errno.EBUSY,
     errno.EREMOTEIO,
     errno.ESTALE,
@@ -23,49 +23,53 @@ SILENCES = {
     errno.EHOSTDOWN,
     errno.ENOTCONN,
 }
-"""Errors of network file systems, and the names that S3's driver gives to 409, 500 and 503."""
+"""Errors of network file systems, and the numbers that S3's driver assigns to 409, 500 and 503."""
 
 REMEDIES = {
-    errno.ENOSPC: ("the disk is full", "free space there; what was whole before still is"),
-    errno.EDQUOT: ("the quota is used up", "free space there; what was whole before still is"),
-    errno.EROFS: ("the place is read-only", "mount it for writing, or name another storage"),
+    errno.ENOSPC: ("the disk is full", "free space there; files that were complete are unchanged"),
+    errno.EDQUOT: ("the quota is used up", "free space there; files that were complete are unchanged"),
+    errno.EROFS: ("the file system is read-only", "mount it for writing, or name another storage"),
 }
+"""Cause and remedy by error number."""
 
 
 class StorageError(OrchestratorError):
-    """A storage refuses, or is not what it should be; trying again does not help."""
+    """A storage refuses or is not usable; a retry does not help."""
 
 
 class StorageUnreachable(StorageError):
-    """A storage does not answer, which says nothing about what lies there; trying again is safe."""
+    """A storage does not respond, so its content is unknown; a retry is safe."""
 
 
 class CorruptTransfer(StorageError):
-    """What lies in a storage is not what was sent."""
+    """The content of a storage differs from what was uploaded."""
 
 
 @contextlib.contextmanager
-def explain_storage_error(what: str, refusals: ErrorTypes, silences: ErrorTypes) -> Iterator[None]:
-    """Turn the system's and a driver's errors into ours; `what` says what was being done, and where."""
+def explain_storage_error(action: str, refusal_errors: ErrorTypes, unreachable_errors: ErrorTypes) -> Iterator[None]:
+    """Convert errors of the system and of a driver to `StorageError`; messages begin with `action`.
+
+    `refusal_errors` and `unreachable_errors` are a driver's errors besides `OSError` for a refusal and for no response.
+    """
     try:
         yield
-    except (OSError, *refusals, *silences) as error:
-        raise _explanation(error, what, silences) from error
+    except (OSError, *refusal_errors, *unreachable_errors) as error:
+        raise _convert_error(error, action, unreachable_errors) from error
 
 
-def _explanation(error: Exception, what: str, silences: ErrorTypes) -> StorageError:
+def _convert_error(error: Exception, action: str, unreachable_errors: ErrorTypes) -> StorageError:
     number = getattr(error, "errno", None)
     text = f"{type(error).__name__}: {error}"
-    if number in SILENCES or isinstance(error, (TimeoutError, ConnectionError, *silences)):
-        return StorageUnreachable(f"{what}: no answer ({text}); check address and network; trying again is safe")
+    if number in UNREACHABLE_ERRNOS or isinstance(error, (TimeoutError, ConnectionError, *unreachable_errors)):
+        return StorageUnreachable(f"{action}: no response ({text}); check address and network; a retry is safe")
     if number in REMEDIES:
-        rule, way_out = REMEDIES[number]
-        return StorageError(f"{what}: {rule} ({text}); {way_out}")
+        cause, remedy = REMEDIES[number]
+        return StorageError(f"{action}: {cause} ({text}); {remedy}")
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return StorageError(
-            f"{what}: access is refused ({text}); check the credentials in the environment of this process, its clock, "
-            "and its rights there"
+            f"{action}: access is refused ({text}); check the credentials in the environment of this process, its "
+            "clock, and its rights there"
         )
     if isinstance(error, FileNotFoundError):
-        return StorageError(f"{what}: {text}; create the bucket or the folder, or correct the URL")
-    return StorageError(f"{what}: {text}; check that the storage is what its URL says")
+        return StorageError(f"{action}: {text}; create the bucket or the folder, or correct the URL")
+    return StorageError(f"{action}: {text}; check that the storage is of the kind that its URL names")

@@ -1,7 +1,7 @@
-"""The index of a tree, which says what the tree consists of; and which names may be used in a storage at all.
+"""The index of a tree, which lists the tree's files; and the rules for names in a storage.
 
-A storage may be hostile: an index is believed only if it is, byte for byte, what `render` makes of its content, and
-none of its paths leaves the folder.
+A storage may be hostile: an index is accepted only if it is byte-identical to what `render_index` returns for its
+content, and if none of its paths leaves the folder.
 """
 
 import hashlib
@@ -28,54 +28,58 @@ Index = dict[str, Entry]
 """Files by their path inside the tree."""
 
 
-def render(index: Mapping[str, Entry]) -> bytes:
-    """The index as it is stored, with a checksum over all of it."""
+def render_index(index: Mapping[str, Entry]) -> bytes:
+    """Return the index as it is stored, with a checksum over all of it."""
     files = {path: entry._asdict() for path, entry in index.items()}
-    digest = hashlib.sha256(_canonical(files)).hexdigest()
-    return _canonical({"files": files, "sha256": digest})
+    digest = hashlib.sha256(_canonical_json(files)).hexdigest()
+    return _canonical_json({"files": files, "sha256": digest})
 
 
-def parse(data: bytes, where: str) -> Index:
-    """The index that `data` holds; raises `CorruptTransfer` for a changed one, `StorageError` for a hostile one."""
+def parse_index(data: bytes, description: str) -> Index:
+    """Parse a stored index; raise `CorruptTransfer` for a changed one, `StorageError` for a hostile one."""
     try:
-        found = json.loads(data)["files"]
-        index = {path: Entry(**entry) for path, entry in found.items()}
-        intact = render(index) == data and all(_is_entry(entry) for entry in index.values())
+        files = json.loads(data)["files"]
+        index = {path: Entry(**entry) for path, entry in files.items()}
+        is_intact = render_index(index) == data and all(_is_valid(entry) for entry in index.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CorruptTransfer(f"{where} is no index of a tree ({error}); send the folder again") from error
-    if not intact:
-        raise CorruptTransfer(f"{where} differs from its own checksum; send the folder again")
+        raise CorruptTransfer(f"{description} is no index of a tree ({error}); send the folder again") from error
+    if not is_intact:
+        raise CorruptTransfer(f"{description} differs from its own checksum; send the folder again")
     for path in index:
-        checked_path(path)
+        validate_path(path)
         if folders := [str(parent) for parent in PurePosixPath(path).parents if str(parent) in index]:
-            raise StorageError(f"{where} calls {folders[0]!r} both a file and a folder; it was not written by us")
+            raise StorageError(
+                f"{description} lists {folders[0]!r} as both a file and a folder, so this project did not write it; "
+                "do not use this storage"
+            )
     return index
 
 
-def checked_path(path: str) -> str:
-    """A path inside a tree; raises `StorageError` if it could leave its folder or hide in a listing."""
-    parts = path.split("/")
-    printable = path.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in path)
-    if not printable or "\\" in path or any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in path):
+def validate_path(path: str) -> str:
+    """Return a path inside a tree; raise `StorageError` if it could leave its folder or hide in a listing."""
+    is_encodable = path.isascii() or not any("\ud800" <= character <= "\udfff" for character in path)
+    has_control = any(ord(character) < 32 or 127 <= ord(character) < 160 for character in path)
+    if not is_encodable or "\\" in path or has_control:
         raise StorageError(f"file names hold no backslash and no control character, not {path!r}; rename the file")
-    if any(part in ("", ".", "..") for part in parts):
+    if any(part in ("", ".", "..") for part in path.split("/")):
         raise StorageError(f"a file lies below its tree, at a relative path, not {path!r}; do not use this storage")
     return path
 
 
-def checked_name(name: str) -> str:
-    """The name of a tree or a file in a storage; raises `StorageError` if it is not plain."""
+def validate_name(name: str) -> str:
+    """Return the name of a tree or a file in a storage; raise `StorageError` if it has other characters than listed."""
     parts = name.split("/")
     if any(not re.fullmatch(r"[\w.=,+@-]+", part) or part in (".", "..", INDEX) for part in parts):
         raise StorageError(
-            f"a name in a storage is made of letters, digits and `_.=,+@-`, with slashes between, not {name!r}"
+            f"a name in a storage is made of letters, digits and `_.=,+@-`, with slashes between, not {name!r}; "
+            "use another name"
         )
     return name
 
 
-def _canonical(value: Any) -> bytes:
+def _canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _is_entry(entry: Entry) -> bool:
+def _is_valid(entry: Entry) -> bool:
     return bool(re.fullmatch(r"[0-9a-f]{64}", entry.sha256)) and type(entry.bytes) is int and entry.bytes >= 0

@@ -19,32 +19,32 @@ ABANDONED_S = 3600.0
 
 
 class LocalStore:
-    """Files that are written under another name, flushed and renamed."""
+    """Objects as files, each written under a temporary name, flushed and renamed."""
 
-    refusals: ErrorTypes = ()
-    silences: ErrorTypes = ()
+    refusal_errors: ErrorTypes = ()
+    unreachable_errors: ErrorTypes = ()
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def read(self, key: str) -> bytes | None:
-        """A small object; None if there is none."""
+        """Read a small object; return None if there is none."""
         try:
             return (self.root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        """Write a small object over whatever was there."""
+        """Write a small object, replacing any present one."""
         path = self.root / key
-        with _temporary(path) as temporary:
+        with _temporary_file(path) as temporary:
             temporary.write_bytes(data)
             _rename(temporary, path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a small object unless there is one: a link can be made by one process only."""
+        """Write a small object if there is none; only one process can create a hard link of that name."""
         path = self.root / key
-        with _temporary(path) as temporary:
+        with _temporary_file(path) as temporary:
             temporary.write_bytes(data)
             sync(temporary)
             try:
@@ -54,40 +54,40 @@ class LocalStore:
             sync(path.parent)
             return True
 
-    def send(self, key: str, file: BinaryIO, entry: Entry) -> bool:
-        """Write what `file` holds; False, and nothing written, if that is not what the entry says any more."""
+    def upload(self, key: str, file: BinaryIO, entry: Entry) -> bool:
+        """Write the content of `file`; write nothing and return False if it no longer matches the entry."""
         path = self.root / key
-        with _temporary(path) as temporary:
+        with _temporary_file(path) as temporary:
             with temporary.open("wb") as copy:
-                same = hash_stream(file, entry.bytes, copy.write) == entry
-            if same:
+                is_unchanged = hash_stream(file, entry.bytes, copy.write) == entry
+            if is_unchanged:
                 _rename(temporary, path)
-            return same
+            return is_unchanged
 
-    def fetch(self, key: str, target: Path) -> None:
-        """Copy an object into a new file; raises FileNotFoundError."""
+    def download(self, key: str, target: Path) -> None:
+        """Copy an object into a new file; raise FileNotFoundError if there is none."""
         shutil.copyfile(self.root / key, target)
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every object directly in a folder; among them what a killed process left long ago."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as found:
-            return {item.name: item.stat().st_size for item in found if item.is_file() and not _is_in_work(item)}
+    def list_sizes(self, folder: str) -> dict[str, int]:
+        """Return the bytes of every object directly in a folder, abandoned temporary files included."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as items:
+            return {item.name: item.stat().st_size for item in items if item.is_file() and not _is_in_use(item)}
         return {}
 
-    def below(self, key: str) -> list[str]:
-        """Keys of all objects in a folder, however deep, or of the one that is called so."""
+    def list_keys(self, key: str) -> list[str]:
+        """Return the keys of all objects below a folder, or `key` itself if it is an object."""
         path = self.root / key
-        found = path.rglob("*") if path.is_dir() else [path]
-        return [str(item.relative_to(self.root)) for item in found if item.is_file()]
+        items = path.rglob("*") if path.is_dir() else [path]
+        return [str(item.relative_to(self.root)) for item in items if item.is_file()]
 
-    def remove(self, key: str) -> None:
-        """Delete an object; one that is not there is fine."""
+    def delete(self, key: str) -> None:
+        """Delete an object; an absent one is no error."""
         (self.root / key).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` that nobody else uses; what is left there at the end goes."""
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a unique file name in the folder of `path`; delete the file at the end if it still exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
@@ -102,5 +102,5 @@ def _rename(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def _is_in_work(item: os.DirEntry[str]) -> bool:
+def _is_in_use(item: os.DirEntry[str]) -> bool:
     return item.name.endswith(".part") and time.time() - item.stat().st_mtime < ABANDONED_S

@@ -1,4 +1,4 @@
-"""Open the object store that a URL names; refuse URLs and options that are not on the list."""
+"""Open the object store of a URL; refuse URLs and options that are not on the list."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +11,16 @@ from orchestrator.islands.storage.remote_store import RemoteStore
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Scheme and path of a storage's URL; raises `StorageError` for all but the schemes on the list."""
+    """Return scheme and path of a storage's URL; raise `StorageError` for any scheme that is not on the list."""
     if url.startswith("/") and "::" not in url:
         return "file", url.rstrip("/") or "/"
     parts = urlsplit(url)
     path = f"{parts.netloc}{parts.path}".rstrip("/")
-    strange = set("@?#*[]\\") & set(url) or "::" in url or {"..", "."} & set(path.split("/"))
-    if parts.scheme not in ("file", "s3", "gs", "gcs", "memory") or not path or strange:
+    has_extras = set("@?#*[]\\") & set(url) or "::" in url or {"..", "."} & set(path.split("/"))
+    if parts.scheme not in ("file", "s3", "gs", "gcs", "memory") or not path or has_extras:
         raise StorageError(
             f"a storage is an absolute folder or a plain URL that starts with file:, s3:, gs: or memory:, not {url!r}; "
-            "credentials belong into the environment"
+            "put credentials into the environment"
         )
     if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
         raise StorageError(f"a local folder is written file:///absolute/path, not {url!r}")
@@ -28,7 +28,7 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def open_store(url: str, options: Mapping[str, str]) -> ObjectStore:
-    """The objects below a URL; raises `StorageError` for a URL, an option or a driver that cannot be used."""
+    """Open the object store of a URL; raise `StorageError` for an invalid URL or option, or a missing driver."""
     scheme, path = split_url(url)
     if scheme != "file":
         return RemoteStore(scheme, path, options)

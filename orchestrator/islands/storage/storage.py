@@ -1,4 +1,4 @@
-"""Folders and small JSON files in a storage that several machines reach: a local folder, S3, Google's storage."""
+"""Trees (folders) and small JSON files in a storage that several machines reach: a local folder, S3 or Google's."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from ddm_core.artifacts import to_jsonable
 from orchestrator.islands.storage.errors import CorruptTransfer, StorageError, StorageUnreachable, explain_storage_error
-from orchestrator.islands.storage.index import INDEX, Entry, checked_name
+from orchestrator.islands.storage.index import INDEX, Entry, validate_name
 from orchestrator.islands.storage.object_store import map_parallel
 from orchestrator.islands.storage.open import open_store
 from orchestrator.islands.storage.snapshot import Checksums
@@ -20,87 +20,88 @@ __all__ = ["CorruptTransfer", "TransferStats", "Storage", "StorageError", "Stora
 
 
 class Storage:
-    """One place, used from any number of threads; every method raises `StorageError` or one of its kinds."""
+    """One storage, safe to use from any number of threads; every method raises `StorageError` or a subclass."""
 
     def __init__(self, url: str, options: Mapping[str, str] = MappingProxyType({})) -> None:
         self.url = url
-        self._objects = open_store(url, options)
+        self._store = open_store(url, options)
         self._checksums = Checksums()
         self._locks: dict[str, threading.Lock] = {}
 
     def put_tree(self, folder: Path, name: str, skip: tuple[str, ...] = ()) -> TransferStats:
-        """Make the tree equal to the folder, sending only content that is not there; `skip` names what stays out.
+        """Make the tree equal to the folder, uploading only new content; `skip` has top-level names to leave out.
 
-        Somebody may be working in the folder as `artifacts.py` does, by renaming what is finished.
+        Another process may write to the folder as `ddm_core.artifacts` does, by renaming finished files.
         """
-        with self._at("sending", name), self._alone(name):
-            return self._tree(name).put(folder, skip)
+        with self._explain_errors("sending", name), self._get_lock(name):
+            return self._open_tree(name).put(folder, skip)
 
     def get_tree(self, name: str, folder: Path) -> TransferStats:
-        """Make the folder equal to the tree, whole or not at all; every file is compared with its checksum."""
-        with self._at("fetching", name), self._alone(name):
-            return self._tree(name).get(folder)
+        """Make the folder equal to the tree, all files or none; every file is compared with its checksum."""
+        with self._explain_errors("fetching", name), self._get_lock(name):
+            return self._open_tree(name).get(folder)
 
     def sync_tree(self, name: str, folder: Path) -> TransferStats:
-        """Bring what has changed into a folder that is in use, each file whole; an absent tree is no files.
+        """Download changed files into a folder that is in use, each atomically; an absent tree has no files.
 
-        Files that are not in the tree stay.
+        Files that are not in the tree are not deleted.
         """
-        with self._at("following", name), self._alone(name):
-            return self._tree(name).sync(folder)
+        with self._explain_errors("syncing", name), self._get_lock(name):
+            return self._open_tree(name).sync(folder)
 
     def has_tree(self, name: str) -> bool:
-        """Whether a tree was sent to its end."""
-        return self.tree(name) is not None
+        """Return whether a tree was uploaded completely."""
+        return self.read_index(name) is not None
 
-    def tree(self, name: str) -> dict[str, Entry] | None:
-        """Checksum and size of every file of a tree, by path; None if there is no tree."""
-        with self._at("reading", name):
-            return self._tree(name).index()
+    def read_index(self, name: str) -> dict[str, Entry] | None:
+        """Return checksum and size of every file of a tree, by path; None if there is no tree."""
+        with self._explain_errors("reading", name):
+            return self._open_tree(name).read_index()
 
     def put_json(self, name: str, value: object) -> None:
-        """Write a value over whatever was there."""
-        with self._at("writing", name):
-            self._objects.write(name, _encoded(value))
+        """Write a value, replacing any present one."""
+        with self._explain_errors("writing", name):
+            self._store.write(name, _encode_json(value))
 
     def get_json(self, name: str) -> Any | None:
-        """The value that was written; None if there is none."""
-        with self._at("reading", name):
-            data = self._objects.read(name)
+        """Read a value; return None if there is none."""
+        with self._explain_errors("reading", name):
+            data = self._store.read(name)
         try:
             return None if data is None else json.loads(data)
         except (ValueError, RecursionError) as error:
             raise CorruptTransfer(f"{name} in {self.url} is no JSON ({error}); write it again") from error
 
     def create_json(self, name: str, value: object) -> bool:
-        """Write a value unless there is one: of several who try, one gets True.
+        """Write a value if there is none; of several concurrent writers, one gets True.
 
-        After a lost answer even that one may get False, so a value should say whose it is.
+        After a lost response even that one may get False, so a value should name its writer.
         """
-        with self._at("creating", name):
-            return self._objects.create(name, _encoded(value))
+        with self._explain_errors("creating", name):
+            return self._store.create(name, _encode_json(value))
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a tree with all that lies below it, indexes first."""
-        with self._at("deleting", name), self._alone(name):
-            found = self._objects.below(name)
-            indexes = {key for key in found if key.endswith(f"/{INDEX}")}
-            map_parallel(self._objects.remove, indexes)
-            map_parallel(self._objects.remove, set(found) - indexes)
+        """Delete a file, or a tree with everything below it, indexes first."""
+        with self._explain_errors("deleting", name), self._get_lock(name):
+            keys = self._store.list_keys(name)
+            indexes = {key for key in keys if key.endswith(f"/{INDEX}")}
+            map_parallel(self._store.delete, indexes)
+            map_parallel(self._store.delete, set(keys) - indexes)
 
-    def _tree(self, name: str) -> Tree:
-        return Tree(self._objects, self._checksums, name, f"tree {name} in {self.url}")
+    def _open_tree(self, name: str) -> Tree:
+        return Tree(self._store, self._checksums, name, f"tree {name} in {self.url}")
 
-    def _alone(self, name: str) -> threading.Lock:
-        """Held by the one thread that works on a tree."""
+    def _get_lock(self, name: str) -> threading.Lock:
+        """Return the lock of a tree, which serializes this process's threads."""
         return self._locks.setdefault(name, threading.Lock())
 
     @contextlib.contextmanager
-    def _at(self, verb: str, name: str) -> Iterator[None]:
-        checked_name(name)
-        with explain_storage_error(f"{verb} {name} at {self.url}", self._objects.refusals, self._objects.silences):
+    def _explain_errors(self, verb: str, name: str) -> Iterator[None]:
+        validate_name(name)
+        store = self._store
+        with explain_storage_error(f"{verb} {name} at {self.url}", store.refusal_errors, store.unreachable_errors):
             yield
 
 
-def _encoded(value: object) -> bytes:
+def _encode_json(value: object) -> bytes:
     return json.dumps(to_jsonable(value), sort_keys=True).encode()

@@ -1,10 +1,10 @@
-"""One folder in a storage: sent, fetched, followed.
+"""One folder in a storage: upload, download, sync.
 
-    <name>/<sha256>      content of a file, under the name of its checksum
+    <name>/<sha256>      content of a file, named by its checksum
     <name>/.tree.json    the index: path, checksum and size of every file; written last
 
-Nothing that an index names is ever overwritten, so a put that is killed leaves the tree as it was, and a reader
-sees the tree before or after, never between. One writer at a time a tree; readers, any number.
+Content that an index lists is never overwritten. So a killed upload leaves the tree unchanged, and a reader gets the
+tree before or after an upload, never a mixture. A tree has one writer at a time and any number of readers.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from ddm_core.artifacts import atomic_folder, sync
 from orchestrator.islands.storage.errors import CorruptTransfer, StorageError
-from orchestrator.islands.storage.index import INDEX, Entry, Index, parse, render
+from orchestrator.islands.storage.index import INDEX, Entry, Index, parse_index, render_index
 from orchestrator.islands.storage.object_store import ObjectStore, map_parallel
-from orchestrator.islands.storage.snapshot import TRIES, Checksums, files_of, snapshot
+from orchestrator.islands.storage.snapshot import TRIES, Checksums, list_files, snapshot
 
-CONTENT = re.compile(r"[0-9a-f]{64}$|\..+\.part$")
-"""What may be deleted from a tree's own folder: contents, and what a killed process has left half-written."""
+DELETABLE = re.compile(r"[0-9a-f]{64}$|\..+\.part$")
+"""Names that may be deleted from a tree's own folder: contents, and partial files of killed processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferStats:
-    """What has really crossed; nothing if it was there already."""
+    """Number of files and bytes that were transferred; content that was present already does not count."""
 
     files: int
     bytes: int
@@ -37,86 +37,91 @@ class TransferStats:
 class Tree:
     """A folder in a storage."""
 
-    objects: ObjectStore
+    store: ObjectStore
     checksums: Checksums
     """Of local files."""
     name: str
-    where: str
-    """The tree for people: its name and its storage."""
+    description: str
+    """The tree's name and its storage, for messages."""
 
-    def index(self) -> Index | None:
-        """What the tree consists of; None if there is no tree."""
-        data = self.objects.read(self._key(INDEX))
-        return None if data is None else parse(data, f"the index of {self.where}")
+    def read_index(self) -> Index | None:
+        """Return the tree's index; None if there is no tree."""
+        data = self.store.read(self._key(INDEX))
+        return None if data is None else parse_index(data, f"the index of {self.description}")
 
     def put(self, folder: Path, skip: tuple[str, ...]) -> TransferStats:
         """Make the tree equal to a folder."""
-        there = self.objects.sizes(self.name)
-        before = self._readable_index()
-        index, sent = self._send(folder, skip, there)
-        if index != before:
-            self.objects.write(self._key(INDEX), render(index))
-        kept = {entry.sha256 for entry in index.values()}
-        map_parallel(self.objects.remove, [self._key(key) for key in there if CONTENT.match(key) and key not in kept])
-        return TransferStats(files=len(sent), bytes=sum(sent.values()))
+        remote_sizes = self.store.list_sizes(self.name)
+        previous = self._read_intact_index()
+        index, uploaded = self._upload(folder, skip, remote_sizes)
+        if index != previous:
+            self.store.write(self._key(INDEX), render_index(index))
+        needed = {entry.sha256 for entry in index.values()}
+        unused = [self._key(key) for key in remote_sizes if DELETABLE.match(key) and key not in needed]
+        map_parallel(self.store.delete, unused)
+        return TransferStats(files=len(uploaded), bytes=sum(uploaded.values()))
 
     def get(self, folder: Path) -> TransferStats:
-        """Make a folder equal to the tree, whole or not at all."""
-        index = self.index()
-        if index is not None and self._is_in(folder, index):
+        """Make a folder equal to the tree, all files or none."""
+        index = self.read_index()
+        if index is not None and self._matches(folder, index):
             return TransferStats(files=0, bytes=0)
         with atomic_folder(folder) as temporary:
-            index, moved = self._download(index, temporary)
+            index, stats = self._download(index, temporary)
             if index is None:
-                raise StorageError(f"there is no {self.where}; whoever should send it has not finished")
-            for path in files_of(temporary).keys() - index.keys():
+                raise StorageError(f"there is no {self.description}; its upload has not finished, so fetch it later")
+            for path in list_files(temporary).keys() - index.keys():
                 (temporary / path).unlink()
-        return moved
+        return stats
 
     def sync(self, folder: Path) -> TransferStats:
-        """Bring what has changed into a folder that is in use."""
-        return self._download(self.index(), folder)[1]
+        """Download changed files into a folder that is in use."""
+        return self._download(self.read_index(), folder)[1]
 
-    def _send(self, folder: Path, skip: tuple[str, ...], there: Mapping[str, int]) -> tuple[Index, dict[str, int]]:
-        """Send what is not there, and say what the folder consists of and what was sent."""
+    def _upload(
+        self, folder: Path, skip: tuple[str, ...], remote_sizes: Mapping[str, int]
+    ) -> tuple[Index, dict[str, int]]:
+        """Upload new content; return the folder's index and the bytes of each uploaded content by checksum."""
 
-        def send(entry: Entry) -> bool:
-            return self.objects.send(self._key(entry.sha256), taken.opened[entry], entry)
+        def upload(entry: Entry) -> bool:
+            return self.store.upload(self._key(entry.sha256), taken.open_files[entry], entry)
 
-        sent: dict[str, int] = {}
+        uploaded: dict[str, int] = {}
         changes = 0
         while changes < TRIES:
-            with snapshot(folder, skip, self.checksums, {**there, **sent}) as taken:
-                arrived = map_parallel(send, taken.opened)
-            sent.update(entry for entry, ok in zip(taken.opened, arrived, strict=True) if ok)
-            if taken.whole and all(arrived):
-                return taken.index, sent
-            changes += not all(arrived)
+            with snapshot(folder, skip, self.checksums, {**remote_sizes, **uploaded}) as taken:
+                succeeded = map_parallel(upload, taken.open_files)
+            uploaded.update(entry for entry, ok in zip(taken.open_files, succeeded, strict=True) if ok)
+            if taken.is_complete and all(succeeded):
+                return taken.index, uploaded
+            changes += not all(succeeded)
         raise StorageError(f"files in {folder} have changed {TRIES} times while they were sent; send them later")
 
     def _download(self, index: Index | None, folder: Path) -> tuple[Index | None, TransferStats]:
-        """Bring what differs into a folder; a tree that is replaced meanwhile is read again."""
-        landed: list[Entry] = []
-        before: tuple[Index | None, dict[str, str]] = None, {}
+        """Download files that differ; start again with the new index if the tree is replaced meanwhile."""
+        downloaded: list[Entry] = []
+        previous: tuple[Index | None, dict[str, str]] = None, {}
         for _ in range(TRIES):
-            wanted = {path: entry for path, entry in (index or {}).items() if self.checksums.of(folder / path) != entry}
-            found = map_parallel(lambda item: self._fetch(folder / item[0], item[1]), wanted.items())
-            faults = {path: fault for path, fault in zip(wanted, found, strict=True) if fault}
-            landed += (entry for path, entry in wanted.items() if path not in faults)
+            wanted = {
+                path: entry for path, entry in (index or {}).items() if self.checksums.get(folder / path) != entry
+            }
+            results = map_parallel(lambda item: self._download_file(folder / item[0], item[1]), wanted.items())
+            faults = {path: fault for path, fault in zip(wanted, results, strict=True) if fault}
+            downloaded += (entry for path, entry in wanted.items() if path not in faults)
             if not faults:
-                return index, TransferStats(files=len(landed), bytes=sum(entry.bytes for entry in landed))
-            if (index, faults) == before:
+                return index, TransferStats(files=len(downloaded), bytes=sum(entry.bytes for entry in downloaded))
+            if (index, faults) == previous:
                 self._delete_corrupt(wanted, faults)
-            before, index = (index, faults), self.index()
-        raise StorageError(f"{self.where} was replaced {TRIES} times while it was fetched; try again")
+            previous, index = (index, faults), self.read_index()
+        raise StorageError(f"{self.description} was replaced {TRIES} times while it was fetched; try again")
 
-    def _fetch(self, target: Path, entry: Entry) -> str:
-        """Bring one file, and say what is wrong with it; empty if nothing is."""
+    def _download_file(self, target: Path, entry: Entry) -> str:
+        """Download one file; return "changed" or "missing" if its content is wrong or absent, else an empty string."""
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.{os.getpid()}")
         try:
-            self.objects.fetch(self._key(entry.sha256), temporary)
-            if self.checksums.of(temporary) != entry:
+            self.store.download(self._key(entry.sha256), temporary)
+            if self.checksums.get(temporary) != entry:
                 return "changed"
             sync(temporary)
             temporary.replace(target)
@@ -127,29 +132,29 @@ class Tree:
         return ""
 
     def _delete_corrupt(self, wanted: Index, faults: Mapping[str, str]) -> None:
-        """Delete content that is not what its name says, so that the next put sends it again, and raise."""
+        """Delete content that does not match its name, so that the next put uploads it again, and raise."""
         for path, fault in faults.items():
             if fault == "changed":
-                with contextlib.suppress(OSError, *self.objects.refusals, *self.objects.silences):
-                    self.objects.remove(self._key(wanted[path].sha256))
-        named = ", ".join(f"{path} ({fault})" for path, fault in sorted(faults.items())[:5])
+                with contextlib.suppress(OSError, *self.store.refusal_errors, *self.store.unreachable_errors):
+                    self.store.delete(self._key(wanted[path].sha256))
+        examples = ", ".join(f"{path} ({fault})" for path, fault in sorted(faults.items())[:5])
         raise CorruptTransfer(
-            f"{self.where}: {len(faults)} file(s) are not what was sent: {named}; send the folder again, which sends "
-            "these files only"
+            f"{self.description}: {len(faults)} file(s) differ from what was sent: {examples}; send the folder again, "
+            "which uploads only these files"
         )
 
-    def _readable_index(self) -> Index | None:
-        """The index; None also if it is broken, since it will be replaced."""
-        data = self.objects.read(self._key(INDEX))
+    def _read_intact_index(self) -> Index | None:
+        """Return the index; None also if it is corrupt, since `put` replaces it."""
+        data = self.store.read(self._key(INDEX))
         try:
-            return None if data is None else parse(data, "")
+            return None if data is None else parse_index(data, "")
         except StorageError:
             return None
 
-    def _is_in(self, folder: Path, index: Index) -> bool:
-        """Whether a folder is what an index says."""
-        same_names = folder.is_dir() and files_of(folder).keys() == index.keys()
-        return same_names and all(self.checksums.of(folder / path) == entry for path, entry in index.items())
+    def _matches(self, folder: Path, index: Index) -> bool:
+        """Return whether a folder has exactly the files of an index."""
+        has_same_names = folder.is_dir() and list_files(folder).keys() == index.keys()
+        return has_same_names and all(self.checksums.get(folder / path) == entry for path, entry in index.items())
 
     def _key(self, part: str) -> str:
         return f"{self.name}/{part}"

@@ -1,4 +1,4 @@
-"""AWS and Google Cloud through Ray's cluster launcher, `ray up` and `ray down`."""
+"""Start and end pools on AWS and Google Cloud with Ray's cluster launcher, `ray up` and `ray down`."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ FILE = "pool.yaml"
 
 
 def check_aws(config: PoolConfig, folder: Path) -> None:
-    """The launcher, boto3 with credentials, and the `aws` tool for whatever is to be made beside the nodes."""
-    _ray()
+    """Check the launcher, boto3 with credentials, and the `aws` tool if it has to create a security group."""
+    _require_ray()
     aws_account.check_account(config.region)
     if not config.network.security_group:
         require_tool("aws", "install AWS's command line, or name a security group in network.security_group")
@@ -20,46 +20,48 @@ def check_aws(config: PoolConfig, folder: Path) -> None:
 
 
 def check_gcp(config: PoolConfig, folder: Path) -> None:
-    """The launcher, and Google's library with credentials."""
-    _ray()
+    """Check the launcher, and Google's library with credentials."""
+    _require_ray()
     gcp_account.check_account(config.project)
     _check_proxy(config)
 
 
 def up_aws(config: PoolConfig, folder: Path) -> None:
-    """The security group first: the launcher would make one that is open to the world."""
+    """Create the security group, then start: the launcher's own group would be open to the internet."""
     if not config.network.security_group:
-        named = ["--stack-name", config.cluster_name, "--template-file", str(folder / GROUP_FILE)]
-        run_command([*_stack(config, "deploy"), *named, "--no-fail-on-empty-changeset"])
+        options = ["--stack-name", config.cluster_name, "--template-file", str(folder / GROUP_FILE)]
+        run_command([*_build_stack_command(config, "deploy"), *options, "--no-fail-on-empty-changeset"])
     up(config, folder)
 
 
 def down_aws(config: PoolConfig, folder: Path) -> None:
-    """The nodes first, then their security group."""
+    """End the nodes, then delete their security group."""
     down(config, folder)
     if not config.network.security_group and not remaining_aws(config, folder):
-        run_command([*_stack(config, "delete-stack"), "--stack-name", config.cluster_name])
-        run_command([*_stack(config, "wait"), "stack-delete-complete", "--stack-name", config.cluster_name])
+        run_command([*_build_stack_command(config, "delete-stack"), "--stack-name", config.cluster_name])
+        run_command(
+            [*_build_stack_command(config, "wait"), "stack-delete-complete", "--stack-name", config.cluster_name]
+        )
 
 
 def up(config: PoolConfig, folder: Path) -> None:
-    """`ray up` starts the head, or changes one that is up; nodes come with the work."""
-    run_command([_ray(), "up", "--yes", "--no-config-cache", str(folder / FILE)])
+    """Run `ray up`, which starts or updates the head; nodes start when jobs wait."""
+    run_command([_require_ray(), "up", "--yes", "--no-config-cache", str(folder / FILE)])
 
 
 def down(config: PoolConfig, folder: Path) -> None:
-    """`ray down` ends the nodes and the head."""
-    run_command([_ray(), "down", "--yes", str(folder / FILE)])
+    """Run `ray down`, which ends the nodes and the head."""
+    run_command([_require_ray(), "down", "--yes", str(folder / FILE)])
 
 
 def remaining_aws(config: PoolConfig, folder: Path) -> list[str]:
-    """Instances that AWS still has, and is paid for."""
-    return aws_account.machines(config.region, config.cluster_name)
+    """Return the instances that AWS still has and charges for."""
+    return aws_account.list_machines(config.region, config.cluster_name)
 
 
 def remaining_gcp(config: PoolConfig, folder: Path) -> list[str]:
-    """Instances that Google still has, and is paid for."""
-    return gcp_account.machines(config.project, config.cluster_name)
+    """Return the instances that Google still has and charges for."""
+    return gcp_account.list_machines(config.project, config.cluster_name)
 
 
 def _check_proxy(config: PoolConfig) -> None:
@@ -67,9 +69,9 @@ def _check_proxy(config: PoolConfig) -> None:
         require_tool(config.network.ssh_proxy_command.split()[0], "network.ssh_proxy_command needs it")
 
 
-def _ray() -> str:
+def _require_ray() -> str:
     return require_tool("ray", "install decentralized-diffusion again")
 
 
-def _stack(config: PoolConfig, verb: str) -> list[str]:
+def _build_stack_command(config: PoolConfig, verb: str) -> list[str]:
     return [require_tool("aws", "install AWS's command line"), "--region", config.region, "cloudformation", verb]

@@ -1,6 +1,6 @@
-"""Kubernetes: a RayCluster that KubeRay keeps, a NetworkPolicy around it, and a RayJob that brings its own Ray cluster.
+"""Kubernetes: a RayCluster for KubeRay, its NetworkPolicy, and a RayJob that starts its own Ray cluster.
 
-KubeRay hands the token to its containers from a Secret, which `ddm pool up` makes from the token's file.
+KubeRay passes the token to its containers from a Secret, which `ddm pool up` creates from the token's file.
 """
 
 import json
@@ -8,11 +8,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from orchestrator.pools.config import HeadConfig, NodeConfig, PoolConfig, dashed
+from orchestrator.pools.config import HeadConfig, NodeConfig, PoolConfig, hyphenate
 from orchestrator.pools.providers.node_setup import RAY_VERSION
-from orchestrator.pools.providers.ray_launcher import resource
+from orchestrator.pools.providers.ray_launcher import get_resource_name
 from orchestrator.pools.shell import PoolError, require_tool, run_command, tool_output
-from orchestrator.pools.yaml_text import as_yaml
+from orchestrator.pools.yaml_text import to_yaml
 
 LABEL = "ddm-pool"
 RUNS = "/runs"
@@ -20,72 +20,83 @@ GROUP = "ray.io/v1"
 
 
 def render_kuberay(config: PoolConfig) -> dict[str, str]:
-    """`network_policy.yaml`, `ray_cluster.yaml`, and `ray_job.yaml` if `kubernetes.run` names a run."""
-    cluster = {"apiVersion": GROUP, "kind": "RayCluster", "metadata": _named(config), "spec": _cluster(config)}
+    """Return `network_policy.yaml`, `ray_cluster.yaml`, and `ray_job.yaml` if `kubernetes.run` is set."""
+    cluster = {
+        "apiVersion": GROUP,
+        "kind": "RayCluster",
+        "metadata": _build_metadata(config),
+        "spec": _build_cluster(config),
+    }
     policy = {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _named(config),
-        "spec": _policy(config),
+        "metadata": _build_metadata(config),
+        "spec": _build_policy(config),
     }
     files = {
-        "network_policy.yaml": as_yaml(policy, about=f"Who may reach pool {config.name}: its own pods and KubeRay."),
-        "ray_cluster.yaml": as_yaml(cluster, about=f"Pool {config.name} for KubeRay 1.6 or later."),
+        "network_policy.yaml": to_yaml(
+            policy, comment=f"Network access to pool {config.name}: its own pods and KubeRay."
+        ),
+        "ray_cluster.yaml": to_yaml(cluster, comment=f"Pool {config.name} for KubeRay 1.6 or later."),
     }
     if config.kubernetes.run:
-        job = {"apiVersion": GROUP, "kind": "RayJob", "metadata": _named(config), "spec": _job(config)}
-        about = f"A run on a Ray cluster of its own, like pool {config.name}: `kubectl create -f ray_job.yaml`."
-        files["ray_job.yaml"] = as_yaml(job, about=about)
+        job = {"apiVersion": GROUP, "kind": "RayJob", "metadata": _build_metadata(config), "spec": _build_job(config)}
+        comment = f"A run on a Ray cluster of its own, like pool {config.name}: `kubectl create -f ray_job.yaml`."
+        files["ray_job.yaml"] = to_yaml(job, comment=comment)
     return files
 
 
-def secret_name(config: PoolConfig) -> str:
-    """Name of the Secret with the token, under the key `auth_token`."""
+def get_secret_name(config: PoolConfig) -> str:
+    """Return the name of the Secret with the token, under the key `auth_token`."""
     return f"{config.cluster_name}-token"
 
 
-def _named(config: PoolConfig) -> dict[str, Any]:
-    return {"name": config.cluster_name, "namespace": config.kubernetes.namespace, "labels": _labels(config)}
+def _build_metadata(config: PoolConfig) -> dict[str, Any]:
+    return {"name": config.cluster_name, "namespace": config.kubernetes.namespace, "labels": _build_labels(config)}
 
 
-def _labels(config: PoolConfig) -> dict[str, str]:
+def _build_labels(config: PoolConfig) -> dict[str, str]:
     return {**config.tags, LABEL: config.name}
 
 
-def _cluster(config: PoolConfig) -> dict[str, Any]:
+def _build_cluster(config: PoolConfig) -> dict[str, Any]:
     head = {
         "serviceType": "ClusterIP",
         "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
-        "template": _pod(config, "ray-head", config.head, gpus=0),
+        "template": _build_pod(config, "ray-head", config.head, gpus=0),
     }
     return {
         "rayVersion": RAY_VERSION,
-        "authOptions": {"mode": "token", "secretName": secret_name(config)},
+        "authOptions": {"mode": "token", "secretName": get_secret_name(config)},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {"idleTimeoutSeconds": round(config.idle_minutes * 60), "upscalingMode": "Default"},
         "headGroupSpec": head,
-        "workerGroupSpecs": [_group(config, name, node) for name, node in config.nodes.items()],
+        "workerGroupSpecs": [_build_group(config, name, node) for name, node in config.nodes.items()],
     }
 
 
-def _group(config: PoolConfig, name: str, node: NodeConfig) -> dict[str, Any]:
-    own = json.dumps(json.dumps({resource(name): node.slots}))  # quoted twice: KubeRay puts it into a shell command
+def _build_group(config: PoolConfig, name: str, node: NodeConfig) -> dict[str, Any]:
+    resources = json.dumps(json.dumps({get_resource_name(name): node.slots}))  # KubeRay inserts it into a shell command
     return {
-        "groupName": dashed(name),
+        "groupName": hyphenate(name),
         "replicas": node.min_nodes,
         "minReplicas": node.min_nodes,
         "maxReplicas": node.max_nodes,
-        "rayStartParams": {"resources": own},
-        "template": _pod(config, "ray-worker", node, gpus=node.gpus),
+        "rayStartParams": {"resources": resources},
+        "template": _build_pod(config, "ray-worker", node, gpus=node.gpus),
     }
 
 
-def _pod(config: PoolConfig, container: str, asked: HeadConfig, *, gpus: int) -> dict[str, Any]:
-    """A pod template; the container may not become root, and gets what it asks for and no more."""
-    amounts = {"cpu": str(asked.cpus), "memory": f"{asked.memory_gb:g}Gi", "ephemeral-storage": f"{asked.disk_gb}Gi"}
+def _build_pod(config: PoolConfig, container: str, machine: HeadConfig, *, gpus: int) -> dict[str, Any]:
+    """Return a pod template; the container cannot become root, and its limits equal its requests."""
+    amounts = {
+        "cpu": str(machine.cpus),
+        "memory": f"{machine.memory_gb:g}Gi",
+        "ephemeral-storage": f"{machine.disk_gb}Gi",
+    }
     if gpus:
         amounts["nvidia.com/gpu"] = str(gpus)
-    main: dict[str, Any] = {
+    main_container: dict[str, Any] = {
         "name": container,
         "image": config.image,
         "env": [{"name": "RAY_JOB_START_TIMEOUT_SECONDS", "value": f"{config.start_timeout_s:.0f}"}],
@@ -97,31 +108,31 @@ def _pod(config: PoolConfig, container: str, asked: HeadConfig, *, gpus: int) ->
             "runAsUser": 1000,
         },
     }
-    pod: dict[str, Any] = {"containers": [main]}
+    pod: dict[str, Any] = {"containers": [main_container]}
     if config.kubernetes.claim:
-        main["volumeMounts"] = [{"name": "runs", "mountPath": RUNS}]
+        main_container["volumeMounts"] = [{"name": "runs", "mountPath": RUNS}]
         pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": config.kubernetes.claim}}]
-    if asked.selector:
-        pod["nodeSelector"] = dict(asked.selector)
+    if machine.selector:
+        pod["nodeSelector"] = dict(machine.selector)
     if gpus:
         pod["tolerations"] = [{"key": key, "operator": "Exists"} for key in config.kubernetes.tolerations]
-    return {"metadata": {"labels": _labels(config)}, "spec": pod}
+    return {"metadata": {"labels": _build_labels(config)}, "spec": pod}
 
 
-def _job(config: PoolConfig) -> dict[str, Any]:
-    """KubeRay submits over HTTP from its own namespace, and the Ray cluster goes when the run ends."""
-    own = ("compute=ray_local", "compute.address=auto", f"folder={RUNS}/{config.name}")
+def _build_job(config: PoolConfig) -> dict[str, Any]:
+    """Return a RayJob that KubeRay submits over HTTP; its Ray cluster is deleted when the run ends."""
+    overrides = ("compute=ray_local", "compute.address=auto", f"folder={RUNS}/{config.name}")
     return {
-        "entrypoint": shlex.join(["ddm", "run", *own, *config.kubernetes.run]),
+        "entrypoint": shlex.join(["ddm", "run", *overrides, *config.kubernetes.run]),
         "submissionMode": "HTTPMode",
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 60,
         "backoffLimit": 0,
-        "rayClusterSpec": _cluster(config),
+        "rayClusterSpec": _build_cluster(config),
     }
 
 
-def _policy(config: PoolConfig) -> dict[str, Any]:
+def _build_policy(config: PoolConfig) -> dict[str, Any]:
     members = {"podSelector": {"matchLabels": {LABEL: config.name}}}
     operator = {"kubernetes.io/metadata.name": config.kubernetes.operator_namespace}
     return {
@@ -141,40 +152,40 @@ FILES = ("network_policy.yaml", "ray_cluster.yaml")
 
 
 def check(config: PoolConfig, folder: Path) -> None:
-    """`kubectl`, a Kubernetes that answers and lets us, and KubeRay in it."""
-    kinds = tool_output([*_kubectl(config), "api-resources", "--api-group=ray.io", "--output=name"])
+    """Check `kubectl`, the connection, KubeRay, and the right to create Ray clusters."""
+    kinds = tool_output([*_build_kubectl_command(config), "api-resources", "--api-group=ray.io", "--output=name"])
     if "rayclusters.ray.io" not in kinds.split():
-        raise PoolError("this Kubernetes does not know RayCluster: install KubeRay 1.6 or later with Helm")
-    allowed = [*_kubectl(config), "auth", "can-i", "create", "rayclusters.ray.io"]
-    tool_output(allowed, way_out=f"ask for the right in namespace {config.kubernetes.namespace}")
+        raise PoolError("this Kubernetes has no RayCluster resource; install KubeRay 1.6 or later with Helm")
+    command = [*_build_kubectl_command(config), "auth", "can-i", "create", "rayclusters.ray.io"]
+    tool_output(command, remedy=f"request this right in namespace {config.kubernetes.namespace}")
 
 
 def up(config: PoolConfig, folder: Path) -> None:
-    """The Secret is made from the token's file, so the token is in no command and no YAML."""
-    kubectl, secret = _kubectl(config), secret_name(config)
+    """Create the Secret from the token's file, so no command and no YAML contains the token; then apply the files."""
+    kubectl, secret = _build_kubectl_command(config), get_secret_name(config)
     run_command([*kubectl, "delete", "secret", secret, "--ignore-not-found"])
-    run_command([*kubectl, "create", "secret", "generic", secret, f"--from-file=auth_token={config.token}"])
+    run_command([*kubectl, "create", "secret", "generic", secret, f"--from-file=auth_token={config.token_path}"])
     for name in FILES:
         run_command([*kubectl, "apply", f"--filename={folder / name}"])
 
 
 def down(config: PoolConfig, folder: Path) -> None:
-    """Wait until the pods, which belong to the RayCluster, have ended; then remove the rest."""
-    kubectl = _kubectl(config)
+    """Delete the RayCluster and wait until its pods have ended; then delete the policy and the Secret."""
+    kubectl = _build_kubectl_command(config)
     for name in reversed(FILES):
-        waiting = ["--ignore-not-found", "--cascade=foreground", "--timeout=300s"]
-        run_command([*kubectl, "delete", f"--filename={folder / name}", *waiting])
-    run_command([*kubectl, "delete", "secret", secret_name(config), "--ignore-not-found"])
+        options = ["--ignore-not-found", "--cascade=foreground", "--timeout=300s"]
+        run_command([*kubectl, "delete", f"--filename={folder / name}", *options])
+    run_command([*kubectl, "delete", "secret", get_secret_name(config), "--ignore-not-found"])
 
 
 def remaining(config: PoolConfig, folder: Path) -> list[str]:
-    """Pods and Ray clusters that are still there."""
-    kubectl, name = _kubectl(config), config.cluster_name
+    """Return the remaining Ray clusters and pods."""
+    kubectl, name = _build_kubectl_command(config), config.cluster_name
     pods = tool_output([*kubectl, "get", "pods", f"--selector=ray.io/cluster={name}", "--output=name"])
     cluster = tool_output([*kubectl, "get", "rayclusters.ray.io", name, "--ignore-not-found", "--output=name"])
     return [*cluster.split(), *pods.split()]
 
 
-def _kubectl(config: PoolConfig) -> list[str]:
+def _build_kubectl_command(config: PoolConfig) -> list[str]:
     tool = require_tool("kubectl", "install it, and point it to your Kubernetes")
     return [tool, f"--namespace={config.kubernetes.namespace}"]

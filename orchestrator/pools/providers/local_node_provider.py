@@ -1,7 +1,7 @@
-"""Ray's own provider of nodes on one machine, with a folder for code for each of them.
+"""Ray's own provider of nodes on one machine, with a separate code folder for each node.
 
-Without it they install the same wheel into the same folder at the same time. This file alone is copied beside the
-autoscaler, which imports it by itself: it must need nothing but Ray.
+With a shared folder, nodes would install the same wheel into it at the same time. The autoscaler imports a copy of
+this file alone, so it must not import anything but Ray.
 """
 
 from collections.abc import Mapping

@@ -1,16 +1,16 @@
-"""What is installed on a node, and how Ray is started there; the same for every cloud."""
+"""Shell commands that install packages and start Ray on a node, the same for every cloud."""
 
 import shlex
 import sys
 from importlib.metadata import version
 
 RAY_VERSION = version("ray")
-"""Ray on the nodes is the Ray here,"""
+"""Ray on the nodes has the local version."""
 PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
-"""and so is Python."""
+"""Python on the nodes has the local version."""
 
 TOKEN_ON_NODE = "$HOME/.ray/auth_token"
-"""Where a node finds the token: the file that Ray reads by itself."""
+"""Path of the token on a node: the file that Ray reads by default."""
 
 PACKAGES = (
     "diffusers>=0.36",
@@ -39,21 +39,21 @@ PACKAGES = (
     "gcsfs>=2025.2",
     "aiohttp>=3.9",
 )
-"""What our code needs on a node beside Ray: the project's own requirements and its extra `cloud`."""
+"""Packages on a node besides Ray: the project's requirements and its extra `cloud`."""
 
 
-def install(packages: tuple[str, ...]) -> str:
-    """The command that installs `packages` beside our version of Ray."""
+def build_install_command(packages: tuple[str, ...]) -> str:
+    """Return the command that installs `packages` and the local version of Ray."""
     return shlex.join(["pip", "install", "--quiet", f"ray[default]=={RAY_VERSION}", *packages])
 
 
-def guard_token() -> str:
-    """The command that makes the token readable by its owner alone, whoever copied it there."""
+def build_token_command() -> str:
+    """Return the command that makes the token readable only by its owner, whichever user copied it there."""
     return f"sudo chown $(id -u):$(id -g) {TOKEN_ON_NODE} && chmod 600 {TOKEN_ON_NODE}"
 
 
-def environment(start_timeout_s: float) -> str:
-    """The command that a shell needs before `ray`: token authentication on; jobs inherit it."""
+def build_export_command(start_timeout_s: float) -> str:
+    """Return the command that a shell runs before `ray`: it enables token authentication, which jobs inherit."""
     variables = (
         "RAY_AUTH_MODE=token",
         f"RAY_AUTH_TOKEN_PATH={TOKEN_ON_NODE}",
@@ -63,6 +63,6 @@ def environment(start_timeout_s: float) -> str:
     return " ".join(["export", *variables])
 
 
-def start_ray(*options: str) -> str:
-    """The command that starts Ray on a node, after `environment`."""
+def build_start_command(*options: str) -> str:
+    """Return the command that starts Ray on a node, after `build_export_command`."""
     return " ".join(["ulimit -n 65536; ray start", *options])

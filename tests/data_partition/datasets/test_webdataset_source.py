@@ -13,14 +13,14 @@ from data_partition.datasets.webdataset_source import read_urls
 from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UrlRefused
 from data_partition.shards.images import encode_png
 from data_partition.shards.shards import Sample
-from tests.data_partition.shards.test_tar import tar_of
+from tests.data_partition.shards.test_tar import make_tar
 
 PNG = encode_png(np.zeros((4, 4, 1), dtype=np.uint8))
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The test's folder, served on the loopback."""
+    """Serve the test's folder on the loopback interface."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -29,7 +29,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 def write(path: Path, files: dict[str, bytes]) -> None:
-    path.write_bytes(tar_of(files).getvalue())
+    path.write_bytes(make_tar(files).getvalue())
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def write(path: Path, files: dict[str, bytes]) -> None:
         ({"x.cls": b"1", "x.txt": b"hat", "x.json": b'{"label": 9}'}, 1, "hat"),
     ],
 )
-def test_annotations(tmp_path: Path, extra: dict[str, bytes], label: int, caption: str):
+def test_class_and_caption_are_parsed(tmp_path: Path, extra: dict[str, bytes], label: int, caption: str):
     write(tmp_path / "a.tar", {"x.png": PNG} | extra)
-    (found,) = read_urls(str(tmp_path / "a.tar"))
-    assert isinstance(found, Sample)
-    assert (found.label, found.caption) == (label, caption)
+    (sample,) = read_urls(str(tmp_path / "a.tar"))
+    assert isinstance(sample, Sample)
+    assert (sample.label, sample.caption) == (label, caption)
 
 
 @pytest.mark.parametrize(
@@ -63,28 +63,28 @@ def test_annotations(tmp_path: Path, extra: dict[str, bytes], label: int, captio
         {"x.png": PNG, "x.txt": b"\xff"},
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, files: dict[str, bytes]):
+def test_unreadable_sample_keeps_its_key(tmp_path: Path, files: dict[str, bytes]):
     write(tmp_path / "a.tar", files)
-    (found,) = read_urls(str(tmp_path / "a.tar"))
-    assert isinstance(found, Unreadable)
-    assert found.key == "00000-a/x"
+    (sample,) = read_urls(str(tmp_path / "a.tar"))
+    assert isinstance(sample, Unreadable)
+    assert sample.key == "00000-a/x"
 
 
 def test_keys_are_unique_among_tars(tmp_path: Path):
     for name in ("a-0.tar", "a-1.tar"):
         write(tmp_path / name, {"x.png": PNG})
-    found = [each.key for each in read_urls(str(tmp_path / "a-{0..1}.tar"))]
-    assert found == ["00000-a-0/x", "00001-a-1/x"]
+    keys = [sample.key for sample in read_urls(str(tmp_path / "a-{0..1}.tar"))]
+    assert keys == ["00000-a-0/x", "00001-a-1/x"]
 
 
 def test_tars_are_read_over_http(tmp_path: Path, server: str):
     write(tmp_path / "a.tar", {"x.png": PNG, "x.cls": b"3"})
-    (found,) = read_urls(f"{server}/a.tar")
-    assert isinstance(found, Sample)
-    assert found.label == 3
+    (sample,) = read_urls(f"{server}/a.tar")
+    assert isinstance(sample, Sample)
+    assert sample.label == 3
 
 
-def test_missing_refused_and_corrupt_are_clear(tmp_path: Path):
+def test_missing_refused_and_corrupt_tars_raise(tmp_path: Path):
     with pytest.raises(SourceMissing, match="data.path is empty"):
         list(read_urls(None))
     with pytest.raises(UrlRefused):

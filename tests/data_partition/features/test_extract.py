@@ -9,10 +9,10 @@ import pytest
 from data_partition.config import PartitionConfig
 from data_partition.errors import MissingExtra, UnknownExtractor
 from data_partition.features.extract import EXTRACTORS, extract_features, fit_extractor, load_extractor, save_extractor
-from data_partition.features.random_conv import random_filters
+from data_partition.features.random_conv import make_random_filters
 from data_partition.shards.shards import read_batches
 from ddm_core.artifacts import Preempted, Workspace, write_json
-from tests.data_partition.conftest import files_of
+from tests.data_partition.conftest import read_files
 
 HAS_EXTRA = importlib.util.find_spec("efficientnet_lite_pytorch") is not None
 NAMES = [
@@ -24,21 +24,21 @@ CONFIG = PartitionConfig(batch_size=100, components=16)
 
 
 class StopAfter(Workspace):
-    """A workspace whose stop is requested after so many questions."""
+    """A workspace whose stop is requested after `calls_left` checks."""
 
-    questions = 0
+    calls_left = 0
 
     def stop_requested(self) -> bool:
-        type(self).questions -= 1
-        return type(self).questions < 0
+        type(self).calls_left -= 1
+        return type(self).calls_left < 0
 
 
-def test_every_name_of_the_config_has_an_extractor():
+def test_every_config_name_has_an_extractor():
     assert set(EXTRACTORS) == set(get_args(get_type_hints(PartitionConfig)["features"]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_have_length_one_and_come_back(name: str, digits: Path, tmp_path: Path):
+def test_features_have_unit_length_and_survive_reload(name: str, digits: Path, tmp_path: Path):
     extractor = fit_extractor(name, digits / "train", 16, 0)
     images = next(read_batches(digits / "train", 20)).images
     rows = extractor(images)
@@ -50,19 +50,19 @@ def test_rows_have_length_one_and_come_back(name: str, digits: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_depends_on_its_image_alone(name: str, digits: Path):
+def test_features_of_image_are_independent_of_batch(name: str, digits: Path):
     extractor = fit_extractor(name, digits / "train", 16, 0)
     images = next(read_batches(digits / "train", 8)).images
     np.testing.assert_allclose(extractor(images[3:4])[0], extractor(images)[3], atol=1e-5)
 
 
-def test_random_filters_follow_their_seed():
-    one, same, other = random_filters(1), random_filters(1), random_filters(2)
-    assert all((a == b).all() for a, b in zip(one, same, strict=True))
-    assert not (one[0] == other[0]).any()
+def test_random_filters_depend_on_seed():
+    first, repeated, other = make_random_filters(1), make_random_filters(1), make_random_filters(2)
+    assert all((a == b).all() for a, b in zip(first, repeated, strict=True))
+    assert not (first[0] == other[0]).any()
 
 
-def test_features_are_written_for_every_key(digits: Path, tmp_path: Path, workspace: Workspace):
+def test_extract_features_writes_every_key(digits: Path, tmp_path: Path, workspace: Workspace):
     summary = extract_features(CONFIG, digits, tmp_path, workspace)
     rows = np.load(tmp_path / "features.npy", mmap_mode="r", allow_pickle=False)
     keys = (tmp_path / "keys.txt").read_text().splitlines()
@@ -75,29 +75,29 @@ def test_features_are_written_for_every_key(digits: Path, tmp_path: Path, worksp
 
 
 @pytest.mark.parametrize("batches", [1, 3, 5])
-def test_a_stopped_extraction_goes_on_to_the_same_bytes(
-    digits: Path, tmp_path: Path, workspace: Workspace, batches: int
-):
-    extract_features(CONFIG, digits, tmp_path / "whole", workspace)
-    StopAfter.questions = batches - 1
-    again = Workspace.at(tmp_path / "again")
+def test_resumed_extraction_is_byte_identical(digits: Path, tmp_path: Path, workspace: Workspace, batches: int):
+    extract_features(CONFIG, digits, tmp_path / "uninterrupted", workspace)
+    StopAfter.calls_left = batches - 1
+    resumed_workspace = Workspace.at(tmp_path / "second")
     with pytest.raises(Preempted, match=f"{100 * batches} of 600"):
-        extract_features(CONFIG, digits, tmp_path / "part", StopAfter(again.scratch, again.attempt))
-    (progress,) = again.scratch.glob("features-*/progress.json")
+        extract_features(
+            CONFIG, digits, tmp_path / "resumed", StopAfter(resumed_workspace.scratch, resumed_workspace.attempt)
+        )
+    (progress,) = resumed_workspace.scratch.glob("features-*/progress.json")
     assert f'"rows": {100 * batches}' in progress.read_text()
-    (keys,) = again.scratch.glob("features-*/keys.txt")
+    (keys,) = resumed_workspace.scratch.glob("features-*/keys.txt")
     keys.write_bytes(keys.read_bytes() + b"half a ba")
-    extract_features(CONFIG, digits, tmp_path / "part", again)
-    assert files_of(tmp_path / "part") == files_of(tmp_path / "whole")
+    extract_features(CONFIG, digits, tmp_path / "resumed", resumed_workspace)
+    assert read_files(tmp_path / "resumed") == read_files(tmp_path / "uninterrupted")
 
 
-def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(MissingExtra, match=r"pip install 'decentralized-diffusion\[features\]'"):
         fit_extractor("efficientnet_lite0", tmp_path, 16, 0)
 
 
-def test_unknown_features_are_an_error(tmp_path: Path):
+def test_unknown_extractor_raises(tmp_path: Path):
     write_json(tmp_path / "extractor.json", {"name": "dinov9", "dimension": 3})
     with pytest.raises(UnknownExtractor, match="'dinov9', known are pixels"):
         load_extractor(tmp_path)

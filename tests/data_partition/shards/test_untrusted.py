@@ -27,11 +27,11 @@ def test_other_schemes_are_refused(url: str):
 @pytest.mark.parametrize(
     "url", ["/a/b.tar", "a/b.tar", "file:///a", "s3://b/k", "gs://b/k", "gcs://b/k", "https://h/k"]
 )
-def test_these_are_allowed(url: str):
+def test_plain_paths_and_listed_schemes_are_allowed(url: str):
     assert check_url(url) == url
 
 
-def test_files_are_opened(tmp_path: Path):
+def test_open_url_reads_local_files(tmp_path: Path):
     (tmp_path / "x").write_bytes(b"content")
     for url in (str(tmp_path / "x"), (tmp_path / "x").as_uri()):
         with open_url(url) as file:

@@ -1,4 +1,4 @@
-"""A pipeline's folder as a classifier: what it writes, and what it cannot do."""
+"""A pipeline as a classifier: output and errors."""
 
 import numpy as np
 import pytest
@@ -27,24 +27,24 @@ def write_holdouts(folder, labels):
     return folder
 
 
-def test_every_voice_sees_as_many_images_of_every_cluster(parts, tmp_path):
-    pipeline, seen = put_together(parts), []
+def test_classify_uses_equal_images_of_every_cluster(parts, tmp_path):
+    pipeline, reports = put_together(parts), []
     partition = write_holdouts(tmp_path / "partition", labels=True)
-    flops = classify(pipeline, partition, CONFIG, tmp_path, lambda done, total: seen.append((done, total)))
-    found = read_json(tmp_path / "classify.json")
-    assert found["images"] == [4, 4, 4] and found["chance"] == 0.5
-    assert found["models"] == ["ensemble", "expert_0", "expert_1", "expert_2"]
-    rows, costs = 12 * 2 * CONFIG.noises_per_image, RowFlops.of(pipeline)
-    assert seen[-1] == (rows, rows)
+    flops = classify(pipeline, partition, CONFIG, tmp_path, lambda done, total: reports.append((done, total)))
+    written = read_json(tmp_path / "classify.json")
+    assert written["images"] == [4, 4, 4] and written["chance"] == 0.5
+    assert written["models"] == ["ensemble", "expert_0", "expert_1", "expert_2"]
+    rows, costs = 12 * 2 * CONFIG.noises_per_image, RowFlops.measure(pipeline)
+    assert reports[-1] == (rows, rows)
     assert flops == rows * (sum(costs.experts.values()) + costs.router)
 
 
-def test_experts_without_classes_cannot_classify(parts, tmp_path):
+def test_classify_with_unconditional_experts_raises(parts, tmp_path):
     alone = assemble({0: make_expert(tmp_path / "e", 0, num_classes=0)}, None, parts / "codec", tmp_path / "alone")
     with pytest.raises(PipelineError, match="trained with classes, and these have 0; use a data set with classes"):
         classify(alone, write_holdouts(tmp_path / "partition", labels=True), CONFIG, tmp_path)
 
 
-def test_images_without_classes_cannot_be_classified(parts, tmp_path):
+def test_classify_without_labeled_images_raises(parts, tmp_path):
     with pytest.raises(PipelineError, match="held-out images with a class, and none has one"):
         classify(put_together(parts), write_holdouts(tmp_path / "partition", labels=False), CONFIG, tmp_path)

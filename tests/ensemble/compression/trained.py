@@ -1,4 +1,4 @@
-"""A small expert that has been trained for long enough that an error of its output means something."""
+"""Small experts, trained long enough that errors of their outputs are meaningful."""
 
 import functools
 from dataclasses import replace
@@ -25,17 +25,17 @@ TRAINING = TrainingConfig(steps=150, batch_size=32, lr=3e-3, warmup_steps=10)
 
 @functools.cache
 def digits() -> LatentDataset:
-    """scikit-learn's digits, 8 x 8."""
-    found = load_digits()
+    """Return scikit-learn's digits as latents of shape (1, 8, 8)."""
+    data = load_digits()
     return LatentDataset(
-        clean=torch.tensor(found.images).float().div(8).sub(1)[:, None],
-        class_id=torch.tensor(found.target),
-        cluster_id=torch.zeros(len(found.target), dtype=torch.int64),
+        clean=torch.tensor(data.images).float().div(8).sub(1)[:, None],
+        class_id=torch.tensor(data.target),
+        cluster_id=torch.zeros(len(data.target), dtype=torch.int64),
     )
 
 
 def trained(kind: str, workspace: Workspace, steps: int = TRAINING.steps) -> Expert:
-    """Trained in a few seconds, from a seed."""
+    """Train an expert in a few seconds, from a fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_network(NETWORKS[kind], (1, 8, 8), 10)

@@ -1,4 +1,4 @@
-"""Evaluation end to end on digits: deterministic, and it sees what it should."""
+"""Evaluation end to end on digits: deterministic, and sensitive to defects of the samples."""
 
 import json
 from dataclasses import replace
@@ -13,12 +13,12 @@ from data_partition.datasets.build import build_dataset
 from data_partition.features.extract import extract_features
 from data_partition.partition import make_partition
 from data_partition.shards.shards import ShardWriter, read_index, read_samples
-from ddm_core.artifacts import Preempted, Workspace, checksum, files_in
+from ddm_core.artifacts import Preempted, Workspace, checksum, list_files
 from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.generate import generate
-from ensemble.evaluation.reference import EvaluationError, build_reference, fit_extractor_to
-from ensemble.evaluation.scoring import Reference, score_clusters
+from ensemble.evaluation.reference import EvaluationError, build_reference, fit_config_to
+from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.pipeline import assemble
 from experts.codecs.registry import fit_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
@@ -61,7 +61,7 @@ def reference(root, dataset) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(root, dataset, partition) -> Path:
-    """Two hardly trained experts and their router."""
+    """Two briefly trained experts and their router."""
     codec, clusters = root / "codec", [partition / "clusters" / str(k) for k in range(2)]
     codec.mkdir()
     fit_codec(CodecConfig(components=16), dataset / "train", codec, Workspace.at(root / "work_codec"))
@@ -79,41 +79,41 @@ def pipeline(root, dataset, partition) -> Path:
     return root / "pipeline"
 
 
-def images_of(folder: Path):
-    """All images of a folder of shards, and their labels."""
+def load_images(folder: Path):
+    """Return all images of a folder of shards, and their labels."""
     samples = list(read_samples(folder))
     return np.stack([sample.image for sample in samples]), np.array([sample.label for sample in samples])
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): checksum(path) for path in files_in(folder)}
+    return {str(path.relative_to(folder)): checksum(path) for path in list_files(folder)}
 
 
 def score(reference: Path, images):
-    """Scores of any images in one go: pixels, classes, copies."""
-    real = Reference.load(reference, CONFIG)
-    spaces = real.extract(images).spaces
-    classes = real.score_classes(spaces["pixels"])
-    return real.score_space("pixels", spaces["pixels"]), classes, real.nearest_ratio(spaces["pixels"])
+    """Return the scores of any images: pixels, classes, copies."""
+    loaded = Reference.load(reference, CONFIG)
+    spaces = loaded.extract(images).spaces
+    classes = loaded.compare_classes(spaces["pixels"])
+    return loaded.compare_space("pixels", spaces["pixels"]), classes, loaded.nearest_ratio(spaces["pixels"])
 
 
-# The real side
+# Reference
 
 
 @pytest.mark.slow
-def test_the_reference_is_the_same_twice(dataset, reference, tmp_path):
+def test_reference_is_deterministic(dataset, reference, tmp_path):
     build_reference(dataset, CONFIG, tmp_path / "again", Workspace.at(tmp_path / "work"))
     assert contents(tmp_path / "again") == contents(reference)
 
 
-def test_the_reference_holds_no_pickle(reference):
-    assert {path.suffix for path in files_in(reference)} <= {".safetensors", ".npy", ".json"}
+def test_reference_has_no_pickle(reference):
+    assert {path.suffix for path in list_files(reference)} <= {".safetensors", ".npy", ".json"}
 
 
-def test_held_out_images_score_like_the_floor(dataset, reference):
-    images, _ = images_of(dataset / "train")
-    chosen = np.random.default_rng(7).choice(len(images), 150, replace=False)
-    space, classes, nearest = score(reference, images[chosen])
+def test_training_images_score_like_the_floor(dataset, reference):
+    images, _ = load_images(dataset / "train")
+    rows = np.random.default_rng(7).choice(len(images), 150, replace=False)
+    space, classes, nearest = score(reference, images[rows])
     assert space.fd == pytest.approx(space.fd_floor, rel=0.5)
     assert abs(space.kid) < 4 * space.kid_std
     assert space.precision == pytest.approx(space.precision_floor, abs=0.1)
@@ -123,8 +123,8 @@ def test_held_out_images_score_like_the_floor(dataset, reference):
     assert nearest == 0  # training images are copies of themselves
 
 
-def test_new_images_are_as_near_as_held_out_ones(dataset, reference):
-    images, _ = images_of(dataset / "holdout")
+def test_held_out_images_have_perfect_scores(dataset, reference):
+    images, _ = load_images(dataset / "holdout")
     space, classes, nearest = score(reference, images)
     assert nearest == pytest.approx(1)
     assert (classes.tv, classes.coverage) == (0, 1)
@@ -132,19 +132,19 @@ def test_new_images_are_as_near_as_held_out_ones(dataset, reference):
     assert space.fd == pytest.approx(0, abs=1e-4)
 
 
-def test_lost_classes_are_seen(dataset, reference):
-    images, labels = images_of(dataset / "train")
+def test_missing_classes_worsen_the_scores(dataset, reference):
+    images, labels = load_images(dataset / "train")
     everything, all_classes, _ = score(reference, images[:150])
-    kept, kept_classes, _ = score(reference, images[labels >= 3][:150])
-    assert kept_classes.coverage <= 0.8 < all_classes.coverage
-    assert kept_classes.tv > all_classes.tv + 0.1
-    assert kept.kid > everything.kid
-    assert kept.fd > everything.fd
-    assert kept.recall < everything.recall
+    reduced, reduced_classes, _ = score(reference, images[labels >= 3][:150])
+    assert reduced_classes.coverage <= 0.8 < all_classes.coverage
+    assert reduced_classes.tv > all_classes.tv + 0.1
+    assert reduced.kid > everything.kid
+    assert reduced.fd > everything.fd
+    assert reduced.recall < everything.recall
 
 
-def test_noise_is_seen(dataset, reference):
-    images, _ = images_of(dataset / "train")
+def test_noise_worsens_the_scores(dataset, reference):
+    images, _ = load_images(dataset / "train")
     noise = np.random.default_rng(0).integers(0, 256, images[:150].shape, dtype=np.uint8)
     space, classes, nearest = score(reference, noise)
     assert space.precision < 0.2
@@ -153,21 +153,21 @@ def test_noise_is_seen(dataset, reference):
     assert nearest > 1
 
 
-def test_held_out_images_have_the_clusters_shares(dataset, partition):
-    images, _ = images_of(dataset / "holdout")
-    found = score_clusters(partition, images)
-    assert found.tv == 0
-    assert found.shares == found.data_shares
+def test_held_out_images_have_the_shares_of_the_clusters(dataset, partition):
+    images, _ = load_images(dataset / "holdout")
+    scores = compare_clusters(partition, images)
+    assert scores.tv == 0
+    assert scores.shares == scores.data_shares
 
 
-def test_one_cluster_alone_is_seen(partition):
-    images, _ = images_of(partition / "clusters" / "0")
-    found = score_clusters(partition, images)
-    assert found.shares == (1, 0)
-    assert found.tv == pytest.approx(found.data_shares[1])
+def test_single_cluster_has_maximal_total_variation(partition):
+    images, _ = load_images(partition / "clusters" / "0")
+    scores = compare_clusters(partition, images)
+    assert scores.shares == (1, 0)
+    assert scores.tv == pytest.approx(scores.data_shares[1])
 
 
-def test_a_reference_of_another_configuration_is_refused(reference):
+def test_reference_of_another_configuration_raises(reference):
     with pytest.raises(EvaluationError, match="neighbours is 5, was 3; build the reference again"):
         Reference.load(reference, replace(CONFIG, neighbours=5))
     Reference.load(reference, replace(CONFIG, conditional=True))
@@ -179,7 +179,7 @@ def test_a_reference_of_another_configuration_is_refused(reference):
         (EvaluationConfig(num_samples=300, spaces=("pixels",), neighbours=200), "more than 200 rows, not 195"),
     ],
 )
-def test_too_few_images_say_the_way_out(dataset, tmp_path, config, message):
+def test_reference_with_too_few_images_raises(dataset, tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
         build_reference(dataset, config, tmp_path / "out", Workspace.at(tmp_path / "work"))
 
@@ -188,14 +188,14 @@ def test_too_few_images_say_the_way_out(dataset, tmp_path, config, message):
     ("training", "held_out", "samples", "components"),
     [(10_000, 10_000, 5000, 64), (1602, 195, 1602, 64), (600, 60, 600, 30), (40, 1000, 40, 20)],
 )
-def test_bounds_come_down_to_what_a_small_data_set_gives(training, held_out, samples, components):
-    fitted = fit_extractor_to(EvaluationConfig(num_samples=5000, components=64), training, held_out)
+def test_config_is_fitted_to_small_data_sets(training, held_out, samples, components):
+    fitted = fit_config_to(EvaluationConfig(num_samples=5000, components=64), training, held_out)
     assert (fitted.num_samples, fitted.components) == (samples, components)
 
 
-def test_too_few_held_out_images_say_the_way_out():
+def test_too_few_held_out_images_raise_with_remedy():
     with pytest.raises(EvaluationError, match="raise data.holdout"):
-        fit_extractor_to(EvaluationConfig(), 100, 15)
+        fit_config_to(EvaluationConfig(), 100, 15)
 
 
 @pytest.mark.slow
@@ -209,14 +209,14 @@ def test_data_without_labels_have_no_class_scores(dataset, tmp_path):
     config = replace(CONFIG, spaces=("pixels",))
     summary = build_reference(tmp_path / "data", config, tmp_path / "reference", Workspace.at(tmp_path / "work"))
     assert summary.probe_accuracy is None
-    assert Reference.load(tmp_path / "reference", config).score_classes(np.zeros((3, 16), np.float32)) is None
+    assert Reference.load(tmp_path / "reference", config).compare_classes(np.zeros((3, 16), np.float32)) is None
 
 
-# A pipeline
+# Pipeline
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_the_same_byte_for_byte(pipeline, reference, partition, tmp_path):
+def test_evaluation_is_byte_identical(pipeline, reference, partition, tmp_path):
     for name in ("first", "second"):
         work = Workspace.at(tmp_path / f"work_{name}")
         evaluate(pipeline, reference, partition, CONFIG, SAMPLING, tmp_path / name, work)
@@ -224,7 +224,7 @@ def test_an_evaluation_is_the_same_byte_for_byte(pipeline, reference, partition,
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
-def test_scores_of_a_pipeline(pipeline, reference, partition, tmp_path):
+def test_evaluate_writes_scores_images_seeds_and_grid(pipeline, reference, partition, tmp_path):
     scores = evaluate(pipeline, reference, partition, CONFIG, SAMPLING, tmp_path, Workspace.at(tmp_path / "work"))
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["spaces"]["pixels"]["fd"] == scores.spaces["pixels"].fd
@@ -252,29 +252,29 @@ def test_calls_and_flops_follow_the_selection(pipeline, tmp_path):
     assert full.flops > 2 * sticky.flops > 0
 
 
-def test_drawing_goes_on_where_it_was_stopped(pipeline, tmp_path):
-    whole = generate(pipeline, range(150), None, SAMPLING, Workspace.at(tmp_path / "whole"))
-    half = Workspace.at(tmp_path / "half")
-    generate(pipeline, range(150), None, SAMPLING, half)
-    first, *_, last = sorted(half.scratch.glob("images-*/*.safetensors"))
+def test_generate_resumes_after_a_stop(pipeline, tmp_path):
+    complete = generate(pipeline, range(150), None, SAMPLING, Workspace.at(tmp_path / "complete"))
+    interrupted = Workspace.at(tmp_path / "interrupted")
+    generate(pipeline, range(150), None, SAMPLING, interrupted)
+    first, *_, last = sorted(interrupted.scratch.glob("images-*/*.safetensors"))
     last.unlink()
     stamp = first.stat().st_mtime_ns
-    resumed = generate(pipeline, range(150), None, SAMPLING, half)
+    resumed = generate(pipeline, range(150), None, SAMPLING, interrupted)
     assert first.stat().st_mtime_ns == stamp
-    assert np.array_equal(resumed.images, whole.images)
-    assert resumed.calls == whole.calls
-    other = generate(pipeline, range(150), None, replace(SAMPLING, steps=5), half)
-    assert not np.array_equal(other.images, whole.images)
+    assert np.array_equal(resumed.images, complete.images)
+    assert resumed.calls == complete.calls
+    other = generate(pipeline, range(150), None, replace(SAMPLING, steps=5), interrupted)
+    assert not np.array_equal(other.images, complete.images)
 
 
-def test_a_stop_is_heard(pipeline, tmp_path):
+def test_stop_request_preempts_generate(pipeline, tmp_path):
     work = Workspace.at(tmp_path)
     (tmp_path / "stop").touch()
     with pytest.raises(Preempted):
         generate(pipeline, range(10), None, SAMPLING, work)
 
 
-def test_conditional_samples_have_the_classes_of_the_data(pipeline, reference, partition, tmp_path):
+def test_guided_evaluation_doubles_the_calls(pipeline, reference, partition, tmp_path):
     config = replace(CONFIG, conditional=True)
     conditional = evaluate(pipeline, reference, partition, config, SAMPLING, tmp_path, Workspace.at(tmp_path / "work"))
     guided = replace(SAMPLING, guidance_scale=2.0)

@@ -15,8 +15,8 @@ from ensemble.evaluation.metrics import (
     kernel_distance,
     kernel_distance_error,
     mean_nearest_distance,
-    nearest_neighbour_ratio,
-    neighbour_radii,
+    nearest_neighbor_ratio,
+    neighbor_radii,
     share_covered,
     squared_distances,
     total_variation,
@@ -32,11 +32,11 @@ def rng():
     return np.random.default_rng(0)
 
 
-def precision_recall(samples, real, neighbours=3):
-    """The two numbers as the room computes them."""
+def precision_recall(samples, real, neighbors=3):
+    """Return precision and recall as the scores compute them."""
     return (
-        share_covered(samples, real, neighbour_radii(real, neighbours)),
-        share_covered(real, samples, neighbour_radii(samples, neighbours)),
+        share_covered(samples, real, neighbor_radii(real, neighbors)),
+        share_covered(real, samples, neighbor_radii(samples, neighbors)),
     )
 
 
@@ -48,13 +48,13 @@ def random_covariance(rng, size):
 # Fréchet distance
 
 
-def test_frechet_of_commuting_covariances_has_a_closed_form(rng):
+def test_frechet_of_commuting_covariances_has_closed_form(rng):
     axes = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     first, second = np.array([4.0, 1.0, 9.0, 0.0]), np.array([1.0, 1.0, 16.0, 4.0])
     means = rng.normal(size=(2, 4))
-    found = gaussian_frechet_distance(means[0], (axes * first) @ axes.T, means[1], (axes * second) @ axes.T)
+    distance = gaussian_frechet_distance(means[0], (axes * first) @ axes.T, means[1], (axes * second) @ axes.T)
     by_hand = 1 + 0 + 1 + 4  # squared differences of the standard deviations
-    assert found == pytest.approx(np.square(means[0] - means[1]).sum() + by_hand)
+    assert distance == pytest.approx(np.square(means[0] - means[1]).sum() + by_hand)
 
 
 def test_frechet_in_one_dimension():
@@ -87,8 +87,8 @@ def test_frechet_of_a_shift_is_its_squared_length(rng):
 def test_kernel_distance_equals_a_double_loop(rng):
     first, second = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
 
-    def kernel(one, other):
-        return (one @ other / 3 + 1) ** 3
+    def kernel(a, b):
+        return (a @ b / 3 + 1) ** 3
 
     def within(rows):
         pairs = [kernel(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
@@ -100,9 +100,9 @@ def test_kernel_distance_equals_a_double_loop(rng):
 
 def test_kernel_distance_does_not_depend_on_the_blocks(rng, monkeypatch):
     first, second = rng.normal(size=(37, 8)), rng.normal(size=(23, 8))
-    whole = kernel_distance(first, second)
+    expected = kernel_distance(first, second)
     monkeypatch.setattr(metrics, "BLOCK_ROWS", 5)
-    assert kernel_distance(first, second) == pytest.approx(whole)
+    assert kernel_distance(first, second) == pytest.approx(expected)
 
 
 def test_kernel_distance_is_unbiased(rng):
@@ -125,8 +125,8 @@ def test_kernel_error_predicts_the_spread(rng):
     assert 0.6 < predicted / spread < 1.7
 
 
-def test_kernel_distance_of_a_single_row_is_refused():
-    with pytest.raises(ValueError, match="draw more samples"):
+def test_kernel_distance_of_a_single_row_raises():
+    with pytest.raises(ValueError, match="generate more samples"):
         kernel_distance(np.zeros((1, 2)), np.zeros((5, 2)))
 
 
@@ -138,7 +138,7 @@ def test_identical_sets_have_precision_and_recall_one(rng):
     assert precision_recall(rows, rng.permutation(rows)) == (1, 1)
 
 
-def test_identical_sets_of_duplicates_have_precision_and_recall_one(rng):
+def test_sets_of_duplicates_have_precision_and_recall_one(rng):
     rows = np.repeat(rng.normal(size=(5, 600)), 8, axis=0)
     assert precision_recall(rows, rows[::-1]) == (1, 1)
 
@@ -148,22 +148,22 @@ def test_disjoint_sets_have_precision_and_recall_zero(rng):
     assert precision_recall(rows, rows + 100) == (0, 0)
 
 
-def test_half_of_the_modes_is_precise_but_not_complete(rng):
+def test_half_of_the_modes_has_half_the_recall(rng):
     near, far = rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) + 100
     precision, recall = precision_recall(near, np.concatenate([near, far]))
     assert (precision, recall) == (1, 0.5)
 
 
-def test_the_radius_reaches_the_kth_other_row():
+def test_radius_reaches_the_kth_other_row():
     line = np.array([[0.0], [1.0], [3.0], [7.0]])
-    assert neighbour_radii(line, 1).tolist() == [1, 1, 4, 16]
-    assert neighbour_radii(line, 2).tolist() == [9, 4, 9, 36]
-    assert share_covered(np.array([[-1.0], [-2.0], [11.0], [12.0]]), line, neighbour_radii(line, 1)) == 0.5
+    assert neighbor_radii(line, 1).tolist() == [1, 1, 4, 16]
+    assert neighbor_radii(line, 2).tolist() == [9, 4, 9, 36]
+    assert share_covered(np.array([[-1.0], [-2.0], [11.0], [12.0]]), line, neighbor_radii(line, 1)) == 0.5
 
 
-def test_too_few_rows_for_the_neighbours():
+def test_too_few_rows_for_the_neighbors_raises():
     with pytest.raises(ValueError, match="more than 3 rows, not 3"):
-        neighbour_radii(np.zeros((3, 2)), 3)
+        neighbor_radii(np.zeros((3, 2)), 3)
 
 
 # Shares
@@ -184,7 +184,7 @@ def test_total_variation_obeys_the_triangle(first, second, third):
     assert direct <= total_variation(first, second) + total_variation(second, third) + 1e-12
 
 
-def test_total_variation_by_hand():
+def test_total_variation_of_small_counts():
     assert total_variation(np.array([1.0, 1.0, 0.0]), np.array([0.0, 1.0, 1.0])) == 0.5
     assert total_variation(np.array([3.0, 0.0]), np.array([0.0, 8.0])) == 1
 
@@ -192,11 +192,11 @@ def test_total_variation_by_hand():
 def test_total_variation_floor_is_that_of_fair_draws(rng):
     share = np.array([0.5, 0.3, 0.15, 0.05])
     draws = rng.multinomial(400, share, size=(2000, 2)).astype(np.float64)
-    seen = np.mean([total_variation(first, second) for first, second in draws])
-    assert total_variation_floor(400 * share, 400) == pytest.approx(seen, rel=0.05)
+    mean = np.mean([total_variation(first, second) for first, second in draws])
+    assert total_variation_floor(400 * share, 400) == pytest.approx(mean, rel=0.05)
 
 
-def test_shares_of_nothing_are_refused():
+def test_shares_of_zero_counts_raise():
     with pytest.raises(ValueError, match="not all 0"):
         total_variation(np.zeros(3), np.ones(3))
 
@@ -206,20 +206,20 @@ def test_coverage_counts_classes_with_half_their_share():
     assert coverage(np.array([70.0, 13.0, 12.0, 0.0, 5.0]), real) == 0.5  # 13 % of 25 % is enough, 12 % is not
 
 
-# Memorising
+# Memorization
 
 
-def test_copies_have_ratio_zero_and_strangers_one(rng):
-    training, held_out, fresh = (rng.normal(size=(count, 5)).astype(np.float32) for count in (300, 400, 400))
+def test_copies_have_ratio_zero_and_new_rows_one(rng):
+    training, held_out, new = (rng.normal(size=(count, 5)).astype(np.float32) for count in (300, 400, 400))
     real = mean_nearest_distance(held_out, training)
-    assert nearest_neighbour_ratio(training[:50], training, real) == 0
-    assert nearest_neighbour_ratio(fresh, training, real) == pytest.approx(1, abs=0.1)
-    assert nearest_neighbour_ratio(training[:50] + 0.01, training, real) < 0.1
+    assert nearest_neighbor_ratio(training[:50], training, real) == 0
+    assert nearest_neighbor_ratio(new, training, real) == pytest.approx(1, abs=0.1)
+    assert nearest_neighbor_ratio(training[:50] + 0.01, training, real) < 0.1
 
 
-def test_data_of_duplicates_cannot_show_copying():
+def test_ratio_with_duplicate_data_raises():
     with pytest.raises(ValueError, match="duplicates"):
-        nearest_neighbour_ratio(np.ones((2, 2)), np.ones((2, 2)), 0.0)
+        nearest_neighbor_ratio(np.ones((2, 2)), np.ones((2, 2)), 0.0)
 
 
 @given(
@@ -231,7 +231,7 @@ def test_distances_equal_the_definition(first, second):
     np.testing.assert_allclose(np.concatenate(list(squared_distances(first, second))), expected, atol=1e-9)
 
 
-# The direction on real images
+# Directions on real images
 
 
 @pytest.fixture(scope="module")
@@ -242,19 +242,19 @@ def digits():
     return rows[order[:800]], labels[order[:800]], rows[order[800:1600]], labels[order[800:1600]]
 
 
-def test_lost_classes_are_seen_by_every_metric(digits):
+def test_missing_classes_worsen_every_metric(digits):
     real, real_labels, other, other_labels = digits
-    kept = other[other_labels >= 3]
-    assert precision_recall(kept, real)[1] < precision_recall(other, real)[1] - 0.1
-    assert precision_recall(kept, real)[0] == pytest.approx(precision_recall(other, real)[0], abs=0.05)
-    assert kernel_distance(kept, real) > 3 * abs(kernel_distance(other, real))
-    assert frechet_distance(kept, real) > frechet_distance(other, real)
+    reduced = other[other_labels >= 3]
+    assert precision_recall(reduced, real)[1] < precision_recall(other, real)[1] - 0.1
+    assert precision_recall(reduced, real)[0] == pytest.approx(precision_recall(other, real)[0], abs=0.05)
+    assert kernel_distance(reduced, real) > 3 * abs(kernel_distance(other, real))
+    assert frechet_distance(reduced, real) > frechet_distance(other, real)
 
     counts = [np.bincount(labels, minlength=10).astype(np.float64) for labels in (other_labels, real_labels)]
-    lost = np.bincount(other_labels[other_labels >= 3], minlength=10).astype(np.float64)
+    reduced_counts = np.bincount(other_labels[other_labels >= 3], minlength=10).astype(np.float64)
     assert coverage(counts[0], counts[1]) == 1
-    assert coverage(lost, counts[1]) == pytest.approx(0.7)
-    assert total_variation(lost, counts[1]) > total_variation(counts[0], counts[1])
+    assert coverage(reduced_counts, counts[1]) == pytest.approx(0.7)
+    assert total_variation(reduced_counts, counts[1]) > total_variation(counts[0], counts[1])
 
 
 def test_more_noise_is_worse(digits):
@@ -267,7 +267,7 @@ def test_more_noise_is_worse(digits):
 
 
 @given(st.integers(2, 12), st.integers(1, 4))
-def test_the_vendi_score_counts_what_is_unlike(kinds, copies):
+def test_vendi_score_counts_dissimilar_rows(kinds, copies):
     rows = np.repeat(np.eye(kinds), copies, axis=0)
     assert vendi_score(rows) == pytest.approx(kinds)
     assert vendi_score(5 * rows) == pytest.approx(kinds), "sizes do not matter"

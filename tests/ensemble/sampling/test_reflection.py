@@ -1,4 +1,4 @@
-"""Weak-to-strong reflection: its first order, its cost, and what it leaves alone."""
+"""Weak-to-strong reflection: first-order effect, cost, refusals."""
 
 from dataclasses import replace
 
@@ -11,8 +11,8 @@ from ddm_core.artifacts import Workspace
 from ensemble.config import ReflectionConfig, SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.evaluation.generate import RowFlops, generate
-from ensemble.membership import without_experts
-from ensemble.pipeline import DDMPipeline, PipelineError, assemble
+from ensemble.membership import remove_experts
+from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
 from ensemble.sampling.guidance import reflected_solver, reflection_step
 from ensemble.sampling.images import to_bytes
 from ensemble.sampling.sample import sample
@@ -39,7 +39,7 @@ STRONG, WEAK = gaussian(1.0, 0.5), gaussian(0.3, 0.8)
 
 
 @pytest.mark.parametrize("field", [STRONG, curved])
-def test_equal_fields_come_back_but_for_the_second_order(field):
+def test_reflection_of_equal_fields_has_second_order_error(field):
     errors = [
         (reflection_step(field, field, NOISED, 0.6, 0.6 - h) - NOISED).abs().max().item() for h in (0.04, 0.02, 0.01)
     ]
@@ -47,18 +47,18 @@ def test_equal_fields_come_back_but_for_the_second_order(field):
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
 
 
-def test_to_first_order_the_change_is_the_step_times_the_difference_of_the_velocities():
+def test_reflection_step_follows_the_velocity_difference():
     t = torch.full((40,), 0.6, dtype=torch.float64)
     difference = STRONG(NOISED, t) - WEAK(NOISED, t)
-    rests = [
+    remainders = [
         (reflection_step(STRONG, WEAK, NOISED, 0.6, 0.6 - h) - NOISED) / -h - difference for h in (0.02, 0.01, 0.005)
     ]
-    sizes = [rest.abs().max().item() for rest in rests]
+    sizes = [remainder.abs().max().item() for remainder in remainders]
     assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.1) == pytest.approx(sizes[1] / sizes[2], rel=0.1)
     assert sizes[2] < 0.05 * difference.abs().max()
 
 
-def test_linear_velocities_in_closed_form():
+def test_reflection_of_linear_velocities_has_closed_form():
     def linear(slope: float, offset: float) -> VelocityField:
         return lambda noised, t: slope * noised + offset
 
@@ -69,7 +69,7 @@ def test_linear_velocities_in_closed_form():
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_a_whole_trajectory_against_itself_converges_to_the_plain_one(solver):
+def test_reflected_solver_of_equal_fields_converges(solver):
     exact = SOLVERS["heun"](STRONG, NOISED, uniform_times(2000))
     errors = []
     for steps in (20, 40, 80):
@@ -81,36 +81,36 @@ def test_a_whole_trajectory_against_itself_converges_to_the_plain_one(solver):
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-@pytest.mark.parametrize(("asked", "reflected"), [(1, 1), (3, 3), (4, 4), (99, 4)])
-def test_so_many_first_steps_are_reflected_and_never_the_last(solver, asked, reflected):
-    seen: list[float] = []
+@pytest.mark.parametrize(("requested", "reflected"), [(1, 1), (3, 3), (4, 4), (99, 4)])
+def test_reflected_solver_skips_the_last_step(solver, requested, reflected):
+    times: list[float] = []
 
     def weak(noised: Tensor, t: Tensor) -> Tensor:
-        seen.append(t[0].item())
+        times.append(t[0].item())
         return STRONG(noised, t)
 
-    reflected_solver(solver, STRONG, weak, asked)(STRONG, NOISED, uniform_times(5))
-    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2][:reflected])
+    reflected_solver(solver, STRONG, weak, requested)(STRONG, NOISED, uniform_times(5))
+    assert times == pytest.approx([0.8, 0.6, 0.4, 0.2][:reflected])
 
 
-def drawn(solver: str, reflection: ReflectionConfig | None, weak: Ensemble | None):
+def sample_reflected(solver: str, reflection: ReflectionConfig | None, weak: Ensemble | None):
     ensemble = Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
     config = SamplingConfig(solver=solver, steps=10, reflection=reflection)
     return sample(ensemble, IdentityCodec(), range(6), config, weak=weak)
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 10), ("heun", 19)])
-def test_both_sides_calls_are_counted_on_top(solver, evaluations):
+def test_reflection_counts_calls_of_both_ensembles(solver, evaluations):
     weak = Ensemble(experts={0: MIXTURE.experts()[0]}, noise_schedule=RECTIFIED_FLOW)
-    found = drawn(solver, ReflectionConfig(steps=4), weak)
-    assert found.calls.experts.total() == 6 * (evaluations + 4)
-    assert found.calls.weak.experts == {0: 6 * 4} and found.calls.evaluations == 6 * evaluations
-    assert found.calls_per_step == pytest.approx((evaluations + 4 + 4) / evaluations)
-    assert not torch.equal(found.latents, drawn(solver, None, None).latents)
+    result = sample_reflected(solver, ReflectionConfig(steps=4), weak)
+    assert result.calls.experts.total() == 6 * (evaluations + 4)
+    assert result.calls.weak.experts == {0: 6 * 4} and result.calls.evaluations == 6 * evaluations
+    assert result.calls_per_step == pytest.approx((evaluations + 4 + 4) / evaluations)
+    assert not torch.equal(result.latents, sample_reflected(solver, None, None).latents)
 
 
-def test_against_a_weaker_ensemble_samples_move_away_from_what_it_lacks():
-    """Without component 0 the weak velocity leads elsewhere, so reflection leads more samples to component 0."""
+def test_reflection_moves_samples_to_the_missing_component():
+    """The weak ensemble lacks component 0, so reflection moves more samples to it."""
     experts = {k: expert for k, expert in MIXTURE.experts().items() if k}
     weak = Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
     ensemble = Ensemble(experts=MIXTURE.experts(), noise_schedule=RECTIFIED_FLOW, router=MIXTURE.router())
@@ -119,33 +119,33 @@ def test_against_a_weaker_ensemble_samples_move_away_from_what_it_lacks():
     config = SamplingConfig(
         steps=20, selection=SelectionConfig(name="full"), reflection=ReflectionConfig(steps=8), batch_size=1000
     )
-    moved = sample(ensemble, IdentityCodec(), range(1000), config, weak=weak)
-    assert MIXTURE.nearest(moved.latents)[0] > MIXTURE.nearest(plain.latents)[0] + 50
+    reflected_samples = sample(ensemble, IdentityCodec(), range(1000), config, weak=weak)
+    assert MIXTURE.nearest(reflected_samples.latents)[0] > MIXTURE.nearest(plain.latents)[0] + 50
 
 
-def test_a_reflection_needs_its_weak_side_and_a_weak_side_needs_a_reflection():
+def test_reflection_and_weak_ensemble_must_be_given_together():
     weak = Ensemble(experts={0: MIXTURE.experts()[0]}, noise_schedule=RECTIFIED_FLOW)
-    for reflection, given in ((ReflectionConfig(), None), (None, weak)):
+    for reflection, weak_ensemble in ((ReflectionConfig(), None), (None, weak)):
         with pytest.raises(ValueError, match="weak ensemble"):
-            drawn("euler", reflection, given)
+            sample_reflected("euler", reflection, weak_ensemble)
 
 
-@pytest.mark.parametrize("chosen", [{"weak": "folder"}, {"path": "somewhere"}])
-def test_a_weak_folder_needs_a_path_and_nothing_else_does(chosen):
+@pytest.mark.parametrize("settings", [{"weak": "folder"}, {"path": "somewhere"}])
+def test_reflection_path_without_folder_raises(settings):
     with pytest.raises(ValidationError, match=r"reflection\.path"):
-        ReflectionConfig(**chosen)
+        ReflectionConfig(**settings)
 
 
-def test_schedulers_with_a_memory_are_refused():
+def test_reflection_with_stateful_scheduler_raises():
     with pytest.raises(ValidationError, match="euler or heun, not flow_match_heun"):
         SamplingConfig(solver="flow_match_heun", reflection=ReflectionConfig())
 
 
-class TestThroughAPipeline:
+class TestPipelineReflection:
     REFLECTED = ReflectionConfig(expert_id=1, steps=2)
     CONFIG = SamplingConfig(steps=3, selection=SelectionConfig(name="full"), reflection=REFLECTED)
 
-    def test_an_expert_or_its_folder_are_the_same_weak_side(self, parts):
+    def test_weak_expert_equals_its_folder(self, parts):
         pipeline = put_together(parts)
         folder = ReflectionConfig(weak="folder", path=str(parts / "trained_1"), steps=2)
         inside, outside = (
@@ -154,27 +154,27 @@ class TestThroughAPipeline:
         assert torch.equal(inside.latents, outside.latents) and inside.calls == outside.calls
         assert not torch.equal(inside.latents, pipeline([1, 2], replace(self.CONFIG, reflection=None)).latents)
 
-    def test_the_weak_side_may_be_an_ensemble_with_fewer_experts(self, parts):
+    def test_weak_ensemble_with_fewer_experts(self, parts):
         pipeline = put_together(parts)
-        without_experts(pipeline, [0, 2]).save_pretrained(parts / "fewer")
+        remove_experts(pipeline, [0, 2]).save_pretrained(parts / "fewer")
         folder = ReflectionConfig(weak="folder", path=str(parts / "fewer"), steps=2)
-        found = pipeline([1, 2], replace(self.CONFIG, reflection=folder))
-        assert set(found.calls.weak.experts) == {1} and found.calls.weak.router == 4
+        result = pipeline([1, 2], replace(self.CONFIG, reflection=folder))
+        assert set(result.calls.weak.experts) == {1} and result.calls.weak.router == 4
 
-    def test_a_weak_expert_that_is_not_there_is_refused(self, parts):
+    def test_weak_expert_that_is_missing_raises(self, parts):
         config = replace(self.CONFIG, reflection=ReflectionConfig(expert_id=7))
         with pytest.raises(PipelineError, match=r"one of \[0, 1, 2\].*got 7"):
             put_together(parts)([1], config)
 
-    def test_a_weak_ensemble_of_other_classes_is_refused(self, parts):
+    def test_weak_ensemble_of_other_classes_raises(self, parts):
         other = make_expert(parts / "other", 0, num_classes=5)
         assemble({0: other}, None, parts / "codec", parts / "alone")
         for folder in ("other", "alone"):
             reflection = ReflectionConfig(weak="folder", path=str(parts / folder))
-            with pytest.raises(PipelineError, match="5 classes|reflection needs the same"):
+            with pytest.raises(PipelineError, match="5 classes|reflection needs two pipelines with the same"):
                 put_together(parts)([1], replace(self.CONFIG, reflection=reflection))
 
-    def test_drawn_in_batches_images_and_costs_are_the_same_and_the_weak_side_is_paid_for(self, parts, tmp_path):
+    def test_generated_reflection_matches_pipeline_and_counts_weak(self, parts, tmp_path):
         put_together(parts)
         config = replace(self.CONFIG, batch_size=2)
         first, again = (
@@ -183,11 +183,11 @@ class TestThroughAPipeline:
         plain = generate(
             parts / "pipeline", range(5), None, replace(config, reflection=None), Workspace.at(tmp_path / "b")
         )
-        costs = RowFlops.of(DDMPipeline.from_pretrained(parts / "pipeline"))
+        costs = RowFlops.measure(EnsemblePipeline.from_pretrained(parts / "pipeline"))
         assert first.calls == again.calls and first.flops == again.flops > plain.flops
         assert first.flops == pytest.approx(costs.times(first.calls) + 5 * 2 * costs.experts[1])
         assert first.calls.weak.experts == {0: 5 * 2} and plain.calls.weak is None
-        whole = DDMPipeline.from_pretrained(parts / "pipeline")(range(5), config)
-        assert (first.images == to_bytes(whole.images)).all() and (again.images == first.images).all()
-        ours, theirs = (one.calls.experts.total() + one.calls.weak.experts.total() for one in (first, whole))
+        direct = EnsemblePipeline.from_pretrained(parts / "pipeline")(range(5), config)
+        assert (first.images == to_bytes(direct.images)).all() and (again.images == first.images).all()
+        ours, theirs = (run.calls.experts.total() + run.calls.weak.experts.total() for run in (first, direct))
         assert ours == theirs

@@ -1,4 +1,4 @@
-"""One network that learns from the experts."""
+"""The distilled monolith."""
 
 from dataclasses import replace
 
@@ -20,12 +20,12 @@ TRAINING = TrainingConfig(steps=120, batch_size=32, warmup_steps=5, log_every=20
 CONFIG = ExpertConfig(network=ResidualMLPConfig(width=24, depth=1), training=TRAINING)
 
 
-def teacher(seed, path=RECTIFIED_FLOW, prediction="velocity"):
+def teacher(seed, noise_schedule=RECTIFIED_FLOW, prediction="velocity"):
     torch.manual_seed(seed)
     model = ResidualMLP(latent_shape=[4], width=16, depth=1).eval()
     torch.nn.init.normal_(model.exit.weight)
-    described = {"latent_shape": (4,), "num_classes": 0, "cluster_id": 0}
-    return Expert(model=model, prediction=prediction, noise_schedule=path, **described)
+    metadata = {"latent_shape": (4,), "num_classes": 0, "cluster_id": 0}
+    return Expert(model=model, prediction=prediction, noise_schedule=noise_schedule, **metadata)
 
 
 def batch(rows=6):
@@ -35,66 +35,68 @@ def batch(rows=6):
     return Batch(clean=clean, noise=noise, t=t, condition=Condition.null(rows), cluster_id=clusters)
 
 
-def test_a_student_that_is_its_teacher_loses_nothing():
+def test_student_equal_to_its_teacher_has_zero_loss():
     only = teacher(0)
     assert student_loss(only.model, batch(), {0: only, 1: only}, "velocity", RECTIFIED_FLOW).item() < 1e-10
 
 
-def test_every_sample_is_taught_by_the_expert_of_its_own_cluster():
-    experts, given = {0: teacher(0), 1: teacher(1)}, batch()
+def test_each_sample_learns_from_its_cluster_expert():
+    experts, samples = {0: teacher(0), 1: teacher(1)}, batch()
     losses = torch.zeros(2)
     for k, expert in experts.items():
-        rows = given.cluster_id == k
-        noised = RECTIFIED_FLOW.add_noise(given.clean, given.noise, given.t)[rows]
-        said = [one.velocity(noised, given.t[rows], Condition.null(3)) for one in (expert, experts[0])]
-        losses[k] = (said[0] - said[1]).square().mean()
+        rows = samples.cluster_id == k
+        noised = RECTIFIED_FLOW.add_noise(samples.clean, samples.noise, samples.t)[rows]
+        velocities = [member.velocity(noised, samples.t[rows], Condition.null(3)) for member in (expert, experts[0])]
+        losses[k] = (velocities[0] - velocities[1]).square().mean()
     assert losses[0] == 0 < losses[1]
     torch.testing.assert_close(
-        student_loss(experts[0].model, given, experts, "velocity", RECTIFIED_FLOW), losses.mean()
+        student_loss(experts[0].model, samples, experts, "velocity", RECTIFIED_FLOW), losses.mean()
     )
 
 
-def test_without_a_teacher_a_cluster_is_learnt_from_its_samples():
+def test_cluster_without_teacher_uses_the_expert_loss():
     student = teacher(5).model
     alone = student_loss(student, batch(), {}, "noise", COSINE)
     torch.testing.assert_close(alone, expert_loss(student, batch(), "noise", COSINE))
 
 
-def test_teachers_of_another_kind_are_matched():
-    """A teacher says the same on every path, so a student of another prediction that agrees loses nothing."""
+def test_teacher_of_another_prediction_is_converted():
+    """Check zero loss of a student with another prediction that agrees with its teacher."""
     velocity = teacher(3)
 
-    class Same(ResidualMLP):
+    class CleanFromVelocity(ResidualMLP):
         def forward(self, noised, t, class_index):
-            said = velocity.velocity(noised, t, Condition.null(len(t)))
-            return (noised - said * t[:, None]).detach()
+            teacher_velocity = velocity.velocity(noised, t, Condition.null(len(t)))
+            return (noised - teacher_velocity * t[:, None]).detach()
 
     from experts.networks import registry as networks
 
-    networks._CALLS[Same] = networks._call_residual_mlp
+    networks._CALLS[CleanFromVelocity] = networks._call_residual_mlp
     try:
-        clean = student_loss(Same(latent_shape=[4]), batch(), {0: velocity, 1: velocity}, "clean", RECTIFIED_FLOW)
+        clean = student_loss(
+            CleanFromVelocity(latent_shape=[4]), batch(), {0: velocity, 1: velocity}, "clean", RECTIFIED_FLOW
+        )
     finally:
-        del networks._CALLS[Same]
+        del networks._CALLS[CleanFromVelocity]
     assert clean.item() < 1e-10
 
 
 @pytest.fixture
-def taught(shards, tmp_path, workspace):
+def expert_folder(shards, tmp_path, workspace):
     fit_codec(CodecConfig(components=4), shards, tmp_path / "codec", workspace)
     train_expert(CONFIG, [shards], tmp_path / "codec", tmp_path / "expert", workspace)
     return tmp_path / "expert"
 
 
-def test_a_student_of_one_expert_becomes_that_expert(taught, shards, tmp_path):
+def test_student_of_one_expert_matches_that_expert(expert_folder, shards, tmp_path):
     work = Workspace.at(tmp_path / "student_work")
     summary = train_distilled_monolith(
-        CONFIG, {0: taught}, [shards], tmp_path / "codec", tmp_path / "distilled_monolith", work
+        CONFIG, {0: expert_folder}, [shards], tmp_path / "codec", tmp_path / "distilled_monolith", work
     )
-    student, expert = Expert.load(tmp_path / "distilled_monolith"), Expert.load(taught)
+    student, expert = Expert.load(tmp_path / "distilled_monolith"), Expert.load(expert_folder)
     noised, t = torch.randn(200, 4), torch.rand(200)
-    said = [one.velocity(noised, t, Condition.null(200)) for one in (student, expert)]
-    assert (said[0] - said[1]).square().mean() < 0.15 * said[1].square().mean()
+    velocities = [member.velocity(noised, t, Condition.null(200)) for member in (student, expert)]
+    assert (velocities[0] - velocities[1]).square().mean() < 0.15 * velocities[1].square().mean()
     forward, rows = network_flops(expert.model, (4,)), TRAINING.steps * TRAINING.batch_size
     assert (summary.student, summary.teachers, summary.experts) == (
         3 * forward * rows,
@@ -105,10 +107,12 @@ def test_a_student_of_one_expert_becomes_that_expert(taught, shards, tmp_path):
     assert read_json(tmp_path / "distilled_monolith" / "distilled_monolith.json")["experts"] == summary.experts
 
 
-def test_a_student_may_start_as_an_expert(taught, shards, tmp_path):
-    short = replace(CONFIG, init=str(taught), training=replace(TRAINING, steps=1, warmup_steps=50))
+def test_student_can_start_from_an_expert(expert_folder, shards, tmp_path):
+    short = replace(CONFIG, init=str(expert_folder), training=replace(TRAINING, steps=1, warmup_steps=50))
     work = Workspace.at(tmp_path / "student_work")
-    train_distilled_monolith(short, {0: taught}, [shards], tmp_path / "codec", tmp_path / "distilled_monolith", work)
-    student, expert = Expert.load(tmp_path / "distilled_monolith"), Expert.load(taught)
+    train_distilled_monolith(
+        short, {0: expert_folder}, [shards], tmp_path / "codec", tmp_path / "distilled_monolith", work
+    )
+    student, expert = Expert.load(tmp_path / "distilled_monolith"), Expert.load(expert_folder)
     pairs = zip(student.model.parameters(), expert.model.parameters(), strict=True)
     assert all((a - b).abs().max() < 1e-3 for a, b in pairs)

@@ -1,4 +1,4 @@
-"""The drawing decoder: the latents of plain PCA, images nearer to the truth, a training that can be stopped."""
+"""The convolutional decoder: the latents of PCA, a lower image error, and a resumable training."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
 from data_partition.shards.shards import read_batches
 from ddm_core.artifacts import Preempted, Workspace
-from experts.architectures.conv_decoder import ConvDecoder, drawing_loss
+from experts.architectures.conv_decoder import ConvDecoder, decoder_loss
 from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, TrainingConfig
 
@@ -33,38 +33,38 @@ def error(codec, images):
 
 
 @pytest.mark.slow
-def test_it_has_the_latents_of_pca_and_draws_unseen_images_better(digits, tmp_path):
+def test_decoder_beats_pca_on_unseen_images(digits, tmp_path):
     for kind in ("pca", "pca_conv"):
         fit_codec(replace(CONFIG, kind=kind), digits / "train", tmp_path / kind, Workspace.at(tmp_path / "work" / kind))
-    linear, drawn = load_codec(tmp_path / "pca"), load_codec(tmp_path / "pca_conv")
+    linear, convolutional = load_codec(tmp_path / "pca"), load_codec(tmp_path / "pca_conv")
     unseen = next(read_batches(digits / "holdout", 60)).images
-    assert torch.equal(linear.encode(unseen), drawn.encode(unseen))
-    assert error(drawn, unseen) < error(linear, unseen)
+    assert torch.equal(linear.encode(unseen), convolutional.encode(unseen))
+    assert error(convolutional, unseen) < error(linear, unseen)
 
 
 @pytest.mark.slow
-def test_stopped_and_continued_equals_uninterrupted(digits, tmp_path):
-    brief = replace(CONFIG, decoder_training=replace(CONFIG.decoder_training, steps=60))
-    fit_codec(brief, digits / "train", tmp_path / "whole", Workspace.at(tmp_path / "work"))
+def test_resume_after_stop_equals_uninterrupted_training(digits, tmp_path):
+    short_config = replace(CONFIG, decoder_training=replace(CONFIG.decoder_training, steps=60))
+    fit_codec(short_config, digits / "train", tmp_path / "whole", Workspace.at(tmp_path / "work"))
     stopped = Workspace.at(tmp_path / "stopped")
     (tmp_path / "stopped" / "stop").touch()
     with pytest.raises(Preempted):
-        fit_codec(brief, digits / "train", tmp_path / "again", stopped)
+        fit_codec(short_config, digits / "train", tmp_path / "again", stopped)
     (tmp_path / "stopped" / "stop").unlink()
-    fit_codec(brief, digits / "train", tmp_path / "again", stopped)
+    fit_codec(short_config, digits / "train", tmp_path / "again", stopped)
     name = "decoder/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (30, 33, 3)])
-def test_any_image_shape_is_drawn(shape):
+def test_decoder_supports_any_image_shape(shape):
     height, width, channels = shape
     assert ConvDecoder(5, shape, 8)(torch.zeros(2, 5)).shape == (2, channels, height, width)
 
 
-def test_the_loss_counts_edges():
+def test_decoder_loss_counts_edges():
     image = torch.zeros(1, 1, 4, 4)
     step = image.clone()
     step[..., 2:] = 1.0
-    assert drawing_loss(step, step) == 0
-    assert drawing_loss(step, image).item() == pytest.approx(8 / 16 + 0 + 4 / 12)
+    assert decoder_loss(step, step) == 0
+    assert decoder_loss(step, image).item() == pytest.approx(8 / 16 + 0 + 4 / 12)

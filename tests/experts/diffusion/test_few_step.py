@@ -1,25 +1,29 @@
-"""When an expert of few steps is asked."""
+"""Few-step schedules."""
+
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddm_core.artifacts import to_json
+from ddm_core.json_values import from_json
 from experts.diffusion.few_step import FewStepSchedule
 
 
-@given(steps=st.integers(1, 60), start=st.floats(0.01, 1), way=st.sampled_from(["euler", "renoise"]))
-def test_equal_steps_lead_from_the_start_to_the_clean_end_and_come_back_from_json(steps, start, way):
-    course = FewStepSchedule.uniform(steps, way, start=start, is_distilled=True)
-    ends = (*course.times[1:], 0.0)
-    assert course.times[0] == start and len(course.times) == steps
-    assert all(t - t_next == pytest.approx(start / steps) for t, t_next in zip(course.times, ends, strict=True))
-    assert FewStepSchedule.parsed(course.described()) == course
+@given(steps=st.integers(1, 60), start=st.floats(0.01, 1), step_type=st.sampled_from(["euler", "renoise"]))
+def test_uniform_schedule_has_equal_steps_and_survives_json(steps, start, step_type):
+    schedule = FewStepSchedule.uniform(steps, step_type, start=start, is_distilled=True)
+    ends = (*schedule.times[1:], 0.0)
+    assert schedule.times[0] == start and len(schedule.times) == steps
+    assert all(t - t_next == pytest.approx(start / steps) for t, t_next in zip(schedule.times, ends, strict=True))
+    assert from_json(FewStepSchedule, json.loads(to_json(schedule))) == schedule
 
 
 @pytest.mark.parametrize(
     ("times", "step_types"),
     [((), ()), ((1.0, 1.0), ("euler",) * 2), ((0.5, 0.0), ("euler",) * 2), ((1.5,), ("euler",)), ((1.0,), ())],
 )
-def test_what_leads_nowhere_is_refused(times, step_types):
-    with pytest.raises(ValueError, match=r"a course has times|as many ways"):
+def test_invalid_few_step_schedule_is_refused(times, step_types):
+    with pytest.raises(ValueError, match=r"few-step times must fall|as many step types"):
         FewStepSchedule(times=times, step_types=step_types)

@@ -16,18 +16,18 @@ from experts.diffusion.noise_schedule import (
 
 
 @pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
-def test_a_path_goes_from_exactly_clean_to_exactly_noise(name):
-    path, ends = NOISE_SCHEDULES[name], torch.tensor([0.0, 1.0])
-    assert path.alpha(ends).tolist() == [1, 0]
-    assert path.sigma(ends).tolist() == [0, 1]
-    assert path.t_at(path.noise_to_signal(ends)).tolist() == [0, 1]
+def test_schedule_is_exact_at_both_ends(name):
+    schedule, ends = NOISE_SCHEDULES[name], torch.tensor([0.0, 1.0])
+    assert schedule.alpha(ends).tolist() == [1, 0]
+    assert schedule.sigma(ends).tolist() == [0, 1]
+    assert schedule.t_at(schedule.noise_to_signal(ends)).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
-def test_slopes_are_the_derivatives(name):
-    path = NOISE_SCHEDULES[name]
+def test_slopes_equal_autograd_derivatives(name):
+    schedule = NOISE_SCHEDULES[name]
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
-    for value, slope in ((path.alpha, path.alpha_dot), (path.sigma, path.sigma_dot)):
+    for value, slope in ((schedule.alpha, schedule.alpha_dot), (schedule.sigma, schedule.sigma_dot)):
         (derivative,) = torch.autograd.grad(value(t * 1).sum(), t)
         torch.testing.assert_close(slope(t), derivative)
 
@@ -38,55 +38,55 @@ def test_t_at_inverts_the_noise_to_signal_ratio(name):
     torch.testing.assert_close(NOISE_SCHEDULES[name].t_at(NOISE_SCHEDULES[name].noise_to_signal(t)), t)
 
 
-def test_known_values():
-    half = torch.tensor([0.5])
-    assert RECTIFIED_FLOW.add_noise(torch.tensor([[2.0]]), torch.tensor([[4.0]]), half).item() == 3
-    assert COSINE.alpha(half).item() == pytest.approx(math.sqrt(0.5))
-    assert RECTIFIED_FLOW.velocity(torch.tensor([[2.0]]), torch.tensor([[5.0]]), half).item() == 3
+def test_known_values_are_reproduced():
+    middle = torch.tensor([0.5])
+    assert RECTIFIED_FLOW.add_noise(torch.tensor([[2.0]]), torch.tensor([[4.0]]), middle).item() == 3
+    assert COSINE.alpha(middle).item() == pytest.approx(math.sqrt(0.5))
+    assert RECTIFIED_FLOW.velocity(torch.tensor([[2.0]]), torch.tensor([[5.0]]), middle).item() == 3
 
 
-def test_matching_a_path_with_itself_returns_the_very_tensors():
+def test_conversion_to_same_schedule_returns_same_tensors():
     noised, t = torch.randn(2, 3), torch.rand(2)
     same = to_schedule(noised, t, COSINE, COSINE)
     assert same.noised is noised
     assert same.t is t
 
 
-def test_expand_leaves_what_already_broadcasts():
+def test_expand_leaves_broadcastable_t_unchanged():
     like = torch.zeros(2, 3, 4)
     assert expand(torch.rand(2), like).shape == (2, 1, 1)
     assert expand(torch.rand(2, 3, 1), like).shape == (2, 3, 1)
     assert expand(torch.tensor(0.5), like).shape == ()
 
 
-def test_linear_beta_is_ddpms_schedule_at_its_own_timesteps():
-    bars = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
+def test_linear_beta_matches_ddpm_at_its_timesteps():
+    alphas_bar = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
     t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
     alpha, sigma = LINEAR_BETA.alpha(t)[:-1], LINEAR_BETA.sigma(t)[:-1]
-    torch.testing.assert_close(alpha, bars.sqrt()[:-1], rtol=0.035, atol=0)
-    torch.testing.assert_close(sigma, (1 - bars).sqrt()[:-1], rtol=0.05, atol=0)
+    torch.testing.assert_close(alpha, alphas_bar.sqrt()[:-1], rtol=0.035, atol=0)
+    torch.testing.assert_close(sigma, (1 - alphas_bar).sqrt()[:-1], rtol=0.05, atol=0)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(999, dtype=torch.float64))
 
 
-def test_a_sample_is_matched_to_the_timestep_of_equal_ratio():
-    bars = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
+def test_conversion_maps_to_timestep_of_equal_ratio():
+    alphas_bar = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
     steps = torch.tensor([20, 100, 400, 700, 900])
-    ratio = ((1 - bars[steps]) / bars[steps]).sqrt()
-    moved = to_schedule(torch.ones(5, 3, dtype=torch.float64), ratio / (1 + ratio), RECTIFIED_FLOW, LINEAR_BETA)
-    torch.testing.assert_close(moved.t * 1000, (steps + 1).double(), rtol=0.02, atol=2)
-    torch.testing.assert_close(moved.noised[:, 0], bars[steps].sqrt() * (1 + ratio), rtol=0.035, atol=0)
+    ratio = ((1 - alphas_bar[steps]) / alphas_bar[steps]).sqrt()
+    converted = to_schedule(torch.ones(5, 3, dtype=torch.float64), ratio / (1 + ratio), RECTIFIED_FLOW, LINEAR_BETA)
+    torch.testing.assert_close(converted.t * 1000, (steps + 1).double(), rtol=0.02, atol=2)
+    torch.testing.assert_close(converted.noised[:, 0], alphas_bar[steps].sqrt() * (1 + ratio), rtol=0.035, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
-def test_t_at_inverts_the_ratio_close_to_the_ends_too(name):
+def test_t_at_inverts_the_ratio_close_to_the_ends(name):
     t = torch.tensor([1e-4, 9e-4, 1.1e-3, 0.9985, 0.9995, 0.9999], dtype=torch.float64)
     torch.testing.assert_close(
         NOISE_SCHEDULES[name].t_at(NOISE_SCHEDULES[name].noise_to_signal(t)), t, rtol=1e-9, atol=0
     )
 
 
-def test_linear_beta_has_no_jump_where_its_lines_begin():
-    for where in (TIMESTEP, 1 - TIMESTEP):
-        t = torch.tensor([where - 1e-12, where + 1e-12], dtype=torch.float64)
+def test_linear_beta_is_continuous_at_its_linear_pieces():
+    for edge in (TIMESTEP, 1 - TIMESTEP):
+        t = torch.tensor([edge - 1e-12, edge + 1e-12], dtype=torch.float64)
         for value in (LINEAR_BETA.alpha(t), LINEAR_BETA.sigma(t)):
             torch.testing.assert_close(value[0], value[1], rtol=1e-6, atol=1e-9)

@@ -1,4 +1,4 @@
-"""A training starts from a checkpoint of any known kind, or says why it cannot."""
+"""Initial models: training starts from a checkpoint of any supported kind, or raises."""
 
 import diffusers
 import pytest
@@ -25,7 +25,7 @@ KINDS = {
 }
 
 
-def saved(folder, kind="unet", shape=SHAPE, num_classes=3):
+def save_network(folder, kind="unet", shape=SHAPE, num_classes=3):
     model = build_network(KINDS[kind], shape, num_classes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -34,30 +34,30 @@ def saved(folder, kind="unet", shape=SHAPE, num_classes=3):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bare_model_predicts_ddpms_noise_unless_told_otherwise(kind, tmp_path):
-    model, noised = saved(tmp_path, kind), torch.randn(2, *SHAPE)
-    start = build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
-    assert (start.prediction, start.noise_schedule) == ("noise", LINEAR_BETA)
-    asked = (noised, torch.tensor([0.2, 0.9]), Condition(torch.tensor([1, -1])))
-    assert torch.equal(call_network(start.model.eval(), *asked), call_network(model, *asked))
-    told = ExpertConfig(init=str(tmp_path), init_prediction="clean", init_noise_schedule="cosine", prediction="noise")
-    start = build_initial_model(told, SHAPE, 3)
-    assert (start.prediction, start.noise_schedule.name) == ("clean", "cosine")
+def test_bare_model_defaults_to_ddpm_noise_prediction(kind, tmp_path):
+    model, noised = save_network(tmp_path, kind), torch.randn(2, *SHAPE)
+    initial_model = build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+    assert (initial_model.prediction, initial_model.noise_schedule) == ("noise", LINEAR_BETA)
+    inputs = (noised, torch.tensor([0.2, 0.9]), Condition(torch.tensor([1, -1])))
+    assert torch.equal(call_network(initial_model.model.eval(), *inputs), call_network(model, *inputs))
+    config = ExpertConfig(init=str(tmp_path), init_prediction="clean", init_noise_schedule="cosine", prediction="noise")
+    initial_model = build_initial_model(config, SHAPE, 3)
+    assert (initial_model.prediction, initial_model.noise_schedule.name) == ("clean", "cosine")
 
 
-def test_one_of_our_experts_says_itself_what_it_predicts(tmp_path):
-    described = {
+def test_expert_folder_provides_prediction_and_schedule(tmp_path):
+    metadata = {
         "prediction": "clean",
         "noise_schedule": NOISE_SCHEDULES["cosine"],
         "latent_shape": SHAPE,
         "num_classes": 3,
     }
-    Expert(model=saved(tmp_path / "bare"), cluster_id=1, **described).save(tmp_path / "ours")
-    start = build_initial_model(ExpertConfig(init=str(tmp_path / "ours")), SHAPE, 3)
-    assert (start.prediction, start.noise_schedule.name) == ("clean", "cosine")
+    Expert(model=save_network(tmp_path / "bare"), cluster_id=1, **metadata).save(tmp_path / "ours")
+    initial_model = build_initial_model(ExpertConfig(init=str(tmp_path / "ours")), SHAPE, 3)
+    assert (initial_model.prediction, initial_model.noise_schedule.name) == ("clean", "cosine")
 
 
-def test_a_plain_unconditional_unet_of_diffusers_is_taken(tmp_path):
+def test_unconditional_diffusers_unet_is_accepted(tmp_path):
     model = diffusers.UNet2DModel(
         sample_size=4,
         in_channels=1,
@@ -70,25 +70,28 @@ def test_a_plain_unconditional_unet_of_diffusers_is_taken(tmp_path):
         add_attention=False,
     )
     model.save_pretrained(tmp_path)
-    start = build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 0)
-    assert call_network(start.model, torch.zeros(2, *SHAPE), torch.rand(2), Condition.null(2)).shape == (2, *SHAPE)
+    initial_model = build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 0)
+    assert call_network(initial_model.model, torch.zeros(2, *SHAPE), torch.rand(2), Condition.null(2)).shape == (
+        2,
+        *SHAPE,
+    )
 
 
 @pytest.mark.parametrize(
     ("shape", "num_classes", "message"),
     [
-        ((1, 8, 8), 3, r"knows latents of shape \(1, 4, 4\), and the data have \(1, 8, 8\)"),
+        ((1, 8, 8), 3, r"takes latents of shape \(1, 4, 4\), and the data have \(1, 8, 8\)"),
         ((8,), 3, r"the data have \(8,\)"),
-        (SHAPE, 0, "knows 3 classes and the null class, and the data have 0"),
+        (SHAPE, 0, "has 3 classes and the null class, and the data have 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(shape, num_classes, message, tmp_path):
-    saved(tmp_path)
+def test_checkpoint_of_other_shape_or_classes_is_refused(shape, num_classes, message, tmp_path):
+    save_network(tmp_path)
     with pytest.raises(InitError, match=message):
         build_initial_model(ExpertConfig(init=str(tmp_path)), shape, num_classes)
 
 
-def test_a_learned_variance_is_refused(tmp_path):
+def test_learned_variance_is_refused(tmp_path):
     sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4, "patch_size": 2}
     diffusers.DiTTransformer2DModel(**sizes, in_channels=1, out_channels=2, num_embeds_ada_norm=3).save_pretrained(
         tmp_path
@@ -97,56 +100,59 @@ def test_a_learned_variance_is_refused(tmp_path):
         build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
+def test_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(InitError, match=r"no config\.json$"):
         init_checksum(tmp_path / "nowhere")
-    saved(tmp_path / "pipeline" / "unet")
+    save_network(tmp_path / "pipeline" / "unet")
     with pytest.raises(InitError, match="it has the parts unet: name one of them"):
         init_checksum(tmp_path / "pipeline")
 
 
-def test_a_pickle_is_refused(tmp_path):
-    saved(tmp_path)
+def test_pickle_is_refused(tmp_path):
+    save_network(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InitError, match="pickles, and those are never loaded: diffusion_pytorch_model.bin"):
         build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
 
 
-def test_the_checksum_is_of_the_content(tmp_path):
-    saved(tmp_path / "a")
+def test_checksum_depends_on_network_files_only(tmp_path):
+    save_network(tmp_path / "a")
     before = init_checksum(tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("words")
     (tmp_path / "a").rename(tmp_path / "b")
     assert init_checksum(tmp_path / "b") == before
     config = ExpertConfig(init=str(tmp_path / "b"), init_checksum=before)
     check_unchanged(config)
-    saved(tmp_path / "b")
+    save_network(tmp_path / "b")
     with pytest.raises(InitError, match="has changed since"):
         check_unchanged(config)
 
 
 @pytest.mark.parametrize("init_loss", ["own", "converted"])
-def test_an_expert_goes_on_from_a_checkpoint_and_stays_what_it_was(init_loss, shards, tmp_path, workspace):
+def test_training_resumes_from_checkpoint_with_its_prediction(init_loss, shards, tmp_path, workspace):
     fit_codec(CodecConfig(kind="pixels"), shards, tmp_path / "codec", workspace)
     training = TrainingConfig(steps=40, batch_size=20, warmup_steps=2, log_every=20, lr=3e-3)
     first = ExpertConfig(network=KINDS["residual_mlp"], prediction="noise", noise_schedule="cosine", training=training)
     train_expert(first, [shards], tmp_path / "codec", tmp_path / "first", workspace)
     second = ExpertConfig(training=training, init=str(tmp_path / "first"), init_loss=init_loss, prediction="clean")
-    fresh = Workspace.at(tmp_path / "second_work")
-    train_expert(second, [shards], tmp_path / "codec", tmp_path / "second", fresh)
-    was, now = Expert.load(tmp_path / "first"), Expert.load(tmp_path / "second")
-    assert (now.prediction, now.noise_schedule.name) == ("noise", "cosine")
-    assert type(now.model) is type(was.model)
+    second_workspace = Workspace.at(tmp_path / "second_work")
+    train_expert(second, [shards], tmp_path / "codec", tmp_path / "second", second_workspace)
+    first_expert, second_expert = Expert.load(tmp_path / "first"), Expert.load(tmp_path / "second")
+    assert (second_expert.prediction, second_expert.noise_schedule.name) == ("noise", "cosine")
+    assert type(second_expert.model) is type(first_expert.model)
     assert expert_flops(second, SHAPE, 3) == expert_flops(first, SHAPE, 3)
-    distance = sum((a - b).abs().mean() for a, b in zip(now.model.parameters(), was.model.parameters(), strict=True))
+    distance = sum(
+        (a - b).abs().mean()
+        for a, b in zip(second_expert.model.parameters(), first_expert.model.parameters(), strict=True)
+    )
     assert 0 < distance < 1
     loss = read_json(tmp_path / "second" / "training.json")["final_loss"]
-    model, dataset = was.model, read_latents(fresh.scratch / "cache" / "latents")
-    wanted = (
+    model, dataset = first_expert.model, read_latents(second_workspace.scratch / "cache" / "latents")
+    target = (
         ("noise", NOISE_SCHEDULES["cosine"]) if init_loss == "own" else ("clean", NOISE_SCHEDULES["rectified_flow"])
     )
     batches = [make_batch(dataset, training, step) for step in range(20, 40)]
-    start = (
-        sum(converted_loss(model, batch, ("noise", NOISE_SCHEDULES["cosine"]), wanted).item() for batch in batches) / 20
+    initial_loss = (
+        sum(converted_loss(model, batch, ("noise", NOISE_SCHEDULES["cosine"]), target).item() for batch in batches) / 20
     )
-    assert loss == pytest.approx(start, rel=0.3)
+    assert loss == pytest.approx(initial_loss, rel=0.3)

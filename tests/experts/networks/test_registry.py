@@ -15,8 +15,8 @@ TINY = {
 }
 
 
-def built(kind, num_classes=3):
-    """A network whose zero-initialised layers are filled too, so that every input matters."""
+def build_with_inputs(kind, num_classes=3):
+    """Return a network without zero-initialized layers, so that every input matters, and inputs."""
     torch.manual_seed(0)
     config, shape = TINY[kind]
     model = build_network(config, shape, num_classes)
@@ -26,13 +26,13 @@ def built(kind, num_classes=3):
     return model, torch.randn(4, *shape), torch.tensor([0.1, 0.4, 0.6, 0.9])
 
 
-def test_every_network_is_tried_here():
+def test_every_network_is_covered():
     assert set(TINY) == set(NETWORKS)
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_what_is_saved_is_what_is_loaded(kind, tmp_path):
-    model, noised, t = built(kind)
+def test_loaded_network_equals_saved_network(kind, tmp_path):
+    model, noised, t = build_with_inputs(kind)
     condition = Condition(torch.tensor([0, 1, 2, -1]))
     save_model(model, tmp_path)
     loaded = load_network(tmp_path)
@@ -44,19 +44,19 @@ def test_what_is_saved_is_what_is_loaded(kind, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("unet", "UNet2DModel"), ("dit", "DiTTransformer2DModel")])
-def test_diffusers_itself_can_load_what_is_saved(kind, name, tmp_path):
-    model, noised, t = built(kind)
+def test_diffusers_loads_a_saved_network(kind, name, tmp_path):
+    model, noised, t = build_with_inputs(kind)
     save_model(model, tmp_path)
-    theirs = getattr(diffusers, name).from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
+    reference = getattr(diffusers, name).from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
     labels = torch.tensor([0, 1, 2, 3])
-    expected = theirs(noised, t * 1000, labels, return_dict=False)[0]
-    ours = call_network(model.eval(), noised, t, Condition(torch.tensor([0, 1, 2, -1])))
-    assert torch.equal(ours, expected)
+    expected = reference(noised, t * 1000, labels, return_dict=False)[0]
+    predicted = call_network(model.eval(), noised, t, Condition(torch.tensor([0, 1, 2, -1])))
+    assert torch.equal(predicted, expected)
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_saving_twice_gives_the_same_bytes(kind, tmp_path):
-    model, _, _ = built(kind)
+def test_saving_twice_is_byte_identical(kind, tmp_path):
+    model, _, _ = build_with_inputs(kind)
     for name in ("a", "b"):
         save_model(model, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
@@ -64,8 +64,8 @@ def test_saving_twice_gives_the_same_bytes(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_t_class_and_null_all_matter(kind):
-    model, noised, t = built(kind)
+def test_output_depends_on_t_class_and_null(kind):
+    model, noised, t = build_with_inputs(kind)
     model.eval()
     base = call_network(model, noised, t, Condition(torch.zeros(4, dtype=torch.int64)))
     assert base.shape == noised.shape
@@ -75,8 +75,8 @@ def test_t_class_and_null_all_matter(kind):
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_no_network_drops_labels_by_itself(kind, tmp_path):
-    model, noised, t = built(kind)
+def test_networks_never_drop_labels(kind, tmp_path):
+    model, noised, t = build_with_inputs(kind)
     save_model(model, tmp_path)
     condition = Condition(torch.tensor([0, 1, 2, 1]))
     for network in (model, load_network(tmp_path)):
@@ -85,20 +85,20 @@ def test_no_network_drops_labels_by_itself(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_unconditional_networks_know_only_null(kind):
-    model, noised, t = built(kind, num_classes=0)
+def test_unconditional_networks_accept_null(kind):
+    model, noised, t = build_with_inputs(kind, num_classes=0)
     assert call_network(model, noised, t, Condition.null(4)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_one_t_for_all_rows(kind):
-    model, noised, _ = built(kind)
+def test_scalar_t_applies_to_all_rows(kind):
+    model, noised, _ = build_with_inputs(kind)
     condition = Condition.null(4)
-    one = call_network(model.eval(), noised, torch.tensor(0.3), condition)
-    assert torch.equal(one, call_network(model, noised, torch.full((4,), 0.3), condition))
+    broadcast = call_network(model.eval(), noised, torch.tensor(0.3), condition)
+    assert torch.equal(broadcast, call_network(model, noised, torch.full((4,), 0.3), condition))
 
 
-def test_the_residual_mlp_starts_at_zero_and_takes_any_shape():
+def test_residual_mlp_starts_at_zero_for_any_shape():
     model = build_network(ResidualMLPConfig(width=8, depth=1), (2, 3, 5), 0)
     predicted = call_network(model, torch.randn(4, 2, 3, 5), torch.rand(4), Condition.null(4))
     assert torch.equal(predicted, torch.zeros(4, 2, 3, 5))
@@ -115,18 +115,18 @@ def test_the_residual_mlp_starts_at_zero_and_takes_any_shape():
         (DiTConfig(patch_size=3), (1, 28, 28), "does not divide 28"),
     ],
 )
-def test_a_network_that_does_not_fit_says_the_way_out(config, shape, message):
+def test_unsupported_latents_raise_with_a_remedy(config, shape, message):
     with pytest.raises(NetworkError, match=message):
         build_network(config, shape, 0)
 
 
-def test_t_inside_a_sample_is_refused():
-    model, noised, _ = built("residual_mlp")
+def test_t_within_a_sample_is_refused():
+    model, noised, _ = build_with_inputs("residual_mlp")
     with pytest.raises(NetworkError, match="one t a row"):
         call_network(model, noised, torch.rand(4, 6), Condition.null(4))
 
 
-def test_an_unknown_class_is_not_loaded(tmp_path):
+def test_unknown_model_class_is_refused(tmp_path):
     write_json(tmp_path / "config.json", {"_class_name": "FluxTransformer2DModel"})
     with pytest.raises(CorruptArtifact, match="FluxTransformer2DModel"):
         load_network(tmp_path)

@@ -16,7 +16,7 @@ from experts.training.checkpoint import (
 from experts.training.ema import MovingAverage
 
 
-def started(width=8, lr=1e-3, device="cpu"):
+def create_state(width=8, lr=1e-3, device="cpu"):
     model = ResidualMLP(latent_shape=[3], num_classes=2, width=width, depth=1)
     return TrainingState(
         config=TrainingConfig(lr=lr, device=device),
@@ -27,8 +27,8 @@ def started(width=8, lr=1e-3, device="cpu"):
     )
 
 
-def trained(steps=3):
-    state = started()
+def create_trained_state(steps=3):
+    state = create_state()
     for _ in range(steps):
         state.optimizer.zero_grad()
         state.model(torch.randn(4, 3), torch.rand(4), torch.zeros(4, dtype=torch.int64)).sub(
@@ -41,8 +41,8 @@ def trained(steps=3):
     return state
 
 
-def test_everything_comes_back(tmp_path):
-    state, other = trained(), started()
+def test_checkpoint_restores_the_full_state(tmp_path):
+    state, other = create_trained_state(), create_state()
     save_checkpoint(tmp_path, state)
     assert restore_checkpoint(tmp_path, other)
     assert (other.step, other.rows, other.sums) == (3, state.rows, state.sums)
@@ -55,31 +55,31 @@ def test_everything_comes_back(tmp_path):
     assert kinds == {"model", "average", "optimizer", "sums"}
 
 
-def test_without_a_checkpoint_nothing_happens(tmp_path):
-    state = started()
+def test_restore_without_checkpoint_returns_false(tmp_path):
+    state = create_state()
     assert not restore_checkpoint(tmp_path, state)
     assert state.step == 0
 
 
-def test_only_the_newest_is_kept_and_leftovers_go(tmp_path):
+def test_only_the_newest_checkpoint_is_stored(tmp_path):
     (tmp_path / ".step-00000001.123").mkdir(parents=True)
-    save_checkpoint(tmp_path, trained(1))
-    save_checkpoint(tmp_path, trained(2))
+    save_checkpoint(tmp_path, create_trained_state(1))
+    save_checkpoint(tmp_path, create_trained_state(2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_an_unfinished_copy_is_never_read(tmp_path):
-    save_checkpoint(tmp_path, trained(2))
+def test_unfinished_checkpoint_is_never_read(tmp_path):
+    save_checkpoint(tmp_path, create_trained_state(2))
     (tmp_path / ".step-00000009.123").mkdir()
-    state = started()
+    state = create_state()
     restore_checkpoint(tmp_path, state)
     assert state.step == 2
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
-def test_a_broken_checkpoint_is_set_aside_and_the_training_begins_anew(name, damage, tmp_path):
-    save_checkpoint(tmp_path, trained())
+def test_damaged_checkpoint_is_renamed_and_training_restarts(name, damage, tmp_path):
+    save_checkpoint(tmp_path, create_trained_state())
     path = tmp_path / "step-00000003" / name
     content = path.read_bytes()
     if damage == "missing":
@@ -87,36 +87,36 @@ def test_a_broken_checkpoint_is_set_aside_and_the_training_begins_anew(name, dam
     else:
         path.write_bytes(content[: len(content) // 2] + (b"" if damage == "truncated" else b"\xff" * 300))
     with pytest.raises(DamagedCheckpoint, match="renamed to damaged-step-00000003"):
-        restore_checkpoint(tmp_path, started())
+        restore_checkpoint(tmp_path, create_state())
     assert [path.name for path in tmp_path.iterdir()] == ["damaged-step-00000003"]
-    state = started()
+    state = create_state()
     assert not restore_checkpoint(tmp_path, state)
-    save_checkpoint(tmp_path, trained(4))
+    save_checkpoint(tmp_path, create_trained_state(4))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
-def test_a_checkpoint_that_is_damaged_twice_is_set_aside_twice(tmp_path):
+def test_checkpoint_damaged_twice_is_renamed_twice(tmp_path):
     for _ in range(2):
-        save_checkpoint(tmp_path / "new", trained())
+        save_checkpoint(tmp_path / "new", create_trained_state())
         shutil.copytree(tmp_path / "new", tmp_path / "all", dirs_exist_ok=True)
         (tmp_path / "all" / "step-00000003" / "state.json").write_text("{}")
         with pytest.raises(DamagedCheckpoint):
-            restore_checkpoint(tmp_path / "all", started())
+            restore_checkpoint(tmp_path / "all", create_state())
     assert [path.name for path in (tmp_path / "all").iterdir()] == ["damaged-step-00000003"]
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    save_checkpoint(tmp_path, trained())
+def test_checkpoint_of_another_network_is_refused(tmp_path):
+    save_checkpoint(tmp_path, create_trained_state())
     with pytest.raises(CheckpointError, match="another network"):
-        restore_checkpoint(tmp_path, started(width=9))
+        restore_checkpoint(tmp_path, create_state(width=9))
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
-    save_checkpoint(tmp_path, trained())
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+    save_checkpoint(tmp_path, create_trained_state())
     with pytest.raises(CheckpointError, match="another training configuration"):
-        restore_checkpoint(tmp_path, started(lr=2e-3))
+        restore_checkpoint(tmp_path, create_state(lr=2e-3))
 
 
-def test_a_training_may_go_on_on_another_device(tmp_path):
-    save_checkpoint(tmp_path, trained())
-    assert restore_checkpoint(tmp_path, started(device="cuda"))
+def test_training_can_resume_on_another_device(tmp_path):
+    save_checkpoint(tmp_path, create_trained_state())
+    assert restore_checkpoint(tmp_path, create_state(device="cuda"))

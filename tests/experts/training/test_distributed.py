@@ -1,4 +1,4 @@
-"""Three workers, started once by torch.distributed alone, go through every scenario one after the other."""
+"""Three workers, started once by torch.distributed, run all scenarios in sequence."""
 
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ TRAINING = TrainingConfig(steps=15, batch_size=9, warmup_steps=3, log_every=4, c
 
 
 def dataset(shape):
-    """What every worker sees."""
+    """Return the data set of every worker."""
     generator = torch.Generator().manual_seed(0)
     return LatentDataset(
         clean=torch.randn(50, *shape, generator=generator),
@@ -37,16 +37,16 @@ def dataset(shape):
 
 
 def trained(kind, workspace, config=TRAINING, loss=velocity_loss):
-    """Averaged parameters, last parameters and metrics rows, as one dictionary of tensors and one of rows."""
+    """Return averaged and last parameters in one dictionary, and the metrics rows."""
     torch.manual_seed(5)
     model = build_network(*NETWORKS[kind], 3)
-    fitted = fit(model, loss, dataset(NETWORKS[kind][1]), config, workspace)
-    averaged = {f"average.{name}": value for name, value in fitted.model.state_dict().items()}
-    return averaged | model.state_dict(), fitted.rows
+    trained_result = fit(model, loss, dataset(NETWORKS[kind][1]), config, workspace)
+    averaged = {f"average.{name}": value for name, value in trained_result.model.state_dict().items()}
+    return averaged | model.state_dict(), trained_result.rows
 
 
-def ended(work):
-    """How a piece of work ended, as plain text."""
+def outcome_of(work):
+    """Return how the work outcome_of, as text."""
     try:
         work()
     except (Preempted, GroupError, WorkerLost, TrainingDiverged, CheckpointError, Killed) as error:
@@ -54,68 +54,70 @@ def ended(work):
     return "done"
 
 
-def own(folder, rank, **changes):
-    """One scratch folder for all, an attempt folder for each."""
+def worker_workspace(folder, rank, **changes):
+    """Return a workspace with the scratch folder of all workers and an attempt folder for each."""
     shared = Workspace.at(folder)
     (folder / f"rank_{rank}").mkdir(exist_ok=True)
     return replace(shared, attempt=folder / f"rank_{rank}", **changes)
 
 
-def equal_to_one_worker(rank, folder, kind):
-    tensors, rows = trained(kind, own(folder / kind, rank))
+def train_network(rank, folder, kind):
+    tensors, rows = trained(kind, worker_workspace(folder / kind, rank))
     torch.save(tensors, folder / f"{kind}_{rank}.pt")
     return rows
 
 
-def stopped_by_the_last(rank, folder):
-    """Only the last worker hears that it should stop, before step 6; then all go on."""
+def stop_last_worker(rank, folder):
+    """Stop the last worker before step 6; then resume on all."""
     stopping = stopping_at(6, folder / "stopped") if rank == SIZE - 1 else Workspace.at(folder / "stopped")
-    said = ended(lambda: trained("residual_mlp", stopping))
+    outcome = outcome_of(lambda: trained("residual_mlp", stopping))
     tensors, rows = trained("residual_mlp", Workspace.at(folder / "stopped"))
     torch.save(tensors, folder / f"stopped_{rank}.pt")
-    return {"said": said, "rows": rows}
+    return {"outcome": outcome, "rows": rows}
 
 
-def killed_everywhere(rank, folder):
-    """Dead in the middle of step 13, after a checkpoint; a worker that is gone cannot be waited for."""
-    said = ended(lambda: trained("unet", own(folder / "killed", rank), loss=killed_at(13)))
-    tensors, rows = trained("unet", own(folder / "killed", rank))
+def kill_all_workers(rank, folder):
+    """Kill all workers in the middle of step 13, after a checkpoint; then resume."""
+    outcome = outcome_of(lambda: trained("unet", worker_workspace(folder / "killed", rank), loss=killed_at(13)))
+    tensors, rows = trained("unet", worker_workspace(folder / "killed", rank))
     torch.save(tensors, folder / f"killed_{rank}.pt")
-    return {"said": said, "rows": rows}
+    return {"outcome": outcome, "rows": rows}
 
 
-def diverged_in_the_last(rank, folder):
+def diverge_on_last_worker(rank, folder):
     def loss(model, batch):
         return {"loss": velocity_loss(model, batch)["loss"] * (float("inf") if rank == SIZE - 1 else 1.0)}
 
-    return ended(lambda: trained("residual_mlp", own(folder / "diverged", rank), loss=loss))
+    return outcome_of(lambda: trained("residual_mlp", worker_workspace(folder / "diverged", rank), loss=loss))
 
 
-def apart(rank, folder):
-    """The first worker finds the checkpoint of step 6, the others look elsewhere."""
+def separate_scratch_folders(rank, folder):
+    """Rank 0 reads the checkpoint of step 6, the other ranks have other scratch folders."""
     with suppress(Preempted):
         trained("residual_mlp", stopping_at(6, folder / "apart"))
-    found = folder / ("apart" if rank == 0 else f"elsewhere_{rank}")
-    return ended(lambda: trained("residual_mlp", Workspace.at(found)))
+    scratch = folder / ("apart" if rank == 0 else f"elsewhere_{rank}")
+    return outcome_of(lambda: trained("residual_mlp", Workspace.at(scratch)))
 
 
-def drawing(rank, folder):
-    """What a network itself draws, such as its dropout."""
-    drawn = []
+def random_loss(rank, folder):
+    """Return the random numbers that a network uses, as for dropout."""
+    random_numbers = []
 
     def loss(model, batch):
-        drawn.append(float(torch.rand(())))
+        random_numbers.append(float(torch.rand(())))
         return velocity_loss(model, batch)
 
-    trained("residual_mlp", own(folder / "drawing", rank), loss=loss)
-    return drawn
+    trained("residual_mlp", worker_workspace(folder / "drawing", rank), loss=loss)
+    return random_numbers
 
 
-def indivisible(rank, folder):
-    return ended(lambda: trained("residual_mlp", own(folder / "odd", rank), replace(TRAINING, batch_size=7)))
+def indivisible_batch(rank, folder):
+    return outcome_of(
+        lambda: trained("residual_mlp", worker_workspace(folder / "odd", rank), replace(TRAINING, batch_size=7))
+    )
 
 
-def encoded(rank, folder):
+def encode_on_rank_zero(rank, folder):
     if rank == 0:
         writer = ShardWriter(folder / "shards", 16, class_names=("one",))
         for number in range(40):
@@ -123,72 +125,74 @@ def encoded(rank, folder):
         writer.close()
         PixelCodec(image_shape=(4, 4, 1)).save(folder / "codec")
     distributed.barrier()
-    workspace = own(folder / "encoded", rank)
+    workspace = worker_workspace(folder / "encoded", rank)
     latents = encode_latents([folder / "shards"], PixelCodec(image_shape=(4, 4, 1)), folder / "codec", workspace)
     return float(latents.clean.double().sum())
 
 
-def stopped_while_encoding(rank, folder):
-    """Only the first worker encodes, so it alone can be asked to stop."""
-    workspace = own(folder / "halted", rank, stopping=lambda: rank == 0)
+def stop_while_encoding(rank, folder):
+    """Stop rank 0 while it encodes; the other ranks do not encode."""
+    workspace = worker_workspace(folder / "halted", rank, stopping=lambda: rank == 0)
 
     def work():
         if workspace.stop_requested():
             raise Preempted("stopped after 1 of 2 images")
 
-    return ended(lambda: DataParallelGroup.join().run_on_main(work))
+    return outcome_of(lambda: DataParallelGroup.join().run_on_main(work))
 
 
-def one_is_gone(rank, folder):
-    """The last scenario: the last worker vanishes in the middle of a step."""
+def lose_last_worker(rank, folder):
+    """Exit the last worker in the middle of a step; this is the last scenario."""
     if rank < SIZE - 1:
-        return ended(lambda: trained("residual_mlp", own(folder / "gone", rank)))
-    return ended(lambda: trained("residual_mlp", own(folder / "gone", rank), loss=lambda model, batch: os._exit(9)))
+        return outcome_of(lambda: trained("residual_mlp", worker_workspace(folder / "gone", rank)))
+    return outcome_of(
+        lambda: trained("residual_mlp", worker_workspace(folder / "gone", rank), loss=lambda model, batch: os._exit(9))
+    )
 
 
 SCENARIOS = {
-    "residual_mlp": lambda rank, folder: equal_to_one_worker(rank, folder, "residual_mlp"),
-    "unet": lambda rank, folder: equal_to_one_worker(rank, folder, "unet"),
-    "dit": lambda rank, folder: equal_to_one_worker(rank, folder, "dit"),
-    "stopped": stopped_by_the_last,
-    "killed": killed_everywhere,
-    "diverged": diverged_in_the_last,
-    "apart": apart,
-    "drawing": drawing,
-    "indivisible": indivisible,
-    "encoded": encoded,
-    "halted": stopped_while_encoding,
-    "gone": one_is_gone,
+    "residual_mlp": lambda rank, folder: train_network(rank, folder, "residual_mlp"),
+    "unet": lambda rank, folder: train_network(rank, folder, "unet"),
+    "dit": lambda rank, folder: train_network(rank, folder, "dit"),
+    "stopped": stop_last_worker,
+    "killed": kill_all_workers,
+    "diverged": diverge_on_last_worker,
+    "apart": separate_scratch_folders,
+    "drawing": random_loss,
+    "indivisible": indivisible_batch,
+    "encoded": encode_on_rank_zero,
+    "halted": stop_while_encoding,
+    "gone": lose_last_worker,
 }
 
 
-def member(rank, folder):
-    """One worker of the group, in a process of its own."""
+def run_worker(rank, folder):
+    """Run one worker of the group in a subprocess."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = distributed.FileStore(str(folder / "meeting"), SIZE)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
     for name, scenario in SCENARIOS.items():
-        found = scenario(rank, folder)
-        (folder / f"{name}_{rank}.json").write_text(json.dumps(found))
+        result = scenario(rank, folder)
+        (folder / f"{name}_{rank}.json").write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the workers have written what happened to them."""
-    found = tmp_path_factory.mktemp("group")
+    """Return the folder with the results of all workers."""
+    results = tmp_path_factory.mktemp("group")
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=member, args=(rank, found)) for rank in range(SIZE)]
+    workers = [context.Process(target=run_worker, args=(rank, results)) for rank in range(SIZE)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
         if worker.is_alive():
             worker.kill()
-    return found
+    return results
 
 
-def told(folder, name, ranks=range(SIZE)):
+def read_results(folder, name, ranks=range(SIZE)):
     return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in ranks]
 
 
@@ -205,12 +209,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_three_workers_train_as_one_does_up_to_rounding(kind, folder, tmp_path):
-    """What is compared is what the network does: a bias that the next layer takes out again is moved by noise alone."""
+def test_three_workers_match_one_worker_up_to_rounding(kind, folder, tmp_path):
+    """Compare predictions: noise alone moves a bias that the next layer cancels."""
     alone, rows = trained(kind, Workspace.at(tmp_path))
     first, *others = tensors_of(folder, kind)
     assert all(are_equal(first, other) for other in others), "all workers hold the same bits"
-    for ours, theirs in zip(told(folder, kind)[0], rows, strict=True):
+    for ours, theirs in zip(read_results(folder, kind)[0], rows, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
     torch.testing.assert_close(predictions(kind, first), predictions(kind, alone), rtol=1e-5, atol=1e-5)
     if kind == "residual_mlp":
@@ -219,7 +223,7 @@ def test_three_workers_train_as_one_does_up_to_rounding(kind, folder, tmp_path):
 
 
 def predictions(kind, tensors):
-    """What the averaged network makes of the data set."""
+    """Return the predictions of the averaged network for the data set."""
     model = build_network(*NETWORKS[kind], 3)
     model.load_state_dict(
         {name.removeprefix("average."): value for name, value in tensors.items() if name.startswith("average.")}
@@ -230,73 +234,82 @@ def predictions(kind, tensors):
 
 
 @pytest.mark.slow
-def test_the_first_worker_alone_writes(folder):
+def test_only_rank_zero_writes(folder):
     assert {path.name for path in (folder / "dit" / "rank_0").iterdir()} == {"metrics.jsonl", "progress.json"}
     assert not [path for rank in range(1, SIZE) for path in (folder / "dit" / f"rank_{rank}").iterdir()]
 
 
 @pytest.mark.slow
-def test_one_that_hears_a_stop_stops_all_at_the_same_step_and_nothing_is_lost(folder):
-    for rank, found in enumerate(told(folder, "stopped")):
-        assert found["said"] == "Preempted: stopped at step 6 of 15; start it again to continue"
-        assert found["rows"] == told(folder, "residual_mlp")[rank]
+def test_stop_of_one_rank_stops_all_at_the_same_step(folder):
+    for rank, result in enumerate(read_results(folder, "stopped")):
+        assert result["outcome"] == "Preempted: stopped at step 6 of 15; run the same command again to continue"
+        assert result["rows"] == read_results(folder, "residual_mlp")[rank]
     assert are_equal(tensors_of(folder, "stopped")[0], tensors_of(folder, "residual_mlp")[0])
 
 
 @pytest.mark.slow
-def test_killed_and_continued_three_workers_give_the_same_bits(folder):
-    assert [found["said"] for found in told(folder, "killed")] == ["Killed: "] * SIZE
-    assert [found["rows"] for found in told(folder, "killed")] == told(folder, "unet")
+def test_three_workers_resume_bit_for_bit_after_a_kill(folder):
+    assert [result["outcome"] for result in read_results(folder, "killed")] == ["Killed: "] * SIZE
+    assert [result["rows"] for result in read_results(folder, "killed")] == read_results(folder, "unet")
     assert are_equal(tensors_of(folder, "killed")[0], tensors_of(folder, "unet")[0])
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_anywhere_ends_all(folder):
-    assert all(said.startswith("TrainingDiverged: the loss is nan at step 4") for said in told(folder, "diverged"))
+def test_nonfinite_loss_on_one_rank_stops_all(folder):
+    assert all(
+        outcome.startswith("TrainingDiverged: the loss is nan at step 4")
+        for outcome in read_results(folder, "diverged")
+    )
 
 
 @pytest.mark.slow
-def test_workers_that_do_not_share_a_scratch_folder_are_told_so(folder):
-    for said in told(folder, "apart"):
-        assert said.startswith("GroupError: the workers found checkpoints of the steps 6, 0, 0")
+def test_separate_scratch_folders_are_refused(folder):
+    for outcome in read_results(folder, "apart"):
+        assert outcome.startswith(
+            "GroupError: all workers need the same scratch folder; they read checkpoints of the steps 6, 0, 0"
+        )
 
 
 @pytest.mark.slow
-def test_what_a_network_draws_is_another_on_every_worker(folder):
-    drawn = [number for numbers in told(folder, "drawing") for number in numbers]
-    assert len(set(drawn)) == SIZE * TRAINING.steps
+def test_network_randomness_differs_on_every_rank(folder):
+    random_numbers = [number for numbers in read_results(folder, "drawing") for number in numbers]
+    assert len(set(random_numbers)) == SIZE * TRAINING.steps
 
 
 @pytest.mark.slow
-def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(folder):
-    assert all("a batch of 7 cannot be shared equally by 3 workers" in said for said in told(folder, "indivisible"))
+def test_indivisible_batch_is_refused_before_writing(folder):
+    assert all(
+        "a batch of 7 cannot be divided equally among 3 workers" in outcome
+        for outcome in read_results(folder, "indivisible")
+    )
     assert not (folder / "odd" / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_all_read_what_the_first_has_encoded(folder):
-    assert len(set(told(folder, "encoded"))) == 1
+def test_all_ranks_read_the_latents_of_rank_zero(folder):
+    assert len(set(read_results(folder, "encoded"))) == 1
 
 
 @pytest.mark.slow
-def test_a_stop_while_the_first_worker_encodes_is_nobodys_failure(folder):
-    assert all(said.startswith("Preempted") for said in told(folder, "halted"))
+def test_stop_during_encoding_preempts_all_ranks(folder):
+    assert all(outcome.startswith("Preempted") for outcome in read_results(folder, "halted"))
 
 
 @pytest.mark.slow
-def test_a_worker_that_vanishes_breaks_the_group_and_says_so(folder):
+def test_lost_worker_raises_on_the_other_ranks(folder):
     assert all(
-        said.startswith("GroupBroken: another of the 3 workers is gone") for said in told(folder, "gone", [0, 1])
+        outcome.startswith("WorkerLost: another of the 3 workers is lost")
+        for outcome in read_results(folder, "gone", [0, 1])
     )
     assert not (folder / "gone_2.json").exists()
 
 
-def test_a_group_of_one_takes_the_whole_batch():
+def test_group_of_one_has_the_full_batch():
     assert DataParallelGroup.join() == DataParallelGroup(0, 1)
     assert DataParallelGroup().local_rows(7) == slice(None)
 
 
-@pytest.mark.parametrize(("size", "tries"), [(2, "6 or 8"), (3, "6 or 9"), (8, "8 or 8")])
-def test_a_batch_that_cannot_be_shared_says_which_can(size, tries):
-    with pytest.raises(GroupError, match=f"a batch of 7 .* by {size} workers; take a batch of {tries}"):
+@pytest.mark.parametrize(("size", "sizes"), [(2, "6 or 8"), (3, "6 or 9"), (8, "8 or 8")])
+def test_indivisible_batch_error_names_valid_sizes(size, sizes):
+    with pytest.raises(GroupError, match=f"a batch of 7 .* among {size} workers; choose a batch of {sizes}"):
         DataParallelGroup(0, size).local_rows(7)

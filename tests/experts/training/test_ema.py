@@ -6,12 +6,12 @@ from experts.training.ema import MovingAverage, power_law_gamma
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2, 0.27])
-def test_gamma_has_the_width_that_was_asked_for(width):
+def test_gamma_inverts_the_relative_width(width):
     gamma = power_law_gamma(width)
     assert (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5) == pytest.approx(width)
 
 
-def test_the_average_is_the_power_function_average_of_all_steps():
+def test_average_equals_power_function_average():
     values = torch.linspace(-1, 2, 40, dtype=torch.float64).sin() * 3
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     average = MovingAverage(model, 0.15)
@@ -24,8 +24,8 @@ def test_the_average_is_the_power_function_average_of_all_steps():
     torch.testing.assert_close(average.average["weight"].squeeze(), expected)
 
 
-def test_weights_of_the_average_have_the_relative_width():
-    """Standard deviation of the step that the average looks at, over the number of steps."""
+def test_average_weights_have_the_relative_width():
+    """Compare the standard deviation of the averaged step with the number of steps."""
     count, power = 4000, power_law_gamma(0.1) + 1
     steps = torch.arange(count, dtype=torch.float64) + 0.5
     weights = (torch.arange(count + 1, dtype=torch.float64) ** power).diff() / float(count) ** power
@@ -33,11 +33,11 @@ def test_weights_of_the_average_have_the_relative_width():
     assert ((weights * (steps - mean) ** 2).sum().sqrt() / count).item() == pytest.approx(0.1, rel=1e-3)
 
 
-def test_copying_overwrites_another_model_only():
+def test_copy_to_overwrites_only_the_given_model():
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     average = MovingAverage(model, 0.1)
-    kept = model.weight.detach().clone()
+    expected = model.weight.detach().clone()
     nn.init.zeros_(model.weight)
     average.copy_to(other)
-    torch.testing.assert_close(other.weight, kept)
+    torch.testing.assert_close(other.weight, expected)
     assert not model.weight.any()

@@ -6,7 +6,7 @@ from torch.nn import functional
 from experts.training.flops import forward_flops, training_flops
 
 
-def test_a_linear_layer_costs_two_flops_a_weight():
+def test_linear_layer_costs_two_flops_a_weight():
     layer, row = nn.Linear(10, 7), torch.zeros(1, 10)
     assert forward_flops(lambda: layer(row)) == 2 * 10 * 7
 

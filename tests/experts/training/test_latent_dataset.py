@@ -16,39 +16,39 @@ from experts.training.latent_dataset import LatentDataset, LatentError, encode_l
 
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(-5, 5), epochs=st.integers(1, 4))
 @settings(max_examples=50)
-def test_every_sample_comes_once_an_epoch(count, batch_size, seed, epochs):
+def test_every_sample_occurs_once_an_epoch(count, batch_size, seed, epochs):
     steps = -(-epochs * count // batch_size)
-    seen = torch.cat([sample_indices(count, batch_size, seed, step) for step in range(steps)])
+    samples = torch.cat([sample_indices(count, batch_size, seed, step) for step in range(steps)])
     for epoch in range(epochs):
-        assert sorted(seen[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+        assert sorted(samples[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_shares_of_a_batch_are_its_rows(size, make_dataset):
+def test_local_rows_partition_the_batch(size, make_dataset):
     dataset, config = make_dataset(shape=(1, 3, 3)), TrainingConfig(batch_size=8, condition_dropout=0.5)
-    whole = make_batch(dataset, config, 5)
+    batch = make_batch(dataset, config, 5)
     parts = [make_batch(dataset, config, 5, DataParallelGroup(rank, size).local_rows(8)) for rank in range(size)]
     assert [len(part.t) for part in parts] == [8 // size] * size
     for field in ("clean", "noise", "t", "cluster_id"):
-        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
-    assert torch.equal(torch.cat([part.condition.class_id for part in parts]), whole.condition.class_id)
+        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(batch, field))
+    assert torch.equal(torch.cat([part.condition.class_id for part in parts]), batch.condition.class_id)
 
 
-def test_a_batch_is_a_function_of_seed_and_step(make_dataset):
+def test_batch_depends_on_seed_and_step_only(make_dataset):
     dataset, config = make_dataset(), TrainingConfig(batch_size=8, seed=3)
     first = make_batch(dataset, config, 7)
     make_batch(dataset, config, 8)
     torch.manual_seed(99)
-    again = make_batch(dataset, config, 7)
+    repeated = make_batch(dataset, config, 7)
     for name in ("clean", "noise", "t", "cluster_id"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-    assert torch.equal(first.condition.class_id, again.condition.class_id)
+        assert torch.equal(getattr(first, name), getattr(repeated, name))
+    assert torch.equal(first.condition.class_id, repeated.condition.class_id)
     for other in (make_batch(dataset, config, 8), make_batch(dataset, TrainingConfig(batch_size=8, seed=4), 7)):
         assert not torch.equal(first.noise, other.noise)
         assert not torch.equal(first.t, other.t)
 
 
-def test_rows_of_a_batch_belong_together():
+def test_batch_rows_keep_their_class_and_cluster():
     count = 30
     dataset = LatentDataset(
         clean=torch.arange(count).float()[:, None],
@@ -59,7 +59,7 @@ def test_rows_of_a_batch_belong_together():
     sample = batch.clean[:, 0].long()
     assert torch.equal(batch.condition.class_id, sample % 5)
     assert torch.equal(batch.cluster_id, sample % 3)
-    assert max(Counter(sample.tolist()).values()) == 3, "64 of 30 samples: two whole epochs and four more"
+    assert max(Counter(sample.tolist()).values()) == 3, "64 of 30 samples: two full epochs and four more"
 
 
 def test_t_is_logit_normal_and_noise_is_standard_normal(make_dataset):
@@ -72,13 +72,13 @@ def test_t_is_logit_normal_and_noise_is_standard_normal(make_dataset):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_conditions_are_dropped_at_their_share(make_dataset, share):
+def test_conditions_are_dropped_at_the_configured_rate(make_dataset, share):
     batch = make_batch(make_dataset(), TrainingConfig(batch_size=10_000, condition_dropout=share), 0)
     null = (batch.condition.class_id == -1).float().mean().item()
     assert null == pytest.approx(share, abs=0.0 if share in (0, 1) else 0.02)
 
 
-def encoded(shards, workspace):
+def encode_pixels(shards, workspace):
     codec = PixelCodec(image_shape=(4, 4, 1))
     folder = workspace.scratch / "codec"
     folder.mkdir(exist_ok=True)
@@ -86,8 +86,8 @@ def encoded(shards, workspace):
     return encode_latents(shards, codec, folder, workspace)
 
 
-def test_latents_are_encoded_in_order_with_class_and_cluster(shards, workspace):
-    dataset = encoded([shards, shards], workspace)
+def test_latents_keep_order_class_and_cluster(shards, workspace):
+    dataset = encode_pixels([shards, shards], workspace)
     assert len(dataset) == 80
     assert dataset.latent_shape == (1, 4, 4)
     assert dataset.class_id[:4].tolist() == [0, 1, 2, 0]
@@ -95,22 +95,22 @@ def test_latents_are_encoded_in_order_with_class_and_cluster(shards, workspace):
     assert torch.equal(dataset.clean[:40], dataset.clean[40:])
 
 
-def test_latents_are_encoded_once_but_again_for_other_shards(shards, workspace):
-    encoded([shards], workspace)
+def test_latents_are_reencoded_for_other_shards_only(shards, workspace):
+    encode_pixels([shards], workspace)
     written = workspace.scratch / CACHE / "latents" / "clean.npy"
     before = written.stat().st_mtime_ns
-    encoded([shards], workspace)
+    encode_pixels([shards], workspace)
     assert written.stat().st_mtime_ns == before
-    assert len(encoded([shards, shards], workspace)) == 80
+    assert len(encode_pixels([shards, shards], workspace)) == 80
 
 
-def test_no_samples_is_an_error(tmp_path, workspace):
+def test_empty_shards_are_refused(tmp_path, workspace):
     writer = ShardWriter(tmp_path / "empty", image_shape=(4, 4, 1))
     writer.close()
     with pytest.raises(LatentError, match="no samples"):
-        encoded([tmp_path / "empty"], workspace)
+        encode_pixels([tmp_path / "empty"], workspace)
 
 
-def test_latents_stay_on_the_disk(shards, workspace):
-    encoded([shards], workspace)
+def test_latents_are_memory_mapped(shards, workspace):
+    encode_pixels([shards], workspace)
     assert isinstance(np.load(workspace.scratch / CACHE / "latents" / "clean.npy", mmap_mode="r"), np.memmap)

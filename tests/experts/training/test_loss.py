@@ -24,33 +24,33 @@ def batch():
     ("prediction", "expected"),
     [("velocity", (4 + 4 + 1 + 4) / 4), ("noise", (9 + 0 + 1 + 1) / 4), ("clean", (1 + 4 + 0 + 1) / 4)],
 )
-def test_a_network_that_says_zero_loses_the_mean_square_of_its_target(prediction, expected):
+def test_zero_prediction_loses_the_mean_square_target(prediction, expected):
     model = ResidualMLP(latent_shape=[2], width=8, depth=1)
     assert expert_loss(model, batch(), prediction, NOISE_SCHEDULES["rectified_flow"]).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
-def test_converted_to_itself_a_loss_is_what_it_was(prediction, name):
+def test_loss_converted_to_itself_is_unchanged(prediction, name):
     model = ResidualMLP(latent_shape=[2], width=8, depth=1)
     torch.nn.init.normal_(model.exit.bias)
-    own = (prediction, NOISE_SCHEDULES[name])
-    expected = expert_loss(model, batch(), *own)
-    torch.testing.assert_close(converted_loss(model, batch(), own, own), expected, rtol=1e-4, atol=1e-5)
+    source = (prediction, NOISE_SCHEDULES[name])
+    expected = expert_loss(model, batch(), *source)
+    torch.testing.assert_close(converted_loss(model, batch(), source, source), expected, rtol=1e-4, atol=1e-5)
 
 
-class KnowsNoise(ResidualMLP):
-    """Puts out the noise of the batch, whatever it is shown."""
+class ExactNoiseNetwork(ResidualMLP):
+    """Returns the noise of the batch for any input."""
 
     def forward(self, noised, t, class_index):
         return batch().noise
 
 
-def test_a_network_that_knows_the_noise_loses_nothing_in_any_other_currency(monkeypatch):
+def test_exact_noise_has_zero_loss_in_every_prediction(monkeypatch):
     from experts.networks import registry as networks
 
-    monkeypatch.setitem(networks._CALLS, KnowsNoise, networks._call_residual_mlp)
-    model, own = KnowsNoise(latent_shape=[2]), ("noise", NOISE_SCHEDULES["linear_beta"])
+    monkeypatch.setitem(networks._CALLS, ExactNoiseNetwork, networks._call_residual_mlp)
+    model, source = ExactNoiseNetwork(latent_shape=[2]), ("noise", NOISE_SCHEDULES["linear_beta"])
     for name in NOISE_SCHEDULES:
         for prediction in ("velocity", "noise", "clean"):
-            assert converted_loss(model, batch(), own, (prediction, NOISE_SCHEDULES[name])).item() < 1e-8
+            assert converted_loss(model, batch(), source, (prediction, NOISE_SCHEDULES[name])).item() < 1e-8

@@ -1,4 +1,4 @@
-"""The embedded Ray cluster: loopback only, gone with the command, and honest about how an attempt ended."""
+"""The embedded Ray cluster: loopback only, ended with the command, and correct outcomes of attempts."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.compute import ComputeConfig, ResourcesConfig
-from orchestrator.controller import _backend, shield
+from orchestrator.controller import configure_ray_security, open_backend
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.run.backend import Job
 from orchestrator.run.run_folder import RunFolder
@@ -19,16 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def open_listeners() -> set[str]:
-    """Listening TCP sockets of this machine that are reachable from others."""
-    found = set()
+    """Return the listening TCP sockets of this machine that are reachable from others."""
+    listeners = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             local, state = line.split()[1], line.split()[3]
             address = local.partition(":")[0]
             loopback = address.endswith("0100007F") or address == "00000000000000000000000001000000"
             if state == "0A" and not loopback:
-                found.add(local)
-    return found
+                listeners.add(local)
+    return listeners
 
 
 def job(folder: Path, config: dict, attempt: int = 1, kind: str = "dataset") -> Job:
@@ -61,36 +61,36 @@ def listeners_before():
 
 @pytest.fixture(scope="module")
 def backend(listeners_before):
-    with _backend(ComputeConfig(cpus=1), RunFolder(Path())) as found:
-        yield found
+    with open_backend(ComputeConfig(cpus=1), RunFolder(Path())) as ray_backend:
+        yield ray_backend
 
 
-def test_it_listens_on_loopback_only(backend, listeners_before, tmp_path):
+def test_embedded_cluster_listens_on_loopback_only(backend, listeners_before, tmp_path):
     backend.submit(job(tmp_path, {"source": "digits", "image_size": 8}))
     assert wait(backend)[0].state == "finished"
     assert open_listeners() - listeners_before == set()
 
 
-def test_an_error_of_the_stage_is_not_a_lost_worker(backend, tmp_path):
+def test_stage_error_is_permanent_failure(backend, tmp_path):
     backend.submit(job(tmp_path, {"source": "digits", "image_size": 9}))
     outcome = wait(backend)[0]
     assert (outcome.state, outcome.transient) == ("failed", False)
     assert "MixedSizes" in outcome.error
 
 
-def test_an_unknown_kind_is_an_error_with_its_name(backend, tmp_path):
+def test_unknown_stage_kind_is_named_failure(backend, tmp_path):
     backend.submit(job(tmp_path, {}, kind="nonsense"))
     outcome = wait(backend)[0]
     assert outcome.state == "failed" and "nonsense" in outcome.error
 
 
-def test_what_the_machine_does_not_have_is_refused(backend, tmp_path):
+def test_submit_too_many_gpus_is_an_error(backend, tmp_path):
     greedy = replace(job(tmp_path, {}), resources=ResourcesConfig(gpus=3))
-    with pytest.raises(ConfigError, match="asks for 3 GPU.*compute.gpus"):
+    with pytest.raises(ConfigError, match="needs 3 GPU.*compute.gpus"):
         backend.submit(greedy)
 
 
-def test_a_killed_worker_is_lost(backend, tmp_path):
+def test_killed_worker_is_lost(backend, tmp_path):
     backend.submit(job(tmp_path, {"source": "fashion"}))
     while not (tmp_path / "attempt_1" / "worker.json").exists():
         assert not backend.poll(0.01)
@@ -99,23 +99,24 @@ def test_a_killed_worker_is_lost(backend, tmp_path):
     assert (outcome.state, outcome.transient) == ("lost", True)
 
 
-def test_it_is_gone_with_its_process():
+@pytest.mark.integration
+def test_embedded_cluster_ends_with_its_process():
     code = (
         "import os; from pathlib import Path; from orchestrator.config.compute import ComputeConfig\n"
-        "from orchestrator.controller import _backend; from orchestrator.run.run_folder import RunFolder\n"
-        "with _backend(ComputeConfig(cpus=1), RunFolder(Path())): print('up', flush=True); os.kill(os.getpid(), 9)"
+        "from orchestrator.controller import open_backend; from orchestrator.run.run_folder import RunFolder\n"
+        "with open_backend(ComputeConfig(cpus=1), RunFolder(Path())): print('up', flush=True); os.kill(os.getpid(), 9)"
     )
     mark = f"ddm-test-{os.getpid()}"
     environment = os.environ | {"DDM_MARK": mark}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert process.stdout == "up\n"
-    deadline = time.monotonic() + 120  # Ray's agents look for their raylet from time to time, later on a busy machine
+    deadline = time.monotonic() + 120  # Ray's agents poll for their raylet, less often on a busy machine
     while time.monotonic() < deadline:
-        left = [entry for entry in Path("/proc").glob("[0-9]*") if mark.encode() in _environment(entry)]
-        if not left:
+        running = [entry for entry in Path("/proc").glob("[0-9]*") if mark.encode() in _environment(entry)]
+        if not running:
             return
         time.sleep(0.2)
-    raise AssertionError(f"still running two minutes later: {left}")
+    raise AssertionError(f"still running two minutes later: {running}")
 
 
 def _environment(process: Path) -> bytes:
@@ -126,8 +127,8 @@ def _environment(process: Path) -> bytes:
 
 
 @pytest.mark.parametrize("backend", ["ray", "islands"])
-def test_ray_is_shielded_before_anything_imports_it(backend, tmp_path):
-    """Each backend in a process of its own that ends where Ray would be imported."""
+def test_security_is_configured_before_ray_import(backend, tmp_path):
+    """Each backend runs in a separate process that ends where Ray would be imported."""
     code = (
         "import os, sys; from pathlib import Path; from orchestrator.config.compute import *\n"
         "from orchestrator.controller import BACKENDS; from orchestrator.run.run_folder import RunFolder\n"
@@ -139,16 +140,16 @@ def test_ray_is_shielded_before_anything_imports_it(backend, tmp_path):
         "BACKENDS[sys.argv[1]](ComputeConfig(), RunFolder(Path()))"
     )
     switches = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
-    ours = {name: value for name, value in os.environ.items() if name not in switches}
+    environment = {name: value for name, value in os.environ.items() if name not in switches}
     command = [sys.executable, "-c", code, backend, *switches]
-    said = subprocess.run(command, capture_output=True, text=True, env=ours, cwd=Path(__file__).parents[2])
-    assert said.stdout == "True True True\n", said.stderr
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[3])
+    assert process.stdout == "True True True\n", process.stderr
 
 
-def test_settings_that_come_too_late_are_refused(monkeypatch):
+def test_security_after_ray_import_is_an_error(monkeypatch):
     import ray  # noqa: F401
 
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    with pytest.raises(OrchestratorError, match="Ray was imported before"):
-        shield(None)
+    with pytest.raises(OrchestratorError, match="must be set before Ray is imported"):
+        configure_ray_security(None)

@@ -1,4 +1,4 @@
-"""Several workers on one training, through Ray Train: the same network as one worker, whatever is killed."""
+"""Several workers on one training, through Ray Train: the same network as one worker, also after kills."""
 
 import contextlib
 import multiprocessing
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import distributed
 
-from ddm_core.artifacts import Workspace, files_in, read_json
+from ddm_core.artifacts import Workspace, list_files, read_json
 from experts.config import ExpertConfig
 from experts.expert import train_expert
 from experts.training.distributed import GroupError
@@ -32,8 +32,8 @@ EXPERT = {"expert": {"network": {"kind": "residual_mlp", "width": 64}, "training
 
 
 def job(folder: Path, stage: str, workers: int = 2, attempt: int = 1, kind: str = "expert", **changes) -> Job:
-    """A training of digits; stages of other names are the same work."""
-    made = Job(
+    """Return the job of a training on digits; other stage names give the same work."""
+    training = Job(
         stage=stage,
         kind=kind,
         config=EXPERT,
@@ -45,34 +45,34 @@ def job(folder: Path, stage: str, workers: int = 2, attempt: int = 1, kind: str 
         stop_files=(),
         resources=ResourcesConfig(workers=workers),
     )
-    attempt_folder(made).mkdir(parents=True)
-    return replace(made, **changes)
+    attempt_folder(training).mkdir(parents=True)
+    return replace(training, **changes)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards of digits, a codec, and an expert that one worker has trained."""
-    found = tmp_path_factory.mktemp("group")
+    """Return a folder with shards of digits, a codec, and an expert trained by one worker."""
+    root = tmp_path_factory.mktemp("group")
     digits = {"source": "digits", "image_size": 8, "limit": 300}
-    assert execute(job(found, "dataset", kind="dataset", config=digits, inputs={})).state == "finished"
-    shards = {"shards": str(found / "dataset" / "train")}
-    assert execute(job(found, "codec", kind="codec", config={"kind": "pixels"}, inputs=shards)).state == "finished"
-    assert execute(job(found, "alone", workers=1)).state == "finished"
-    return found
+    assert execute(job(root, "dataset", kind="dataset", config=digits, inputs={})).state == "finished"
+    shards = {"shards": str(root / "dataset" / "train")}
+    assert execute(job(root, "codec", kind="codec", config={"kind": "pixels"}, inputs=shards)).state == "finished"
+    assert execute(job(root, "alone", workers=1)).state == "finished"
+    return root
 
 
 @pytest.fixture(scope="module")
 def backend():
-    """A Ray cluster on loopback with room for two workers."""
+    """Yield a backend on a loopback Ray cluster with room for two workers."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from orchestrator.backends.ray_tasks import RayBackend
 
-    with contextlib.closing(RayBackend(ComputeConfig(cpus=2))) as found:
-        yield found
+    with contextlib.closing(RayBackend(ComputeConfig(cpus=2))) as ray_backend:
+        yield ray_backend
 
 
 def wait(backend, until=lambda: False) -> AttemptOutcome | None:
-    """The outcome of the only job, or None as soon as `until` says so."""
+    """Return the outcome of the only job, or None as soon as `until` is true."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if ended := backend.poll(0.005):
@@ -83,8 +83,8 @@ def wait(backend, until=lambda: False) -> AttemptOutcome | None:
 
 
 def has_saved(training: Job, step: int) -> bool:
-    found = Path(training.scratch).glob("checkpoints/step-*")
-    return any(int(path.name.removeprefix("step-")) >= step for path in found)
+    checkpoints = Path(training.scratch).glob("checkpoints/step-*")
+    return any(int(path.name.removeprefix("step-")) >= step for path in checkpoints)
 
 
 def pid_of(training: Job, rank: int) -> int:
@@ -92,11 +92,11 @@ def pid_of(training: Job, rank: int) -> int:
 
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-"""127.0.0.1, the same in IPv6, and ::1, as the kernel writes them."""
+"""127.0.0.1, its IPv6 form, and ::1, as the kernel writes them."""
 
 
 def listeners_of(pid: int) -> set[str]:
-    """Local addresses of a process's listening TCP sockets."""
+    """Return the local addresses of a process's listening TCP sockets."""
     sockets = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -107,18 +107,18 @@ def listeners_of(pid: int) -> set[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in files_in(folder)}
+    return {path.name: path.read_bytes() for path in list_files(folder)}
 
 
-def train_by_hand(rank: int, folder: Path) -> None:
-    """One of two workers that train without Ray and without anything happening to them."""
+def train_without_ray(rank: int, folder: Path) -> None:
+    """Train as one of two workers, without Ray and without interruption."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = distributed.FileStore(str(folder / "meeting"), 2)
+    store = distributed.FileStore(str(folder / "rendezvous"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     workspace = replace(Workspace.at(folder / "undisturbed_work"), attempt=folder / f"rank_{rank}")
     workspace.attempt.mkdir()
-    out = folder / ("undisturbed" if rank == 0 else "aside")
+    out = folder / ("undisturbed" if rank == 0 else "output_1")
     out.mkdir()
     config = TypeAdapter(ExpertConfig).validate_python(EXPERT["expert"])
     train_expert(config, [folder / "dataset" / "train"], folder / "codec", out, workspace)
@@ -127,9 +127,9 @@ def train_by_hand(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    """What two workers have trained while nothing happened."""
+    """Return the expert of two workers that trained without interruption."""
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=train_by_hand, args=(rank, folder)) for rank in range(2)]
+    workers = [context.Process(target=train_without_ray, args=(rank, folder)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -138,10 +138,10 @@ def undisturbed(folder):
     return folder / "undisturbed"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
-def test_two_workers_that_are_killed_and_stopped_end_with_the_same_bytes(backend, folder, undisturbed):
+def test_killed_and_stopped_workers_train_identically(backend, folder, undisturbed):
     check_nearly_equal(undisturbed, folder / "alone")
     draws = random.Random()
 
@@ -155,23 +155,23 @@ def test_two_workers_that_are_killed_and_stopped_end_with_the_same_bytes(backend
     outcome = wait(backend)
     assert (outcome.state, outcome.transient) == ("lost", True) and "vanished" in outcome.error
 
-    noticed = job(folder, "expert", attempt=2)
-    backend.submit(noticed)
-    assert wait(backend, lambda: has_saved(noticed, 300)) is None
-    os.kill(pid_of(noticed, 1), signal.SIGTERM)
+    stopped = job(folder, "expert", attempt=2)
+    backend.submit(stopped)
+    assert wait(backend, lambda: has_saved(stopped, 300)) is None
+    os.kill(pid_of(stopped, 1), signal.SIGTERM)
     outcome = wait(backend)
     assert outcome.state == "preempted" and "stopped at step" in outcome.error
-    assert has_saved(noticed, int(outcome.error.split()[3]))
+    assert has_saved(stopped, int(outcome.error.split()[3]))
 
     backend.submit(job(folder, "expert", attempt=3))
     assert wait(backend).state == "finished"
     assert content(folder / "expert") == content(undisturbed)
-    assert not Path(noticed.scratch).exists() and not (attempt_folder(noticed) / "group").exists()
+    assert not Path(stopped.scratch).exists() and not (attempt_folder(stopped) / "group").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
-def test_one_that_is_killed_while_it_begins_gives_everything_back(backend, folder):
+def test_group_killed_at_start_releases_resources(backend, folder):
     import ray
 
     early = job(folder, "early")
@@ -182,20 +182,20 @@ def test_one_that_is_killed_while_it_begins_gives_everything_back(backend, folde
     assert (outcome.state, outcome.transient) == ("lost", True) and "signal 9" in outcome.error
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != 2:
-        assert time.monotonic() < deadline, "its CPUs are still taken"
+        assert time.monotonic() < deadline, "its CPUs are still in use"
         time.sleep(0.05)
 
 
-def check_nearly_equal(ours: Path, theirs: Path) -> None:
-    """Equal networks up to rounding: no number of a tensor differs by more than 2e-5 of its largest."""
-    left, right = (load_file(next(folder.glob("*.safetensors"))) for folder in (ours, theirs))
+def check_nearly_equal(actual: Path, expected: Path) -> None:
+    """Check equality up to rounding: no element differs by more than 2e-5 of its tensor's largest."""
+    left, right = (load_file(next(folder.glob("*.safetensors"))) for folder in (actual, expected))
     for name, value in right.items():
         torch.testing.assert_close(left[name], value, rtol=0, atol=2e-5 * float(value.abs().max()))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
-def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
+def test_group_outcome_is_of_worker_that_failed(tmp_path):
     from ray.exceptions import RayActorError, RayTaskError
     from ray.train import ControllerError, WorkerGroupError
 
@@ -205,7 +205,7 @@ def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
     failed = AttemptOutcome(stage="expert", attempt=1, state="failed", error="DataError: broken")
     broken = AttemptOutcome(stage="expert", attempt=1, state="lost", error="another worker is gone", transient=True)
 
-    def told(error: Exception) -> tuple[str, bool, str]:
+    def outcome_of(error: Exception) -> tuple[str, bool, str]:
         def run():
             raise error
 
@@ -213,39 +213,48 @@ def test_how_a_group_ended_is_told_by_the_worker_that_broke_it(tmp_path):
         return outcome.state, outcome.transient, outcome.error
 
     both = {0: StageEnded(broken), 1: StageEnded(failed)}
-    assert told(WorkerGroupError("", both)) == ("failed", False, "DataError: broken")
+    assert outcome_of(WorkerGroupError("", both)) == ("failed", False, "DataError: broken")
     dead = {0: StageEnded(broken), 1: RayActorError()}
-    assert told(WorkerGroupError("", dead)) == ("lost", True, "worker(s) 1 vanished")
-    assert told(WorkerGroupError("", {0: StageEnded(broken)})) == ("lost", True, "worker(s) of the group vanished")
-    blind = RayTaskError("_meet", "its traceback", GroupError("worker 1 cannot see /runs/a")).as_instanceof_cause()
-    assert told(ControllerError(blind)) == ("failed", False, "GroupError: worker 1 cannot see /runs/a")
-    state, transient, error = told(ControllerError(ConnectionError("no route")))
+    assert outcome_of(WorkerGroupError("", dead)) == ("lost", True, "worker(s) 1 vanished")
+    assert outcome_of(WorkerGroupError("", {0: StageEnded(broken)})) == (
+        "lost",
+        True,
+        "worker(s) of the group vanished",
+    )
+    blind = RayTaskError(
+        "_init_process_group", "its traceback", GroupError("worker 1 cannot see /runs/a")
+    ).as_instanceof_cause()
+    assert outcome_of(ControllerError(blind)) == ("failed", False, "GroupError: worker 1 cannot see /runs/a")
+    state, transient, error = outcome_of(ControllerError(ConnectionError("no route")))
     assert (state, transient) == ("lost", True) and "no route" in error
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
-def test_a_worker_that_does_not_see_the_folder_names_it(tmp_path):
+def test_worker_without_shared_folder_names_it(tmp_path):
     from orchestrator.backends.ray_train import _init_process_group
 
-    with pytest.raises(GroupError, match=rf"worker 1 on .* cannot see {tmp_path}/elsewhere; .*share"):
+    with pytest.raises(GroupError, match=rf"shared disk; worker 1 on .* cannot see {tmp_path}/elsewhere: .*shared"):
         _init_process_group(tmp_path / "elsewhere", "gloo", 1, 2)
 
 
-def test_one_process_is_no_group(tmp_path):
-    with pytest.raises(ConfigError, match=r"asks for 2 workers.*=ray.*compute\.stages\.expert\.workers=1"):
+def test_inline_with_two_workers_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"stage .* needs 2; .*=ray.*compute\.stages\.expert\.workers=1"):
         InlineBackend().submit(job(tmp_path, "expert"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
-        (["compute=inline", "compute.stages.expert.workers=2"], "only with backend=ray"),
-        (["compute.stages.dataset.workers=2"], "only trainings"),
-        (["compute.stages.router.workers=7"], "cannot be shared equally by the 7 workers of router"),
-        (["compute.stages.expert.workers=7"], "cannot be shared equally by the 7 workers of expert"),
+        (
+            ["compute=inline", "compute.stages.expert.workers=2"],
+            "backend=ray or backend=islands; got stages.expert with backend=inline",
+        ),
+        (["compute.stages.dataset.workers=2"], "several workers need a training"),
+        (["compute.stages.router.workers=7"], "7 workers of router"),
+        (["compute.stages.expert.workers=7"], "7 workers of expert"),
     ],
 )
-def test_workers_that_could_not_train_are_refused_with_the_configuration(overrides, rule):
+def test_config_with_impossible_workers_is_an_error(overrides, rule):
     with pytest.raises(ConfigError, match=rule):
         parse_config(compose(["experiment=digits", *overrides]))

@@ -1,7 +1,6 @@
-"""Stages as Slurm jobs: nothing runs twice, unknown is not dead, and every end is told by its name.
+"""Stages as Slurm jobs: nothing runs twice, unknown is not lost, and every end has its reason.
 
-Against programs that answer as Slurm's do where the answer is the point; with submitit's local executor, real
-processes and real signals where the processes are.
+Fakes of Slurm's programs test the responses; submitit's local executor tests real processes and real signals.
 """
 
 import json
@@ -46,7 +45,7 @@ PROGRAMS = {
 
 
 class Slurm:
-    """Programs with the names of Slurm's, and files that say what they answer."""
+    """Fakes of Slurm's programs, and files with their responses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,20 +64,20 @@ class Slurm:
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    found = Slurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", f"{found.folder}:{os.environ['PATH']}")
+    fake = Slurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
     monkeypatch.setattr(slurm_queue, "POLL_INTERVAL_S", 0.0)
-    return found
+    return fake
 
 
 def backend(folder, slurm=None, **compute) -> SlurmBackend:
-    found = SlurmBackend(ComputeConfig(backend="slurm", slurm=slurm or {}, **compute), run_folder(folder))
-    found._queue.pause_s = 0.0
-    return found
+    slurm_backend = SlurmBackend(ComputeConfig(backend="slurm", slurm=slurm or {}, **compute), run_folder(folder))
+    slurm_backend._queue.pause_s = 0.0
+    return slurm_backend
 
 
 def job(folder, attempt: int = 1, stage: str = "dataset", **resources) -> Job:
-    made = Job(
+    dataset_job = Job(
         stage=stage,
         kind="dataset",
         config={"source": "digits", "image_size": 8, "limit": 300},
@@ -91,12 +90,12 @@ def job(folder, attempt: int = 1, stage: str = "dataset", **resources) -> Job:
         resources=ResourcesConfig(**resources),
         island="slurm",
     )
-    write_json(attempt_folder(made) / "job.json", made)
-    return made
+    write_json(attempt_folder(dataset_job) / "job.json", dataset_job)
+    return dataset_job
 
 
 def age(folder: Path) -> None:
-    """Let an attempt look as if nothing had happened in it for an hour."""
+    """Set the age of all files of an attempt to one hour."""
     for path in (*folder.iterdir(), folder):
         os.utime(path, (time.time() - 3600,) * 2)
 
@@ -107,39 +106,39 @@ def age(folder: Path) -> None:
         ({"cluster": "moon"}, "slurm or local"),
         (LOCAL | {"slurm_partitoin": "gpu"}, "partitoin"),
         (LOCAL | {"timeout_min": "soon"}, "timeout_min"),
-        (LOCAL | {"slurm_job_name": "x", "nodes": 2}, "may not set nodes, slurm_job_name"),
+        (LOCAL | {"slurm_job_name": "x", "nodes": 2}, "must not set nodes, slurm_job_name"),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused_before_anything_runs(tmp_path, slurm, message):
+def test_backend_invalid_parameter_is_an_error(tmp_path, slurm, message):
     with pytest.raises(ConfigError, match=message):
         backend(tmp_path, slurm)
 
 
-def test_what_a_slurm_job_cannot_be_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ConfigError, match="compute.stages.expert.gpus is 0.5.*whole GPUs"):
+def test_backend_fractional_gpus_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="compute.stages.expert.gpus must be a whole number with Slurm; got 0.5"):
         backend(tmp_path, LOCAL, stages=StagesConfig(expert=ResourcesConfig(gpus=0.5)))
 
 
-def test_without_slurm_there_is_one_clear_error(tmp_path, monkeypatch):
+def test_backend_without_slurm_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="srun"):
         backend(tmp_path)
 
 
-def test_here_stages_wait_for_this_machines_cpus(tmp_path):
-    one = backend(tmp_path, LOCAL, cpus=2)
+def test_local_place_waits_for_free_cpus(tmp_path):
+    slurm_backend = backend(tmp_path, LOCAL, cpus=2)
     first, second, third = (job(tmp_path, stage=name, cpus=cpus) for name, cpus in zip("abc", (1, 1, 4), strict=True))
-    assert one.place(third) == "slurm"  # larger than the machine, but then it is alone
-    for taken in (first, second):
-        assert one.place(taken) == "slurm"
-        claim(attempt_folder(taken))
-        assert one.attach(taken)
-    assert one.place(first) is None
+    assert slurm_backend.place(third) == "slurm"  # larger than the machine, but no other job runs
+    for running in (first, second):
+        assert slurm_backend.place(running) == "slurm"
+        claim(attempt_folder(running))
+        assert slurm_backend.attach(running)
+    assert slurm_backend.place(first) is None
 
 
-def test_the_batch_script_asks_for_what_the_stage_asks_for(tmp_path, slurm):
-    given = {"slurm_partition": "gpu", "timeout_min": 90}
-    backend(tmp_path, given, grace_s=20.0).submit(job(tmp_path, cpus=3, gpus=2, memory_gb=8))
+def test_batch_script_contains_stage_resources(tmp_path, slurm):
+    parameters = {"slurm_partition": "gpu", "timeout_min": 90}
+    backend(tmp_path, parameters, grace_s=20.0).submit(job(tmp_path, cpus=3, gpus=2, memory_gb=8))
     script = (slurm.folder / "script").read_text()
     for line in (
         "partition=gpu",
@@ -156,90 +155,90 @@ def test_the_batch_script_asks_for_what_the_stage_asks_for(tmp_path, slurm):
     assert command.endswith(f"{sys.executable} -m orchestrator.backends.slurm_worker {attempt_folder(job(tmp_path))}")
 
 
-def test_unless_told_otherwise_a_job_has_a_day(tmp_path, slurm):
+def test_batch_script_default_time_is_one_day(tmp_path, slurm):
     backend(tmp_path).submit(job(tmp_path))
     assert "#SBATCH --time=1440\n" in (slurm.folder / "script").read_text()
 
 
-def test_nothing_is_pickled(tmp_path, slurm):
+def test_submit_writes_no_pickle(tmp_path, slurm):
     backend(tmp_path).submit(job(tmp_path))
     assert not [path for path in tmp_path.rglob("*") if "pickle" in path.name or path.suffix == ".pkl"]
 
 
-def test_while_slurm_does_not_answer_nothing_is_given_up(tmp_path, slurm):
-    one, waiting = backend(tmp_path), job(tmp_path)
-    one.submit(waiting)
+def test_poll_without_slurm_response_loses_nothing(tmp_path, slurm):
+    slurm_backend, waiting = backend(tmp_path), job(tmp_path)
+    slurm_backend.submit(waiting)
     slurm.lists()
     slurm.is_down()
     age(attempt_folder(waiting))
-    assert one.poll(0.0) == [] and backend(tmp_path).attach(waiting)
+    assert slurm_backend.poll(0.0) == [] and backend(tmp_path).attach(waiting)
     slurm.is_down(False)
-    assert [outcome.state for outcome in one.poll(0.0)] == ["lost"]
+    assert [outcome.state for outcome in slurm_backend.poll(0.0)] == ["lost"]
 
 
-def test_a_list_from_before_a_submission_says_nothing_of_it(tmp_path, slurm, monkeypatch):
+def test_poll_ignores_list_older_than_submission(tmp_path, slurm, monkeypatch):
     monkeypatch.setattr(slurm_queue, "POLL_INTERVAL_S", 3600.0)
-    one = backend(tmp_path)
+    slurm_backend = backend(tmp_path)
     for stage in ("dataset", "codec"):
-        one.submit(job(tmp_path, stage=stage))
-        assert one.poll(0.0) == []
+        slurm_backend.submit(job(tmp_path, stage=stage))
+        assert slurm_backend.poll(0.0) == []
 
 
-def test_an_end_that_is_written_down_needs_no_slurm(tmp_path, slurm):
-    one, done = backend(tmp_path), job(tmp_path)
-    one.submit(done)
+def test_poll_reads_outcome_without_slurm(tmp_path, slurm):
+    slurm_backend, done = backend(tmp_path), job(tmp_path)
+    slurm_backend.submit(done)
     slurm.is_down()
     write_json(attempt_folder(done) / "outcome.json", {"stage": "dataset", "attempt": 1, "state": "finished"})
-    assert [outcome.state for outcome in one.poll(0.0)] == ["finished"]
+    assert [outcome.state for outcome in slurm_backend.poll(0.0)] == ["finished"]
 
 
 @pytest.mark.parametrize(
-    ("word", "state"),
+    ("slurm_state", "state"),
     [("TIMEOUT", "lost"), ("NODE_FAIL", "lost"), ("PREEMPTED", "preempted"), ("COMPLETING", None), ("REQUEUED", None)],
 )
-def test_what_slurm_says_of_a_job(tmp_path, slurm, word, state):
-    one, running = backend(tmp_path), job(tmp_path)
-    one.submit(running)
+def test_poll_maps_slurm_states(tmp_path, slurm, slurm_state, state):
+    slurm_backend, running = backend(tmp_path), job(tmp_path)
+    slurm_backend.submit(running)
     claim(attempt_folder(running))
-    slurm.lists((slurm.folder / "queue").read_text().strip().replace("PENDING", word))
-    assert one.poll(0.0) == []  # its folder has changed just now
+    slurm.lists((slurm.folder / "queue").read_text().strip().replace("PENDING", slurm_state))
+    assert slurm_backend.poll(0.0) == []  # its folder has just changed
     age(attempt_folder(running))
-    ended = one.poll(0.0)
+    ended = slurm_backend.poll(0.0)
     assert [outcome.state for outcome in ended] == ([state] if state else [])
-    assert not ended or word in ended[0].error
+    assert not ended or slurm_state in ended[0].error
 
 
-def test_a_job_that_slurm_took_without_saying_so_is_not_submitted_again(tmp_path, slurm):
+def test_submit_with_lost_response_keeps_job(tmp_path, slurm):
     (slurm.folder / "stutter").touch()
-    one = backend(tmp_path)
-    one.submit(job(tmp_path))
-    assert one.poll(0.0) == [] and one.attach(job(tmp_path))
+    slurm_backend = backend(tmp_path)
+    slurm_backend.submit(job(tmp_path))
+    assert slurm_backend.poll(0.0) == [] and slurm_backend.attach(job(tmp_path))
 
 
-def test_a_job_that_slurm_refuses_has_failed_and_never_runs(tmp_path, slurm):
+def test_submit_rejected_job_fails_and_never_runs(tmp_path, slurm):
     (slurm.folder / "refuse").touch()
-    one, refused = backend(tmp_path), job(tmp_path)
-    one.submit(refused)
-    (outcome,) = one.poll(0.0)
+    slurm_backend, refused = backend(tmp_path), job(tmp_path)
+    slurm_backend.submit(refused)
+    (outcome,) = slurm_backend.poll(0.0)
     assert (outcome.state, outcome.transient) == ("failed", True) and "Invalid account" in outcome.error
     assert not claim(attempt_folder(refused))
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_a_queued_job_that_is_killed_never_runs(tmp_path, slurm, answers):
-    one, queued = backend(tmp_path), job(tmp_path)
-    one.submit(queued)
-    if not answers:
+@pytest.mark.parametrize("responds", [True, False])
+def test_kill_queued_job_prevents_its_start(tmp_path, slurm, responds):
+    slurm_backend, queued = backend(tmp_path), job(tmp_path)
+    slurm_backend.submit(queued)
+    if not responds:
         slurm.is_down()
-    one.kill("dataset")
-    one.kill("dataset")
-    assert [outcome.state for outcome in one.poll(0.0)] == ["lost"]
+    slurm_backend.kill("dataset")
+    slurm_backend.kill("dataset")
+    assert [outcome.state for outcome in slurm_backend.poll(0.0)] == ["lost"]
     cancelled = (slurm.folder / "cancelled").read_text().splitlines()
     assert len(cancelled) == 1 and f"--name=ddm-{run_folder(tmp_path).run_id()}-dataset-0-a1" in cancelled[0]
     assert worker(queued).wait() == 1
 
 
-def test_the_next_controller_finds_what_is_queued_and_forgets_what_never_came(tmp_path, slurm):
+def test_attach_finds_queued_and_abandons_missing(tmp_path, slurm):
     queued, never = job(tmp_path), job(tmp_path, stage="codec")
     backend(tmp_path).submit(queued)
     later = backend(tmp_path)
@@ -247,7 +246,7 @@ def test_the_next_controller_finds_what_is_queued_and_forgets_what_never_came(tm
     assert not claim(attempt_folder(never))
 
 
-def test_of_many_one_gets_the_claim(tmp_path):
+def test_claim_with_many_processes_succeeds_once(tmp_path):
     children = []
     for _ in range(12):
         if not (child := os.fork()):
@@ -263,17 +262,17 @@ def worker(submitted: Job) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
-def until(true, timeout_s: float = 120.0) -> None:
+def wait_until(condition, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it has not come to that"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition is still false"
         time.sleep(0.02)
 
 
 class Story:
-    """A run of digits whose expert is preempted while it starts, then killed, then left alone by its controller.
+    """A run of digits whose expert is preempted at its start, then killed, then orphaned by its controller.
 
-    What comes before the expert was made by another backend in the same run folder, which is quicker.
+    The stages before the expert run on the inline backend in the same run folder, which is faster.
     """
 
     OVERRIDES = (
@@ -315,16 +314,16 @@ class Story:
         self.controller.wait()
 
     def claimed(self, attempt: int) -> int:
-        """The process of the expert's attempt, as soon as it is there: it then still imports torch."""
+        """Return the pid of the expert's attempt as soon as it has a claim; it then still imports torch."""
         claims = f"work/expert_0-*/attempt_{attempt}/claim.json"
-        until(lambda: list(self.folder.glob(claims)) or self.controller.poll() is not None)
-        (found,) = self.folder.glob(claims)
-        return int(read_json(found)["pid"])
+        wait_until(lambda: list(self.folder.glob(claims)) or self.controller.poll() is not None)
+        (claim_path,) = self.folder.glob(claims)
+        return int(read_json(claim_path)["pid"])
 
     def events(self, stage: str) -> list[tuple[str, int]]:
         lines = (self.folder / "journal.jsonl").read_text().splitlines()
-        told = [event for event in map(json.loads, lines) if event.get("stage") == stage]
-        return [(event["event"], event["attempt"]) for event in told]
+        events = [event for event in map(json.loads, lines) if event.get("stage") == stage]
+        return [(event["event"], event["attempt"]) for event in events]
 
 
 @pytest.fixture(scope="module")
@@ -332,9 +331,9 @@ def story(tmp_path_factory):
     return Story(tmp_path_factory.mktemp("story") / "run")
 
 
-@pytest.mark.slow
-class TestARunThroughSubmitit:
-    def test_every_end_of_an_attempt_is_told(self, story):
+@pytest.mark.integration
+class TestRunWithSubmitit:
+    def test_journal_records_every_end(self, story):
         assert story.events("expert_0") == [
             ("submitted", 1),
             ("preempted", 1),
@@ -345,11 +344,11 @@ class TestARunThroughSubmitit:
             ("finished", 3),
         ]
 
-    def test_what_outlived_its_controller_was_not_disturbed(self, story):
+    def test_surviving_worker_is_kept(self, story):
         (worker,) = story.folder.glob("work/expert_0-*/attempt_3/worker.json")
         assert read_json(worker)["pid"] == story.survivor
 
-    def test_everything_else_ran_once_and_the_run_is_whole(self, story):
+    def test_other_stages_run_once_and_run_finishes(self, story):
         for stage in ("ensemble", "score_sticky"):
             assert story.events(stage) == [("submitted", 1), ("finished", 1)]
         assert (
@@ -357,5 +356,5 @@ class TestARunThroughSubmitit:
             and len(list(story.folder.glob("artifacts/score*/manifest.json"))) == 2
         )
 
-    def test_nothing_was_pickled(self, story):
+    def test_run_writes_no_pickle(self, story):
         assert not [path for path in story.folder.rglob("*") if "pickle" in path.name or path.suffix == ".pkl"]

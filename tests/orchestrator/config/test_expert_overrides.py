@@ -1,4 +1,4 @@
-"""Experts that differ: what an entry leaves out is as in `expert`, and every mistake is named."""
+"""Per-expert overrides: missing keys come from `expert`, and every mistake is named."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from experts.architectures.residual_mlp import ResidualMLP
 from experts.config import ResidualMLPConfig, UNetConfig
 from experts.networks.model_io import save_model
 from experts.networks.pretrained_files import init_checksum
-from orchestrator.config.expert_overrides import apply_overrides, ids_in
+from orchestrator.config.expert_overrides import apply_overrides, parse_expert_ids
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.errors import ConfigError
@@ -17,7 +17,7 @@ def composed(*overrides):
     return parse_config(compose(["experiment=digits", "partition.num_experts=4", *overrides]))
 
 
-def test_an_entry_is_laid_over_the_experts_recipe():
+def test_expert_override_is_merged_into_expert():
     config = composed("experts.3.prediction=noise", "experts.3.noise_schedule=cosine", "experts.0.network.width=256")
     assert sorted(config.experts) == [0, 3]
     assert (config.experts[3].prediction, config.experts[3].noise_schedule) == ("noise", "cosine")
@@ -26,60 +26,60 @@ def test_an_entry_is_laid_over_the_experts_recipe():
     assert config.experts[0].prediction == config.expert.prediction
 
 
-def test_many_experts_have_one_entry_and_a_later_one_wins():
+def test_override_of_several_ids_later_key_wins():
     config = composed("experts={0-2: {prediction: noise, noise_schedule: cosine}, 1: {prediction: clean}}")
     assert [config.experts[k].prediction for k in (0, 1, 2)] == ["noise", "clean", "noise"]
     assert config.experts[1].noise_schedule == "cosine"
-    assert ids_in("5,0-2") == [5, 0, 1, 2]
+    assert parse_expert_ids("5,0-2") == [5, 0, 1, 2]
 
 
-def test_another_kind_of_network_begins_with_its_own_defaults():
+def test_override_of_network_kind_uses_its_defaults():
     config = composed("experts.1.network.kind=unet", "experts.1.network.channels=[8,16]")
     assert config.experts[1].network == UNetConfig(channels=(8, 16))
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "messages"),
     [
         ("experts.1.predicton=noise", ["experts.1.predicton: unknown key; known here:", "prediction"]),
         ("experts.1.network.widht=8", ["experts.1.network.residual_mlp.widht", "width"]),
         ("experts.1.noise_schedule=spiral", ["experts.1.noise_schedule", "linear_beta"]),
-        ("experts.4.noise_schedule=cosine", ["experts.4", "expert ids go from 0 to 3"]),
-        ("experts.1.training.batch_size=7", ["7 / 4 is not whole"]),
-        ("experts.one.noise_schedule=cosine", ["experts.one: not an expert's id; write experts.3"]),
+        ("experts.4.noise_schedule=cosine", ["experts.4", r"expert ids must be in 0 ... 3"]),
+        ("experts.1.training.batch_size=7", ["must be divisible by partition.num_experts", "got 7 / 4"]),
+        ("experts.one.noise_schedule=cosine", ["keys of experts must be expert ids; got experts.one; write experts.3"]),
         ("experts.1=5", ["experts.1"]),
-        ("experts.1.init=/no/where", ["init=/no/where is no folder with a diffusers model"]),
-        ("baselines=[told,tolled]", ["baselines", "'tolled'"]),
-        ("distilled_monolith.from_expert=4", ["distilled_monolith.from_expert is 4"]),
+        ("experts.1.init=/no/where", ["init=/no/where must be a folder with a diffusers model"]),
+        ("baselines=[cluster_conditioned,tolled]", ["baselines", "'tolled'"]),
+        ("distilled_monolith.from_expert=4", ["expert ids must be in 0 ... 3; got distilled_monolith.from_expert=4"]),
     ],
 )
-def test_a_mistake_says_where_it_is_and_what_is_known(override, words):
+def test_invalid_override_names_place_and_known_values(override, messages):
     with pytest.raises(ConfigError) as caught:
         composed(override)
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert all(message in str(caught.value) for message in messages), caught.value
 
 
-def test_told_needs_clusters():
+def test_cluster_conditioned_needs_several_clusters():
     with pytest.raises(ConfigError, match="needs partition.num_experts > 1"):
         parse_config({"partition": {"num_experts": 1}, "baselines": ["cluster_conditioned"]})
 
 
-def test_laying_nothing_over_changes_nothing_and_laying_twice_is_laying_once():
-    base, over = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 5}}
+def test_apply_overrides_is_idempotent():
+    base, overrides = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 5}}
     assert apply_overrides(base, {}) == base
     assert (
-        apply_overrides(apply_overrides(base, over), over)
-        == apply_overrides(base, over)
+        apply_overrides(apply_overrides(base, overrides), overrides)
+        == apply_overrides(base, overrides)
         == {"a": 1, "b": {"c": 5, "d": 3}}
     )
 
 
-def test_a_saved_configuration_is_read_as_it_was_without_its_checkpoint(tmp_path):
+def test_parse_config_saved_needs_no_checkpoint(tmp_path):
     from ddm_core.artifacts import to_jsonable
 
     torch.manual_seed(0)
     save_model(ResidualMLP(latent_shape=[4], width=8, depth=1), tmp_path / "model")
     config = composed(f"experts.2.init={tmp_path / 'model'}", f"expert.init={tmp_path / 'model'}")
     assert config.experts[2].init_checksum == config.expert.init_checksum == init_checksum(tmp_path / "model")
-    (tmp_path / "model").rename(tmp_path / "gone")
+    (tmp_path / "model").rename(tmp_path / "moved")
     assert parse_config(to_jsonable(config)) == config

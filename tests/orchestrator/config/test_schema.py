@@ -1,4 +1,4 @@
-"""Every YAML composes and becomes its dataclass; every mistake is reported at once, with the known keys."""
+"""Composition of every YAML file, and errors that list all mistakes with the known keys."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from orchestrator.pipeline.graph import build_graph
 
 FILES = sorted(path.relative_to(config_folder()) for path in Path(config_folder()).glob("*/*.yaml"))
 GROUPS = [file for file in FILES if file.parent.name != "pool"]
-"""Pools are configurations of their own: tests/orchestrator/pools/test_config.py."""
+"""Pools have a separate configuration: tests/orchestrator/pools/test_config.py."""
 NEEDED = {
     "image_folder": ["data.path=pictures"],
     "webdataset": ["data.path=a.tar"],
@@ -21,30 +21,30 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("file", GROUPS, ids=str)
-def test_every_yaml_becomes_its_dataclass(file):
+def test_compose_every_yaml_parses(file):
     overrides = [f"{file.parent}={file.stem}", *NEEDED.get(file.stem, [])]
     assert isinstance(parse_config(compose(overrides)), RunConfig)
 
 
-def test_every_yaml_says_what_it_is_in_its_first_line():
+def test_yaml_files_start_with_a_comment():
     for file in FILES:
         lines = (Path(config_folder()) / file).read_text().splitlines()
         assert lines[0].startswith("#"), file
 
 
-def test_every_key_of_the_dataclasses_can_be_overridden():
+def test_compose_accepts_every_dataclass_key():
     config = parse_config(compose(["expert.training.lr=0.5", "data.limit=7", "compute.timeout_s=3"]))
     assert (config.expert.training.lr, config.data.limit, config.compute.timeout_s) == (0.5, 7, 3.0)
 
 
-def test_one_seed_reaches_every_part():
+def test_compose_seed_reaches_every_part():
     config = parse_config(compose(["seed=5"]))
     seeds = (config.partition.seed, config.expert.training.seed, config.router.training.seed, config.scores.seed)
     assert seeds == (5, 5, 5, 5)
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "messages"),
     [
         ("partition.num_expert=3", ["did you mean partition.num_experts", "balanced"]),
         ("expert.training.learning_rate=1", ["unknown key", "lr"]),
@@ -53,14 +53,14 @@ def test_one_seed_reaches_every_part():
         ("expert.training.lr=", ["expert.training.lr"]),
     ],
 )
-def test_an_unknown_key_is_an_error_that_lists_the_known(override, words):
+def test_compose_unknown_key_lists_known_keys(override, messages):
     with pytest.raises(ConfigError) as caught:
         parse_config(compose([override]))
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert all(message in str(caught.value) for message in messages), caught.value
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("path", "expected"),
     [
         ("~/pictures", str(Path("~/pictures").expanduser())),
         ("/a folder/with (brackets)", "/a folder/with (brackets)"),
@@ -69,29 +69,31 @@ def test_an_unknown_key_is_an_error_that_lists_the_known(override, words):
         ("here", str(Path("here").absolute())),
     ],
 )
-def test_a_path_is_what_a_person_types(given, meant):
-    assert parse_config(compose(["data=image_folder", f"data.path={given}"])).data.path == meant
+def test_compose_path_keeps_special_characters(path, expected):
+    assert parse_config(compose(["data=image_folder", f"data.path={path}"])).data.path == expected
 
 
 @pytest.mark.parametrize("experiment", ["digits", "demo"])
 @pytest.mark.parametrize("network", ["unet", "dit", "residual_mlp"])
-def test_an_experiment_takes_another_network(experiment, network):
+def test_compose_experiment_accepts_other_network(experiment, network):
     config = parse_config(compose([f"experiment={experiment}", f"expert={network}", "codec=pixels"]))
     assert config.expert.network.kind == network
 
 
-def test_resources_by_kind_of_stage_can_be_overridden():
+def test_compose_resources_by_kind_of_stage():
     config = parse_config(compose(["compute.stages.expert.cpus=2"]))
     resources = {stage.name: stage.resources.cpus for stage in build_graph(config)}
     assert resources["expert_0"] == 2 and resources["router"] == 1
 
 
-def test_inline_cannot_keep_a_time_limit():
-    with pytest.raises(ConfigError, match="timeout_s=3 needs backend=ray"):
+def test_inline_backend_with_time_limit_is_an_error():
+    with pytest.raises(
+        ConfigError, match="timeout_s needs a backend with separate workers, such as ray; got timeout_s=3"
+    ):
         parse_config(compose(["compute=inline", "compute.timeout_s=3"]))
 
 
-def test_all_mistakes_are_reported_at_once():
+def test_parse_config_reports_all_mistakes():
     wrong = {"seed": "x", "data": {"image_sise": 8}, "expert": {"network": {"kind": "unet", "width": 3}}}
     with pytest.raises(ConfigError) as caught:
         parse_config(wrong)
@@ -102,11 +104,11 @@ def test_all_mistakes_are_reported_at_once():
     assert "seed:" in text and "'x'" in text
 
 
-def test_a_batch_that_does_not_divide_names_one_that_does():
+def test_parse_config_indivisible_batch_suggests_size():
     with pytest.raises(ConfigError, match="try 245"):
         parse_config({"partition": {"num_experts": 7}})
 
 
-def test_known_keys_follow_nested_configurations():
+def test_known_keys_of_nested_configuration():
     assert "lr" in known_keys(("expert", "training"))
     assert known_keys(("expert", "training", "lr")) == []

@@ -1,4 +1,4 @@
-"""What to test with: storages (a local folder, S3 spoken by a real server on loopback) and islands on this machine."""
+"""Fixtures: storages (a local folder, and a real S3 server on loopback) and islands on this machine."""
 
 import os
 import signal
@@ -20,17 +20,17 @@ from orchestrator.islands.wheel import build_wheel
 
 
 class S3Server:
-    """A server process that can be frozen, stopped and started again at the same address."""
+    """An S3 server process that can be frozen, stopped and started again at the same address."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        """Start it, with one empty bucket."""
+        """Start the server with one empty bucket."""
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(300):
@@ -43,9 +43,9 @@ class S3Server:
         raise RuntimeError("the S3 server did not start")
 
     def call(self, method: str, path: str, body: bytes = b"") -> None:
-        """One request without credentials."""
-        plain = {"Content-Type": "text/plain"}
-        request = urllib.request.Request(self.endpoint + path, data=body, method=method, headers=plain)
+        """Send one request without credentials."""
+        headers = {"Content-Type": "text/plain"}
+        request = urllib.request.Request(self.endpoint + path, data=body, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=5):
             pass
 
@@ -62,7 +62,7 @@ class S3Server:
 
 @pytest.fixture(scope="session")
 def s3_environment() -> Iterator[pytest.MonkeyPatch]:
-    """Credentials that are nobody's, in the environment, where real ones come from."""
+    """Set test credentials in the environment, where real ones are read from."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -81,41 +81,41 @@ def s3_server(s3_environment: pytest.MonkeyPatch) -> Iterator[S3Server]:
 
 
 @dataclass
-class Place:
-    """Where storages can be had."""
+class StorageKind:
+    """A kind of storage, with a base URL and options."""
 
     kind: str
     base: str
     options: dict[str, str]
 
-    def url(self) -> str:
-        """A storage that nobody has used."""
+    def new_url(self) -> str:
+        """Return the URL of an unused storage."""
         return f"{self.base}/{uuid.uuid4().hex[:8]}"
 
-    def storage(self, url: str = "") -> Storage:
-        """A storage, seen by somebody new."""
-        return Storage(url or self.url(), self.options)
+    def open(self, url: str = "") -> Storage:
+        """Open a storage with no cached state."""
+        return Storage(url or self.new_url(), self.options)
 
 
 @pytest.fixture(scope="session")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place("local", str(tmp_path_factory.mktemp("storage")), {})
+def local_storage(tmp_path_factory: pytest.TempPathFactory) -> StorageKind:
+    return StorageKind("local", str(tmp_path_factory.mktemp("storage")), {})
 
 
 @pytest.fixture(scope="session")
-def s3(s3_server: S3Server) -> Place:
-    return Place("s3", "s3://bucket", {"endpoint_url": s3_server.endpoint})
+def s3_storage(s3_server: S3Server) -> StorageKind:
+    return StorageKind("s3", "s3://bucket", {"endpoint_url": s3_server.endpoint})
 
 
 @pytest.fixture(scope="session", params=["local", "s3"])
-def place(request: pytest.FixtureRequest) -> Place:
-    """Both kinds of storage, one after the other."""
-    return request.getfixturevalue(request.param)
+def storage_kind(request: pytest.FixtureRequest) -> StorageKind:
+    """Return each kind of storage in turn."""
+    return request.getfixturevalue(f"{request.param}_storage")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MB."""
+    """Yield a file system of 16 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
@@ -126,8 +126,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def folder_of(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
-    """Makes a new folder with these files."""
+def make_folder(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
+    """Return a function that creates a folder with the given files."""
 
     def make(files: dict[str, bytes]) -> Path:
         folder = tmp_path / uuid.uuid4().hex[:8]
@@ -142,12 +142,12 @@ def folder_of(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
 
 @pytest.fixture(scope="session")
 def islands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalIslands]:
-    """Two Ray clusters on this machine, for the whole session: whoever kills or freezes one mends it again."""
-    with LocalIslands(tmp_path_factory.mktemp("islands")) as started:
-        yield started
+    """Yield two Ray clusters on this machine for the session; a test that kills or freezes one restores it."""
+    with LocalIslands(tmp_path_factory.mktemp("islands")) as local_islands:
+        yield local_islands
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our code as it is sent to islands."""
+    """Build the wheel that is sent to islands."""
     return build_wheel(tmp_path_factory.mktemp("wheel"))

@@ -1,4 +1,4 @@
-"""All islands as one backend: real Ray clusters, real kills."""
+"""Islands backend: real Ray clusters, real kills."""
 
 import os
 import signal
@@ -20,13 +20,11 @@ from orchestrator.islands.local.clusters import LocalIslands
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.run_folder import RunFolder
 
-pytestmark = pytest.mark.slow
-
 SMALL = ("experiment=digits", "monolith=false", "wandb.mode=disabled", "scores.num_samples=64", "ensemble.steps=2")
 
 
-def small_run(folder: Path, islands: LocalIslands, steps: int = 1500) -> RunConfig:
-    """Two experts on the islands, everything else at home."""
+def small_config(folder: Path, islands: LocalIslands, steps: int = 1500) -> RunConfig:
+    """Return a run with two experts on the islands and all other stages local."""
     overrides = [*SMALL, f"folder={folder}", f"expert.training.steps={steps}", "expert.training.checkpoint_every=100"]
     config = parse_config(compose(overrides))
     stages = replace(config.compute.stages, router=replace(config.compute.stages.router, islands=("controller",)))
@@ -36,76 +34,82 @@ def small_run(folder: Path, islands: LocalIslands, steps: int = 1500) -> RunConf
     return replace(config, compute=compute)
 
 
-def controller(folder: Path) -> subprocess.Popen[bytes]:
+def start_controller(folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "orchestrator", "resume", str(folder)]
     with (folder / "controller.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def trainings(run: RunFolder) -> dict[int, str]:
-    """Every process on an island that trains for the run, with its stage."""
-    found = {}
+def list_trainings(run: RunFolder) -> dict[int, str]:
+    """Return the stage of every process on an island that trains for the run, by process id."""
+    stages = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
         if "orchestrator.islands.worker" in command and "-m" in command and run.run_id() in str(command):
-            found[int(entry.name)] = command[command.index("--job") + 1].split("/")[1].partition("-")[0]
-    return found
+            stages[int(entry.name)] = command[command.index("--job") + 1].split("/")[1].partition("-")[0]
+    return stages
 
 
-def until(question, limit_s: float = 120.0) -> None:
-    give_up = time.monotonic() + limit_s
-    while not question():
-        assert time.monotonic() < give_up
+def wait_until(condition, limit_s: float = 120.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def progress(run: RunFolder, stage) -> int:
+def read_progress(run: RunFolder, stage) -> int:
     attempts = run.attempts(stage)
-    written = attempts[-1] / "progress.json" if attempts else None
-    return read_json(written)["done"] if written and written.is_file() else 0
+    path = attempts[-1] / "progress.json" if attempts else None
+    return read_json(path)["done"] if path and path.is_file() else 0
 
 
-def test_controllers_and_experts_are_killed_and_the_run_comes_to_its_end(islands, tmp_path):
-    config = small_run(tmp_path, islands, steps=4000)
+@pytest.mark.slow
+def test_run_with_killed_controller_and_expert_finishes(islands, tmp_path):
+    config = small_config(tmp_path, islands, steps=4000)
     run = RunFolder(tmp_path)
     run.save_config(config)
     experts = {stage.name: stage for stage in build_graph(config) if stage.kind == "expert"}
-    first = controller(tmp_path)
-    until(lambda: all(progress(run, stage) > 200 for stage in experts.values()))
+    first = start_controller(tmp_path)
+    wait_until(lambda: all(read_progress(run, stage) > 200 for stage in experts.values()))
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    before = trainings(run)
+    before = list_trainings(run)
     assert sorted(before.values()) == sorted(experts)
-    second = controller(tmp_path)
-    until(lambda: any(event["event"] == "attached" for event in run.events()))
-    victim = next(pid for pid, name in trainings(run).items() if name == "expert_0")
+    second = start_controller(tmp_path)
+    wait_until(lambda: any(event["event"] == "attached" for event in run.read_events()))
+    victim = next(pid for pid, name in list_trainings(run).items() if name == "expert_0")
     os.kill(victim, signal.SIGKILL)
     assert second.wait(timeout=240) == 0, (tmp_path / "controller.log").read_text()
-    told = [event for event in run.events() if "expert" in event.get("stage", "")]
-    events = [(event["event"], event["stage"], event["attempt"]) for event in told]
+    expert_events = [event for event in run.read_events() if "expert" in event.get("stage", "")]
+    events = [(event["event"], event["stage"], event["attempt"]) for event in expert_events]
     submitted = [(stage, attempt) for event, stage, attempt in events if event == "submitted"]
     assert sorted(submitted) == [("expert_0", 1), ("expert_0", 2), ("expert_1", 1)]
     assert ("lost", "expert_0", 1) in events
     log = (run.attempts(experts["expert_0"])[-1] / "log.txt").read_text()
     assert "continuing from step" in log
-    assert all(run.finished(stage) for stage in build_graph(config))
+    assert all(run.is_finished(stage) for stage in build_graph(config))
     attempts = {name: run.attempts(stage) for name, stage in experts.items()}
-    where = {name: {read_json(one / "job.json")["island"] for one in tried} for name, tried in attempts.items()}
-    for island, facts in islands.configs.items():
-        here = Path(facts.storage) / run.run_id()
-        sent = {f"expert_{path.parent.name}" for path in here.glob("artifacts/partition-*/clusters/*/.tree.json")}
-        assert sent == {name for name, islands_of_it in where.items() if island in islands_of_it}
+    placements = {
+        name: {read_json(folder / "job.json")["island"] for folder in folders} for name, folders in attempts.items()
+    }
+    for island, island_config in islands.configs.items():
+        storage = Path(island_config.storage) / run.run_id()
+        uploaded = {
+            f"expert_{path.parent.name}" for path in storage.glob("artifacts/partition-*/clusters/*/.tree.json")
+        }
+        assert uploaded == {name for name, names in placements.items() if island in names}
 
 
-def test_a_wrong_token_is_said_before_anything_runs(islands, tmp_path):
-    config = small_run(tmp_path, islands)
+@pytest.mark.integration
+def test_backend_with_wrong_token_raises_before_any_job(islands, tmp_path):
+    config = small_config(tmp_path, islands)
     token = tmp_path / "token"
     token.write_text("f" * 64)
     token.chmod(0o600)
-    wrong = {name: replace(one, token_file=str(token)) for name, one in config.compute.islands.items()}
+    wrong = {name: replace(island, token_file=str(token)) for name, island in config.compute.islands.items()}
     with pytest.raises(IslandError, match="refuses the token"):
         IslandsBackend(replace(config.compute, islands=wrong), RunFolder(tmp_path), lambda: None)
     token.chmod(0o644)
@@ -113,10 +117,11 @@ def test_a_wrong_token_is_said_before_anything_runs(islands, tmp_path):
         IslandsBackend(replace(config.compute, islands=wrong), RunFolder(tmp_path), lambda: None)
 
 
-def test_manifests_name_their_island(islands, tmp_path):
-    config = small_run(tmp_path, islands, steps=50)
+@pytest.mark.integration
+def test_manifest_of_expert_has_its_island(islands, tmp_path):
+    config = small_config(tmp_path, islands, steps=50)
     run = RunFolder(tmp_path)
     run.save_config(config)
-    assert controller(tmp_path).wait(timeout=240) == 0
+    assert start_controller(tmp_path).wait(timeout=240) == 0
     names = {read_manifest(run.artifact(stage)).island for stage in build_graph(config) if stage.kind == "expert"}
     assert names <= set(config.compute.islands)

@@ -1,4 +1,4 @@
-"""What an island keeps in its storage of an attempt that trains there."""
+"""Upload of checkpoints and heartbeats to an island's storage."""
 
 import time
 
@@ -7,28 +7,28 @@ import pytest
 from ddm_core.artifacts import write_text
 from orchestrator.islands import checkpoint_mirror as mirror_module
 from orchestrator.islands.checkpoint_mirror import CheckpointMirror
-from orchestrator.islands.layout import Names
+from orchestrator.islands.layout import AttemptNames
 from orchestrator.islands.storage.storage import Storage, StorageUnreachable
 
-NAMES = Names("expert_0-ff", 1)
+NAMES = AttemptNames("expert_0-ff", 1)
 
 
-class Failing(Storage):
-    """Does not answer for the first few trees that it is given."""
+class FailingStorage(Storage):
+    """Storage that is unreachable for the first two uploads of a tree."""
 
-    refusals = 2
+    failures_left = 2
 
     def put_tree(self, folder, name, skip=()):
-        if self.refusals:
-            self.refusals -= 1
-            raise StorageUnreachable("no answer")
+        if self.failures_left:
+            self.failures_left -= 1
+            raise StorageUnreachable("no response")
         return super().put_tree(folder, name, skip)
 
 
-def until(question) -> None:
-    give_up = time.monotonic() + 10
-    while not question():
-        assert time.monotonic() < give_up
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -41,23 +41,23 @@ def folders(tmp_path, monkeypatch):
     return attempt, state
 
 
-def test_a_checkpoint_that_the_storage_did_not_take_is_sent_again_without_another_one(folders, tmp_path):
+def test_checkpoint_whose_upload_failed_is_uploaded_again(folders, tmp_path):
     attempt, state = folders
-    storage = Failing(str(tmp_path / "storage"), {})
+    storage = FailingStorage(str(tmp_path / "storage"), {})
     write_text(state / "checkpoints" / "step-7", "parameters")
     write_text(state / "cache" / "latents", "large")
     with CheckpointMirror(storage, NAMES, attempt, state):
-        until(lambda: storage.has_tree(NAMES.state))
-    assert set(storage.tree(NAMES.state)) == {"checkpoints/step-7"}
+        wait_until(lambda: storage.has_tree(NAMES.state))
+    assert set(storage.read_index(NAMES.state)) == {"checkpoints/step-7"}
 
 
-def test_an_attempt_that_has_a_successor_sends_no_checkpoint(folders, tmp_path):
+def test_attempt_with_successor_uploads_no_checkpoint(folders, tmp_path):
     attempt, state = folders
     storage = Storage(str(tmp_path / "storage"), {})
     storage.put_json(NAMES.next().job, {})
     write_text(state / "checkpoints" / "step-7", "parameters")
-    write_text(attempt / "log.txt", "word")
+    write_text(attempt / "log.txt", "line")
     with CheckpointMirror(storage, NAMES, attempt, state) as mirror:
-        until(lambda: storage.has_tree(NAMES.folder))
+        wait_until(lambda: storage.has_tree(NAMES.folder))
         mirror.push_state()
-    assert not storage.has_tree(NAMES.state) and storage.get_json(NAMES.beat)["beats"] == 1
+    assert not storage.has_tree(NAMES.state) and storage.get_json(NAMES.heartbeat)["beats"] == 1

@@ -1,14 +1,21 @@
-"""The graph is a pure function of the configuration, and a change reaches what depends on it and nothing else."""
+"""The graph is a pure function of the configuration; a change reaches its dependents and no other stage."""
 
+from collections import deque
 from dataclasses import replace
 from typing import get_args
 
 import pytest
 
+from orchestrator.cli.sample import find_pipeline
 from orchestrator.config.schema import RunConfig, ScoresConfig
+from orchestrator.pipeline import graph as graph_module
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.pipeline.stage import without
+from orchestrator.pipeline.stage import remove_stage
+from orchestrator.reporting.results import current_graph, load_score_rows
+from orchestrator.sweeps.trial import is_run_finished
 from router.config import RouterConfig, SelectionConfig, SelectionName, selection_label
+from tests.orchestrator.sweeps.fake_sweep import build_fake_trial
+from tests.orchestrator.sweeps.fake_trial import run_fake_trial
 
 
 def changed_by(before: RunConfig, after: RunConfig) -> set[str]:
@@ -20,62 +27,78 @@ def with_training(config, **changes):
     return replace(config, training=replace(config.training, **changes))
 
 
-def test_the_same_configuration_gives_the_same_fingerprints():
+@pytest.fixture
+def built_graphs(monkeypatch):
+    """Count the graphs that are built, from an empty cache."""
+    configs = []
+
+    class CountingBuilder(graph_module._GraphBuilder):
+        def __init__(self, config):
+            configs.append(config)
+            super().__init__(config)
+
+    monkeypatch.setattr(graph_module, "_GraphBuilder", CountingBuilder)
+    monkeypatch.setattr(graph_module, "_recent_graphs", deque(maxlen=8))
+    return configs
+
+
+def test_equal_configurations_have_equal_fingerprints(monkeypatch):
+    monkeypatch.setattr(graph_module, "_recent_graphs", deque(maxlen=0))
     assert changed_by(RunConfig(), RunConfig()) == set()
 
 
-def test_every_stage_stands_behind_its_inputs_and_names_are_unique():
+def test_stages_follow_their_inputs_and_names_are_unique():
     graph = build_graph(RunConfig())
-    seen = set()
+    earlier = set()
     for stage in graph:
-        assert {given.stage.name for given in stage.inputs.values()} <= seen
-        assert stage.name not in seen
-        seen.add(stage.name)
+        assert {artifact.stage.name for artifact in stage.inputs.values()} <= earlier
+        assert stage.name not in earlier
+        earlier.add(stage.name)
 
 
-def test_a_router_value_changes_the_router_and_what_holds_it():
+def test_router_change_reaches_router_and_ensemble_only():
     config = RunConfig()
     after = replace(config, router=with_training(config.router, lr=0.5))
     assert changed_by(config, after) == {"router", "ensemble", "score_sticky"}
 
 
-def test_the_routers_cost_changes_the_monolith_too():
+def test_router_cost_change_reaches_monolith():
     config = RunConfig()
     after = replace(config, router=with_training(config.router, steps=7))
     assert {"router", "monolith"} <= changed_by(config, after)
 
 
-def test_an_expert_value_leaves_data_partition_and_router_alone():
+def test_expert_change_leaves_data_and_router_unchanged():
     config = RunConfig()
     changed = changed_by(config, replace(config, expert=with_training(config.expert, lr=0.5)))
     assert changed.isdisjoint({"dataset", "features", "partition", "router", "codec", "reference"})
     assert "expert_0" in changed
 
 
-def test_another_number_of_experts_finds_the_features_finished():
+def test_number_of_experts_leaves_features_unchanged():
     config = RunConfig()
     after = replace(config, partition=replace(config.partition, num_experts=2))
     assert changed_by(config, after).isdisjoint({"dataset", "features", "codec", "reference"})
 
 
-def test_how_it_is_computed_changes_nothing():
+def test_compute_settings_change_no_fingerprint():
     config = RunConfig()
     assert changed_by(config, replace(config, compute=replace(config.compute, backend="inline", retries=9))) == set()
 
 
-def test_an_expert_is_given_its_own_shards_and_no_others():
+def test_expert_reads_only_the_shards_of_its_cluster():
     for stage in build_graph(RunConfig()):
         if stage.kind == "expert":
             assert stage.inputs["shards"].part == f"clusters/{stage.config.cluster_id}"
             assert set(stage.inputs) == {"shards", "codec"}
 
 
-def test_the_router_does_not_wait_for_the_experts():
+def test_router_does_not_depend_on_experts():
     router = next(stage for stage in build_graph(RunConfig()) if stage.kind == "router")
-    assert {given.stage.kind for given in router.inputs.values()} == {"partition", "codec"}
+    assert {artifact.stage.kind for artifact in router.inputs.values()} == {"partition", "codec"}
 
 
-def test_the_batch_is_divided_by_k_and_the_steps_stay():
+def test_expert_batch_is_divided_by_k_with_equal_steps():
     config = RunConfig()
     graph = {stage.name: stage for stage in build_graph(config)}
     expert, monolith = graph["expert_0"].config.expert.training, graph["monolith"].config.expert.training
@@ -83,72 +106,92 @@ def test_the_batch_is_divided_by_k_and_the_steps_stay():
     assert expert.steps == monolith.steps
 
 
-def test_one_expert_needs_no_router():
+def test_single_expert_has_no_router():
     config = RunConfig()
     graph = build_graph(replace(config, partition=replace(config.partition, num_experts=1)))
     assert "router" not in {stage.kind for stage in graph}
 
 
 @pytest.mark.parametrize("name", get_args(SelectionName))
-def test_every_selection_has_a_row(name):
+def test_every_selection_has_a_score(name):
     selection = SelectionConfig(name=name)
     graph = build_graph(RunConfig(scores=ScoresConfig(selections=(selection,))))
     assert f"score_{selection_label(selection)}" in {stage.name for stage in graph}
 
 
-def test_two_settings_of_one_selection_have_two_names():
+def test_selection_settings_have_different_labels():
     assert selection_label(SelectionConfig(name="top_k", k=1)) != selection_label(SelectionConfig(name="top_k", k=2))
 
 
-def test_without_rebuilds_only_what_read_the_lost_stage():
+def test_remove_stage_rebuilds_only_its_dependents():
     graph = build_graph(RunConfig())
-    rest = {stage.name: stage for stage in without(graph, "expert_1")}
+    rest = {stage.name: stage for stage in remove_stage(graph, "expert_1")}
     before = {stage.name: stage for stage in graph}
     assert "expert_1" not in rest
     assert rest["ensemble"].fingerprint != before["ensemble"].fingerprint
     assert rest["monolith"].fingerprint == before["monolith"].fingerprint
 
 
-def test_router_path_must_be_the_experts(tmp_path):
-    with pytest.raises(ValueError, match="same path"):
+def test_different_noise_schedules_are_rejected():
+    with pytest.raises(ValueError, match="same noise schedule"):
         RunConfig(router=RouterConfig(noise_schedule="cosine"))
 
 
-def auto(config: RunConfig) -> RunConfig:
+def with_auto_selection(config: RunConfig) -> RunConfig:
     return replace(config, ensemble=replace(config.ensemble, selection=SelectionConfig(name="auto")))
 
 
-def test_auto_puts_a_choice_between_the_ensemble_and_its_score():
-    graph = {stage.name: stage for stage in build_graph(auto(RunConfig()))}
-    choice, score = graph["selection_search"], graph["score_auto"]
-    assert {role: given.stage.name for role, given in choice.inputs.items()} == {
+def test_auto_adds_selection_search_before_score():
+    graph = {stage.name: stage for stage in build_graph(with_auto_selection(RunConfig()))}
+    search, score = graph["selection_search"], graph["score_auto"]
+    assert {role: artifact.stage.name for role, artifact in search.inputs.items()} == {
         "ensemble": "ensemble",
         "reference": "reference",
     }
-    assert score.inputs["selection_search"].stage is choice
+    assert score.inputs["selection_search"].stage is search
     assert [stage.name for stage in build_graph(RunConfig()) if "selection_search" in (stage.kind, *stage.inputs)] == []
 
 
-def test_the_candidates_change_the_choice_and_its_score_alone():
-    config = auto(RunConfig())
+def test_candidates_change_only_search_and_its_score():
+    config = with_auto_selection(RunConfig())
     after = replace(config, selection_search=replace(config.selection_search, steps=3))
     assert changed_by(config, after) == {"selection_search", "score_auto"}
     assert changed_by(RunConfig(), replace(RunConfig(), selection_search=after.selection_search)) == set()
 
 
-def test_a_score_beside_the_default_can_be_autos_too():
+def test_additional_score_can_use_auto():
     scores = ScoresConfig(selections=(SelectionConfig(), SelectionConfig(name="auto")))
     kinds = [stage.kind for stage in build_graph(RunConfig(scores=scores))]
     assert kinds.count("selection_search") == 1
 
 
-def test_an_expert_alone_leaves_no_choice():
-    config = auto(RunConfig())
+def test_single_expert_leaves_one_candidate():
+    config = with_auto_selection(RunConfig())
     graph = build_graph(replace(config, partition=replace(config.partition, num_experts=1)))
-    choice = next(stage for stage in graph if stage.kind == "selection_search")
-    assert [candidate.name for candidate in choice.config.choice.candidates] == ["sticky"]
+    search = next(stage for stage in graph if stage.kind == "selection_search")
+    assert [candidate.name for candidate in search.config.search.candidates] == ["sticky"]
 
 
 def test_auto_needs_two_feature_spaces():
     with pytest.raises(ValueError, match="auto needs two feature spaces.*only pixels"):
-        auto(RunConfig(scores=ScoresConfig(spaces=("pixels",))))
+        with_auto_selection(RunConfig(scores=ScoresConfig(spaces=("pixels",))))
+
+
+def test_equal_configurations_share_one_graph(built_graphs):
+    first, second = build_graph(RunConfig()), build_graph(RunConfig())
+    assert len(built_graphs) == 1 and first is not second
+    assert all(left is right for left, right in zip(first, second, strict=True))
+    build_graph(RunConfig(seed=1))
+    assert len(built_graphs) == 2
+
+
+def test_commands_on_a_run_build_its_graph_once(built_graphs, tmp_path):
+    trial = build_fake_trial(tmp_path, 0, {})
+    trial.run.save_config(trial.config)
+    assert run_fake_trial(trial.run) == 0 and len(built_graphs) == 1
+    built_graphs.clear()
+    graph_module._recent_graphs.clear()
+    assert find_pipeline(trial.run, monolith=False).is_dir()
+    assert load_score_rows(trial.run, current_graph(trial.run, trial.run.load_config()))
+    assert is_run_finished(trial.run, trial.run.load_config())
+    assert len(built_graphs) == 1

@@ -1,4 +1,4 @@
-"""How often networks are called for one image: the formulas against an ensemble that counts."""
+"""Network calls per image: the formulas against the counts of an ensemble."""
 
 import pytest
 import torch
@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.guidance import guided_velocity
-from ensemble.solvers import SOLVERS, noise_for, uniform_times
+from ensemble.solvers import SOLVERS, make_noise, uniform_times
 from experts.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
-from orchestrator.planning.cost_model import CallsPerImage, calls_per_image, most_expensive
+from experts.expert_model import ExpertModel
+from orchestrator.planning.sampling_calls import CallsPerImage, calls_per_image, most_expensive
 from router.config import SelectionConfig
 
 SELECTIONS = [
@@ -35,10 +36,10 @@ SELECTIONS = [
 ]
 
 
-class Still:
-    """An expert that stands still."""
+class ZeroVelocityExpert(ExpertModel):
+    """An expert whose velocity is zero."""
 
-    def velocity(self, noised, t, condition, path):
+    def velocity(self, noised, t, condition, noise_schedule):
         return torch.zeros_like(noised)
 
     def to(self, device):
@@ -48,8 +49,8 @@ class Still:
         raise NotImplementedError
 
 
-class Wavering:
-    """A router whose opinion depends on the sample."""
+class SampleDependentRouter:
+    """A router whose logits depend on the sample."""
 
     num_experts = 4
 
@@ -75,15 +76,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("selection", "solver", "scale"), CASES)
-def test_the_formula_is_what_an_ensemble_counts(selection, solver, scale):
+def test_formula_equals_the_counts_of_an_ensemble(selection, solver, scale):
     ensemble = Ensemble(
-        experts={k: Still() for k in range(4)}, noise_schedule=NOISE_SCHEDULES["rectified_flow"], router=Wavering()
+        experts={k: ZeroVelocityExpert() for k in range(4)},
+        noise_schedule=NOISE_SCHEDULES["rectified_flow"],
+        router=SampleDependentRouter(),
     )
     config = SamplingConfig(solver=solver, steps=8, selection=selection, guidance_scale=scale)
     condition, images = Condition(torch.zeros(16, dtype=torch.int64)), 16
     routing = ensemble.init_routing(range(images), condition, selection)
     field = guided_velocity(ensemble, condition, routing, scale)
-    SOLVERS[solver](field, noise_for(range(images), (8,)), uniform_times(8))
+    SOLVERS[solver](field, make_noise(range(images), (8,)), uniform_times(8))
     expected = calls_per_image(config, 4, has_router=True, is_conditional=True)
     assert routing.calls.router == images * expected.router
     if expected.is_upper_bound:
@@ -93,18 +96,18 @@ def test_the_formula_is_what_an_ensemble_counts(selection, solver, scale):
 
 
 @given(st.sampled_from(SELECTIONS), st.integers(1, 40))
-def test_a_monolith_is_called_once_a_velocity(selection, steps):
+def test_monolith_is_called_once_per_velocity(selection, steps):
     config = SamplingConfig(solver="heun", steps=steps, selection=selection)
-    found = calls_per_image(config, 1, has_router=False, is_conditional=True)
-    assert (found.expert, found.router, found.is_upper_bound) == (2 * steps - 1, 0, False)
+    calls = calls_per_image(config, 1, has_router=False, is_conditional=True)
+    assert (calls.expert, calls.router, calls.is_upper_bound) == (2 * steps - 1, 0, False)
 
 
-def test_guidance_without_a_condition_costs_nothing():
+def test_guidance_without_condition_adds_no_calls():
     config = SamplingConfig(guidance_scale=3.0, steps=5, solver="euler")
     assert calls_per_image(config, 4, has_router=True, is_conditional=False).expert == 5
 
 
-def test_a_choice_costs_no_more_than_it_allows():
+def test_selection_search_is_bounded_by_its_limit():
     sticky, threshold, full = (
         CallsPerImage(expert=expert, router=router, is_upper_bound=is_bound)
         for expert, router, is_bound in ((20, 0, False), (100, 20, True), (160, 20, False))

@@ -1,1 +1,1 @@
-"""Pools: configuration, rendered files against the schemas of whoever reads them, real scaling on this machine."""
+"""Pools: configuration, rendered files against their tools' schemas, real scaling on this machine."""

@@ -1,4 +1,4 @@
-"""What to test with: tools of other people that do as they say, in a folder on the PATH."""
+"""Fixtures: fake `kubectl` and `sky` in a folder on the PATH."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ exit 0
 
 @dataclass(frozen=True)
 class Tools:
-    """The fakes' folder: a file in it changes what they do, and `calls` is what they were told."""
+    """Folder of the fake tools: a file in it changes their behavior, and `calls` lists their calls."""
 
     folder: Path
 
@@ -46,7 +46,7 @@ class Tools:
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch) -> Tools:
-    """`kubectl` and `sky` as small programs that keep in files what they were told to make."""
+    """Put `kubectl` and `sky` on the PATH as small programs that record their calls in files."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name, text in {"kubectl": KUBECTL, "sky": SKY}.items():

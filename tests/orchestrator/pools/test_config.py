@@ -1,4 +1,4 @@
-"""A pool's configuration: every file composes, every mistake is named with the way out, limits hold."""
+"""Pool configuration: every file is valid, every mistake is reported with its remedy, limits are enforced."""
 
 import tomllib
 from pathlib import Path
@@ -10,41 +10,41 @@ from hypothesis import given
 from ddm_core.artifacts import to_jsonable
 from orchestrator.errors import ConfigError
 from orchestrator.pools.config import NodeConfig
-from orchestrator.pools.load_config import parse_pool, pool_config
+from orchestrator.pools.load_config import load_pool, parse_pool
 from orchestrator.pools.providers.node_setup import PACKAGES, PYTHON_VERSION, RAY_VERSION
 from orchestrator.pools.render import RENDERERS
-from tests.orchestrator.pools.pools import FOLDER, SHIPPED, pools, shipped
+from tests.orchestrator.pools.pools import FOLDER, SHIPPED, load_shipped, pools
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_pool_that_ships_composes_and_scales_from_zero(name):
-    config = shipped(name)
+def test_shipped_pool_is_valid_and_scales_from_zero(name):
+    config = load_shipped(name)
     assert config.name == name
     assert all(node.min_nodes == 0 for node in config.nodes.values())
     assert any(node.spot and node.fallback for node in config.nodes.values())
 
 
 def test_every_provider_has_a_pool_and_a_renderer():
-    assert {shipped(name).provider for name in SHIPPED} == set(RENDERERS)
+    assert {load_shipped(name).provider for name in SHIPPED} == set(RENDERERS)
 
 
 @given(pools("aws_spot"))
-def test_what_is_written_to_the_disk_comes_back(config):
+def test_pool_config_round_trips_through_json(config):
     assert parse_pool(to_jsonable(config)) == config
 
 
-def test_nodes_get_our_requirements_and_versions():
+def test_nodes_get_the_projects_requirements_and_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    ours = [text for text in project["dependencies"] if not text.startswith("ray")]
-    assert list(PACKAGES) == [*ours, *project["optional-dependencies"]["cloud"]]
+    requirements = [text for text in project["dependencies"] if not text.startswith("ray")]
+    assert list(PACKAGES) == [*requirements, *project["optional-dependencies"]["cloud"]]
     assert ray.__version__ == RAY_VERSION
-    assert shipped("aws_spot").image == f"rayproject/ray:{RAY_VERSION}-py{PYTHON_VERSION.replace('.', '')}-gpu"
+    assert load_shipped("aws_spot").image == f"rayproject/ray:{RAY_VERSION}-py{PYTHON_VERSION.replace('.', '')}-gpu"
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("nodez=1", "nodez: unknown key; known here: .*idle_minutes.*nodes.*zones"),
         ("nodes.l4.gpuz=1", "nodes.l4.gpuz: unknown key; known here: .*gpus.*max_nodes"),
@@ -56,12 +56,12 @@ def test_nodes_get_our_requirements_and_versions():
         ("nodes.l4_spot.fallback=l4_spot", "must be an on-demand type"),
         ("nodes.l4.gpus=2", "fallback=l4 must be an on-demand type with 1 L4"),
         ("nodes.l4.fallback=l4_spot", "needs spot=true"),
-        ("nodes.l4.gpu=", "says which kind and how many"),
+        ("nodes.l4.gpu=", "a node with GPUs needs both"),
         ("nodes.l4.machine=", "needs nodes.l4.machine"),
         ("region=", "provider=aws needs region"),
         ("network.vpc=", "needs network.vpc, or an existing network.security_group"),
-        ("network.ssh_source=0.0.0.0/0", "is half the world"),
-        ("network.ssh_source=::/0", "is half the world"),
+        ("network.ssh_source=0.0.0.0/0", "is too large a part of the internet"),
+        ("network.ssh_source=::/0", "is too large a part of the internet"),
         ("network.ssh_source=office", "does not appear to be an IPv4 or IPv6 network"),
         ("idle_minutes=0", "idle_minutes: .*greater than 0"),
         ("max_price_per_hour=1", "all nodes together cost 4.53 an hour and max_price_per_hour=1"),
@@ -69,35 +69,35 @@ def test_nodes_get_our_requirements_and_versions():
         ("provider=azure", "provider: .*'aws', 'gcp', 'kuberay', 'skypilot' or 'local'"),
     ],
 )
-def test_a_mistake_is_named_with_the_way_out(override, says):
-    with pytest.raises(ConfigError, match=says):
-        shipped("aws_spot", override)
+def test_invalid_override_raises_with_remedy(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_shipped("aws_spot", override)
 
 
-def test_all_mistakes_come_at_once():
-    wrong = {"nodez": 1, "idle_minutes": 0, "first_port": 1}
+def test_all_mistakes_are_reported_together():
+    invalid = {"nodez": 1, "idle_minutes": 0, "first_port": 1}
     with pytest.raises(ConfigError, match="(?s)3 mistake.*idle_minutes.*first_port.*nodez: unknown key"):
-        parse_pool({"name": "a", "provider": "local", "nodes": {"x": {}}, **wrong})
+        parse_pool({"name": "a", "provider": "local", "nodes": {"x": {}}, **invalid})
     with pytest.raises(ConfigError, match="nodes: .*at least 1 item"):
         parse_pool({"name": "a", "provider": "local", "nodes": {}})
 
 
-def test_an_unknown_pool_and_a_word_that_is_no_override(tmp_path):
+def test_unknown_pool_and_invalid_overrides_raise(tmp_path):
     with pytest.raises(ConfigError, match="no pool 'azure'; known: aws_spot, gcp_spot, kuberay, local, skypilot"):
-        shipped("azure")
+        load_shipped("azure")
     with pytest.raises(ConfigError, match="key=value.*given: cheap"):
-        shipped("local", "cheap")
+        load_shipped("local", "cheap")
     with pytest.raises(ConfigError, match="not_there"):
-        shipped("local", "name=${not_there}")
+        load_shipped("local", "name=${not_there}")
 
 
-def test_a_file_of_ones_own(tmp_path):
-    own = tmp_path / "mine.yaml"
-    own.write_text("provider: local\nnodes: {cpu: {cpus: 3, max_nodes: 5}}\n")
-    config = pool_config(FOLDER, str(own), ["nodes.cpu.max_nodes=4"])
+def test_pool_from_a_custom_file_is_loaded(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("provider: local\nnodes: {cpu: {cpus: 3, max_nodes: 5}}\n")
+    config = load_pool(FOLDER, str(path), ["nodes.cpu.max_nodes=4"])
     assert (config.name, config.nodes) == ("mine", {"cpu": NodeConfig(cpus=3, max_nodes=4)})
 
 
-def test_the_most_it_can_cost_is_everything_at_once():
-    config = shipped("aws_spot", "nodes.l4.max_nodes=3")
-    assert config.most_per_hour == pytest.approx(0.11 + 8 * 0.35 + 3 * 0.81)
+def test_max_cost_is_the_price_of_all_nodes():
+    config = load_shipped("aws_spot", "nodes.l4.max_nodes=3")
+    assert config.max_cost_per_hour == pytest.approx(0.11 + 8 * 0.35 + 3 * 0.81)

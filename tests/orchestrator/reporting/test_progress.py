@@ -1,4 +1,4 @@
-"""What a person sees while a run is on its way."""
+"""Progress display of a run."""
 
 import io
 import time
@@ -7,39 +7,39 @@ import pytest
 from rich.console import Console
 
 from ddm_core.artifacts import Workspace
-from orchestrator.reporting.progress import RunDisplay, clock, describe, figure, progress_of
+from orchestrator.reporting.progress import RunDisplay, format_clock, format_number, format_progress, load_progress
 from tests.orchestrator.fakes import diamond, run_folder
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3723, "1:02:03")])
-def test_clock(seconds, words):
-    assert clock(seconds) == words
+def test_format_clock_rounds_to_seconds(seconds, words):
+    assert format_clock(seconds) == words
 
 
 @pytest.mark.parametrize(("value", "words"), [(0.52471, "0.5247"), (12790.4, "12,790"), (999.96, "1000"), (0, "0")])
-def test_figure(value, words):
-    assert figure(value) == words
+def test_format_number_has_four_digits(value, words):
+    assert format_number(value) == words
 
 
-def test_progress_in_words(tmp_path):
+def test_format_progress_has_share_figures_and_time_left(tmp_path):
     workspace = Workspace.at(tmp_path)
-    assert describe(progress_of(workspace.attempt)) == "waiting for a worker"
+    assert format_progress(load_progress(workspace.attempt)) == "waiting for a worker"
     workspace.report_progress(1, 4, {"loss": 0.25, "images_per_s": 4321.0}, unit="steps")
-    assert describe(progress_of(workspace.attempt)) == " 25%  images/s 4,321  loss 0.25"
+    assert format_progress(load_progress(workspace.attempt)) == " 25%  images/s 4,321  loss 0.25"
     time.sleep(0.6)
     workspace.report_progress(3, 4, unit="steps")
-    assert describe(progress_of(workspace.attempt)) == " 75%  0:00 left"
+    assert format_progress(load_progress(workspace.attempt)) == " 75%  0:00 left"
 
 
-def test_progress_without_a_known_end(tmp_path):
+def test_progress_without_a_total_shows_the_count(tmp_path):
     workspace = Workspace.at(tmp_path)
     workspace.report_progress(12345, None, unit="images")
-    assert describe(progress_of(workspace.attempt)) == "12,345 images"
+    assert format_progress(load_progress(workspace.attempt)) == "12,345 images"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_running_stage_has_its_line_and_errors_are_printed_as_they_are(tmp_path, monkeypatch, terminal):
-    monkeypatch.setattr("orchestrator.reporting.progress.PLAIN_EVERY_S", 0.05)
+def test_display_shows_running_stages_and_verbatim_errors(tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr("orchestrator.reporting.progress.PRINT_EVERY_S", 0.05)
     run, stage = run_folder(tmp_path), diamond()[1]
     attempt = run.attempt(stage, 1)
     Workspace(run.scratch(stage), attempt).report_progress(2, 4, {"loss": 0.5}, unit="steps")

@@ -1,4 +1,4 @@
-"""The run folder: a journal that survives crashes, and a lease that only one controller holds."""
+"""The run folder: a journal that survives crashes, a format version, and a lease that only one controller holds."""
 
 import json
 import os
@@ -8,12 +8,14 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from ddm_core.artifacts import CorruptArtifact
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import RunFolderError, RunIsLocked
+from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.lease import LEASE_S, hold_lease, is_alive, this_process
-from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.run_folder import FORMAT, RunFolder
 
 
 @pytest.fixture
@@ -21,46 +23,86 @@ def run(tmp_path):
     return RunFolder(tmp_path)
 
 
-def test_the_journal_keeps_every_event_in_order(run):
+def test_journal_keeps_events_in_order(run):
     for number in range(5):
         run.record("submitted", attempt=number)
-    assert [event["attempt"] for event in run.events()] == list(range(5))
+    assert [event["attempt"] for event in run.read_events()] == list(range(5))
 
 
-def test_a_torn_last_line_is_left_out_and_cut_off(run):
+def test_journal_with_torn_last_line_is_repaired(run):
     run.record("submitted", attempt=1)
     with run.journal.open("a") as file:
         file.write('{"event": "fini')
-    assert len(run.events()) == 1
+    assert len(run.read_events()) == 1
     run.repair_journal()
     run.record("submitted", attempt=2)
-    assert [event["attempt"] for event in run.events()] == [1, 2]
+    assert [event["attempt"] for event in run.read_events()] == [1, 2]
 
 
-def test_a_broken_line_in_the_middle_is_named(run):
+def test_journal_with_broken_line_names_it(run):
     run.journal.write_text('{"event": "a"}\nnonsense\n{"event": "b"}\n')
     with pytest.raises(CorruptArtifact, match="line 2"):
-        run.events()
+        run.read_events()
 
 
-def test_a_configuration_comes_back_from_the_folder(run):
+def test_config_saved_and_loaded_is_equal(run):
     config = RunConfig(name="x", folder=str(run.root))
     run.save_config(config)
     assert run.load_config() == config
 
 
-def test_a_folder_that_is_no_run_says_so(run):
+def test_config_with_format_keeps_fingerprints(run):
+    config = RunConfig(name="x", folder=str(run.root))
+    run.save_config(config)
+    contents = yaml.safe_load((run.root / "config.yaml").read_text())
+    assert next(iter(contents)) == "format" and contents["format"] == FORMAT
+    stages = {stage.name: stage.fingerprint for stage in build_graph(config)}
+    assert {stage.name: stage.fingerprint for stage in build_graph(run.load_config())} == stages
+
+
+OLD_CONFIGS = (
+    "name: x\n",
+    "name: x\nbaselines: [told, student]\nexpert: {path: cosine}\n",
+    "name: x\nswitch: {method: small_early}\nspot_losses: 2\n",
+    "format: 1\nname: x\n",
+)
+
+
+@pytest.mark.parametrize("text", OLD_CONFIGS)
+def test_run_of_earlier_version_is_one_clear_error(run, text):
+    (run.root / "config.yaml").write_text(text)
+    message = rf"{run.root} was written by an earlier version of ddm \(format 1; this version reads 2\): start a new"
+    with pytest.raises(RunFolderError, match=message):
+        run.load_config()
+    with pytest.raises(RunFolderError, match=message):
+        run.save_config(RunConfig())
+    assert (run.root / "config.yaml").read_text() == text
+
+
+def test_run_of_later_version_is_one_clear_error(run):
+    (run.root / "config.yaml").write_text("format: 3\nname: x\n")
+    with pytest.raises(RunFolderError, match=r"written by a later version of ddm \(format 3; this version reads 2\)"):
+        run.load_config()
+
+
+def test_config_that_is_unreadable_is_written_again(run):
+    (run.root / "config.yaml").write_text("a: [")
+    run.save_config(RunConfig(name="x"))
+    assert run.load_config().name == "x"
+
+
+def test_load_config_without_run_is_an_error(run):
     with pytest.raises(RunFolderError, match="ddm run"):
         run.load_config()
 
 
-def test_a_second_controller_is_refused_and_told_who_the_first_is(run):
+def test_lease_of_live_controller_blocks_another(run):
     with hold_lease(run), pytest.raises(RunIsLocked, match=str(os.getpid())), hold_lease(run):
         pass
     assert not run.lease.exists()
 
 
-def test_the_lease_of_a_killed_controller_is_free(run):
+def test_lease_of_killed_controller_is_free(run):
     code = (
         "import sys, time; from pathlib import Path; from orchestrator.run.lease import hold_lease; "
         "from orchestrator.run.run_folder import RunFolder\n"
@@ -78,7 +120,7 @@ def test_the_lease_of_a_killed_controller_is_free(run):
 
 
 @pytest.mark.slow
-def test_of_many_controllers_at_once_one_gets_the_lease(run):
+def test_lease_with_many_controllers_is_held_once(run):
     code = (
         "import sys, time; from pathlib import Path; from orchestrator.errors import RunIsLocked\n"
         "from orchestrator.run.lease import hold_lease; from orchestrator.run.run_folder import RunFolder\n"
@@ -88,23 +130,23 @@ def test_of_many_controllers_at_once_one_gets_the_lease(run):
         "except RunIsLocked: print('refused')\n"
     )
     command = [sys.executable, "-c", code, str(run.root), str(time.time() + 2)]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert sorted(racer.communicate()[0] for racer in racers) == ["held\n", "refused\n", "refused\n", "refused\n"]
+    controllers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert sorted(racer.communicate()[0] for racer in controllers) == ["held\n", "refused\n", "refused\n", "refused\n"]
 
 
-@pytest.mark.parametrize("elsewhere", [{"host": "another-host"}, {"pids": "pid:[1]"}])
-def test_a_controller_elsewhere_is_dead_only_after_its_lease(run, elsewhere):
-    elsewhere = this_process() | elsewhere | {"started": "1"}
-    assert is_alive(elsewhere, heartbeat_s=LEASE_S - 1)
-    assert not is_alive(elsewhere, heartbeat_s=LEASE_S + 1)
+@pytest.mark.parametrize("location", [{"host": "another-host"}, {"pids": "pid:[1]"}])
+def test_controller_elsewhere_is_dead_after_its_lease(run, location):
+    controller = this_process() | location | {"started": "1"}
+    assert is_alive(controller, heartbeat_s=LEASE_S - 1)
+    assert not is_alive(controller, heartbeat_s=LEASE_S + 1)
 
 
-def test_a_process_that_reuses_the_pid_is_another_process(run):
+def test_reused_pid_is_another_process(run):
     assert is_alive(this_process(), 0.0)
     assert not is_alive(this_process() | {"started": "1"}, 0.0)
 
 
-def test_the_heartbeat_beats(run, monkeypatch):
+def test_heartbeat_touches_the_lease(run, monkeypatch):
     monkeypatch.setattr("orchestrator.run.lease.HEARTBEAT_S", 0.05)
     with hold_lease(run):
         os.utime(run.lease, (0, 0))

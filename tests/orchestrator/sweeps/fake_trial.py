@@ -1,7 +1,7 @@
-"""A small fake of a trial's controller: the same lease, journal, artifacts and exit codes, and no training.
+"""A fake of a trial's controller: the same lease, journal, artifacts and exit codes, without training.
 
 `python -m tests.orchestrator.sweeps.fake_trial FOLDER` publishes every stage of the run, slowly enough to be killed.
-The configuration's seed says how it goes: 1 fails, 2 never ends, all others are scored with their learning rate.
+The configuration's seed selects the outcome: 1 fails, 2 never ends, all others are scored with their learning rate.
 """
 
 import json
@@ -18,34 +18,34 @@ from orchestrator.run.die_with_parent import die_with_parent
 from orchestrator.run.lease import hold_lease
 from orchestrator.run.run_folder import RunFolder
 
-FAILS, NEVER_ENDS = 1, 2
+SEED_THAT_FAILS, SEED_THAT_NEVER_ENDS = 1, 2
 
 
 def score(config) -> float:
-    """The Fréchet distance that a configuration is scored with."""
+    """Return the Fréchet distance with which a configuration is scored."""
     return config.expert.training.lr
 
 
-def walk(run: RunFolder, score=score) -> int:
-    """Publish what is missing; the exit code of a controller."""
+def run_fake_trial(run: RunFolder, score=score) -> int:
+    """Publish the missing artifacts; return the exit code of a controller."""
     config = run.load_config()
     run.record("run_started")
     for stage in build_graph(config):
-        while config.seed == NEVER_ENDS and not run.stop.exists():
+        while config.seed == SEED_THAT_NEVER_ENDS and not run.stop.exists():
             time.sleep(0.02)
         if run.stop.exists():
             run.stop.unlink()
             return 130
-        if config.seed == FAILS and stage.kind == "expert":
+        if config.seed == SEED_THAT_FAILS and stage.kind == "expert":
             Console().print("Error: the disk is full\n  and so is the other one")
             return 1
-        if run.finished(stage):
+        if run.is_finished(stage):
             continue
         run.record("submitted", stage=stage.name)
         time.sleep(0.02)
         publish(
             run.artifact(stage),
-            lambda folder: _fill(folder, score(config)),
+            lambda folder: _write_scores(folder, score(config)),
             stage=stage.name,
             config=stage.config,
             inputs=stage.input_fingerprints,
@@ -55,7 +55,7 @@ def walk(run: RunFolder, score=score) -> int:
     return 0
 
 
-def _fill(folder: Path, value: float) -> float:
+def _write_scores(folder: Path, value: float) -> float:
     (folder / "scores.json").write_text(json.dumps({"spaces": {"pixels": {"fd": value}}, "nn_ratio": 1.0}))
     return 1.0
 
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     die_with_parent()
     folder = RunFolder(Path(sys.argv[1]))
     with hold_lease(folder), _stop_on_signals(folder, Console()):
-        code = walk(folder)
+        code = run_fake_trial(folder)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""A sweep that is killed again and again, and stopped, and run twice at once."""
+"""A sweep that is killed repeatedly, stopped, and started twice at the same time."""
 
 import json
 import random
@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RunFailed
-from orchestrator.sweeps.loop import finish_sweep
+from orchestrator.sweeps.loop import raise_if_incomplete
 from orchestrator.sweeps.trial import SweepStopped, SweepTrial, TrialEnd
 from tests.orchestrator.sweeps.test_trial_pool import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 N = 4
 
 
-def sweep(folder: Path, parallel: int = 1) -> subprocess.Popen:
+def start_sweep(folder: Path, parallel: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.orchestrator.sweeps.fake_sweep", str(folder), str(N), str(parallel)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def found(folder: Path) -> dict:
+def summary(folder: Path) -> dict:
     return json.loads((folder / "sweep" / "sweep.json").read_text())
 
 
@@ -35,78 +35,78 @@ def journals(folder: Path) -> dict[str, list[dict]]:
     return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
 
 
-def size(folder: Path) -> int:
-    """How much has happened so far."""
+def count_journal_lines(folder: Path) -> int:
+    """Count the journal's lines so far."""
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/journal.jsonl"))
 
 
-def _has_come_to(running: subprocess.Popen, folder: Path, lines: int) -> bool:
-    return running.poll() is not None or size(folder) >= lines
+def _has_journal_lines(running: subprocess.Popen, folder: Path, lines: int) -> bool:
+    return running.poll() is not None or count_journal_lines(folder) >= lines
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    said, _ = sweep(folder).communicate(timeout=120)
-    assert len(found(folder)["trials"]) == N, said
+    output, _ = start_sweep(folder).communicate(timeout=120)
+    assert len(summary(folder)["trials"]) == N, output
     return folder
 
 
-def test_killed_at_random_instants_it_finds_the_same_and_runs_nothing_twice(undisturbed, tmp_path):
-    chance, lines, kills = random.Random(5), 0, 0
+def test_sweep_killed_at_random_has_equal_results_without_reruns(undisturbed, tmp_path):
+    rng, lines, kills = random.Random(5), 0, 0
     while True:
-        running = sweep(tmp_path)
-        lines += chance.randint(5, 30)
-        wait_until(partial(_has_come_to, running, tmp_path, lines))
+        running = start_sweep(tmp_path)
+        lines += rng.randint(5, 30)
+        wait_until(partial(_has_journal_lines, running, tmp_path, lines))
         running.kill()
-        said, _ = running.communicate()
+        output, _ = running.communicate()
         if running.returncode != -signal.SIGKILL:
             break
         kills += 1
-    assert running.returncode == 0, said
+    assert running.returncode == 0, output
     assert kills >= 3
-    assert found(tmp_path) == found(undisturbed)
+    assert summary(tmp_path) == summary(undisturbed)
     for label, events in journals(tmp_path).items():
         finished = [event["stage"] for event in events if event["event"] == "finished"]
         assert len(finished) == len(set(finished)), label
     assert journals(tmp_path).keys() == journals(undisturbed).keys()
 
 
-def test_run_once_more_it_starts_nothing(undisturbed):
+def test_finished_sweep_starts_nothing(undisturbed):
     before = journals(undisturbed)
-    assert sweep(undisturbed).wait(timeout=60) == 0
+    assert start_sweep(undisturbed).wait(timeout=60) == 0
     assert journals(undisturbed) == before
 
 
-def test_trials_at_once_are_as_many(tmp_path):
-    running = sweep(tmp_path, parallel=3)
-    said, _ = running.communicate(timeout=60)
-    assert running.returncode == 0, said
-    assert [entry["number"] for entry in found(tmp_path)["trials"]] == list(range(N))
+def test_parallel_sweep_runs_every_trial(tmp_path):
+    running = start_sweep(tmp_path, parallel=3)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, output
+    assert [entry["number"] for entry in summary(tmp_path)["trials"]] == list(range(N))
     assert (tmp_path / "sweep" / "sweep.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_stops_its_trials(tmp_path, number):
-    running = sweep(tmp_path)
-    wait_until(lambda: size(tmp_path))
+def test_stop_signal_stops_all_trials(tmp_path, number):
+    running = start_sweep(tmp_path)
+    wait_until(lambda: count_journal_lines(tmp_path))
     running.send_signal(number)
-    said, _ = running.communicate(timeout=60)
-    assert "SweepStopped" in said and "the same command goes on" in said
-    assert size(tmp_path) and not list(tmp_path.glob("*/controller.json"))
+    output, _ = running.communicate(timeout=60)
+    assert "SweepStopped" in output and "the same command continues" in output
+    assert count_journal_lines(tmp_path) and not list(tmp_path.glob("*/controller.json"))
 
 
-def test_a_second_sweep_in_the_folder_is_refused(tmp_path):
-    first = sweep(tmp_path)
+def test_second_sweep_in_a_folder_is_rejected(tmp_path):
+    first = start_sweep(tmp_path)
     wait_until((tmp_path / "sweep" / "controller.json").exists)
-    second = sweep(tmp_path)
-    said, _ = second.communicate(timeout=60)
-    assert "RunIsLocked" in said and f"process {first.pid}" in said
+    second = start_sweep(tmp_path)
+    output, _ = second.communicate(timeout=60)
+    assert "RunIsLocked" in output and f"process {first.pid}" in output
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
 
 
-def test_all_failures_are_named_at_the_end():
+def test_all_failed_trials_are_reported():
     ends = [
         TrialEnd(
             trial=SweepTrial(number=number, label=f"a={number}", config=None), state=state, error=f"error {number}"
@@ -114,7 +114,7 @@ def test_all_failures_are_named_at_the_end():
         for number, state in enumerate(["failed", "finished", "failed"])
     ]
     with pytest.raises(RunFailed, match=r"2 of 3.*\n  a=0: error 0\n  a=2: error 2"):
-        finish_sweep(ends)
+        raise_if_incomplete(ends)
     with pytest.raises(SweepStopped, match="1 trial"):
-        finish_sweep(ends[1:2], unstarted=1)
-    finish_sweep(ends[1:2])
+        raise_if_incomplete(ends[1:2], unstarted=1)
+    raise_if_incomplete(ends[1:2])

@@ -1,4 +1,4 @@
-"""Optuna's journal: wherever it is cut, the trials that follow are those that would have followed."""
+"""Optuna's journal: after a cut at any byte, the study proposes the same trials."""
 
 import json
 
@@ -13,15 +13,15 @@ from orchestrator.sweeps.study import Study
 
 AXES = (
     Axis(key="lr", low=1e-4, high=1e-2, is_log=True),
-    Axis(key="width", low=8, high=64, step=8, is_whole=True),
+    Axis(key="width", low=8, high=64, step=8, is_integer=True),
     Axis(key="share", low=0.1, high=0.7, step=0.1),
     Axis(key="expert", choices=("dit", "unet", "[1,2]")),
 )
 N = 6
 
 
-def study(folder, axes=AXES, **chosen) -> Study:
-    return Study(folder / "optuna.jsonl", axes, OptunaConfig(startup=3, **chosen), is_parallel=False)
+def open_study(folder, axes=AXES, **settings) -> Study:
+    return Study(folder / "optuna.jsonl", axes, OptunaConfig(startup=3, **settings), is_parallel=False)
 
 
 def score(parameters) -> float:
@@ -29,15 +29,15 @@ def score(parameters) -> float:
 
 
 def finish(folder) -> list[dict[str, str]]:
-    """Go on until there are N scores; the values in the order in which they were proposed."""
-    found = study(folder)
-    found.refuse_other_meaning(["a=1"], "sticky.pixels.fd")
-    for proposal in found.open():
-        found.record(proposal.number, score(proposal.parameters))
-    while found.total < N:
-        proposal = found.propose()
-        found.record(proposal.number, score(proposal.parameters))
-    return [proposal.parameters for proposal in found.scored()]
+    """Continue until there are N scores; return the values in the order of their proposals."""
+    study = open_study(folder)
+    study.check_comparable(["a=1"], "sticky.pixels.fd")
+    for proposal in study.open_proposals():
+        study.record(proposal.number, score(proposal.parameters))
+    while study.total < N:
+        proposal = study.propose()
+        study.record(proposal.number, score(proposal.parameters))
+    return [proposal.parameters for proposal in study.scored_proposals()]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def journal(tmp_path_factory):
     return (folder / "optuna.jsonl").read_bytes(), values
 
 
-def test_the_journal_is_json_lines_and_nothing_else(journal, tmp_path):
+def test_journal_is_the_only_file_and_json_lines(journal, tmp_path):
     assert all(isinstance(json.loads(line), dict) for line in journal[0].splitlines())
     finish(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["optuna.jsonl"]
@@ -55,52 +55,53 @@ def test_the_journal_is_json_lines_and_nothing_else(journal, tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_cut_at_any_byte_the_same_trials_follow(journal, tmp_path_factory, data):
-    whole, values = journal
+def test_journal_cut_at_any_byte_continues_equally(journal, tmp_path_factory, data):
+    complete, values = journal
     folder = tmp_path_factory.mktemp("cut")
-    (folder / "optuna.jsonl").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    (folder / "optuna.jsonl").write_bytes(complete[: data.draw(st.integers(0, len(complete)))])
     (folder / "optuna.jsonl.lock").symlink_to("optuna.jsonl")
     assert finish(folder) == values
 
 
-def test_an_open_trial_keeps_its_number_and_its_values(tmp_path):
-    asked = study(tmp_path).propose()
-    assert study(tmp_path).open() == [asked]
-    study(tmp_path).record(asked.number, 1.0)
-    again = study(tmp_path)
-    assert not again.open() and [proposal.number for proposal in again.scored()] == [asked.number]
+def test_open_trial_keeps_number_and_values(tmp_path):
+    proposal = open_study(tmp_path).propose()
+    assert open_study(tmp_path).open_proposals() == [proposal]
+    open_study(tmp_path).record(proposal.number, 1.0)
+    reopened = open_study(tmp_path)
+    assert not reopened.open_proposals()
+    assert [scored.number for scored in reopened.scored_proposals()] == [proposal.number]
 
 
-def test_values_come_back_as_they_are_written(tmp_path):
-    found = study(tmp_path)
+def test_values_are_formatted_as_on_the_command_line(tmp_path):
+    study = open_study(tmp_path)
     for _ in range(20):
-        values = found.propose().parameters
+        values = study.propose().parameters
         assert values["expert"] in ("dit", "unet", "[1,2]")
         assert values["share"] in ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
         assert int(values["width"]) % 8 == 0 and 1e-4 <= float(values["lr"]) <= 1e-2
 
 
-def test_no_two_trials_are_drawn_alike(journal):
+def test_trials_have_different_values(journal):
     assert len({parameters["lr"] for parameters in journal[1]}) == N
 
 
-def test_another_seed_proposes_something_else(tmp_path):
+def test_other_seed_proposes_other_values(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    assert study(tmp_path / "one").propose() != study(tmp_path / "two", seed=1).propose()
+    assert open_study(tmp_path / "one").propose() != open_study(tmp_path / "two", seed=1).propose()
 
 
 @pytest.mark.parametrize(
     ("fixed", "metric", "axes"),
     [(["a=2"], "x", AXES), (["a=1"], "y", AXES), (["a=1"], "x", AXES[:3]), (["a=1"], "x", AXES[1:])],
 )
-def test_trials_that_cannot_be_compared_are_refused(tmp_path, fixed, metric, axes):
-    study(tmp_path).refuse_other_meaning(["a=1"], "x")
-    study(tmp_path).refuse_other_meaning(["a=1"], "x")
+def test_incomparable_trials_are_rejected(tmp_path, fixed, metric, axes):
+    open_study(tmp_path).check_comparable(["a=1"], "x")
+    open_study(tmp_path).check_comparable(["a=1"], "x")
     with pytest.raises(ConfigError, match="choose another folder"):
-        study(tmp_path, axes).refuse_other_meaning(fixed, metric)
+        open_study(tmp_path, axes).check_comparable(fixed, metric)
 
 
-def test_an_interval_that_is_none_says_which(tmp_path):
+def test_invalid_interval_error_names_the_key(tmp_path):
     with pytest.raises(ConfigError, match="lr: "):
-        study(tmp_path, (Axis(key="lr", low=2.0, high=1.0),))
+        open_study(tmp_path, (Axis(key="lr", low=2.0, high=1.0),))

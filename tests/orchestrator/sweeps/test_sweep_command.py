@@ -1,4 +1,4 @@
-"""`ddm run -m` as a person uses it: real runs on digits, killed and started again."""
+"""`ddm run -m` as a user runs it: real runs on digits, killed and started again."""
 
 import json
 import os
@@ -25,27 +25,27 @@ TINY = (
     "wandb.mode=disabled",
 )
 
-SHIELD = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", LOOPBACK_ONLY)
-OURS = {name: value for name, value in os.environ.items() if name not in SHIELD}
-"""The environment without what the tests have set for Ray, so that a sweep has to set it."""
+RAY_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", LOOPBACK_ONLY)
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in RAY_VARIABLES}
+"""The environment without the tests' Ray variables, so that a sweep has to set them."""
 
 
-def start(*words: str, **environment: str) -> subprocess.Popen:
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "run", "-m", *TINY, *map(str, words)],
+        [sys.executable, "-m", "orchestrator", "run", "-m", *TINY, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=OURS | environment,
+        env=ENVIRONMENT | environment,
     )
 
 
-def sweep(*words: str, code: int = 0) -> str:
-    running = start(*words)
-    said, _ = running.communicate(timeout=280)
-    assert running.returncode == code, said
-    assert "Traceback" not in said, said
-    return said
+def sweep(*arguments: str, code: int = 0) -> str:
+    running = start(*arguments)
+    output, _ = running.communicate(timeout=280)
+    assert running.returncode == code, output
+    assert "Traceback" not in output, output
+    return output
 
 
 def events(run: Path) -> list[dict]:
@@ -68,10 +68,10 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["partition.num_expert=1,2"], "did you mean partition.num_experts"),
-        (["experiment=digits,nope", "hydra/launcher=ddm_ray"], "known: demo, digits"),
+        (["experiment=digits,nope", "hydra/launcher=ddm_ray"], "one of demo, digits"),
         (["seed=1,2", "hydra/launcher=ddm_rays"], "basic ddm_ray"),
         (["seed=1,2", "hydra/launcher=ddm_ray", "hydra.launcher.parallel=0"], "hydra.launcher.parallel"),
         (["hydra/sweeper=ddm_optuna"], "nothing to choose"),
@@ -81,19 +81,19 @@ def environment_of(pid: int) -> dict[str, str]:
         (["expert.training.lr=interval(1,0)", "hydra/sweeper=ddm_optuna"], "expert.training.lr"),
     ],
 )
-def test_a_mistake_is_one_clear_error_and_runs_nothing(tmp_path, words, message):
-    assert message in sweep(f"folder={tmp_path}", *words, code=1)
+def test_mistake_is_one_error_and_runs_nothing(tmp_path, arguments, message):
+    assert message in sweep(f"folder={tmp_path}", *arguments, code=1)
     assert not list(tmp_path.glob("*/journal.jsonl"))
 
 
-def test_a_launcher_without_a_sweep_is_refused():
+def test_launcher_without_a_sweep_is_rejected():
     command = [sys.executable, "-m", "orchestrator", "run", "hydra/launcher=ddm_ray"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "add -m" in done.stdout
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1 and "add -m" in process.stdout
 
 
-@pytest.mark.slow
-def test_a_grid_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(swept):
+@pytest.mark.integration
+def test_grid_killed_in_a_training_continues_it(swept):
     first = swept.killed
     assert attempts(first) == [1, 2]
     assert "continuing from step" in next(first.glob("work/expert_0-*/attempt_2/log.txt")).read_text()
@@ -102,85 +102,85 @@ def test_a_grid_on_one_ray_cluster_killed_in_a_training_goes_on_in_it(swept):
         assert len(list(run.glob("artifacts/*/manifest.json"))) == 8
 
 
-@pytest.mark.slow
-def test_trials_join_one_ray_cluster_and_are_told_so_by_their_environment_alone(swept):
-    added, others = swept.added
-    assert added == others and added.keys() == {"DDM_RAY_ADDRESS", *SHIELD}
+@pytest.mark.integration
+def test_only_the_environment_has_the_ray_cluster(swept):
+    added, other = swept.added
+    assert added == other and added.keys() == {"DDM_RAY_ADDRESS", *RAY_VARIABLES}
     token = added["RAY_AUTH_TOKEN"].encode()
     assert not [path for path in swept.folder.rglob("*") if path.is_file() and token in path.read_bytes()]
 
 
-@pytest.mark.slow
-def test_once_more_nothing_runs_with_either_sweeper(swept):
+@pytest.mark.integration
+def test_repeated_sweep_runs_nothing_with_either_sweeper(swept):
     before = {path: path.read_bytes() for path in swept.folder.glob("*/journal.jsonl")}
-    assert sweep(*swept.words, "seed=1,2", "compute=inline").count("nothing to do") == 2
-    said = sweep(*swept.words, "seed=1,2", "hydra/launcher=ddm_ray")
-    assert said.count("finished before") == 2 and "▶" not in said
+    assert sweep(*swept.arguments, "seed=1,2", "compute=inline").count("nothing to do") == 2
+    output = sweep(*swept.arguments, "seed=1,2", "hydra/launcher=ddm_ray")
+    assert output.count("finished before") == 2 and "▶" not in output
 
     optuna = ("seed=1,2", "hydra/sweeper=ddm_optuna", "hydra.sweeper.startup=2", "hydra.sweeper.n_jobs=2")
     for n_trials in (3, 5):
-        assert "▶" not in sweep(*swept.words, *optuna, f"hydra.sweeper.n_trials={n_trials}")
-        found = json.loads((swept.folder / "sweep" / "sweep.json").read_text())
-        assert [entry["number"] for entry in found["trials"]] == list(range(n_trials))
-    best = min(found["trials"], key=lambda entry: entry["score"])
-    assert found["best"]["score"] == best["score"] and best["label"] == f"seed={best['values']['seed']}"
+        assert "▶" not in sweep(*swept.arguments, *optuna, f"hydra.sweeper.n_trials={n_trials}")
+        summary = json.loads((swept.folder / "sweep" / "sweep.json").read_text())
+        assert [entry["number"] for entry in summary["trials"]] == list(range(n_trials))
+    best = min(summary["trials"], key=lambda entry: entry["score"])
+    assert summary["best"]["score"] == best["score"] and best["label"] == f"seed={best['values']['seed']}"
     assert {path: path.read_bytes() for path in swept.folder.glob("*/journal.jsonl")} == before
 
 
 @dataclass
 class Swept:
     folder: Path
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     killed: Path
     """The run whose training was killed."""
     other: Path
     added: list[dict[str, str]]
-    """What the sweep has put into the environments of the two controllers that were at work at once."""
+    """Variables that the sweep added to the environments of the two parallel controllers."""
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Two trials at once on a Ray cluster, killed; then gone on with by Hydra's own launcher."""
+    """Two parallel trials on a Ray cluster that are killed and then continued by Hydra's own launcher."""
     folder = tmp_path_factory.mktemp("sweep")
-    words = (f"folder={folder}", "expert.training.steps=300", "expert.training.checkpoint_every=50")
+    arguments = (f"folder={folder}", "expert.training.steps=300", "expert.training.checkpoint_every=50")
     mark = str(folder)
-    at_once = ("hydra/launcher=ddm_ray", "hydra.launcher.parallel=2", "compute.cpus=2")
-    running = start(*words, "seed=1,2", *at_once, DDM_MARK=mark)
-    killed = await_new(folder, "**/expert_0-*/state/checkpoints/step-*")
+    parallel = ("hydra/launcher=ddm_ray", "hydra.launcher.parallel=2", "compute.cpus=2")
+    running = start(*arguments, "seed=1,2", *parallel, DDM_MARK=mark)
+    killed = wait_for_run(folder, "**/expert_0-*/state/checkpoints/step-*")
     worker = json.loads(next(killed.glob("work/expert_0-*/attempt_1/worker.json")).read_text())["pid"]
-    os.kill(worker, signal.SIGSTOP)  # or it would be done before Ray has noticed that its controller is gone
+    os.kill(worker, signal.SIGSTOP)  # so that it is unfinished when Ray notices that its controller is gone
     leases = [json.loads(lease.read_text()) for lease in folder.glob("seed=*/controller.json")]
     environments = [environment_of(lease["pid"]) for lease in leases]
-    added = [dict(environment.items() - OURS.items() - {("DDM_MARK", mark)}) for environment in environments]
+    added = [dict(environment.items() - ENVIRONMENT.items() - {("DDM_MARK", mark)}) for environment in environments]
     running.kill()
     running.communicate()
-    wait_until(lambda: not left_with(mark), "the end of the trials")
+    wait_until(lambda: not marked_controllers(mark), "the end of the trials")
 
-    sweep(*words, "seed=1,2", "compute=inline")
+    sweep(*arguments, "seed=1,2", "compute=inline")
     other = next(run for run in (folder / "seed=1", folder / "seed=2") if run != killed)
-    return Swept(folder, words, killed, other, added)
+    return Swept(folder, arguments, killed, other, added)
 
 
-def await_new(folder: Path, pattern: str) -> Path:
-    """The run folder in which a path like that has come to be."""
+def wait_for_run(folder: Path, pattern: str) -> Path:
+    """Wait for a path that matches the pattern, and return its run folder."""
 
-    def found() -> list[Path]:
+    def matching_runs() -> list[Path]:
         return [folder / path.relative_to(folder).parts[0] for path in folder.glob(pattern)]
 
-    wait_until(found, pattern, limit_s=200)
-    return found()[0]
+    wait_until(matching_runs, pattern, limit_s=200)
+    return matching_runs()[0]
 
 
-def left_with(mark: str) -> list[Path]:
-    """Controllers of trials that carry the mark in their environment."""
-    found = []
+def marked_controllers(mark: str) -> list[Path]:
+    """Return trial controllers with the mark in their environment."""
+    controllers = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if (
                 mark.encode() in (entry / "environ").read_bytes()
-                and b"sweeps.child" in (entry / "cmdline").read_bytes()
+                and b"cli.trial_process" in (entry / "cmdline").read_bytes()
             ):
-                found.append(entry)
+                controllers.append(entry)
         except OSError:
             continue
-    return found
+    return controllers

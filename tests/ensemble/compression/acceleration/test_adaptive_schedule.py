@@ -1,4 +1,4 @@
-"""Adaptive caching: the dynamic programme, and the bubbling union."""
+"""Adaptive caching: the dynamic program and the bubbling union."""
 
 from itertools import combinations
 
@@ -10,43 +10,43 @@ from hypothesis import strategies as st
 
 from ensemble.compression.acceleration.adaptive_schedule import (
     bubbling_union,
+    cosine_similarity,
     optimal_compute_steps,
     output_variation,
-    similarity,
 )
 
 
-def value_of(found, steps):
-    """The objective, by its definition."""
-    last = [max(step for step in steps if step <= t) for t in range(len(found))]
-    return sum(found[last[t], t] for t in range(len(found)))
+def objective(similarity, steps):
+    """Compute the objective by its definition."""
+    last = [max(step for step in steps if step <= t) for t in range(len(similarity))]
+    return sum(similarity[last[t], t] for t in range(len(similarity)))
 
 
 @given(st.integers(2, 8), st.integers(0, 10**6), st.data())
-def test_the_programme_finds_what_trying_all_finds(steps, seed, data):
+def test_chosen_steps_are_as_good_as_brute_force(steps, seed, data):
     count = data.draw(st.integers(1, steps))
-    found = np.random.default_rng(seed).normal(size=(steps, steps))
-    tried = [(0, *rest) for rest in combinations(range(1, steps), count - 1)]
-    best = max(value_of(found, chosen) for chosen in tried)
-    chosen = optimal_compute_steps(found, count)
+    similarity = np.random.default_rng(seed).normal(size=(steps, steps))
+    candidates = [(0, *rest) for rest in combinations(range(1, steps), count - 1)]
+    best = max(objective(similarity, steps) for steps in candidates)
+    chosen = optimal_compute_steps(similarity, count)
     assert chosen[0] == 0 and len(chosen) == count == len(set(chosen)) and list(chosen) == sorted(chosen)
-    assert value_of(found, chosen) == pytest.approx(best)
+    assert objective(similarity, chosen) == pytest.approx(best)
 
 
-def test_more_steps_than_there_are_is_refused():
+def test_more_compute_steps_than_steps_is_an_error():
     with pytest.raises(ValueError, match="of 3 steps, 1 to 3"):
         optimal_compute_steps(np.eye(3), 4)
 
 
-def test_what_stays_the_same_is_similar_and_does_not_stir():
-    said = torch.randn(1, 5, 7).expand(4, 5, 7)
-    np.testing.assert_allclose(similarity(said), np.ones((4, 4)), atol=1e-12)
-    assert output_variation(said) == 0
-    other = torch.cat([said[:2], -said[2:]])
-    assert similarity(other)[0, 2] == pytest.approx(-1) and output_variation(other) > 0
+def test_constant_outputs_are_similar_without_variation():
+    outputs = torch.randn(1, 5, 7).expand(4, 5, 7)
+    np.testing.assert_allclose(cosine_similarity(outputs), np.ones((4, 4)), atol=1e-12)
+    assert output_variation(outputs) == 0
+    other = torch.cat([outputs[:2], -outputs[2:]])
+    assert cosine_similarity(other)[0, 2] == pytest.approx(-1) and output_variation(other) > 0
 
 
-def test_when_one_that_changes_much_is_computed_the_feed_forward_layers_behind_it_are_too():
+def test_bubbling_adds_steps_to_later_feed_forward_layers():
     updates = {"0.attn": (0, 3), "0.ff": (0, 1), "1.attn": (0, 4), "1.ff": (0, 2)}
     changes = {"0.attn": 1.0, "0.ff": 0.1, "1.attn": 5.0, "1.ff": 0.2}
     union = bubbling_union(updates, changes, 1, ["0.ff", "1.ff"])

@@ -1,4 +1,4 @@
-"""Score identity distillation: its loss, what it may look at, and what comes of it."""
+"""Score identity distillation: its loss, its use of data, and the quality of samples."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def teacher(tmp_path_factory):
     return trained("mlp", Workspace.at(tmp_path_factory.mktemp("mlp")))
 
 
-def drawn(expert, sampling=FULL, count=256):
+def generate(expert, sampling=FULL, count=256):
     return sample(Ensemble(experts={0: expert}, noise_schedule=RECTIFIED_FLOW), CODEC, range(count), sampling).latents
 
 
@@ -44,7 +44,7 @@ def distance(latents):
 
 
 class Linear(nn.Module):
-    """Calls every noised sample's clean part `scale` times it."""
+    """Model whose clean estimate is `scale` times the noised sample."""
 
     def __init__(self, scale):
         super().__init__()
@@ -52,7 +52,7 @@ class Linear(nn.Module):
 
 
 def gaussian(scale, monkeypatch):
-    def velocity(self, noised, t, condition, path=None):
+    def velocity(self, noised, t, condition, noise_schedule=None):
         return (noised - self.model.scale * noised) / t.reshape(-1, 1)
 
     monkeypatch.setattr(Expert, "velocity", velocity)
@@ -66,7 +66,7 @@ def gaussian(scale, monkeypatch):
     )
 
 
-def test_the_loss_is_its_equation(monkeypatch):
+def test_the_loss_equals_its_equation(monkeypatch):
     teacher, fake = gaussian(0.5, monkeypatch), gaussian(0.25, monkeypatch)
     clean = torch.tensor([[1.0, -2.0]], requires_grad=True)
     noise, t = torch.tensor([[0.5, 0.5]]), torch.tensor([0.4])
@@ -77,56 +77,58 @@ def test_the_loss_is_its_equation(monkeypatch):
     loss = student_loss(clean, noise, t, Condition.null(1), teacher, fake, SiDConfig())
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.backward()
-    assert clean.grad.abs().sum() > 0, "gradients run through both scores into the sample"
+    assert clean.grad.abs().sum() > 0, "gradients flow through both scores into the sample"
 
 
-@pytest.mark.slow
-def test_one_step_is_nearer_to_the_data_than_one_plain_step_and_no_sample_was_looked_at(tmp_path):
+@pytest.mark.integration
+def test_one_step_without_data_beats_one_plain_step(tmp_path):
     teacher = trained("mlp", Workspace.at(tmp_path / "teacher"), 1500)
-    blind = replace(digits(), clean=torch.full_like(digits().clean, torch.nan))
+    without_data = replace(digits(), clean=torch.full_like(digits().clean, torch.nan))
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
-    outcome = distill_sid(teacher, blind, SiDConfig(steps=1, training=TRAINING), Workspace.at(tmp_path / "student"))
-    assert distance(drawn(outcome.network)) < 0.5 * distance(drawn(teacher))
+    result = distill_sid(
+        teacher, without_data, SiDConfig(steps=1, training=TRAINING), Workspace.at(tmp_path / "student")
+    )
+    assert distance(generate(result.network)) < 0.5 * distance(generate(teacher))
     assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
-    assert outcome.network.few_step.times == (1.0,) and outcome.flops > 0
+    assert result.network.few_step.times == (1.0,) and result.flops > 0
 
 
-@pytest.mark.parametrize("renoise", ["renoise", "euler"])
-def test_stopped_anywhere_and_started_again_it_gives_the_same_bits(renoise, teacher, tmp_path):
-    config = SiDConfig(steps=2, training=BRIEF, step_type=renoise)
-    whole = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "whole")).network.model.state_dict()
-    asked = 0
+@pytest.mark.parametrize("step_type", ["renoise", "euler"])
+def test_a_resumed_training_is_bit_identical(step_type, teacher, tmp_path):
+    config = SiDConfig(steps=2, training=BRIEF, step_type=step_type)
+    uninterrupted = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "whole")).network.model.state_dict()
+    polls = 0
 
     def stopping():
-        nonlocal asked
-        asked += 1
-        return asked == 4
+        nonlocal polls
+        polls += 1
+        return polls == 4
 
     with pytest.raises(Preempted, match="stopped at step 3 of 6"):
         distill_sid(teacher, digits(), config, replace(Workspace.at(tmp_path / "halves"), stopping=stopping))
-    again = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "halves")).network.model.state_dict()
-    assert all(torch.equal(value, whole[name]) for name, value in again.items())
+    resumed = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "halves")).network.model.state_dict()
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in resumed.items())
 
 
-def test_guidance_without_classes_is_refused_and_with_them_it_makes_a_difference(teacher, tmp_path):
+def test_guidance_needs_classes_and_changes_the_student(teacher, tmp_path):
     guided = SiDConfig(training=BRIEF, teacher_guidance=1.5, fake_guidance=1.5, fake_training_guidance=1.5)
     with pytest.raises(StageError, match="set all three scales to 1"):
-        distill_sid(teacher, digits().unlabelled(), guided, Workspace.at(tmp_path / "a"))
+        distill_sid(teacher, digits().unlabeled(), guided, Workspace.at(tmp_path / "a"))
     anti = SiDConfig(training=BRIEF, fake_guidance=-0.5)
     plain = SiDConfig(training=BRIEF)
-    found = [
+    states = [
         distill_sid(teacher, digits(), config, Workspace.at(tmp_path / str(number))).network.model.state_dict()
         for number, config in enumerate((guided, anti, plain))
     ]
-    name = next(iter(found[0]))
-    assert not torch.equal(found[0][name], found[2][name]) and not torch.equal(found[1][name], found[2][name])
+    name = next(iter(states[0]))
+    assert not torch.equal(states[0][name], states[2][name]) and not torch.equal(states[1][name], states[2][name])
 
 
-def test_the_students_folder_knows_its_course(teacher, tmp_path):
+def test_a_saved_student_keeps_its_few_step_schedule(teacher, tmp_path):
     config = SiDConfig(steps=3, start=0.75, training=BRIEF)
-    outcome = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "w"))
-    outcome.expert.save(tmp_path / "student")
-    again = Expert.load(tmp_path / "student")
-    assert again.few_step == outcome.network.few_step and again.few_step.step_types == ("renoise",) * 3
-    assert again.few_step.times == (0.75, 0.5, 0.25)
-    assert torch.equal(drawn(again, count=4), drawn(outcome.network, count=4))
+    result = distill_sid(teacher, digits(), config, Workspace.at(tmp_path / "w"))
+    result.expert.save(tmp_path / "student")
+    loaded = Expert.load(tmp_path / "student")
+    assert loaded.few_step == result.network.few_step and loaded.few_step.step_types == ("renoise",) * 3
+    assert loaded.few_step.times == (0.75, 0.5, 0.25)
+    assert torch.equal(generate(loaded, count=4), generate(result.network, count=4))

@@ -1,4 +1,4 @@
-"""Masks learned through whole trajectories: exact gradients at constant memory, and better than chance."""
+"""EcoDiff: exact gradients along trajectories at constant memory, and masks that beat chance."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ NETWORKS = (ResidualMLPConfig(width=16, depth=2), UNetConfig(channels=(8, 16), l
 LEARNING = TrainingConfig(steps=40, batch_size=8, lr=0.2, warmup_steps=2, checkpoint_every=5)
 
 
-def expert_of(config):
+def build_expert(config):
     torch.manual_seed(0)
     model = build_network(config, SHAPE, 3).eval()
     for parameter in model.parameters():
@@ -45,7 +45,7 @@ def expert_of(config):
 
 
 def latents(count=300):
-    """Three patterns, each of its own brightness."""
+    """Return latents of three patterns, each with its own brightness."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(3, *SHAPE, generator=generator)
     classes = torch.arange(count) % 3
@@ -56,7 +56,7 @@ def latents(count=300):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    expert, training = expert_of(DIT), TrainingConfig(steps=250, batch_size=64, lr=3e-3, warmup_steps=20)
+    expert, training = build_expert(DIT), TrainingConfig(steps=250, batch_size=64, lr=3e-3, warmup_steps=20)
     torch.manual_seed(0)
     model = build_network(DIT, SHAPE, 3)
 
@@ -67,12 +67,12 @@ def trained(tmp_path_factory):
     return dataclasses.replace(expert, model=fitted.model)
 
 
-def drawn(rows=6):
+def noise_and_condition(rows=6):
     generator = torch.Generator().manual_seed(3)
     return torch.randn(rows, *SHAPE, generator=generator), Condition(torch.arange(rows) % 3)
 
 
-def test_gates_are_shut_and_open_as_often_as_they_should():
+def test_gates_are_closed_and_open_with_known_probability():
     logits = torch.linspace(-4, 4, 9)
     uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gates = torch.stack([hard_concrete(logits.double(), row.expand(9)) for row in uniform[:4000]])
@@ -82,88 +82,90 @@ def test_gates_are_shut_and_open_as_often_as_they_should():
     torch.testing.assert_close(gates.mean(0) + gates.mean(0).flip(0), torch.ones(9).double(), atol=0.05, rtol=0)
 
 
-def test_gates_without_noise_are_functions_of_their_logits():
+def test_gates_without_noise_are_deterministic():
     gates = Gates(3, 0.0, 0.0)
     assert torch.equal(gates(), torch.full((3,), 0.5)) and torch.equal(gates(), gates())
     assert not torch.equal(Gates(3, 0.0, 0.5)(), gates())
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
-def test_gradients_of_a_checkpointed_trajectory_are_the_plain_ones(config):
-    expert = expert_of(config)
-    counts, (noise, condition), found = prunable_units(expert.model), drawn(), []
+def test_checkpointed_gradients_equal_plain_gradients(config):
+    expert = build_expert(config)
+    counts, (noise, condition), results = prunable_units(expert.model), noise_and_condition(), []
     for checkpointed in (False, True):
         masks = torch.linspace(0.2, 1, sum(counts.values())).requires_grad_()
         clean = sample_with_masks(expert, split(masks, counts), noise, condition, 4, checkpointed=checkpointed)
         clean.square().mean().backward()
-        found.append((clean.detach(), masks.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-6, rtol=1e-5)
-    assert found[0][1].abs().amax() > 0
+        results.append((clean.detach(), masks.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-6, rtol=1e-5)
+    assert results[0][1].abs().amax() > 0
 
 
 def peak_bytes(expert, steps, checkpointed):
-    """The most memory that a trajectory and its gradients hold at once."""
-    counts, (noise, condition) = prunable_units(expert.model), drawn(64)
+    """Return the peak memory of a trajectory and its gradients."""
+    counts, (noise, condition) = prunable_units(expert.model), noise_and_condition(64)
     masks = torch.ones(sum(counts.values()), requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         clean = sample_with_masks(expert, split(masks, counts), noise, condition, steps, checkpointed=checkpointed)
         clean.square().mean().backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.cumsum(0).amax())
+    allocations = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(allocations.cumsum(0).amax())
 
 
-def test_memory_does_not_grow_with_the_steps_of_a_trajectory():
-    expert = expert_of(DIT)
+def test_memory_does_not_grow_with_the_number_of_steps():
+    expert = build_expert(DIT)
     expert.model.requires_grad_(False)
-    peaks = {(steps, kept): peak_bytes(expert, steps, kept) for steps in (3, 12) for kept in (False, True)}
-    a_latent = 64 * 16 * 4
-    assert peaks[12, True] < peaks[3, True] + 9 * 3 * a_latent
+    peaks = {(steps, flag): peak_bytes(expert, steps, flag) for steps in (3, 12) for flag in (False, True)}
+    latent_bytes = 64 * 16 * 4
+    assert peaks[12, True] < peaks[3, True] + 9 * 3 * latent_bytes
     assert peaks[12, False] > 3 * peaks[3, False]
     assert peaks[12, True] < 0.2 * peaks[12, False]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("by", "share"), [("units", 0.5), ("parameters", 0.2)])
-def test_learned_masks_leave_better_samples_than_chance_and_magnitude(trained, by, share, tmp_path):
-    found = {}
+@pytest.mark.parametrize(
+    ("by", "share"), [pytest.param("units", 0.5, marks=pytest.mark.integration), ("parameters", 0.2)]
+)
+def test_learned_masks_beat_chance_and_magnitude(trained, by, share, tmp_path):
+    errors = {}
     before = copy.deepcopy(trained.model.state_dict())
     cases = [("learned", 0), ("magnitude", 0), ("random", 0), ("random", 1), ("random", 2)]
     for criterion, seed in cases:
         config = EcoDiffConfig(ratio=share, by=by, criterion=criterion, chain=6, mask_training=LEARNING, seed=seed)
-        outcome = prune_ecodiff(trained, latents(), config, Workspace.at(tmp_path / f"{criterion}_{seed}"))
-        found[criterion, seed] = outcome.details["relative_l2_of_samples"]
-        assert outcome.details["parameters_after"] < outcome.details["parameters_before"]
-        assert outcome.details["flops_ratio"] < 1 and outcome.modules > 0
-    learned, magnitude = found.pop(("learned", 0)), found.pop(("magnitude", 0))
-    assert learned < magnitude and learned < 0.7 * min(found.values())
+        result = prune_ecodiff(trained, latents(), config, Workspace.at(tmp_path / f"{criterion}_{seed}"))
+        errors[criterion, seed] = result.details["relative_l2_of_samples"]
+        assert result.details["parameters_after"] < result.details["parameters_before"]
+        assert result.details["flops_ratio"] < 1 and result.modules > 0
+    learned, magnitude = errors.pop(("learned", 0)), errors.pop(("magnitude", 0))
+    assert learned < magnitude and learned < 0.7 * min(errors.values())
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
-def test_every_network_loses_the_asked_share_and_learns_again(config, tmp_path):
-    expert, short = expert_of(config), TrainingConfig(steps=3, batch_size=4, lr=0.1, warmup_steps=0)
+def test_every_network_loses_the_configured_share(config, tmp_path):
+    expert, short = build_expert(config), TrainingConfig(steps=3, batch_size=4, lr=0.1, warmup_steps=0)
     share = 0.02 if config.kind == "residual_mlp" else 0.1
-    recipe = EcoDiffConfig(ratio=share, by="parameters", chain=2, mask_training=short, finetune=short)
-    outcome = prune_ecodiff(expert, latents(), recipe, Workspace.at(tmp_path / "work"))
-    whole, left = outcome.details["parameters_before"], outcome.details["parameters_after"]
-    most = max(parameters_per_unit(expert.model).values())
-    assert share * whole <= whole - left < share * whole + most
-    assert unit_counts(outcome.expert.model) and outcome.flops > 0
-    outcome.expert.save(tmp_path / "saved")
-    noise, condition = drawn()
+    pruning = EcoDiffConfig(ratio=share, by="parameters", chain=2, mask_training=short, finetune=short)
+    result = prune_ecodiff(expert, latents(), pruning, Workspace.at(tmp_path / "work"))
+    before, after = result.details["parameters_before"], result.details["parameters_after"]
+    largest = max(parameters_per_unit(expert.model).values())
+    assert share * before <= before - after < share * before + largest
+    assert unit_counts(result.expert.model) and result.flops > 0
+    result.expert.save(tmp_path / "saved")
+    noise, condition = noise_and_condition()
     loaded = Expert.load(tmp_path / "saved")
     with torch.no_grad():
-        clean = [sample_with_masks(each, {}, noise, condition, 3) for each in (outcome.expert, loaded)]
+        clean = [sample_with_masks(each, {}, noise, condition, 3) for each in (result.expert, loaded)]
     assert torch.equal(*clean)
 
 
-def test_learning_that_was_stopped_gives_the_same_masks(tmp_path):
+def test_a_resumed_training_gives_the_same_masks(tmp_path):
     config = EcoDiffConfig(
         chain=2, mask_training=TrainingConfig(steps=8, batch_size=4, lr=0.1, warmup_steps=0, checkpoint_every=2)
     )
-    expert, polls = expert_of(DIT), []
+    expert, polls = build_expert(DIT), []
 
     def stops():
         polls.append(1)
@@ -172,26 +174,26 @@ def test_learning_that_was_stopped_gives_the_same_masks(tmp_path):
     stopped = Workspace.at(tmp_path / "stopped")
     with pytest.raises(Preempted):
         prune_ecodiff(expert, latents(), config, dataclasses.replace(stopped, stopping=stops))
-    again = prune_ecodiff(expert, latents(), config, stopped)
-    whole = prune_ecodiff(expert, latents(), config, Workspace.at(tmp_path / "whole"))
-    assert again.details == whole.details
+    resumed = prune_ecodiff(expert, latents(), config, stopped)
+    uninterrupted = prune_ecodiff(expert, latents(), config, Workspace.at(tmp_path / "uninterrupted"))
+    assert resumed.details == uninterrupted.details
 
 
-def test_units_of_every_kind_go_by_their_share_and_a_layer_keeps_one():
-    model = expert_of(DIT).model
+def test_each_kind_loses_its_share_and_a_layer_keeps_one():
+    model = build_expert(DIT).model
     scores = random_importance(prunable_units(model), 0)
     scores["transformer_blocks.0.attn1"] -= 10
-    kept = select_units(model, scores, 0.5, "units")
-    assert [len(kept[f"transformer_blocks.{block}.attn1"]) for block in (0, 1)] == [1, 3]
-    assert sum(len(kept[f"transformer_blocks.{block}.ff"]) for block in (0, 1)) == 128
+    remaining = select_units(model, scores, 0.5, "units")
+    assert [len(remaining[f"transformer_blocks.{block}.attn1"]) for block in (0, 1)] == [1, 3]
+    assert sum(len(remaining[f"transformer_blocks.{block}.ff"]) for block in (0, 1)) == 128
     assert set(magnitude_importance(model)) == set(scores)
 
 
-def test_a_share_that_cannot_go_is_an_error(tmp_path):
-    expert, space = expert_of(DIT), Workspace.at(tmp_path)
-    for share, by, reason in ((0.9, "parameters", "lower the share"), (0.001, "units", "raise it")):
+def test_a_share_that_cannot_be_removed_is_an_error(tmp_path):
+    expert, workspace = build_expert(DIT), Workspace.at(tmp_path)
+    for share, by, reason in ((0.9, "parameters", "lower the ratio"), (0.001, "units", "raise it")):
         with pytest.raises(StageError, match=reason):
-            prune_ecodiff(expert, latents(), EcoDiffConfig(ratio=share, by=by, criterion="random"), space)
+            prune_ecodiff(expert, latents(), EcoDiffConfig(ratio=share, by=by, criterion="random"), workspace)
     with pytest.raises(StageError, match="found no heads"):
-        nothing = dataclasses.replace(expert, model=torch.nn.Linear(2, 2))
-        prune_ecodiff(nothing, latents(), EcoDiffConfig(), space)
+        without_units = dataclasses.replace(expert, model=torch.nn.Linear(2, 2))
+        prune_ecodiff(without_units, latents(), EcoDiffConfig(), workspace)

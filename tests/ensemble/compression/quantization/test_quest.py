@@ -1,4 +1,4 @@
-"""QuEST: time-wise grids, and what training the layers that are told the time is worth."""
+"""QuEST: activation grids per timestep, and the benefit of training the sensitive layers."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from ensemble.compression.quantization.config import QuESTConfig
 from ensemble.compression.quantization.layers import quantizable_layers
 from ensemble.compression.quantization.quest import quantize_quest
 from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer
-from experts.compressed.quantization.fake_quant import best_grids, fake_quantize_at
+from experts.compressed.quantization.fake_quant import fake_quantize_at, search_grids
 from experts.config import TrainingConfig
 from experts.expert import Expert
 from tests.ensemble.compression.trained import digits, trained
@@ -28,112 +28,113 @@ def dit(tmp_path_factory):
     return trained("dit", Workspace.at(tmp_path_factory.mktemp("dit")))
 
 
-def errors_of(outcome):
-    return outcome.details["output_errors"]
+def output_errors(result):
+    return result.details["output_errors"]
 
 
-def calibrated(**given):
-    return replace(SMALL, time_embedding=None, sensitive=None, **given)
+def without_training(**settings):
+    return replace(SMALL, time_embedding=None, sensitive=None, **settings)
 
 
-def test_every_time_has_a_grid_of_its_own_or_all_share_one(dit, tmp_path):
+def test_each_time_has_its_own_grid_or_all_share_one(dit, tmp_path):
     for timewise, count in ((True, 8), (False, 1)):
-        outcome = quantize_quest(dit, digits(), calibrated(timewise=timewise), Workspace.at(tmp_path))
-        forms = [form for form in outcome.expert.model.modules() if isinstance(form, TimestepActivationQuantizer)]
-        assert len(forms) == len(outcome.details["layers"]) and {len(form.steps) for form in forms} == {count}
-        assert all(len(form.steps.unique()) == count for form in forms[-4:])
-        assert timewise is False or torch.equal(forms[0].times, 1000 * (torch.arange(8) + 0.5) / 8)
-        assert errors_of(outcome)["calibrated"] < 0.3
+        result = quantize_quest(dit, digits(), without_training(timewise=timewise), Workspace.at(tmp_path))
+        quantizers = [
+            module for module in result.expert.model.modules() if isinstance(module, TimestepActivationQuantizer)
+        ]
+        assert len(quantizers) == len(result.details["layers"])
+        assert {len(quantizer.steps) for quantizer in quantizers} == {count}
+        assert all(len(quantizer.steps.unique()) == count for quantizer in quantizers[-4:])
+        assert timewise is False or torch.equal(quantizers[0].times, 1000 * (torch.arange(8) + 0.5) / 8)
+        assert output_errors(result)["calibrated"] < 0.3
 
 
-def test_for_inputs_that_grow_with_the_time_grids_of_their_own_are_better():
+def test_timewise_grids_fit_inputs_that_grow_with_time_better():
     samples = torch.randn(8, 500, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.2, 3, 8)[:, None]
 
     def error(grouped):
-        steps, zeros = best_grids(grouped, 4)
+        steps, zeros = search_grids(grouped, 4)
         return (fake_quantize_at(grouped, steps[:, None], zeros[:, None], 4) - grouped).square().sum()
 
     assert error(samples) < 0.8 * error(samples.reshape(1, -1))
 
 
-@pytest.mark.slow
-def test_training_the_layers_that_are_told_the_time_lowers_the_error_and_the_sensitive_ones_lower_it_more(
-    dit, tmp_path
-):
-    whole = quantize_quest(dit, digits(), replace(SMALL, trained_share=1.0), Workspace.at(tmp_path / "whole"))
-    assert errors_of(whole)["time_embedding"] < errors_of(whole)["calibrated"]
-    assert errors_of(whole)["sensitive"] <= 0.75 * errors_of(whole)["calibrated"]
-    few = quantize_quest(dit, digits(), SMALL, Workspace.at(tmp_path / "few"))
-    assert few.details["trained_share"] <= 0.2 < whole.details["trained_share"]
-    assert errors_of(few)["sensitive"] <= 0.85 * errors_of(few)["calibrated"]
-    assert set(few.details["trained_layers"]) < set(whole.details["trained_layers"])
+@pytest.mark.integration
+def test_training_sensitive_layers_lowers_the_error(dit, tmp_path):
+    full = quantize_quest(dit, digits(), replace(SMALL, trained_share=1.0), Workspace.at(tmp_path / "full"))
+    assert output_errors(full)["time_embedding"] < output_errors(full)["calibrated"]
+    assert output_errors(full)["sensitive"] <= 0.75 * output_errors(full)["calibrated"]
+    limited = quantize_quest(dit, digits(), SMALL, Workspace.at(tmp_path / "limited"))
+    assert limited.details["trained_share"] <= 0.2 < full.details["trained_share"]
+    assert output_errors(limited)["sensitive"] <= 0.85 * output_errors(limited)["calibrated"]
+    assert set(limited.details["trained_layers"]) < set(full.details["trained_layers"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "unet", "dit"])
-def test_the_folder_gives_the_same_bits_and_what_is_said_of_it_is_so(kind, dit, tmp_path):
+def test_a_saved_expert_loads_bit_identical(kind, dit, tmp_path):
     expert = dit if kind == "dit" else trained(kind, Workspace.at(tmp_path / "train"), 20)
     before = {name: value.clone() for name, value in expert.model.state_dict().items()}
     config = replace(SMALL, time_embedding=BRIEF, sensitive=BRIEF, sensitive_convolutions=True)
-    outcome = quantize_quest(expert, digits(), config, Workspace.at(tmp_path / "work"))
+    result = quantize_quest(expert, digits(), config, Workspace.at(tmp_path / "work"))
     assert all(torch.equal(value, before[name]) for name, value in expert.model.state_dict().items())
-    assert not list(expert.model._forward_pre_hooks) and 0 < outcome.details["trained_share"] < 1
-    outcome.expert.save(tmp_path / "small")
+    assert not list(expert.model._forward_pre_hooks) and 0 < result.details["trained_share"] < 1
+    result.expert.save(tmp_path / "small")
     loaded = Expert.load(tmp_path / "small")
     batch = calibration_batches(digits(), 8, 1, 1)[0]
     with torch.no_grad():
-        assert torch.equal(run_network(loaded.model, expert, batch), run_network(outcome.expert.model, expert, batch))
-    assert outcome.modules == len(outcome.details["layers"]) + outcome.details["weights_stored_in_few_bits"]
-    assert all(parameter.requires_grad for parameter in outcome.expert.model.parameters())
+        assert torch.equal(run_network(loaded.model, expert, batch), run_network(result.expert.model, expert, batch))
+    assert result.modules == len(result.details["layers"]) + result.details["weights_stored_in_few_bits"]
+    assert all(parameter.requires_grad for parameter in result.expert.model.parameters())
 
 
 @pytest.mark.slow
-def test_only_the_layers_that_are_named_change(dit, tmp_path):
-    plain = quantize_quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
+def test_only_the_trained_layers_change(dit, tmp_path):
+    plain = quantize_quest(dit, digits(), without_training(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
     config = replace(SMALL, time_embedding=BRIEF, sensitive=None, trained_share=1.0, vectors=False)
-    outcome = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "b"))
-    named = outcome.details["trained_layers"]
-    assert named == sorted(quantizable_layers(dit.model, "time_embedding"))
-    for name, value in outcome.expert.model.state_dict().items():
-        is_named = any(name.startswith(f"{path}.") for path in named)
-        if not is_named:
+    result = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "b"))
+    trained_layers = result.details["trained_layers"]
+    assert trained_layers == sorted(quantizable_layers(dit.model, "time_embedding"))
+    for name, value in result.expert.model.state_dict().items():
+        is_trained = any(name.startswith(f"{path}.") for path in trained_layers)
+        if not is_trained:
             assert torch.equal(value, plain[name]), name
         elif name.endswith(".steps"):
             assert not torch.equal(value, plain[name]), name
 
 
 @pytest.mark.slow
-def test_with_vectors_the_codes_of_other_layers_stay_and_their_scales_do_not(dit, tmp_path):
-    plain = quantize_quest(dit, digits(), calibrated(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
-    outcome = quantize_quest(
+def test_with_vectors_scales_of_untrained_layers_change(dit, tmp_path):
+    plain = quantize_quest(dit, digits(), without_training(), Workspace.at(tmp_path / "a")).expert.model.state_dict()
+    result = quantize_quest(
         dit, digits(), replace(SMALL, time_embedding=BRIEF, sensitive=None), Workspace.at(tmp_path / "b")
     )
-    named = outcome.details["trained_layers"]
-    others = [path for path in outcome.details["layers"] if path not in named]
+    trained_layers = result.details["trained_layers"]
+    others = [path for path in result.details["layers"] if path not in trained_layers]
     for path in others:
-        scales = outcome.expert.model.state_dict()[f"{path}.parametrizations.weight.0.scales"]
+        scales = result.expert.model.state_dict()[f"{path}.parametrizations.weight.0.scales"]
         assert not torch.equal(scales, plain[f"{path}.parametrizations.weight.0.scales"])
         assert ((scales / plain[f"{path}.parametrizations.weight.0.scales"]).log().abs() < 0.2).all()
-    assert others and named
+    assert others and trained_layers
 
 
 @pytest.mark.slow
-def test_stopped_in_a_training_and_started_again_it_gives_the_same_bits(dit, tmp_path):
+def test_a_resumed_training_is_bit_identical(dit, tmp_path):
     config = replace(SMALL, sensitive=replace(TUNING, steps=6), time_embedding=replace(TUNING, steps=6))
-    whole = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "whole")).expert.model.state_dict()
-    asked = 0
+    uninterrupted = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "whole")).expert.model.state_dict()
+    polls = 0
 
     def stopping():
-        nonlocal asked
-        asked += 1
-        return asked == config.times + 6 + 3
+        nonlocal polls
+        polls += 1
+        return polls == config.times + 6 + 3
 
     with pytest.raises(Preempted, match="stopped at step"):
         quantize_quest(dit, digits(), config, replace(Workspace.at(tmp_path / "halves"), stopping=stopping))
-    again = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "halves")).expert.model.state_dict()
-    assert all(torch.equal(value, whole[name]) for name, value in again.items())
+    resumed = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "halves")).expert.model.state_dict()
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in resumed.items())
 
 
-def test_a_network_without_such_layers_is_an_error(dit, tmp_path):
-    with pytest.raises(StageError, match="quest found no layer to round in expert 0"):
+def test_a_network_without_known_layers_is_an_error(dit, tmp_path):
+    with pytest.raises(StageError, match="quest needs a layer .* and expert 0 has none"):
         quantize_quest(replace(dit, model=nn.Conv2d(1, 1, 3)), digits(), SMALL, Workspace.at(tmp_path))

@@ -1,4 +1,4 @@
-"""SVDQuant: what each of its parts is worth on outliers, and on a trained transformer."""
+"""SVDQuant: the benefit of each of its parts on outliers and on a trained transformer."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddm_core.artifacts import Preempted, Workspace, checksum, files_in
+from ddm_core.artifacts import Preempted, Workspace, checksum, list_files
 from ensemble.compression.common.calibration_data import calibration_batches, run_network
 from ensemble.compression.method import StageError
 from ensemble.compression.quantization.config import SVDQuantConfig
@@ -33,7 +33,7 @@ def dit(tmp_path_factory):
 
 
 def outliers(width=128):
-    """A layer some of whose inputs are forty times as large as the others."""
+    """Return a layer and two batches in which some inputs are forty times as large as the others."""
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(width, width)
     linear.weight.data = torch.randn(width, width, generator=generator) * width**-0.5
@@ -48,7 +48,7 @@ def error(linear, layer, x):
         return ((layer(x) - linear(x)).norm() / exact.norm()).item()
 
 
-def test_with_outliers_the_whole_is_twice_as_good_as_either_part():
+def test_all_parts_halve_the_error_of_either_with_outliers():
     linear, x, fresh = outliers()
     config = SVDQuantConfig(rank=16, rank_share=1)
     parts = {
@@ -61,27 +61,27 @@ def test_with_outliers_the_whole_is_twice_as_good_as_either_part():
     assert errors["all"] <= 0.5 * min(errors["smooth"], errors["branch"]) and errors["smooth"] < errors["naive"]
 
 
-def test_what_is_said_of_a_layer_is_what_it_does_and_refining_never_harms():
+def test_reported_errors_are_true_and_refinement_lowers_them():
     linear, x, _ = outliers(64)
-    found = search(linear, x, replace(SMALL, refine=50))
-    assert error(linear, found.layer, x) == pytest.approx(found.errors[-1], rel=1e-3)
-    assert len(found.errors) > 1 and list(found.errors) == sorted(found.errors, reverse=True)
+    result = search(linear, x, replace(SMALL, refine=50))
+    assert error(linear, result.layer, x) == pytest.approx(result.errors[-1], rel=1e-3)
+    assert len(result.errors) > 1 and list(result.errors) == sorted(result.errors, reverse=True)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_inputs_that_hardly_reach_below_zero_are_shifted_and_need_no_sign(has_bias):
+def test_slightly_negative_inputs_are_shifted_and_unsigned(has_bias):
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(64, 32, bias=has_bias)
     x = nn.functional.gelu(3 * torch.randn(300, 64, generator=generator))
-    found = search(linear, x, replace(SMALL, bits=8, activation_bits=8)).layer
-    assert found.shape.is_unsigned and found.shift.item() == pytest.approx(-x.amin().item())
+    layer = search(linear, x, replace(SMALL, bits=8, activation_bits=8)).layer
+    assert layer.shape.is_unsigned and layer.shift.item() == pytest.approx(-x.amin().item())
     with torch.no_grad():
-        assert ((found(x) - linear(x)).norm() / linear(x).norm()).item() < 0.01
+        assert ((layer(x) - linear(x)).norm() / linear(x).norm()).item() < 0.01
     assert not search(linear, x - 3, SMALL).layer.shape.is_unsigned
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (16, 16)])
-def test_the_branch_is_the_truncated_singular_value_decomposition(shape):
+def test_the_branch_is_the_truncated_svd(shape):
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     up, down = low_rank(weight, 5)
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
@@ -89,68 +89,68 @@ def test_the_branch_is_the_truncated_singular_value_decomposition(shape):
     assert [factor.shape for factor in low_rank(weight, 0)] == [(shape[0], 0), (0, shape[1])]
 
 
-@pytest.mark.slow
-def test_on_a_trained_transformer_every_part_helps(dit, tmp_path):
-    def found(part):
-        return quantize_svdquant(dit, digits(), replace(part, rest_bits=None), Workspace.at(tmp_path)).details[
-            "output_error"
-        ]
+@pytest.mark.integration
+def test_every_part_lowers_the_error_of_a_transformer(dit, tmp_path):
+    def output_error(part):
+        result = quantize_svdquant(dit, digits(), replace(part, rest_bits=None), Workspace.at(tmp_path))
+        return result.details["output_error"]
 
-    errors = {name: found(part) for name, part in PARTS.items()}
+    errors = {name: output_error(part) for name, part in PARTS.items()}
     assert errors["all"] <= 0.6 * errors["naive"]
     assert errors["all"] <= 0.9 * min(errors["smooth"], errors["branch"])
 
 
 @pytest.mark.slow
-def test_layers_that_are_told_the_time_may_have_a_branch_too_and_the_others_stay(dit, tmp_path):
+def test_time_embedding_layers_can_have_a_branch(dit, tmp_path):
     small = replace(SMALL, rest_bits=4, refine=2, grid=2, min_elements=256)
-    plain, told = (
-        quantize_svdquant(dit, digits(), replace(small, time_embedding=split), Workspace.at(tmp_path)).details
-        for split in (False, True)
+    plain, split = (
+        quantize_svdquant(dit, digits(), replace(small, time_embedding=is_split), Workspace.at(tmp_path)).details
+        for is_split in (False, True)
     )
-    assert told["output_error_of_layers"] == plain["output_error_of_layers"]
-    assert told["output_error"] < 1.1 * plain["output_error"]
-    assert set(told["layers"]) - set(plain["layers"]) == set(quantizable_layers(dit.model, "time_embedding"))
+    assert split["output_error_of_layers"] == plain["output_error_of_layers"]
+    assert split["output_error"] < 1.1 * plain["output_error"]
+    assert set(split["layers"]) - set(plain["layers"]) == set(quantizable_layers(dit.model, "time_embedding"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "unet", "dit"])
-def test_only_the_named_layers_are_replaced_and_the_folder_gives_the_same_bits(kind, dit, tmp_path):
+def test_a_saved_expert_loads_bit_identical(kind, dit, tmp_path):
     expert = dit if kind == "dit" else trained(kind, Workspace.at(tmp_path / "train"), 20)
     before = {name: value.clone() for name, value in expert.model.state_dict().items()}
-    outcome = quantize_svdquant(expert, digits(), replace(SMALL, refine=2, grid=2), Workspace.at(tmp_path / "work"))
+    result = quantize_svdquant(expert, digits(), replace(SMALL, refine=2, grid=2), Workspace.at(tmp_path / "work"))
     assert all(torch.equal(value, before[name]) for name, value in expert.model.state_dict().items())
-    model = outcome.expert.model
+    model = result.expert.model
     replaced = [path for path, module in model.named_modules() if isinstance(module, SVDLinear)]
-    assert replaced == quantizable_layers(expert.model, "attention", "feed_forward") and outcome.flops > 0
-    assert outcome.modules == len(replaced) + outcome.details["weights_stored_in_few_bits"] > len(replaced)
-    expert.save(tmp_path / "whole")
-    outcome.expert.save(tmp_path / "small")
+    assert replaced == quantizable_layers(expert.model, "attention", "feed_forward") and result.flops > 0
+    assert result.modules == len(replaced) + result.details["weights_stored_in_few_bits"] > len(replaced)
+    expert.save(tmp_path / "original")
+    result.expert.save(tmp_path / "small")
     batch = calibration_batches(digits(), 8, 1, 1)[0]
     with torch.no_grad():
-        again = run_network(Expert.load(tmp_path / "small").model, expert, batch)
-        assert torch.equal(again, run_network(model, expert, batch))
-    sizes = [sum(file.stat().st_size for file in files_in(tmp_path / name)) for name in ("whole", "small")]
+        loaded = run_network(Expert.load(tmp_path / "small").model, expert, batch)
+        assert torch.equal(loaded, run_network(model, expert, batch))
+    sizes = [sum(file.stat().st_size for file in list_files(tmp_path / name)) for name in ("original", "small")]
     assert sizes[1] < 0.6 * sizes[0]
 
 
-def test_the_same_seed_gives_the_same_folder_and_leaves_torchs_generator_alone(dit, tmp_path):
+def test_results_depend_only_on_the_seed(dit, tmp_path):
     state = torch.random.get_rng_state()
     for name in ("a", "b"):
-        part = replace(SMALL, refine=2, grid=2)
-        quantize_svdquant(dit, digits(), part, Workspace.at(tmp_path / "work")).expert.save(tmp_path / name)
+        config = replace(SMALL, refine=2, grid=2)
+        quantize_svdquant(dit, digits(), config, Workspace.at(tmp_path / "work")).expert.save(tmp_path / name)
     assert torch.equal(torch.random.get_rng_state(), state)
     contents = [
-        {str(file.relative_to(tmp_path / name)): checksum(file) for file in files_in(tmp_path / name)} for name in "ab"
+        {str(file.relative_to(tmp_path / name)): checksum(file) for file in list_files(tmp_path / name)}
+        for name in "ab"
     ]
     assert contents[0] == contents[1]
 
 
-def test_a_network_without_such_layers_is_an_error(dit, tmp_path):
-    with pytest.raises(StageError, match=r"svdquant found no linear layer .* in expert 0"):
+def test_a_network_without_known_layers_is_an_error(dit, tmp_path):
+    with pytest.raises(StageError, match=r"svdquant needs attention or feed-forward layers, and expert 0"):
         quantize_svdquant(replace(dit, model=nn.Conv2d(1, 1, 3)), digits(), SMALL, Workspace.at(tmp_path))
 
 
-def test_it_stops_when_it_is_asked_to(dit, tmp_path):
+def test_a_stop_request_preempts_the_search(dit, tmp_path):
     with pytest.raises(Preempted, match="stopped after 0 of 12 layers"):
         quantize_svdquant(dit, digits(), SMALL, replace(Workspace.at(tmp_path), stopping=lambda: True))

@@ -1,4 +1,4 @@
-"""Layers taken out whole: what is left computes as if they were not there, and comes back from a folder."""
+"""Layer removal: the other layers compute as if the layer were absent, and folders restore the removal."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def network(config):
     return model
 
 
-def said(model):
+def predict(model):
     generator = torch.Generator().manual_seed(1)
     noised, t = torch.randn(4, *SHAPE, generator=generator), torch.rand(4, generator=generator)
     with torch.no_grad():
@@ -33,52 +33,52 @@ def said(model):
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
-def test_every_layer_can_go_and_a_folder_remembers(config, tmp_path):
+def test_every_layer_can_be_removed_saved_and_loaded(config, tmp_path):
     model = network(config)
-    whole, units = said(model), removable_layers(model)
+    original, units = predict(model), removable_layers(model)
     assert units and not removed_layers(model)
     for number, unit in enumerate(units):
         with layers_disabled(model, [unit]):
             assert removed_layers(model) == [unit]
-            gone = said(model)
-        assert not torch.equal(gone, whole)
-        assert torch.equal(said(model), whole)
+            without_layer = predict(model)
+        assert not torch.equal(without_layer, original)
+        assert torch.equal(predict(model), original)
         if number < 3:
             small = network(config)
             remove_layers(small, [unit])
-            assert torch.equal(said(small), gone)
+            assert torch.equal(predict(small), without_layer)
             save_model(small, tmp_path / str(number))
-            again = load_model((type(small),), tmp_path / str(number))
-            assert torch.equal(said(again), gone) and removed_layers(again) == [unit]
+            loaded = load_model((type(small),), tmp_path / str(number))
+            assert torch.equal(predict(loaded), without_layer) and removed_layers(loaded) == [unit]
     remove_layers(model, units)
     save_model(model, tmp_path / "all")
-    again = load_model((type(model),), tmp_path / "all")
-    assert torch.equal(said(again), said(model)) and sorted(removed_layers(again)) == sorted(units)
-    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in network(config).parameters())
+    loaded = load_model((type(model),), tmp_path / "all")
+    assert torch.equal(predict(loaded), predict(model)) and sorted(removed_layers(loaded)) == sorted(units)
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in network(config).parameters())
 
 
-def test_a_removed_layer_of_the_residual_network_contributes_nothing():
+def test_removed_mlp_block_contributes_nothing():
     model = network(NETWORKS[0])
     with layers_disabled(model, ["blocks.1"]):
-        gone = said(model)
+        without_layer = predict(model)
     torch.nn.init.zeros_(model.get_submodule("blocks.1.outer").weight)
     torch.nn.init.zeros_(model.get_submodule("blocks.1.outer").bias)
-    torch.testing.assert_close(said(model), gone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict(model), without_layer, rtol=0, atol=1e-6)
 
 
-def test_a_removed_layer_of_the_transformer_contributes_nothing():
+def test_removed_transformer_layer_contributes_nothing():
     model = network(NETWORKS[2])
     with layers_disabled(model, ["transformer_blocks.1.ff"]):
-        gone = said(model)
+        without_layer = predict(model)
     torch.nn.init.zeros_(model.get_submodule("transformer_blocks.1.ff.net.2").weight)
     torch.nn.init.zeros_(model.get_submodule("transformer_blocks.1.ff.net.2").bias)
-    torch.testing.assert_close(said(model), gone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict(model), without_layer, rtol=0, atol=1e-6)
 
 
-def test_what_cannot_go_is_refused_and_whole_networks_have_no_such_file(tmp_path):
+def test_unremovable_layer_is_refused(tmp_path):
     model = network(NETWORKS[1])
     assert "down_blocks.1.resnets.0" not in removable_layers(model)
-    with pytest.raises(ValueError, match="no layer that can be taken out"):
+    with pytest.raises(ValueError, match="not a removable layer"):
         remove_layers(model, ["down_blocks.1.resnets.0"])
     save_model(model, tmp_path)
     assert not (tmp_path / STRUCTURE).exists()

@@ -1,4 +1,4 @@
-"""Units that are taken out: the network says what it says with them masked, and is really smaller."""
+"""Unit pruning: a pruned network equals the masked one, and has fewer parameters and FLOPs."""
 
 import copy
 
@@ -33,65 +33,67 @@ def network(config):
     return model
 
 
-def said(model, rows=5):
+def predict(model, rows=5):
     generator = torch.Generator().manual_seed(1)
     noised, t = torch.randn(rows, *SHAPE, generator=generator), torch.rand(rows, generator=generator)
     with torch.no_grad():
         return call_network(model, noised, t, Condition(torch.arange(rows) % 3))
 
 
-def some(counts):
-    """About half the units of every layer, not the first ones, and only one of the last layer."""
-    kept = {path: list(range(1, count, 2)) for path, count in counts.items()}
-    return kept | {list(counts)[-1]: [0]}
+def half_of(counts):
+    """Return about half the units of every layer, without the first, and only one of the last layer."""
+    remaining = {path: list(range(1, count, 2)) for path, count in counts.items()}
+    return remaining | {list(counts)[-1]: [0]}
 
 
-def masks(counts, kept):
-    return {path: torch.zeros(count).index_fill(0, torch.tensor(kept[path]), 1.0) for path, count in counts.items()}
+def masks(counts, remaining):
+    return {
+        path: torch.zeros(count).index_fill(0, torch.tensor(remaining[path]), 1.0) for path, count in counts.items()
+    }
 
 
 @each_network
-def test_a_cut_network_says_what_the_masked_one_says(config):
+def test_pruned_network_equals_masked_network(config):
     model = network(config)
     counts = prunable_units(model)
-    kept, smaller = some(counts), copy.deepcopy(model)
-    prune_units(smaller, kept)
-    with unit_masks(model, masks(counts, kept)):
-        expected = said(model)
-    torch.testing.assert_close(said(smaller), expected, atol=1e-5, rtol=1e-5)
-    assert (said(model) - expected).abs().amax() > 1e-3
-    assert prunable_units(smaller) == {path: len(units) for path, units in kept.items()}
+    remaining, smaller = half_of(counts), copy.deepcopy(model)
+    prune_units(smaller, remaining)
+    with unit_masks(model, masks(counts, remaining)):
+        expected = predict(model)
+    torch.testing.assert_close(predict(smaller), expected, atol=1e-5, rtol=1e-5)
+    assert (predict(model) - expected).abs().amax() > 1e-3
+    assert prunable_units(smaller) == {path: len(units) for path, units in remaining.items()}
 
 
 @each_network
-def test_as_many_parameters_go_as_was_said_and_flops_with_them(config):
+def test_parameters_per_unit_match_the_pruned_count(config):
     model = network(config)
     counts, sizes, smaller = prunable_units(model), parameters_per_unit(model), copy.deepcopy(model)
-    kept = some(counts)
-    prune_units(smaller, kept)
-    gone = sum(sizes[path] * (counts[path] - len(kept[path])) for path in counts)
-    whole, left = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, smaller))
-    assert whole - left == gone > 0
-    assert forward_flops(lambda: said(smaller, 1)) < forward_flops(lambda: said(model, 1))
+    remaining = half_of(counts)
+    prune_units(smaller, remaining)
+    removed = sum(sizes[path] * (counts[path] - len(remaining[path])) for path in counts)
+    before, after = (sum(parameter.numel() for parameter in candidate.parameters()) for candidate in (model, smaller))
+    assert before - after == removed > 0
+    assert forward_flops(lambda: predict(smaller, 1)) < forward_flops(lambda: predict(model, 1))
 
 
 @each_network
-def test_widths_are_read_off_and_make_a_fresh_network_that_loads_the_parameters(config, tmp_path):
+def test_unit_counts_rebuild_the_pruned_network(config, tmp_path):
     model = network(config)
     assert unit_counts(model) == {}
-    kept = some(prunable_units(model))
-    prune_units(model, kept)
-    assert unit_counts(model) == {path: len(units) for path, units in kept.items()}
+    remaining = half_of(prunable_units(model))
+    prune_units(model, remaining)
+    assert unit_counts(model) == {path: len(units) for path, units in remaining.items()}
     fresh = type(model).from_config(model.config)
     shrink_to(fresh, unit_counts(model))
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(said(fresh.eval()), said(model))
+    assert torch.equal(predict(fresh.eval()), predict(model))
     save_model(model, tmp_path / "a")
     loaded = load_network(tmp_path / "a")
-    assert torch.equal(said(loaded), said(model)) and unit_counts(loaded) == unit_counts(model)
+    assert torch.equal(predict(loaded), predict(model)) and unit_counts(loaded) == unit_counts(model)
 
 
-def test_heads_of_a_transformer_are_cut_with_the_shapes_of_their_layers():
+def test_pruned_heads_shrink_their_projections():
     model = network(NETWORKS[2])
     prune_units(model, {"transformer_blocks.0.attn1": [0, 2], "transformer_blocks.1.ff": [5]})
     attention, feed = model.transformer_blocks[0].attn1, model.transformer_blocks[1].ff
@@ -101,7 +103,7 @@ def test_heads_of_a_transformer_are_cut_with_the_shapes_of_their_layers():
     assert unit_counts(model) == {"transformer_blocks.0.attn1": 2, "transformer_blocks.1.ff": 1}
 
 
-def test_channels_of_a_residual_block_go_in_whole_groups_with_their_time_embedding():
+def test_resnet_channels_are_pruned_in_norm_groups():
     model = network(UNetConfig(channels=(8, 24), layers_per_block=1))
     path = "mid_block.resnets.0"
     assert prunable_units(model)[path] == 8
@@ -111,34 +113,34 @@ def test_channels_of_a_residual_block_go_in_whole_groups_with_their_time_embeddi
     assert resnet.conv1.weight.shape[0] == resnet.conv2.weight.shape[1] == resnet.time_emb_proj.weight.shape[0] == 9
 
 
-def test_a_smaller_network_can_be_cut_again_trained_and_quantized(tmp_path):
+def test_pruned_network_can_be_pruned_trained_and_quantized(tmp_path):
     model = network(NETWORKS[2])
     path = "transformer_blocks.0.ff"
     prune_units(model, {path: range(10, 40)})
     prune_units(model, {path: range(8, 16)})
-    said(model)
+    predict(model)
     call_network(model, torch.randn(2, *SHAPE), torch.rand(2), Condition.null(2)).square().mean().backward()
     assert model.get_submodule(path).net[2].weight.grad.shape == (24, 8)
     name = f"{path}.net.2.weight"
     pack_weight(model, name, Packing(bits=4, group_size=8, shape=tuple(model.get_parameter(name).shape)))
     assert path not in prunable_units(model) and unit_counts(model) == {path: 8}
     save_model(model, tmp_path / "a")
-    assert torch.equal(said(load_network(tmp_path / "a")), said(model))
+    assert torch.equal(predict(load_network(tmp_path / "a")), predict(model))
     with pytest.raises(ValueError, match="before it is quantized"):
         prune_units(model, {path: [0]})
 
 
 @pytest.mark.parametrize("config", NETWORKS[1:], ids=lambda config: config.kind)
-def test_layers_can_be_gone_beside_narrow_ones(config, tmp_path):
+def test_layers_and_units_can_both_be_removed(config, tmp_path):
     model = network(config)
     remove_layers(model, removable_layers(model)[:1])
-    prune_units(model, some(prunable_units(model)))
+    prune_units(model, half_of(prunable_units(model)))
     save_model(model, tmp_path / "a")
-    assert torch.equal(said(load_network(tmp_path / "a")), said(model))
+    assert torch.equal(predict(load_network(tmp_path / "a")), predict(model))
 
 
 @pytest.mark.parametrize("indices", [[], [0, 0], [-1], [3]])
-def test_units_that_cannot_stay_are_refused(indices):
+def test_invalid_unit_indices_are_refused(indices):
     model = network(NETWORKS[2])
     with pytest.raises(ValueError, match="has 3 units and cannot keep"):
         prune_units(model, {"transformer_blocks.0.attn1": indices})

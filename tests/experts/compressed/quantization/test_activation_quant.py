@@ -1,4 +1,4 @@
-"""Inputs that are rounded by the time: the nearest grid a row, and networks that keep their clock."""
+"""Timestep-aware activation quantization: the nearest grid a row, and candidate recorder a network."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
-from experts.networks.model_io import FORMS, save_model
+from experts.networks.model_io import QUANTIZATION_CONFIG, save_model
 from experts.networks.registry import build_network, call_network, load_network
 
 SHAPE = (1, 8, 8)
@@ -34,95 +34,96 @@ def network(config, bits=4):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     unit = 1.0 if config.kind == "residual_mlp" else 1000.0
-    layers = [path for path, found in model.named_modules() if isinstance(found, nn.Linear | nn.Conv2d)]
+    layers = [path for path, entry in model.named_modules() if isinstance(entry, nn.Linear | nn.Conv2d)]
     for path in layers:
-        form = quantize_input(model, path, 3, bits)
-        form.times.copy_(unit * torch.tensor([0.1, 0.5, 0.9]))
-        form.steps.copy_(torch.tensor([0.1, 0.3, 0.6]))
-        form.zeros.fill_(2 ** (bits - 1))
+        quantizer = quantize_input(model, path, 3, bits)
+        quantizer.times.copy_(unit * torch.tensor([0.1, 0.5, 0.9]))
+        quantizer.steps.copy_(torch.tensor([0.1, 0.3, 0.6]))
+        quantizer.zeros.fill_(2 ** (bits - 1))
     return model
 
 
-def said(model, t, rows=5):
+def predict(model, t, rows=5):
     noised = torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return call_network(model, noised, t, Condition.null(rows))
 
 
-def test_every_row_is_rounded_on_the_grid_of_the_nearest_time():
-    clock = TimestepRecorder()
-    form = TimestepActivationQuantizer(clock, 2, 4)
-    form.times.copy_(torch.tensor([0.2, 0.8]))
-    form.steps.copy_(torch.tensor([1.0, 0.5]))
-    form.zeros.copy_(torch.tensor([8.0, 0.0]))
-    clock.now = torch.tensor([0.0, 0.49, 0.51, 3.0])
+def test_rows_use_the_grid_of_the_nearest_timestep():
+    recorder = TimestepRecorder()
+    quantizer = TimestepActivationQuantizer(recorder, 2, 4)
+    quantizer.times.copy_(torch.tensor([0.2, 0.8]))
+    quantizer.steps.copy_(torch.tensor([1.0, 0.5]))
+    quantizer.zeros.copy_(torch.tensor([8.0, 0.0]))
+    recorder.timestep = torch.tensor([0.0, 0.49, 0.51, 3.0])
     x = torch.tensor([-1.3, 0.7, 9.0]).expand(4, 2, 3)
-    rounded = form(x)[:, 0].tolist()
+    rounded = quantizer(x)[:, 0].tolist()
     assert rounded == [[-1.0, 1.0, 7.0]] * 2 + [[0.0, 0.5, 7.5]] * 2
 
 
-def test_a_layer_called_without_its_network_says_so():
+def test_layer_called_without_network_raises():
     with pytest.raises(RuntimeError, match="call the whole network"):
         TimestepActivationQuantizer(TimestepRecorder(), 2, 4)(torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
-def test_a_row_is_the_same_alone_and_beside_rows_of_other_times(config):
+def test_rows_with_different_t_are_independent(config):
     model, t = network(config, 8), torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
-    together = said(model, t)
+    together = predict(model, t)
     noised = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(1))
     for row in range(5):
         with torch.no_grad():
             alone = call_network(model, noised[row : row + 1], t[row : row + 1], Condition.null(1))
         error = (alone[0] - together[row]).norm() / together[row].norm()
         assert error < 0.05
-    assert not torch.equal(said(model, torch.tensor(0.1)), said(model, torch.tensor(0.9)))
+    assert not torch.equal(predict(model, torch.tensor(0.1)), predict(model, torch.tensor(0.9)))
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
-def test_a_network_is_saved_loaded_and_copied_bit_for_bit(config, tmp_path):
+def test_quantized_network_saves_and_copies_bit_for_bit(config, tmp_path):
     model, t = network(config), torch.rand(5, generator=torch.Generator().manual_seed(2))
     for name in [name for name, weight in model.named_parameters() if weight.ndim > 1]:
         packing = Packing(bits=4, group_size=16, shape=tuple(model.get_parameter(name).shape))
         pack_weight(model, name, packing)
     save_model(model, tmp_path / "a")
     save_model(load_network(tmp_path / "a"), tmp_path / "b")
-    assert torch.equal(said(load_network(tmp_path / "b"), t), said(model, t))
+    assert torch.equal(predict(load_network(tmp_path / "b"), t), predict(model, t))
     twin = copy.deepcopy(model)
-    assert torch.equal(said(twin, t), said(model, t))
-    said(twin, torch.tensor(0.9))
-    clocks = [
-        {form.clock for form in one.modules() if isinstance(form, TimestepActivationQuantizer)} for one in (model, twin)
+    assert torch.equal(predict(twin, t), predict(model, t))
+    predict(twin, torch.tensor(0.9))
+    recorders = [
+        {quantizer.recorder for quantizer in candidate.modules() if isinstance(quantizer, TimestepActivationQuantizer)}
+        for candidate in (model, twin)
     ]
-    assert [len(found) for found in clocks] == [1, 1] and not clocks[0] & clocks[1]
-    assert torch.equal(clocks[0].pop().now, t if config.kind == "residual_mlp" else t * 1000)
+    assert [len(entry) for entry in recorders] == [1, 1] and not recorders[0] & recorders[1]
+    assert torch.equal(recorders[0].pop().timestep, t if config.kind == "residual_mlp" else t * 1000)
 
 
-def test_step_sizes_that_have_learnt_are_kept():
-    form = TimestepActivationQuantizer(TimestepRecorder(), 2, 4)
-    form.clock.now = torch.tensor([0.0])
-    form.make_learnable()
-    form.log_change.data.copy_(torch.tensor([0.01, -0.02]))
+def test_freeze_keeps_learned_step_sizes():
+    quantizer = TimestepActivationQuantizer(TimestepRecorder(), 2, 4)
+    quantizer.recorder.timestep = torch.tensor([0.0])
+    quantizer.make_learnable()
+    quantizer.log_change.data.copy_(torch.tensor([0.01, -0.02]))
     x = torch.linspace(-1, 1, 9)[None]
-    before = form(x)
-    form.freeze()
-    assert form.log_change is None and not list(form.parameters())
-    torch.testing.assert_close(form(x), before)
-    torch.testing.assert_close(form.steps, torch.tensor([0.1, -0.2]).exp())
+    before = quantizer(x)
+    quantizer.freeze()
+    assert quantizer.log_change is None and not list(quantizer.parameters())
+    torch.testing.assert_close(quantizer(x), before)
+    torch.testing.assert_close(quantizer.steps, torch.tensor([0.1, -0.2]).exp())
 
 
-def test_an_input_is_rounded_once_and_only_in_layers_that_have_one():
+def test_quantizer_is_refused_twice_or_without_a_weight():
     model = network(NETWORKS[0])
     for path in ("exit", "norm"):
         with pytest.raises(ValueError, match=path):
             quantize_input(model, path, 3, 4)
 
 
-@pytest.mark.parametrize("harm", [{"bits": 5}, {"grids": 0}, {"grids": 4}])
-def test_a_damaged_folder_is_refused(harm, tmp_path):
+@pytest.mark.parametrize("change", [{"bits": 5}, {"grids": 0}, {"grids": 4}])
+def test_damaged_folder_is_refused(change, tmp_path):
     save_model(network(NETWORKS[0]), tmp_path)
-    forms = json.loads((tmp_path / FORMS).read_text())
-    path = next(iter(forms))
-    (tmp_path / FORMS).write_text(json.dumps(forms | {path: forms[path] | harm}))
-    with pytest.raises(CorruptArtifact, match="whole"):
+    config = json.loads((tmp_path / QUANTIZATION_CONFIG).read_text())
+    path = next(iter(config))
+    (tmp_path / QUANTIZATION_CONFIG).write_text(json.dumps(config | {path: config[path] | change}))
+    with pytest.raises(CorruptArtifact, match="complete"):
         load_network(tmp_path)

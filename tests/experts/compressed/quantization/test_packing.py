@@ -1,4 +1,4 @@
-"""Packed weights: how far rounding moves them, what they weigh, and folders that hold them."""
+"""Packed weights: rounding error, size, and folders."""
 
 import json
 
@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddm_core.artifacts import CorruptArtifact
+from ddm_core.json_values import from_json
 from experts.compressed.quantization.packed_weight import pack_weight
-from experts.compressed.quantization.packing import BITS, Packing, empty_parts, pack, unpack
+from experts.compressed.quantization.packing import BITS, Packing, empty_codes_and_scales, pack, unpack
 from experts.config import ResidualMLPConfig
-from experts.networks.model_io import FORMS, save_model
+from experts.networks.model_io import QUANTIZATION_CONFIG, save_model
 from experts.networks.registry import build_network, load_network
 
 SHAPES = st.lists(st.integers(1, 9), min_size=2, max_size=4).map(tuple)
@@ -20,30 +21,32 @@ GROUPS = st.sampled_from([2, 6, 8, 64])
 
 @settings(deadline=None)
 @given(shape=SHAPES, bits=st.sampled_from(BITS), group=GROUPS, seed=st.integers(0, 99))
-def test_no_entry_moves_by_more_than_half_a_step_and_rounding_twice_is_rounding_once(shape, bits, group, seed):
+def test_packing_error_is_half_a_step_and_idempotent(shape, bits, group, seed):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     packing = Packing(bits=bits, group_size=group, shape=shape)
     codes, scales = pack(weight, packing)
-    again = unpack(codes, scales, packing)
-    assert again.shape == weight.shape
+    unpacked = unpack(codes, scales, packing)
+    assert unpacked.shape == weight.shape
     steps = scales.float().repeat_interleave(group, dim=1)[:, : weight[0].numel()].reshape(shape)
     # A scale of 16 bits may be too small by 2^-11, so that the largest entry is clipped by as much.
-    assert ((again - weight).abs() <= 0.5 * steps + 2**-10 * weight.abs() + 1e-7).all()
-    assert torch.equal(unpack(*pack(again, packing), packing), again)
+    assert ((unpacked - weight).abs() <= 0.5 * steps + 2**-10 * weight.abs() + 1e-7).all()
+    assert torch.equal(unpack(*pack(unpacked, packing), packing), unpacked)
 
 
 @settings(deadline=None)
 @given(shape=SHAPES, bits=st.sampled_from(BITS), group=GROUPS, scaling=st.sampled_from(["absmax", "mse"]))
-def test_a_packing_knows_its_bytes_and_the_shapes_of_its_parts(shape, bits, group, scaling):
+def test_packing_predicts_bytes_and_shapes(shape, bits, group, scaling):
     packing = Packing(bits=bits, group_size=group, shape=shape, scaling=scaling)
     parts = pack(torch.randn(shape, generator=torch.Generator().manual_seed(0)), packing)
     assert sum(part.nbytes for part in parts) == packing.nbytes
-    assert [(part.shape, part.dtype) for part in parts] == [(part.shape, part.dtype) for part in empty_parts(packing)]
+    assert [(part.shape, part.dtype) for part in parts] == [
+        (part.shape, part.dtype) for part in empty_codes_and_scales(packing)
+    ]
     assert packing.row_bytes - 1 < packing.groups * group * bits / 8 <= packing.row_bytes
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_every_level_comes_back_wherever_it_stands_in_a_byte(bits):
+def test_every_level_survives_at_every_bit_position(bits):
     largest = 2 ** (bits - 1) - 1
     levels = torch.randint(-largest, largest + 1, (5, 48), generator=torch.Generator().manual_seed(bits)).float()
     levels[:, ::8] = largest
@@ -51,7 +54,7 @@ def test_every_level_comes_back_wherever_it_stands_in_a_byte(bits):
     assert torch.equal(unpack(*pack(levels, packing), packing), levels)
 
 
-def test_two_numbers_of_four_bits_share_a_byte_and_zeros_stay_zero():
+def test_four_bit_codes_share_bytes_and_zeros_stay_zero():
     packing = Packing(bits=4, group_size=64, shape=(10, 256))
     codes, scales = pack(torch.zeros(10, 256), packing)
     assert codes.nbytes == 10 * 256 / 2 and scales.nbytes == 10 * 256 / 64 * 2
@@ -67,61 +70,61 @@ def test_two_numbers_of_four_bits_share_a_byte_and_zeros_stay_zero():
         (3, [3, -3, 0, 1, 2, -1, 3, -2], [0b00_001_111, 0b1_110_101_1, 0b010_111_01]),
     ],
 )
-def test_the_first_number_lies_in_the_lowest_bits(bits, numbers, expected):
+def test_first_number_is_in_the_lowest_bits(bits, numbers, expected):
     packing = Packing(bits=bits, group_size=len(numbers), shape=(1, len(numbers)))
     codes, _ = pack(torch.tensor([numbers]).float(), packing)
     assert codes.tolist() == [expected]
 
 
-def test_the_largest_entry_of_a_group_is_kept_and_its_sign():
+def test_largest_entry_of_a_group_is_exact():
     packing = Packing(bits=4, group_size=4, shape=(1, 8))
     weight = torch.tensor([[7.0, -7.0, 1.0, 0.4, -0.75, 0.25, 0.0, 0.5]])
     expected = torch.tensor([[7.0, -7.0, 1.0, 0.0, -0.75, 0.25, 0.0, 0.5]])
-    again = unpack(*pack(weight, packing), packing)
-    torch.testing.assert_close(again[:, :4], expected[:, :4], rtol=0, atol=0)
-    assert (again[:, 4:] - expected[:, 4:]).abs().max() <= 0.75 / 14 + 1e-3
+    unpacked = unpack(*pack(weight, packing), packing)
+    torch.testing.assert_close(unpacked[:, :4], expected[:, :4], rtol=0, atol=0)
+    assert (unpacked[:, 4:] - expected[:, 4:]).abs().max() <= 0.75 / 14 + 1e-3
 
 
 def errors(weight, bits):
-    """Squared errors of every group, by scaling."""
-    found = {}
+    """Return the squared error of every group, by scaling."""
+    by_scaling = {}
     for scaling in ("absmax", "mse"):
         packing = Packing(bits=bits, group_size=16, shape=tuple(weight.shape), scaling=scaling)
-        found[scaling] = (unpack(*pack(weight, packing), packing) - weight).square().reshape(-1, 16).sum(1)
-    return found
+        by_scaling[scaling] = (unpack(*pack(weight, packing), packing) - weight).square().reshape(-1, 16).sum(1)
+    return by_scaling
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_searched_scale_is_never_worse_in_any_group(bits):
-    found = errors(torch.randn(64, 128, generator=torch.Generator().manual_seed(1)), bits)
-    assert (found["mse"] <= found["absmax"] * (1 + 1e-5) + 1e-12).all()
-    assert found["mse"].sum() < found["absmax"].sum() * (0.45 if bits == 2 else 1)
+def test_mse_scale_never_increases_a_group_error(bits):
+    losses = errors(torch.randn(64, 128, generator=torch.Generator().manual_seed(1)), bits)
+    assert (losses["mse"] <= losses["absmax"] * (1 + 1e-5) + 1e-12).all()
+    assert losses["mse"].sum() < losses["absmax"].sum() * (0.45 if bits == 2 else 1)
 
 
-def test_a_searched_scale_uses_all_four_levels_of_two_bits_on_either_side():
+def test_mse_scale_uses_all_levels_of_two_bits():
     weight = torch.tensor([[-2.0, -1.0, 0.0, 1.0], [2.0, 1.0, 0.0, -1.0]])
     packing = Packing(bits=2, group_size=4, shape=(2, 4), scaling="mse")
     assert torch.equal(unpack(*pack(weight, packing), packing), weight)
     assert not unpack(*pack(torch.zeros(2, 4), packing), packing).any()
 
 
-def test_a_packing_without_a_scaling_is_one_of_before():
-    assert Packing.parsed({"bits": 4, "group_size": 64, "shape": [2, 3]}).scaling == "absmax"
+def test_packing_without_scaling_defaults_to_absmax():
+    assert from_json(Packing, {"bits": 4, "group_size": 64, "shape": [2, 3]}).scaling == "absmax"
 
 
-@pytest.mark.parametrize("harm", [{"bits": 7}, {"group_size": 3}, {"shape": [4]}, {"scaling": "nearest"}])
-def test_a_packing_that_nobody_wrote_is_refused(harm):
-    with pytest.raises(ValueError, match="a packing of"):
-        Packing.parsed({"bits": 4, "group_size": 64, "shape": [2, 3]} | harm)
+@pytest.mark.parametrize("change", [{"bits": 7}, {"group_size": 3}, {"shape": [4]}, {"scaling": "nearest"}])
+def test_invalid_packing_is_refused(change):
+    with pytest.raises(ValueError, match=r"^Packing(: a packing needs|\.(bits|scaling): Input should be)"):
+        from_json(Packing, {"bits": 4, "group_size": 64, "shape": [2, 3]} | change)
 
 
 NAME = "blocks.0.inner.weight"
-KIND = "blocks.0.inner.parametrizations.weight.0"
+PATH = "blocks.0.inner.parametrizations.weight.0"
 
 
 @pytest.fixture(params=BITS)
 def packed(request, tmp_path):
-    """A folder with one weight of so many bits, and the model that was saved."""
+    """Return a folder with one packed weight, and the saved model."""
     torch.manual_seed(0)
     model = build_network(ResidualMLPConfig(width=32, depth=1), (16,), 3).eval()
     torch.nn.init.normal_(model.exit.weight)
@@ -131,18 +134,18 @@ def packed(request, tmp_path):
     return tmp_path, model
 
 
-def test_a_packed_folder_loads_bit_for_bit(packed):
+def test_packed_folder_loads_bit_for_bit(packed):
     folder, model = packed
-    again = load_network(folder)
+    loaded = load_network(folder)
     noised, t, labels = torch.randn(4, 16), torch.rand(4), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
-        assert torch.equal(again(noised, t, labels), model(noised, t, labels))
+        assert torch.equal(loaded(noised, t, labels), model(noised, t, labels))
 
 
-@pytest.mark.parametrize("harm", [{"bits": 7}, {"shape": [7, 7]}, {"group_size": 6}])
-def test_a_damaged_packed_folder_is_refused(packed, harm):
+@pytest.mark.parametrize("change", [{"bits": 7}, {"shape": [7, 7]}, {"group_size": 6}])
+def test_damaged_packed_folder_is_refused(packed, change):
     folder, _ = packed
-    forms = json.loads((folder / FORMS).read_text())
-    (folder / FORMS).write_text(json.dumps({KIND: forms[KIND] | harm}))
-    with pytest.raises(CorruptArtifact, match="whole"):
+    config = json.loads((folder / QUANTIZATION_CONFIG).read_text())
+    (folder / QUANTIZATION_CONFIG).write_text(json.dumps({PATH: config[PATH] | change}))
+    with pytest.raises(CorruptArtifact, match="complete"):
         load_network(folder)

@@ -1,4 +1,4 @@
-"""Networks whose layers or weights have another form: what they weigh, and folders that hold them."""
+"""Quantized networks: accuracy, size, and folders."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
-from experts.networks.model_io import FORMS, load_model, save_model
+from experts.networks.model_io import QUANTIZATION_CONFIG, load_model, save_model
 from experts.networks.registry import build_network, call_network, load_network
 from experts.training.flops import forward_flops
 
@@ -39,14 +39,14 @@ def network(config):
     return model
 
 
-def packed(model, bits=4, min_elements=256):
+def pack_large_weights(model, bits=4, min_elements=256):
     names = [name for name, weight in model.named_parameters() if weight.ndim > 1 and weight.numel() >= min_elements]
     for name in names:
         pack_weight(model, name, Packing(bits=bits, group_size=32, shape=tuple(model.get_parameter(name).shape)))
     return names
 
 
-def said(model, rows=5):
+def predict(model, rows=5):
     generator = torch.Generator().manual_seed(1)
     noised, t = torch.randn(rows, *SHAPE, generator=generator), torch.rand(rows, generator=generator)
     with torch.no_grad():
@@ -54,53 +54,54 @@ def said(model, rows=5):
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
-def test_packed_weights_are_the_rounded_ones_in_memory_on_disk_and_saved_again(config, tmp_path):
+def test_packed_network_equals_rounded_network_after_saving(config, tmp_path):
     model = network(config)
     rounded, small = copy.deepcopy(model), model
-    whole = sum(value.nbytes for value in model.state_dict().values())
-    for name in packed(small):
+    original_bytes = sum(value.nbytes for value in model.state_dict().values())
+    for name in pack_large_weights(small):
         weight = rounded.get_parameter(name)
         packing = Packing(bits=4, group_size=32, shape=tuple(weight.shape))
         weight.data.copy_(unpack(*pack(weight, packing), packing))
-    assert torch.equal(said(small), said(rounded))
-    assert sum(value.nbytes for value in small.state_dict().values()) < 0.5 * whole
+    assert torch.equal(predict(small), predict(rounded))
+    assert sum(value.nbytes for value in small.state_dict().values()) < 0.5 * original_bytes
     save_model(small, tmp_path / "a")
     save_model(load_network(tmp_path / "a"), tmp_path / "b")
-    assert torch.equal(said(load_network(tmp_path / "b")), said(rounded))
+    assert torch.equal(predict(load_network(tmp_path / "b")), predict(rounded))
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
     with parametrize.cached():
-        assert torch.equal(said(small), said(rounded))
+        assert torch.equal(predict(small), predict(rounded))
 
 
 @pytest.mark.parametrize("harm", ["scales", "kind", "bits", "shape", "list", "unknown"])
-def test_a_damaged_folder_is_refused(harm, tmp_path):
+def test_damaged_folder_is_refused(harm, tmp_path):
     model = network(NETWORKS[0])
-    packed(model)
+    pack_large_weights(model)
     save_model(model, tmp_path)
-    found, forms = load_file(tmp_path / FILE), json.loads((tmp_path / FORMS).read_text())
-    path = next(iter(forms))
+    tensors, config = load_file(tmp_path / FILE), json.loads((tmp_path / QUANTIZATION_CONFIG).read_text())
+    path = next(iter(config))
     if harm == "scales":
-        del found[f"{path}.scales"]
-        save_file(found, tmp_path / FILE)
+        del tensors[f"{path}.scales"]
+        save_file(tensors, tmp_path / FILE)
     changed = {
-        "scales": forms,
-        "kind": {key: value for key, value in forms.items() if key != path},
-        "bits": forms | {path: forms[path] | {"bits": 7}},
-        "shape": forms | {path: forms[path] | {"shape": [7, 7]}},
+        "scales": config,
+        "kind": {key: value for key, value in config.items() if key != path},
+        "bits": config | {path: config[path] | {"bits": 7}},
+        "shape": config | {path: config[path] | {"shape": [7, 7]}},
         "list": [],
-        "unknown": forms | {path: forms[path] | {"kind": "magic"}},
+        "unknown": config | {path: config[path] | {"kind": "magic"}},
     }[harm]
-    (tmp_path / FORMS).write_text(json.dumps(changed))
-    with pytest.raises(CorruptArtifact, match="whole"):
+    (tmp_path / QUANTIZATION_CONFIG).write_text(json.dumps(changed))
+    with pytest.raises(CorruptArtifact, match="complete"):
         load_network(tmp_path)
 
 
 def int8(linear, bits=8):
-    return Int8Linear.of(linear, Packing(bits=bits, group_size=linear.in_features, shape=tuple(linear.weight.shape)))
+    packing = Packing(bits=bits, group_size=linear.in_features, shape=tuple(linear.weight.shape))
+    return Int8Linear.from_linear(linear, packing)
 
 
 @pytest.mark.parametrize(("inside", "out", "bias"), [(32, 64, True), (64, 10, False), (384, 96, True)])
-def test_a_layer_in_eight_bits_is_close_and_its_rows_know_nothing_of_each_other(inside, out, bias):
+def test_int8_layer_is_accurate_and_rows_are_independent(inside, out, bias):
     torch.manual_seed(0)
     linear, rows = torch.nn.Linear(inside, out, bias=bias), torch.randn(3, 50, inside)
     rows[0] *= 1000
@@ -113,7 +114,7 @@ def test_a_layer_in_eight_bits_is_close_and_its_rows_know_nothing_of_each_other(
     assert not int8(linear)(torch.zeros(2, inside)).sub(linear(torch.zeros(2, inside))).any()
 
 
-def test_what_eight_bits_multiply_is_what_whole_numbers_give():
+def test_int8_layer_equals_exact_integer_product():
     torch.manual_seed(0)
     linear, rows = torch.nn.Linear(64, 16), torch.randn(40, 64)
     layer = int8(linear)
@@ -124,7 +125,7 @@ def test_what_eight_bits_multiply_is_what_whole_numbers_give():
     torch.testing.assert_close(layer(rows).double(), products * scales * steps + linear.bias, rtol=1e-4, atol=1e-4)
 
 
-def test_the_largest_products_do_not_overflow_on_any_processor():
+def test_largest_int8_products_do_not_overflow():
     linear = torch.nn.Linear(384, 4, bias=False).requires_grad_(False)
     linear.weight.fill_(0.5)
     rows = torch.tensor([1.0, -1.0, 0.9]).repeat_interleave(384).reshape(3, 384)
@@ -132,9 +133,7 @@ def test_the_largest_products_do_not_overflow_on_any_processor():
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])
-def test_the_same_whole_numbers_are_multiplied_with_and_without_instructions_for_eight_bits(
-    has_instructions, monkeypatch
-):
+def test_int8_product_is_exact_with_and_without_vnni(has_instructions, monkeypatch):
     if has_instructions and not computes_in_int8():
         pytest.skip("this processor has none")
     monkeypatch.setattr(int8_linear, "computes_in_int8", lambda: has_instructions)
@@ -146,13 +145,13 @@ def test_the_same_whole_numbers_are_multiplied_with_and_without_instructions_for
     assert torch.equal(int8(linear)(rows), (rows.long() @ weight.long().T).float())
 
 
-def test_a_transformer_in_eight_bits_is_saved_loaded_copied_and_counted(tmp_path):
+def test_int8_transformer_can_be_saved_loaded_and_copied(tmp_path):
     model = network(NETWORKS[2])
-    exact, flops = said(model), forward_flops(lambda: said(model))
+    exact, flops = predict(model), forward_flops(lambda: predict(model))
     for path, layer in [item for item in model.named_modules() if type(item[1]) is torch.nn.Linear]:
         model.set_submodule(path, int8(layer, bits=4))
-    assert forward_flops(lambda: said(model)) == flops
-    assert 0 < (said(model) - exact).norm() / exact.norm() < 0.3
+    assert forward_flops(lambda: predict(model)) == flops
+    assert 0 < (predict(model) - exact).norm() / exact.norm() < 0.3
     expert = Expert(
         model=model,
         prediction="velocity",
@@ -162,16 +161,16 @@ def test_a_transformer_in_eight_bits_is_saved_loaded_copied_and_counted(tmp_path
         cluster_id=0,
     )
     expert.save(tmp_path)
-    assert torch.equal(said(Expert.load(tmp_path).model), said(model))
-    assert torch.equal(said(copy.deepcopy(model)), said(model))
+    assert torch.equal(predict(Expert.load(tmp_path).model), predict(model))
+    assert torch.equal(predict(copy.deepcopy(model)), predict(model))
     assert len(quantized_modules(model)) == sum(isinstance(layer, Int8Linear) for layer in model.modules())
 
 
-def test_a_form_does_not_fit_another_place(tmp_path):
+def test_quantized_module_of_wrong_shape_is_refused(tmp_path):
     model = network(NETWORKS[0])
     save_model(model, tmp_path)
     settings = int8(torch.nn.Linear(8, 8)).settings()
     path = next(path for path, layer in model.named_modules() if type(layer) is torch.nn.Linear)
-    (tmp_path / FORMS).write_text(json.dumps({path: {"kind": "int8_linear"} | settings}))
+    (tmp_path / QUANTIZATION_CONFIG).write_text(json.dumps({path: {"kind": "int8_linear"} | settings}))
     with pytest.raises(CorruptArtifact, match="no linear layer of shape"):
         load_model((type(model),), tmp_path)

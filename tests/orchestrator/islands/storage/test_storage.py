@@ -1,4 +1,4 @@
-"""Trees and JSON files: what goes in comes out, only what differs moves, and a reader sees before or after."""
+"""Trees and JSON files: round trips, transfer of changed content only, and atomic updates for readers."""
 
 import shutil
 import threading
@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddm_core.artifacts import ArtifactError, atomic_folder, files_in, read_json, write_json
+from ddm_core.artifacts import ArtifactError, atomic_folder, list_files, read_json, write_json
 from orchestrator.islands.storage.object_store import map_parallel
 from orchestrator.islands.storage.storage import CorruptTransfer, Storage, StorageError, TransferStats
 
-NOTHING = TransferStats(files=0, bytes=0)
+NO_TRANSFER = TransferStats(files=0, bytes=0)
 
 FILE_NAMES = st.text(
     st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="/\\"), min_size=1, max_size=12
@@ -22,14 +22,14 @@ FILE_NAMES = st.text(
 CONTENTS = st.one_of(st.just(b""), st.binary(max_size=40), st.binary(min_size=1, max_size=3).map(lambda b: b * 30_000))
 
 
-def flat(trees: dict) -> dict[str, bytes]:
-    """Files by path, from nested dictionaries."""
+def flatten(trees: dict) -> dict[str, bytes]:
+    """Return files by path, from nested dictionaries."""
     files = {}
     for name, value in trees.items():
         if isinstance(value, bytes):
             files[name] = value
         else:
-            files |= {f"{name}/{path}": content for path, content in flat(value).items()}
+            files |= {f"{name}/{path}": content for path, content in flatten(value).items()}
     return files
 
 
@@ -37,123 +37,123 @@ FOLDERS = st.recursive(
     st.dictionaries(FILE_NAMES, CONTENTS, max_size=4),
     lambda inner: st.dictionaries(FILE_NAMES, st.one_of(CONTENTS, inner), max_size=4),
     max_leaves=8,
-).map(flat)
+).map(flatten)
 
 
-def content_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files_in(folder)}
+def read_folder(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in list_files(folder)}
 
 
-def size_of(files):
+def measure(files):
     return TransferStats(files=len(set(files)), bytes=sum(len(content) for content in set(files)))
 
 
-def comes_back(place, tmp, first, second):
-    """Send two folders one after the other, and the second again; fetch each over the one before and anew."""
-    storage = place.storage()
+def assert_round_trip(storage_kind, tmp, first, second):
+    """Upload two folders in turn, the second twice; download each over the previous one and into a new folder."""
+    storage = storage_kind.open()
     for number, files in enumerate((first, second, second)):
         folder = tmp / f"source{number}"
         folder.mkdir()
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        old = {1: set(first.values()), 2: set(second.values())}.get(number, set())
-        assert storage.put_tree(folder, "run/a.tree") == size_of(set(files.values()) - old)
+        present = {1: set(first.values()), 2: set(second.values())}.get(number, set())
+        assert storage.put_tree(folder, "run/a.tree") == measure(set(files.values()) - present)
         storage.get_tree("run/a.tree", tmp / "back")
-        assert content_of(tmp / "back") == files
-        assert place.storage(storage.url).get_tree("run/a.tree", tmp / f"other{number}").files == len(files)
-        assert content_of(tmp / f"other{number}") == files
+        assert read_folder(tmp / "back") == files
+        assert storage_kind.open(storage.url).get_tree("run/a.tree", tmp / f"other{number}").files == len(files)
+        assert read_folder(tmp / f"other{number}") == files
 
 
 @settings(max_examples=25, deadline=None)
 @given(first=FOLDERS, second=FOLDERS)
-def test_a_tree_comes_back_as_it_was_from_a_folder(local, tmp_path_factory, first, second):
-    comes_back(local, tmp_path_factory.mktemp("trees"), first, second)
+def test_tree_in_local_folder_round_trips(local_storage, tmp_path_factory, first, second):
+    assert_round_trip(local_storage, tmp_path_factory.mktemp("trees"), first, second)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @settings(max_examples=4, deadline=None)
 @given(first=FOLDERS, second=FOLDERS)
-def test_a_tree_comes_back_as_it_was_from_s3(s3, tmp_path_factory, first, second):
-    comes_back(s3, tmp_path_factory.mktemp("trees"), first, second)
+def test_tree_in_s3_round_trips(s3_storage, tmp_path_factory, first, second):
+    assert_round_trip(s3_storage, tmp_path_factory.mktemp("trees"), first, second)
 
 
-def test_only_what_differs_moves(place, folder_of, tmp_path):
-    storage, reader = place.storage(), None
-    reader = place.storage(storage.url)
-    folder = folder_of({"a": b"a" * 100, "sub/b": b"b" * 200, "sub/manifest.json": b"{}", "manifest.json": b"{ }"})
-    assert not storage.has_tree("t") and storage.tree("t") is None
+def test_put_and_get_transfer_only_changed_content(storage_kind, make_folder, tmp_path):
+    storage = storage_kind.open()
+    reader = storage_kind.open(storage.url)
+    folder = make_folder({"a": b"a" * 100, "sub/b": b"b" * 200, "sub/manifest.json": b"{}", "manifest.json": b"{ }"})
+    assert not storage.has_tree("t") and storage.read_index("t") is None
     assert storage.put_tree(folder, "t") == TransferStats(files=4, bytes=305)
-    assert place.storage(storage.url).put_tree(folder, "t") == NOTHING
+    assert storage_kind.open(storage.url).put_tree(folder, "t") == NO_TRANSFER
     assert reader.get_tree("t", tmp_path / "back") == TransferStats(files=4, bytes=305)
-    assert reader.get_tree("t", tmp_path / "back") == NOTHING
+    assert reader.get_tree("t", tmp_path / "back") == NO_TRANSFER
     (folder / "a").write_bytes(b"A" * 100)
     (folder / "sub/b").rename(folder / "moved")
     assert storage.put_tree(folder, "t") == TransferStats(files=1, bytes=100)
     assert reader.sync_tree("t", tmp_path / "back") == TransferStats(files=2, bytes=300)
-    assert set(content_of(tmp_path / "back")) == {"a", "moved", "sub/b", "sub/manifest.json"}
+    assert set(read_folder(tmp_path / "back")) == {"a", "moved", "sub/b", "sub/manifest.json"}
     assert reader.get_tree("t", tmp_path / "back").files == 4
-    assert content_of(tmp_path / "back") == content_of(folder)
-    assert set(storage.tree("t")) == {"a", "moved", "manifest.json", "sub/manifest.json"}
-    assert storage.tree("t")["a"].bytes == 100
+    assert read_folder(tmp_path / "back") == read_folder(folder)
+    assert set(storage.read_index("t")) == {"a", "moved", "manifest.json", "sub/manifest.json"}
+    assert storage.read_index("t")["a"].bytes == 100
 
 
-def test_what_is_no_longer_named_is_deleted_and_nothing_else(place, folder_of):
-    storage = place.storage()
-    storage.put_tree(folder_of({"a": b"1", "b": b"2"}), "t")
-    storage.put_tree(folder_of({"part": b"3"}), "t/clusters/3")
-    storage.put_json("t/word.json", 1)
-    storage.put_tree(folder_of({"b": b"2"}), "t")
-    contents = [key for key in storage._objects.below("t") if key.count("/") == 1]
-    assert len(contents) == 3
-    assert storage.get_json("t/word.json") == 1 and storage.has_tree("t/clusters/3")
+def test_put_deletes_only_unused_content(storage_kind, make_folder):
+    storage = storage_kind.open()
+    storage.put_tree(make_folder({"a": b"1", "b": b"2"}), "t")
+    storage.put_tree(make_folder({"part": b"3"}), "t/clusters/3")
+    storage.put_json("t/note.json", 1)
+    storage.put_tree(make_folder({"b": b"2"}), "t")
+    keys = [key for key in storage._store.list_keys("t") if key.count("/") == 1]
+    assert len(keys) == 3
+    assert storage.get_json("t/note.json") == 1 and storage.has_tree("t/clusters/3")
 
 
-def test_names_at_the_top_can_be_left_out(place, folder_of, tmp_path):
-    storage = place.storage()
-    folder = folder_of({"cache/big": b"0" * 1000, "keep/cache/small": b"1", "log": b"2"})
+def test_put_with_skip_leaves_out_top_level_names(storage_kind, make_folder, tmp_path):
+    storage = storage_kind.open()
+    folder = make_folder({"cache/big": b"0" * 1000, "sub/cache/small": b"1", "log": b"2"})
     assert storage.put_tree(folder, "t", skip=("cache", "log")) == TransferStats(files=1, bytes=1)
     storage.get_tree("t", tmp_path / "back")
-    assert content_of(tmp_path / "back") == {"keep/cache/small": b"1"}
+    assert read_folder(tmp_path / "back") == {"sub/cache/small": b"1"}
 
 
-def test_an_empty_folder_is_a_tree(place, folder_of, tmp_path):
-    storage = place.storage()
-    assert storage.put_tree(folder_of({}), "t") == NOTHING
-    assert storage.has_tree("t") and storage.tree("t") == {}
+def test_put_of_empty_folder_creates_a_tree(storage_kind, make_folder, tmp_path):
+    storage = storage_kind.open()
+    assert storage.put_tree(make_folder({}), "t") == NO_TRANSFER
+    assert storage.has_tree("t") and storage.read_index("t") == {}
     storage.get_tree("t", tmp_path / "back")
-    assert content_of(tmp_path / "back") == {}
+    assert read_folder(tmp_path / "back") == {}
 
 
-def test_an_absent_tree_is_an_error_or_no_files(place, folder_of, tmp_path):
-    storage = place.storage()
-    earlier = folder_of({"a": b"earlier"})
-    assert storage.sync_tree("t", earlier) == NOTHING
+def test_absent_tree_raises_in_get_and_is_empty_in_sync(storage_kind, make_folder, tmp_path):
+    storage = storage_kind.open()
+    earlier = make_folder({"a": b"earlier"})
+    assert storage.sync_tree("t", earlier) == NO_TRANSFER
     with pytest.raises(StorageError, match="there is no tree t"):
         storage.get_tree("t", earlier)
-    assert content_of(earlier) == {"a": b"earlier"}
+    assert read_folder(earlier) == {"a": b"earlier"}
     storage.delete("t")
 
 
-def test_an_absent_folder_does_not_empty_a_tree(place, folder_of, tmp_path):
-    storage = place.storage()
-    storage.put_tree(folder_of({"a": b"1"}), "t")
+def test_put_of_absent_folder_raises_and_keeps_the_tree(storage_kind, make_folder, tmp_path):
+    storage = storage_kind.open()
+    storage.put_tree(make_folder({"a": b"1"}), "t")
     with pytest.raises(StorageError, match="is no folder"):
         storage.put_tree(tmp_path / "gone", "t")
     assert storage.get_tree("t", tmp_path / "back").files == 1
 
 
-def test_a_file_may_become_a_folder(place, folder_of, tmp_path):
-    storage = place.storage()
+def test_file_that_becomes_a_folder_is_transferred(storage_kind, make_folder, tmp_path):
+    storage = storage_kind.open()
     for files in ({"a": b"1"}, {"a/b": b"2"}, {"a": b"3"}):
-        storage.put_tree(folder_of(files), "t")
+        storage.put_tree(make_folder(files), "t")
         storage.get_tree("t", tmp_path / "back")
-        assert content_of(tmp_path / "back") == files
+        assert read_folder(tmp_path / "back") == files
 
 
-def test_json_is_seen_at_once_by_others(place):
-    storage = place.storage()
-    reader = place.storage(storage.url)
+def test_json_is_visible_to_others_at_once(storage_kind):
+    storage = storage_kind.open()
+    reader = storage_kind.open(storage.url)
     assert reader.get_json("a/b.json") is None and not reader.has_tree("a")
     for number in range(5):
         storage.put_json("a/b.json", {"beats": number, "é": [None, 1.5]})
@@ -162,40 +162,40 @@ def test_json_is_seen_at_once_by_others(place):
     assert reader.get_json("a/b.json") is None
 
 
-def test_delete_takes_all_that_lies_below_and_no_neighbour(place, folder_of):
-    storage = place.storage()
+def test_delete_removes_everything_below_a_name_only(storage_kind, make_folder):
+    storage = storage_kind.open()
     for name in ("w/a", "w/a/part", "w/ab"):
-        storage.put_tree(folder_of({"x": name.encode(), "y": b"y"}), name)
+        storage.put_tree(make_folder({"x": name.encode(), "y": b"y"}), name)
     storage.put_json("w/a.json", 1)
     storage.delete("w/a")
     assert [storage.has_tree(name) for name in ("w/a", "w/a/part", "w/ab")] == [False, False, True]
-    assert storage._objects.below("w/a") == [] and storage.get_json("w/a.json") == 1
+    assert storage._store.list_keys("w/a") == [] and storage.get_json("w/a.json") == 1
     storage.delete("w")
-    assert storage._objects.below("w") == []
+    assert storage._store.list_keys("w") == []
 
 
-def test_a_tree_that_another_has_deleted_is_sent_again(place, folder_of):
-    mine, folder = place.storage(), folder_of({"a": b"1"})
-    assert [mine.put_tree(folder, "t").files for _ in range(2)] == [1, 0]
-    place.storage(mine.url).delete("t")
-    assert mine.put_tree(folder, "t").files == 1
+def test_put_after_foreign_delete_uploads_again(storage_kind, make_folder):
+    storage, folder = storage_kind.open(), make_folder({"a": b"1"})
+    assert [storage.put_tree(folder, "t").files for _ in range(2)] == [1, 0]
+    storage_kind.open(storage.url).delete("t")
+    assert storage.put_tree(folder, "t").files == 1
 
 
-def test_after_the_first_error_no_call_begins():
-    begun = []
+def test_map_parallel_after_error_starts_no_further_call():
+    started = []
 
     def call(number):
-        begun.append(number)
+        started.append(number)
         time.sleep(0.01)
         raise OSError(f"{number} failed")
 
     with pytest.raises(OSError, match="0 failed"):
         map_parallel(call, range(100))
-    assert len(begun) < 20
+    assert len(started) < 20
 
 
-def at_once(functions):
-    """Run all of them in threads that start together; their results."""
+def run_together(functions):
+    """Run all functions in threads that start together; return their results."""
     start, results = threading.Barrier(len(functions)), [None] * len(functions)
 
     def run(number, function):
@@ -210,114 +210,114 @@ def at_once(functions):
     return results
 
 
-@pytest.mark.slow
-def test_of_those_who_create_a_file_at_once_one_wins(place):
-    url = place.url()
-    seen = [place.storage(url) for _ in range(4 if place.kind == "local" else 2)]
+@pytest.mark.integration
+def test_concurrent_create_json_has_one_winner(storage_kind):
+    url = storage_kind.new_url()
+    storages = [storage_kind.open(url) for _ in range(4 if storage_kind.kind == "local" else 2)]
     for number in range(200):
-        tries = [partial(seen[who].create_json, f"claims/{number}.json", who) for who in range(len(seen))]
-        won = at_once(tries)
-        assert won.count(True) == 1 and won.count(False) == len(seen) - 1
-        assert seen[0].get_json(f"claims/{number}.json") == won.index(True)
+        name = f"claims/{number}.json"
+        created = run_together([partial(storage.create_json, name, who) for who, storage in enumerate(storages)])
+        assert created.count(True) == 1 and created.count(False) == len(storages) - 1
+        assert storages[0].get_json(name) == created.index(True)
 
 
-def test_many_threads_use_one_storage(place, folder_of, tmp_path):
-    storage = place.storage()
-    folders = [folder_of({f"{number}": bytes([number]) * 50_000, "same": b"same"}) for number in range(4)]
-    at_once([lambda n=n: storage.put_tree(folders[n], f"t{n}") for n in range(4)])
-    at_once([lambda n=n: storage.put_tree(folders[0], "all") for n in range(4)])
-    at_once([lambda n=n: storage.get_tree(f"t{n}", tmp_path / f"back{n}") for n in range(4)])
-    assert [content_of(tmp_path / f"back{n}") for n in range(4)] == [content_of(folder) for folder in folders]
+def test_storage_in_many_threads_is_consistent(storage_kind, make_folder, tmp_path):
+    storage = storage_kind.open()
+    folders = [make_folder({f"{number}": bytes([number]) * 50_000, "same": b"same"}) for number in range(4)]
+    run_together([lambda n=n: storage.put_tree(folders[n], f"t{n}") for n in range(4)])
+    run_together([lambda n=n: storage.put_tree(folders[0], "all") for n in range(4)])
+    run_together([lambda n=n: storage.get_tree(f"t{n}", tmp_path / f"back{n}") for n in range(4)])
+    assert [read_folder(tmp_path / f"back{n}") for n in range(4)] == [read_folder(folder) for folder in folders]
     assert storage.get_tree("all", tmp_path / "all").files == 2
 
 
-def save(folder, step):
-    """A checkpoint as `experts/training/checkpoint.py` writes it: the new one is whole before the old one goes."""
-    new = folder / f"step-{step:06d}"
-    with atomic_folder(new) as temporary:
+def save_checkpoint(folder, step):
+    """Write a checkpoint as `experts/training/checkpoint.py` does: complete the new one, then delete the old one."""
+    target = folder / f"step-{step:06d}"
+    with atomic_folder(target) as temporary:
         (temporary / "tensors").write_bytes(b"%06d" % step * 50_000)
         write_json(temporary / "state.json", {"step": step})
     for path in folder.iterdir():
-        if path != new:
+        if path != target:
             shutil.rmtree(path)
 
 
-def saved_step(folder):
-    """The newest step in a folder, which must be whole."""
-    newest = max(folder.glob("step-*"))
-    step = int(newest.name[5:])
-    assert read_json(newest / "state.json") == {"step": step}
-    assert (newest / "tensors").read_bytes() == b"%06d" % step * 50_000
+def read_step(folder):
+    """Return the latest step in a folder, and assert that it is complete."""
+    latest = max(folder.glob("step-*"))
+    step = int(latest.name[5:])
+    assert read_json(latest / "state.json") == {"step": step}
+    assert (latest / "tensors").read_bytes() == b"%06d" % step * 50_000
     return step
 
 
-@pytest.mark.slow
-def test_a_folder_that_is_worked_in_is_mirrored_whole(place, tmp_path):
-    folder, steps, seen, until = tmp_path / "state", count(1), [], time.monotonic() + 2
+@pytest.mark.integration
+def test_mirror_of_folder_in_use_is_always_complete(storage_kind, tmp_path):
+    folder, steps, read_steps, deadline = tmp_path / "state", count(1), [], time.monotonic() + 2
     folder.mkdir()
-    save(folder, 0)
-    storage = place.storage()
+    save_checkpoint(folder, 0)
+    storage = storage_kind.open()
     storage.put_tree(folder, "state")
-    reader = place.storage(storage.url)
+    reader = storage_kind.open(storage.url)
 
     def read():
         reader.get_tree("state", tmp_path / "read")
-        seen.append(saved_step(tmp_path / "read"))
+        read_steps.append(read_step(tmp_path / "read"))
 
-    def again(action):
+    def repeat(action):
         try:
-            while time.monotonic() < until:
+            while time.monotonic() < deadline:
                 action()
         except (AssertionError, OSError, ArtifactError, StorageError, ValueError) as error:
             return error
 
-    actions = [lambda: save(folder, next(steps)), lambda: storage.put_tree(folder, "state"), read]
-    assert at_once([partial(again, action) for action in actions]) == [None, None, None]
-    assert len(set(seen)) >= 3 and seen == sorted(seen)
+    actions = [lambda: save_checkpoint(folder, next(steps)), lambda: storage.put_tree(folder, "state"), read]
+    assert run_together([partial(repeat, action) for action in actions]) == [None, None, None]
+    assert len(set(read_steps)) >= 3 and read_steps == sorted(read_steps)
 
 
-def test_a_growing_log_is_sent_as_far_as_it_was_read(place, folder_of, tmp_path):
-    storage, folder = place.storage(), folder_of({"log": b""})
-    ended = threading.Event()
+def test_growing_log_is_uploaded_as_far_as_it_was_read(storage_kind, make_folder, tmp_path):
+    storage, folder = storage_kind.open(), make_folder({"log": b""})
+    is_done = threading.Event()
 
     def grow():
         with (folder / "log").open("ab", buffering=0) as file:
-            while not ended.is_set():
+            while not is_done.is_set():
                 file.write(b"line of a log\n")
                 time.sleep(0.0005)
 
-    def follow():
+    def sync():
         for _ in range(10):
             storage.put_tree(folder, "t")
-            storage.sync_tree("t", tmp_path / "seen")
-        ended.set()
+            storage.sync_tree("t", tmp_path / "copy")
+        is_done.set()
 
-    at_once([grow, follow])
-    seen = (tmp_path / "seen/log").read_bytes()
-    assert seen and (folder / "log").read_bytes().startswith(seen)
+    run_together([grow, sync])
+    copy = (tmp_path / "copy/log").read_bytes()
+    assert copy and (folder / "log").read_bytes().startswith(copy)
 
 
-@pytest.mark.slow
-def test_a_large_file_is_sent_in_parts(place, folder_of, tmp_path):
+@pytest.mark.integration
+def test_large_file_round_trips(storage_kind, make_folder, tmp_path):
     content = bytes(range(256)) * (110 << 12)
-    storage, folder = place.storage(), folder_of({"large": content})
+    storage, folder = storage_kind.open(), make_folder({"large": content})
     assert storage.put_tree(folder, "t") == TransferStats(files=1, bytes=len(content))
-    assert place.storage(storage.url).put_tree(folder, "t") == NOTHING
+    assert storage_kind.open(storage.url).put_tree(folder, "t") == NO_TRANSFER
     storage.get_tree("t", tmp_path / "back")
     assert (tmp_path / "back/large").read_bytes() == content
 
 
-def test_what_is_not_json_is_named(place):
-    storage = place.storage()
+def test_get_json_of_invalid_json_raises(storage_kind):
+    storage = storage_kind.open()
     for data in (b"", b"{", b"\xff", b"[" * 100_000):
-        storage._objects.write("a.json", data)
+        storage._store.write("a.json", data)
         with pytest.raises(CorruptTransfer, match="a.json"):
             storage.get_json("a.json")
 
 
-def test_memory_has_no_conditional_write(folder_of, tmp_path):
+def test_create_json_in_memory_raises(make_folder, tmp_path):
     storage = Storage("memory://test/storage")
-    storage.put_tree(folder_of({"a/b": b"1"}), "t")
+    storage.put_tree(make_folder({"a/b": b"1"}), "t")
     assert Storage("memory://test/storage").get_tree("t", tmp_path / "back") == TransferStats(files=1, bytes=1)
     with pytest.raises(StorageError, match="no conditional write"):
         storage.create_json("a.json", 1)

@@ -1,4 +1,4 @@
-"""AWS, spoken by a real server on loopback: what Ray's launcher makes of a pool there, and what AWS then still has."""
+"""AWS on a real server on loopback: Ray's launcher with a rendered pool, and the remaining machines."""
 
 import copy
 from collections.abc import Iterator
@@ -19,32 +19,32 @@ from orchestrator.pools.providers import aws_account, cloud
 from orchestrator.pools.providers.aws import GROUP_FILE
 from orchestrator.pools.render import render
 from orchestrator.pools.shell import PoolError
-from tests.orchestrator.pools.pools import document, shipped
+from tests.orchestrator.pools.pools import load_shipped, render_document
 
 REGION = "us-east-1"
 
 
 @dataclass(frozen=True)
 class Account:
-    """An AWS account with a network of our own and the pool's security group in it."""
+    """An AWS account with a network and the pool's security group in it."""
 
     config: PoolConfig
     ec2: Any
     vpc: str
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
-        """The rules of every security group that somebody made."""
-        found = self.ec2.describe_security_groups(Filters=[{"Name": "vpc-id", "Values": [self.vpc]}])["SecurityGroups"]
-        return {one["GroupName"]: one["IpPermissions"] for one in found if one["GroupName"] != "default"}
+        """Return the rules of every security group except the default one."""
+        groups = self.ec2.describe_security_groups(Filters=[{"Name": "vpc-id", "Values": [self.vpc]}])["SecurityGroups"]
+        return {group["GroupName"]: group["IpPermissions"] for group in groups if group["GroupName"] != "default"}
 
     def instances(self) -> list[dict[str, Any]]:
-        found = self.ec2.describe_instances()["Reservations"]
-        return [instance for group in found for instance in group["Instances"]]
+        reservations = self.ec2.describe_instances()["Reservations"]
+        return [instance for reservation in reservations for instance in reservation["Instances"]]
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory) -> Iterator[str]:
-    """One server for all tests: Ray keeps its connections as long as the process lives."""
+    """Yield one server for all tests, because Ray caches its connections for the lifetime of the process."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -63,12 +63,12 @@ def account(endpoint) -> Account:
     ec2 = boto3.client("ec2", region_name=REGION)
     vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
     zones = {"us-east-1a": "10.0.1.0/24", "us-east-1b": "10.0.2.0/24"}
-    made = [ec2.create_subnet(VpcId=vpc, CidrBlock=zones[zone], AvailabilityZone=zone) for zone in zones]
-    subnets = ",".join(one["Subnet"]["SubnetId"] for one in made)
+    created = [ec2.create_subnet(VpcId=vpc, CidrBlock=zones[zone], AvailabilityZone=zone) for zone in zones]
+    subnets = ",".join(subnet["Subnet"]["SubnetId"] for subnet in created)
     profile = boto3.client("iam", region_name=REGION).create_instance_profile(InstanceProfileName="ddm")
     identity = profile["InstanceProfile"]["Arn"]
-    own = (f"network.vpc={vpc}", f"network.subnets=[{subnets}]", f"identity={identity}")
-    config = shipped("aws_spot", "network.ssh_proxy_command=", *own)
+    overrides = (f"network.vpc={vpc}", f"network.subnets=[{subnets}]", f"identity={identity}")
+    config = load_shipped("aws_spot", "network.ssh_proxy_command=", *overrides)
     formation = boto3.client("cloudformation", region_name=REGION)
     formation.create_stack(StackName=config.cluster_name, TemplateBody=render(config)[GROUP_FILE])
     return Account(config, ec2, vpc)
@@ -80,10 +80,10 @@ def launch(provider: AWSNodeProvider, prepared: dict[str, Any], node_type: str, 
     provider.create_node(copy.deepcopy(prepared["available_node_types"][node_type]["node_config"]), tags, 1)
 
 
-@pytest.mark.slow
-def test_rays_launcher_keeps_our_group_makes_private_spot_nodes_and_we_see_what_is_left(account, tmp_path):
+@pytest.mark.integration
+def test_launcher_keeps_the_group_and_starts_private_nodes(account, tmp_path):
     before = account.groups()
-    prepared = bootstrap_aws(prepare_config(document(account.config, "pool.yaml")))
+    prepared = bootstrap_aws(prepare_config(render_document(account.config, "pool.yaml")))
     assert account.groups() == before and list(before) == ["ddm-aws-spot"]
     assert [rule["IpProtocol"] for rule in before["ddm-aws-spot"]] == ["-1"]
     assert not [rule for rule in before["ddm-aws-spot"] if rule["IpRanges"]]
@@ -92,16 +92,16 @@ def test_rays_launcher_keeps_our_group_makes_private_spot_nodes_and_we_see_what_
     provider = AWSNodeProvider(prepared["provider"], prepared["cluster_name"])
     for node_type, kind in (("head", "head"), ("l4_spot", "worker"), ("l4", "worker")):
         launch(provider, prepared, node_type, kind)
-    found = {one["InstanceType"]: one for one in account.instances()}
-    assert found.keys() == {"m7i.large", "g6.xlarge"}
-    markets = sorted(one.get("InstanceLifecycle", "on-demand") for one in account.instances())
+    types = {instance["InstanceType"] for instance in account.instances()}
+    assert types == {"m7i.large", "g6.xlarge"}
+    markets = sorted(instance.get("InstanceLifecycle", "on-demand") for instance in account.instances())
     assert markets == ["on-demand", "on-demand", "spot"]
-    for one in account.instances():
-        assert "PublicIpAddress" not in one
-        assert [group["GroupName"] for group in one["SecurityGroups"]] == ["ddm-aws-spot"]
-        assert {"Key": "ddm-pool", "Value": "aws_spot"} in one["Tags"]
+    for instance in account.instances():
+        assert "PublicIpAddress" not in instance
+        assert [group["GroupName"] for group in instance["SecurityGroups"]] == ["ddm-aws-spot"]
+        assert {"Key": "ddm-pool", "Value": "aws_spot"} in instance["Tags"]
 
-    ids = [one["InstanceId"] for one in account.instances()]
+    ids = [instance["InstanceId"] for instance in account.instances()]
     assert sorted(cloud.remaining_aws(account.config, tmp_path)) == sorted(ids)
     account.ec2.stop_instances(InstanceIds=ids[:1])
     assert sorted(cloud.remaining_aws(account.config, tmp_path)) == sorted(ids)
@@ -109,26 +109,26 @@ def test_rays_launcher_keeps_our_group_makes_private_spot_nodes_and_we_see_what_
     assert cloud.remaining_aws(account.config, tmp_path) == []
 
 
-@pytest.mark.slow
-def test_without_our_group_the_launcher_would_open_ssh_to_the_world(account):
-    """The reason for the group: if Ray stops doing this, the group is no longer needed."""
-    written = document(account.config, "pool.yaml")
-    written["provider"]["security_group"] = {"GroupName": "another"}
-    bootstrap_aws(prepare_config(written))
-    opened = [span["CidrIp"] for rule in account.groups()["another"] for span in rule["IpRanges"]]
-    assert opened == ["0.0.0.0/0"]
+@pytest.mark.integration
+def test_launcher_without_the_group_opens_ssh_to_everyone(account):
+    """This is the reason for the group: if Ray changes it, the group is no longer needed."""
+    launcher = render_document(account.config, "pool.yaml")
+    launcher["provider"]["security_group"] = {"GroupName": "another"}
+    bootstrap_aws(prepare_config(launcher))
+    sources = [span["CidrIp"] for rule in account.groups()["another"] for span in rule["IpRanges"]]
+    assert sources == ["0.0.0.0/0"]
 
 
-def test_aws_that_refuses_or_is_not_there_is_an_error_before_anything(monkeypatch, tmp_path):
+def test_aws_that_refuses_or_is_unreachable_raises(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(PoolError, match="AWS refuses or does not answer: Unable to locate credentials; run `aws conf"):
+    with pytest.raises(PoolError, match="AWS refuses or does not respond: Unable to locate credentials; run `aws conf"):
         aws_account.check_account(REGION)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    with pytest.raises(PoolError, match="AWS refuses or does not answer: Could not connect"):
-        aws_account.machines(REGION, "ddm-x")
+    with pytest.raises(PoolError, match="AWS refuses or does not respond: Could not connect"):
+        aws_account.list_machines(REGION, "ddm-x")

@@ -1,4 +1,4 @@
-"""Kubernetes: pods and policy against Kubernetes' own schema, Ray clusters against Ray's reading and KubeRay's fields.
+"""Kubernetes: pods and policy against Kubernetes' schema, Ray clusters against Ray's parser and KubeRay's fields.
 
 No package ships KubeRay's schema, so its fields are listed here from its documentation.
 """
@@ -13,7 +13,7 @@ from kubernetes_validate import validate
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from orchestrator.pools.render import render
-from tests.orchestrator.pools.pools import document, nodes, shipped
+from tests.orchestrator.pools.pools import load_shipped, nodes, render_document
 
 KUBERNETES = "1.34"
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -61,12 +61,12 @@ JOB = fields(
 
 
 def manifest(kind, spec):
-    named = fields(["name"], name=DNS, namespace=DNS, labels=TEXTS)
+    metadata = fields(["name"], name=DNS, namespace=DNS, labels=TEXTS)
     return fields(
         ["apiVersion", "kind", "metadata", "spec"],
         apiVersion={"const": "ray.io/v1"},
         kind={"const": kind},
-        metadata=named,
+        metadata=metadata,
         spec=spec,
     )
 
@@ -75,61 +75,63 @@ def templates(cluster):
     return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
 
 
-def test_a_ray_cluster_has_kuberays_fields_and_no_other():
-    Draft202012Validator(manifest("RayCluster", CLUSTER)).validate(document(shipped("kuberay"), "ray_cluster.yaml"))
+def test_ray_cluster_has_only_kuberay_fields():
+    Draft202012Validator(manifest("RayCluster", CLUSTER)).validate(
+        render_document(load_shipped("kuberay"), "ray_cluster.yaml")
+    )
 
 
-def test_a_ray_job_has_kuberays_fields_and_no_other():
-    Draft202012Validator(manifest("RayJob", JOB)).validate(document(shipped("kuberay"), "ray_job.yaml"))
+def test_ray_job_has_only_kuberay_fields():
+    Draft202012Validator(manifest("RayJob", JOB)).validate(render_document(load_shipped("kuberay"), "ray_job.yaml"))
 
 
-def test_pods_and_policy_are_kubernetes():
-    validate(document(shipped("kuberay"), "network_policy.yaml"), KUBERNETES, strict=True)
+def test_pods_and_policy_match_the_kubernetes_schema():
+    validate(render_document(load_shipped("kuberay"), "network_policy.yaml"), KUBERNETES, strict=True)
     for file in ("ray_cluster.yaml", "ray_job.yaml"):
-        spec = document(shipped("kuberay"), file)["spec"]
+        spec = render_document(load_shipped("kuberay"), file)["spec"]
         for template in templates(spec.get("rayClusterSpec", spec)):
             validate({"apiVersion": "v1", "kind": "Pod", **template}, KUBERNETES, strict=True)
 
 
 @settings(deadline=None, max_examples=25)
 @given(nodes())
-def test_rays_autoscaler_reads_the_resources_of_any_node(node):
-    config = shipped("kuberay", f"nodes.one_type={json.dumps(node)}")
-    read = _derive_autoscaling_config_from_ray_cr(document(config, "ray_cluster.yaml"))
-    found = read["available_node_types"]["one-type"]
-    assert (found["min_workers"], found["max_workers"]) == (node["min_nodes"], node["max_nodes"])
-    assert found["resources"]["pool_one_type"] == (node["gpus"] or node["cpus"])
-    assert (found["resources"]["CPU"], found["resources"].get("GPU", 0)) == (node["cpus"], node["gpus"])
-    assert read["available_node_types"]["headgroup"]["resources"]["CPU"] == 0
+def test_ray_autoscaler_reads_the_resources_of_any_node(node):
+    config = load_shipped("kuberay", f"nodes.one_type={json.dumps(node)}")
+    parsed = _derive_autoscaling_config_from_ray_cr(render_document(config, "ray_cluster.yaml"))
+    node_type = parsed["available_node_types"]["one-type"]
+    assert (node_type["min_workers"], node_type["max_workers"]) == (node["min_nodes"], node["max_nodes"])
+    assert node_type["resources"]["pool_one_type"] == (node["gpus"] or node["cpus"])
+    assert (node_type["resources"]["CPU"], node_type["resources"].get("GPU", 0)) == (node["cpus"], node["gpus"])
+    assert parsed["available_node_types"]["headgroup"]["resources"]["CPU"] == 0
 
 
-def test_the_token_comes_from_a_secret_that_no_file_holds(tmp_path):
+def test_no_rendered_file_contains_the_token(tmp_path):
     (tmp_path / "token").write_text("a-secret-of-its-own")
-    files = render(shipped("kuberay", f"token_file={tmp_path}/token"))
+    files = render(load_shipped("kuberay", f"token_file={tmp_path}/token"))
     assert not [file for file, text in files.items() if "a-secret-of-its-own" in text or "kind: Secret" in text]
 
 
-def test_only_its_own_pods_and_the_operator_reach_it():
-    spec = document(shipped("kuberay", "kubernetes.operator_namespace=op"), "network_policy.yaml")["spec"]
-    own, operator = spec["ingress"]
-    assert spec["podSelector"] == own["from"][0]["podSelector"] == {"matchLabels": {"ddm-pool": "kuberay"}}
+def test_network_policy_admits_only_pods_and_operator():
+    spec = render_document(load_shipped("kuberay", "kubernetes.operator_namespace=op"), "network_policy.yaml")["spec"]
+    pods, operator = spec["ingress"]
+    assert spec["podSelector"] == pods["from"][0]["podSelector"] == {"matchLabels": {"ddm-pool": "kuberay"}}
     assert operator["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "op"}}}]
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
-    cluster = document(shipped("kuberay"), "ray_cluster.yaml")["spec"]
-    assert all(one["metadata"]["labels"]["ddm-pool"] == "kuberay" for one in templates(cluster))
+    cluster = render_document(load_shipped("kuberay"), "ray_cluster.yaml")["spec"]
+    assert all(template["metadata"]["labels"]["ddm-pool"] == "kuberay" for template in templates(cluster))
 
 
-def test_no_container_can_become_root():
-    for template in templates(document(shipped("kuberay"), "ray_cluster.yaml")["spec"]):
+def test_container_cannot_become_root():
+    for template in templates(render_document(load_shipped("kuberay"), "ray_cluster.yaml")["spec"]):
         (container,) = template["spec"]["containers"]
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["runAsNonRoot"] is True
         assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
-def test_a_run_is_one_word_a_value_and_its_folder_outlives_the_pods():
-    config = shipped("kuberay", 'kubernetes.run=["name=a b; rm -rf /"]')
-    job = document(config, "ray_job.yaml")["spec"]
+def test_run_overrides_are_quoted_and_its_folder_is_persistent():
+    config = load_shipped("kuberay", 'kubernetes.run=["name=a b; rm -rf /"]')
+    job = render_document(config, "ray_job.yaml")["spec"]
     words = shlex.split(job["entrypoint"])
     assert words[:2] == ["ddm", "run"] and words[-1] == "name=a b; rm -rf /"
     assert "folder=/runs/kuberay" in words
@@ -137,14 +139,14 @@ def test_a_run_is_one_word_a_value_and_its_folder_outlives_the_pods():
         assert template["spec"]["volumes"][0]["persistentVolumeClaim"] == {"claimName": "ddm-runs"}
 
 
-def test_without_a_run_there_is_no_job():
-    assert "ray_job.yaml" not in render(shipped("kuberay", "kubernetes.run=[]", "kubernetes.claim="))
+def test_render_without_run_has_no_ray_job():
+    assert "ray_job.yaml" not in render(load_shipped("kuberay", "kubernetes.run=[]", "kubernetes.claim="))
 
 
 @pytest.mark.parametrize("name", ["l4_spot", "l4"])
-def test_a_gpu_is_asked_for_where_it_is(name):
-    groups = document(shipped("kuberay"), "ray_cluster.yaml")["spec"]["workerGroupSpecs"]
+def test_gpu_node_requests_and_selects_its_gpu(name):
+    groups = render_document(load_shipped("kuberay"), "ray_cluster.yaml")["spec"]["workerGroupSpecs"]
     (pod,) = [group["template"]["spec"] for group in groups if group["groupName"] == name.replace("_", "-")]
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert pod["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-l4"
-    assert {one["key"] for one in pod["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
+    assert {toleration["key"] for toleration in pod["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}

@@ -1,6 +1,6 @@
-"""SkyPilot: spot and then its fallback, software apart from SkyPilot's own, an end when nothing runs.
+"""SkyPilot: spot and then its fallback, a separate Python environment, and an end when idle.
 
-SkyPilot brings a hundred packages, so its fields are listed here from its documentation.
+SkyPilot depends on a hundred packages, so its fields are listed here from its documentation.
 """
 
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from jsonschema import Draft202012Validator
 
-from orchestrator.pools.providers.skypilot import launched
-from tests.orchestrator.pools.pools import document, pools, shipped
+from orchestrator.pools.providers.skypilot import select_launched
+from tests.orchestrator.pools.pools import load_shipped, pools, render_document
 
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 
@@ -50,35 +50,35 @@ TASK = fields(
 
 @settings(deadline=None, max_examples=25)
 @given(pools("skypilot"))
-def test_any_pool_is_one_valid_task_for_each_type_that_is_launched(config):
-    for name in launched(config):
-        task = document(config, f"{name}.yaml")
+def test_any_pool_is_one_valid_task_per_launched_type(config):
+    for name in select_launched(config):
+        task = render_document(config, f"{name}.yaml")
         Draft202012Validator(TASK).validate(task)
         assert task["num_nodes"] == config.nodes[name].max_nodes
         for script in (task["setup"], task["run"]):
             subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
-def test_spot_comes_first_and_its_fallback_second():
-    ordered = document(shipped("skypilot", "region=aws/us-east-1"), "l4_spot.yaml")["resources"]["ordered"]
-    assert [one["use_spot"] for one in ordered] == [True, False]
-    assert all(one["infra"] == "aws/us-east-1" and one["accelerators"] == "L4:1" for one in ordered)
-    assert list(launched(shipped("skypilot"))) == ["l4_spot"]
+def test_spot_is_first_and_its_fallback_second():
+    ordered = render_document(load_shipped("skypilot", "region=aws/us-east-1"), "l4_spot.yaml")["resources"]["ordered"]
+    assert [candidate["use_spot"] for candidate in ordered] == [True, False]
+    assert all(each["infra"] == "aws/us-east-1" and each["accelerators"] == "L4:1" for each in ordered)
+    assert list(select_launched(load_shipped("skypilot"))) == ["l4_spot"]
 
 
-@pytest.mark.parametrize(("idle_minutes", "looks"), [("10", 10), ("0.1", 1)])
-def test_it_ends_when_nothing_has_run_for_so_long(idle_minutes, looks):
-    run = document(shipped("skypilot", f"idle_minutes={idle_minutes}"), "l4_spot.yaml")["run"]
-    assert f'while [ "$idle" -lt {looks} ]' in run and "ray job list" in run
+@pytest.mark.parametrize(("idle_minutes", "polls"), [("10", 10), ("0.1", 1)])
+def test_run_script_ends_after_idle_minutes(idle_minutes, polls):
+    run = render_document(load_shipped("skypilot", f"idle_minutes={idle_minutes}"), "l4_spot.yaml")["run"]
+    assert f'while [ "$idle" -lt {polls} ]' in run and "ray job list" in run
 
 
-def test_the_token_travels_as_a_file_and_skypilots_own_ray_is_left_alone():
-    task = document(shipped("skypilot", "token_file=/t/token"), "l4_spot.yaml")
+def test_token_is_a_file_and_skypilots_ray_is_not_stopped():
+    task = render_document(load_shipped("skypilot", "token_file=/t/token"), "l4_spot.yaml")
     assert task["file_mounts"] == {"~/.ray/auth_token": "/t/token"}
     assert "RAY_AUTH_MODE=token" in task["run"] and "ray stop" not in task["run"]
     starts = [line for line in task["run"].splitlines() if "ray start" in line]
     assert len(starts) == 2 and all("--dashboard-agent-listen-port=52375" in line for line in starts)
 
 
-def test_when_spot_is_withdrawn_its_fallback_is_launched_by_itself():
-    assert list(launched(shipped("skypilot", "nodes.l4_spot.max_nodes=0"))) == ["l4"]
+def test_fallback_of_disabled_spot_type_is_launched():
+    assert list(select_launched(load_shipped("skypilot", "nodes.l4_spot.max_nodes=0"))) == ["l4"]

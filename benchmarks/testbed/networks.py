@@ -1,7 +1,7 @@
-"""Islands on networks of their own: hosts that reach the controller and not each other, and links that fail.
+"""Islands on separate networks: hosts that reach the controller but not each other, and links that fail.
 
-Each island lives in a network namespace with one link, to the controller's side, which forwards nothing. Needs root,
-for `ip netns`.
+Each island runs in a network namespace with one link, to the controller's side, which forwards no packets. `ip netns`
+requires root.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.network_island import CREDENTIALS
+from benchmarks.testbed.network_island import CREDENTIALS
 from orchestrator.config.compute import IslandConfig
 
 
@@ -25,71 +25,75 @@ class Host:
 
     @property
     def namespace(self) -> str:
-        """Name of the namespace."""
+        """Return the name of the namespace."""
         return f"ddm{self.number}"
 
     @property
     def link(self) -> str:
-        """The controller's end of the link; the island's end has a `p` behind it."""
+        """Return the name of the controller's end of the link; the island's end has the suffix `p`."""
         return f"ddmv{self.number}"
 
     def address(self, end: int) -> str:
-        """1 is the controller's end, 2 the island's."""
+        """Return an address on the link: end 1 is the controller's, 2 the island's."""
         return f"10.77.{self.number}.{end}"
 
-    def make(self) -> None:
-        """Namespace, link and addresses; no default route, so that nothing else can be reached."""
+    def create(self) -> None:
+        """Create namespace, link and addresses; without a default route, no other address is reachable."""
         _ip("netns", "add", self.namespace)
         _ip("link", "add", self.link, "type", "veth", "peer", "name", f"{self.link}p", "netns", self.namespace)
         _ip("addr", "add", f"{self.address(1)}/30", "dev", self.link)
         _ip("link", "set", self.link, "up")
-        self.inside("ip", "addr", "add", f"{self.address(2)}/30", "dev", f"{self.link}p")
-        self.inside("ip", "link", "set", "lo", "up")
-        self.inside("ip", "link", "set", f"{self.link}p", "up")
+        self.run_inside("ip", "addr", "add", f"{self.address(2)}/30", "dev", f"{self.link}p")
+        self.run_inside("ip", "link", "set", "lo", "up")
+        self.run_inside("ip", "link", "set", f"{self.link}p", "up")
 
-    def inside(self, *command: str) -> None:
-        """Run a command on the island's side."""
+    def run_inside(self, *command: str) -> None:
+        """Run a command in the island's namespace."""
         _ip("netns", "exec", self.namespace, *command)
 
-    def cut(self) -> None:
-        """Take the island's end of the link down; the controller keeps its route, so nothing goes elsewhere."""
-        self.inside("ip", "link", "set", f"{self.link}p", "down")
+    def disconnect(self) -> None:
+        """Take the island's end of the link down; the controller keeps its route, so no packet takes another."""
+        self.run_inside("ip", "link", "set", f"{self.link}p", "down")
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         """Bring the link up again."""
-        self.inside("ip", "link", "set", f"{self.link}p", "up")
+        self.run_inside("ip", "link", "set", f"{self.link}p", "up")
 
-    def reaches(self, other: "Host", port: int) -> bool:
-        """Whether a connection from this island to the other one's storage comes about."""
+    def can_reach(self, other: "Host", port: int) -> bool:
+        """Return whether this island can connect to a port of the other one."""
         code = f"import socket; socket.create_connection(('{other.address(2)}', {port}), timeout=2)"
         command = ["ip", "netns", "exec", self.namespace, sys.executable, "-c", code]
         return subprocess.run(command, capture_output=True).returncode == 0
 
-    def carried(self) -> int:
-        """Bytes that went over the link so far, both ways."""
+    def transferred_bytes(self) -> int:
+        """Return the bytes that the link has carried so far, in both directions."""
         folder = Path(f"/sys/class/net/{self.link}/statistics")
         return sum(int((folder / name).read_text()) for name in ("rx_bytes", "tx_bytes"))
 
 
-def forwarded() -> int:
-    """Packets that the controller's side has passed from one network to another."""
+def count_forwarded_packets() -> int:
+    """Return the number of packets that the controller's side has forwarded between networks."""
     lines = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Ip:")]
     return int(dict(zip(lines[0], lines[1], strict=True))["ForwDatagrams"])
 
 
 @contextlib.contextmanager
 def separate_networks(folder: Path, count: int) -> Iterator[tuple[list[Host], dict[str, IslandConfig]]]:
-    """As many islands as asked for, each on a network of its own."""
+    """Start `count` islands, each on a separate network.
+
+    Raises:
+        RuntimeError: This machine forwards packets.
+    """
     if Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() != "0":
-        raise RuntimeError("this machine forwards packets between its networks: set net.ipv4.ip_forward=0 first")
+        raise RuntimeError("net.ipv4.ip_forward must be 0; got 1; run sysctl net.ipv4.ip_forward=0 first")
     os.environ.update(CREDENTIALS)
     hosts = [Host(number) for number in range(1, count + 1)]
     children: list[subprocess.Popen[str]] = []
     _ip("route", "add", "unreachable", "10.77.0.0/16", "metric", "4000")
     try:
         for host in hosts:
-            host.make()
-            children.append(_start(host, folder / f"host_{host.number}"))
+            host.create()
+            children.append(_start_island(host, folder / f"host_{host.number}"))
         configs = {}
         for host, child in zip(hosts, children, strict=True):
             line = child.stdout.readline() if child.stdout else ""
@@ -103,9 +107,9 @@ def separate_networks(folder: Path, count: int) -> Iterator[tuple[list[Host], di
         _ip("route", "del", "unreachable", "10.77.0.0/16", "metric", "4000")
 
 
-def _start(host: Host, folder: Path) -> subprocess.Popen[str]:
-    """The island's own process; what it says on its standard output is its configuration."""
-    command = [sys.executable, "-m", "benchmarks.network_island", str(folder), host.address(2)]
+def _start_island(host: Host, folder: Path) -> subprocess.Popen[str]:
+    """Start the island's process; it prints its configuration on standard output."""
+    command = [sys.executable, "-m", "benchmarks.testbed.network_island", str(folder), host.address(2)]
     return subprocess.Popen(
         ["ip", "netns", "exec", host.namespace, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

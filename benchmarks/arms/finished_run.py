@@ -1,4 +1,4 @@
-"""A run of the pipeline that a benchmark brings to its end and then looks into."""
+"""A pipeline run that a benchmark completes and then reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from orchestrator.run.run_folder import RunFolder
 
 Scores = dict[str, Any]
 SPACES = ("pixels", "efficientnet_lite0")
-"""In which scores are compared."""
+"""Feature spaces in which scores are compared."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,27 @@ class FinishedRun:
     config: RunConfig
 
     @classmethod
-    def of(cls, name: str, overrides: Sequence[str]) -> Self:
-        """A run that is brought to its end now; what is finished already is found. `name` is said if it is stopped."""
+    def complete(cls, name: str, overrides: Sequence[str]) -> Self:
+        """Run all unfinished stages of a pipeline; finished ones are reused.
+
+        Raises:
+            SystemExit: The run was stopped; the message contains `name`.
+        """
         config = parse_config(compose(overrides))
         if run_pipeline(config, Console(quiet=True)).stopped:
-            raise SystemExit(f"stopped in {name!r} with seed {config.seed}; the same command goes on from there")
+            raise SystemExit(f"stopped in {name!r} with seed {config.seed}; run the same command again to continue")
         return cls(config)
 
     @cached_property
-    def run(self) -> RunFolder:
-        """The run folder, which other runs may share."""
+    def run_folder(self) -> RunFolder:
+        """Return the run folder; other runs may share it."""
         return RunFolder(Path(self.config.folder))
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """By name."""
+        """Return the stages by name."""
         return {stage.name: stage for stage in build_graph(self.config)}
 
-    def folder(self, stage: str) -> Path:
-        """A stage's artifact."""
-        return self.run.artifact(self.stages[stage])
+    def artifact_folder(self, stage: str) -> Path:
+        """Return the artifact folder of a stage."""
+        return self.run_folder.artifact(self.stages[stage])

@@ -1,4 +1,4 @@
-"""The classifier by denoising against the classifier that Bayes would be, on Gaussians."""
+"""The Diffusion Classifier against the Bayes classifier, on Gaussians."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.analysis.diffusion_classifier import denoising_errors, ensemble_and_experts, expert_accuracy
+from ensemble.analysis.diffusion_classifier import create_models, denoising_errors, expert_accuracy
 from ensemble.config import ClassifierConfig
 from ensemble.ensemble import Ensemble
 from experts.condition import Condition
@@ -19,12 +19,12 @@ IMAGES = 1.2 * torch.randn(300, 2, generator=torch.Generator().manual_seed(3), d
 
 @dataclass
 class ClassGaussians:
-    """One Gaussian a class, with the exact velocity of each."""
+    """One Gaussian per class, with its exact velocity."""
 
     deviations: tuple[float, ...]
     noise_schedule: NoiseSchedule = RECTIFIED_FLOW
 
-    def voices(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def models(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         velocity = torch.zeros_like(noised)
         for class_id, deviation in enumerate(self.deviations):
             rows = condition.class_id == class_id
@@ -37,29 +37,29 @@ class ClassGaussians:
         return torch.stack(logs, dim=1)
 
 
-def agreement(classes: ClassGaussians, draws: int, weighting: str) -> float:
-    config = ClassifierConfig(noises_per_image=draws, weighting=weighting)
-    errors = denoising_errors(classes.voices, IMAGES, 3, classes.noise_schedule, config)
+def agreement(classes: ClassGaussians, noises: int, weighting: str) -> float:
+    config = ClassifierConfig(noises_per_image=noises, weighting=weighting)
+    errors = denoising_errors(classes.models, IMAGES, 3, classes.noise_schedule, config)
     return float((errors[0].argmin(1) == classes.bayes(IMAGES).argmax(1)).double().mean())
 
 
 @pytest.mark.parametrize("path", [RECTIFIED_FLOW, COSINE])
-def test_it_becomes_the_classifier_of_bayes_as_draws_grow(path):
+def test_classifier_converges_to_bayes_with_more_noises(path):
     classes = ClassGaussians((0.7, 0.7, 0.7), path)
     few, many = agreement(classes, 1, "velocity"), agreement(classes, 500, "velocity")
     assert few < 0.9 and many > 0.98
 
 
-def test_with_the_likelihoods_weighting_also_where_classes_differ_in_width():
+def test_likelihood_weights_handle_different_widths():
     classes = ClassGaussians((0.4, 0.8, 1.6))
     assert agreement(classes, 400, "likelihood") > 0.96
     assert agreement(classes, 400, "velocity") < 0.94
 
 
-def test_the_likelihoods_weighting_gives_differences_of_log_likelihoods():
+def test_likelihood_weights_give_log_likelihood_differences():
     classes = ClassGaussians((0.4, 0.8, 1.6), COSINE)
     config = ClassifierConfig(noises_per_image=1500, weighting="likelihood")
-    errors = denoising_errors(classes.voices, IMAGES[:20], 3, COSINE, config)[0]
+    errors = denoising_errors(classes.models, IMAGES[:20], 3, COSINE, config)[0]
     logs = -errors * IMAGES.shape[1]
     difference = (logs - logs[:, :1]) - (classes.bayes(IMAGES[:20]) - classes.bayes(IMAGES[:20])[:, :1])
     assert difference.abs().mean() < 0.25
@@ -67,41 +67,41 @@ def test_the_likelihoods_weighting_gives_differences_of_log_likelihoods():
 
 def test_errors_do_not_depend_on_the_batch():
     classes = ClassGaussians((0.7, 0.7, 0.7))
-    whole = denoising_errors(classes.voices, IMAGES, 3, RECTIFIED_FLOW, ClassifierConfig(noises_per_image=2))
-    small = denoising_errors(
-        classes.voices, IMAGES, 3, RECTIFIED_FLOW, ClassifierConfig(noises_per_image=2, batch_size=7)
+    one_batch = denoising_errors(classes.models, IMAGES, 3, RECTIFIED_FLOW, ClassifierConfig(noises_per_image=2))
+    small_batches = denoising_errors(
+        classes.models, IMAGES, 3, RECTIFIED_FLOW, ClassifierConfig(noises_per_image=2, batch_size=7)
     )
-    torch.testing.assert_close(whole, small, rtol=0, atol=0)
+    torch.testing.assert_close(one_batch, small_batches, rtol=0, atol=0)
 
 
-def test_voices_are_the_ensemble_and_then_its_experts():
+def test_models_are_the_ensemble_and_its_experts():
     mixture = MixtureOfGaussians((0.5, 0.3, 0.2))
     experts = {k: expert for k, expert in mixture.experts().items() if k != 1}
     ensemble = Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     t = torch.full((len(IMAGES),), 0.4, dtype=torch.float64)
-    said = ensemble_and_experts(ensemble)(IMAGES, t, Condition.null(len(IMAGES)))
-    assert said.shape == (3, *IMAGES.shape)
+    velocities = create_models(ensemble)(IMAGES, t, Condition.null(len(IMAGES)))
+    assert velocities.shape == (3, *IMAGES.shape)
     for row, k in ((1, 0), (2, 2)):
         alone = gaussian_velocity(IMAGES, t, mixture.means[k], mixture.deviation, RECTIFIED_FLOW)
-        torch.testing.assert_close(said[row], alone)
-    whole = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
+        torch.testing.assert_close(velocities[row], alone)
+    complete = Ensemble(experts=mixture.experts(), noise_schedule=RECTIFIED_FLOW, router=mixture.router())
     exact = mixture.marginal_velocity(IMAGES, t, RECTIFIED_FLOW)
-    torch.testing.assert_close(ensemble_and_experts(whole)(IMAGES, t, Condition.null(len(IMAGES)))[0], exact)
+    torch.testing.assert_close(create_models(complete)(IMAGES, t, Condition.null(len(IMAGES)))[0], exact)
 
 
-def test_knowledge_counts_by_cluster():
-    # Two voices (the ensemble, expert 1), four images of classes 0 0 1 1, two clusters of 30 and 10 images.
+def test_accuracy_is_computed_by_cluster():
+    # Two models (the ensemble, expert 1), four images of classes 0 0 1 1, two clusters of 30 and 10 images.
     errors = torch.tensor([[[0, 1], [0, 1], [1, 0], [0, 1]], [[1, 0], [0, 1], [1, 0], [1, 0]]]).double()
     labels, clusters = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1])
-    found = expert_accuracy(errors, labels, clusters, (30, 10), (1,))
-    assert found.models == ("ensemble", "expert_1")
-    assert found.accuracy == ((1.0, 0.0), (pytest.approx(2 / 3), 1.0))
-    assert found.overall == (pytest.approx(0.75), pytest.approx((2 / 3 * 30 + 10) / 40))
-    assert (found.own_cluster, found.other_clusters) == (1.0, pytest.approx(2 / 3))
-    assert found.images == (3, 1) and found.floor == (pytest.approx(2 / 3), 1.0) and found.chance == 0.5
+    result = expert_accuracy(errors, labels, clusters, (30, 10), (1,))
+    assert result.models == ("ensemble", "expert_1")
+    assert result.accuracy == ((1.0, 0.0), (pytest.approx(2 / 3), 1.0))
+    assert result.overall == (pytest.approx(0.75), pytest.approx((2 / 3 * 30 + 10) / 40))
+    assert (result.own_cluster, result.other_clusters) == (1.0, pytest.approx(2 / 3))
+    assert result.images == (3, 1) and result.floor == (pytest.approx(2 / 3), 1.0) and result.chance == 0.5
 
 
-def test_a_cluster_without_images_has_no_accuracy():
+def test_cluster_without_images_has_no_accuracy():
     errors = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64)
-    found = expert_accuracy(errors, torch.tensor([0]), torch.tensor([0]), (5, 0), (0,))
-    assert found.accuracy[0] == (1.0, None) and found.floor == (1.0, None) and found.other_clusters is None
+    result = expert_accuracy(errors, torch.tensor([0]), torch.tensor([0]), (5, 0), (0,))
+    assert result.accuracy[0] == (1.0, None) and result.floor == (1.0, None) and result.other_clusters is None

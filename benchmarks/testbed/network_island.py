@@ -1,8 +1,8 @@
-"""One island in a network namespace: `ip netns exec NAME python -m benchmarks.network_island FOLDER HOST`.
+"""One island in a network namespace: `ip netns exec NAME python -m benchmarks.testbed.network_island FOLDER HOST`.
 
-Everything listens inside the namespace: the Ray cluster on its loopback, its S3 storage and a tunnel to its dashboard
-on HOST, the one address that the controller can reach. Prints the island's configuration and lives until its input
-ends.
+All servers listen inside the namespace: the Ray cluster on its loopback, its S3 storage and a tunnel to its dashboard
+on HOST, the only address that the controller can reach. The process prints the island's configuration and runs until
+its standard input closes.
 """
 
 import json
@@ -24,7 +24,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AW
 
 
 def main() -> None:
-    """Start storage, island and tunnel; say where they are; wait."""
+    """Start storage, island and tunnel; print the island's configuration; wait for the end of the input."""
     folder, host = Path(sys.argv[1]), sys.argv[2]
     os.environ.update(CREDENTIALS)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -36,9 +36,9 @@ def main() -> None:
     islands = LocalIslands(folder, 1, 1, "s3://islands", options, environment=CREDENTIALS)
     with islands:
         config = islands.configs["island_1"]
-        _serve(host, int(config.address.rpartition(":")[2]))
-        reached = replace(config, address=f"http://{host}:{TUNNEL_PORT}")
-        print(json.dumps(to_jsonable(reached)), flush=True)
+        _start_tunnel(host, int(config.address.rpartition(":")[2]))
+        tunneled = replace(config, address=f"http://{host}:{TUNNEL_PORT}")
+        print(json.dumps(to_jsonable(tunneled)), flush=True)
         sys.stdin.read()
     storage.stop()
 
@@ -49,8 +49,8 @@ def _make_bucket(endpoint: str) -> None:
     s3fs.S3FileSystem(endpoint_url=endpoint).mkdir("islands")
 
 
-def _serve(host: str, port: int) -> None:
-    """A tunnel from HOST to a port on loopback."""
+def _start_tunnel(host: str, port: int) -> None:
+    """Forward connections to HOST to a port on loopback."""
     listener = socket.create_server((host, TUNNEL_PORT))
 
     def accept() -> None:
@@ -58,12 +58,12 @@ def _serve(host: str, port: int) -> None:
             client, _ = listener.accept()
             server = socket.create_connection(("127.0.0.1", port))
             for source, target in ((client, server), (server, client)):
-                threading.Thread(target=_pump, args=(source, target), daemon=True).start()
+                threading.Thread(target=_copy_bytes, args=(source, target), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
 
 
-def _pump(source: socket.socket, target: socket.socket) -> None:
+def _copy_bytes(source: socket.socket, target: socket.socket) -> None:
     try:
         while data := source.recv(65536):
             target.sendall(data)

@@ -1,0 +1,1 @@
+"""Ray clusters, networks and simulations that benchmarks break."""

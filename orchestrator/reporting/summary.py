@@ -1,0 +1,121 @@
+"""The tiles at the top of the report: how many samples, how good, at what cost, in what time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.reporting.costs import CostRow
+from orchestrator.reporting.results import ScoreRow
+from orchestrator.run.attempts import Attempt
+
+BASELINES = ("monolith", "cluster_conditioned", "distilled_monolith")
+"""Rows of the table of scores that are not ensembles."""
+
+SMALLEST_FD = 1e-12
+"""Smaller Fréchet distances count as this one, because zero has no logarithm."""
+
+UNITS = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """One number of the summary."""
+
+    label: str
+    value: str
+    note: str
+    anchor: str
+    """The section of the page with the details."""
+
+
+def summary_tiles(rows: Sequence[ScoreRow], costs: CostRow, attempts: Sequence[Attempt]) -> list[Tile]:
+    """Return a tile for samples, best score, cost and time each, as far as the run has them."""
+    tiles = _score_tiles(rows) if rows else []
+    return tiles + _cost_tiles(costs, attempts) if costs.attempts else tiles
+
+
+def fd_ratio(row: ScoreRow, other: ScoreRow) -> float:
+    """Return the geometric mean over the feature spaces of a row's Fréchet distance over that of another row."""
+    theirs = other.scores["spaces"]
+    logs = [
+        math.log(max(score["fd"], SMALLEST_FD) / max(theirs[space]["fd"], SMALLEST_FD))
+        for space, score in row.scores["spaces"].items()
+    ]
+    return math.exp(sum(logs) / len(logs))
+
+
+def busy_seconds(attempts: Sequence[Attempt]) -> float:
+    """Return the seconds in which at least one attempt ran."""
+    busy, busy_until = 0.0, -math.inf
+    for attempt in sorted(attempts, key=lambda attempt: attempt.start):
+        busy += max(0.0, attempt.end - max(attempt.start, busy_until))
+        busy_until = max(busy_until, attempt.end)
+    return busy
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds in their two largest units: 4.2 s, 1 min 15 s, 2 h 5 min, 3 d 4 h."""
+    for large, large_name, small, small_name in UNITS:
+        if round(seconds / small) * small >= large:
+            count, rest = divmod(round(seconds / small), large // small)
+            return f"{count} {large_name} {rest} {small_name}"
+    return f"{seconds:.1f} s"
+
+
+def _score_tiles(rows: Sequence[ScoreRow]) -> list[Tile]:
+    ensembles = [row for row in rows if row.name not in BASELINES]
+    samples = Tile(
+        label="Samples",
+        value=f"{rows[0].scores['num_samples']:,}",
+        note=f"for each of {len(rows)} scored models" if len(rows) > 1 else "of one scored model",
+        anchor="scores",
+    )
+    monolith = next((row for row in rows if row.name == "monolith"), None)
+    if not ensembles:
+        return [samples]
+    if monolith is None:
+        return [samples, _absolute_tile(ensembles)]
+    best = min(ensembles, key=lambda row: fd_ratio(row, monolith))
+    return [
+        samples,
+        Tile(
+            label="Best score against the monolith",
+            value=f"{fd_ratio(best, monolith):.2f} ×",
+            note=f"the monolith's Fréchet distance, with {best.label} (mean over feature spaces); above 1 is worse",
+            anchor="scores",
+        ),
+    ]
+
+
+def _absolute_tile(ensembles: Sequence[ScoreRow]) -> Tile:
+    """Return the best Fréchet distance in units of what real images have."""
+    best = min(ensembles, key=lambda row: fd_ratio(row, ensembles[0]))
+    space, score = next(iter(best.scores["spaces"].items()))
+    return Tile(
+        label="Best score",
+        value=f"{score['fd']:.3g}",
+        note=f"Fréchet distance in {space}, with {best.label}; lower is better, "
+        f"real images have {score['fd_floor']:.3g}",
+        anchor="scores",
+    )
+
+
+def _cost_tiles(costs: CostRow, attempts: Sequence[Attempt]) -> list[Tile]:
+    reserved = f"{format_duration(costs.cpu_seconds)} of reserved CPU time"
+    if costs.gpu_seconds:
+        reserved = f"{format_duration(costs.gpu_seconds)} of reserved GPU time, {reserved}"
+    lost = f"{format_duration(costs.lost_s)} lost" if costs.lost_s else "nothing lost"
+    if costs.price:
+        value, note = f"{costs.price:.4g}", f"in the currency of the prices; {reserved}; {lost}"
+    else:
+        held, name = (costs.gpu_seconds, "GPU") if costs.gpu_seconds else (costs.cpu_seconds, "CPU")
+        value, note = format_duration(held), f"of reserved {name} time; {lost}, no machine had a price"
+    return [
+        Tile(label="Cost", value=value, note=note, anchor="costs"),
+        Tile(
+            label="Time",
+            value=format_duration(busy_seconds(attempts)),
+            note=f"with a worker running; {format_duration(costs.seconds)} of worker time in {costs.attempts} attempts",
+            anchor="timeline",
+        ),
+    ]
