@@ -60,10 +60,14 @@ def submit(*overrides: str, address: str, token_file: str | os.PathLike[str]) ->
 def evaluate(path: str | os.PathLike[str], selection: str, console: Console | None = None) -> list[ScoreRow]:
     """Score a finished run with one more selection, and return its table of scores."""
     from orchestrator.cli.sample import find_selection
+    from orchestrator.config.compute import ComputeConfig
+    from orchestrator.run.trust import is_trusted
 
     finished = Run(path)
     finished.pipeline_folder()
     config = finished.config
+    if not is_trusted(finished.folder):
+        config = replace(config, compute=ComputeConfig())
     selections = tuple(dict.fromkeys((*config.scores.selections, find_selection(selection, config))))
     scores = replace(config.scores, selections=selections)
     return _execute(replace(config, folder=str(finished.folder.root), scores=scores), console).scores()
@@ -72,12 +76,15 @@ def evaluate(path: str | os.PathLike[str], selection: str, console: Console | No
 def compress(path: str | os.PathLike[str], *overrides: str, console: Console | None = None) -> DDMPipeline:
     """Add compression stages such as `"quantize=int8_dynamic"` to a finished run, and load the compressed ensemble.
 
-    The original ensemble stays. Raises `ConfigError` for stages that do not fit together.
+    The original ensemble stays. Raises `ConfigError` for stages that do not fit together, and `UntrustedFolder` for a
+    run whose settings another user wrote: look at it with `ddm resume`, which can trust it.
     """
     from orchestrator.cli.compress import with_compression
     from orchestrator.config.stage_kinds import COMPRESSION_KINDS
+    from orchestrator.run.trust import require_trust
 
     finished = Run(path)
+    require_trust(finished.folder, finished.config, trust=False)
     config = with_compression(finished.config, overrides)
     compressed = _execute(replace(config, folder=str(finished.folder.root)), console)
     last = [stage.name for stage in compressed.graph if stage.kind in COMPRESSION_KINDS][-1]

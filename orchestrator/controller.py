@@ -45,7 +45,7 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
     It prepares the run folder, opens the backend and the displays, and leaves the graph to `Runner`.
     """
     run = RunFolder(Path(config.folder).expanduser())
-    with disk_errors_as_messages(run.root), hold_lease(run):
+    with disk_errors_as_messages(run.root), hold_lease(run) as lease:
         run.repair_journal()
         run.stop.unlink(missing_ok=True)
         run.clear_unfinished()
@@ -70,6 +70,7 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
                 backend=backend,
                 policy=config.compute,
                 commit=commit,
+                check_lease=lease.check,
                 on_event=display.event,
                 on_tick=(display.tick, tracker.follow),
             )
@@ -154,16 +155,19 @@ BACKENDS = {"inline": _open_inline, "ray": _open_ray, "islands": _open_islands, 
 
 @contextlib.contextmanager
 def _stop_on_signals(run: RunFolder, console: Console) -> Iterator[None]:
-    """Request a stop on the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once, without saving."""
+    """Request a stop on the first Ctrl-C, SIGTERM or SIGHUP; a second Ctrl-C interrupts at once, without saving."""
+    interrupts = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if run.stop.exists():
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
             raise KeyboardInterrupt
-        run.stop.touch()
+        run.request_stop()
         message = f"Stopping; continue later with `ddm resume {run.root}`. Press Ctrl-C again to stop at once."
         console.print(message, soft_wrap=True)
 
-    with handle_signals(stop, signal.SIGINT, signal.SIGTERM):
+    with handle_signals(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield
 
 

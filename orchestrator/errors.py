@@ -4,7 +4,9 @@ DDMError (ddm_core/errors.py)
 └── OrchestratorError
     ├── ConfigError        the configuration is wrong; nothing has run
     ├── RunFolderError     the folder is not a run, or it lacks the requested content
+    ├── UntrustedFolder    a command would act on settings that this user did not write
     ├── RunIsLocked        another controller runs this run
+    ├── LeaseLost          another controller has taken over this run
     ├── IslandError        an island rejects a request, or differs from its configuration
     │   └── Unreachable    an island does not respond; the state of its jobs is unknown
     ├── StorageError       a storage rejects a request or lacks the requested data (islands/storage/errors.py)
@@ -28,8 +30,16 @@ class RunFolderError(OrchestratorError):
     """A folder is not a run, or it lacks the requested content."""
 
 
+class UntrustedFolder(OrchestratorError):
+    """A command would act on compute settings that this user did not write on this machine."""
+
+
 class RunIsLocked(OrchestratorError):
     """Another controller holds the lease of this run."""
+
+
+class LeaseLost(OrchestratorError):
+    """Another controller has taken over this run; this one must not write any more."""
 
 
 class IslandError(OrchestratorError):

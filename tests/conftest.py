@@ -1,8 +1,12 @@
 """Import heavy libraries before jaxtyping's import hook, and order the tests."""
 
+import os
+import tempfile
 from importlib import import_module
 
 import pytest
+
+os.environ["DDM_HOME"] = tempfile.mkdtemp(prefix="ddm-tests-")  # the key that signs run folders
 
 HEAVY = (
     "beartype.door",

@@ -63,12 +63,14 @@ console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
+Trust = Annotated[bool, typer.Option("--trust", help="Act on settings that another user wrote, or on another machine")]
 Seeds = Annotated[str, typer.Option(help="Seeds of the images: 0-15, or 3,5,8")]
 Selection = Annotated[
     str,
     typer.Option(
-        help="Selection of experts: sticky, sticky_at, redraw, coupled, sample, switch, anneal, threshold, nucleus, "
-        "top_k, full; auto is the result of the run's selection search"
+        help="Selection of experts: sticky, full, top_k, threshold, nucleus, sample, full_then_top1, "
+        "threshold_then_top1, full_then_sticky, sticky_resample, coupled_resample; auto is the result of "
+        "the run's selection search"
     ),
 ]
 
@@ -144,21 +146,29 @@ def logs(
 @app.command()
 def stop(run: RunArgument) -> None:
     """Stop a run after its stages have saved their work; `ddm resume` continues it."""
+    from orchestrator.run.lease import read_holder
+
     folder = _open_run(run)
-    if not folder.lease.exists():
+    controller = read_holder(folder)
+    if controller is None:
         raise RunFolderError(f"{run} has no controller: nothing is running")
-    folder.stop.touch()
+    if not controller.is_alive:
+        raise RunFolderError(f"the controller of {run}, {controller}, is dead; continue with `ddm resume {run}`")
+    folder.request_stop()
     console.print(f"Stop requested for {run}; continue with `ddm resume {run}`.")
 
 
 @app.command()
-def resume(run: RunArgument) -> None:
+def resume(run: RunArgument, trust: Trust = False) -> None:
     """Continue a run that was stopped or killed. Finished stages are kept."""
     from dataclasses import replace
 
     from orchestrator.controller import run_pipeline
+    from orchestrator.run.trust import require_trust
 
-    config = replace(_open_run(run).load_config(), folder=str(run))
+    folder = _open_run(run)
+    config = replace(folder.load_config(), folder=str(run))
+    require_trust(folder, config, trust=trust)
     _report_result(config, run_pipeline(config, console))
 
 
@@ -194,11 +204,15 @@ def evaluate(run: RunArgument, selection: Selection = "sticky") -> None:
     from dataclasses import replace
 
     from orchestrator.cli.sample import find_pipeline, find_selection
+    from orchestrator.config.compute import ComputeConfig
     from orchestrator.controller import run_pipeline
+    from orchestrator.run.trust import is_trusted
 
     folder = _open_run(run)
     config = folder.load_config()
     find_pipeline(folder, monolith=False)
+    if not is_trusted(folder):
+        config = replace(config, compute=ComputeConfig())
     selections = tuple(dict.fromkeys((*config.scores.selections, find_selection(selection, config))))
     config = replace(config, folder=str(run), scores=replace(config.scores, selections=selections))
     _report_result(config, run_pipeline(config, console))
@@ -216,13 +230,16 @@ def compress(
     budget: Annotated[
         str, typer.Option(help="Search for a compression instead: bytes<=0.25,kid<=1.05 (also flops, cpu, fd, l2)")
     ] = "",
+    trust: Trust = False,
 ) -> None:
     """Make a smaller or faster ensemble and score it. The original ensemble is kept."""
     from orchestrator.cli.compress import compress_run, describe_compression, search_run, with_compression
+    from orchestrator.run.trust import require_trust
 
     if budget and overrides:
         raise ConfigError("--budget searches for the stages itself; leave out either the stages or --budget")
     folder = _open_run(run)
+    require_trust(folder, folder.load_config(), trust=trust)
     if budget:
         config = search_run(folder, budget, console)
     else:

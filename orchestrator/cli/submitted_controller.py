@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         confirm_submission(RunFolder(Path(folder)), submission_id)
     except RunFolderError as error:
         sys.exit(f"Error: {error}")
-    sys.argv = ["ddm", "resume", folder]
+    sys.argv = ["ddm", "resume", folder, "--trust"]  # the submission came with this cluster's token
     run_ddm()
 
 

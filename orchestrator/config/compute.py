@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
@@ -152,6 +152,18 @@ class ComputeConfig:
     """Stages of an island count as lost after this time without a connection or heartbeat."""
     max_spot_preemptions: Annotated[int, Field(ge=0)] = 2
     """After this many losses on preemptible islands a stage moves to one that is not preemptible, if there is one."""
+
+    @field_validator("slurm")
+    @classmethod
+    def _refuse_control_characters(cls, slurm: dict[str, str | int]) -> dict[str, str | int]:
+        """Refuse values that could start a new line in the batch script, which a shell would execute."""
+        for key, value in slurm.items():
+            if any(not character.isprintable() for character in f"{key}{value}"):
+                raise ValueError(
+                    f"names and values of slurm parameters are printed into a batch script, so they have no control "
+                    f"characters; got {key}={value!r}: remove them"
+                )
+        return slurm
 
     @property
     def cpus_here(self) -> int:

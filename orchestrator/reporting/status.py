@@ -46,7 +46,7 @@ def status_table(run: RunFolder) -> Table:
 
 def unreachable_islands(run: RunFolder) -> dict[str, float]:
     """Return the islands that the run's controller cannot reach, with the time since when (seconds since the epoch)."""
-    if not run.islands.is_file() or not run.lease.exists():
+    if not run.islands.is_file() or read_holder(run) is None:
         return {}
     islands = read_json(run.islands)
     return {

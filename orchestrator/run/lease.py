@@ -1,11 +1,19 @@
-"""One controller per run: a lease file that names it, with a heartbeat.
+"""One controller per run: numbered lease files, each of which can be created only once.
+
+`controllers/<generation>.json` names a controller; the highest generation is the lease. A controller takes over by
+creating the next generation, which the file system allows to one process: by a hard link, or by exclusive creation
+where there are no hard links. Files of earlier generations stay until they are far behind, so that a process with an
+old view of the folder cannot create one of them again. A controller below the highest generation has lost the lease.
 
 A controller is *running*, *dead* or *unknown*. On this machine its process can be looked up. On another machine, or in
 another container, it counts as dead only when its heartbeat is older than the lease.
 """
 
 import contextlib
+import errno
+import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -14,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddm_core.artifacts import UnfinishedArtifact, read_json, write_json
-from orchestrator.errors import RunIsLocked
+from ddm_core.artifacts import sync, to_json, write_json
+from orchestrator.errors import LeaseLost, RunIsLocked
 from orchestrator.run.run_folder import RunFolder
 
 LEASE_S = 30.0
@@ -23,6 +31,12 @@ LEASE_S = 30.0
 
 HEARTBEAT_S = 5.0
 """Time between two heartbeats."""
+
+KEPT_GENERATIONS = 64
+"""Lease files that stay behind the present one: more take-overs than a process can miss between two looks."""
+
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""Errors of a file system without hard links, such as a mounted bucket."""
 
 
 def this_process() -> dict[str, Any]:
@@ -69,11 +83,24 @@ class Holder:
 
 def read_holder(run: RunFolder) -> Holder | None:
     """Return the process that holds the run's lease, dead or alive; None if the lease is free."""
-    try:
-        age_s = time.time() - run.lease.stat().st_mtime
-        return Holder(read_json(run.lease), age_s)
-    except (FileNotFoundError, UnfinishedArtifact):
-        return None
+    return _read_latest(run.controllers)[1]
+
+
+def _read_latest(folder: Path) -> tuple[int, Holder | None]:
+    """Return the latest generation, 0 before the first, and its holder, in one look."""
+    while generations := _list_generations(folder):
+        path = _lease_file(folder, generations[-1])
+        try:
+            age_s, text = time.time() - path.stat().st_mtime, path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        record = _parse(text)
+        return generations[-1], None if record.get("released") else Holder(record or UNKNOWN_PROCESS, age_s)
+    return 0, None
+
+
+UNKNOWN_PROCESS = {"host": "an unknown host", "pid": "?", "started": None}
+"""The holder of a lease file that has no readable content: it is being written, or it is damaged."""
 
 
 def seconds_since_change(attempt: Path) -> float:
@@ -88,57 +115,130 @@ def is_alive(process: dict[str, Any], heartbeat_s: float) -> bool:
     return heartbeat_s < LEASE_S
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The exclusive right to control a run, as long as no later generation exists."""
+
+    folder: Path
+    generation: int
+
+    def is_held(self) -> bool:
+        """Return whether this is still the latest generation."""
+        return _list_generations(self.folder)[-1:] == [self.generation]
+
+    def check(self) -> None:
+        """Raise `LeaseLost` if another controller has taken over: then this one must not write any more."""
+        if not self.is_held():
+            raise LeaseLost(
+                f"another controller has taken over {self.folder.parent}, as this one gave no heartbeat; "
+                "this one stops without writing"
+            )
+
+    def beat(self) -> None:
+        """Renew the heartbeat."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(_lease_file(self.folder, self.generation))
+
+    def release(self) -> None:
+        """Free the lease; the file stays, so that its generation is never used again."""
+        if self.is_held():
+            write_json(_lease_file(self.folder, self.generation), this_process() | {"released": True})
+
+
 @contextlib.contextmanager
-def hold_lease(run: RunFolder) -> Iterator[None]:
+def hold_lease(run: RunFolder) -> Iterator[Lease]:
     """Hold the run's lease while the block lasts, and create the run folder if it is missing.
 
     Raises `RunIsLocked`, which names the other controller, if that may still be running.
     """
-    _acquire(run)
+    lease = _acquire(run)
     ended = threading.Event()
-    heartbeat = threading.Thread(target=_heartbeat, args=(run.lease, ended), daemon=True, name="lease")
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease")
     heartbeat.start()
     try:
-        yield
+        yield lease
     finally:
         ended.set()
         heartbeat.join()
-        if _is_ours(run.lease):
-            run.lease.unlink()
+        lease.release()
 
 
-def _acquire(run: RunFolder) -> None:
-    """Write this process into the lease by a hard link, which only one of two controllers can create."""
-    run.root.mkdir(parents=True, exist_ok=True)
-    candidate = run.root / f".controller.{os.getpid()}"
-    write_json(candidate, this_process())
+def _acquire(run: RunFolder) -> Lease:
+    """Create the next generation; raises `RunIsLocked` if the holder of the present one may be alive."""
+    folder = run.controllers
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        latest, other = _read_latest(folder)
+        if other is not None and other.is_alive:
+            raise RunIsLocked(
+                f"{run.root} is run by {other} (heartbeat {other.age_s:.0f} s ago); "
+                f"wait for it, or stop it with `ddm stop {run.root}`"
+            )
+        generation = latest + 1
+        if _create(folder, generation):
+            after = _list_generations(folder)
+            if after[-1] != generation:
+                continue  # the first look was old: a later generation exists
+            for old in after:
+                if old <= generation - KEPT_GENERATIONS:
+                    _lease_file(folder, old).unlink(missing_ok=True)
+            return Lease(folder, generation)
+
+
+def _create(folder: Path, generation: int) -> bool:
+    """Create a generation with this process in it; return False if another process has created it."""
+    target = _lease_file(folder, generation)
+    candidate = folder / f".{secrets.token_hex(8)}"
+    candidate.write_text(to_json(this_process()), encoding="utf-8")
+    sync(candidate)
     try:
-        while True:
-            try:
-                os.link(candidate, run.lease)
-            except FileExistsError:
-                _raise_if_alive(run)
-                run.lease.unlink(missing_ok=True)
-            else:
-                return
+        os.link(candidate, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        return _create_exclusively(target)
     finally:
         candidate.unlink()
+    return True
 
 
-def _raise_if_alive(run: RunFolder) -> None:
-    other = read_holder(run)
-    if other is not None and other.is_alive:
-        raise RunIsLocked(
-            f"{run.root} is run by {other} (heartbeat {other.age_s:.0f} s ago); "
-            f"wait for it, or stop it with `ddm stop {run.root}`"
-        )
+def _create_exclusively(target: Path) -> bool:
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        os.write(descriptor, to_json(this_process()).encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return True
 
 
-def _is_ours(lease: Path) -> bool:
-    return lease.exists() and bool(read_json(lease) == this_process())
+def _lease_file(folder: Path, generation: int) -> Path:
+    return folder / f"{generation}.json"
 
 
-def _heartbeat(lease: Path, ended: threading.Event) -> None:
+def _list_generations(folder: Path) -> list[int]:
+    """Return the generations in the folder, the present one last."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """Return the content of a lease file, or an empty dictionary if it is incomplete or damaged."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) and {"host", "pid", "started"} <= record.keys() else {}
+
+
+def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
-        if _is_ours(lease):
-            lease.touch()
+        lease.beat()

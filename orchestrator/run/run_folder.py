@@ -1,8 +1,9 @@
 """The run folder, which holds all state of a run. Only this file knows the names in it.
 
-config.yaml                       format version, and the composed configuration of the latest `ddm run`
+config.yaml                       checksum, format version, and the composed configuration of the latest `ddm run`
+config.signature                  proof that this user wrote the configuration on this machine
 journal.jsonl                     events, append-only
-controller.json                   the controller that runs the run, with a heartbeat
+controllers/<generation>.json     the controllers that have held the run's lease, the present one last
 run_id                            eight hex digits that name this run on islands
 islands.json                      the islands that do not respond
 submission.json                   the latest `ddm submit`, and the confirmation of its job
@@ -16,10 +17,13 @@ work/<stage>-<fingerprint>/       attempt_<n>/ with log, progress, metrics; stat
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,13 @@ from ddm_core.artifacts import CorruptArtifact, is_finished, to_jsonable, verify
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Input, Stage
+from orchestrator.run.signature import sign
+
+TEMPORARY = re.compile(r"\.[\w.]+-[0-9a-f]{12}\.\d+")
+"""Name of a temporary artifact folder: `.<stage>-<fingerprint>.<pid>`."""
+
+CONFIG_SEAL = "# written by ddm; do not edit; sha256 of the rest: "
+"""First line of config.yaml, before the checksum."""
 
 FORMAT = 2
 """Version of the names and keys in a run folder, stored in config.yaml; folders without a version are format 1."""
@@ -48,9 +59,9 @@ class RunFolder:
         return self.root / "journal.jsonl"
 
     @property
-    def lease(self) -> Path:
-        """Return the file that names the run's controller."""
-        return self.root / "controller.json"
+    def controllers(self) -> Path:
+        """Return the folder of the lease: one file per controller that has held it, with a heartbeat."""
+        return self.root / "controllers"
 
     @property
     def stop(self) -> Path:
@@ -61,6 +72,16 @@ class RunFolder:
     def islands(self) -> Path:
         """Return the file with the islands that do not respond; the controller writes it on every change."""
         return self.root / "islands.json"
+
+    @property
+    def config_file(self) -> Path:
+        """Return the file with the run's configuration and its checksum."""
+        return self.root / "config.yaml"
+
+    @property
+    def signature(self) -> Path:
+        """Return the file that records which user wrote the configuration."""
+        return self.root / "config.signature"
 
     def run_id(self) -> str:
         """Return the run's name on islands; it is generated once and moves with the folder."""
@@ -136,29 +157,42 @@ class RunFolder:
         return is_finished(self.artifact(stage))
 
     def clear_unfinished(self) -> None:
-        """Delete the temporary folders of attempts that were killed while they published."""
-        for folder in self.root.glob("artifacts/.*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Delete the temporary folders of attempts that were killed while they published, and nothing else.
+
+        `artifacts` may be a link to another disk, where other things may be too: only names of our own form count.
+        """
+        artifacts = self.root / "artifacts"
+        for entry in os.scandir(artifacts) if artifacts.is_dir() else ():
+            if TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
 
     def save_config(self, config: RunConfig) -> None:
-        """Write `config.yaml`; raises `RunFolderError` if an earlier version of ddm wrote the folder."""
+        """Write and sign `config.yaml`; raises `RunFolderError` if an earlier version of ddm wrote the folder."""
         with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            self._check_format(yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8")))
-        contents = {"format": FORMAT} | to_jsonable(config)
-        write_text(self.root / "config.yaml", yaml.safe_dump(contents, sort_keys=False))
+            self._check_format(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
+        text = yaml.safe_dump({"format": FORMAT} | to_jsonable(config), sort_keys=False)
+        write_text(self.config_file, f"{CONFIG_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+        sign(self.config_file, self.signature)
 
     def load_config(self) -> RunConfig:
         """Return the latest configuration; raises `RunFolderError` for no run folder or one of another format."""
-        path = self.root / "config.yaml"
+        path = self.config_file
         if not path.is_file():
             raise RunFolderError(f"{self.root} is not a run folder: it has no config.yaml; start one with `ddm run`")
         try:
-            contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            contents = yaml.safe_load(text)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RunFolderError(f"{path} cannot be read ({error}); write it again with `ddm run folder=…`") from error
         if not isinstance(contents, dict):
             raise RunFolderError(f"{path} holds no configuration; write it again with `ddm run folder=…`")
         self._check_format(contents)
+        seal, _, sealed = text.partition("\n")
+        if seal != f"{CONFIG_SEAL}{hashlib.sha256(sealed.encode()).hexdigest()}":
+            raise RunFolderError(
+                f"{path} does not match its checksum: it is damaged or was edited by hand; pass a changed setting as "
+                f"an override, `ddm run … folder={self.root} key=value`"
+            )
         return parse_config({key: value for key, value in contents.items() if key != "format"})
 
     def _check_format(self, contents: Any) -> None:
@@ -171,10 +205,14 @@ class RunFolder:
                 "start a new run in another folder, or use the version that made it"
             )
 
+    def request_stop(self) -> None:
+        """Request a stop from the run's controller."""
+        os.close(_open_regular(self.stop, os.O_WRONLY | os.O_CREAT))
+
     def record(self, event: str, **facts: Any) -> None:
         """Append one event to the journal and flush it to the disk."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **to_jsonable(facts)}) + "\n"
-        descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = _open_regular(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             end = os.lseek(descriptor, 0, os.SEEK_END)
             if os.write(descriptor, line.encode()) < len(line.encode()):
@@ -186,9 +224,11 @@ class RunFolder:
 
     def repair_journal(self) -> None:
         """Remove an incomplete last line that a crash left, so that the next event starts on a new line."""
-        if self.journal.is_file():
-            contents = self.journal.read_bytes()
-            os.truncate(self.journal, contents.rfind(b"\n") + 1)
+        if not self.journal.exists() and not self.journal.is_symlink():
+            return
+        descriptor = _open_regular(self.journal, os.O_RDWR)
+        with os.fdopen(descriptor, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return the journal's events, without an incomplete last line that a crash left."""
@@ -205,6 +245,23 @@ class RunFolder:
                         f"{self.journal}, line {number}: {error}; correct or delete that line"
                     ) from error
         return events
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """Open a file of the run folder for writing; raises `RunFolderError` for a link, a pipe or a device.
+
+    A run folder may come from anyone: a link in it must not lead a command to a file outside.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise RunFolderError(f"{path} is not a regular file; replace it with one, or delete it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise RunFolderError(f"{path} is not a regular file of its own; replace it with one, or delete it")
+    return descriptor
 
 
 def attempt_number(attempt: Path) -> int:

@@ -23,6 +23,7 @@ from orchestrator.run.backend import AttemptOutcome, Backend, Job, attempt_folde
 from orchestrator.run.lease import is_alive, is_on_this_host
 from orchestrator.run.ready_queue import ReadyQueue
 from orchestrator.run.run_folder import RunFolder, attempt_number
+from orchestrator.run.worker_lock import is_worker
 
 POLL_S = 0.2
 
@@ -68,6 +69,8 @@ class Runner:
     backend: Backend
     policy: ComputeConfig
     commit: str = ""
+    check_lease: Callable[[], None] = lambda: None
+    """Raises `LeaseLost` once another controller has taken over; called before everything that this runner writes."""
     on_event: Callable[[str, Stage, str], None] = lambda event, stage, text: None
     on_tick: Sequence[Callable[[Sequence[Stage]], None]] = ()
     running: dict[str, _Running] = field(default_factory=dict)
@@ -85,6 +88,7 @@ class Runner:
         """Run stages until nothing can run any more or a stop is requested, and return the result."""
         self._reattach_running()
         while True:
+            self.check_lease()
             stopping = self.run.stop.exists()
             if not stopping:
                 self.queue.dispatch(self._start)
@@ -145,6 +149,7 @@ class Runner:
         island = self.backend.place(self._make_job(stage, 0, ""))
         if island is None:
             return False
+        self.check_lease()
         job = self._make_job(stage, self._reserve_attempt(stage), island)
         write_json(attempt_folder(job) / "job.json", job)
         self.run.record(
@@ -185,6 +190,7 @@ class Runner:
         self.queue.finish(stage.name)
 
     def _handle_outcome(self, outcome: AttemptOutcome) -> None:
+        self.check_lease()
         entry = self.running.pop(outcome.stage)
         is_cancelled = bool(entry.cancel_reason) and outcome.state != "finished"
         is_stopped = entry.stop_requested is not None and not is_cancelled and outcome.state == "lost"
@@ -294,7 +300,8 @@ def kill_orphan_workers(run: RunFolder, graph: Sequence[Stage]) -> None:
     """Kill workers on this machine that a dead controller left at unfinished attempts; their checkpoints are kept.
 
     A worker on an island continues, and this controller reattaches to it. A worker on another machine is left alone:
-    the next attempt's number fences it off.
+    the next attempt's number fences it off. So is a process that does not hold the attempt's lock: its id in the run
+    folder may be stale or forged.
     """
     for stage in graph:
         for attempt in run.attempts(stage):
@@ -302,7 +309,9 @@ def kill_orphan_workers(run: RunFolder, graph: Sequence[Stage]) -> None:
             if not worker_file.is_file() or (attempt / "outcome.json").is_file() or _outlives_controller(attempt):
                 continue
             worker = read_json(worker_file)
-            if is_on_this_host(worker) and worker["pid"] != os.getpid() and is_alive(worker, 0.0):
+            if not is_on_this_host(worker) or worker["pid"] == os.getpid() or not is_alive(worker, 0.0):
+                continue
+            if is_worker(int(worker["pid"]), attempt):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(worker["pid"]), signal.SIGKILL)
 

@@ -30,6 +30,7 @@ from orchestrator.config.stage_kinds import STAGE_KINDS
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
 from orchestrator.run.disk_errors import error_number, explain_disk_error
 from orchestrator.run.lease import this_process
+from orchestrator.run.worker_lock import hold_worker_lock
 
 
 @contextlib.contextmanager
@@ -93,7 +94,7 @@ def execute_rank(job: Job, rank: int, output: Path, stopping: Callable[[], bool]
     workspace = _make_workspace(job, folder, stopping)
     output.mkdir(parents=True, exist_ok=True)
     write_json(folder / "worker.json", this_process() | {"time": time.time()})
-    with _attempt(job, workspace) as attempt:
+    with hold_worker_lock(folder), _attempt(job, workspace) as attempt:
         config, fill = _prepare_stage(job, workspace)
         if rank:
             fill(output)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddm_core.artifacts import read_json, verify
-from orchestrator.run.lease import process_start_time
+from orchestrator.run.lease import process_start_time, read_holder
 from orchestrator.run.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -135,7 +135,7 @@ def test_ctrl_c_leaves_a_resumable_run(undisturbed, tmp_path):
     controller.send_signal(signal.SIGINT)
     output, _ = controller.communicate(timeout=120)
     assert controller.returncode == 130 and f"ddm resume {tmp_path}" in output
-    assert not (tmp_path / "controller.json").exists() and not (tmp_path / "stop").exists()
+    assert read_holder(RunFolder(tmp_path)) is None and not (tmp_path / "stop").exists()
     run("resume", str(tmp_path))
     assert contents(tmp_path) == contents(undisturbed)
 

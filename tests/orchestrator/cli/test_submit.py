@@ -53,8 +53,9 @@ def config(folder: Path, **compute) -> RunConfig:
 
 def lock_elsewhere(run: RunFolder, age_s: float) -> None:
     """Write a lease of a controller on another machine, with a heartbeat of this age."""
-    write_json(run.lease, this_process() | {"host": "another-host"})
-    os.utime(run.lease, (time.time() - age_s,) * 2)
+    lease = run.controllers / "1.json"
+    write_json(lease, this_process() | {"host": "another-host"})
+    os.utime(lease, (time.time() - age_s,) * 2)
 
 
 def test_submit_sends_one_fixed_command(tmp_path):

@@ -1,6 +1,5 @@
 """The run folder: a journal that survives crashes, a format version, and a lease that only one controller holds."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from ddm_core.artifacts import CorruptArtifact
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import RunFolderError, RunIsLocked
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.run.lease import LEASE_S, hold_lease, is_alive, this_process
+from orchestrator.run.lease import LEASE_S, hold_lease, is_alive, read_holder, this_process
 from orchestrator.run.run_folder import FORMAT, RunFolder
 
 
@@ -99,7 +98,7 @@ def test_load_config_without_run_is_an_error(run):
 def test_lease_of_live_controller_blocks_another(run):
     with hold_lease(run), pytest.raises(RunIsLocked, match=str(os.getpid())), hold_lease(run):
         pass
-    assert not run.lease.exists()
+    assert read_holder(run) is None
 
 
 def test_lease_of_killed_controller_is_free(run):
@@ -116,7 +115,7 @@ def test_lease_of_killed_controller_is_free(run):
     other.wait()
     other.stdout.close()
     with hold_lease(run):
-        assert json.loads(run.lease.read_text())["pid"] == os.getpid()
+        assert read_holder(run).process["pid"] == os.getpid()
 
 
 @pytest.mark.slow
@@ -148,7 +147,7 @@ def test_reused_pid_is_another_process(run):
 
 def test_heartbeat_touches_the_lease(run, monkeypatch):
     monkeypatch.setattr("orchestrator.run.lease.HEARTBEAT_S", 0.05)
-    with hold_lease(run):
-        os.utime(run.lease, (0, 0))
+    with hold_lease(run) as lease:
+        os.utime(run.controllers / f"{lease.generation}.json", (0, 0))
         time.sleep(0.3)
-        assert time.time() - run.lease.stat().st_mtime < 5
+        assert read_holder(run).age_s < 5

@@ -264,12 +264,19 @@ def test_attempt_without_outcome_gets_one(tmp_path):
 
 
 def test_orphan_worker_is_killed(tmp_path):
-    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     run, stage = run_folder(tmp_path), diamond()[0]
     attempt = run.attempt(stage, 1)
+    attempt.mkdir(parents=True)
+    code = (
+        "import sys, time; from pathlib import Path; from orchestrator.run.worker_lock import hold_worker_lock\n"
+        "with hold_worker_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    orphan = subprocess.Popen([sys.executable, "-c", code, str(attempt)], stdout=subprocess.PIPE, text=True)
+    assert orphan.stdout.readline() == "held\n"
     write_json(attempt / "worker.json", this_process() | {"pid": orphan.pid, "started": process_start_time(orphan.pid)})
     kill_orphan_workers(run, [stage])
     assert orphan.wait(timeout=10) == -9
+    orphan.stdout.close()
 
 
 def test_process_with_pid_of_remote_worker_survives(tmp_path):

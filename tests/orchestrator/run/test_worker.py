@@ -104,7 +104,13 @@ def test_execute_rank_writes_no_outcome(tmp_path):
         assert (output / "dataset.json").exists()
         assert (tmp_path / "dataset").exists() == (rank == 0)
     attempt = tmp_path / "work" / "attempt_1"
-    assert {path.name for path in attempt.iterdir()} == {"log.txt", "progress.json", "worker.json", "worker_1"}
+    assert {path.name for path in attempt.iterdir()} == {
+        "log.txt",
+        "progress.json",
+        "worker.json",
+        "worker.lock",
+        "worker_1",
+    }
     assert (attempt / "worker_1" / "log.txt").exists()
     assert (tmp_path / "work" / "state").exists(), "the process that started the group deletes it at the end"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RunFailed
+from orchestrator.run.lease import read_holder
+from orchestrator.run.run_folder import RunFolder
 from orchestrator.sweeps.loop import raise_if_incomplete
 from orchestrator.sweeps.trial import SweepStopped, SweepTrial, TrialEnd
 from tests.orchestrator.sweeps.test_trial_pool import wait_until
@@ -93,12 +95,12 @@ def test_stop_signal_stops_all_trials(tmp_path, number):
     running.send_signal(number)
     output, _ = running.communicate(timeout=60)
     assert "SweepStopped" in output and "the same command continues" in output
-    assert count_journal_lines(tmp_path) and not list(tmp_path.glob("*/controller.json"))
+    assert count_journal_lines(tmp_path) and not any(read_holder(RunFolder(folder)) for folder in tmp_path.glob("*"))
 
 
 def test_second_sweep_in_a_folder_is_rejected(tmp_path):
     first = start_sweep(tmp_path)
-    wait_until((tmp_path / "sweep" / "controller.json").exists)
+    wait_until(lambda: read_holder(RunFolder(tmp_path / "sweep")) is not None)
     second = start_sweep(tmp_path)
     output, _ = second.communicate(timeout=60)
     assert "RunIsLocked" in output and f"process {first.pid}" in output

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.controller import LOOPBACK_ONLY
+from orchestrator.run.lease import read_holder
+from orchestrator.run.run_folder import RunFolder
 from tests.orchestrator.sweeps.test_trial_pool import wait_until
 
 TINY = (
@@ -149,8 +151,8 @@ def swept(tmp_path_factory):
     killed = wait_for_run(folder, "**/expert_0-*/state/checkpoints/step-*")
     worker = json.loads(next(killed.glob("work/expert_0-*/attempt_1/worker.json")).read_text())["pid"]
     os.kill(worker, signal.SIGSTOP)  # so that it is unfinished when Ray notices that its controller is gone
-    leases = [json.loads(lease.read_text()) for lease in folder.glob("seed=*/controller.json")]
-    environments = [environment_of(lease["pid"]) for lease in leases]
+    holders = [read_holder(RunFolder(trial)) for trial in folder.glob("seed=*")]
+    environments = [environment_of(holder.process["pid"]) for holder in holders if holder is not None]
     added = [dict(environment.items() - ENVIRONMENT.items() - {("DDM_MARK", mark)}) for environment in environments]
     running.kill()
     running.communicate()

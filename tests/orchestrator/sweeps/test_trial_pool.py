@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from orchestrator.run.lease import hold_lease
+from orchestrator.run.lease import hold_lease, read_holder
 from orchestrator.sweeps.trial_pool import TrialPool
 from tests.orchestrator.sweeps.fake_sweep import METRIC, build_fake_trial, fake_trial_command
 from tests.orchestrator.sweeps.fake_trial import SEED_THAT_FAILS, SEED_THAT_NEVER_ENDS
@@ -94,7 +94,7 @@ def test_stopped_trials_save_their_work(tmp_path):
     trials.stop()
     assert not trials.has_room
     assert [end.state for end in wait_for_ends(trials)] == ["stopped"]
-    assert not build_trial(tmp_path).run.lease.exists()
+    assert read_holder(build_trial(tmp_path).run) is None
 
 
 def test_pool_waits_for_another_controller(tmp_path):
@@ -140,9 +140,9 @@ def test_trials_end_with_a_killed_sweep(tmp_path):
         "time.sleep(600)"
     )
     sweep = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    lease = build_trial(tmp_path).run.lease
-    wait_until(lease.exists)
-    child = json.loads(lease.read_text())["pid"]
+    run = build_trial(tmp_path).run
+    wait_until(lambda: read_holder(run) is not None)
+    child = read_holder(run).process["pid"]
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     try:

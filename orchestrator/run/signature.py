@@ -1,0 +1,64 @@
+"""Signatures of this user: proof that a file was written by this user, on this machine or with this home folder.
+
+The key is in the user's own folder, of mode 600, and never in a run folder. A copied or moved file keeps its signature.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from ddm_core.artifacts import write_text
+
+USER_FOLDER = "DDM_HOME"
+"""Environment variable with the folder of this user's own files; the default is `~/.ddm`."""
+
+KEY_BYTES = 32
+
+
+def user_folder() -> Path:
+    """Return the folder of this user's own files."""
+    return Path(os.environ.get(USER_FOLDER) or Path.home() / ".ddm")
+
+
+def sign(file: Path, signature: Path) -> None:
+    """Write the signature of a file's present content."""
+    write_text(signature, _compute(file, _load_key(create=True)) + "\n")
+
+
+def is_signed(file: Path, signature: Path) -> bool:
+    """Return whether this user has signed the file's present content."""
+    try:
+        recorded = signature.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return False
+    key = _load_key(create=False)
+    return bool(key) and hmac.compare_digest(recorded, _compute(file, key))
+
+
+def _compute(file: Path, key: bytes) -> str:
+    message = b"\0".join([file.name.encode(), str(os.getuid()).encode(), file.read_bytes()])
+    return hmac.new(key, message, hashlib.sha256).hexdigest()
+
+
+def _load_key(*, create: bool) -> bytes:
+    """Return this user's key; empty if there is none and `create` is False."""
+    path = user_folder() / "signing.key"
+    if create and not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        candidate = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            os.write(descriptor, secrets.token_bytes(KEY_BYTES))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(candidate, path)
+        except OSError:  # no hard links here: the last of two first commands wins, and both have only just begun
+            candidate.replace(path)
+        candidate.unlink(missing_ok=True)
+    return path.read_bytes() if path.is_file() else b""
