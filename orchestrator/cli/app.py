@@ -20,6 +20,7 @@ from orchestrator.cli.analyze import audit, classify
 from orchestrator.cli.experts import app as experts_app
 from orchestrator.cli.islands import app as islands_app
 from orchestrator.cli.pools import app as pool_app
+from orchestrator.cli.verify import verify
 from orchestrator.errors import ConfigError, RunFailed, RunFolderError
 
 COMMANDS = (
@@ -35,6 +36,7 @@ COMMANDS = (
     "classify",
     "compress",
     "experts",
+    "verify",
     "report",
     "submit",
     "islands",
@@ -58,6 +60,7 @@ app.add_typer(experts_app, name="experts")
 app.add_typer(islands_app, name="islands")
 app.add_typer(pool_app, name="pool")
 app.command()(audit)
+app.command()(verify)
 app.command()(classify)
 console = Console()
 

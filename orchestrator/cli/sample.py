@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ddm_core.artifacts import verify
+from ddm_core.artifacts import is_finished, verify
 from ensemble.config import SamplingConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
@@ -67,6 +67,18 @@ def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:
     return run.artifact(stage)
 
 
+def verify_pipeline(folder: Path) -> Path:
+    """Return a pipeline folder after its checksums are verified, if it is an artifact and so has them.
+
+    Raises `RunFolderError` if it is not a pipeline, and `CorruptArtifact` that names the damaged files.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise RunFolderError(f"{folder} is not the folder of an ensemble: it has no model_index.json; name another one")
+    if is_finished(folder):
+        verify(folder)
+    return folder
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRequest:
     """A loaded pipeline, and what `ddm sample` samples from it."""
@@ -99,7 +111,7 @@ def prepare_sampling(
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         raise ConfigError(f"--out must end in one of {', '.join(PICTURE_SUFFIXES)}; got {out}")
     defaults = run.load_config()
-    folder = ensemble or find_pipeline(run, monolith=monolith)
+    folder = find_pipeline(run, monolith=monolith) if ensemble is None else verify_pipeline(ensemble)
     config = replace(
         defaults.ensemble,
         selection=SelectionConfig(name="full")

@@ -6,8 +6,7 @@ terminal the lines stay in place. Elsewhere (a log, CI) a line is printed every 
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -15,30 +14,26 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from ddm_core.artifacts import read_json
 from orchestrator.pipeline.stage import Stage
+from orchestrator.run.attempts import Progress, load_progress
 from orchestrator.run.run_folder import RunFolder
 
 PRINT_EVERY_S = 10.0
 
 
-def load_progress(attempt: Path) -> dict[str, Any]:
-    """Return the latest progress that an attempt reported; empty before its first report."""
-    path = attempt / "progress.json"
-    return dict(read_json(path)) if path.is_file() else {}
-
-
-def format_progress(progress: dict[str, Any]) -> str:
+def format_progress(progress: Progress | None) -> str:
     """Return progress as text: share, figures, time left."""
-    if not progress:
+    if progress is None:
         return "waiting for a worker"
-    done, total, unit = progress["done"], progress["total"], progress["unit"]
+    if progress.is_damaged:
+        return "unknown, as its progress.json is damaged"
+    done, total = progress.done, progress.total
     parts = [
-        f"{done:,} {unit}" if total is None else f"{done / max(total, 1):4.0%}",
-        *(f"{name.replace('_per_s', '/s')} {format_number(value)}" for name, value in progress["figures"].items()),
+        f"{done:,.0f} {progress.unit}" if total is None else f"{done / max(total, 1):4.0%}",
+        *(f"{name.replace('_per_s', '/s')} {format_number(value)}" for name, value in progress.figures.items()),
     ]
-    if progress["left_s"] is not None and done != total:
-        parts.append(f"{format_clock(progress['left_s'])} left")
+    if progress.left_s is not None and done != total:
+        parts.append(f"{format_clock(progress.left_s)} left")
     return "  ".join(parts)
 
 
@@ -101,9 +96,11 @@ class RunDisplay:
         table = Table.grid(padding=(0, 1))
         for stage in self.running:
             attempts = self.run.attempts(stage)
-            progress = load_progress(attempts[-1]) if attempts else {}
-            total, done = progress.get("total", 1), progress.get("done", 0)
-            bar = ProgressBar(total=total or 1, completed=done, width=24, pulse=total is None)
+            progress = load_progress(attempts[-1]) if attempts else None
+            is_unknown = progress is not None and progress.total is None
+            total = progress.total if progress is not None and progress.total else 1
+            done = progress.done if progress is not None else 0
+            bar = ProgressBar(total=total, completed=done, width=24, pulse=is_unknown)
             table.add_row(f"  {stage.name:22}", bar, format_progress(progress))
         return table
 

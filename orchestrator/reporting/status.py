@@ -15,7 +15,8 @@ from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.costs import format_run_costs
-from orchestrator.reporting.progress import format_clock, format_progress, load_progress
+from orchestrator.reporting.progress import format_clock, format_progress
+from orchestrator.run.attempts import load_progress
 from orchestrator.run.lease import is_alive, read_holder, seconds_since_change
 from orchestrator.run.run_folder import RunFolder
 

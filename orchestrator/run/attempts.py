@@ -8,13 +8,14 @@ so their age is not used.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from ddm_core.artifacts import is_finished, read_json, read_manifest
+from ddm_core.artifacts import CorruptArtifact, is_finished, read_json, read_manifest
+from ddm_core.json_values import from_json
 from orchestrator.config.compute import CONTROLLER, ResourcesConfig
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder, attempt_number
@@ -85,7 +86,7 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
     if not (folder / "worker.json").is_file():
         return None
     worker, job = read_json(folder / "worker.json"), _read_optional(folder / "job.json")
-    progress, outcome = _read_optional(folder / "progress.json"), _read_optional(folder / "outcome.json")
+    progress, outcome = load_progress(folder) or DAMAGED_PROGRESS, _read_optional(folder / "outcome.json")
     island = job.get("island", "")
     start = worker.get("time") or (folder / "worker.json").stat().st_mtime
     return Attempt(
@@ -103,6 +104,41 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """The latest progress report of an attempt."""
+
+    done: float = 0.0
+    total: float | None = None
+    """None is unknown."""
+    unit: str = ""
+    left_s: float | None = None
+    pace: float = 0.0
+    """Units per second."""
+    time: float = 0.0
+    """Seconds since the epoch."""
+    figures: dict[str, float] = field(default_factory=dict)
+    is_damaged: bool = False
+    """Whether the file cannot be read; the other fields then mean nothing."""
+
+
+DAMAGED_PROGRESS = Progress(is_damaged=True)
+
+
+def load_progress(attempt: Path) -> Progress | None:
+    """Return the latest progress that an attempt reported; None before its first report.
+
+    Progress is an observation, on which no result depends. So a damaged file is reported as such and blocks nothing.
+    """
+    path = attempt / "progress.json"
+    if not path.is_file():
+        return None
+    try:
+        return from_json(Progress, read_json(path))
+    except (CorruptArtifact, ValueError):
+        return DAMAGED_PROGRESS
+
+
 def _read_optional(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.is_file() else {}
 
@@ -115,34 +151,42 @@ def _infer_state(run: RunFolder, folder: Path, *, last: bool) -> str:
     return "running" if last else "lost"
 
 
-def _last_activity(folder: Path, progress: dict[str, Any], *, is_local: bool) -> float:
+def _last_activity(folder: Path, progress: Progress, *, is_local: bool) -> float:
     """Return when the attempt last wrote a file; files that the controller writes do not count."""
-    reported = float(progress.get("time", 0.0))
     if not is_local:
-        return reported
+        return progress.time
     worker_files = (path for path in folder.iterdir() if path.name not in ("job.json", "outcome.json", "stop"))
-    return max([reported, *(path.stat().st_mtime for path in worker_files)])
+    return max([progress.time, *(path.stat().st_mtime for path in worker_files)])
 
 
-def _read_steps(folder: Path, progress: dict[str, Any]) -> Steps | None:
-    """Return an attempt's steps; its metrics file exists from the start of training and has all attempts' rows."""
+def _read_steps(folder: Path, progress: Progress) -> Steps | None:
+    """Return an attempt's steps; its metrics file exists from the start of training and has all attempts' rows.
+
+    The last row that can be read counts: the file is an observation, and damage to it blocks nothing.
+    """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         return None
     first = read_resume_step(folder)
-    rows = metrics.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-    last = int(json.loads(rows[-1])["step"]) if rows else 0
+    rows = metrics.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0].splitlines()
+    last = next((step for row in reversed(rows) if (step := _read_step(row)) is not None), 0)
     return Steps(first=first, last=max(first, last), seconds_per_step=_seconds_per_step(progress))
+
+
+def _read_step(row: str) -> int | None:
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_resume_step(attempt: Path) -> int:
     """Return the step from which an attempt resumed, from its log; 0 if it started from scratch."""
     log = attempt / "log.txt"
-    steps = CONTINUED.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
+    steps = CONTINUED.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     return int(steps[-1]) if steps else 0
 
 
-def _seconds_per_step(progress: dict[str, Any]) -> float | None:
+def _seconds_per_step(progress: Progress) -> float | None:
     """Return the mean seconds per step since the first report."""
-    pace = float(progress.get("pace", 0.0)) if progress.get("unit") == "steps" else 0.0
-    return 1 / pace if pace > 0 else None
+    return 1 / progress.pace if progress.unit == "steps" and progress.pace > 0 else None

@@ -234,7 +234,7 @@ class RunFolder:
         """Return the journal's events, without an incomplete last line that a crash left."""
         if not self.journal.is_file():
             return []
-        lines = self.journal.read_text(encoding="utf-8").splitlines()
+        lines = self.journal.read_text(encoding="utf-8", errors="replace").splitlines()
         events = []
         for number, line in enumerate(lines, start=1):
             try:

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from ddm_core.artifacts import Workspace
-from orchestrator.reporting.progress import RunDisplay, format_clock, format_number, format_progress, load_progress
+from orchestrator.reporting.progress import RunDisplay, format_clock, format_number, format_progress
+from orchestrator.run.attempts import load_progress
 from tests.orchestrator.fakes import diamond, run_folder
 
 
@@ -51,3 +52,9 @@ def test_display_shows_running_stages_and_verbatim_errors(tmp_path, monkeypatch,
     shown = console.file.getvalue()
     assert "expert_0" in shown and "loss 0.5" in shown
     assert "'decentralized-diffusion[features]' for [/tmp/x]" in shown
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"done": "x", "total": 1}', "\x00"])
+def test_damaged_progress_is_reported_as_such(tmp_path, damage):
+    (tmp_path / "progress.json").write_text(damage)
+    assert "damaged" in format_progress(load_progress(tmp_path))
