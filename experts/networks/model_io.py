@@ -8,10 +8,12 @@ of any kind, pickles included. `load_model` requires every tensor of the model a
 """
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,6 +50,7 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     if unknown := sorted(settings.keys() - inspect.signature(model_class).parameters.keys()):
         raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not take: {', '.join(unknown[:5])}")
     try:
+        _check_size(model_class, settings, folder)
         model: nn.Module = model_class(**settings)
         if (folder / STRUCTURE).exists():
             from_json(Structure, read_json(folder / STRUCTURE)).apply(model)
@@ -58,6 +61,32 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
         reason = " ".join(str(error).split())[:500]
         raise CorruptArtifact(f"{folder} does not hold a complete {name}: {reason}; {REMEDY}") from error
     return model.eval()
+
+
+MAX_ELEMENTS_PER_BYTE = 64
+"""Elements of an original network per byte of its file: weights of two bits, of which nine tenths were pruned."""
+
+
+def _check_size(model_class: Any, settings: dict[str, Any], folder: Path) -> None:
+    """Compare the network that `config.json` describes with the tensors in its files, before memory is allocated.
+
+    A folder may come from anyone, and a `config.json` of a few bytes can describe a network of any size.
+    """
+    with torch.device("meta"):
+        configured = {name: tuple(tensor.shape) for name, tensor in model_class(**settings).state_dict().items()}
+    files = sorted(folder.glob(f"{DIFFUSERS}*.safetensors"))
+    elements, size = sum(map(math.prod, configured.values())), sum(path.stat().st_size for path in files)
+    if elements > MAX_ELEMENTS_PER_BYTE * size:
+        raise ValueError(f"config.json describes {elements:,} elements, which its files of {size:,} bytes cannot hold")
+    if (folder / STRUCTURE).exists() or (folder / QUANTIZATION_CONFIG).exists():
+        return
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                shape = tuple(tensors.get_slice(name).get_shape())
+                expected = configured.get(name, shape)
+                if expected != shape:
+                    raise ValueError(f"size mismatch for {name}: {list(shape)}, but config.json has {list(expected)}")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
