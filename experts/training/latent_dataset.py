@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,19 @@ from jaxtyping import Int
 from torch import Tensor
 
 from data_partition.shards.shards import read_batches, read_index
-from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files, read_json, write_json
+from ddm_core.artifacts import (
+    CACHE,
+    CorruptArtifact,
+    Preempted,
+    Workspace,
+    atomic_folder,
+    checksum,
+    list_files,
+    read_with_checksum,
+    to_jsonable,
+    with_checksum,
+    write_text,
+)
 from ddm_core.errors import DDMError
 from ddm_core.memmaps import create_memmap
 from ddm_core.random_bits import Stream
@@ -133,6 +146,8 @@ def derive_seed(stream: int, seed: int, index: int) -> int:
 def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, workspace: Workspace) -> LatentDataset:
     """Encode every sample of the shard folders once; later attempts reuse the latents in the scratch folder.
 
+    Reused latents are compared with their checksums first: the disk may have changed a bit since they were written.
+
     Raises `Preempted` if the workspace requests a stop; encoding then restarts. In a group only rank 0 encodes.
     """
     folder = workspace.scratch / CACHE / "latents"
@@ -145,15 +160,38 @@ def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, wor
     }
 
     def encode() -> None:
-        if (folder / "source.json").is_file() and read_json(folder / "source.json") == source:
+        if _is_reusable(folder, source):
             return
         logger.info("encoding %d samples of %d folders", sum(counts), len(shards))
         with atomic_folder(folder) as temporary:
             _write_latents(temporary, shards, sum(counts), codec, workspace)
-            write_json(temporary / "source.json", source)
+            write_text(temporary / SOURCE, with_checksum({"source": source, "arrays": _checksums(temporary)}))
 
     DataParallelGroup.join().run_on_main(encode)
     return read_latents(folder)
+
+
+SOURCE = "source.json"
+"""What cached latents were encoded from, and the checksums of their arrays."""
+
+
+def _is_reusable(folder: Path, source: dict[str, Any]) -> bool:
+    """Return whether cached latents are of this source and as they were written; log the reason if they are damaged."""
+    if not (folder / SOURCE).is_file():
+        return False
+    try:
+        record = read_with_checksum(folder / SOURCE)
+        is_intact = record["arrays"] == _checksums(folder)
+    except (CorruptArtifact, KeyError, OSError) as error:
+        logger.warning("the cached latents in %s cannot be read (%s); encoding again", folder, error)
+        return False
+    if not is_intact:
+        logger.warning("the cached latents in %s do not match their checksums; encoding again", folder)
+    return is_intact and bool(record["source"] == to_jsonable(source))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {name: checksum(folder / f"{name}.npy") for name in _FIELDS}
 
 
 def read_latents(folder: Path) -> LatentDataset:

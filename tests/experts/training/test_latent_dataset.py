@@ -104,6 +104,21 @@ def test_latents_are_reencoded_for_other_shards_only(shards, workspace):
     assert len(encode_pixels([shards, shards], workspace)) == 80
 
 
+@pytest.mark.parametrize(
+    ("name", "place"), [("clean.npy", 200), ("class_id.npy", 140), ("cluster_id.npy", 136), ("source.json", 30)]
+)
+def test_damaged_latents_are_encoded_again(shards, workspace, caplog, name, place):
+    first = encode_pixels([shards], workspace)
+    expected = [tensor.clone() for tensor in (first.clean, first.class_id, first.cluster_id)]
+    path = workspace.scratch / CACHE / "latents" / name
+    contents = bytearray(path.read_bytes())
+    contents[place] ^= 1
+    path.write_bytes(contents)
+    again = encode_pixels([shards], workspace)
+    assert all(map(torch.equal, expected, (again.clean, again.class_id, again.cluster_id)))
+    assert "encoding again" in caplog.text
+
+
 def test_empty_shards_are_refused(tmp_path, workspace):
     writer = ShardWriter(tmp_path / "empty", image_shape=(4, 4, 1))
     writer.close()
