@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ddm_core.artifacts import MANIFEST, ArtifactError
 from orchestrator.errors import RunFolderError
 
 console = Console()
@@ -32,10 +31,11 @@ def verify(
 
 def find_artifacts(folder: Path) -> list[Path]:
     """Return the finished artifacts of a run folder, after its configuration is verified, or the folder itself."""
-    if (folder / MANIFEST).is_file():
-        return [folder]
+    from ddm_core.artifacts import MANIFEST
     from orchestrator.run.run_folder import RunFolder
 
+    if (folder / MANIFEST).is_file():
+        return [folder]
     RunFolder(folder).load_config()
     artifacts = folder / "artifacts"
     entries = sorted(artifacts.iterdir()) if artifacts.is_dir() else []
@@ -44,6 +44,7 @@ def find_artifacts(folder: Path) -> list[Path]:
 
 def check_artifact(folder: Path) -> str:
     """Return what is wrong with an artifact, or an empty string."""
+    from ddm_core.artifacts import ArtifactError
     from ddm_core.artifacts import verify as verify_artifact
 
     try:
