@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ddm.runs import Run
+from orchestrator.cli.replacement import check_replacement
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
 from orchestrator.errors import RunFailed
 from orchestrator.reporting.results import ScoreRow
+from orchestrator.run.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ddm.pipeline import DDMPipeline
@@ -29,13 +31,16 @@ def load_config(*overrides: str) -> RunConfig:
     return parse_config(compose(list(overrides)))
 
 
-def run(*overrides: str, console: Console | None = None) -> Run:
+def run(*overrides: str, replace: bool = False, console: Console | None = None) -> Run:
     """Run the whole pipeline, or continue an earlier run in the same folder, and write its report.
 
     `folder=…` among the overrides names the run folder; the default is `runs/<name>`. Progress is printed to `console`.
-    Raises `ConfigError` for a wrong override and `RunFailed` if a stage that is needed fails or the run is stopped.
+    A folder that holds a finished run with other settings is refused; `replace` archives those settings. Raises
+    `ConfigError` for a wrong override and `RunFailed` if a stage that is needed fails or the run is stopped.
     """
-    return _execute(load_config(*overrides), console)
+    config = load_config(*overrides)
+    check_replacement(RunFolder(Path(config.folder).expanduser()), config, replace=replace)
+    return _execute(config, console)
 
 
 def plan(*overrides: str) -> Plan:

@@ -49,8 +49,8 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
         run.repair_journal()
         run.stop.unlink(missing_ok=True)
         run.clear_unfinished()
-        run.save_config(config)
         graph = build_graph(config)
+        run.save_config(config)
         unfinished = [stage for stage in graph if not run.is_finished(stage)]
         if not unfinished:
             console.print(f"All {len(graph)} stages of {run.root} are finished; nothing to do.")

@@ -110,18 +110,24 @@ def run(
     multirun: Annotated[
         bool, typer.Option("--multirun", "-m", help="Run every combination of keys with several values: key=a,b")
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace the settings of a finished run in this folder; they are archived")
+    ] = False,
 ) -> None:
     """Run the whole pipeline: partition, experts, router, monolith, ensemble, scores, report."""
     if multirun:
         _sweep(overrides or [])
         return
+    from orchestrator.cli.replacement import check_replacement
     from orchestrator.config.hydra_compose import compose
     from orchestrator.config.schema import parse_config
     from orchestrator.controller import run_pipeline
+    from orchestrator.run.run_folder import RunFolder
 
     if misplaced := [text for text in overrides or [] if text.startswith(("hydra/launcher", "hydra/sweeper"))]:
         raise ConfigError(f"{misplaced[0]} belongs to a sweep: add -m, and a key with several values")
     config = parse_config(compose(overrides or []))
+    check_replacement(RunFolder(Path(config.folder).expanduser()), config, replace=replace)
     _report_result(config, run_pipeline(config, console))
 
 

@@ -57,14 +57,18 @@ def resolve_selection(run: RunFolder, selection: SelectionConfig) -> SelectionCo
 
 
 def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:
-    """Return the finished pipeline folder of the ensemble or the monolith, after its checksums are verified."""
+    """Return the last finished pipeline folder of the ensemble or the monolith, after its checksums are verified.
+
+    Until a new configuration has one, that is the one of the configuration that it replaced.
+    """
     name = "monolith_ensemble" if monolith else "ensemble"
-    graph = current_graph(run, run.load_config())
-    stage = next((stage for stage in graph if stage.name == name), None)
-    if stage is None or not run.is_finished(stage):
-        raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
-    verify(run.artifact(stage))
-    return run.artifact(stage)
+    for archived in (None, *run.archived_configs()):
+        graph = current_graph(run, run.load_config(archived))
+        stage = next((stage for stage in graph if stage.name == name), None)
+        if stage is not None and run.is_finished(stage):
+            verify(run.artifact(stage))
+            return run.artifact(stage)
+    raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
 
 
 def verify_pipeline(folder: Path) -> Path:

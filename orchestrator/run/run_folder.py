@@ -1,6 +1,7 @@
 """The run folder, which holds all state of a run. Only this file knows the names in it.
 
 config.yaml                       checksum, format version, and the composed configuration of the latest `ddm run`
+config.<number>.yaml              configurations of finished runs that `ddm run --replace` has moved aside
 config.signature                  proof that this user wrote the configuration on this machine
 journal.jsonl                     events, append-only
 controllers/<generation>.json     the controllers that have held the run's lease, the present one last
@@ -174,9 +175,24 @@ class RunFolder:
         write_text(self.config_file, f"{CONFIG_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         sign(self.config_file, self.signature)
 
-    def load_config(self) -> RunConfig:
-        """Return the latest configuration; raises `RunFolderError` for no run folder or one of another format."""
-        path = self.config_file
+    def archive_config(self) -> Path:
+        """Move the configuration aside, as `config.<number>.yaml`, and return its new path."""
+        numbers = [int(path.name.split(".")[1]) for path in self.archived_configs()]
+        archived = self.root / f"config.{max(numbers, default=0) + 1}.yaml"
+        self.config_file.rename(archived)
+        return archived
+
+    def archived_configs(self) -> list[Path]:
+        """Return the configurations that `ddm run --replace` moved aside, the latest first."""
+        paths = [path for path in self.root.glob("config.*.yaml") if path.name.split(".")[1].isdecimal()]
+        return sorted(paths, key=lambda path: int(path.name.split(".")[1]), reverse=True)
+
+    def load_config(self, archived: Path | None = None) -> RunConfig:
+        """Return the latest configuration, or an archived one.
+
+        Raises `RunFolderError` for no run folder or one of another format.
+        """
+        path = archived or self.config_file
         if not path.is_file():
             raise RunFolderError(f"{self.root} is not a run folder: it has no config.yaml; start one with `ddm run`")
         try:

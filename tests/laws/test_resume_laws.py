@@ -143,7 +143,7 @@ def test_ctrl_c_leaves_a_resumable_run(undisturbed, tmp_path):
 @pytest.mark.integration
 def test_changed_router_runs_only_dependent_stages(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
-    run("run", *SMALL, f"folder={folder}", "router.training.lr=0.002")
+    run("run", *SMALL, f"folder={folder}", "router.training.lr=0.002", "--replace")
     events = RunFolder(folder).read_events()
     last = max(number for number, event in enumerate(events) if event["event"] == "run_started")
     submitted = {event["stage"] for event in events[last:] if event["event"] == "submitted"}
