@@ -85,6 +85,7 @@ def _list_layers(path: str, block: nn.Module) -> list[tuple[str, int | None]]:
 def uniform_compute_steps(config: CacheConfig, steps: int) -> tuple[int, ...]:
     """Return the steps at which every module is computed, evenly spaced or closer together around `center`.
 
+    This is DeepCache's schedule, uniform or not (Ma et al. 2024); other policies with fixed steps share it.
     s_i = c + sign(l_i) |l_i|^p, as a share of all steps, with l_i evenly from -c^(1/p) to (1 - c)^(1/p), c the center.
     """
     count = max(1, round(steps / config.interval))
