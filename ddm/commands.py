@@ -45,8 +45,7 @@ def run(*overrides: str, replace: bool = False, console: Console | None = None) 
 
 def plan(*overrides: str) -> Plan:
     """Plan a run without running anything: stages, places, FLOPs, times and prices as far as they are known."""
-    from orchestrator.planning.plan import plan_run as plan_run
-    from orchestrator.run.run_folder import RunFolder
+    from orchestrator.planning.plan import plan_run
 
     config = load_config(*overrides)
     return plan_run(config, RunFolder(Path(config.folder).expanduser()))
@@ -64,18 +63,9 @@ def submit(*overrides: str, address: str, token_file: str | os.PathLike[str]) ->
 
 def evaluate(path: str | os.PathLike[str], selection: str, console: Console | None = None) -> list[ScoreRow]:
     """Score a finished run with one more selection, and return its table of scores."""
-    from orchestrator.cli.sample import find_selection
-    from orchestrator.config.compute import ComputeConfig
-    from orchestrator.run.trust import is_trusted
+    from orchestrator.cli.evaluate import with_selection
 
-    finished = Run(path)
-    finished.pipeline_folder()
-    config = finished.config
-    if not is_trusted(finished.folder):
-        config = replace(config, compute=ComputeConfig())
-    selections = tuple(dict.fromkeys((*config.scores.selections, find_selection(selection, config))))
-    scores = replace(config.scores, selections=selections)
-    return _execute(replace(config, folder=str(finished.folder.root), scores=scores), console).scores()
+    return _execute(with_selection(Run(path).folder, selection), console).scores()
 
 
 def compress(path: str | os.PathLike[str], *overrides: str, console: Console | None = None) -> DDMPipeline:

@@ -210,20 +210,10 @@ def sample(
 @app.command()
 def evaluate(run: RunArgument, selection: Selection = "sticky") -> None:
     """Score a finished run with another selection."""
-    from dataclasses import replace
-
-    from orchestrator.cli.sample import find_pipeline, find_selection
-    from orchestrator.config.compute import ComputeConfig
+    from orchestrator.cli.evaluate import with_selection
     from orchestrator.controller import run_pipeline
-    from orchestrator.run.trust import is_trusted
 
-    folder = _open_run(run)
-    config = folder.load_config()
-    find_pipeline(folder, monolith=False)
-    if not is_trusted(folder):
-        config = replace(config, compute=ComputeConfig())
-    selections = tuple(dict.fromkeys((*config.scores.selections, find_selection(selection, config))))
-    config = replace(config, folder=str(run), scores=replace(config.scores, selections=selections))
+    config = with_selection(_open_run(run), selection)
     _report_result(config, run_pipeline(config, console))
 
 

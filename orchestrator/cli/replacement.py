@@ -6,7 +6,7 @@ from typing import Any
 from ddm_core.artifacts import to_jsonable
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.reporting.results import current_graph
+from orchestrator.reporting.results import current_graph, has_ensemble
 from orchestrator.run.run_folder import RunFolder
 
 MAX_SHOWN = 10
@@ -25,7 +25,9 @@ def check_replacement(run: RunFolder, config: RunConfig, *, replace: bool) -> No
         previous = run.load_config()
     except (ConfigError, RunFolderError):
         return  # damaged or of another version: whoever reads it gets the reason, and a new one is the remedy
-    if previous == config or not has_ensemble(run, previous) or has_ensemble(run, config):
+    if previous == config or not has_ensemble(run, current_graph(run, previous)):
+        return
+    if has_ensemble(run, current_graph(run, config)):
         return
     if replace:
         run.archive_config()
@@ -37,11 +39,6 @@ def check_replacement(run: RunFolder, config: RunConfig, *, replace: bool) -> No
         + "\n".join(f"  {line}" for line in differences[:MAX_SHOWN])
         + f"{rest}\nUse another folder (folder=…), or add --replace, which archives the old settings"
     )
-
-
-def has_ensemble(run: RunFolder, config: RunConfig) -> bool:
-    """Return whether the ensemble of this configuration is finished."""
-    return any(stage.name == "ensemble" and run.is_finished(stage) for stage in current_graph(run, config))
 
 
 def list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -38,8 +38,12 @@ def current_graph(run: RunFolder, config: RunConfig) -> list[Stage]:
     graph = build_graph(config)
     missing = [stage.name for stage in graph if stage.optional and not run.is_finished(stage)]
     reduced = reduce(remove_stage, missing, graph) if len(missing) < config.partition.num_experts else graph
-    has_ensemble = any(stage.name == "ensemble" and run.is_finished(stage) for stage in reduced)
-    return reduced if has_ensemble else graph
+    return reduced if has_ensemble(run, reduced) else graph
+
+
+def has_ensemble(run: RunFolder, graph: Sequence[Stage]) -> bool:
+    """Return whether the ensemble of this graph is finished."""
+    return any(stage.name == "ensemble" and run.is_finished(stage) for stage in graph)
 
 
 def load_score_rows(run: RunFolder, graph: Sequence[Stage]) -> list[ScoreRow]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddm_core.artifacts import sync, to_json, write_json
+from ddm_core.artifacts import create_file, sync, to_json, write_json
 from orchestrator.errors import LeaseLost, RunIsLocked
 from orchestrator.run.run_folder import RunFolder
 
@@ -37,6 +37,9 @@ KEPT_GENERATIONS = 64
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of a file system without hard links, such as a mounted bucket."""
+
+UNKNOWN_PROCESS = {"host": "an unknown host", "pid": "?", "started": None}
+"""The holder of a lease file that has no readable content: it is being written, or it is damaged."""
 
 
 def this_process() -> dict[str, Any]:
@@ -97,10 +100,6 @@ def _read_latest(folder: Path) -> tuple[int, Holder | None]:
         record = _parse(text)
         return generations[-1], None if record.get("released") else Holder(record or UNKNOWN_PROCESS, age_s)
     return 0, None
-
-
-UNKNOWN_PROCESS = {"host": "an unknown host", "pid": "?", "started": None}
-"""The holder of a lease file that has no readable content: it is being written, or it is damaged."""
 
 
 def seconds_since_change(attempt: Path) -> float:
@@ -206,14 +205,9 @@ def _create(folder: Path, generation: int) -> bool:
 
 def _create_exclusively(target: Path) -> bool:
     try:
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        create_file(target, to_json(this_process()).encode(), mode=0o644)
     except FileExistsError:
         return False
-    try:
-        os.write(descriptor, to_json(this_process()).encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     return True
 
 

@@ -10,7 +10,7 @@ import os
 import secrets
 from pathlib import Path
 
-from ddm_core.artifacts import write_text
+from ddm_core.artifacts import create_file, write_text
 
 USER_FOLDER = "DDM_HOME"
 """Environment variable with the folder of this user's own files; the default is `~/.ddm`."""
@@ -49,12 +49,7 @@ def _load_key(*, create: bool) -> bytes:
     if create and not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         candidate = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            os.write(descriptor, secrets.token_bytes(KEY_BYTES))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        create_file(candidate, secrets.token_bytes(KEY_BYTES), mode=0o600)
         try:
             with contextlib.suppress(FileExistsError):
                 os.link(candidate, path)
