@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
+from rich.markup import escape
 
 from ddm_core.signals import handle_signals
 from orchestrator.backends.inline import InlineBackend
@@ -21,7 +23,8 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting.progress import RunDisplay
-from orchestrator.reporting.wandb_tracker import WandbTracker
+from orchestrator.reporting.tracker_process import track_run
+from orchestrator.reporting.wandb_tracker import require_account
 from orchestrator.run.backend import Backend
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.lease import hold_lease
@@ -50,6 +53,7 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
         run.stop.unlink(missing_ok=True)
         run.clear_unfinished()
         graph = build_graph(config)
+        require_account(config.wandb)
         run.save_config(config)
         unfinished = [stage for stage in graph if not run.is_finished(stage)]
         if not unfinished:
@@ -58,10 +62,10 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
         kill_orphan_workers(run, unfinished)
         commit = project_commit()
         run.record("run_started", stages=len(graph), unfinished=len(unfinished), commit=commit)
-        tracker = WandbTracker(run, config.wandb, config.name)
         with (
             open_backend(config.compute, run) as backend,
             _stop_on_signals(run, console),
+            track_run(run, config.wandb, partial(_warn, run, console)),
             RunDisplay(run, console) as display,
         ):
             runner = Runner(
@@ -72,15 +76,20 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
                 commit=commit,
                 check_lease=lease.check,
                 on_event=display.event,
-                on_tick=(display.tick, tracker.follow),
+                on_tick=(display.tick,),
             )
             result = runner.run_to_end()
-            tracker.close(runner.graph)
         run.record("run_ended", submitted=result.submitted, failed=result.failed, stopped=result.stopped)
         run.stop.unlink(missing_ok=True)
     if result.failed and not result.stopped:
         _raise_if_required(config, run, result)
     return result
+
+
+def _warn(run: RunFolder, console: Console, text: str) -> None:
+    """Record and print what went wrong beside the run."""
+    run.record("warning", text=text)
+    console.print(f"Warning: {escape(text)}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def _raise_if_required(config: RunConfig, run: RunFolder, result: RunResult) -> None:

@@ -38,6 +38,8 @@ class TrackingConfig:
     """`offline` writes into the run folder and needs no account."""
     project: str = "ddm"
     """Name of the wandb project."""
+    finish_s: Annotated[float, Field(ge=0)] = 30.0
+    """Time to send the rest at the end of a run; what remains is below `wandb/` in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

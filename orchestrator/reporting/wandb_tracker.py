@@ -2,13 +2,20 @@
 
 The source of truth is `metrics.jsonl` of every attempt. The tracker follows it and stores the last logged step, so
 that a resumed run logs no step twice. It never prompts for an account: `offline` writes below the run folder.
+
+`python -m orchestrator.reporting.wandb_tracker RUN` tracks one execution of a run, as a child of the controller
+(`tracker_process.py`): wandb waits for servers, and whatever it raises ends this process alone.
 """
 
+import hashlib
 import json
 import os
+import re
+import sys
+import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ddm_core.artifacts import read_json, write_json
@@ -17,9 +24,51 @@ from orchestrator.config.stage_kinds import TRAINING_KINDS
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.costs import load_costs
+from orchestrator.reporting.results import current_graph
 from orchestrator.run.run_folder import RunFolder
 
-POLL_EVERY_S = 2.0
+POLL_EVERY_S, RETRY_AFTER_S = 2.0, 60.0
+
+MAX_GROUP_LENGTH = 80
+"""Characters of the run's name in the ids; wandb allows 128 for the whole id."""
+
+
+def track(folder: Path) -> None:
+    """Log what the run writes until the controller says `end`, then the rest; exit with code 1 at the time limit."""
+    from wandb.errors import Error
+
+    run = RunFolder(folder)
+    config = run.load_config()
+    tracker, ended = WandbTracker(run, config.wandb, wandb_name(config.name)), threading.Event()
+    threading.Thread(target=_watch_input, args=(ended, config.wandb.finish_s), daemon=True).start()
+    graph, wait_s = current_graph(run, config), POLL_EVERY_S
+    while not ended.wait(wait_s):
+        wait_s = POLL_EVERY_S
+        try:
+            tracker.log_rows(graph)
+        except Error as error:
+            sys.stderr.write(f"{error}\n")
+            wait_s = RETRY_AFTER_S
+    tracker.finish(current_graph(run, config))
+
+
+def _watch_input(ended: threading.Event, finish_s: float) -> None:
+    """Wait for the controller's `end`; end this process at once if the controller is gone, else after `finish_s`."""
+    if sys.stdin.readline():
+        ended.set()
+        time.sleep(finish_s)
+    sys.stderr.write(f"it did not finish within wandb.finish_s = {finish_s:g} s\n")
+    os._exit(1)
+
+
+def wandb_name(text: str) -> str:
+    """Return a name without the characters that wandb reserves; a changed or shortened one gets a hash to stay unique.
+
+    >>> wandb_name("digits")
+    'digits'
+    """
+    safe = re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)[: MAX_GROUP_LENGTH - 9]
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 class WandbTracker:
@@ -28,25 +77,17 @@ class WandbTracker:
     def __init__(self, run: RunFolder, config: TrackingConfig, group: str) -> None:
         self.run, self.config, self.group = run, config, group
         self._runs: dict[str, Any] = {}
-        self._last_poll = 0.0
-        if config.mode == "online":
-            _require_account()
 
-    def follow(self, running: Sequence[Stage]) -> None:
-        """Log the new rows of all running stages."""
-        if self.config.mode != "disabled" and time.monotonic() - self._last_poll > POLL_EVERY_S:
-            self._last_poll = time.monotonic()
-            for stage in running:
-                if stage.kind in TRAINING_KINDS:
-                    self._log_rows(stage)
-
-    def close(self, graph: Sequence[Stage]) -> None:
-        """Log the remaining rows, the pictures, the scores and the costs, and finish every wandb run."""
-        if self.config.mode == "disabled":
-            return
+    def log_rows(self, graph: list[Stage]) -> None:
+        """Log the new rows of all trained models."""
         for stage in graph:
             if stage.kind in TRAINING_KINDS and self.run.attempts(stage):
                 self._log_rows(stage)
+
+    def finish(self, graph: list[Stage]) -> None:
+        """Log the remaining rows, the pictures, the scores and the costs, and finish every wandb run."""
+        self.log_rows(graph)
+        for stage in graph:
             if stage.kind == "score" and self.run.is_finished(stage) and not self._last_logged_step(stage):
                 self._log_score(stage)
         self._log_costs()
@@ -114,8 +155,10 @@ class WandbTracker:
         write_json(self.run.tracking / f"{stage.folder_name}.json", {"step": step})
 
 
-def _require_account() -> None:
-    """Raise `ConfigError` if there is no API key, because wandb would prompt for one in the middle of the run."""
+def require_account(config: TrackingConfig) -> None:
+    """Raise `ConfigError` if wandb is to be online and has no API key, because it would prompt for one in the run."""
+    if config.mode != "online":
+        return
     import wandb
 
     if not wandb.api.api_key:
@@ -131,3 +174,7 @@ def _numbers(scores: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[f"{prefix}{name}"] = float(value)
     return flat
+
+
+if __name__ == "__main__":
+    track(Path(sys.argv[1]))
