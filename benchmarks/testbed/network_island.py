@@ -37,7 +37,7 @@ def main() -> None:
     with islands:
         config = islands.configs["island_1"]
         _start_tunnel(host, int(config.address.rpartition(":")[2]))
-        tunneled = replace(config, address=f"http://{host}:{TUNNEL_PORT}")
+        tunneled = replace(config, address=f"http://{host}:{TUNNEL_PORT}", plain_http=True)
         print(json.dumps(to_jsonable(tunneled)), flush=True)
         sys.stdin.read()
     storage.stop()

@@ -92,7 +92,9 @@ class IslandConfig:
     """A separate Ray cluster, reached by Ray's job submission API; islands do not communicate with each other."""
 
     address: Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
-    """URL of its dashboard, such as http://127.0.1.1:8265; plain http only on loopback or through a tunnel."""
+    """URL of its dashboard, such as http://127.0.1.1:8265; https off loopback, since the token is sent there."""
+    plain_http: bool = False
+    """Whether the token may be sent unencrypted over a private network; a tunnel to loopback is better."""
     token_file: str
     """File with its token, readable only by its owner (mode 600); every island has its own token."""
     storage: Annotated[StorageUrl, BeforeValidator(_expand_home)]

@@ -138,7 +138,7 @@ class IslandClient:
     def _call(self, request: Callable[["_TimeoutClient"], T]) -> T:
         try:
             if self._client is None:
-                self._client = _TimeoutClient(self.config.address, read_token(self.name, self.config.token_file))
+                self._client = _TimeoutClient(self.config.address, read_token(self.name, self.config))
             return request(self._client)
         except (requests.ConnectionError, requests.Timeout, ConnectionError) as error:
             self._client = None
@@ -149,6 +149,11 @@ class IslandClient:
             raise IslandError(
                 f"island {self.name} refuses the token in {self.config.token_file}: {_first_line(error)}; "
                 "put the island's own token there"
+            ) from error
+        except (TypeError, KeyError, AttributeError) as error:  # from Ray's parser of the response
+            raise IslandError(
+                f"island {self.name}: {self.config.address} does not answer as Ray's Jobs API ({_first_line(error)}); "
+                f"correct compute.islands.{self.name}.address"
             ) from error
         except (RuntimeError, requests.RequestException, ValueError) as error:
             text = _first_line(error)
@@ -180,7 +185,7 @@ class _TimeoutClient(JobSubmissionClient):
         super().__init__(address, headers={"Authorization": f"Bearer {token}"})
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        options.setdefault("timeout", TIMEOUT_S)
+        options |= {"timeout": TIMEOUT_S, "allow_redirects": False}
         return super()._do_request(method, endpoint, **options)
 
     def fetch_ray_version(self) -> str:

@@ -245,10 +245,10 @@ class IslandConnection:
         try:
             self.storage.sync_tree(attempt.names.folder, attempt_folder(attempt.job))
             heartbeat = self.storage.get_json(attempt.names.heartbeat)
-        except (StorageError, OSError) as error:
-            log.warning("%s: %s", self.name, error)
+            count = 0 if heartbeat is None else int(heartbeat["beats"])
+        except (StorageError, OSError, ValueError, TypeError, KeyError) as error:  # the island wrote the heartbeat
+            log.warning("%s: no heartbeat of %s: %s", self.name, attempt.job.stage, error)
             return None
-        count = int(heartbeat["beats"]) if heartbeat else 0
         has_changed, attempt.heartbeat_count = count != attempt.heartbeat_count, count
         return has_changed
 

@@ -1,10 +1,13 @@
-"""A token in a file that only its owner can read: created once, never printed."""
+"""A token in a file that only its owner can read: created once, never printed, never sent unencrypted."""
 
 import os
 import secrets
 import stat
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError
 
 
@@ -21,16 +24,40 @@ def describe_exposure(path: Path) -> str:
     return f"{path} can be read by others (mode {mode:o}); run `chmod 600 {path}`" if mode & 0o077 else ""
 
 
-def read_token(island: str, file: str) -> str:
-    """Read the token in a file; raise `IslandError` if it is missing, empty or readable by others."""
-    path = Path(file).expanduser()
+def read_token(island: str, config: IslandConfig) -> str:
+    """Read the token to send to an island's address.
+
+    Raises `IslandError` if the file is missing, not one word, or readable by others, or if a network would carry the
+    token unencrypted.
+    """
+    if not config.plain_http and not is_confidential(config.address):
+        raise IslandError(
+            f"compute.islands.{island}.address={config.address} would send the token unencrypted; use https, a tunnel "
+            f"to loopback, or set compute.islands.{island}.plain_http=true in a private network"
+        )
+    path = Path(config.token_file).expanduser()
     try:
         exposure = describe_exposure(path)
         token = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise IslandError(f"the token of island {island} cannot be read ({error}); write it to {path}") from error
     if exposure:
         raise IslandError(exposure)
     if not token:
         raise IslandError(f"{path} is empty; put the token of island {island} there")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise IslandError(f"{path} must hold one token and nothing else; put that of island {island} there")
     return token
+
+
+def is_confidential(address: str) -> bool:
+    """Return whether nobody else can read what is sent to a URL: it is https, or stays on this machine."""
+    url = urlsplit(address)
+    return url.scheme == "https" or _is_loopback(url.hostname or "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

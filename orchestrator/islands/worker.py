@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from ddm_core.artifacts import write_json
 from ddm_core.signals import sigterm_flag
+from orchestrator.errors import IslandError
 from orchestrator.islands.checkpoint_mirror import CheckpointMirror
 from orchestrator.islands.layout import AttemptNames, get_attempt_names, parse_job, rebase_paths
 from orchestrator.islands.storage.storage import CorruptTransfer, Storage, StorageError, StorageUnreachable
@@ -47,8 +49,7 @@ class NodeFolders:
     @classmethod
     def for_attempt(cls, run_id: str, names: AttemptNames) -> "NodeFolders":
         """Return the folders for one attempt."""
-        default = Path(tempfile.gettempdir()) / f"ddm-{os.getuid()}"
-        base = Path(os.environ.get(WORKDIR, default)) / run_id
+        base = Path(os.environ.get(WORKDIR) or _private_folder()) / run_id
         return cls(base, base / "attempts" / f"{names.stage}-a{names.attempt}")
 
     def input_folder(self, path: str) -> Path:
@@ -59,6 +60,20 @@ class NodeFolders:
         """Return the job with this node's paths."""
         inputs = {role: str(self.input_folder(path)) for role, path in job.inputs.items()}
         return replace(rebase_paths(job, PLACEHOLDER_ROOT, self.attempt), inputs=inputs)
+
+
+def _private_folder() -> Path:
+    """Create this user's folder in the temporary one, or reuse it; raises `IslandError` if others can write to it."""
+    folder = Path(tempfile.gettempdir()) / f"ddm-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise IslandError(
+            f"{folder} must be a folder that only user {os.getuid()} can write to; delete it, or set {WORKDIR} in "
+            "compute.islands.<name>.env to another one"
+        )
+    return folder
 
 
 def get_tree_name(path: str) -> str:
@@ -78,8 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     storage = Storage(options.storage, json.loads(options.options))
     run_id = options.storage.rstrip("/").rpartition("/")[2]
     with sigterm_flag() as should_stop:
-        job = parse_job(storage.get_json(options.job) or {}, options.digest)
-        outcome = run(storage, job, NodeFolders.for_attempt(run_id, get_attempt_names(job)), should_stop)
+        try:
+            job = parse_job(storage.get_json(options.job) or {}, options.digest)
+            node = NodeFolders.for_attempt(run_id, get_attempt_names(job))
+        except IslandError as error:
+            log.error("%s", error)
+            return EXIT_CODES["failed"]
+        outcome = run(storage, job, node, should_stop)
     log.info("%s %s", outcome.state, outcome.error)
     return EXIT_CODES[outcome.state]
 

@@ -87,6 +87,7 @@ class RunDisplay:
             "attached": f"[cyan]→[/] {stage.name:22} taken over: {text}",
             "kept": f"[dim]✔ {stage.name:22} finished before[/]",
             "retry": f"[yellow]↻[/] {stage.name:22} {text}",
+            "stopping": f"[yellow]■[/] {stage.name:22} {text}",
             "failed": f"[red]✘[/] {stage.name:22} {text}",
             "left_out": f"[yellow]![/] {stage.name:22} the ensemble is assembled without it",
         }[event]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm_core.artifacts import create_file, sync, to_json, write_json
-from orchestrator.errors import LeaseLost, RunIsLocked
+from orchestrator.errors import LeaseLost, RunFolderError, RunIsLocked
 from orchestrator.run.run_folder import RunFolder
 
 LEASE_S = 30.0
@@ -126,7 +126,15 @@ class Lease:
         return _list_generations(self.folder)[-1:] == [self.generation]
 
     def check(self) -> None:
-        """Raise `LeaseLost` if another controller has taken over: then this one must not write any more."""
+        """Raise `LeaseLost` if another controller has taken over: then this one must not write any more.
+
+        Raises `RunFolderError` if the run folder is gone.
+        """
+        if not self.folder.is_dir():
+            raise RunFolderError(
+                f"{self.folder.parent} was deleted or moved during the run; move it back and continue with "
+                "`ddm resume`, or start again with `ddm run`"
+            )
         if not self.is_held():
             raise LeaseLost(
                 f"another controller has taken over {self.folder.parent}, as this one gave no heartbeat; "

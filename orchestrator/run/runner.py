@@ -277,6 +277,7 @@ class Runner:
                     (folder / "stop").touch()
             if (stopping or entry.cancel_reason) and entry.stop_requested is None:
                 entry.stop_requested = now
+                self.on_event("stopping", entry.stage, f"saves its work; killed after {self.policy.grace_s:g} s")
             if entry.stop_requested is not None and now - entry.stop_requested > self.policy.grace_s:
                 self.backend.kill(entry.stage.name)
 

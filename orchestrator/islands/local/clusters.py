@@ -26,12 +26,13 @@ from orchestrator.islands.local.processes import (
     FOLDER,
     STATE,
     TOKEN,
+    create_scratch,
     find_marked_processes,
     kill_marked_processes,
     send_signal,
     take_down,
 )
-from orchestrator.islands.local.ray_head import Head, create_scratch, find_free_blocks
+from orchestrator.islands.local.ray_head import Head, find_free_blocks
 from orchestrator.islands.token import create_token
 
 FIRST_PORT = 19_000

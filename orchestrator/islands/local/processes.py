@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -77,7 +79,24 @@ FOLDER = Path("~/.ddm/islands")
 STATE = "island.json"
 """File in an island's folder with the place of its temporary files; it exists while they or processes do."""
 
+SCRATCH_PREFIX = "ddm-"
+"""Start of the name of an island's folder with temporary files."""
+
 TOKEN = "token"  # noqa: S105 - the name of a file
+
+
+def create_scratch() -> Path:
+    """Create a folder for one island's temporary files that only this user can read."""
+    return Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
+
+
+def delete_scratch(folder: Path) -> None:
+    """Delete a folder of `create_scratch`; one of another name, kind, owner or mode is not ours, and left alone."""
+    if not folder.name.startswith(SCRATCH_PREFIX) or not folder.exists():
+        return
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700 and status.st_uid == os.getuid():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def take_down(folder: Path) -> list[str]:
@@ -85,7 +104,7 @@ def take_down(folder: Path) -> list[str]:
     state_files = sorted(folder.glob(f"*/{STATE}"))
     for path in state_files:
         kill_marked_processes(str(path.parent))
-        shutil.rmtree(json.loads(path.read_text(encoding="utf-8"))["scratch"], ignore_errors=True)
+        delete_scratch(Path(json.loads(path.read_text(encoding="utf-8"))["scratch"]))
         (path.parent / TOKEN).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     return [path.parent.name for path in state_files]

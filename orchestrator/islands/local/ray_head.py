@@ -9,7 +9,6 @@ import random
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,11 +159,6 @@ class Head:
         """Create the folders that must exist before it starts."""
         for folder in (self.folder, self.working_directory, self.scratch / "home", self.scratch / "tmp"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-
-
-def create_scratch() -> Path:
-    """Create a folder for one island's temporary files that only this user can read."""
-    return Path(tempfile.mkdtemp(prefix="ddm-"))
 
 
 def find_free_blocks(count: int, first: int | None) -> list[int]:

@@ -6,31 +6,28 @@ import stat
 import time
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
-from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from orchestrator.islands.client import major_minor
 from orchestrator.islands.preflight.probe import try_storage
 from orchestrator.islands.preflight.session import PreflightSession, Verdict, judge_clock_skew
-from orchestrator.islands.token import read_token
+from orchestrator.islands.token import is_confidential, read_token
 
 DATE_RESOLUTION_S = 1.0
 """HTTP's Date header has whole seconds."""
 
 
 def check_address(session: PreflightSession) -> Verdict:
-    """Check that the token does not cross a network in clear."""
-    url = urlsplit(session.config.address)
-    if url.scheme == "https" or _is_loopback(url.hostname or ""):
+    """Check that no network carries the token unencrypted; warn if the configuration allows it."""
+    if is_confidential(session.config.address):
         return Verdict("ok", session.config.address)
-    text = f"{session.config.address} sends the token in clear; use https, or an ssh tunnel to loopback"
-    return Verdict("warning", text)
+    text = f"{session.config.address} gets the token unencrypted; use https, or an ssh tunnel to loopback"
+    return Verdict("warning" if session.config.plain_http else "error", text)
 
 
 def check_token_file(session: PreflightSession) -> Verdict:
     """Check that only this user can read the token."""
-    read_token(session.name, session.config.token_file)
+    read_token(session.name, session.config)
     path = Path(session.config.token_file).expanduser()
     status = path.stat()
     if status.st_uid != os.getuid():
@@ -119,10 +116,3 @@ def check_storage(session: PreflightSession) -> Verdict:
     """Check that the storage works from this machine."""
     speed = try_storage(session.storage, f"{session.scratch_key}/local")
     return Verdict("ok", f"{session.config.storage}, {speed.write_mb_s:.0f} MB/s out, {speed.read_mb_s:.0f} MB/s in")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -66,7 +66,7 @@ class PreflightSession:
 
     def fetch_json(self, path: str) -> dict[str, Any]:
         """Send a request with the token and return its JSON; raise `IslandError` for a refusal or another response."""
-        response = self.send_request(path, read_token(self.name, self.config.token_file))
+        response = self.send_request(path, read_token(self.name, self.config))
         if response.status_code in (401, 403):
             raise IslandError(
                 f"refused ({response.status_code}): the token in {self.config.token_file} is wrong or expired; fetch "

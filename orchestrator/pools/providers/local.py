@@ -11,13 +11,17 @@ import requests
 from ddm_core.artifacts import read_json, write_json
 from orchestrator.errors import IslandError
 from orchestrator.islands.client import IslandClient
-from orchestrator.islands.local.processes import find_marked_processes, kill_marked_processes
+from orchestrator.islands.local.processes import (
+    create_scratch,
+    delete_scratch,
+    find_marked_processes,
+    kill_marked_processes,
+)
 from orchestrator.islands.local.ray_head import (
     ADDRESS,
     OBJECT_STORE_BYTES,
     PORTS,
     Head,
-    create_scratch,
     find_free_blocks,
 )
 from orchestrator.pools.config import PoolConfig
@@ -103,7 +107,7 @@ def down(config: PoolConfig, folder: Path) -> None:
     """Kill every process of the pool, jobs included, and delete its temporary files."""
     kill_marked_processes(str(folder))
     if (folder / STATE).exists():
-        shutil.rmtree(read_json(folder / STATE)["scratch"], ignore_errors=True)
+        delete_scratch(Path(read_json(folder / STATE)["scratch"]))
         (folder / STATE).unlink()
 
 

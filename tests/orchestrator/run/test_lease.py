@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from orchestrator.errors import LeaseLost, RunIsLocked
+from orchestrator.errors import LeaseLost, RunFolderError, RunIsLocked
 from orchestrator.run import lease as lease_module
 from orchestrator.run.lease import Lease, hold_lease, read_holder, this_process
 from orchestrator.run.run_folder import RunFolder
@@ -147,3 +147,10 @@ def test_old_lease_files_are_removed_far_behind(run, monkeypatch):
             pass
     assert sorted(path.name for path in run.controllers.iterdir()) == ["4.json", "5.json", "6.json"]
     assert not Lease(run.controllers, 4).is_held()
+
+
+def test_deleted_run_folder_is_named(run):
+    with hold_lease(run) as lease:
+        run.root.rename(run.root.with_name("moved"))
+        with pytest.raises(RunFolderError, match="deleted or moved"):
+            lease.check()

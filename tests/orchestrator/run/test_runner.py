@@ -122,8 +122,17 @@ def test_ignored_stop_kills_attempt_without_retry(tmp_path):
             run_folder(tmp_path).stop.touch()
             return super().poll(timeout_s)
 
-    result = run_graph(tmp_path, Stopping({"data": ["hang"]}), ComputeConfig(grace_s=0.0, retries=0))
+    told = []
+    runner = Runner(
+        run=run_folder(tmp_path),
+        graph=diamond(),
+        backend=Stopping({"data": ["hang"]}),
+        policy=ComputeConfig(grace_s=0.0, retries=0),
+        on_event=lambda event, stage, text: told.append((event, stage.name, text)),
+    )
+    result = runner.run_to_end()
     assert result.stopped and not result.failed
+    assert ("stopping", "data", "saves its work; killed after 0 s") in told
     assert [event["event"] for event in run_folder(tmp_path).read_events()] == ["submitted", "preempted"]
 
 

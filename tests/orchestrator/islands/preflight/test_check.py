@@ -158,12 +158,16 @@ def test_check_of_storage_that_is_not_writable_fails(config, tmp_path):
         ("http://localhost:8265", "ok"),
         ("http://[::1]:8265", "ok"),
         ("https://ray.example.org", "ok"),
-        ("http://10.0.0.7:8265", "warning"),
-        ("http://ray.example.org", "warning"),
+        ("http://10.0.0.7:8265", "error"),
+        ("http://ray.example.org", "error"),
+        ("http://localhost.example.org", "error"),
     ],
 )
-def test_check_of_address_warns_of_token_in_clear(config, address, state):
-    assert check_address(PreflightSession("island_1", replace(config, address=address), Path())).state == state
+def test_check_of_address_refuses_unencrypted_token(config, address, state):
+    config = replace(config, address=address)
+    assert check_address(PreflightSession("island_1", config, Path())).state == state
+    allowed = check_address(PreflightSession("island_1", replace(config, plain_http=True), Path())).state
+    assert allowed == ("ok" if state == "ok" else "warning")
 
 
 def test_check_of_probe_report_compares_versions_and_clock(config):
