@@ -1,66 +1,89 @@
 """Decode, encode and resize images; all images of a data set have the same size."""
 
 import io
-import struct
-import zlib
+import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_partition.config import DataConfig
 from data_partition.errors import MixedSizes, UnreadableImage
+from data_partition.shards.color import to_gray_or_rgb
+from data_partition.shards.untrusted import make_printable
 
 Pixels = UInt8[np.ndarray, "height width channel"]
 
 FORMATS = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo"),
     "WEBP": (".webp",),
-    "BMP": (".bmp",),
+    "AVIF": (".avif",),
+    "BMP": (".bmp", ".dib"),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pbm"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
 """Formats that are decoded, by Pillow's names, with their file suffixes; none of them starts another program."""
+
+SUFFIXES = tuple(suffix for kind in FORMATS.values() for suffix in kind)
 
 MAX_PIXELS = 64_000_000
 """An image with more pixels in its header is a decompression bomb or an error."""
 
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-"""Errors that Pillow raises for bytes that are not an image."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+
+MAX_REASON = 200
+"""Characters of another library's message that are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Pixels of an image file, and what was left out or converted to get them."""
+
+    pixels: Pixels
+    remarks: tuple[str, ...]
 
 
 def decode_image(data: bytes) -> Pixels:
-    """Decode an image file to gray or RGB pixels, transparency on white, upright; raises `UnreadableImage`."""
+    """Decode an image file to gray or sRGB pixels, transparency on white, upright; raises `UnreadableImage`."""
+    return decode_with_remarks(data).pixels
+
+
+def decode_with_remarks(data: bytes) -> Decoded:
+    """Decode an image file like `decode_image`, and say what was converted; raises `UnreadableImage`."""
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(f"{image.width}x{image.height} are more than {MAX_PIXELS} pixels")
-            return to_pixels(to_gray_or_rgb(ImageOps.exif_transpose(image)))
-    except DECODE_ERRORS as error:
-        raise UnreadableImage(f"not a readable image: {error}") from error
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            return _decode(image)
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as error:
+        what = "it is empty" if not data else f"it is damaged, or none of {', '.join(FORMATS)}"
+        raise UnreadableImage(f"not a readable image: {what}") from error
+    except Exception as error:  # noqa: BLE001 - the border to Pillow, which raises errors of any kind for damaged bytes
+        reason = make_printable(f"{type(error).__name__}: {error}")[:MAX_REASON]
+        raise UnreadableImage(f"not a readable image, its {len(data)} bytes are damaged ({reason})") from error
 
 
-def to_gray_or_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to gray or RGB; transparent areas become white."""
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+def _decode(image: Image.Image) -> Decoded:
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImage(f"{image.width}x{image.height} are more than {MAX_PIXELS} pixels")
+    converted, remarks = to_gray_or_rgb(image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    frames = ["several frames, the first is used"] if getattr(image, "is_animated", False) else []
+    method = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    upright = converted if method is None else converted.transpose(method)
+    return Decoded(to_pixels(upright), (*frames, *remarks))
 
 
 def to_pixels(image: Image.Image) -> Pixels:

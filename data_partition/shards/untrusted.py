@@ -19,6 +19,11 @@ def is_printable(text: str) -> bool:
     return CONTROL_CHARACTERS.search(text) is None and escape_unencodable(text) == text
 
 
+def make_printable(text: str) -> str:
+    """Escape control and unencodable characters, so that a text of a stranger can be shown on a terminal."""
+    return CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], escape_unencodable(text))
+
+
 def escape_unencodable(text: str) -> str:
     """Escape characters that UTF-8 cannot encode (half a surrogate pair, a byte that is not UTF-8)."""
     return text.encode("utf-8", "backslashreplace").decode()
