@@ -1,7 +1,8 @@
 """A diffusers model as a folder: `config.json` and safetensors, and no file that could run code.
 
 `structure.json` lists the layers and units that a pruned model lacks, `quantization_config.json` its quantized modules.
-Original models have neither.
+Original models have neither. The `config.json` of a compressed one names a quantization that diffusers does not know,
+and so diffusers refuses it.
 
 diffusers' `from_pretrained` initializes missing tensors at random, ignores unknown ones, and follows an index to files
 of any kind, pickles included. `load_model` requires every tensor of the model and no other.
@@ -21,9 +22,11 @@ from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from ddm_core.json_values import from_json
 from experts.compressed.pruning.structure import Structure
 from experts.compressed.quantization.registry import quantized_modules, replace_modules
+from experts.networks.pretrained_files import weight_files
 
 STRUCTURE, QUANTIZATION_CONFIG = "structure.json", "quantization_config.json"
-DIFFUSERS = "diffusion_pytorch_model"
+DIFFUSERS_CONFIG = "quantization_config"
+COMPRESSED = {"quant_method": "ddm, which ddm.DDMPipeline reads and diffusers does not"}
 REMEDY = "copy it again from where it was trained, or train it again"
 
 
@@ -36,6 +39,8 @@ def save_model(model: nn.Module, folder: Path) -> None:
         write_json(folder / STRUCTURE, structure)
     if quantized:
         write_json(folder / QUANTIZATION_CONFIG, quantized)
+    if quantized or not structure.is_unpruned:
+        write_json(folder / "config.json", read_json(folder / "config.json") | {DIFFUSERS_CONFIG: COMPRESSED})
 
 
 def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
@@ -47,6 +52,8 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
         names = ", ".join(candidate.__name__ for candidate in classes)
         raise CorruptArtifact(f"{folder} holds a network of class {name!r}; known are {names}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    if settings.get(DIFFUSERS_CONFIG) == COMPRESSED:
+        del settings[DIFFUSERS_CONFIG]
     if unknown := sorted(settings.keys() - inspect.signature(model_class).parameters.keys()):
         raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not take: {', '.join(unknown[:5])}")
     try:
@@ -56,7 +63,7 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
             from_json(Structure, read_json(folder / STRUCTURE)).apply(model)
         if (folder / QUANTIZATION_CONFIG).exists():
             replace_modules(model, read_json(folder / QUANTIZATION_CONFIG))
-        model.load_state_dict(_read_tensors(folder))
+        model.load_state_dict(_read_tensors(model, folder))
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:500]
         raise CorruptArtifact(f"{folder} does not hold a complete {name}: {reason}; {REMEDY}") from error
@@ -74,7 +81,7 @@ def _check_size(model_class: Any, settings: dict[str, Any], folder: Path) -> Non
     """
     with torch.device("meta"):
         configured = {name: tuple(tensor.shape) for name, tensor in model_class(**settings).state_dict().items()}
-    files = sorted(folder.glob(f"{DIFFUSERS}*.safetensors"))
+    files = weight_files(folder)
     elements, size = sum(map(math.prod, configured.values())), sum(path.stat().st_size for path in files)
     if elements > MAX_ELEMENTS_PER_BYTE * size:
         raise ValueError(f"config.json describes {elements:,} elements, which its files of {size:,} bytes cannot hold")
@@ -89,11 +96,10 @@ def _check_size(model_class: Any, settings: dict[str, Any], folder: Path) -> Non
                     raise ValueError(f"size mismatch for {name}: {list(shape)}, but config.json has {list(expected)}")
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors; diffusers writes a large model into several files."""
+def _read_tensors(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Return all tensors, those of old attention layers under their present names; a large model has several files."""
     tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob(f"{DIFFUSERS}*.safetensors")):
+    for path in weight_files(folder):
         tensors |= load_file(path)
-    if not tensors:
-        raise FileNotFoundError(f"there is no file {DIFFUSERS}*.safetensors; pickles are not read")
+    model._fix_state_dict_keys_on_load(tensors)
     return tensors

@@ -2,33 +2,67 @@
 
 from pathlib import Path
 
-from ddm_core.artifacts import checksum, fingerprint, list_files
+from ddm_core.artifacts import MANIFEST, ArtifactError, checksum, fingerprint, read_json
 from ddm_core.errors import DDMError
 from experts.config import ExpertConfig
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """Suffixes of files that may be pickles, which run code when they are loaded."""
-NETWORK_SUFFIXES = (".json", ".safetensors")
-"""Suffixes of the files that a network is read from; all others are ignored."""
 
 
 class InitError(DDMError, ValueError):
     """A training cannot start from this folder."""
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that diffusers reads the weights from: those in the index, else the whole file.
+
+    Variants (`*.fp16.safetensors`), other steps and pickles beside them are not read, nor is an index that leads to
+    them or out of the folder. Raises `FileNotFoundError` if a file is missing.
+    """
+    names = _indexed_files(folder) or [WEIGHTS]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (*PICKLE_SUFFIXES, ".safetensors"))
+        advice = (
+            f"; it has {', '.join(others[:5])}: rename a variant, and convert a pickle to safetensors" if others else ""
+        )
+        raise FileNotFoundError(f"there is no file {missing[0]}, and pickles are not read{advice}")
+    return [folder / name for name in names]
+
+
+def _indexed_files(folder: Path) -> list[str]:
+    """Return the names in the index of a model in several files; empty if one is no safetensors file beside it."""
+    index = read_json(folder / WEIGHTS_INDEX) if (folder / WEIGHTS_INDEX).is_file() else None
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    files = list(names.values()) if isinstance(names, dict) else []
+    return sorted(set(files)) if all(map(_is_weights_name, files)) else []
+
+
+def _is_weights_name(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+
+
 def init_files(folder: Path) -> list[Path]:
-    """Return the files that a network is read from; raise `InitError` for a folder without one, or with a pickle."""
+    """Return the files that a network is read from; raise `InitError` for a folder without one, or with a pickle only.
+
+    A snapshot in the Hub's cache consists of links into its `blobs`, which are followed; no other link is.
+    """
     if not (folder / "config.json").is_file():
         parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; it has the parts {', '.join(parts)}: name one of them" if parts else ""
         raise InitError(f"init={folder} must be a folder with a diffusers model; it has no config.json{hint}")
-    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in PICKLE_SUFFIXES)
-    if pickles:
-        raise InitError(
-            f"init={folder} holds files that may be pickles, and those are never loaded: {', '.join(pickles[:5])}; "
-            "convert them to safetensors, or delete them"
-        )
-    return [path for path in list_files(folder) if path.suffix in NETWORK_SUFFIXES and path.name != "training.json"]
+    try:
+        weights = weight_files(folder)
+    except (ArtifactError, FileNotFoundError, ValueError) as error:
+        raise InitError(f"init={folder}: {error}") from error
+    settings = [path for path in folder.glob("*.json") if path.name not in (MANIFEST, "training.json")]
+    blobs = folder.resolve().parent.parent / "blobs"
+    for path in (files := sorted([*settings, *weights])):
+        if path.is_symlink() and path.resolve().parent != blobs:
+            raise InitError(f"init={path} is a link, which may point anywhere; replace it with the file it points to")
+    return files
 
 
 def init_checksum(folder: Path) -> str:

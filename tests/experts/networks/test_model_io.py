@@ -1,14 +1,25 @@
-"""Model folders of strangers: what config.json describes is compared with the files before memory is allocated."""
+"""Model folders of strangers: their size is checked before memory is allocated, and diffusers reads the same weights.
+
+The oracle for folders with several files is diffusers itself.
+"""
 
 import subprocess
 import sys
 
 import pytest
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.architectures.residual_mlp import ResidualMLP
+from experts.compressed.pruning.layers import removable_layers, remove_layers
+from experts.compressed.quantization.packed_weight import pack_weight
+from experts.compressed.quantization.packing import Packing
+from experts.config import DiTConfig, UNetConfig
 from experts.networks.model_io import save_model
-from experts.networks.registry import load_network
+from experts.networks.pretrained_files import WEIGHTS, WEIGHTS_INDEX
+from experts.networks.registry import build_network, load_network
 
 
 @pytest.fixture
@@ -39,3 +50,92 @@ def test_huge_network_is_refused_within_little_memory(folder):
     )
     process = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert int(process.stdout) < 200 * 1024, "KiB more than after the imports"
+
+
+KINDS = {
+    "unet": (UNet2DModel, UNetConfig(channels=(8, 16), layers_per_block=1)),
+    "dit": (DiTTransformer2DModel, DiTConfig(patch_size=4, heads=2, head_width=16, depth=2)),
+}
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+def random_network(kind):
+    model = build_network(KINDS[kind][1], (1, 8, 8), 3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def add_neighbours(folder):
+    """Add files of a variant, of another step, and a pickle, with other weights."""
+    other = {name: tensor + 1 for name, tensor in load_file(folder / WEIGHTS).items()}
+    for suffix in ("step1000", "fp16", "fp16-00001-of-00001"):
+        save_file(other, folder / f"diffusion_pytorch_model.{suffix}.safetensors", {"format": "pt"})
+    torch.save(other, folder / "diffusion_pytorch_model.bin")
+
+
+def rename_attention(folder):
+    """Name the attention's parameters as diffusers did before version 0.15."""
+    renamed = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        for new, old in OLD_NAMES.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    save_file(renamed, folder / WEIGHTS, {"format": "pt"})
+
+
+def split_weights(folder):
+    """Write the weights into several files with an index, and leave an old whole file beside them."""
+    model = UNet2DModel.from_pretrained(folder, use_safetensors=True)
+    model.save_pretrained(folder, max_shard_size="10KB")
+    assert (folder / WEIGHTS_INDEX).is_file()
+    save_file({name: tensor + 1 for name, tensor in model.state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change", [add_neighbours, rename_attention, split_weights], ids=lambda change: change.__name__
+)
+def test_loaded_weights_are_those_that_diffusers_loads(change, tmp_path):
+    original = random_network("unet")
+    save_model(original, tmp_path)
+    change(tmp_path)
+    expected = UNet2DModel.from_pretrained(tmp_path, use_safetensors=True).state_dict()
+    actual = load_network(tmp_path).state_dict()
+    assert expected.keys() == actual.keys()
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(actual[name], expected[name]) and torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "diffusion_pytorch_model.bin", 7, None])
+def test_index_that_leads_out_of_the_folder_or_to_a_pickle_counts_as_none(name, folder):
+    expected = load_network(folder).state_dict()
+    write_json(folder / WEIGHTS_INDEX, {"weight_map": {"exit.bias": name}})
+    actual = load_network(folder).state_dict()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CorruptArtifact, match="there is no file"):
+        load_network(folder)
+
+
+def test_variant_without_a_whole_file_is_refused_with_its_name(folder):
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CorruptArtifact, match=r"it has diffusion_pytorch_model\.fp16\.safetensors: rename"):
+        load_network(folder)
+
+
+@pytest.mark.parametrize("change", ["quantize", "prune"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_refuses_a_compressed_network_and_reads_an_original(kind, change, tmp_path):
+    model, model_class = random_network(kind), KINDS[kind][0]
+    save_model(model, tmp_path / "original")
+    model_class.from_pretrained(tmp_path / "original", use_safetensors=True)
+    if change == "quantize":
+        name = next(name for name, weight in model.named_parameters() if weight.ndim == 2)
+        pack_weight(model, name, Packing(bits=4, group_size=8, shape=tuple(model.get_parameter(name).shape)))
+    else:
+        remove_layers(model, removable_layers(model)[-1:])
+    save_model(model, tmp_path / "compressed")
+    with pytest.raises(ValueError, match=r"ddm\.DDMPipeline"):
+        model_class.from_pretrained(tmp_path / "compressed")
+    loaded = load_network(tmp_path / "compressed").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())

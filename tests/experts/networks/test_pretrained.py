@@ -1,5 +1,7 @@
 """Initial models: training starts from a checkpoint of any supported kind, or raises."""
 
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -12,7 +14,7 @@ from experts.diffusion.noise_schedule import LINEAR_BETA, NOISE_SCHEDULES
 from experts.expert import Expert, expert_flops, train_expert
 from experts.networks.model_io import save_model
 from experts.networks.pretrained import build_initial_model
-from experts.networks.pretrained_files import InitError, check_unchanged, init_checksum
+from experts.networks.pretrained_files import WEIGHTS, InitError, check_unchanged, init_checksum
 from experts.networks.registry import build_network, call_network
 from experts.training.latent_dataset import make_batch, read_latents
 from experts.training.loss import converted_loss
@@ -108,11 +110,33 @@ def test_folder_without_a_model_is_refused(tmp_path):
         init_checksum(tmp_path / "pipeline")
 
 
-def test_pickle_is_refused(tmp_path):
+def test_pickle_is_ignored_beside_safetensors_and_refused_alone(tmp_path):
     save_network(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InitError, match="pickles, and those are never loaded: diffusion_pytorch_model.bin"):
+    build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(InitError, match=r"pickles are not read; it has diffusion_pytorch_model\.bin: .* convert"):
         build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+
+
+def test_hub_snapshot_is_read_through_its_links_and_no_other_link(tmp_path):
+    model, snapshot = save_network(tmp_path / "plain"), tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(tmp_path / "plain", tmp_path / "models--a--b" / "blobs")
+    for file in (tmp_path / "plain").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    initial_model = build_initial_model(ExpertConfig(init=str(snapshot)), SHAPE, 3)
+    assert_equal_parameters(initial_model.model, model)
+    assert init_checksum(snapshot) == init_checksum(tmp_path / "plain")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "plain" / "config.json")
+    with pytest.raises(InitError, match="is a link, which may point anywhere"):
+        init_checksum(snapshot)
+
+
+def assert_equal_parameters(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_checksum_depends_on_network_files_only(tmp_path):
