@@ -110,7 +110,7 @@ def test_folder_without_a_model_is_refused(tmp_path):
         init_checksum(tmp_path / "pipeline")
 
 
-def test_pickle_is_ignored_beside_safetensors_and_refused_alone(tmp_path):
+def test_pickle_is_refused_without_safetensors(tmp_path):
     save_network(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
     build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
@@ -119,7 +119,7 @@ def test_pickle_is_ignored_beside_safetensors_and_refused_alone(tmp_path):
         build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
 
 
-def test_hub_snapshot_is_read_through_its_links_and_no_other_link(tmp_path):
+def test_only_links_of_hub_snapshots_are_followed(tmp_path):
     model, snapshot = save_network(tmp_path / "plain"), tmp_path / "models--a--b" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     shutil.copytree(tmp_path / "plain", tmp_path / "models--a--b" / "blobs")
