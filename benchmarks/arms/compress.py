@@ -20,8 +20,8 @@ from ensemble.compression.measurement import REPORT_FILE, TIMING_FILE, Timing, t
 from ensemble.compression.run import run_stage
 from ensemble.evaluation.evaluate import evaluate
 from experts.config import TrainingConfig
-from orchestrator.pipeline.flop_matching import cluster_folders
 from orchestrator.pipeline.stage_configs import evaluation_config
+from orchestrator.pipeline.stage_inputs import cluster_folders
 
 BASE = (
     "data=fashion_full",

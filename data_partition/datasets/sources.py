@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from data_partition.config import DataConfig
 from data_partition.datasets.fashion_mnist import CLASS_NAMES, HELD_OUT_ROWS, find_fashion, read_split
@@ -63,6 +62,8 @@ def _packaged_fashion() -> Iterator[Sample]:
 
 
 def _digits() -> Iterator[Sample]:
+    from sklearn.datasets import load_digits  # two seconds to import, and no other source needs it
+
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     for row, (image, label) in enumerate(zip(images, bunch.target, strict=True)):

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from ddm_core.artifacts import save_arrays
 
@@ -45,6 +43,9 @@ def fit_probe(
     features: Float[np.ndarray, "sample feature"], labels: Int[np.ndarray, " sample"], iterations: int = 300
 ) -> ClassProbe:
     """Fit the probe; it need not converge, since its accuracy is reported next to its counts."""
+    from sklearn.exceptions import ConvergenceWarning  # seconds to import, and only the reference fits a probe
+    from sklearn.linear_model import LogisticRegression
+
     if len(np.unique(labels)) < 2:
         raise ValueError(
             f"a class probe needs images of two classes, and all {len(labels)} show class {labels[0]}; "

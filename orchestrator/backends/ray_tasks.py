@@ -19,6 +19,9 @@ os.environ.setdefault("RAY_enable_metrics_collection", "0")
 os.environ.setdefault("AUTOSCALER_METRIC_PORT", "-1")
 os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
 
+# The controller mostly waits, so workers need not yield to it.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
@@ -42,6 +45,9 @@ REACH_S = 5.0
 GROUP_POLL_INTERVAL_S = 0.1
 """Time between two checks whether the process of a group has ended."""
 
+MAX_EARLY_IMPORTS = 8
+"""Largest number of workers that import the libraries while the first stage runs; each takes some 400 MB of memory."""
+
 MAX_QUEUED = 64
 """Largest number of tasks submitted to Ray at once, waiting ones included."""
 
@@ -53,6 +59,12 @@ def _execute(job: Job) -> AttemptOutcome:
         return execute(job, stopping)
 
 
+def _import_early() -> None:
+    """Import what almost every stage needs; failures are reported by the stage that needs it."""
+    import orchestrator.pipeline.run_training
+    import orchestrator.run.worker  # noqa: F401
+
+
 class RayBackend:
     """Submits every job as one Ray task with its resources; a job with several workers starts a process group."""
 
@@ -61,6 +73,9 @@ class RayBackend:
         self._is_embedded = config.address is None
         self._running: dict[ray.ObjectRef, Job] = {}
         self._groups = TrainDrivers()
+        if self._is_embedded and SHARED_CLUSTER_ADDRESS not in os.environ:
+            for _ in range(min(config.cpus_here, MAX_EARLY_IMPORTS)):
+                ray.remote(_import_early).options(max_retries=0).remote()
 
     def place(self, job: Job) -> str | None:
         """Return the one place until `MAX_QUEUED` tasks are submitted; the bound keeps `poll` fast."""

@@ -12,8 +12,8 @@ from ensemble.pipeline import INDEX, EnsemblePipeline
 from experts.expert import Expert
 from orchestrator.cli.sample import find_pipeline
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.pipeline.flop_matching import cluster_folders
 from orchestrator.pipeline.stage import Stage
+from orchestrator.pipeline.stage_inputs import cluster_folders
 from orchestrator.reporting.results import current_graph
 from orchestrator.run.run_folder import RunFolder
 from router.add_remove import RouterChangeError

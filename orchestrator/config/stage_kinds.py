@@ -1,6 +1,6 @@
 """The registry of stage kinds: each kind's configuration, run function, cost estimate and role.
 
-To add a kind: write its work in the package that it belongs to, a `run_…` function in `pipeline/run_stages.py`, an
+To add a kind: write its work in the package that it belongs to, a function in a `run_…` file of `pipeline/`, an
 `estimate_…` function in `planning/cost_model.py`, a row here, a field in `StagesConfig`, and a node in
 `pipeline/graph.py`.
 
@@ -14,7 +14,6 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-RUN_MODULE = "orchestrator.pipeline.run_stages"
 ESTIMATE_MODULE = "orchestrator.planning.cost_model"
 
 
@@ -24,8 +23,8 @@ class StageKind:
 
     config_import: str
     """Class of the stage's configuration, as `module:name`."""
-    run_name: str
-    """Function of `RUN_MODULE`: `(config, inputs, out, workspace) -> FLOPs`."""
+    run_import: str
+    """Function `(config, inputs, out, workspace) -> FLOPs`, as `module:name` in `orchestrator/pipeline`."""
     estimate_name: str
     """Function of `ESTIMATE_MODULE`: `(stage, facts, earlier work) -> Work`."""
     is_training: bool = False
@@ -40,25 +39,25 @@ class StageKind:
     @property
     def config(self) -> type[Any]:
         """Return the class of the stage's configuration."""
-        module, _, name = self.config_import.partition(":")
-        config: type[Any] = _import_name(module, name)
+        config: type[Any] = _import_name(self.config_import)
         return config
 
     @property
     def run(self) -> Callable[..., float]:
-        """Return the function that runs the stage; imports torch."""
-        run: Callable[..., float] = _import_name(RUN_MODULE, self.run_name)
+        """Return the function that runs the stage; imports what stages of this kind need."""
+        run: Callable[..., float] = _import_name(f"orchestrator.pipeline.{self.run_import}")
         return run
 
     @property
     def estimate(self) -> Callable[..., Any]:
         """Return the function that estimates the stage's work; imports torch."""
-        estimate: Callable[..., Any] = _import_name(ESTIMATE_MODULE, self.estimate_name)
+        estimate: Callable[..., Any] = _import_name(f"{ESTIMATE_MODULE}:{self.estimate_name}")
         return estimate
 
 
 @cache
-def _import_name(module: str, name: str) -> Any:
+def _import_name(path: str) -> Any:
+    module, _, name = path.partition(":")
     return getattr(import_module(module), name)
 
 
@@ -66,48 +65,62 @@ _CONFIGS = "orchestrator.pipeline.stage_configs"
 _COMPRESSION = "ensemble.compression.config:CompressionConfig"
 
 STAGE_KINDS: dict[str, StageKind] = {
-    "dataset": StageKind("data_partition.config:DataConfig", "run_dataset", "estimate_dataset"),
-    "codec": StageKind("experts.config:CodecConfig", "run_codec", "estimate_codec"),
-    "features": StageKind("data_partition.config:PartitionConfig", "run_features", "estimate_features", is_ours=True),
-    "partition": StageKind(
-        "data_partition.config:PartitionConfig", "run_partition", "estimate_partition", is_ours=True
+    "dataset": StageKind("data_partition.config:DataConfig", "run_data:run_dataset", "estimate_dataset"),
+    "codec": StageKind("experts.config:CodecConfig", "run_training:run_codec", "estimate_codec"),
+    "features": StageKind(
+        "data_partition.config:PartitionConfig", "run_data:run_features", "estimate_features", is_ours=True
     ),
-    "reference": StageKind("ensemble.config:EvaluationConfig", "run_reference", "estimate_reference"),
-    "init": StageKind(f"{_CONFIGS}:InitStageConfig", "run_init", "estimate_nothing"),
+    "partition": StageKind(
+        "data_partition.config:PartitionConfig", "run_data:run_partition", "estimate_partition", is_ours=True
+    ),
+    "reference": StageKind("ensemble.config:EvaluationConfig", "run_sampling:run_reference", "estimate_reference"),
+    "init": StageKind(f"{_CONFIGS}:InitStageConfig", "run_training:run_init", "estimate_nothing"),
     "expert": StageKind(
-        f"{_CONFIGS}:ExpertStageConfig", "run_expert", "estimate_expert", is_training=True, is_ours=True
+        f"{_CONFIGS}:ExpertStageConfig", "run_training:run_expert", "estimate_expert", is_training=True, is_ours=True
     ),
     "expert_samples": StageKind(
-        "ensemble.config:ExpertSamplesConfig", "run_expert_samples", "estimate_expert_samples", is_ours=True
+        "ensemble.config:ExpertSamplesConfig",
+        "run_sampling:run_expert_samples",
+        "estimate_expert_samples",
+        is_ours=True,
     ),
-    "router": StageKind("router.config:RouterConfig", "run_router", "estimate_router", is_training=True, is_ours=True),
-    "monolith": StageKind(f"{_CONFIGS}:MonolithStageConfig", "run_monolith", "estimate_monolith", is_training=True),
+    "router": StageKind(
+        "router.config:RouterConfig", "run_training:run_router", "estimate_router", is_training=True, is_ours=True
+    ),
+    "monolith": StageKind(
+        f"{_CONFIGS}:MonolithStageConfig", "run_training:run_monolith", "estimate_monolith", is_training=True
+    ),
     "cluster_conditioned": StageKind(
         f"{_CONFIGS}:MonolithStageConfig",
-        "run_cluster_conditioned",
+        "run_training:run_cluster_conditioned",
         "estimate_monolith",
         is_training=True,
         trained_as="monolith",
     ),
     "distilled_monolith": StageKind(
         f"{_CONFIGS}:DistilledMonolithStageConfig",
-        "run_distilled_monolith",
+        "run_training:run_distilled_monolith",
         "estimate_distilled_monolith",
         is_training=True,
         trained_as="monolith",
     ),
-    "ensemble": StageKind(f"{_CONFIGS}:EnsembleStageConfig", "run_ensemble", "estimate_nothing"),
+    "ensemble": StageKind(f"{_CONFIGS}:EnsembleStageConfig", "run_sampling:run_ensemble", "estimate_nothing"),
     "selection_search": StageKind(
-        f"{_CONFIGS}:SelectionSearchStageConfig", "run_selection_search", "estimate_selection_search", is_ours=True
+        f"{_CONFIGS}:SelectionSearchStageConfig",
+        "run_sampling:run_selection_search",
+        "estimate_selection_search",
+        is_ours=True,
     ),
-    "distill": StageKind(_COMPRESSION, "run_compression", "estimate_distill", is_compression=True),
-    "accelerate": StageKind(_COMPRESSION, "run_compression", "estimate_compression", is_compression=True),
-    "prune": StageKind(_COMPRESSION, "run_compression", "estimate_compression", is_compression=True),
-    "quantize": StageKind(_COMPRESSION, "run_compression", "estimate_compression", is_compression=True),
-    "stitch": StageKind(_COMPRESSION, "run_compression", "estimate_compression", is_compression=True),
-    "timing": StageKind("ensemble.compression.config:TimingConfig", "run_timing", "estimate_timing"),
-    "score": StageKind(f"{_CONFIGS}:ScoreStageConfig", "run_score", "estimate_score"),
-    "nothing": StageKind(f"{_CONFIGS}:NothingConfig", "run_nothing", "estimate_nothing"),
+    "distill": StageKind(_COMPRESSION, "run_compression:run_compression", "estimate_distill", is_compression=True),
+    "accelerate": StageKind(
+        _COMPRESSION, "run_compression:run_compression", "estimate_compression", is_compression=True
+    ),
+    "prune": StageKind(_COMPRESSION, "run_compression:run_compression", "estimate_compression", is_compression=True),
+    "quantize": StageKind(_COMPRESSION, "run_compression:run_compression", "estimate_compression", is_compression=True),
+    "stitch": StageKind(_COMPRESSION, "run_compression:run_compression", "estimate_compression", is_compression=True),
+    "timing": StageKind("ensemble.compression.config:TimingConfig", "run_compression:run_timing", "estimate_timing"),
+    "score": StageKind(f"{_CONFIGS}:ScoreStageConfig", "run_sampling:run_score", "estimate_score"),
+    "nothing": StageKind(f"{_CONFIGS}:NothingConfig", "run_data:run_nothing", "estimate_nothing"),
 }
 
 TRAINING_KINDS = tuple(name for name, kind in STAGE_KINDS.items() if kind.is_training)

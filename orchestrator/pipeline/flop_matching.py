@@ -1,6 +1,6 @@
 """FLOP matching: how many steps a baseline trains, so that it costs as many FLOPs as the training of our side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,9 @@ from experts.config import ExpertConfig
 from experts.expert import expert_flops
 from experts.training.flops import training_flops
 from orchestrator.pipeline.stage_configs import MonolithStageConfig
+from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders, with_init_checkpoint
 from router.config import RouterConfig
 from router.train import router_flops
-
-Inputs = Mapping[str, Path]
 
 
 def flop_matched_config(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
@@ -42,16 +41,6 @@ def flop_matched_config(config: MonolithStageConfig, inputs: Inputs) -> ExpertCo
         extra = extra + sum(flops_of_experts) - monolith_flops
     steps = max(1, training.steps + round(extra / (monolith_flops / training.steps)))
     return replace(monolith, training=replace(training, steps=steps))
-
-
-def with_init_checkpoint(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:
-    """Return the configuration with the path of its checkpoint, if that is among the inputs."""
-    return replace(expert, init=str(inputs[role])) if role in inputs else expert
-
-
-def cluster_folders(folder: Path) -> list[Path]:
-    """Return the clusters' folders inside `folder`, ordered by cluster id."""
-    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name))
 
 
 def _sampling_flops(router: RouterConfig, partition: Path, row_flops: Sequence[float]) -> float:

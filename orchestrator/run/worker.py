@@ -7,6 +7,7 @@ result is the returned outcome, and a traceback goes to its log.
 import contextlib
 import functools
 import logging
+import os
 import shutil
 import socket
 import time
@@ -20,7 +21,6 @@ import torch
 from pydantic import TypeAdapter
 from threadpoolctl import ThreadpoolController
 
-import orchestrator.pipeline.run_stages  # noqa: F401 - load all numeric libraries, so that thread limits apply to them
 from data_partition.errors import DownloadFailed, SourceUnreachable
 from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify, write_json
 from experts.training.checkpoint import DamagedCheckpoint
@@ -32,23 +32,27 @@ from orchestrator.run.disk_errors import error_number, explain_disk_error
 from orchestrator.run.lease import this_process
 from orchestrator.run.worker_lock import hold_worker_lock
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""What a numeric library reads when it is loaded."""
+
 
 @contextlib.contextmanager
 def limited_threads(cpus: int) -> Iterator[None]:
-    """Use one thread per assigned CPU while the block lasts; results depend on this number."""
+    """Use one thread per assigned CPU while the block lasts; results depend on this number.
+
+    It applies to the loaded libraries, and to those that the block loads: a stage imports what it needs.
+    """
     before = torch.get_num_threads()
+    variables = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     torch.set_num_threads(cpus)
-    with _thread_pools().limit(limits=cpus):
+    os.environ.update(dict.fromkeys(variables, str(cpus)))
+    with ThreadpoolController().limit(limits=cpus):
         try:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-@functools.cache
-def _thread_pools() -> ThreadpoolController:
-    """Return the thread pools of all libraries loaded by the first stage; the search takes a millisecond."""
-    return ThreadpoolController()
+            for name, value in variables.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 Fill = Callable[[Path], float]

@@ -1,0 +1,20 @@
+"""The stages that compress an ensemble, and measure how fast the result is."""
+
+from pathlib import Path
+
+from ddm_core.artifacts import Workspace
+from ensemble.compression.config import CompressionConfig, TimingConfig
+from ensemble.compression.measurement import time_both
+from ensemble.compression.run import run_stage
+from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders
+
+
+def run_compression(config: CompressionConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Compress the ensemble, each expert with the data of its own cluster."""
+    clusters = cluster_folders(inputs["clusters"])
+    return run_stage(config, inputs["ensemble"], inputs["original"], clusters, out, workspace)
+
+
+def run_timing(config: TimingConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Measure the CPU time per image of the compressed and the original ensemble."""
+    return time_both(config, inputs["ensemble"], inputs["original"], out, workspace)

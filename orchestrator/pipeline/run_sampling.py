@@ -1,0 +1,52 @@
+"""The stages that sample and score: ensembles, the reference, scores, the search for a selection."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from data_partition.shards.shards import read_index
+from ddm_core.artifacts import Workspace
+from ensemble.config import EvaluationConfig, ExpertSamplesConfig
+from ensemble.evaluation.evaluate import evaluate
+from ensemble.evaluation.reference import build_reference
+from ensemble.evaluation.selection_search import read_choice, search_selection
+from ensemble.pipeline import assemble
+from ensemble.sampling.expert_samples import sample_expert_latents
+from orchestrator.pipeline.stage_configs import EnsembleStageConfig, ScoreStageConfig, SelectionSearchStageConfig
+from orchestrator.pipeline.stage_inputs import Inputs, experts_by_id
+
+
+def run_expert_samples(config: ExpertSamplesConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Generate latents with the experts, for a router that trains without data."""
+    return sample_expert_latents(experts_by_id(inputs), inputs["partition"], config, out, workspace)
+
+
+def run_ensemble(config: EnsembleStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Assemble trained experts and the router into one pipeline folder."""
+    experts = (
+        dict.fromkeys(config.expert_ids, inputs["cluster_conditioned"])
+        if "cluster_conditioned" in inputs
+        else experts_by_id(inputs)
+    )
+    missing = [k for k in config.expert_ids if k not in experts]
+    class_names = read_index(inputs["shards"]).class_names
+    assemble(experts, inputs.get("router"), inputs["codec"], out, missing, class_names)
+    return 0.0
+
+
+def run_reference(config: EvaluationConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Compute the reference statistics that all scores share."""
+    return build_reference(inputs["dataset"], config, out, workspace).flops
+
+
+def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Sample the ensemble and score the samples; a selection search replaces the selection."""
+    folders, sampling = (inputs["ensemble"], inputs["reference"], inputs["partition"]), config.sampling
+    if "selection_search" in inputs:
+        sampling = replace(sampling, selection=read_choice(inputs["selection_search"]).selection)
+    return evaluate(*folders, config.evaluation, sampling, out, workspace).flops
+
+
+def run_selection_search(config: SelectionSearchStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Try the candidate selections and choose one."""
+    folders = (inputs["ensemble"], inputs["reference"])
+    return search_selection(*folders, config.search, config.evaluation, config.sampling, out, workspace)

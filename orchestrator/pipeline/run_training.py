@@ -1,0 +1,80 @@
+"""The stages that train networks: codec, experts, router, baselines."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from ddm_core.artifacts import Workspace
+from experts.baselines.cluster_conditioned import train_cluster_conditioned
+from experts.baselines.distilled_monolith import train_distilled_monolith
+from experts.codecs.registry import fit_codec
+from experts.config import CodecConfig, ExpertConfig
+from experts.expert import train_expert
+from experts.networks.pretrained_files import check_unchanged, init_files
+from orchestrator.pipeline.flop_matching import flop_matched_config
+from orchestrator.pipeline.stage_configs import (
+    DistilledMonolithStageConfig,
+    ExpertStageConfig,
+    InitStageConfig,
+    MonolithStageConfig,
+)
+from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders, experts_by_id, with_init_checkpoint
+from router.config import RouterConfig
+from router.train import train_router
+
+log = logging.getLogger(__name__)
+
+
+def run_codec(config: CodecConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Fit the codec that maps images to latents."""
+    return fit_codec(config, inputs["shards"], out, workspace)
+
+
+def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Copy a pretrained checkpoint into the run; raises if it changed after the run was composed."""
+    folder = Path(config.folder)
+    check_unchanged(ExpertConfig(init=config.folder, init_checksum=config.checksum))
+    for file in init_files(folder):
+        target = out / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    return 0.0
+
+
+def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Train one expert on the shards of its cluster."""
+    shards, expert = [inputs["shards"]], with_init_checkpoint(config.expert, inputs)
+    return train_expert(expert, shards, inputs["codec"], out, workspace, cluster_id=config.cluster_id).flops
+
+
+def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Train the router on the shards of all clusters, or on latents that the experts generated."""
+    clusters = cluster_folders(inputs["clusters"]) if "clusters" in inputs else []
+    holdouts, samples = cluster_folders(inputs["holdouts"]), inputs.get("expert_samples")
+    return train_router(config, clusters, inputs["codec"], holdouts, out, workspace, expert_samples=samples).flops
+
+
+def run_monolith(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Train the monolith on all clusters, with extra steps for the router's and the clustering's FLOPs."""
+    clusters = cluster_folders(inputs["partition"] / "clusters")
+    return train_expert(
+        flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace, cluster_id=0
+    ).flops
+
+
+def run_cluster_conditioned(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Train the cluster-conditioned monolith with as many FLOPs as the monolith."""
+    clusters = cluster_folders(inputs["partition"] / "clusters")
+    return train_cluster_conditioned(
+        flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace
+    ).flops
+
+
+def run_distilled_monolith(
+    config: DistilledMonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace
+) -> float:
+    """Distill the experts into one network; its FLOPs include the teachers' calls."""
+    if config.from_expert is not None and "init" not in inputs:
+        log.warning("expert %d is missing; the student starts from random weights", config.from_expert)
+    clusters, expert = cluster_folders(inputs["partition"] / "clusters"), with_init_checkpoint(config.expert, inputs)
+    return train_distilled_monolith(expert, experts_by_id(inputs), clusters, inputs["codec"], out, workspace).flops
