@@ -138,3 +138,19 @@ def test_registry_import_loads_no_heavy_library():
     code = f"import sys, orchestrator.config.stage_kinds\nprint([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "heavy"),
+    [
+        (("dataset", "features", "partition"), ("diffusers", "torch._dynamo", "sklearn")),
+        (sorted(STAGE_KINDS), ("sklearn", "pandas", "ray", "wandb", "matplotlib", "hydra")),
+    ],
+)
+def test_stages_import_only_what_they_need(kinds, heavy):
+    code = (
+        "import sys, orchestrator.run.worker\nfrom orchestrator.config.stage_kinds import STAGE_KINDS\n"
+        f"print([STAGE_KINDS[kind].run for kind in {kinds!r}] and [name for name in {heavy!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

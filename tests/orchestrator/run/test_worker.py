@@ -1,5 +1,7 @@
 """Attempts of stages: their outcomes are data, and their inputs are verified."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -135,3 +137,16 @@ def test_execute_ignores_damage_outside_its_input(dataset, tmp_path):
     (dataset / "holdout" / "index.json").write_text("{}")
     codec = job(tmp_path, "codec", {"kind": "pixels"}, {"shards": str(dataset / "train")})
     assert execute(codec).state == "finished"
+
+
+def test_thread_limit_covers_libraries_loaded_in_the_block():
+    code = (
+        "from threadpoolctl import threadpool_info\n"
+        "from orchestrator.run.worker import limited_threads\n"
+        "for cpus in (1, 2):\n"
+        "    with limited_threads(cpus):\n"
+        "        import faiss, sklearn.linear_model\n"
+        "        print({pool['num_threads'] for pool in threadpool_info()})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "{1}\n{2}\n"
