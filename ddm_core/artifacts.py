@@ -338,7 +338,7 @@ class Workspace:
         pace = (done - self._clock["first_done"]) / (now - self._clock["first"] or 1.0)
         left_s = (total - done) / pace if total is not None and pace > 0 else None
         progress = {"done": done, "total": total, "unit": unit, "left_s": left_s, "pace": pace, "time": time.time()}
-        write_json(self.attempt / "progress.json", progress | {"figures": dict(figures or {})})
+        write_text(self.attempt / "progress.json", with_checksum(progress | {"figures": dict(figures or {})}))
 
     def stop_requested(self) -> bool:
         """Return whether the work should be saved now; checks the disk at most five times a second."""

@@ -35,7 +35,7 @@ from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ddm_core.artifacts import write_json
+from ddm_core.json_values import write_record
 from experts.training.distributed import GroupError
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
 from orchestrator.run.disk_errors import explain_disk_error
@@ -68,7 +68,7 @@ def run_with_ray_train(job: Job, stopping: Callable[[], bool] = lambda: False) -
         outcome = _outcome(job, lambda: _run_group(job, folder / "group", folder / "stop", stopping))
         if outcome.state == "finished":
             shutil.rmtree(job.scratch, ignore_errors=True)
-        write_json(folder / "outcome.json", outcome)
+        write_record(folder / "outcome.json", outcome)
     except OSError as error:
         reason = explain_disk_error(error, folder)
         return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed", error=reason, transient=True)

@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from ddm_core.artifacts import read_json
+from ddm_core.json_values import read_record
 from orchestrator.backends.slurm_worker import claim_file
-from orchestrator.run.lease import is_alive, seconds_since_change, this_process
+from orchestrator.run.lease import ProcessRecord, is_alive, seconds_since_change, this_process
+from orchestrator.run.worker_lock import is_worker
 
 POLL_INTERVAL_S = 10.0
 """Least time between two queries of Slurm, each for all jobs; an attempt's outcome is visible earlier in its folder."""
@@ -112,7 +113,7 @@ class LocalQueue:
         if name in self._handles and not self._handles[name].done():
             return ""
         claim = claim_file(attempt)
-        if claim.exists() and is_alive(read_json(claim), seconds_since_change(attempt)):
+        if claim.exists() and is_alive(read_record(ProcessRecord, claim), seconds_since_change(attempt)):
             return ""
         return "its process has ended"
 
@@ -120,10 +121,10 @@ class LocalQueue:
         """Kill the process that runs the attempt; submitit's own process then ends by itself."""
         if not claim_file(attempt).exists():
             return
-        claimant = read_json(claim_file(attempt))
-        if claimant != this_process() and is_alive(claimant, math.inf):
+        claimant = read_record(ProcessRecord, claim_file(attempt))
+        if claimant != this_process() and is_alive(claimant, math.inf) and is_worker(claimant["pid"], attempt):
             with suppress(ProcessLookupError):
-                os.kill(int(claimant["pid"]), signal.SIGKILL)
+                os.kill(claimant["pid"], signal.SIGKILL)
 
 
 def _run_command(*command: str) -> str | None:

@@ -13,12 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from pydantic import TypeAdapter
-
-from ddm_core.artifacts import read_json, write_json
+from ddm_core.json_values import read_record, write_record
 from ddm_core.signals import sigterm_flag
 from orchestrator.run.backend import EXIT_CODES, AttemptOutcome, Job
 from orchestrator.run.lease import this_process
+from orchestrator.run.worker_lock import hold_worker_lock
 
 
 def claim(attempt: Path) -> bool:
@@ -27,7 +26,7 @@ def claim(attempt: Path) -> bool:
     The trick: the claim is a hard link, which only one of several processes can create, also on NFS.
     """
     candidate = attempt / f".claim.{this_process()['host']}.{os.getpid()}"
-    write_json(candidate, this_process())
+    write_record(candidate, this_process())
     try:
         os.link(candidate, claim_file(attempt))
     except FileExistsError:
@@ -44,12 +43,13 @@ def claim_file(attempt: Path) -> Path:
 
 def execute_attempt(attempt: Path, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome | None:
     """Run the attempt of `job.json`; return None if another process holds its claim."""
-    if not claim(attempt):
-        return None
-    job = TypeAdapter(Job).validate_python(read_json(attempt / "job.json"))
-    from orchestrator.run.worker import execute  # torch takes seconds to import; claim and signal handler come first
+    with hold_worker_lock(attempt):
+        if not claim(attempt):
+            return None
+        job = read_record(Job, attempt / "job.json")
+        from orchestrator.run.worker import execute  # torch takes seconds to import; claim and signals come first
 
-    return execute(job, stopping)
+        return execute(job, stopping)
 
 
 def main() -> None:

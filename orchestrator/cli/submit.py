@@ -10,17 +10,19 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NotRequired
 
 from pydantic import ValidationError
+from typing_extensions import TypedDict
 
-from ddm_core.artifacts import read_json, write_json
+from ddm_core.json_values import read_record, write_record
 from orchestrator.config.compute import IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.controller import SUBMITTED_ADDRESS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.islands.client import IslandClient, JobState
 from orchestrator.islands.wheel import build_wheel
-from orchestrator.run.lease import hold_lease, this_process
+from orchestrator.run.lease import ProcessRecord, hold_lease, this_process
 from orchestrator.run.run_folder import RunFolder
 
 SHUTDOWN_S = 30.0
@@ -45,6 +47,14 @@ class Submission:
     """How the previous controller failed; empty if it did not."""
 
 
+class _SubmissionRecord(TypedDict):
+    """Content of `RunFolder.submission`."""
+
+    id: str
+    seen: NotRequired[ProcessRecord]
+    """The process that has confirmed it."""
+
+
 def submit_run(config: RunConfig, client: IslandClient) -> Submission:
     """Submit the run's controller to a Ray cluster, unless one of this run is active there.
 
@@ -60,7 +70,7 @@ def submit_run(config: RunConfig, client: IslandClient) -> Submission:
         return Submission(id=f"{name}{last}", folder=run.root, is_new=False)
     with hold_lease(run):
         run.save_config(config)
-        write_json(run.submission, {"id": f"{name}{last + 1}"})
+        write_record(run.submission, {"id": f"{name}{last + 1}"})
     is_new = _send(client, f"{name}{last + 1}", run.root, config.compute.grace_s + SHUTDOWN_S)
     previous_failure = _describe_failure(client, f"{name}{last}", states[f"{name}{last}"]) if last else ""
     return Submission(id=f"{name}{last + 1}", folder=run.root, is_new=is_new, previous_failure=previous_failure)
@@ -82,7 +92,7 @@ def wait_until_started(submission: Submission, client: IslandClient, timeout_s: 
     run, deadline = RunFolder(submission.folder), time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         state = client.list_states().get(submission.id)
-        if "seen" in read_json(run.submission):
+        if "seen" in read_record(_SubmissionRecord, run.submission):
             return
         if state is not None and state.has_ended:
             raise OrchestratorError(_describe_failure(client, submission.id, state))
@@ -96,7 +106,7 @@ def confirm_submission(run: RunFolder, submission_id: str) -> None:
     Raises `RunFolderError` if the path is missing here or is another folder.
     """
     deadline = time.monotonic() + FOLDER_VISIBLE_S
-    while not run.submission.is_file() or read_json(run.submission)["id"] != submission_id:
+    while not run.submission.is_file() or read_record(_SubmissionRecord, run.submission)["id"] != submission_id:
         if time.monotonic() > deadline:
             raise RunFolderError(
                 f"{run.root} on {socket.gethostname()} is not the folder from which {submission_id} was submitted; "
@@ -104,7 +114,7 @@ def confirm_submission(run: RunFolder, submission_id: str) -> None:
             )
         time.sleep(0.2)
     try:
-        write_json(run.submission, {"id": submission_id, "seen": this_process()})
+        write_record(run.submission, {"id": submission_id, "seen": this_process()})
     except OSError as error:
         raise RunFolderError(f"{socket.gethostname()} cannot write to {run.root}: {error}") from error
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ddm_core.artifacts import write_json
+from ddm_core.json_values import write_record
 from orchestrator.config.compute import CONTROLLER, ComputeConfig
 from orchestrator.islands.connection import IslandConnection
 from orchestrator.islands.placement import compute_load, place
@@ -104,9 +104,8 @@ class IslandsBackend:
         """Write an event to the journal, and the islands' reachability to a file that `ddm status` reads."""
         self.run.record(event, **facts)
         if event in ("unreachable", "recovered"):
-            write_json(
-                self.run.islands, {name: _describe_reachability(each) for name, each in self.connections.items()}
-            )
+            islands = {name: _describe_reachability(each) for name, each in self.connections.items()}
+            write_record(self.run.islands, {"islands": islands})
 
 
 def _describe_reachability(connection: IslandConnection) -> dict[str, Any]:

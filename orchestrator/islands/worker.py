@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ddm_core.artifacts import write_json
+from ddm_core.json_values import write_record
 from ddm_core.signals import sigterm_flag
 from orchestrator.errors import IslandError
 from orchestrator.islands.checkpoint_mirror import CheckpointMirror
@@ -114,7 +114,7 @@ def run(storage: Storage, submitted: Job, node: NodeFolders, should_stop: Callab
         mirror.push_state()
         if outcome.state == "finished":
             outcome = _publish(storage, names, job, mirror, outcome)
-        write_json(folder / "outcome.json", outcome)
+        write_record(folder / "outcome.json", outcome)
     shutil.rmtree(node.attempt, ignore_errors=True)
     return outcome
 

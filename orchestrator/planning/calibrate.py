@@ -24,8 +24,9 @@ import torch
 from pydantic import TypeAdapter
 
 from data_partition.shards.shards import read_index
-from ddm_core.artifacts import to_jsonable, write_json
+from ddm_core.artifacts import to_jsonable
 from ddm_core.errors import DDMError
+from ddm_core.json_values import write_record
 from experts.architectures.conv_decoder import ConvDecoder
 from experts.expert import expert_flops
 from experts.training.flops import forward_flops, training_flops
@@ -132,7 +133,7 @@ def calibrate(config: RunConfig) -> None:
         parameters=networks.parameters["expert"],
     )
     run.root.mkdir(parents=True, exist_ok=True)
-    write_json(run.calibration, calibration)
+    write_record(run.calibration, calibration)
 
 
 def build_probe(config: RunConfig, dry: DryRun) -> NetworkProbe:

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pydantic import TypeAdapter
-
-from ddm_core.artifacts import fingerprint, read_json, to_jsonable
+from ddm_core.artifacts import fingerprint, to_jsonable
+from ddm_core.json_values import read_record
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError
@@ -106,7 +105,7 @@ def find_calibration(run: RunFolder, graph: Sequence[Stage], compute: ComputeCon
     """Return the run's calibration and a description of it, or None and how to get one."""
     if not run.calibration.is_file():
         return None, "Times and prices need a calibration: repeat the command with --calibrate (under a minute)."
-    calibration = TypeAdapter(Calibration).validate_python(read_json(run.calibration))
+    calibration = read_record(Calibration, run.calibration)
     if calibration.fingerprint != calibration_fingerprint(graph, compute):
         return None, f"{run.calibration} is of another configuration: repeat the command with --calibrate."
     machines = "; ".join(f"{name}: {_describe(place)}" for name, place in calibration.places.items())

@@ -177,7 +177,7 @@ def _submission_times(events: Sequence[dict[str, Any]]) -> dict[tuple[str, int],
     return {
         (f"{event['stage']}-{event['fingerprint'][:12]}", event["attempt"]): event["time"]
         for event in events
-        if event["event"] == "submitted"
+        if event["event"] == "submitted" and {"stage", "fingerprint", "attempt", "time"} <= event.keys()
     }
 
 
@@ -185,7 +185,7 @@ def _transfers(events: Sequence[dict[str, Any]]) -> dict[str, list[CostRow]]:
     """Return the bytes that were sent, by stage."""
     rows: dict[str, list[CostRow]] = defaultdict(list)
     for event in events:
-        if event["event"] == "moved":
+        if event["event"] == "moved" and {"stage", "direction", "bytes"} <= event.keys():
             sent = {f"bytes_{event['direction']}": int(event["bytes"])}
             rows[event["stage"]].append(CostRow(stage=event["stage"], **sent))
     return rows

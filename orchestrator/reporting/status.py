@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from pydantic import FiniteFloat
 from rich.markup import escape
 from rich.table import Table
+from typing_extensions import TypedDict
 
-from ddm_core.artifacts import read_json, read_manifest
+from ddm_core.artifacts import read_manifest
+from ddm_core.json_values import read_record
 from orchestrator.config.compute import CONTROLLER
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.graph import build_graph
@@ -17,11 +20,25 @@ from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.costs import format_run_costs
 from orchestrator.reporting.progress import format_clock, format_progress
 from orchestrator.run.attempts import load_progress
-from orchestrator.run.lease import is_alive, read_holder, seconds_since_change
+from orchestrator.run.backend import AttemptOutcome, Job
+from orchestrator.run.lease import ProcessRecord, is_alive, read_holder, seconds_since_change
 from orchestrator.run.run_folder import RunFolder
 
 STRAGGLER_FACTOR = 1.5
 """An expert is a straggler once it has taken so many times the median of the finished experts."""
+
+
+class _IslandFacts(TypedDict):
+    """Reachability of one island."""
+
+    unreachable_since: FiniteFloat | None
+    """Seconds since the epoch."""
+
+
+class _IslandsRecord(TypedDict):
+    """Content of `RunFolder.islands`."""
+
+    islands: dict[str, _IslandFacts]
 
 
 def status_table(run: RunFolder) -> Table:
@@ -49,10 +66,8 @@ def unreachable_islands(run: RunFolder) -> dict[str, float]:
     """Return the islands that the run's controller cannot reach, with the time since when (seconds since the epoch)."""
     if not run.islands.is_file() or read_holder(run) is None:
         return {}
-    islands = read_json(run.islands)
-    return {
-        name: facts["unreachable_since"] for name, facts in islands.items() if facts["unreachable_since"] is not None
-    }
+    islands = read_record(_IslandsRecord, run.islands)["islands"]
+    return {name: facts["unreachable_since"] for name, facts in islands.items() if facts["unreachable_since"]}
 
 
 def stragglers(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
@@ -69,7 +84,7 @@ def stragglers(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
 def _island(attempts: Sequence[Path]) -> str:
     """Return the island of the latest attempt; empty for backends without islands."""
     job = attempts[-1] / "job.json" if attempts else None
-    return str(read_json(job)["island"]) if job and job.is_file() else ""
+    return read_record(Job, job).island if job and job.is_file() else ""
 
 
 def _controller(run: RunFolder) -> str:
@@ -88,11 +103,15 @@ def _state(run: RunFolder, stage: Stage, attempts: Sequence[Path], island: str) 
     if not attempts:
         return "[dim]waiting[/]", ""
     if (attempts[-1] / "outcome.json").is_file():
-        outcome = read_json(attempts[-1] / "outcome.json")
-        return f"[yellow]{outcome['state']}[/]", escape(outcome["error"])
+        outcome = read_record(AttemptOutcome, attempts[-1] / "outcome.json")
+        return f"[yellow]{outcome.state}[/]", escape(outcome.error)
     worker = attempts[-1] / "worker.json"
     is_local = island in ("", CONTROLLER)
-    if is_local and worker.is_file() and not is_alive(read_json(worker), seconds_since_change(attempts[-1])):
+    if (
+        is_local
+        and worker.is_file()
+        and not is_alive(read_record(ProcessRecord, worker), seconds_since_change(attempts[-1]))
+    ):
         return "[red]lost[/]", format_progress(load_progress(attempts[-1]))
     return "running", format_progress(load_progress(attempts[-1]))
 

@@ -10,15 +10,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import FiniteFloat
 
-from ddm_core.artifacts import CorruptArtifact, is_finished, read_json, read_manifest
-from ddm_core.json_values import from_json
+from ddm_core.artifacts import CorruptArtifact, is_finished, read_manifest
+from ddm_core.json_values import read_record
 from orchestrator.config.compute import CONTROLLER, ResourcesConfig
 from orchestrator.pipeline.stage import Stage
+from orchestrator.run.backend import AttemptOutcome, Job
+from orchestrator.run.lease import ProcessRecord
 from orchestrator.run.run_folder import RunFolder, attempt_number
+
+T = TypeVar("T")
 
 CONTINUED = re.compile(r"continuing from step (\d+)")
 """The log line of `experts/training/checkpoint.py` when a training resumes."""
@@ -85,9 +89,12 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
     """Return one attempt; None if no worker has started it."""
     if not (folder / "worker.json").is_file():
         return None
-    worker, job = read_json(folder / "worker.json"), _read_optional(folder / "job.json")
-    progress, outcome = load_progress(folder) or DAMAGED_PROGRESS, _read_optional(folder / "outcome.json")
-    island = job.get("island", "")
+    worker, job = read_record(ProcessRecord, folder / "worker.json"), _read_optional(Job, folder / "job.json")
+    progress, outcome = (
+        load_progress(folder) or DAMAGED_PROGRESS,
+        _read_optional(AttemptOutcome, folder / "outcome.json"),
+    )
+    island = job.island if job else ""
     start = worker.get("time") or (folder / "worker.json").stat().st_mtime
     return Attempt(
         stage=folder.parent.name.rpartition("-")[0],
@@ -95,11 +102,15 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
         folder=folder,
         island=island,
         place=f"{worker['host']}:{worker['pid']}",
-        resources=TypeAdapter(ResourcesConfig).validate_python(job.get("resources", {})),
+        resources=job.resources if job else ResourcesConfig(),
         start=start,
-        end=max(start, outcome.get("ended") or _last_activity(folder, progress, is_local=island in ("", CONTROLLER))),
-        state=outcome.get("state") or _infer_state(run, folder, last=last),
-        error=outcome.get("error", ""),
+        end=max(
+            start,
+            (outcome.ended if outcome else 0.0)
+            or _last_activity(folder, progress, is_local=island in ("", CONTROLLER)),
+        ),
+        state=outcome.state if outcome else _infer_state(run, folder, last=last),
+        error=outcome.error if outcome else "",
         steps=_read_steps(folder, progress),
     )
 
@@ -108,16 +119,16 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
 class Progress:
     """The latest progress report of an attempt."""
 
-    done: float = 0.0
-    total: float | None = None
+    done: FiniteFloat = 0.0
+    total: FiniteFloat | None = None
     """None is unknown."""
     unit: str = ""
-    left_s: float | None = None
-    pace: float = 0.0
+    left_s: FiniteFloat | None = None
+    pace: FiniteFloat = 0.0
     """Units per second."""
-    time: float = 0.0
+    time: FiniteFloat = 0.0
     """Seconds since the epoch."""
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, FiniteFloat] = field(default_factory=dict)
     is_damaged: bool = False
     """Whether the file cannot be read; the other fields then mean nothing."""
 
@@ -134,13 +145,13 @@ def load_progress(attempt: Path) -> Progress | None:
     if not path.is_file():
         return None
     try:
-        return from_json(Progress, read_json(path))
-    except (CorruptArtifact, ValueError):
+        return read_record(Progress, path)
+    except CorruptArtifact:
         return DAMAGED_PROGRESS
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+def _read_optional(cls: type[T], path: Path) -> T | None:
+    return read_record(cls, path) if path.is_file() else None
 
 
 def _infer_state(run: RunFolder, folder: Path, *, last: bool) -> str:

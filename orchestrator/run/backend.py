@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat
 
-from ddm_core.artifacts import CorruptArtifact, read_json
+from ddm_core.json_values import read_record
 from orchestrator.config.compute import ResourcesConfig
 
 
@@ -57,9 +57,9 @@ class AttemptOutcome:
     state: State
     error: str = ""
     transient: bool = False
-    started: float = 0.0
+    started: FiniteFloat = 0.0
     """Seconds since the epoch; 0 if it never started."""
-    ended: float = 0.0
+    ended: FiniteFloat = 0.0
     """Seconds since the epoch; 0 if its worker died before it wrote its end."""
 
 
@@ -96,12 +96,7 @@ def read_outcome(job: Job) -> AttemptOutcome | None:
     Raises `CorruptArtifact` for a file that is not an outcome.
     """
     path = attempt_folder(job) / "outcome.json"
-    if not path.is_file():
-        return None
-    try:
-        return TypeAdapter(AttemptOutcome).validate_python(read_json(path))
-    except ValidationError as error:
-        raise CorruptArtifact(f"{path} is not the outcome of an attempt ({error}); delete it") from error
+    return read_record(AttemptOutcome, path) if path.is_file() else None
 
 
 def attempt_folder(job: Job) -> Path:

@@ -11,7 +11,6 @@ another container, it counts as dead only when its heartbeat is older than the l
 
 import contextlib
 import errno
-import json
 import os
 import secrets
 import socket
@@ -20,9 +19,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NotRequired
 
-from ddm_core.artifacts import create_file, sync, to_json, write_json
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
+
+from ddm_core.artifacts import ArtifactError, UnfinishedArtifact, create_file, sync, with_checksum
+from ddm_core.json_values import read_record, write_record
 from orchestrator.errors import LeaseLost, RunFolderError, RunIsLocked
 from orchestrator.run.run_folder import RunFolder
 
@@ -38,16 +41,38 @@ KEPT_GENERATIONS = 64
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of a file system without hard links, such as a mounted bucket."""
 
-UNKNOWN_PROCESS = {"host": "an unknown host", "pid": "?", "started": None}
+
+class ProcessRecord(TypedDict):
+    """A process, as it is recorded in a run folder."""
+
+    host: str
+    pid: Annotated[int, Field(ge=0, lt=2**32)]
+    started: str | None
+    """Start time in clock ticks since boot."""
+    pids: NotRequired[str]
+    """Its namespace of process ids."""
+    time: NotRequired[FiniteFloat]
+    """Seconds since the epoch at which a worker began."""
+    released: NotRequired[bool]
+    """Whether a controller has given its lease back."""
+
+
+UNKNOWN_PROCESS: ProcessRecord = {"host": "an unknown host, as its lease file is damaged", "pid": 0, "started": None}
 """The holder of a lease file that has no readable content: it is being written, or it is damaged."""
 
 
-def this_process() -> dict[str, Any]:
+def this_process() -> ProcessRecord:
     """Return this process's host, pid and start time, which identify it even after its pid is reused."""
-    return {**_describe_host(), "pid": os.getpid(), "started": process_start_time(os.getpid())}
+    host = _describe_host()
+    return {
+        "host": host["host"],
+        "pids": host["pids"],
+        "pid": os.getpid(),
+        "started": process_start_time(os.getpid()),
+    }
 
 
-def is_on_this_host(process: dict[str, Any]) -> bool:
+def is_on_this_host(process: ProcessRecord) -> bool:
     """Return whether a recorded process can be looked up by its pid: same host, same container."""
     return _describe_host().items() <= process.items() and Path("/proc/self/stat").exists()
 
@@ -70,7 +95,7 @@ def process_start_time(pid: int) -> str | None:
 class Holder:
     """The process that holds a run's lease."""
 
-    process: dict[str, Any]
+    process: ProcessRecord
     """As returned by `this_process`."""
     age_s: float
     """Seconds since its last heartbeat."""
@@ -94,11 +119,10 @@ def _read_latest(folder: Path) -> tuple[int, Holder | None]:
     while generations := _list_generations(folder):
         path = _lease_file(folder, generations[-1])
         try:
-            age_s, text = time.time() - path.stat().st_mtime, path.read_text(encoding="utf-8")
+            age_s, record = time.time() - path.stat().st_mtime, _read(path)
         except FileNotFoundError:
             continue
-        record = _parse(text)
-        return generations[-1], None if record.get("released") else Holder(record or UNKNOWN_PROCESS, age_s)
+        return generations[-1], None if record and record.get("released") else Holder(record or UNKNOWN_PROCESS, age_s)
     return 0, None
 
 
@@ -107,10 +131,10 @@ def seconds_since_change(attempt: Path) -> float:
     return time.time() - max(path.stat().st_mtime for path in (attempt, *attempt.iterdir()))
 
 
-def is_alive(process: dict[str, Any], heartbeat_s: float) -> bool:
+def is_alive(process: ProcessRecord, heartbeat_s: float) -> bool:
     """Return whether a process whose last heartbeat was `heartbeat_s` ago may still be running."""
     if is_on_this_host(process):
-        return bool(process_start_time(int(process["pid"])) == process["started"])
+        return bool(process_start_time(process["pid"]) == process["started"])
     return heartbeat_s < LEASE_S
 
 
@@ -149,7 +173,7 @@ class Lease:
     def release(self) -> None:
         """Free the lease; the file stays, so that its generation is never used again."""
         if self.is_held():
-            write_json(_lease_file(self.folder, self.generation), this_process() | {"released": True})
+            write_record(_lease_file(self.folder, self.generation), this_process() | {"released": True})
 
 
 @contextlib.contextmanager
@@ -196,7 +220,7 @@ def _create(folder: Path, generation: int) -> bool:
     """Create a generation with this process in it; return False if another process has created it."""
     target = _lease_file(folder, generation)
     candidate = folder / f".{secrets.token_hex(8)}"
-    candidate.write_text(to_json(this_process()), encoding="utf-8")
+    candidate.write_text(with_checksum(this_process()), encoding="utf-8")
     sync(candidate)
     try:
         os.link(candidate, target)
@@ -213,7 +237,7 @@ def _create(folder: Path, generation: int) -> bool:
 
 def _create_exclusively(target: Path) -> bool:
     try:
-        create_file(target, to_json(this_process()).encode(), mode=0o644)
+        create_file(target, with_checksum(this_process()).encode(), mode=0o644)
     except FileExistsError:
         return False
     return True
@@ -232,13 +256,14 @@ def _list_generations(folder: Path) -> list[int]:
     return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
 
 
-def _parse(text: str) -> dict[str, Any]:
-    """Return the content of a lease file, or an empty dictionary if it is incomplete or damaged."""
+def _read(path: Path) -> ProcessRecord | None:
+    """Return the content of a lease file; None if it is incomplete or damaged."""
     try:
-        record = json.loads(text)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) and {"host", "pid", "started"} <= record.keys() else {}
+        return read_record(ProcessRecord, path)
+    except UnfinishedArtifact:
+        raise FileNotFoundError(path) from None
+    except ArtifactError:
+        return None
 
 
 def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:

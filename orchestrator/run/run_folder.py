@@ -26,13 +26,17 @@ import secrets
 import shutil
 import stat
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import yaml
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from ddm_core.artifacts import CorruptArtifact, is_finished, to_jsonable, verify, write_text
+from ddm_core.json_values import from_json
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Input, Stage
@@ -40,6 +44,12 @@ from orchestrator.run.signature import sign
 
 TEMPORARY = re.compile(r"\.[\w.]+-[0-9a-f]{12}\.\d+")
 """Name of a temporary artifact folder: `.<stage>-<fingerprint>.<pid>`."""
+
+CHECKSUM_OF_LINE = ', "crc32": "'
+"""What comes before the checksum of an event in the journal; events of earlier versions have none."""
+
+ATTEMPT = re.compile(r"attempt_[0-9]{1,9}")
+"""Name of an attempt's folder."""
 
 CONFIG_SEAL = "# written by ddm; do not edit; sha256 of the rest: "
 """First line of config.yaml, before the checksum."""
@@ -138,12 +148,11 @@ class RunFolder:
 
     def attempts(self, stage: Stage) -> list[Path]:
         """Return the folders of a stage's attempts, oldest first."""
-        return sorted(self.work(stage).glob("attempt_*"), key=attempt_number)
+        return _list_attempts(self.work(stage))
 
     def attempted_stages(self) -> list[list[Path]]:
         """Return the attempts of every stage that was ever started here, also of earlier configurations."""
-        attempts = [list(work.glob("attempt_*")) for work in sorted(self.root.glob("work/*"))]
-        return [sorted(folders, key=attempt_number) for folders in attempts if folders]
+        return [attempts for work in sorted(self.root.glob("work/*")) if (attempts := _list_attempts(work))]
 
     def artifact_of_attempt(self, attempt: Path) -> Path:
         """Return the folder of an attempt's artifact, also if no configuration names its stage any more."""
@@ -227,7 +236,8 @@ class RunFolder:
 
     def record(self, event: str, **facts: Any) -> None:
         """Append one event to the journal and flush it to the disk."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **to_jsonable(facts)}) + "\n"
+        text = json.dumps({"time": round(time.time(), 3), "event": event, **to_jsonable(facts)})
+        line = f'{text[:-1]}{CHECKSUM_OF_LINE}{_checksum(text)}"}}\n'
         descriptor = _open_regular(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             end = os.lseek(descriptor, 0, os.SEEK_END)
@@ -250,17 +260,44 @@ class RunFolder:
         """Return the journal's events, without an incomplete last line that a crash left."""
         if not self.journal.is_file():
             return []
-        lines = self.journal.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.journal.read_text(encoding="utf-8", errors="replace").split("\n")
         events = []
         for number, line in enumerate(lines, start=1):
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                events.append(_parse_event(line))
+            except (ValueError, RecursionError) as error:
                 if number < len(lines):
                     raise CorruptArtifact(
                         f"{self.journal}, line {number}: {error}; correct or delete that line"
                     ) from error
         return events
+
+
+class _Event(TypedDict):
+    """The facts of an event that commands use; it may have others."""
+
+    event: str
+    time: NotRequired[FiniteFloat]
+    stage: NotRequired[str]
+    fingerprint: NotRequired[str]
+    attempt: NotRequired[int]
+    bytes: NotRequired[int]
+    direction: NotRequired[Literal["in", "out"]]
+
+
+def _parse_event(line: str) -> dict[str, Any]:
+    """Return one event of the journal; raises `ValueError` if it is damaged or no event."""
+    event = json.loads(line)
+    from_json(_Event, event)
+    if "crc32" in event:
+        text, _, _ = line.rpartition(CHECKSUM_OF_LINE)
+        if line != f'{text}{CHECKSUM_OF_LINE}{_checksum(text + "}")}"}}':
+            raise ValueError("it does not match its checksum")
+    return dict(event)
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _open_regular(path: Path, flags: int) -> int:
@@ -278,6 +315,11 @@ def _open_regular(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise RunFolderError(f"{path} is not a regular file of its own; replace it with one, or delete it")
     return descriptor
+
+
+def _list_attempts(work: Path) -> list[Path]:
+    """Return the folders of the attempts below a stage's folder, oldest first."""
+    return sorted((path for path in work.glob("attempt_*") if ATTEMPT.fullmatch(path.name)), key=attempt_number)
 
 
 def attempt_number(attempt: Path) -> int:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from ddm_core.artifacts import read_json, to_jsonable, write_json
-from orchestrator.config.compute import CONTROLLER, ComputeConfig, ResourcesConfig
+from ddm_core.artifacts import to_jsonable
+from ddm_core.json_values import read_record, write_record
+from orchestrator.config.compute import CONTROLLER, ComputeConfig
 from orchestrator.pipeline.stage import Stage, remove_stage
 from orchestrator.run.attempts import read_resume_step
 from orchestrator.run.backend import AttemptOutcome, Backend, Job, attempt_folder
-from orchestrator.run.lease import is_alive, is_on_this_host
+from orchestrator.run.lease import ProcessRecord, is_alive, is_on_this_host
 from orchestrator.run.ready_queue import ReadyQueue
 from orchestrator.run.run_folder import RunFolder, attempt_number
 from orchestrator.run.worker_lock import is_worker
@@ -127,12 +126,12 @@ class Runner:
                 continue
             if not (attempts[-1] / "job.json").exists():
                 continue
-            saved_job = read_json(attempts[-1] / "job.json")
+            saved_job = read_record(Job, attempts[-1] / "job.json")
             job = replace(
-                self._make_job(stage, int(saved_job["attempt"]), str(saved_job["island"])),
-                resources=TypeAdapter(ResourcesConfig).validate_python(saved_job["resources"]),
-                commit=str(saved_job["commit"]),
-                preemption_count=int(saved_job["preemption_count"]),
+                self._make_job(stage, attempt_number(attempts[-1]), saved_job.island),
+                resources=saved_job.resources,
+                commit=saved_job.commit,
+                preemption_count=saved_job.preemption_count,
             )
             if self.backend.attach(job):
                 self.running[stage.name] = _Running(stage, job, (attempts[-1] / "job.json").stat().st_mtime)
@@ -151,7 +150,7 @@ class Runner:
             return False
         self.check_lease()
         job = self._make_job(stage, self._reserve_attempt(stage), island)
-        write_json(attempt_folder(job) / "job.json", job)
+        write_record(attempt_folder(job) / "job.json", job)
         self.run.record(
             "submitted", stage=stage.name, fingerprint=stage.fingerprint, attempt=job.attempt, island=island
         )
@@ -198,7 +197,7 @@ class Runner:
         error = entry.cancel_reason if is_cancelled else outcome.error
         outcome_file = attempt_folder(entry.job) / "outcome.json"
         if not outcome_file.exists():
-            write_json(outcome_file, replace(outcome, state=state, error=error))
+            write_record(outcome_file, replace(outcome, state=state, error=error))
         self.run.record(
             state,
             stage=outcome.stage,
@@ -309,15 +308,15 @@ def kill_orphan_workers(run: RunFolder, graph: Sequence[Stage]) -> None:
             worker_file = attempt / "worker.json"
             if not worker_file.is_file() or (attempt / "outcome.json").is_file() or _outlives_controller(attempt):
                 continue
-            worker = read_json(worker_file)
+            worker = read_record(ProcessRecord, worker_file)
             if not is_on_this_host(worker) or worker["pid"] == os.getpid() or not is_alive(worker, 0.0):
                 continue
-            if is_worker(int(worker["pid"]), attempt):
+            if is_worker(worker["pid"], attempt):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(worker["pid"]), signal.SIGKILL)
+                    os.kill(worker["pid"], signal.SIGKILL)
 
 
 def _outlives_controller(attempt: Path) -> bool:
     """Return whether an attempt runs in a place that outlives its controller."""
     job_file = attempt / "job.json"
-    return job_file.is_file() and read_json(job_file)["island"] not in ("", CONTROLLER)
+    return job_file.is_file() and read_record(Job, job_file).island not in ("", CONTROLLER)

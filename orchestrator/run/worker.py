@@ -22,7 +22,8 @@ from pydantic import TypeAdapter
 from threadpoolctl import ThreadpoolController
 
 from data_partition.errors import DownloadFailed, SourceUnreachable
-from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify, write_json
+from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify
+from ddm_core.json_values import write_record
 from experts.training.checkpoint import DamagedCheckpoint
 from experts.training.distributed import DataParallelGroup, WorkerLost
 from orchestrator.config.compute import CONTROLLER
@@ -72,7 +73,7 @@ def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOu
     folder = attempt_folder(job)
     workspace = _make_workspace(job, folder, stopping)
     try:
-        write_json(folder / "worker.json", this_process() | {"time": time.time()})
+        write_record(folder / "worker.json", this_process() | {"time": time.time()})
         with _attempt(job, workspace) as attempt:
             config, fill = _prepare_stage(job, workspace)
             publish(Path(job.artifact), fill, **_publish_arguments(job, config))
@@ -82,7 +83,7 @@ def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOu
     if outcome.state == "finished":
         shutil.rmtree(job.scratch, ignore_errors=True)
     try:
-        write_json(folder / "outcome.json", outcome)
+        write_record(folder / "outcome.json", outcome)
     except OSError as error:
         log.warning("the outcome of %s is not written: %s", job.stage, explain_disk_error(error, folder))
     return outcome
@@ -97,7 +98,7 @@ def execute_rank(job: Job, rank: int, output: Path, stopping: Callable[[], bool]
     folder = attempt_folder(job) / (f"worker_{rank}" if rank else "")
     workspace = _make_workspace(job, folder, stopping)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "worker.json", this_process() | {"time": time.time()})
+    write_record(folder / "worker.json", this_process() | {"time": time.time()})
     with hold_worker_lock(folder), _attempt(job, workspace) as attempt:
         config, fill = _prepare_stage(job, workspace)
         if rank:

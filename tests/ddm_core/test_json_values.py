@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
-from ddm_core.artifacts import to_jsonable
-from ddm_core.json_values import from_json
+from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, to_jsonable, write_json
+from ddm_core.json_values import from_json, read_record, write_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +61,37 @@ def test_invalid_field_is_named(change, message):
 def test_anything_but_an_object_is_refused(value):
     with pytest.raises(ValueError, match="Outer must be a JSON object"):
         from_json(Outer, value)
+
+
+def test_record_names_every_flipped_bit_and_cut(tmp_path):
+    path = tmp_path / "value.json"
+    write_record(path, VALUE)
+    content = path.read_bytes()
+    assert read_record(Outer, path) == VALUE
+    flipped = (
+        content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+        for place in range(len(content))
+        for bit in range(8)
+    )
+    for damaged in [*flipped, *(content[:size] for size in range(len(content)))]:
+        path.write_bytes(damaged)
+        try:
+            value = read_record(Outer, path)
+        except CorruptArtifact as error:
+            assert path.name in str(error)
+        else:
+            assert value == VALUE  # the name of the checksum itself is damaged
+
+
+def test_record_of_an_earlier_version_has_no_checksum(tmp_path):
+    write_json(tmp_path / "value.json", VALUE)
+    assert read_record(Outer, tmp_path / "value.json") == VALUE
+    with pytest.raises(UnfinishedArtifact):
+        read_record(Outer, tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("value", [7, [], {"shape": "x", "steps": {}}, {"shape": [], "steps": {}, "share": "much"}])
+def test_record_of_another_shape_is_refused(tmp_path, value):
+    write_json(tmp_path / "value.json", value)
+    with pytest.raises(CorruptArtifact, match="value.json is damaged"):
+        read_record(Outer, tmp_path / "value.json")

@@ -132,7 +132,9 @@ def test_confirm_submission_writes_its_host(tmp_path):
     wait_until_started(result, cluster, 1.0)
 
 
-@pytest.mark.parametrize("existing", [None, {"id": "ddm-00000000-c1"}, {"id": "ddm-x-c2", "seen": {}}])
+@pytest.mark.parametrize(
+    "existing", [None, {"id": "ddm-00000000-c1"}, {"id": "ddm-x-c2", "seen": {"host": "x", "pid": 1, "started": None}}]
+)
 def test_confirm_submission_in_other_folder_is_an_error(tmp_path, monkeypatch, existing):
     monkeypatch.setattr(submission, "FOLDER_VISIBLE_S", 0.0)
     if existing:

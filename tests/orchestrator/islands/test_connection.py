@@ -131,7 +131,7 @@ def test_outcome_that_is_corrupt_is_lost_and_renamed(setup, damaged):
     end_job(connection, job)
     connection.add(job)
     outcome = wait_for_outcome(connection)
-    assert outcome.state == "lost" and outcome.transient and "is not the outcome of an attempt" in outcome.error
+    assert outcome.state == "lost" and outcome.transient and "outcome.json is damaged" in outcome.error
     assert sorted(path.name for path in attempt_folder(job).iterdir()) == ["outcome.damaged"]
 
 

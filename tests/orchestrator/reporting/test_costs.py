@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddm_core.artifacts import publish, to_jsonable, write_json
+from ddm_core.artifacts import publish
+from ddm_core.json_values import write_record
 from orchestrator.config.compute import ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.reporting.costs import (
@@ -18,6 +19,7 @@ from orchestrator.reporting.costs import (
     sum_costs,
 )
 from orchestrator.run.attempts import load_all_attempts
+from orchestrator.run.backend import AttemptOutcome, Job
 from orchestrator.run.run_folder import RunFolder
 
 ISLAND = IslandConfig(address="http://127.0.1.1:8265", token_file="t", storage="/s", cpus=8, gpus=2, price_per_hour=6.0)
@@ -33,19 +35,36 @@ def folder_of(path, islands=None) -> RunFolder:
     return run
 
 
+def make_job(number: int, island: str, **resources) -> Job:
+    return Job(
+        stage="expert_0",
+        kind="expert",
+        config={},
+        inputs={},
+        input_fingerprints={},
+        artifact="a",
+        scratch="s",
+        attempt=number,
+        stop_files=(),
+        island=island,
+        resources=ResourcesConfig(**resources),
+    )
+
+
 def attempt(run, number, start, end, state, *, first=0, last=None, pace=1.0, island="", work=WORK, **resources):
     """Write the files of one attempt; without a state, its progress is its last sign of life."""
     folder = run.root / "work" / work / f"attempt_{number}"
     folder.mkdir(parents=True)
-    write_json(folder / "job.json", {"island": island, "resources": to_jsonable(ResourcesConfig(**resources))})
-    write_json(folder / "worker.json", {"host": "far", "pid": 1, "started": "1", "time": start})
+    write_record(folder / "job.json", make_job(number, island, **resources))
+    write_record(folder / "worker.json", {"host": "far", "pid": 1, "started": "1", "time": start})
     if last is not None:
         rows = "".join(f'{{"step": {step}}}\n' for step in range(10, last + 1, 10))
         (folder / "metrics.jsonl").write_text(rows)
-        write_json(folder / "progress.json", {"unit": "steps", "done": last, "pace": 1 / pace, "time": end})
+        write_record(folder / "progress.json", {"unit": "steps", "done": last, "pace": 1 / pace, "time": end})
         (folder / "log.txt").write_text(f"continuing from step {first}\n" if first else "")
     if state not in ("", "killed"):
-        write_json(folder / "outcome.json", {"state": state, "error": "", "ended": 0.0 if state == "lost" else end})
+        ended = 0.0 if state == "lost" else end
+        write_record(folder / "outcome.json", AttemptOutcome(stage="x", attempt=number, state=state, ended=ended))
 
 
 def finished(run, number, work=WORK):
@@ -98,7 +117,9 @@ def test_killed_attempt_loses_the_repeated_steps(tmp_path):
 def test_attempt_without_pace_takes_that_of_its_siblings(tmp_path):
     run = folder_of(tmp_path)
     attempt(run, 1, 1e9, 1e9 + 35.0, "killed", last=0, island="paris")
-    write_json(run.root / "work" / WORK / "attempt_1" / "progress.json", {"unit": "images encoded", "time": 1e9 + 35.0})
+    write_record(
+        run.root / "work" / WORK / "attempt_1" / "progress.json", {"unit": "images encoded", "time": 1e9 + 35.0}
+    )
     attempt(run, 2, 1e9 + 60.0, 1e9 + 100.0, "finished", first=40, last=100, pace=0.5, island="paris")
     finished(run, 2)
     assert load_costs(run)[0].lost_s == pytest.approx(35.0 - 40 * 0.5)

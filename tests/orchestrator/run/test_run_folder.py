@@ -44,6 +44,28 @@ def test_journal_with_broken_line_names_it(run):
         run.read_events()
 
 
+def test_journal_names_every_flipped_bit(run):
+    run.record("submitted", stage="expert_0", attempt=1)
+    run.record("moved", stage="expert_0", bytes=12, direction="in")
+    content, events = run.journal.read_bytes(), run.read_events()
+    for place in range(len(content) - 1):
+        for bit in range(8):
+            run.journal.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            try:
+                facts = [{key: event[key] for key in ("event", "time", "stage")} for event in run.read_events()]
+            except CorruptArtifact as error:
+                assert "journal.jsonl, line" in str(error)
+            else:
+                assert facts == [{key: event[key] for key in ("event", "time", "stage")} for event in events]
+
+
+@pytest.mark.parametrize("line", ["7", "{}", '{"event": 7}', '{"event": "moved", "bytes": "many"}', "[" * 100_000])
+def test_journal_with_another_shape_names_the_line(run, line):
+    run.journal.write_text(f'{line}\n{{"event": "b"}}\n')
+    with pytest.raises(CorruptArtifact, match="line 1"):
+        run.read_events()
+
+
 def test_config_saved_and_loaded_is_equal(run):
     config = RunConfig(name="x", folder=str(run.root))
     run.save_config(config)

@@ -129,7 +129,6 @@ def start_process() -> subprocess.Popen:
 
 def record_worker(run, stage, pid: int):
     attempt = run.attempt(stage, 1)
-    write_json(attempt / "job.json", {"island": ""})
     from orchestrator.run.lease import process_start_time
 
     write_json(attempt / "worker.json", this_process() | {"pid": pid, "started": process_start_time(pid)})
