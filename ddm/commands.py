@@ -75,10 +75,12 @@ def compress(path: str | os.PathLike[str], *overrides: str, console: Console | N
     run whose settings another user wrote: look at it with `ddm resume`, which can trust it.
     """
     from orchestrator.cli.compress import with_compression
+    from orchestrator.cli.sample import find_pipeline
     from orchestrator.config.stage_kinds import COMPRESSION_KINDS
     from orchestrator.run.trust import require_trust
 
     finished = Run(path)
+    find_pipeline(finished.folder, monolith=False)
     require_trust(finished.folder, finished.config, trust=False)
     config = with_compression(finished.config, overrides)
     compressed = _execute(replace(config, folder=str(finished.folder.root)), console)

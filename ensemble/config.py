@@ -10,6 +10,9 @@ from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from experts.config import NoiseScheduleName
 from router.config import AUTO, SelectionConfig
 
+MIN_HELD_OUT = 16
+"""Fewest held-out images for which the scores are meaningful."""
+
 CANDIDATES = (
     SelectionConfig(name="sticky"),
     SelectionConfig(name="sticky_resample", t_switch=0.5),

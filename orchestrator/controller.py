@@ -22,6 +22,7 @@ from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.pipeline.graph import build_graph
+from orchestrator.planning.check import check_run
 from orchestrator.reporting.progress import RunDisplay
 from orchestrator.reporting.tracker_process import track_run
 from orchestrator.reporting.wandb_tracker import require_account
@@ -43,11 +44,14 @@ of the configuration: a run folder outlives the Ray cluster on which its run sta
 
 
 def run_pipeline(config: RunConfig, console: Console) -> RunResult:
-    """Run every unfinished stage under the run's lease; raises `RunFailed` if a required stage failed permanently.
+    """Run every unfinished stage under the run's lease.
+
+    Raises `ConfigError` for a run that cannot succeed, `RunFailed` if a required stage failed permanently.
 
     It prepares the run folder, opens the backend and the displays, and leaves the graph to `Runner`.
     """
     run = RunFolder(Path(config.folder).expanduser())
+    check_run(config, run)
     with disk_errors_as_messages(run.root), hold_lease(run) as lease:
         run.repair_journal()
         run.stop.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """From a source to shards: resize every image, hold some out, and log the unreadable ones."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_partition.config import DataConfig
-from data_partition.datasets.source import Source, Unreadable
+from data_partition.datasets.source import Source, Unreadable, is_held_out
 from data_partition.datasets.sources import SOURCES
 from data_partition.errors import MissingLabels, NoSamples, TooManyUnreadable
 from data_partition.shards.images import fit_image
@@ -47,12 +46,6 @@ def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> Datase
         for sample in build.skip_unreadable(source.test() if source.test else iter(())):
             build.add(sample, build.holdout)
         return build.finish()
-
-
-def is_held_out(key: str, share: float) -> bool:
-    """Return whether a sample is held out; depends on its key alone."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-    return number < share * 2**64
 
 
 class _Build:

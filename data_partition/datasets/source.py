@@ -1,5 +1,6 @@
 """The interface of all data sources."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,3 +24,9 @@ class Source:
     train: Callable[[], Iterator[Sample | Unreadable]]
     test: Callable[[], Iterator[Sample | Unreadable]] | None = None
     """None: samples are held out by `DataConfig.holdout`."""
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Return whether a sample is held out; depends on its key alone."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return number < share * 2**64

@@ -50,8 +50,7 @@ def read_url(url: str) -> Iterator[Encoded]:
 
 def parse_sample(encoded: Encoded, number: int, url: str) -> Sample | Unreadable:
     """Decode a sample and give it a key that is unique among all tars."""
-    stem = PurePosixPath(urlsplit(url).path).name.split(".")[0]
-    key = quote(f"{number:05d}-{stem}/{encoded.key}", safe="/").replace(".", "%2E")
+    key = make_tar_key(number, url, encoded.key)
     extension = next((name for name in IMAGE_EXTENSIONS if name in encoded.files), None)
     if extension is None:
         return Unreadable(key=key, reason=f"no image among {sorted(encoded.files)}")
@@ -60,6 +59,12 @@ def parse_sample(encoded: Encoded, number: int, url: str) -> Sample | Unreadable
         return Sample(key=key, image=decode_image(encoded.files[extension]), label=label, caption=caption)
     except (UnreadableImage, ValueError, RecursionError) as error:
         return Unreadable(key=key, reason=str(error))
+
+
+def make_tar_key(number: int, url: str, key: str) -> str:
+    """Return the key of a sample in tar `number`, unique among all tars: ASCII without dots."""
+    stem = PurePosixPath(urlsplit(url).path).name.split(".")[0]
+    return quote(f"{number:05d}-{stem}/{key}", safe="/").replace(".", "%2E")
 
 
 def parse_annotation(files: dict[str, bytes]) -> tuple[int, str]:

@@ -10,14 +10,15 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
+
+from braceexpand import braceexpand
 
 from data_partition.errors import ShardError
 from data_partition.shards.untrusted import ByteStream, escape_unencodable, is_printable
-
-os.environ["WDS_SECURE"] = "1"
-import webdataset  # noqa: E402 - reads WDS_SECURE while it is imported
 
 READ_ERRORS = (ShardError, tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 """Errors that reading a broken tar can raise."""
@@ -27,6 +28,13 @@ MAX_SAMPLE_BYTES = 256 * 2**20
 
 MAX_NAME = 4096
 """A member with a longer name is refused."""
+
+
+@cache
+def _webdataset() -> Any:
+    """Import webdataset on first use: it imports torch, and reads `WDS_SECURE` while it is imported."""
+    os.environ["WDS_SECURE"] = "1"
+    return import_module("webdataset")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +66,7 @@ class TarWriter:
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
-        self.tar = webdataset.TarWriter(
+        self.tar = _webdataset().TarWriter(
             self.file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False
         )
 
@@ -75,7 +83,7 @@ class TarWriter:
 def read_tar(file: ByteStream, name: str) -> Iterator[Encoded]:
     """Yield the samples of a tar, plain or compressed; every error is a `ShardError` that contains `name`."""
     try:
-        for group in webdataset.tariterators.group_by_keys(iter_members(file, name)):
+        for group in _webdataset().tariterators.group_by_keys(iter_members(file, name)):
             files = {extension: data for extension, data in group.items() if not extension.startswith("__")}
             yield Encoded(key=group["__key__"], files=files)
     except READ_ERRORS as error:
@@ -91,7 +99,7 @@ def iter_members(file: ByteStream, name: str) -> Iterator[dict[str, str | bytes]
         for member in tar:
             check_member(member)
             path = escape_unencodable(str(PurePosixPath(member.name)))
-            key = webdataset.tariterators.base_plus_ext(path)[0]
+            key = _webdataset().tariterators.base_plus_ext(path)[0]
             content = tar.extractfile(member) if member.isreg() and key is not None else None
             if content is not None:
                 total = member.size + tarfile.BLOCKSIZE + (total if key == current else 0)
@@ -122,4 +130,16 @@ def check_size(name: str, size: int) -> None:
 
 def expand_urls(urls: str) -> list[str]:
     """Expand braces: `a-{0..2}.tar` becomes three names."""
-    return [str(url) for url in webdataset.shardlists.expand_urls(urls)]
+    return list(braceexpand(urls))
+
+
+def list_members(path: Path) -> Iterator[str]:
+    """Yield the names of the files in a local tar, without reading their contents unless it is compressed.
+
+    Raises `ShardError` that contains `path` if it is not a tar, or ends too early.
+    """
+    try:
+        with tarfile.open(path, tarinfo=StrictTarInfo) as tar:
+            yield from (member.name for member in tar if member.isreg())
+    except READ_ERRORS as error:
+        raise ShardError(f"shard {path} cannot be read: {error}; correct data.path, or make the tar again") from error

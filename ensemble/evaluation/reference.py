@@ -20,7 +20,7 @@ from data_partition.features.extract import FeatureExtractor, fit_extractor, sav
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import Preempted, Workspace, write_json
 from ddm_core.errors import DDMError
-from ensemble.config import EvaluationConfig
+from ensemble.config import MIN_HELD_OUT, EvaluationConfig
 from ensemble.evaluation.class_probe import fit_probe
 from ensemble.evaluation.feature_space import HeldOutSpace, scale_features
 from ensemble.evaluation.metrics import mean_nearest_distance
@@ -75,8 +75,6 @@ def read_real_images(
 
 PIXELS = "pixels"
 """The space of nearest neighbors (copies are equal in appearance, not in content) and of the class probe."""
-MIN_HELD_OUT = 16
-"""Fewest held-out images for which the metrics are meaningful."""
 MAX_HELD_OUT = 10_000
 """Most held-out images, chosen at random."""
 MAX_PROBE_IMAGES = 5_000

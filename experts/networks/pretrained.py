@@ -17,8 +17,9 @@ from torch import nn
 from ddm_core.artifacts import ArtifactError, read_json
 from experts.config import ExpertConfig, Prediction
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
+from experts.networks.latent_shapes import NetworkError
 from experts.networks.pretrained_files import InitError, init_files
-from experts.networks.registry import NetworkError, build_network, load_network
+from experts.networks.registry import build_network, load_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

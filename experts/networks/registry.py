@@ -14,10 +14,10 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from ddm_core.errors import DDMError
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
+from experts.networks.latent_shapes import NetworkError, check_latent_shape
 from experts.networks.model_io import load_model
 from experts.types import Latents, RowTimes, Times
 
@@ -25,10 +25,6 @@ AnyNetworkConfig = ResidualMLPConfig | UNetConfig | DiTConfig
 
 TIMESTEPS = 1000
 """diffusers' models embed timesteps from 0 to 1000, so t is multiplied by this before a call."""
-
-
-class NetworkError(DDMError, ValueError):
-    """A network does not support these latents."""
 
 
 NetworkCall = Callable[[Any, Latents, Tensor, Condition], Tensor]
@@ -58,18 +54,9 @@ def _call_residual_mlp(model: ResidualMLP, noised: Latents, t: Tensor, condition
 
 
 def _build_unet(config: UNetConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    channels, side = _square_shape(latent_shape, "unet")
+    check_latent_shape(config, latent_shape)
+    channels, side = latent_shape[:2]
     lower_levels = len(config.channels) - 1
-    if side % 2**lower_levels:
-        raise NetworkError(
-            f"unet halves the side {lower_levels} times, and {side} cannot be halved so often; "
-            f"give network.channels at most {_count_halvings(side) + 1} entries, or use residual_mlp"
-        )
-    if config.attention and config.channels[-1] % 8:
-        raise NetworkError(
-            f"attention needs the lowest level's channels to be a multiple of 8, not {config.channels[-1]}; "
-            "change network.channels or set network.attention=false"
-        )
     down_blocks = ["DownBlock2D"] * lower_levels
     model: nn.Module = UNet2DModel(
         sample_size=side,
@@ -94,12 +81,8 @@ def _call_unet(model: UNet2DModel, noised: Latents, t: Tensor, condition: Condit
 
 
 def _build_dit(config: DiTConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    channels, side = _square_shape(latent_shape, "dit")
-    if side % config.patch_size:
-        raise NetworkError(
-            f"dit cuts latents into patches of side {config.patch_size}, which does not divide {side}; "
-            "change network.patch_size to a divisor, or use residual_mlp"
-        )
+    check_latent_shape(config, latent_shape)
+    channels, side = latent_shape[:2]
     model = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_width,
@@ -159,18 +142,3 @@ def _without_label_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
     return model
-
-
-def _square_shape(latent_shape: tuple[int, ...], kind: str) -> tuple[int, int]:
-    """Return channels and side of square latents; raise `NetworkError` for others."""
-    if len(latent_shape) != 3 or latent_shape[1] != latent_shape[2]:
-        raise NetworkError(
-            f"{kind} needs latents of shape (channels, side, side), not {latent_shape}; "
-            "choose network residual_mlp, or codec pixels"
-        )
-    return latent_shape[0], latent_shape[1]
-
-
-def _count_halvings(side: int) -> int:
-    """Return how often `side` can be halved."""
-    return (side & -side).bit_length() - 1

@@ -232,13 +232,16 @@ def compress(
     trust: Trust = False,
 ) -> None:
     """Make a smaller or faster ensemble and score it. The original ensemble is kept."""
-    from orchestrator.cli.compress import compress_run, describe_compression, search_run, with_compression
+    from orchestrator.cli.sample import find_pipeline
     from orchestrator.run.trust import require_trust
 
     if budget and overrides:
         raise ConfigError("--budget searches for the stages itself; leave out either the stages or --budget")
     folder = _open_run(run)
+    find_pipeline(folder, monolith=False)
     require_trust(folder, folder.load_config(), trust=trust)
+    from orchestrator.cli.compress import compress_run, describe_compression, search_run, with_compression
+
     if budget:
         config = search_run(folder, budget, console)
     else:

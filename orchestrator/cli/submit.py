@@ -22,6 +22,7 @@ from orchestrator.controller import SUBMITTED_ADDRESS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.islands.client import IslandClient, JobState
 from orchestrator.islands.wheel import build_wheel
+from orchestrator.planning.check import check_run
 from orchestrator.run.lease import ProcessRecord, hold_lease, this_process
 from orchestrator.run.run_folder import RunFolder
 
@@ -58,10 +59,11 @@ class _SubmissionRecord(TypedDict):
 def submit_run(config: RunConfig, client: IslandClient) -> Submission:
     """Submit the run's controller to a Ray cluster, unless one of this run is active there.
 
-    Raises `RunIsLocked` if a controller elsewhere runs the run.
+    Raises `ConfigError` for a run that cannot succeed, and `RunIsLocked` if a controller elsewhere runs the run.
     """
-    client.check_reachable()
     run = RunFolder(Path(config.folder))
+    check_run(config, run)
+    client.check_reachable()
     run.root.mkdir(parents=True, exist_ok=True)
     name = f"ddm-{run.run_id()}-c"
     states = {key: state for key, state in client.list_states().items() if key.startswith(name)}

@@ -15,6 +15,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
+from orchestrator.planning.check import check_run
 from orchestrator.planning.estimate import Estimate, estimate_stage, training_config
 from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
 from orchestrator.planning.synchronous_baseline import BaselineComparison, compare_with_synchronous
@@ -72,7 +73,8 @@ class Plan:
 
 
 def plan_run(config: RunConfig, run: RunFolder) -> Plan:
-    """Compute the plan of a run; raises `ConfigError` if a stage fits nowhere."""
+    """Compute the plan of a run; raises `ConfigError` if it cannot succeed, or a stage fits nowhere."""
+    check_run(config, run)
     graph = build_graph(config)
     finished = {stage.name for stage in graph if run.is_finished(stage)}
     calibration, calibration_text = find_calibration(run, graph, config.compute)

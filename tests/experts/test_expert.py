@@ -10,7 +10,8 @@ from experts.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, train_expert
-from experts.networks.registry import NetworkError, call_network
+from experts.networks.latent_shapes import NetworkError
+from experts.networks.registry import call_network
 from experts.training.latent_dataset import LatentError
 
 TRAINING = TrainingConfig(steps=12, batch_size=100, warmup_steps=2, log_every=5)

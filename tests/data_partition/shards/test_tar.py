@@ -22,8 +22,8 @@ def make_tar(files: Mapping[str, bytes], mode: str = "w") -> io.BytesIO:
 
 
 def test_webdataset_secure_mode_is_on():
+    assert tar_module._webdataset().utils.enforce_security
     assert os.environ["WDS_SECURE"] == "1"
-    assert tar_module.webdataset.utils.enforce_security
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])

@@ -5,8 +5,9 @@ import torch
 from ddm_core.artifacts import CorruptArtifact, write_json
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
+from experts.networks.latent_shapes import NetworkError
 from experts.networks.model_io import save_model
-from experts.networks.registry import NETWORKS, NetworkError, build_network, call_network, load_network
+from experts.networks.registry import NETWORKS, build_network, call_network, load_network
 
 TINY = {
     "residual_mlp": (ResidualMLPConfig(width=16, depth=2), (6,)),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from data_partition.config import DataConfig, PartitionConfig
 from ddm_core.artifacts import publish, to_jsonable, write_json
-from experts.config import ExpertConfig, TrainingConfig
+from experts.config import CodecConfig, ExpertConfig, TrainingConfig
 from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig, StagesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.graph import build_graph
@@ -45,6 +45,7 @@ def build_config(folder, **compute) -> RunConfig:
     return RunConfig(
         folder=str(folder),
         data=DataConfig(source="digits", image_size=8),
+        codec=CodecConfig(components=32),
         partition=PartitionConfig(num_experts=4),
         expert=ExpertConfig(training=TRAINING),
         router=RouterConfig(training=replace(TRAINING, batch_size=10)),

@@ -1,0 +1,141 @@
+"""Count a source by the names of its files: nothing is decoded, and nothing remote is opened."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from data_partition.config import DataConfig
+from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS, find_fashion
+from data_partition.datasets.image_folder import check_root, iter_image_files, list_class_names, make_key
+from data_partition.datasets.source import is_held_out
+from data_partition.datasets.webdataset_source import IMAGE_EXTENSIONS, make_tar_key
+from data_partition.errors import NoSamples, SourceMissing
+from data_partition.shards.tar import expand_urls, list_members
+from data_partition.shards.untrusted import check_url
+
+MAX_LISTED = 50_000
+"""Samples after which the listing ends, so that it takes about a second."""
+
+MAX_SHOWN = 5
+"""Kinds of other files that a message names."""
+
+Listed = tuple[str, str | None]
+"""Key and class of a sample: an empty class is none, None is one that the names do not show."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """The counts of a source, as `build_dataset` would find them if every image is readable."""
+
+    train: int
+    held_out: int
+    class_counts: Mapping[str, int]
+    """Training samples of each class; empty if the names of the files do not show them."""
+    unlabelled: tuple[str, ...] = ()
+    """Keys of samples without a class."""
+    is_complete: bool = True
+    """Whether every sample is counted; otherwise the counts are lower bounds."""
+
+
+def survey_source(config: DataConfig) -> Survey | None:
+    """Count the samples of a source; None for remote ones.
+
+    Raises `SourceMissing`, `NoSamples`, `ShardError`, `UnprintableName` or `UrlRefused`.
+    """
+    if config.source == "fashion_full":
+        if config.path is not None:
+            find_fashion(config.path)
+        return Survey(train=min(config.limit or 60_000, 60_000), held_out=HELD_OUT_ROWS, class_counts={})
+    if config.source == "webdataset" and any("://" in url for url in _local_tars(config)):
+        return None
+    try:
+        survey = _count(config, *LISTINGS[config.source](config))
+    except OSError as error:
+        raise SourceMissing(f"data.path={config.path} cannot be read: {error.strerror}: {error.filename!r}") from error
+    if survey.train + survey.held_out == 0:
+        raise NoSamples(f"data.path={config.path} has no image; {_describe_others(Path(str(config.path)))}")
+    return survey
+
+
+def _count(config: DataConfig, class_names: tuple[str, ...], samples: Iterator[Listed]) -> Survey:
+    """Count in the order and up to the limit of `build_dataset`."""
+    counts = dict.fromkeys(class_names, 0)
+    train = held_out = 0
+    names_show_classes = True
+    unlabelled: list[str] = []
+    for key, label in islice(samples, MAX_LISTED):
+        if label == "":
+            unlabelled.append(key)
+        names_show_classes &= label is not None
+        if is_held_out(key, config.holdout):
+            held_out += 1
+            continue
+        train += 1
+        if label:
+            counts[label] = counts.get(label, 0) + 1
+        if train == config.limit:
+            break
+    is_complete = train + held_out < MAX_LISTED
+    return Survey(
+        train=train,
+        held_out=held_out,
+        class_counts=counts if names_show_classes else {},
+        unlabelled=tuple(unlabelled) if config.labels else (),
+        is_complete=is_complete,
+    )
+
+
+def _list_image_folder(config: DataConfig) -> tuple[tuple[str, ...], Iterator[Listed]]:
+    root = check_root(config.path)
+    class_names = list_class_names(root) if config.labels else ()
+    paths = (path.relative_to(root) for path in iter_image_files(root, root.resolve()))
+    return class_names, ((make_key(path), path.parts[0] if len(path.parts) > 1 else "") for path in paths)
+
+
+def _local_tars(config: DataConfig) -> list[str]:
+    return [check_url(url) for url in expand_urls(config.path or "")]
+
+
+def _list_webdataset(config: DataConfig) -> tuple[tuple[str, ...], Iterator[Listed]]:
+    urls = _local_tars(config)
+    if missing := [url for url in urls if not Path(url).is_file()]:
+        raise SourceMissing(
+            f"{len(missing)} of {len(urls)} tars of data.path are missing, the first is {missing[0]}; correct data.path"
+        )
+    return (), (sample for number, url in enumerate(urls) for sample in _list_tar(number, url))
+
+
+def _list_tar(number: int, url: str) -> Iterator[Listed]:
+    """Yield the samples of a tar: consecutive files with one stem, one of them an image."""
+    current, extensions = "", set[str]()
+    for name in (*list_members(Path(url)), ""):
+        path = PurePosixPath(name)
+        stem, _, extension = path.name.partition(".")
+        key = str(path.with_name(stem)) if stem else ""
+        if key != current:
+            if extensions & set(IMAGE_EXTENSIONS):
+                yield make_tar_key(number, url, current), None if extensions & {"cls", "json"} else ""
+            current, extensions = key, set()
+        extensions.add(extension)
+
+
+def _describe_others(root: Path) -> str:
+    """Return what a folder holds instead of images."""
+    files = (name for _, _, names in os.walk(root) for name in names)
+    suffixes = Counter(Path(name).suffix or "no suffix" for name in islice(files, MAX_LISTED))
+    if not suffixes:
+        return "it holds no file at all; correct data.path"
+    found = ", ".join(f"{count} with {suffix}" for suffix, count in suffixes.most_common(MAX_SHOWN))
+    return f"it holds other files: {found}; correct data.path, or convert them"
+
+
+LISTINGS = {
+    "fashion": lambda config: ((), ((f"train-{row:05d}", None) for row in range(8_000))),
+    "digits": lambda config: ((), ((f"digits-{row:04d}", None) for row in range(1_797))),
+    "image_folder": _list_image_folder,
+    "webdataset": _list_webdataset,
+}
+"""Classes and samples of each source, in the order of `SOURCES`."""

