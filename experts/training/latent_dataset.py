@@ -181,13 +181,15 @@ def _is_reusable(folder: Path, source: dict[str, Any]) -> bool:
         return False
     try:
         record = read_with_checksum(folder / SOURCE)
-        is_intact = record["arrays"] == _checksums(folder)
+        if record["source"] != to_jsonable(source):
+            return False
+        is_intact = bool(record["arrays"] == _checksums(folder))
     except (CorruptArtifact, KeyError, OSError) as error:
         logger.warning("the cached latents in %s cannot be read (%s); encoding again", folder, error)
         return False
     if not is_intact:
         logger.warning("the cached latents in %s do not match their checksums; encoding again", folder)
-    return is_intact and bool(record["source"] == to_jsonable(source))
+    return is_intact
 
 
 def _checksums(folder: Path) -> dict[str, str]:

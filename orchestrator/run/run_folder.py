@@ -42,8 +42,8 @@ from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.run.signature import sign
 
-TEMPORARY = re.compile(r"\.[\w.]+-[0-9a-f]{12}\.\d+")
-"""Name of a temporary artifact folder: `.<stage>-<fingerprint>.<pid>`."""
+TEMPORARY = re.compile(r"\.[\w.]+-[0-9a-f]{12}(\.\d+){1,2}")
+"""Name of a temporary artifact folder, `.<stage>-<fingerprint>.<pid>`, or of one that is written to replace it."""
 
 CHECKSUM_OF_LINE = ', "crc32": "'
 """What comes before the checksum of an event in the journal; events of earlier versions have none."""

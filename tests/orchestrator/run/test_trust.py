@@ -82,7 +82,14 @@ def test_foreign_run_can_be_read(foreign):
 
 def test_clearing_deletes_only_names_of_our_form(run, tmp_path):
     scratch = tmp_path / "scratch"
-    for name in (".cache", ".ssh", ".expert_0-0123456789ab", ".expert_0-0123456789ab.12", ".score_0.05-0123456789ab.7"):
+    for name in (
+        ".cache",
+        ".ssh",
+        ".expert_0-0123456789ab",
+        ".expert_0-0123456789ab.12",
+        ".score_0.05-0123456789ab.7",
+        "..score-0123456789ab.7.7",
+    ):
         (scratch / name).mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (scratch / ".linked-0123456789ab.5").symlink_to(tmp_path / "elsewhere")
