@@ -238,8 +238,8 @@ def compress(
     if budget and overrides:
         raise ConfigError("--budget searches for the stages itself; leave out either the stages or --budget")
     folder = _open_run(run)
-    find_pipeline(folder, monolith=False)
     require_trust(folder, folder.load_config(), trust=trust)
+    find_pipeline(folder, monolith=False)
     from orchestrator.cli.compress import compress_run, describe_compression, search_run, with_compression
 
     if budget:
