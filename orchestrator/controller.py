@@ -146,7 +146,7 @@ def _open_ray(config: ComputeConfig, run: RunFolder) -> Backend:
     configure_ray_security(address)
     from orchestrator.backends.ray_tasks import RayBackend
 
-    return RayBackend(replace(config, address=address))
+    return RayBackend(replace(config, address=address), run.record)
 
 
 def _open_islands(config: ComputeConfig, run: RunFolder) -> Backend:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ["ddm_core", "data_partition", "experts", "router", "ensemble", "orchestrator", "ddm"]
 IMPORTERS = {
     "ray": {
+        "orchestrator/backends/ray_cluster.py",
         "orchestrator/backends/ray_tasks.py",
         "orchestrator/backends/ray_train.py",
         "orchestrator/islands/client.py",

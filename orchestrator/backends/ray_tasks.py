@@ -4,43 +4,18 @@ Without an address, a cluster starts on loopback and ends with this process. Ray
 responsible for attempts, backoff and fencing.
 """
 
-import contextlib
-import logging
-import os
-import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray exposes its Prometheus metrics without a token; port -1 disables them.
-os.environ.setdefault("RAY_enable_metrics_collection", "0")
-os.environ.setdefault("AUTOSCALER_METRIC_PORT", "-1")
-os.environ.setdefault("DASHBOARD_METRIC_PORT", "-1")
-
-# The controller mostly waits, so workers need not yield to it.
-os.environ.setdefault("RAY_worker_niceness", "0")
+from collections.abc import Callable
 
 import ray
-from ray.exceptions import AuthenticationError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from ddm_core.signals import sigterm_flag
+from orchestrator.backends.ray_cluster import RayCluster
 from orchestrator.backends.ray_train_driver import TrainDrivers
 from orchestrator.config.compute import ComputeConfig
-from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.run.backend import AttemptOutcome, Job
-
-log = logging.getLogger(__name__)
-
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Stages exchange folders, not objects, so Ray's smallest store suffices."""
-
-SHARED_CLUSTER_ADDRESS = "DDM_RAY_ADDRESS"
-"""Environment variable with the address of the Ray cluster that a sweep shares between its trials."""
-
-REACH_S = 5.0
-"""Longest wait for a running Ray cluster to accept a connection."""
+from orchestrator.errors import ConfigError
+from orchestrator.run.backend import AttemptOutcome, Job, read_outcome
 
 GROUP_POLL_INTERVAL_S = 0.1
 """Time between two checks whether the process of a group has ended."""
@@ -68,18 +43,23 @@ def _import_early() -> None:
 class RayBackend:
     """Submits every job as one Ray task with its resources; a job with several workers starts a process group."""
 
-    def __init__(self, config: ComputeConfig) -> None:
-        _connect(config)
+    def __init__(self, config: ComputeConfig, record: Callable[..., None] = lambda event, **facts: None) -> None:
+        """Open the cluster; `record` writes an event to the journal."""
+        self._cluster = RayCluster(config)
+        self._record = record
         self._is_embedded = config.address is None
         self._running: dict[ray.ObjectRef, Job] = {}
         self._groups = TrainDrivers()
-        if self._is_embedded and SHARED_CLUSTER_ADDRESS not in os.environ:
-            for _ in range(min(config.cpus_here, MAX_EARLY_IMPORTS)):
-                ray.remote(_import_early).options(max_retries=0).remote()
+        self._early_imports = min(config.cpus_here, MAX_EARLY_IMPORTS) if self._cluster.is_embedded else 0
+        self._start_imports()
 
     def place(self, job: Job) -> str | None:
-        """Return the one place until `MAX_QUEUED` tasks are submitted; the bound keeps `poll` fast."""
-        return "" if len(self._running) + len(self._groups) < MAX_QUEUED else None
+        """Return the one place until `MAX_QUEUED` tasks are submitted; the bound keeps `poll` fast.
+
+        There is no place while the cluster is dead; `poll` starts it again.
+        """
+        has_room = len(self._running) + len(self._groups) < MAX_QUEUED
+        return "" if has_room and not self._cluster.find_dead() else None
 
     def attach(self, job: Job) -> bool:
         """Return False: a task ends with the controller that submitted it."""
@@ -90,7 +70,7 @@ class RayBackend:
         resources = job.resources
         self._check_resources(job)
         if resources.workers > 1:
-            self._groups.start(job, ray.get_runtime_context().gcs_address)
+            self._groups.start(job, self._cluster.address)
             return
         task = ray.remote(_execute).options(
             name=job.stage,
@@ -102,12 +82,17 @@ class RayBackend:
         self._running[task.remote(job)] = job
 
     def poll(self, timeout_s: float) -> list[AttemptOutcome]:
-        """Return outcomes of the tasks and groups that have ended; a task whose worker died is lost."""
+        """Return outcomes of the tasks and groups that have ended; a task whose worker died is lost.
+
+        If the embedded cluster itself has died, it is started again, and all that ran on it is lost.
+        """
         if self._groups:
             timeout_s = min(timeout_s, GROUP_POLL_INTERVAL_S)
             if not self._running:
                 time.sleep(timeout_s)
         ended = ray.wait(list(self._running), num_returns=1, timeout=timeout_s)[0] if self._running else []
+        if dead := self._cluster.find_dead():
+            return self._restart(dead)
         return [self._outcome(reference) for reference in ended] + self._groups.collect_ended()
 
     def kill(self, stage: str) -> None:
@@ -120,11 +105,24 @@ class RayBackend:
     def close(self) -> None:
         """Disconnect from the cluster; an embedded one ends."""
         self._groups.close()
-        ray.shutdown()
+        self._cluster.close()
+
+    def _restart(self, dead: list[str]) -> list[AttemptOutcome]:
+        """Start a dead embedded cluster again; return the attempts that ran on it, which use up no retry."""
+        jobs = [*self._running.values(), *self._groups.close()]
+        self._running.clear()
+        reason = self._cluster.restart(dead)
+        self._start_imports()
+        self._record("ray_restarted", reason=reason)
+        return [_outcome_after_restart(job, reason) for job in jobs]
+
+    def _start_imports(self) -> None:
+        for _ in range(self._early_imports):
+            ray.remote(_import_early).options(max_retries=0).remote()
 
     def _check_resources(self, job: Job) -> None:
         """Raise `ConfigError` for resources that an embedded cluster lacks; the job would wait without end."""
-        available, resources = ray.cluster_resources(), job.resources
+        available, resources = self._cluster.resources, job.resources
         per_worker = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 2**30}
         needed = {name: amount * resources.workers for name, amount in per_worker.items()}
         lacking = [f"{amount:g} {name}" for name, amount in needed.items() if amount > available.get(name, 0.0)]
@@ -142,71 +140,17 @@ class RayBackend:
         except RayTaskError as error:
             return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="failed", error=str(error).strip())
         except RayError as error:
+            self._cluster.check_now()
             reason = f"its worker is gone ({type(error).__name__})"
             return AttemptOutcome(stage=job.stage, attempt=job.attempt, state="lost", error=reason, transient=True)
         return outcome
 
 
-def _connect(config: ComputeConfig) -> None:
-    """Start an embedded cluster, or connect to a running one.
-
-    The first start after an installation can exceed Ray's fixed limit of 30 s to read its own files from a cold disk,
-    so an embedded cluster is tried twice.
-    """
-    if address := config.address or os.environ.get(SHARED_CLUSTER_ADDRESS):
-        try:
-            _check_listening(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
-            raise OrchestratorError(
-                f"no Ray cluster accepts a connection at compute.address={address} ({str(error).strip()}); start it, "
-                "correct the address, set its token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=a file of mode 600), "
-                "or leave the address empty for an embedded one"
-            ) from error
-        return
-    for is_last in (False, True):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=config.cpus_here,
-                num_gpus=config.gpus,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except RuntimeError as error:
-            if is_last:
-                raise OrchestratorError(f"Ray did not start here: {error}; compute=inline needs no Ray") from error
-            log.warning("Ray did not start (%s); trying once more", error)
-            ray.shutdown()
-        else:
-            return
-
-
-def _check_listening(address: str) -> None:
-    """Raise `OSError` if nothing listens at an address of host and port; Ray itself would wait for minutes."""
-    host, _, port = address.rpartition("//")[2].rpartition(":")
-    if port.isdigit():
-        with socket.create_connection((host, int(port)), timeout=REACH_S):
-            pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RayCluster:
-    """The Ray cluster to which this process is connected."""
-
-    address: str
-    cpus: int
-
-
-@contextlib.contextmanager
-def join_cluster(config: ComputeConfig) -> Iterator[RayCluster]:
-    """Connect to a Ray cluster while the block lasts; without an address an embedded one."""
-    _connect(config)
-    try:
-        yield RayCluster(
-            address=ray.get_runtime_context().gcs_address, cpus=max(1, int(ray.cluster_resources().get("CPU", 0)))
-        )
-    finally:
-        ray.shutdown()
+def _outcome_after_restart(job: Job, reason: str) -> AttemptOutcome:
+    """Return the outcome that the attempt wrote before the cluster died; lost if it had not ended."""
+    outcome = read_outcome(job)
+    if outcome is not None and outcome.state in ("finished", "preempted"):
+        return outcome
+    return AttemptOutcome(
+        stage=job.stage, attempt=job.attempt, state="lost", error=reason, transient=True, uses_retry=False
+    )

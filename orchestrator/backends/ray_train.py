@@ -22,7 +22,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -37,6 +36,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ddm_core.json_values import write_record
 from experts.training.distributed import GroupError
+from orchestrator.backends.ray_cluster import OwnCodeOnly
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
 from orchestrator.run.disk_errors import explain_disk_error
 
@@ -90,7 +90,7 @@ def _make_trainer(job: Job, group_folder: Path) -> TorchTrainer:
     resources = job.resources
     amounts = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 2**30}
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=OwnCodeOnly())
     return TorchTrainer(
         _worker_loop,
         train_loop_config={"job": job, "group_folder": group_folder},

@@ -33,7 +33,7 @@ class TrainDrivers:
         """Start a job on the Ray cluster at `address`; the process prints to `group.log` of the attempt."""
         with _log_file(job).open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.backends.ray_train_driver"],
+                [sys.executable, "-P", "-m", "orchestrator.backends.ray_train_driver"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -55,12 +55,15 @@ class TrainDrivers:
         if stage in self._running:
             self._running[stage][1].kill()
 
-    def close(self) -> None:
-        """Kill all running trainings."""
-        for _, process in self._running.values():
+    def close(self) -> list[Job]:
+        """Kill all running trainings and return their jobs."""
+        killed = [job for job, _ in self._running.values()]
+        for job, process in self._running.values():
             process.kill()
-            process.wait()
+            process.communicate()
+            shutil.rmtree(attempt_folder(job) / "group", ignore_errors=True)
         self._running.clear()
+        return killed
 
 
 def _outcome(job: Job, process: subprocess.Popen[bytes]) -> AttemptOutcome:

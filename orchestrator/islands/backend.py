@@ -77,7 +77,7 @@ class IslandsBackend:
         """Return the outcomes of attempts that have ended, local or remote."""
         for connection in self.connections.values():
             connection.start_polling()
-        outcomes = self._open_local().poll(timeout_s / 2) if self._local_stages else []
+        outcomes = self._open_local().poll(timeout_s / 2) if self._open_local.cache_info().currsize else []
         self._local_stages -= {outcome.stage for outcome in outcomes}
         try:
             outcomes.append(self._outcomes.get(timeout=0.0 if outcomes else timeout_s))

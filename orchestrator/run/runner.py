@@ -209,6 +209,8 @@ class Runner:
         if state == "finished":
             self._finish(entry.stage)
             self.on_event("finished", entry.stage, f"in {time.time() - outcome.started:.1f} s")
+        elif state == "lost" and not outcome.uses_retry:
+            self._requeue_with_backoff(entry, 1, error)
         elif state == "preempted":
             self._requeue_with_backoff(entry, self._increment(self.preemptions, entry.stage), error or "preempted")
         else:

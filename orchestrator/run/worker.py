@@ -74,7 +74,7 @@ def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOu
     workspace = _make_workspace(job, folder, stopping)
     try:
         write_record(folder / "worker.json", this_process() | {"time": time.time()})
-        with _attempt(job, workspace) as attempt:
+        with hold_worker_lock(folder), _attempt(job, workspace) as attempt:
             config, fill = _prepare_stage(job, workspace)
             publish(Path(job.artifact), fill, **_publish_arguments(job, config))
         outcome = attempt.outcome

@@ -9,10 +9,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.controller import AUTH_MODE, AUTH_TOKEN, LOOPBACK_ONLY, configure_ray_security
 from orchestrator.sweeps.config import FULL_ERROR
+
+if TYPE_CHECKING:
+    from orchestrator.backends.ray_cluster import RayCluster
 
 IDLE_MS = ("RAY_idle_worker_killing_time_threshold_ms", "60000")
 """How long Ray keeps idle workers of a trial while others use the CPUs. With Ray's default of one second, every stage
@@ -33,14 +37,33 @@ class SweepResources:
         islands = sum(island.cpus for island in self._compute.islands.values())
         return islands or self._compute.cpus_here
 
-    @cached_property
+    @property
     def environment(self) -> dict[str, str]:
-        """Return the environment of every trial's controller: ours, plus access to the Ray cluster."""
-        # A copy: Ray changes the environment of its process when it starts.
-        environment = {name: value for name, value in os.environ.items() if name != FULL_ERROR}
+        """Return the environment of a trial's controller: ours, plus access to the Ray cluster, which must be alive."""
+        inherited = self._inherited
         if self._compute.backend not in ("ray", "islands") or self._compute.address is not None:
-            return environment
-        return environment | self._stack.enter_context(_start_cluster(self._compute))
+            return inherited
+        if dead := self._cluster.find_dead():
+            self._cluster.restart(dead)
+        from orchestrator.backends.ray_cluster import SHARED_CLUSTER_ADDRESS
+
+        switches = {name: os.environ[name] for name in (LOOPBACK_ONLY, AUTH_MODE, AUTH_TOKEN) if name in os.environ}
+        return inherited | switches | {SHARED_CLUSTER_ADDRESS: self._cluster.address}
+
+    @cached_property
+    def _inherited(self) -> dict[str, str]:
+        """Return our environment from before Ray starts, which changes it."""
+        return {name: value for name, value in os.environ.items() if name != FULL_ERROR}
+
+    @cached_property
+    def _cluster(self) -> "RayCluster":
+        configure_ray_security(None)
+        os.environ.setdefault(*IDLE_MS)
+        from orchestrator.backends.ray_cluster import RayCluster  # Ray reads these variables when it is imported
+
+        cluster = RayCluster(self._compute)
+        self._stack.callback(cluster.close)
+        return cluster
 
 
 @contextlib.contextmanager
@@ -53,22 +76,7 @@ def open_shared_resources(compute: ComputeConfig) -> Iterator[SweepResources]:
 def _count_cluster_cpus(compute: ComputeConfig, address: str) -> int:
     """Count the CPUs of a running Ray cluster."""
     configure_ray_security(address)
-    from orchestrator.backends.ray_tasks import join_cluster
+    from orchestrator.backends.ray_cluster import RayCluster
 
-    with join_cluster(compute) as cluster:
-        return cluster.cpus
-
-
-@contextlib.contextmanager
-def _start_cluster(compute: ComputeConfig) -> Iterator[dict[str, str]]:
-    """Start the cluster; yield the environment variables with which a controller joins it."""
-    configure_ray_security(None)
-    os.environ.setdefault(*IDLE_MS)
-    variables = {name: os.environ[name] for name in (LOOPBACK_ONLY, AUTH_MODE, AUTH_TOKEN) if name in os.environ}
-    from orchestrator.backends.ray_tasks import (  # Ray reads these variables when it is imported
-        SHARED_CLUSTER_ADDRESS,
-        join_cluster,
-    )
-
-    with join_cluster(compute) as cluster:
-        yield {**variables, SHARED_CLUSTER_ADDRESS: cluster.address}
+    with contextlib.closing(RayCluster(compute)) as cluster:
+        return max(1, int(cluster.resources.get("CPU", 0)))

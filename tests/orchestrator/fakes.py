@@ -56,9 +56,14 @@ class ScriptedBackend:
         self.attempts[job.stage] += 1
         if outcome == "finished":
             publish(Path(job.artifact), _write, stage=job.stage, config=job.config, inputs=job.input_fingerprints)
-        state = {"error": "failed", "hang": "lost"}.get(outcome, outcome)
+        state = {"error": "failed", "hang": "lost", "restart": "lost"}.get(outcome, outcome)
         return AttemptOutcome(
-            stage=job.stage, attempt=job.attempt, state=state, error=outcome, transient=outcome != "error"
+            stage=job.stage,
+            attempt=job.attempt,
+            state=state,
+            error=outcome,
+            transient=outcome != "error",
+            uses_retry=outcome != "restart",
         )
 
 

@@ -22,18 +22,10 @@ import yaml
 from ddm_core.artifacts import to_jsonable, write_json, write_text
 from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError
-from orchestrator.islands.local.processes import (
-    FOLDER,
-    STATE,
-    TOKEN,
-    create_scratch,
-    find_marked_processes,
-    kill_marked_processes,
-    send_signal,
-    take_down,
-)
+from orchestrator.islands.local.processes import FOLDER, STATE, TOKEN, create_scratch, take_down
 from orchestrator.islands.local.ray_head import Head, find_free_blocks
 from orchestrator.islands.token import create_token
+from orchestrator.run.marked_processes import find_marked_processes, kill_marked_processes, send_signal
 
 FIRST_PORT = 19_000
 """First port of `ddm islands up`; each island has a hundred."""

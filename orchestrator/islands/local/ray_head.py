@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import IslandError
-from orchestrator.islands.local.processes import MARK, TOKEN
+from orchestrator.islands.local.processes import TOKEN
+from orchestrator.run.marked_processes import KEEP_ENVIRONMENT, MARK
 
 ADDRESS = "127.0.0.1"
 
@@ -62,7 +63,7 @@ RAY_SETTINGS = {
     "RAY_enable_metrics_collection": "0",
     "DASHBOARD_METRIC_PORT": "-1",  # no port for Prometheus, which would need no token
     "PYTHONUNBUFFERED": "1",
-    "SPT_NOENV": "1",  # a process that renames itself keeps its environment, and so the mark
+    **KEEP_ENVIRONMENT,
     "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",

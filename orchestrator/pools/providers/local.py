@@ -11,12 +11,7 @@ import requests
 from ddm_core.artifacts import read_json, write_json
 from orchestrator.errors import IslandError
 from orchestrator.islands.client import IslandClient
-from orchestrator.islands.local.processes import (
-    create_scratch,
-    delete_scratch,
-    find_marked_processes,
-    kill_marked_processes,
-)
+from orchestrator.islands.local.processes import create_scratch, delete_scratch
 from orchestrator.islands.local.ray_head import (
     ADDRESS,
     OBJECT_STORE_BYTES,
@@ -29,6 +24,7 @@ from orchestrator.pools.island_config import build_islands
 from orchestrator.pools.providers.ray_launcher import build_node_type
 from orchestrator.pools.shell import PoolError
 from orchestrator.pools.yaml_text import to_yaml
+from orchestrator.run.marked_processes import find_marked_processes, kill_marked_processes
 
 HEAD_TYPE = "ray.head.default"
 PROVIDER = "ddm_local_nodes.LocalNodes"

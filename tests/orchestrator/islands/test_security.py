@@ -20,7 +20,7 @@ import requests
 
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.islands.client import IslandClient
-from orchestrator.islands.local.processes import MARK, find_marked_processes, kill_marked_processes
+from orchestrator.run.marked_processes import MARK, find_marked_processes, kill_marked_processes
 from tests.orchestrator.islands.local.test_clusters import wait_for
 from tests.orchestrator.islands.sockets import list_listeners
 

@@ -64,6 +64,11 @@ def test_retries_are_limited(tmp_path):
     assert result.submitted == 3 and result.failed == {"data": "lost"} and not result.stopped
 
 
+def test_restart_of_the_place_uses_no_retry(tmp_path):
+    result = run_graph(tmp_path, ScriptedBackend({"data": ["restart"] * 3}), ComputeConfig(backoff_s=0.0, retries=0))
+    assert result.submitted == 3 + 5 and not result.failed
+
+
 def test_permanent_error_is_not_retried(tmp_path):
     result = run_graph(tmp_path, ScriptedBackend({"data": ["error"]}))
     assert result.submitted == 1 and "data" in result.failed

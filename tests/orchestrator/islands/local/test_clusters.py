@@ -20,9 +20,9 @@ from orchestrator.config.schema import parse_config
 from orchestrator.errors import IslandError
 from orchestrator.islands.client import IslandClient
 from orchestrator.islands.local.clusters import CONFIGURED, FIRST_PORT, LocalIslands, build_overrides
-from orchestrator.islands.local.processes import MARK, find_marked_processes, kill_marked_processes
 from orchestrator.islands.local.ray_head import BLOCK_SIZE, Head, find_free_blocks
 from orchestrator.run.lease import process_start_time
+from orchestrator.run.marked_processes import MARK, find_marked_processes, kill_marked_processes
 from tests.orchestrator.islands.sockets import list_listeners
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]

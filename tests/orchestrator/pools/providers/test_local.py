@@ -14,13 +14,13 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.errors import IslandError
 from orchestrator.islands.client import IslandClient
-from orchestrator.islands.local.processes import find_marked_processes
 from orchestrator.islands.local.ray_head import ADDRESS, find_free_blocks
 from orchestrator.islands.wheel import build_wheel
 from orchestrator.pools import lifecycle
 from orchestrator.pools.config import PoolConfig
 from orchestrator.pools.island_config import build_islands
 from orchestrator.pools.shell import PoolError
+from orchestrator.run.marked_processes import find_marked_processes
 from tests.orchestrator.pools.pools import load_shipped
 
 pytestmark = pytest.mark.integration
