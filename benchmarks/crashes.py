@@ -25,7 +25,7 @@ from benchmarks.record import Claim
 from ddm_core.artifacts import read_manifest
 from orchestrator.cli.app import main as ddm
 from orchestrator.config.hydra_compose import compose  # noqa: F401 - loaded before the forks
-from orchestrator.islands.local.processes import MARK, find_marked_processes
+from orchestrator.run.marked_processes import MARK, find_marked_processes
 from orchestrator.run.run_folder import RunFolder
 
 SETTINGS = (
