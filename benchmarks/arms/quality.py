@@ -73,7 +73,7 @@ GUIDED = (
 )
 
 ARMS: Mapping[str, Sequence[str]] = {
-    "K = 8": ("monolith=true", "baselines=[cluster_conditioned,distilled_monolith]", SELECTIONS),
+    "K = 8": ("baselines=[monolith,cluster_conditioned,distilled_monolith]", SELECTIONS),
     "K = 8, half the steps": (f"expert.training.steps={STEPS // 2}",),
     "K = 2": ("partition.num_experts=2",),
     "K = 4": ("partition.num_experts=4",),
@@ -89,7 +89,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "K = 8, mixed": tuple(f"+experts.{k}.prediction=noise" for k in range(4, 8)),
     "router x 4": ("router.width=100",),
     "router on samples": ("router.data=samples", "scores.selections=[{name: top_k, k: 1}]"),
-    "guided": ("monolith=true", *GUIDED),
+    "guided": ("baselines=[monolith]", *GUIDED),
     "guided, blind router": (*GUIDED, "router.training.condition_dropout=1"),
     "monolith at the FLOPs of experts and student": (
         "partition.num_experts=1",

@@ -68,6 +68,8 @@ def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:
         if stage is not None and run.is_finished(stage):
             verify(run.artifact(stage))
             return run.artifact(stage)
+    if monolith and not any(stage.name == name for stage in current_graph(run, run.load_config())):
+        raise RunFolderError(f"{run.root} has no monolith; its settings with baselines=[monolith] would train one")
     raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
 
 

@@ -72,10 +72,10 @@ class RunConfig:
     """Overrides of `expert` by expert id; the batch size of an override is divided by the number of experts too."""
     router: RouterConfig = RouterConfig()
     """The router."""
-    monolith: bool = True
-    """Whether a FLOP-matched monolith is trained as a baseline."""
-    baselines: tuple[Literal["cluster_conditioned", "distilled_monolith"], ...] = ()
-    """More baselines: a monolith that receives the cluster as a condition, and one distilled from the experts."""
+    monolith: bool = False
+    """Whether a FLOP-matched monolith is trained as a baseline; the same as `baselines=[monolith]`."""
+    baselines: tuple[Literal["monolith", "cluster_conditioned", "distilled_monolith"], ...] = ()
+    """The baselines: the monolith, one that receives the cluster as a condition, and one distilled from the experts."""
     distilled_monolith: DistilledMonolithConfig = DistilledMonolithConfig()
     """Differences of the distilled monolith from the monolith."""
     ensemble: SamplingConfig = SamplingConfig()

@@ -67,7 +67,7 @@ class _GraphBuilder:
         self.partition = Input(stage=self._add("partition", self.config.partition, partition_inputs))
         self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, data_inputs))
         trained = self._add_ensemble()
-        if self.config.monolith:
+        if self.config.monolith or "monolith" in self.config.baselines:
             self._add_baseline("monolith", self._add_monolith("monolith"))
         if "cluster_conditioned" in self.config.baselines:
             self._add_baseline("cluster_conditioned", self._add_monolith("cluster_conditioned"), trained["router"])

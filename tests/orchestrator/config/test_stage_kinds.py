@@ -31,7 +31,7 @@ AUTO = SamplingConfig(selection=SelectionConfig(name="auto"))
 
 CONFIGS = {
     "distilled": RunConfig(
-        baselines=("cluster_conditioned", "distilled_monolith"),
+        baselines=("monolith", "cluster_conditioned", "distilled_monolith"),
         router=RouterConfig(data="samples"),
         distill=SiDConfig(),
         accelerate=TruncateConfig(draft="student"),

@@ -21,7 +21,8 @@ from orchestrator.pipeline.stage import remove_stage
 from orchestrator.reporting.results import load_score_rows, load_training_flops
 from orchestrator.run.run_folder import RunFolder
 
-ALL_BASELINES = RunConfig(baselines=("cluster_conditioned", "distilled_monolith"))
+MONOLITH = RunConfig(baselines=("monolith",))
+ALL_BASELINES = RunConfig(baselines=("monolith", "cluster_conditioned", "distilled_monolith"))
 
 
 def stages_by_name(config):
@@ -49,8 +50,8 @@ def test_different_expert_changes_itself_and_its_dependents():
 
 
 def test_larger_expert_gives_the_monolith_more_steps():
-    after = RunConfig(experts={1: ExpertConfig(network=ResidualMLPConfig(width=512))})
-    assert "monolith" in changed_by(RunConfig(), after)
+    after = replace(MONOLITH, experts={1: ExpertConfig(network=ResidualMLPConfig(width=512))})
+    assert "monolith" in changed_by(MONOLITH, after)
     costs = stages_by_name(after)["monolith"].config.experts
     assert [cost.network.width for cost in costs] == [448, 512, 448, 448]
     assert {cost.training.batch_size for cost in costs} == {60}
@@ -60,7 +61,7 @@ def test_larger_expert_gives_the_monolith_more_steps():
 
 def test_baselines_change_no_existing_stage():
     added = {f"{kind}{name}" for name in ("cluster_conditioned", "distilled_monolith") for kind in ("", "score_")}
-    assert changed_by(RunConfig(), ALL_BASELINES) == added | {
+    assert changed_by(MONOLITH, ALL_BASELINES) == added | {
         "cluster_conditioned_ensemble",
         "distilled_monolith_ensemble",
     }
@@ -88,7 +89,7 @@ def test_distilled_monolith_has_settings_and_skips_lost_teacher():
 
 
 def test_router_without_data_reads_samples_of_the_experts():
-    after = with_router(RunConfig(), data="samples")
+    after = with_router(MONOLITH, data="samples")
     graph = stages_by_name(after)
     assert {artifact.stage.name for artifact in graph["expert_samples"].inputs.values()} == {
         "partition",
@@ -97,7 +98,7 @@ def test_router_without_data_reads_samples_of_the_experts():
     assert set(graph["router"].inputs) == {"codec", "expert_samples", "holdouts"}
     names = list(graph)
     assert names.index("expert_3") < names.index("expert_samples") < names.index("router") < names.index("ensemble")
-    changed = changed_by(RunConfig(), after)
+    changed = changed_by(MONOLITH, after)
     assert changed == {
         "expert_samples",
         "router",
@@ -113,7 +114,7 @@ def test_router_without_data_reads_samples_of_the_experts():
 def test_checkpoint_is_copied_once_and_changes_the_experts():
     def config(checksum, **sections):
         expert = ExpertConfig(init="/a", init_checksum=checksum)
-        return RunConfig(expert=expert, **sections)
+        return RunConfig(expert=expert, monolith=True, **sections)
 
     graph = stages_by_name(config("x"))
     assert [name for name, stage in graph.items() if stage.kind == "init"] == ["init_0"]
@@ -157,7 +158,7 @@ def test_run_with_all_baselines_and_router_without_data(tmp_path):
         tmp_path / "run",
         "experts.1.prediction=noise",
         "experts.1.network.width=128",
-        "baselines=[cluster_conditioned,distilled_monolith]",
+        "baselines=[monolith,cluster_conditioned,distilled_monolith]",
         "router.data=samples",
         "router.samples_per_expert=12",
     )

@@ -63,7 +63,7 @@ def test_router_change_reaches_router_and_ensemble_only():
 
 
 def test_router_cost_change_reaches_monolith():
-    config = RunConfig()
+    config = RunConfig(monolith=True)
     after = replace(config, router=with_training(config.router, steps=7))
     assert {"router", "monolith"} <= changed_by(config, after)
 
@@ -99,11 +99,18 @@ def test_router_does_not_depend_on_experts():
 
 
 def test_expert_batch_is_divided_by_k_with_equal_steps():
-    config = RunConfig()
+    config = RunConfig(monolith=True)
     graph = {stage.name: stage for stage in build_graph(config)}
     expert, monolith = graph["expert_0"].config.expert.training, graph["monolith"].config.expert.training
     assert expert.batch_size * config.partition.num_experts == monolith.batch_size
     assert expert.steps == monolith.steps
+
+
+def test_monolith_is_trained_only_on_request():
+    names = {stage.name for stage in build_graph(RunConfig())}
+    added = {"monolith", "monolith_ensemble", "score_monolith"}
+    for config in (RunConfig(monolith=True), RunConfig(baselines=("monolith",))):
+        assert {stage.name for stage in build_graph(config)} - names == added
 
 
 def test_single_expert_has_no_router():
@@ -124,7 +131,7 @@ def test_selection_settings_have_different_labels():
 
 
 def test_remove_stage_rebuilds_only_its_dependents():
-    graph = build_graph(RunConfig())
+    graph = build_graph(RunConfig(monolith=True))
     rest = {stage.name: stage for stage in remove_stage(graph, "expert_1")}
     before = {stage.name: stage for stage in graph}
     assert "expert_1" not in rest

@@ -182,7 +182,7 @@ def test_infinite_plan_is_valid_json(tmp_path):
     islands = {"spot": island(cpus=2, preemptions_per_hour=1e7)}
     config = build_config(tmp_path, islands=islands)
     content = json.loads(plan_to_json(make_plan(tmp_path, config)), parse_constant=lambda name: pytest.fail(name))
-    assert content["backend"] == "islands" and len(content["stages"]) == 15
+    assert content["backend"] == "islands" and len(content["stages"]) == 12
     experts = [stage for stage in content["stages"] if stage["kind"] == "expert"]
     assert all(
         stage["estimate"]["extra_s"] is None and stage["estimate"]["preemption_probability"] == 1 for stage in experts
