@@ -1,6 +1,7 @@
 # Everything CI does is a target here. `make help` lists them.
 PYTHON ?= python3.11
 VENV ?= .venv
+TORCH ?= cpu
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -9,15 +10,28 @@ BIN := $(VENV)/bin
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
+# uv does not read pip's settings, which name a mirror or a folder of wheels.
+PIP_SETTING = $$($(BIN)/pip config list | sed -n "s/^[^=]*[.]$(1)='\(.*\)'$$/\1/p" | tail -1)
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on the PATH; name one with PYTHON=…"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,features]'
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores; some files are for other versions of Python
+	@case $(TORCH) in cpu|cuda) ;; *) echo "make: TORCH is cpu or cuda; got $(TORCH)"; exit 1;; esac
+	@test -x $(BIN)/python || { echo "Creating $(VENV) …"; $(PYTHON) -m venv $(VENV); }
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/pip install --disable-pip-version-check -c constraints.txt uv
+	@backend=; if [ $(TORCH) = cpu ] && [ "$$(uname)" = Linux ]; then \
+		if $(BIN)/python -c "from urllib.request import *; urlopen(Request('$(CPU_WHEELS)/torch/', method='HEAD'), timeout=5)" 2>/dev/null; \
+		then backend=--torch-backend=cpu; \
+		else echo "$(CPU_WHEELS) does not answer: torch comes from your package index, where it may be the CUDA build"; fi; fi; \
+	echo "Installing some 200 packages into $(VENV) (torch: $(TORCH)) …"; \
+	export UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$(call PIP_SETTING,index-url)} \
+		UV_INDEX="$${UV_INDEX:-$(call PIP_SETTING,extra-index-url)}" \
+		UV_FIND_LINKS="$${UV_FIND_LINKS:-$(call PIP_SETTING,find-links)}" PATH="$$PATH:$(BIN)"; \
+	uv pip install --python $(BIN)/python --index-strategy unsafe-best-match $$backend -c constraints.txt -e '.[dev,features]'
 	@touch $@
 
 .PHONY: install
-install: $(VENV)/installed ## Set up .venv (CPU build of torch)
+install: $(VENV)/installed ## Set up .venv; TORCH=cuda takes the build for NVIDIA GPUs (default: TORCH=cpu)
 
 .PHONY: demo
 demo: install ## Run the whole pipeline on real images (a few minutes) and print the report's path
