@@ -1,13 +1,14 @@
 """Exact knapsacks, solved as integer programs: which layers to remove, and how many bits each weight gets.
 
-    choose_items:    min sum_i c_i x_i       subject to  sum_i s_i x_i >= target,                         x_i in {0, 1}
+    choose_items:    min sum_i c_i x_i       subject to  sum_i s_i x_i + sum_J s_J y_J >= target,         x_i in {0, 1}
+                                                         y_J <= x_i for all i in J,                       y_J in {0, 1}
     choose_options:  min sum_ij c_ij x_ij    subject to  sum_ij s_ij x_ij <= budget,  sum_j x_ij = 1,     x_ij in {0, 1}
 
 The second is the multiple-choice knapsack (Sinha & Zoltners 1979). The solver is HiGHS. It is deterministic, so equal
 inputs always give the same choice among ties. scipy.optimize takes half a second to import, so functions import it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +27,25 @@ class Option:
     cost: float
 
 
-def choose_items(costs: Sequence[float], sizes: Sequence[int], target: int) -> list[int]:
-    """Return the indices whose `sizes` add up to at least `target` at the least sum of `costs`.
+def choose_items(
+    costs: Sequence[float], sizes: Sequence[int], target: int, joint_sizes: Mapping[frozenset[int], int] | None = None
+) -> list[int]:
+    """Return the indices whose sizes add up to at least `target` at the least sum of `costs`.
 
-    Raises `ValueError` if all sizes together are smaller than the target.
+    `joint_sizes` are added to those of single items, each once all items of its set are chosen. Raises `ValueError` if
+    all sizes together are smaller than the target.
     """
-    if sum(sizes) < target:
-        raise ValueError(f"all items together have size {sum(sizes):,}, less than {target:,}; lower the target")
-    return _solve(costs, [(np.array([sizes], float), float(target), np.inf)])
+    joint = joint_sizes or {}
+    all_sizes = [*sizes, *joint.values()]
+    if sum(all_sizes) < target:
+        raise ValueError(f"all items together have size {sum(all_sizes):,}, less than {target:,}; lower the target")
+    constraints = [(np.array([all_sizes], float), float(target), np.inf)]
+    for column, items in enumerate(joint, start=len(sizes)):
+        for item in items:
+            row = np.zeros((1, len(all_sizes)))
+            row[0, [column, item]] = 1.0, -1.0
+            constraints.append((row, -np.inf, 0.0))
+    return [column for column in _solve([*costs, *[0.0] * len(joint)], constraints) if column < len(sizes)]
 
 
 def choose_options(items: Sequence[Sequence[Option]], budget: int) -> list[int]:

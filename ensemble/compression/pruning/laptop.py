@@ -1,12 +1,14 @@
 """LAPTOP-Diff: remove whole layers, those that change the output least, and fine-tune the rest.
 
-    min over S of E |e(all but S) - e(all)|^2    subject to    sum of sizes over S >= target
+    min over S of E |e(all but S) - e(all)|^2    subject to    size of S >= target
     ~ sum over S of c_i,    c_i = E |e(all but i) - e(all)|^2,    which makes it a 0-1 knapsack
+
+where the size of a set is what its removal frees, which may be more than its layers have.
 
 Zhang et al. 2024, arXiv:2404.11098.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +25,13 @@ from ensemble.compression.distillation.teacher import copy_frozen
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import distillation_loss, feature_weights, stages_behind
-from experts.compressed.pruning.layers import layers_disabled, removable_layers, remove_layers
+from experts.compressed.pruning.layers import (
+    count_parameters,
+    layer_sizes,
+    layers_disabled,
+    removable_layers,
+    remove_layers,
+)
 from experts.expert import Expert, network_flops
 from experts.training.flops import training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
@@ -73,13 +81,13 @@ def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, w
     """
     model, units = deepcopy(expert.model), removable_layers(expert.model)
     batch = calibration_batches(dataset, config.rows, config.seed, 1, few_step=expert.few_step)[0]
-    row_flops, total = network_flops(model, expert.latent_shape), _count_parameters(model)
-    sizes = [_count_parameters(model.get_submodule(unit)) for unit in units]
+    row_flops, total = network_flops(model, expert.latent_shape), count_parameters(model)
+    sizes = {frozenset(map(units.index, paths)): size for paths, size in layer_sizes(model).items()}
     target = round(config.ratio * total)
-    if sum(sizes) < target:
+    if sum(sizes.values()) < target:
         raise StageError(
             f"prune.ratio is {config.ratio:.0%}, and the {len(units)} removable layers of expert {expert.cluster_id} "
-            f"have only {sum(sizes) / total:.0%} of its parameters; lower prune.ratio"
+            f"have only {sum(sizes.values()) / total:.0%} of its parameters; lower prune.ratio"
         )
     measure_loss = _loss_function(model, expert, batch, units, workspace)
     costs = [measure_loss([index]) for index in range(len(units))] if config.criterion == "output_loss" else []
@@ -99,7 +107,7 @@ def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, w
         rows = config.finetune.batch_size * config.finetune.steps
         flops += training_flops(pruned_flops, config.finetune.batch_size, config.finetune.steps) + rows * row_flops
         details["error_retrained"] = output_error(pruned.model, expert, measuring)
-    details["share"] = 1 - _count_parameters(pruned.model) / total
+    details["share"] = 1 - count_parameters(pruned.model) / total
     return ExpertResult(expert=pruned, modules=len(chosen), flops=flops, details=details)
 
 
@@ -123,20 +131,21 @@ def _loss_function(
 def _choose_layers(
     model: nn.Module,
     units: Sequence[str],
-    sizes: Sequence[int],
+    sizes: Mapping[frozenset[int], int],
     costs: Sequence[float],
     target: int,
     config: LaptopConfig,
 ) -> list[int]:
     """Return the indices of the layers to remove; the baselines add layers one by one until the target is reached."""
     if config.criterion == "output_loss":
-        return choose_items(costs, sizes, target)
+        joint = {items: size for items, size in sizes.items() if len(items) > 1}
+        return choose_items(costs, [sizes[frozenset([index])] for index in range(len(units))], target, joint)
     if config.criterion == "magnitude":
         order = sorted(range(len(units)), key=lambda index: _magnitude(model.get_submodule(units[index])))
     else:
         order = np.random.default_rng(config.seed).permutation(len(units)).tolist()
     chosen: list[int] = []
-    while sum(sizes[index] for index in chosen) < target:
+    while sum(size for items, size in sizes.items() if items <= set(chosen)) < target:
         chosen.append(order[len(chosen)])
     return sorted(chosen)
 
@@ -160,11 +169,7 @@ def _finetune(
     return fit(deepcopy(pruned.model), loss, dataset, config.finetune, workspace).model
 
 
-def _count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _magnitude(module: nn.Module) -> float:
     """Return the mean absolute weight."""
     total = sum(float(parameter.detach().abs().sum()) for parameter in module.parameters())
-    return total / max(1, _count_parameters(module))
+    return total / max(1, count_parameters(module))

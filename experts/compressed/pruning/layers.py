@@ -62,6 +62,25 @@ def removed_layers(model: nn.Module) -> list[str]:
     return removed
 
 
+def layer_sizes(model: nn.Module) -> dict[frozenset[str], int]:
+    """Return the parameters that removing layers frees: of every removable layer alone, and of sets of them.
+
+    A set stands for what is freed in addition once all of its layers are removed: a transformer block's modulation.
+    """
+    paths = removable_layers(model)
+    sizes = {frozenset([path]): count_parameters(model.get_submodule(path)) for path in paths}
+    for block in {path.rpartition(".")[0] for path in paths if _drops_block(model, path)}:
+        layers = frozenset(path for path in paths if path.startswith(f"{block}."))
+        rest = count_parameters(model.get_submodule(block)) - sum(sizes[frozenset([path])] for path in layers)
+        sizes[layers] = sizes.get(layers, 0) + rest
+    return sizes
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def remove_layers(model: nn.Module, paths: Sequence[str]) -> None:
     """Remove layers, in place; raise `ValueError` for one that is not removable.
 
@@ -72,10 +91,9 @@ def remove_layers(model: nn.Module, paths: Sequence[str]) -> None:
         raise ValueError(f"{unknown[0]} is not a removable layer; those are {', '.join(removable) or 'none'}")
     for path in paths:
         model.set_submodule(path, _replacement(path, model.get_submodule(path)))
-    if isinstance(model, DiTTransformer2DModel):
-        for number, block in enumerate(model.transformer_blocks):
-            if number and isinstance(block.attn1, ZeroLayer) and isinstance(block.ff, ZeroLayer):
-                model.transformer_blocks[number] = SkipLayer()
+    for block in {path.rpartition(".")[0] for path in paths if _drops_block(model, path)}:
+        if all(isinstance(model.get_submodule(f"{block}.{name}"), ZeroLayer) for name in ("attn1", "ff")):
+            model.set_submodule(block, SkipLayer())
 
 
 @contextmanager
@@ -89,6 +107,11 @@ def layers_disabled(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     finally:
         for path, module in layers.items():
             model.set_submodule(path, module)
+
+
+def _drops_block(model: nn.Module, path: str) -> bool:
+    """Return whether the layer belongs to a block that is removed with its last layer."""
+    return isinstance(model, DiTTransformer2DModel) and not path.startswith("transformer_blocks.0.")
 
 
 def _is_removable(path: str, module: nn.Module) -> bool:

@@ -55,6 +55,24 @@ def test_large_sizes_never_fall_short_of_the_target(items, share):
     assert sum(costs[i] for i in chosen) == least_cost(costs, sizes, target)
 
 
+@settings(deadline=None, max_examples=200)
+@given(items=ITEMS, share=st.floats(0.01, 1), draws=st.data())
+def test_sizes_of_sets_count_once_all_of_the_set_is_chosen(items, share, draws):
+    costs, sizes = [float(cost) for cost, _ in items], [size for _, size in items]
+    sets = st.frozensets(st.integers(0, len(items) - 1), min_size=1, max_size=3)
+    joint = draws.draw(st.dictionaries(sets, st.integers(0, 40), max_size=4))
+
+    def size_of(chosen):
+        return sum(sizes[i] for i in chosen) + sum(size for items, size in joint.items() if items <= set(chosen))
+
+    everything = range(len(items))
+    target = max(1, round(share * size_of(everything)))
+    subsets = (subset for length in range(len(items) + 1) for subset in itertools.combinations(everything, length))
+    least = min(sum(costs[i] for i in subset) for subset in subsets if size_of(subset) >= target)
+    chosen = choose_items(costs, sizes, target, joint)
+    assert size_of(chosen) >= target and sum(costs[i] for i in chosen) == least
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_costs_of_any_scale_are_solved_exactly(scale):
     for seed in range(20):

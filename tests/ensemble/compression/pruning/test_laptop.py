@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from ensemble.compression.method import StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import stages_behind
 from ensemble.compression.pruning.laptop import measure_additivity, prune_laptop
+from experts.compressed.pruning.layers import count_parameters, layer_sizes
 from experts.config import TrainingConfig
 from tests.ensemble.compression.trained import digits, trained
 
@@ -36,6 +38,20 @@ def test_pruning_beats_chance_and_fine_tuning_recovers(original, tmp_path):
     assert pruned.details["error_retrained"] < pruned.details["error_pruned"]
     assert -1 <= pruned.details["additivity"].spearman <= 1
     assert all(torch.equal(original[0].model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
+def test_no_set_of_less_loss_frees_as_much(original, ratio, tmp_path):
+    model, details = original[0].model, run(original, tmp_path, ratio=ratio).details
+    paths, losses = list(details["costs"]), np.array(list(details["costs"].values()))
+    subsets = np.arange(2 ** len(paths))[:, None] >> np.arange(len(paths)) & 1 == 1
+    freed = np.zeros(len(subsets), int)
+    for layers, size in layer_sizes(model).items():
+        freed += size * subsets[:, [paths.index(path) for path in layers]].all(1)
+    chosen = np.array([path in details["removed"] for path in paths])
+    assert details["share"] * count_parameters(model) == pytest.approx(freed[(subsets == chosen).all(1)][0])
+    least = (subsets[freed >= round(ratio * count_parameters(model))] @ losses).min()
+    assert chosen @ losses == pytest.approx(least)
 
 
 def test_a_ratio_above_the_removable_share_is_an_error(original, tmp_path):

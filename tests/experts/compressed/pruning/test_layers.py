@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from experts.compressed.pruning.layers import layers_disabled, removable_layers, remove_layers, removed_layers
+from experts.compressed.pruning.layers import (
+    count_parameters,
+    layer_sizes,
+    layers_disabled,
+    removable_layers,
+    remove_layers,
+    removed_layers,
+)
 from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.model_io import STRUCTURE, load_model, save_model
@@ -82,3 +91,15 @@ def test_unremovable_layer_is_refused(tmp_path):
         remove_layers(model, ["down_blocks.1.resnets.0"])
     save_model(model, tmp_path)
     assert not (tmp_path / STRUCTURE).exists()
+
+
+@pytest.mark.parametrize("config", NETWORKS, ids=lambda config: config.kind)
+@settings(deadline=None, max_examples=25)
+@given(draws=st.data())
+def test_size_of_a_set_is_what_its_removal_frees(config, draws):
+    model = network(config)
+    for _ in range(2):  # the second time from a pruned network
+        layers, sizes, before = removable_layers(model), layer_sizes(model), count_parameters(model)
+        chosen = draws.draw(st.lists(st.sampled_from(layers), unique=True)) if layers else []
+        remove_layers(model, chosen)
+        assert before - count_parameters(model) == sum(size for paths, size in sizes.items() if paths <= set(chosen))
