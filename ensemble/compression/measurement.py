@@ -48,10 +48,14 @@ class CompressionReport:
         return cls(**fields | {"stages": tuple(fields["stages"])})
 
 
+RECORDS = ("outcome.json", "training.json", "quality.json", "metrics.jsonl", "distilled_monolith.json")
+"""Files in a pipeline's folder that record how it was made; nothing is loaded from them."""
+
+
 def model_bytes(folder: Path) -> int:
-    """Return the bytes of all files of a pipeline's experts and router."""
+    """Return the bytes of all files that a pipeline's experts and router are loaded from."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in ("codec", "scheduler")]
-    return sum(file.stat().st_size for part in parts for file in list_files(part))
+    return sum(file.stat().st_size for part in parts for file in list_files(part) if file.name not in RECORDS)
 
 
 def compare(

@@ -5,7 +5,8 @@
 
 Block-wise adaptive caching, 2025, arXiv:2506.13456: dynamic programming over the steps, for each module. Errors
 accumulate in cached modules behind computed ones. So whenever a module with one of the largest changes is computed, the
-feed-forward layers behind it are computed too (the bubbling union).
+feed-forward layers behind it are computed too (the bubbling union). A U-Net's residual layers stand for them, at level
+`block` the blocks themselves, at level `unit` the linear layers and convolutions in them.
 """
 
 from collections.abc import Mapping, Sequence

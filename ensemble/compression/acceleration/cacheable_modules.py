@@ -7,11 +7,13 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 from ensemble.compression.acceleration.config import CacheConfig
+from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import StageError
 from experts.architectures.residual_mlp import ResidualMLP
+from experts.compressed.pruning.layers import SkipLayer, ZeroLayer
 
-FEED_FORWARD = re.compile(r"(transformer_blocks\.\d+\.ff|blocks\.\d+)")
-"""Feed-forward layers, which are the last of their block."""
+ATTENTION = re.compile(r"\.(attn1|attentions)(\.|$)")
+"""In the paths of attention layers; the others (feed-forward, residual, whole blocks) take part in the union."""
 PATTERNS: dict[type[nn.Module], dict[str, re.Pattern[str]]] = {
     DiTTransformer2DModel: {
         "block": re.compile(r"transformer_blocks\.\d+"),
@@ -37,11 +39,15 @@ def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
     if config.policy == "deepcache":
         return modules_below_branch(model, config.branch)
     pattern = PATTERNS.get(type(model), {}).get(config.level)
-    paths = [path for path, _ in model.named_modules() if pattern and pattern.fullmatch(path)]
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if pattern and pattern.fullmatch(path) and not isinstance(module, SkipLayer | ZeroLayer)
+    ]
     if not paths:
         raise StageError(
-            f"a {type(model).__name__} has no modules of level {config.level}, so nothing would be cached; set another "
-            "accelerate.level"
+            f"this {type(model).__name__} has no modules of level {config.level}, so nothing would be cached; set "
+            f"another accelerate.level (its layers: {describe_layers(model)})"
         )
     return paths
 

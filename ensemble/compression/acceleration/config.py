@@ -35,8 +35,8 @@ class CacheConfig:
     power: Annotated[float, Field(gt=1)] = 1.5
     """How strongly computations cluster around `center`: the exponent of the distance to it."""
     bubbling: Annotated[int, Field(ge=0)] = 3
-    """`adaptive`: number of modules with the largest changes; whenever one of them is computed, so are all feed-forward
-    layers behind it."""
+    """`adaptive`: number of modules with the largest changes; whenever one of them is computed, so are all modules
+    behind it but attention."""
     route_aware: bool = False
     """`adaptive`, `unified`: give each expert its own schedule; False gives all experts the same."""
     rows: Annotated[int, Field(ge=1)] = 16

@@ -24,7 +24,7 @@ from ensemble.compression.acceleration.adaptive_schedule import (
     optimal_compute_steps,
     output_variation,
 )
-from ensemble.compression.acceleration.cacheable_modules import FEED_FORWARD, cacheable_modules, uniform_compute_steps
+from ensemble.compression.acceleration.cacheable_modules import ATTENTION, cacheable_modules, uniform_compute_steps
 from ensemble.compression.acceleration.config import CacheConfig
 from ensemble.compression.common.calibration_data import record_calls
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
@@ -75,7 +75,7 @@ def cache_experts(
         observed = dict.fromkeys(experts, _mean(list(observed.values())))
     cached, details = {}, {}
     for k, expert in experts.items():
-        steps = _choose_steps(expert.model, config, len(times), observed.get(k))
+        steps = choose_steps(expert.model, config, len(times), observed.get(k))
         schedule = CacheSchedule(
             times=times,
             compute_steps=steps,
@@ -86,7 +86,7 @@ def cache_experts(
         if config.interval > 1 and share > 1 - MIN_SAVED_SHARE:
             raise StageError(
                 f"a cache must save 1 % of the FLOPs, and expert {k} would keep {share:.1%} of them; raise "
-                "accelerate.interval, or cache more modules"
+                "accelerate.interval, lower accelerate.bubbling, or cache more modules"
             )
         cached[k] = replace(expert, cache=schedule)
         details[str(k)] = {
@@ -119,7 +119,7 @@ def refit_cache(expert: Expert, before: Expert) -> Expert:
     return replace(expert, cache=replace(expert.cache, compute_steps=steps, relative_flops=flops))
 
 
-def _choose_steps(
+def choose_steps(
     model: nn.Module, config: CacheConfig, steps: int, observed: ObservedModules | None
 ) -> dict[str, tuple[int, ...]]:
     """Return the steps at which each cached module is computed."""
@@ -130,7 +130,7 @@ def _choose_steps(
     if config.policy == "unified":
         return dict.fromkeys(paths, optimal_compute_steps(observed.similarities[paths[0]], count))
     optimal = {path: optimal_compute_steps(observed.similarities[path], count) for path in paths}
-    feed_forward = [path for path in paths if FEED_FORWARD.fullmatch(path)]
+    feed_forward = [path for path in paths if not ATTENTION.search(path)]
     return bubbling_union(optimal, observed.changes, config.bubbling, feed_forward)
 
 

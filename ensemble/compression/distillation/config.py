@@ -42,8 +42,9 @@ class ConsistencyConfig:
     """Weight of the distance to the clean sample, which is added at small t."""
     early: Annotated[float, Field(ge=0, le=1)] = 0.25
     """The largest t at which it is added."""
-    fixed_scales: bool = True
-    """Freeze the scales of layer norms, so that they cannot amplify outliers."""
+    fixed_scales: bool | None = None
+    """Freeze the scales of layer and group norms, so that they cannot amplify outliers; empty freezes those that the
+    network has, and true fails if it has none."""
 
     @model_validator(mode="after")
     def _check_intervals(self) -> "ConsistencyConfig":

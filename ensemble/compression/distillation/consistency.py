@@ -9,7 +9,6 @@ clean estimate of the student's velocity, for instance noised - t velocity, whic
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from ddm_core.artifacts import Workspace
 from ddm_core.random_bits import Stream
 from ensemble.compression.common.alternating_trainer import Update, UpdateStep, train_alternating
+from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.distillation.config import ConsistencyConfig
 from ensemble.compression.distillation.student import predict_clean, with_network
 from ensemble.compression.distillation.teacher import Teacher, copy_frozen
-from ensemble.compression.method import ExpertResult
+from ensemble.compression.method import ExpertResult, StageError
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import expand
 from experts.expert import Expert, network_flops
@@ -73,9 +73,13 @@ def train_consistency_student(
     workspace: Workspace,
 ) -> ExpertResult:
     """Train a student from the expert's parameters; `teacher_flops` are those of the teacher on one row."""
-    started = time.monotonic()
     student = deepcopy(expert.model).requires_grad_(True)
-    num_fixed = freeze_scales(student) if config.fixed_scales else 0
+    num_fixed = 0 if config.fixed_scales is False else freeze_scales(student)
+    if config.fixed_scales and not num_fixed:
+        raise StageError(
+            f"distill.fixed_scales needs layer or group norms with scales, and expert {expert.cluster_id} has none; "
+            f"leave it out (its layers: {describe_layers(student)})"
+        )
     trained = train_alternating(
         {"student": student}, make_update_step(expert, teacher, dataset, config), config.training, workspace
     )
@@ -84,7 +88,7 @@ def train_consistency_student(
         expert=replace(expert, model=trained.models["student"], few_step=few_step, cache=None),
         modules=1,
         flops=consistency_flops(network_flops(expert.model, expert.latent_shape), teacher_flops, config),
-        details={"losses": trained.rows, "fixed_scales": num_fixed, "seconds": time.monotonic() - started},
+        details={"losses": trained.rows, "fixed_scales": num_fixed},
     )
 
 
@@ -149,10 +153,9 @@ def loss_threshold(config: ConsistencyConfig, count: int, elements: int) -> floa
 
 
 def freeze_scales(model: nn.Module) -> int:
-    """Freeze the scales of all layer norms, in place; return their number."""
-    scales = [
-        module.weight for module in model.modules() if isinstance(module, nn.LayerNorm) and module.elementwise_affine
-    ]
+    """Freeze the scales of all layer and group norms, in place; return their number."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+    scales = [norm.weight for norm in norms if isinstance(norm.weight, nn.Parameter)]
     for scale in scales:
         scale.requires_grad_(False)
     return len(scales)

@@ -6,7 +6,6 @@ Aiello et al. 2023, arXiv:2301.07969. Gradients flow back through every sampling
 backward pass, so that memory does not grow with the number of steps.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -99,7 +98,6 @@ def finetune_mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, work
             "the unbiased MMD needs two rows in each set; raise distill.training.batch_size, or use larger clusters"
         )
     check_step_type(expert, "euler")
-    started = time.monotonic()
     loss = mmd_loss(expert, config)
     student = deepcopy(expert.model).requires_grad_(True)
     trained = fit(student, loss, dataset, config.training, workspace)
@@ -116,7 +114,6 @@ def finetune_mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, work
             "losses": trained.rows,
             "squared_mmd_before": squared_mmds[0],
             "squared_mmd_after": squared_mmds[1],
-            "seconds": time.monotonic() - started,
         },
     )
 

@@ -26,6 +26,7 @@ from ensemble.compression.common.calibration_data import (
     subsample_rows,
     to_uniform_times,
 )
+from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.quantization.config import QuESTConfig
 from ensemble.compression.quantization.layers import Purpose, pack_rest, quantizable_layers
@@ -58,7 +59,7 @@ def quantize_quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, 
     if not paths:
         raise StageError(
             f"quest needs a layer of diffusers' U-Net or transformer or of the residual network, and expert "
-            f"{expert.cluster_id} has none; set quantize to another method"
+            f"{expert.cluster_id} has none; set quantize to another method (its layers: {describe_layers(model)})"
         )
     samples, times = _record_inputs(model, paths, expert, dataset, config, workspace)
     fake_quantize_layers(model, samples, times, config.bits, config.activation_bits)

@@ -23,6 +23,7 @@ from ensemble.compression.common.calibration_data import (
     run_network,
     subsample_rows,
 )
+from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.quantization.config import SVDQuantConfig
 from ensemble.compression.quantization.layers import pack_rest, quantizable_layers
@@ -45,7 +46,7 @@ def quantize_svdquant(
     if not paths:
         raise StageError(
             f"svdquant needs attention or feed-forward layers, and expert {expert.cluster_id} has none; set quantize "
-            "to another method"
+            f"to another method (its layers: {describe_layers(model)})"
         )
     results: dict[str, SearchResult] = {}
     calibration = calibration_batches(dataset, config.rows, config.seed, 1, few_step=expert.few_step)[0]

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.config import DynamicInt8Config, WeightOnlyConfig
 from ensemble.compression.method import ExpertResult, StageError
 from experts.compressed.quantization.int8_linear import NO_INT8_INSTRUCTIONS, Int8Linear, computes_in_int8
@@ -31,7 +32,8 @@ def quantize_weights(expert: Expert, config: WeightOnlyConfig) -> ExpertResult:
     if not count:
         raise StageError(
             f"weight_only needs a matrix of at least {config.min_elements} elements, and expert "
-            f"{expert.cluster_id} has none that is not quantized yet; lower quantize.min_elements"
+            f"{expert.cluster_id} has none that is not quantized yet; lower quantize.min_elements (its layers: "
+            f"{describe_layers(model)})"
         )
     return ExpertResult(expert=replace(expert, model=model), modules=count, flops=0.0)
 
@@ -43,7 +45,7 @@ def quantize_dynamic_int8(expert: Expert, config: DynamicInt8Config) -> ExpertRe
     if not layers:
         raise StageError(
             f"dynamic_int8 needs linear layers, and expert {expert.cluster_id} has no linear layer that is not "
-            "quantized yet; set quantize=int8_weight_only"
+            f"quantized yet; set quantize=int8_weight_only (its layers: {describe_layers(model)})"
         )
     if not computes_in_int8():
         log.warning(NO_INT8_INSTRUCTIONS)

@@ -1,5 +1,6 @@
 """Adaptive caching: the dynamic program and the bubbling union."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -14,6 +15,13 @@ from ensemble.compression.acceleration.adaptive_schedule import (
     optimal_compute_steps,
     output_variation,
 )
+from ensemble.compression.acceleration.cacheable_modules import cacheable_modules
+from ensemble.compression.acceleration.config import CacheConfig
+from ensemble.compression.acceleration.feature_cache import ObservedModules, choose_steps
+from ensemble.compression.method import StageError
+from experts.compressed.pruning.layers import removable_layers, remove_layers
+from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
+from experts.networks.registry import build_network
 
 
 def objective(similarity, steps):
@@ -54,3 +62,34 @@ def test_bubbling_adds_steps_to_later_feed_forward_layers():
     union = bubbling_union(updates, changes, 2, ["0.ff", "1.ff"])
     assert union == updates | {"0.ff": (0, 1, 3), "1.ff": (0, 2, 3, 4)}
     assert bubbling_union(updates, changes, 0, ["0.ff", "1.ff"]) == updates
+
+
+NETWORKS = {
+    "mlp": ResidualMLPConfig(width=8, depth=3),
+    "unet": UNetConfig(channels=(8, 8), layers_per_block=1),
+    "dit": DiTConfig(patch_size=4, heads=1, head_width=8, depth=3),
+}
+
+
+@pytest.mark.parametrize("level", ["block", "layer", "unit"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_union_reaches_modules_of_every_network_and_level(kind, level):
+    model = build_network(NETWORKS[kind], (1, 8, 8), 2)
+    config = CacheConfig(policy="adaptive", level=level, interval=2)
+    paths = cacheable_modules(model, config)
+    generator = np.random.default_rng(0)
+    observed = ObservedModules(
+        similarities={path: generator.random((8, 8)) for path in paths},
+        changes={path: -float(n) for n, path in enumerate(paths)},
+    )
+    alone = choose_steps(model, replace(config, bubbling=0), 8, observed)
+    union = choose_steps(model, replace(config, bubbling=1), 8, observed)
+    behind = [path for path in paths if ".attn" not in path and ".attentions" not in path]
+    assert behind and union == alone | {path: tuple(sorted({*alone[path], *alone[paths[0]]})) for path in behind}
+
+
+def test_network_without_cacheable_modules_names_its_layers():
+    model = build_network(NETWORKS["mlp"], (1, 8, 8), 2)
+    remove_layers(model, removable_layers(model))
+    with pytest.raises(StageError, match=r"nothing would be cached; .*\(its layers: .* Linear"):
+        cacheable_modules(model, CacheConfig())

@@ -19,7 +19,11 @@ from ensemble.compression.distillation.consistency import (
     optimal_coupling,
     train_consistency,
 )
-from experts.config import TrainingConfig
+from ensemble.compression.method import StageError
+from experts.config import DiTConfig, TrainingConfig, UNetConfig
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from experts.expert import Expert
+from experts.networks.registry import build_network
 from tests.ensemble.compression.distillation.test_sid import distance, generate
 from tests.ensemble.compression.trained import digits, trained
 
@@ -92,6 +96,29 @@ def test_only_scales_of_layer_norms_are_frozen(tmp_path):
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     assert freeze_scales(network) == 1
     assert not network[1].weight.requires_grad and network[1].bias.requires_grad
+    assert freeze_scales(torch.nn.GroupNorm(1, 4)) == 1
+    assert freeze_scales(torch.nn.LayerNorm(2, elementwise_affine=False)) == 0
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_fixed_scales_freeze_what_there_is_or_fail(kind, tmp_path):
+    network, training = {"unet": UNetConfig(channels=(8, 8)), "dit": DiTConfig(depth=1)}[kind], TrainingConfig(steps=1)
+    expert = Expert(
+        model=build_network(network, (1, 8, 8), 10),
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=(1, 8, 8),
+        num_classes=10,
+        cluster_id=0,
+    )
+    for fixed_scales in (None, True):
+        config = ConsistencyConfig(training=training, fixed_scales=fixed_scales)
+        if kind == "dit" and fixed_scales:
+            with pytest.raises(StageError, match="its layers: .* LayerNorm"):
+                train_consistency(expert, digits(), config, Workspace.at(tmp_path))
+        else:
+            details = train_consistency(expert, digits(), config, Workspace.at(tmp_path / str(fixed_scales))).details
+            assert bool(details["fixed_scales"]) == (kind == "unet")
 
 
 def test_finest_intervals_below_coarsest_are_an_error():
