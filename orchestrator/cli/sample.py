@@ -1,5 +1,6 @@
 """`ddm sample`: sample a finished run and write one grid of images."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,6 +117,7 @@ def prepare_sampling(
     """
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         raise ConfigError(f"--out must end in one of {', '.join(PICTURE_SUFFIXES)}; got {out}")
+    _check_writable(out)
     defaults = run.load_config()
     folder = find_pipeline(run, monolith=monolith) if ensemble is None else verify_pipeline(ensemble)
     config = replace(
@@ -143,6 +145,13 @@ def prepare_sampling(
     return SamplingRequest(pipeline=pipeline, config=config, class_id=_find_class(label, pipeline.class_names))
 
 
+def _check_writable(out: Path) -> None:
+    """Raise `ConfigError` for a file that this user cannot write, before anything is sampled."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK) or (existing.is_dir() if existing == out else not existing.is_dir()):
+        raise ConfigError(f"--out {out} cannot be written, because of {existing}; choose another file")
+
+
 def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> str:
     """Write the images as one grid and return a summary, with a warning if experts are missing."""
     from PIL.Image import Resampling
@@ -151,10 +160,14 @@ def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> s
     from ensemble.sampling.images import image_grid
 
     count = len(samples.images)
-    out.parent.mkdir(parents=True, exist_ok=True)
     grid = image_grid(samples.images, columns=max(1, round(count**0.5)))
     enlargement = max(1, READABLE_WIDTH // grid.width)
-    grid.resize((grid.width * enlargement, grid.height * enlargement), Resampling.NEAREST).save(out)
+    enlarged = grid.resize((grid.width * enlargement, grid.height * enlargement), Resampling.NEAREST)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        enlarged.save(out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror or error}); choose another file") from error
     selection = selection_label(request.config.selection)
     summary = f"{out}: {count} images, {selection}, {samples.calls_per_step:.2f} expert calls per step"
     warning = missing_warning(request.pipeline.ensemble)

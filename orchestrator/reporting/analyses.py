@@ -15,6 +15,7 @@ from ensemble.config import AuditConfig, ClassifierConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.reporting.results import current_graph
+from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
 
 ProgressCallback = Callable[[int, int], None]
@@ -104,7 +105,8 @@ def _scores(graph: Sequence[Stage]) -> list[Stage]:
 
 
 def _publish(run: RunFolder, stage: Stage, write: WriteArtifact) -> None:
-    publish(run.artifact(stage), write, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
+    with disk_errors_as_messages(run.root):
+        publish(run.artifact(stage), write, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
 
 
 def _load_samples(folders: dict[str, Path], config: AuditConfig) -> Any:

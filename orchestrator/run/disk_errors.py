@@ -18,6 +18,8 @@ DISK_ERRORS = {
     errno.ENOSPC: ("DiskFull", FREE_SPACE_REMEDY),
     errno.EDQUOT: ("DiskFull", FREE_SPACE_REMEDY),
     errno.EROFS: ("ReadOnlyDisk", "mount it writable, or move the run folder; finished stages are kept"),
+    errno.EACCES: ("NoAccess", "give this user write access there, or use a copy of the run folder"),
+    errno.EPERM: ("NoAccess", "give this user write access there, or use a copy of the run folder"),
     errno.EMFILE: ("TooManyOpenFiles", "raise the limit (`ulimit -n`), or run fewer stages at once"),
     errno.ENFILE: ("TooManyOpenFiles", "close other programs on this machine, or run fewer stages at once"),
 }

@@ -36,7 +36,7 @@ def hook_all(config: HookConfig, context: CompressionContext) -> EnsembleResult:
     if context.sampling.solver not in SINGLE_CALL_SOLVERS:
         raise StageError(
             f"diffusers' hooks count calls as steps, and {context.sampling.solver} makes two calls per step; set "
-            "ensemble.solver=euler or accelerate=cache"
+            "accelerate=cache, or start another run with ensemble.solver=euler"
         )
     times = tuple(uniform_times(context.sampling.steps)[:-1].tolist())
     experts, flops = context.load_single_networks("hook"), 0.0

@@ -8,10 +8,15 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ddm_core.errors import DDMError
 from experts.compressed.caching.diffusers_hooks import CacheHook
 
 TIME_TOLERANCE = 1e-5
 """Two t that differ by no more than this are the same step."""
+
+
+class CacheStepError(DDMError, ValueError):
+    """A trajectory has a step that the cache was not made for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +47,11 @@ class CacheSchedule:
             raise ValueError(f"compute steps must be from 0 to {count - 1}; got {dict(self.compute_steps)!r:.100}")
 
     def index(self, t: float) -> int:
-        """Return the step at `t`; raise `ValueError` if there is none."""
+        """Return the step at `t`; raise `CacheStepError` if there is none."""
         step = bisect_left(self.times, -t - TIME_TOLERANCE, key=lambda time: -time)
         if step < len(self.times) and abs(self.times[step] - t) <= TIME_TOLERANCE:
             return step
-        raise ValueError(
+        raise CacheStepError(
             f"this cache was made for {len(self.times)} steps from t = {self.times[0]:g}, and none of them is "
             f"at t = {t:g}; sample with as many steps of the same solver, or make the cache again"
         )

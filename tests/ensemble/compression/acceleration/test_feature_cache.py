@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ddm_core.artifacts import Workspace
+from ddm_core.errors import DDMError
 from ensemble.compression.acceleration.cacheable_modules import (
     cacheable_modules,
     modules_below_branch,
@@ -90,6 +91,11 @@ def test_cached_modules_are_skipped_and_counted(expert, level, tmp_path):
     assert counted == pytest.approx(full_step * STEPS * share, rel=1e-6), (
         "FLOPs of executed operators, from another counter"
     )
+
+
+def test_other_steps_than_those_of_a_cache_are_an_error(expert, tmp_path):
+    with pytest.raises(DDMError, match="sample with as many steps of the same solver"):
+        generate(with_cache(expert, tmp_path), sampling=replace(SAMPLING, steps=7))
 
 
 def test_samples_do_not_depend_on_their_batch(expert, tmp_path):
