@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
+from rich.table import Table
 
 from ensemble.compression.config import DynamicInt8Config
 from ensemble.compression.measurement import REPORT_FILE, CompressionReport, describe
@@ -18,6 +19,9 @@ from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError, RunFailed
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage_configs import compression_configs
+from orchestrator.planning.compression_bounds import least_ratios
+from orchestrator.planning.plan import plan_run
+from orchestrator.planning.tables import format_duration
 from orchestrator.reporting.pareto import MEASURES, CompressionPoint, load_compression_points, pareto_table
 from orchestrator.run.run_folder import RunFolder
 
@@ -78,10 +82,38 @@ class CompressionBudget:
                 yield f"{measure} must be at most {bound:g}; got {measured}"
 
 
+def plan_search(budget: CompressionBudget, run: RunFolder, config: RunConfig, console: Console) -> list[Sequence[str]]:
+    """Print the candidates that the budget leaves, with their times, and return them; `ConfigError` if it leaves none.
+
+    Times are those of `ddm plan`, which a calibration must have measured.
+    """
+    table, kept = Table(title="Candidates of the search, in this order"), []
+    for heading in ("candidate", "would run", "time"):
+        table.add_column(heading)
+    least: dict[str, float] = {}
+    for overrides in CANDIDATES:
+        candidate = replace(with_compression(config, overrides), folder=str(run.root))
+        bounds = least_ratios(candidate)
+        least |= {measure: min(value, least.get(measure, value)) for measure, value in bounds.items()}
+        if all(bounds.get(measure, 0.0) <= bound for measure, bound in budget.bounds.items()):
+            plan = plan_run(candidate, run)
+            stages = sum(row.state != "finished" for row in plan.stages)
+            table.add_row(
+                " ".join(overrides), f"{stages} stages", "–" if plan.seconds is None else format_duration(plan.seconds)
+            )
+            kept.append(overrides)
+    if not kept:
+        reach = ", ".join(f"{measure} {value:.3f}" for measure, value in least.items())
+        raise ConfigError(f"no known compression can reach this budget, so nothing was run; the least are {reach}")
+    console.print(table)
+    return kept
+
+
 def search_candidates(
     budget: CompressionBudget,
     compress: Callable[[Sequence[str]], CompressionPoint],
     on_result: Callable[[Sequence[str], CompressionPoint, list[str]], None],
+    candidates: Sequence[Sequence[str]] = CANDIDATES,
 ) -> CompressionPoint:
     """Return the first candidate within the budget; call `on_result` for each candidate.
 
@@ -89,7 +121,7 @@ def search_candidates(
     `ConfigError` if no candidate is within the budget.
     """
     tried: list[tuple[float, CompressionPoint]] = []
-    for overrides in CANDIDATES:
+    for overrides in candidates:
         try:
             point = compress(overrides)
         except UnsuitableCompression:
@@ -148,6 +180,7 @@ def search_run(run: RunFolder, text: str, console: Console) -> RunConfig:
     All tried compressions are kept as artifacts, so the next search reuses them.
     """
     budget, original, configs = CompressionBudget.parse(text), run.load_config(), {}
+    candidates = plan_search(budget, run, original, console)
 
     def compress(overrides: Sequence[str]) -> CompressionPoint:
         config = replace(with_compression(original, overrides), folder=str(run.root))
@@ -164,7 +197,7 @@ def search_run(run: RunFolder, text: str, console: Console) -> RunConfig:
     def print_result(overrides: Sequence[str], point: CompressionPoint, violations: list[str]) -> None:
         console.print(f"{' '.join(overrides)}: {'; '.join(violations) or 'within the budget'}", highlight=False)
 
-    best = search_candidates(budget, compress, print_result)
+    best = search_candidates(budget, compress, print_result, candidates)
     console.print(pareto_table(load_compression_points(run, build_graph(configs[best.folder]))))
     return configs[best.folder]
 

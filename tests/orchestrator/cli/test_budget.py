@@ -1,22 +1,27 @@
 """The search for a compression within a budget, and the Pareto front."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from orchestrator.cli.compress import (
     CANDIDATES,
     CompressionBudget,
     UnsuitableCompression,
+    plan_search,
     search_candidates,
     with_compression,
 )
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import ConfigError
 from orchestrator.reporting.pareto import CompressionPoint, pareto_front
+from orchestrator.run.run_folder import RunFolder
 
 POINT = CompressionPoint(name="x", folder=Path("x"), bytes=1.0, flops=1.0, l2=0.0, cpu=1.0, kid=1.0, fd=1.0)
 
@@ -61,6 +66,22 @@ def test_search_without_success_names_nearest_candidate():
     compress, on_result, _ = scripted_search([*points, *[None] * len(CANDIDATES)])
     with pytest.raises(ConfigError, match=r"none of the 3 .* nearest is near: bytes must be at most 0\.25; got 0\.260"):
         search_candidates(budget, compress, on_result)
+
+
+def test_budget_out_of_reach_is_refused_before_any_work(tmp_path):
+    config, folder = parse_config(compose(["experiment=digits"])), RunFolder(tmp_path / "run")
+    for text, least in (("bytes<=0.01", "bytes 0.03"), ("flops<=0.001,kid<=2", "flops 0.0")):
+        with pytest.raises(ConfigError, match=f"nothing was run; the least are .*{least}"):
+            plan_search(CompressionBudget.parse(text), folder, config, Console(quiet=True))
+    assert not folder.root.exists()
+
+
+def test_plan_of_a_search_lists_what_may_be_within_the_budget(tmp_path):
+    config, output = parse_config(compose(["experiment=digits"])), io.StringIO()
+    console = Console(file=output, width=200)
+    kept = plan_search(CompressionBudget.parse("flops<=0.1"), RunFolder(tmp_path / "run"), config, console)
+    assert kept == [overrides for overrides in CANDIDATES if overrides[0] == "distill=sid"]
+    assert all(" ".join(overrides) in output.getvalue() for overrides in kept) and "stages" in output.getvalue()
 
 
 @given(costs=st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=12))
