@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from ddm_core.errors import DDMError
 from orchestrator.cli.analyze import audit, classify
+from orchestrator.cli.exits import run_command
 from orchestrator.cli.experts import app as experts_app
 from orchestrator.cli.islands import app as islands_app
 from orchestrator.cli.pools import app as pool_app
@@ -362,9 +363,5 @@ def _open_run(run: Path) -> Any:
 
 
 def main() -> None:
-    """Run the command; the project's errors become one message and exit code 1."""
-    try:
-        app()
-    except DDMError as error:
-        console.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+    """Run the command; an error becomes one message and exit code 1."""
+    sys.exit(run_command(app))

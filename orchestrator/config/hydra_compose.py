@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,45 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddm_core.artifacts import to_jsonable
 from orchestrator.config.injection_guard import check_composed, check_overrides
-from orchestrator.config.schema import RunConfig, known_keys
+from orchestrator.config.schema import RunConfig, is_text, known_keys
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError
 
+SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(")
+"""Hydra's functions for several values, which commas do not divide."""
+
+QUOTED = re.compile(r"'.*'|\".*\"", re.DOTALL)
+
 OPTIONAL = ("experiment", *COMPRESSION_KINDS)
 """Groups without a default file."""
+
+
+def check_words(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for a word that is no override, with what it may mean."""
+    for word in overrides:
+        key, assigned, _ = word.partition("=")
+        if (assigned and key.strip()) or word.startswith("~"):
+            continue
+        raise ConfigError(f"{word!r} is not an override: write key=value or group=file; {_suggest(word)}")
+
+
+def _suggest(word: str) -> str:
+    """Return what a word may mean, as a question."""
+    path, experiments = Path(word).expanduser(), _group_files("experiment")
+    if path.joinpath("config.yaml").is_file():
+        return f"to continue this run, did you mean `ddm resume {word}`?"
+    if path.suffix in (".yaml", ".yml"):
+        return f"did you mean `--config {word}`?"
+    if path.is_dir():
+        return f"did you mean data=image_folder data.path={word}?"
+    close = difflib.get_close_matches(path.name, experiments, n=1)
+    if close and path.parent != Path():
+        return f"did you mean experiment={close[0]} folder={word}?"
+    return f"did you mean experiment={close[0]}?" if close else f"the experiments are {', '.join(experiments)}"
+
+
+def _group_files(group: str) -> list[str]:
+    return sorted(path.stem for path in Path(config_folder(), group).glob("*.yaml"))
 
 
 def config_folder() -> str:
@@ -33,11 +67,12 @@ def config_folder() -> str:
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the configuration as nested dictionaries; raises `ConfigError` for invalid or unsafe overrides."""
+    check_words(overrides)
     check_overrides(overrides)
     register_defaults()
-    arguments = [quote_override(text) for text in overrides]
-    check_group_files(arguments)
     try:
+        arguments = [quote_override(text) for text in overrides]
+        check_group_files(arguments)
         with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
             return to_dictionary(hydra.compose("config", overrides=arguments))
     except (HydraException, OmegaConfBaseException) as error:
@@ -53,21 +88,41 @@ def to_dictionary(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def quote_override(override: str) -> str:
-    """Return the override with its value quoted if Hydra's grammar rejects it, such as a path with braces or a tilde.
+def quote_override(override: str, *, is_sweep: bool = False) -> str:
+    """Return the override with its value quoted where Hydra's grammar would reject or change it.
 
-    Keys below `experts` and below optional groups get the prefix `++`, since Hydra may not know them; `parse_config`
-    checks them.
+    A path may have braces, a comma or a tilde, and the value of a text may look like a number. In a sweep, commas
+    separate several values. Keys below `experts` and below optional groups get the prefix `++`, since Hydra may not
+    know them; `parse_config` checks them.
     """
     key, assigned, value = override.partition("=")
     if key.split(".")[0] == "experts" or ("." in key and key.split(".")[0] in OPTIONAL):
-        return quote_override(f"++{override}")
+        return quote_override(f"++{override}", is_sweep=is_sweep)
+    if not assigned:
+        return override
+    if is_text(tuple(key.lstrip("+").split(".")), value):
+        values = value.split(",") if is_sweep and not SWEEP_FUNCTION.match(value) else [value]
+        return f"{key}={','.join(_quote_text(text) for text in values)}"
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{key}{assigned}"{escaped}"'
+        return f"{key}={_quote(value)}"
     return override
+
+
+def _quote_text(text: str) -> str:
+    """Return a text as Hydra reads it back unchanged; a quoted one stays."""
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={text}")
+        is_unchanged = not parsed.is_sweep_override() and (parsed.value() == text or QUOTED.fullmatch(text))
+    except HydraException:
+        is_unchanged = False
+    return text if is_unchanged else _quote(text)
+
+
+def _quote(text: str) -> str:
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ("\\" + match[2] if match[2] else ""), text)
+    return f'"{escaped}"'
 
 
 def swept_keys(overrides: Sequence[str]) -> set[str]:
@@ -91,7 +146,7 @@ def check_group_files(overrides: Sequence[str]) -> None:
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         group = override.key_or_group
         if group in OPTIONAL:
-            known = sorted(path.stem for path in Path(config_folder(), group).glob("*.yaml"))
+            known = _group_files(group)
             names = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
             for name in names:
                 if name not in known:

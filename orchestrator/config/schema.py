@@ -5,6 +5,7 @@ mistake at once. Code in the packages below receives only its own dataclass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -177,6 +178,18 @@ def parse_config(composed: Mapping[str, Any]) -> RunConfig:
 
 def known_keys(location: tuple[str | int, ...]) -> list[str]:
     """Return the configuration's keys below a location such as `("expert", "training")`; empty for a leaf."""
+    node = _find_type(location)
+    return sorted(set().union(*(_fields(kind) for kind in (node, *_union_members(node)))))
+
+
+def is_text(location: tuple[str | int, ...], value: str) -> bool:
+    """Return whether a value at a location is a text; `null` is none where the value is optional."""
+    node = _find_type(location)
+    return node is str or (isinstance(node, UnionType) and set(get_args(node)) == {str, NoneType} and value != "null")
+
+
+def _find_type(location: tuple[str | int, ...]) -> Any:
+    """Return the type at a location; None for one that the configuration lacks."""
     node: Any = RunConfig
     for part in location:
         if part in _fields(node):
@@ -184,7 +197,7 @@ def known_keys(location: tuple[str | int, ...]) -> list[str]:
         else:
             tagged = [kind for kind in _union_members(node) if _tag_value(kind) == part]
             node = tagged[0] if tagged else next(iter(reversed(get_args(node))), None)
-    return sorted(set().union(*(_fields(kind) for kind in (node, *_union_members(node)))))
+    return node
 
 
 def _union_members(node: Any) -> list[Any]:

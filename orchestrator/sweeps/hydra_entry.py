@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.config.hydra_compose import (
     check_group_files,
+    check_words,
     config_folder,
     explain_error,
     quote_override,
@@ -36,11 +37,15 @@ def run_sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str,
 
     Hydra's own launcher calls `job(configuration, swept values)` sequentially; ours runs the trials in parallel.
     """
+    check_words(overrides)
     check_overrides(overrides)
     register_defaults()
     _register_plugins()
-    arguments = _with_our_launcher([quote_override(text) for text in overrides])
-    check_group_files(arguments)
+    try:
+        arguments = _with_our_launcher([quote_override(text, is_sweep=True) for text in overrides])
+        check_group_files(arguments)
+    except HydraException as error:
+        raise ConfigError(explain_error(str(error), overrides)) from None
 
     def run_combination(composed: DictConfig) -> None:
         settings = HydraConfig.get()

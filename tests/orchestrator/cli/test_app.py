@@ -37,7 +37,7 @@ def ddm(*arguments: str, code: int = 0) -> str:
     process = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert process.returncode == code, process.stdout + process.stderr
     assert "Traceback" not in process.stdout + process.stderr
-    return process.stdout
+    return process.stdout + process.stderr
 
 
 @pytest.fixture(scope="module")

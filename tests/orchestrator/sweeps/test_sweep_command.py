@@ -91,7 +91,7 @@ def test_mistake_is_one_error_and_runs_nothing(tmp_path, arguments, message):
 def test_launcher_without_a_sweep_is_rejected():
     command = [sys.executable, "-m", "orchestrator", "run", "hydra/launcher=ddm_ray"]
     process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 1 and "add -m" in process.stdout
+    assert process.returncode == 1 and "add -m" in process.stderr
 
 
 @pytest.mark.integration

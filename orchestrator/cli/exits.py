@@ -1,0 +1,60 @@
+"""How a command ends: an exit code, and one message on standard error instead of a traceback."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.markup import escape
+
+from ddm_core.errors import DDMError
+
+INTERRUPTED, FAILED = 130, 1
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code.
+
+    The project's errors and those of the operating system become one message; Ctrl-C is 130, as in a shell.
+    """
+    try:
+        command()
+        sys.stdout.flush()
+    except SystemExit as ending:
+        return _flush(ending.code if isinstance(ending.code, int) else int(ending.code is not None))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except DDMError as error:
+        print_error(str(error))
+        return _flush(FAILED)
+    except OSError as error:
+        print_error(describe_os_error(error))
+        return _flush(FAILED)
+    return 0
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the place, the reason and the way out of an error of the operating system."""
+    place = error.filename if error.filename is not None else "the output"
+    return f"{place}: {error.strerror or error}; check that it exists, is yours, and that its disk has space"
+
+
+def print_error(text: str) -> None:
+    """Print an error on standard error, without control characters that could rewrite the terminal."""
+    shown = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    with contextlib.suppress(OSError):
+        console = Console(stderr=True)
+        console.print(f"[red]Error:[/] {escape(shown)}", soft_wrap=True, highlight=False)
+
+
+def _flush(code: int) -> int:
+    """Write what is buffered; a full or closed output makes a failure of a success, and no noise at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code:
+            print_error(f"standard output: {error.strerror}")
+        return code or FAILED
+    return code

@@ -1,0 +1,57 @@
+"""Every ending of a command is an exit code and at most one message."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.exits import run_command
+from orchestrator.errors import ConfigError
+
+
+def raising(error: BaseException):
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("[bold]x\x1b[31m \udcff"), 1, "[bold]x\\x1b[31m \\udcff"),
+        (PermissionError(13, "Permission denied", "/a"), 1, "/a: Permission denied"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(2), 2, ""),
+        (SystemExit(None), 0, ""),
+    ],
+)
+def test_error_is_a_code_and_one_message(capsys, error, code, message):
+    assert run_command(raising(error)) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+    assert captured.err.count("Error:") == (code == 1)
+
+
+def test_defect_of_the_program_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_command(raising(ZeroDivisionError()))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_output_is_one_message():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "orchestrator", "--help"]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == 1 and process.stderr.startswith("Error: ") and process.stderr.count("\n") == 1
+
+
+def test_closed_pipe_is_silent():
+    process = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m orchestrator --help | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stderr == "" and process.returncode in (0, 1)
