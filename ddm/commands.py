@@ -63,7 +63,7 @@ def submit(*overrides: str, address: str, token_file: str | os.PathLike[str]) ->
 
 def evaluate(path: str | os.PathLike[str], selection: str, console: Console | None = None) -> list[ScoreRow]:
     """Score a finished run with one more selection, and return its table of scores."""
-    from orchestrator.cli.evaluate import with_selection
+    from orchestrator.cli.sample import with_selection
 
     return _execute(with_selection(Run(path).folder, selection), console).scores()
 

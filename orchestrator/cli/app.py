@@ -19,12 +19,14 @@ from ddm_core.errors import DDMError
 from orchestrator.cli.analyze import audit, classify
 from orchestrator.cli.exits import run_command
 from orchestrator.cli.experts import app as experts_app
+from orchestrator.cli.init import init
 from orchestrator.cli.islands import app as islands_app
 from orchestrator.cli.pools import app as pool_app
 from orchestrator.cli.verify import verify
 from orchestrator.errors import ConfigError, RunFailed, RunFolderError
 
 COMMANDS = (
+    "init",
     "plan",
     "run",
     "status",
@@ -60,12 +62,16 @@ app = typer.Typer(
 app.add_typer(experts_app, name="experts")
 app.add_typer(islands_app, name="islands")
 app.add_typer(pool_app, name="pool")
+app.command()(init)
 app.command()(audit)
 app.command()(verify)
 app.command()(classify)
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A YAML file of keys and values, such as `ddm init` writes")
+]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Trust = Annotated[bool, typer.Option("--trust", help="Act on settings that another user wrote, or on another machine")]
 Seeds = Annotated[str, typer.Option(help="Seeds of the images: 0-15, or 3,5,8")]
@@ -82,6 +88,7 @@ Selection = Annotated[
 @app.command()
 def plan(
     overrides: Overrides = None,
+    config_file: ConfigFile = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the speed here and on islands first")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
 ) -> None:
@@ -93,7 +100,7 @@ def plan(
     from orchestrator.planning.tables import plan_tables
     from orchestrator.run.run_folder import RunFolder
 
-    config = parse_config(compose(overrides or []))
+    config = parse_config(compose(_with_file(config_file, overrides)))
     if calibrate:
         with Console(stderr=True).status("Measuring for a few seconds …"):
             measure(config)
@@ -108,6 +115,7 @@ def plan(
 @app.command()
 def run(
     overrides: Overrides = None,
+    config_file: ConfigFile = None,
     multirun: Annotated[
         bool, typer.Option("--multirun", "-m", help="Run every combination of keys with several values: key=a,b")
     ] = False,
@@ -116,8 +124,9 @@ def run(
     ] = False,
 ) -> None:
     """Run the whole pipeline: partition, experts, router, monolith, ensemble, scores, report."""
+    overrides = _with_file(config_file, overrides)
     if multirun:
-        _sweep(overrides or [])
+        _sweep(overrides)
         return
     from orchestrator.cli.replacement import check_replacement
     from orchestrator.config.hydra_compose import compose
@@ -125,9 +134,9 @@ def run(
     from orchestrator.controller import run_pipeline
     from orchestrator.run.run_folder import RunFolder
 
-    if misplaced := [text for text in overrides or [] if text.startswith(("hydra/launcher", "hydra/sweeper"))]:
+    if misplaced := [text for text in overrides if text.startswith(("hydra/launcher", "hydra/sweeper"))]:
         raise ConfigError(f"{misplaced[0]} belongs to a sweep: add -m, and a key with several values")
-    config = parse_config(compose(overrides or []))
+    config = parse_config(compose(overrides))
     check_replacement(RunFolder(Path(config.folder).expanduser()), config, replace=replace)
     _report_result(config, run_pipeline(config, console))
 
@@ -211,7 +220,7 @@ def sample(
 @app.command()
 def evaluate(run: RunArgument, selection: Selection = "sticky") -> None:
     """Score a finished run with another selection."""
-    from orchestrator.cli.evaluate import with_selection
+    from orchestrator.cli.sample import with_selection
     from orchestrator.controller import run_pipeline
 
     config = with_selection(_open_run(run), selection)
@@ -262,6 +271,7 @@ def submit(
     address: Annotated[str, typer.Option(help="The Ray cluster's dashboard, such as http://127.0.0.1:8265")],
     token_file: Annotated[str, typer.Option(help="File with its token, mode 600")],
     overrides: Overrides = None,
+    config_file: ConfigFile = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has opened the run folder")] = False,
 ) -> None:
     """Run the controller as a job on a Ray cluster that shares the run folder's disk, and return at once."""
@@ -269,7 +279,7 @@ def submit(
     from orchestrator.config.hydra_compose import compose
     from orchestrator.config.schema import parse_config
 
-    config, client = resolve_submission(parse_config(compose(overrides or [])), address, token_file)
+    config, client = resolve_submission(parse_config(compose(_with_file(config_file, overrides))), address, token_file)
     submission = submit_run(config, client)
     if submission.previous_failure:
         console.print(f"The previous controller failed: {escape(submission.previous_failure)}", highlight=False)
@@ -282,6 +292,15 @@ def submit(
     )
     commands = [f"  ddm {command} {submission.folder}" for command in ("status", "logs", "stop", "resume")]
     console.print("\n".join([result, *commands]), soft_wrap=True, highlight=False)
+
+
+def _with_file(path: Path | None, overrides: list[str] | None) -> list[str]:
+    """Return the overrides of a file, and after them those of the command line."""
+    if path is None:
+        return overrides or []
+    from orchestrator.config.config_file import read_overrides
+
+    return [*read_overrides(path), *(overrides or [])]
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""`ddm sample`: sample a finished run and write one grid of images."""
+"""`ddm sample` and `ddm evaluate`: sample a finished run as one grid of images, or score one more selection."""
 
 import os
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, get_args
 
 from ddm_core.artifacts import is_finished, verify
 from ensemble.config import SamplingConfig
+from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.reporting.results import current_graph, selection_choice
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.trust import is_trusted
 from router.config import AUTO, SelectionConfig, SelectionName, selection_label
 
 if TYPE_CHECKING:
@@ -72,6 +74,19 @@ def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:
     if monolith and not any(stage.name == name for stage in current_graph(run, run.load_config())):
         raise RunFolderError(f"{run.root} has no monolith; its settings with baselines=[monolith] would train one")
     raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
+
+
+def with_selection(run: RunFolder, selection: str) -> RunConfig:
+    """Return a finished run's configuration with one more selection to score.
+
+    Nothing of `compute` is used if another user wrote it. Raises `RunFolderError` if the ensemble is not finished, and
+    `ConfigError` for an unknown selection.
+    """
+    config = run.load_config()
+    find_pipeline(run, monolith=False)
+    selections = tuple(dict.fromkeys((*config.scores.selections, find_selection(selection, config))))
+    compute = config.compute if is_trusted(run) else ComputeConfig()
+    return replace(config, folder=str(run.root), compute=compute, scores=replace(config.scores, selections=selections))
 
 
 def verify_pipeline(folder: Path) -> Path:

@@ -46,7 +46,7 @@ def check_run(config: RunConfig, run: RunFolder) -> None:
         try:
             dataset = stages["dataset"]
             survey = _read_survey(run.verify_file(dataset, "dataset.json")) if run.is_finished(dataset) else None
-            check = _DataCheck(config, survey or survey_source(config.data))
+            check = DataCheck(config, survey or survey_source(config.data))
         except DataError as error:
             mistakes.append(str(error))
         else:
@@ -105,7 +105,7 @@ def _read_survey(path: Path) -> Survey:
 
 
 @dataclass
-class _DataCheck:
+class DataCheck:
     """Compares a configuration with its data; `config` and `survey` change with the advice so far."""
 
     config: RunConfig

@@ -1,0 +1,135 @@
+"""Suggest a configuration for a folder of images, this machine and a time budget; imports neither torch nor Ray."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_partition.datasets.inspect_folder import FolderFacts
+from data_partition.datasets.survey import survey_source
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import parse_config
+from orchestrator.planning.check import DataCheck
+
+SIDES = (64, 32, 28, 16, 8)
+"""Image sizes to choose from; on a CPU larger images take hours."""
+
+CLUSTER_IMAGES = 500
+"""Images of a cluster to aim at: smaller ones are memorized."""
+
+MAX_EXPERTS = 8
+PRODUCTS = 50
+"""Products of matrices in the measurement: a quarter of a second on a slow core."""
+
+EFFICIENCY = 0.3
+"""Share of the speed of one large product of matrices that a training reaches."""
+
+TRAINED_SHARE = 0.4
+"""Share of the time for the experts' steps; a monolith takes as long, and the rest is for all other stages."""
+
+STEPS = (200, 20_000)
+BATCH = 60
+"""Images a step of one expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """One key of a configuration, its value, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def suggest(facts: FolderFacts, path: Path, minutes: float) -> list[Suggestion]:
+    """Return keys and values for `ddm run` that pass its checks, if some do."""
+    has_labels = len(facts.class_counts) > 1 and not facts.loose and all(facts.class_counts.values())
+    side = next((side for side in SIDES if side <= facts.sides[1]), SIDES[-1])
+    experts = max(1, min(facts.images // CLUSTER_IMAGES, MAX_EXPERTS))
+    has_network = find_spec("efficientnet_lite_pytorch") is not None and side >= 28
+    colours = 1 if facts.grey_share == 1 else 3
+    codec = "pca" if side <= 16 or facts.images < CLUSTER_IMAGES else "pca_conv"
+    components = min(128, side * side * colours, max(facts.images // 2, 2))
+    batch = experts * BATCH
+    steps, speed = estimate_steps(components, batch, minutes)
+    large = "small" if components <= 32 else "large"
+    suggestions = [
+        Suggestion(key="data", value="image_folder", reason="a folder of images"),
+        Suggestion(key="data.path", value=str(path), reason=f"{facts.images:,} images"),
+        Suggestion(key="data.image_size", value=side, reason=f"the median shorter side is {facts.sides[1]} pixels"),
+        Suggestion(key="data.channels", value=colours, reason=f"{facts.grey_share:.0%} of the images are grey"),
+        Suggestion(key="data.labels", value=has_labels, reason=_explain_labels(facts)),
+        Suggestion(key="data.holdout", value=0.1, reason="the share that the scores compare with"),
+        Suggestion(
+            key="partition.num_experts", value=experts, reason=f"at least {CLUSTER_IMAGES} images for each, if possible"
+        ),
+        Suggestion(
+            key="partition.features",
+            value="efficientnet_lite0" if has_network else "pixels",
+            reason="the installed features of contents" if has_network else "of small images, or without the extra",
+        ),
+        Suggestion(key="codec", value=codec, reason="a decoder that sharpens the components needs many images"),
+        Suggestion(key="codec.components", value=components, reason="numbers for each image"),
+        Suggestion(key="expert", value=f"residual_mlp_{large}", reason="the fastest network on a CPU"),
+        Suggestion(key="expert.training.batch_size", value=batch, reason=f"{BATCH} for each expert"),
+        Suggestion(
+            key="expert.training.steps",
+            value=steps,
+            reason=f"about {minutes:g} minutes at {speed / 1e9:.0f} GFLOP/s, measured here",
+        ),
+    ]
+    return _mend(suggestions)
+
+
+def estimate_steps(components: int, batch: int, minutes: float) -> tuple[int, float]:
+    """Return the steps that fit the budget, and the measured FLOP/s of this machine."""
+    width, depth = (128, 2) if components <= 32 else (512, 4)
+    parameters = 2 * components * width + depth * 2 * width**2
+    speed = measure_speed()
+    steps = minutes * 60 * TRAINED_SHARE * EFFICIENCY * speed / (6 * parameters * batch)
+    return int(np.clip(round(steps, -2), *STEPS)), speed
+
+
+def measure_speed() -> float:
+    """Return the FLOP/s of all CPUs in products of matrices, from CPU time: a busy machine measures the same."""
+    matrix = np.ones((512, 512), np.float32)
+    start = time.process_time()
+    for _ in range(PRODUCTS):
+        matrix @ matrix
+    elapsed = time.process_time() - start
+    return float(PRODUCTS * 2 * 512**3 / elapsed * len(os.sched_getaffinity(0)))
+
+
+def _explain_labels(facts: FolderFacts) -> str:
+    empty = [name for name, count in facts.class_counts.items() if not count]
+    if len(facts.class_counts) < 2:
+        return "fewer than two sub-folders"
+    if facts.loose:
+        return f"{facts.loose} images are in no sub-folder"
+    return f"the sub-folder {empty[0]} has no image" if empty else f"{len(facts.class_counts)} sub-folders with images"
+
+
+def _mend(suggestions: list[Suggestion]) -> list[Suggestion]:
+    """Return the suggestions with what the checks of `ddm run` advise."""
+    config = parse_config(compose([f"{item.key}={str(item.value)}" for item in suggestions]))
+    check = DataCheck(config, survey_source(config.data))
+    check.run()
+    advice: Mapping[str, Any] = check.advice
+    changed = {key: Suggestion(key=key, value=value, reason="as the data allow") for key, value in advice.items()}
+    return list(({item.key: item for item in suggestions} | changed).values())
+
+
+def to_yaml(suggestions: list[Suggestion], name: str) -> str:
+    """Return a commented YAML file for `ddm run --config`."""
+    lines = [f"# ddm run --config {name}    (written by ddm init; keys as on the command line)"]
+    return "\n".join([*lines, *(f"{item.key}: {_to_scalar(item.value)}  # {item.reason}" for item in suggestions), ""])
+
+
+def _to_scalar(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
