@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from ddm_core.signals import handle_signals
 from orchestrator.backends.inline import InlineBackend
+from orchestrator.backends.proxies import bypass_proxies_on_loopback
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError, RunFailed
@@ -128,6 +129,7 @@ def configure_ray_security(address: str | None) -> None:
     An embedded cluster, and one on loopback, listens on loopback only. The embedded one gets a token that exists only
     in this environment; Ray itself would write a token file that every user of the machine can read.
     """
+    bypass_proxies_on_loopback()
     switches = {}
     if address is None or address.startswith("127."):
         switches[LOOPBACK_ONLY] = "0"

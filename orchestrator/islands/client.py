@@ -17,6 +17,7 @@ from ray import __version__ as ray_version
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from orchestrator.backends.proxies import bypass_proxies_on_loopback, describe_proxy
 from orchestrator.config.compute import IslandConfig, ResourcesConfig
 from orchestrator.errors import IslandError, Unreachable
 from orchestrator.islands.token import read_token
@@ -61,6 +62,7 @@ class IslandClient:
     """Submits jobs to one island and lists their states; raises `Unreachable` or `IslandError`."""
 
     def __init__(self, name: str, config: IslandConfig) -> None:
+        bypass_proxies_on_loopback()
         self.name, self.config = name, config
         self._client: _TimeoutClient | None = None
 
@@ -86,7 +88,8 @@ class IslandClient:
     ) -> bool:
         """Submit a command with the project's wheel; return False if the id was submitted before."""
         uses_ray_train = resources.workers > 1
-        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(grace_s)), **self.config.env, **env}
+        settings = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(grace_s)), "PYTHONSAFEPATH": "1"}
+        environment = settings | self.config.env | dict(env)
         try:
             self._call(
                 lambda client: client.submit_job(
@@ -143,7 +146,9 @@ class IslandClient:
         except (requests.ConnectionError, requests.Timeout, ConnectionError) as error:
             self._client = None
             address = self.config.address
-            raise Unreachable(f"island {self.name} does not respond at {address} ({_first_line(error)})") from error
+            raise Unreachable(
+                f"island {self.name} does not respond at {address} ({_first_line(error)}){describe_proxy(address)}"
+            ) from error
         except AuthenticationError as error:
             self._client = None
             raise IslandError(

@@ -20,6 +20,7 @@ import requests
 import yaml
 
 from ddm_core.artifacts import to_jsonable, write_json, write_text
+from orchestrator.backends.proxies import bypass_proxies_on_loopback
 from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError
 from orchestrator.islands.local.processes import FOLDER, STATE, TOKEN, create_scratch, take_down
@@ -93,7 +94,7 @@ class LocalIslands:
         """Start them all and wait until they accept jobs; raise `IslandError` if the folder has running ones."""
         self._check_none_running()
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "orchestrator.islands.local.processes", str(self.folder)]
+        command = [sys.executable, "-P", "-m", "orchestrator.islands.local.processes", str(self.folder)]
         path = os.pathsep.join(entry for entry in sys.path if entry)
         self._watchdog = subprocess.Popen(
             command, stdin=subprocess.PIPE, start_new_session=True, env=os.environ | {"PYTHONPATH": path}
@@ -115,6 +116,7 @@ class LocalIslands:
 
     def up(self) -> Self:
         """Start them all and wait until they accept jobs; raise `IslandError` if the folder has running ones."""
+        bypass_proxies_on_loopback()
         self._check_none_running()
         take_down(self.folder)
         try:

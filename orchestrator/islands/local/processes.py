@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from orchestrator.backends.ray_folder import short_temporary_folder
 from orchestrator.run.marked_processes import kill_marked_processes
 
 FOLDER = Path("~/.ddm/islands")
@@ -24,7 +25,7 @@ TOKEN = "token"  # noqa: S105 - the name of a file
 
 def create_scratch() -> Path:
     """Create a folder for one island's temporary files that only this user can read."""
-    return Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
+    return Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=short_temporary_folder()))
 
 
 def delete_scratch(folder: Path) -> None:

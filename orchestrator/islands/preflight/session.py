@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import requests
 
+from orchestrator.backends.proxies import bypass_proxies_on_loopback, describe_proxy
 from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import IslandError, Unreachable
 from orchestrator.islands.client import TIMEOUT_S, IslandClient
@@ -85,12 +86,13 @@ class PreflightSession:
         """Send a GET request with or without a token; raise `Unreachable` if there is no response."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         url = self.config.address.rstrip("/") + path
+        bypass_proxies_on_loopback()
         try:
             return requests.get(url, headers=headers, timeout=TIMEOUT_S, allow_redirects=False)
         except requests.RequestException as error:
             raise Unreachable(
                 f"no response from {self.config.address} ({type(error).__name__}); start it, open the tunnel, or "
-                f"correct compute.islands.{self.name}.address"
+                f"correct compute.islands.{self.name}.address{describe_proxy(url)}"
             ) from error
 
 
