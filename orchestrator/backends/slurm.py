@@ -84,7 +84,7 @@ class SlurmBackend:
         """Queue the job; if the submission fails and no job exists, report the attempt as failed."""
         name, folder = submission_name(self._run_id, job), attempt_folder(job)
         (folder / "slurm").mkdir()
-        command = [sys.executable, "-m", "orchestrator.backends.slurm_worker", str(folder)]
+        command = [sys.executable, "-P", "-m", "orchestrator.backends.slurm_worker", str(folder)]
         try:
             handle = self._executor(folder / "slurm", name, job.resources)._submit_command(shlex.join(command))
         except (FailedJobError, FailedSubmissionError) as error:

@@ -126,7 +126,7 @@ def _send(client: IslandClient, submission_id: str, folder: Path, grace_s: float
     with tempfile.TemporaryDirectory(prefix="ddm-") as scratch:
         return client.submit(
             submission_id,
-            ["python", "-m", "orchestrator.cli.submitted_controller", str(folder), submission_id],
+            ["python", "-P", "-m", "orchestrator.cli.submitted_controller", str(folder), submission_id],
             wheel=build_wheel(Path(scratch)),
             resources=ResourcesConfig(),
             env={SUBMITTED_ADDRESS: "auto"},

@@ -157,7 +157,7 @@ class IslandConnection:
     def _build_command(self, names: AttemptNames, checksum: str) -> list[str]:
         options = json.dumps(self.config.storage_options)
         arguments = ["--storage", self.storage.url, "--options", options, "--job", names.job, "--digest", checksum]
-        return ["python", "-m", "orchestrator.islands.worker", *arguments]
+        return ["python", "-P", "-m", "orchestrator.islands.worker", *arguments]
 
     def _send_stop(self, attempt: RemoteAttempt) -> None:
         self.client.stop(attempt.submission_id)

@@ -54,7 +54,7 @@ def probe_island(
 ) -> Place:
     """Measure an island with an expert's resources; an island that fails is a place with a problem."""
     client, submission = IslandClient(name, island), f"ddm-probe-{secrets.token_hex(4)}"
-    command = ["python", "-m", "orchestrator.planning.calibrate", "--probe", json.dumps(to_jsonable(probe))]
+    command = ["python", "-P", "-m", "orchestrator.planning.calibrate", "--probe", json.dumps(to_jsonable(probe))]
     started, resources = time.monotonic(), replace(resources, workers=1)
     try:
         client.check_reachable()
@@ -189,7 +189,7 @@ def _is_installed(name: str) -> bool:
 def _process_start_s() -> float:
     """Return the time from the start of a new process until it could start a stage."""
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import orchestrator.run.worker"], check=True)
+    subprocess.run([sys.executable, "-P", "-c", "import orchestrator.run.worker"], check=True)
     return time.monotonic() - started
 
 

@@ -121,7 +121,7 @@ def _describe(place: Place) -> str:
 
 def calibrate(config: RunConfig) -> None:
     """Measure in a separate process, since this one must not import torch; raises `CalibrationFailed`."""
-    command = [sys.executable, "-m", "orchestrator.planning.calibrate"]
+    command = [sys.executable, "-P", "-m", "orchestrator.planning.calibrate"]
     try:
         process = subprocess.run(
             command,

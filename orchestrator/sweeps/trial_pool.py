@@ -22,7 +22,7 @@ STOPPED = 130
 
 def build_resume_command(trial: SweepTrial) -> list[str]:
     """Return the command that runs or continues a trial."""
-    return [sys.executable, "-m", "orchestrator.cli.trial_process", str(trial.run.root)]
+    return [sys.executable, "-P", "-m", "orchestrator.cli.trial_process", str(trial.run.root)]
 
 
 @dataclass(slots=True)

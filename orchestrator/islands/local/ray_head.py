@@ -63,6 +63,7 @@ RAY_SETTINGS = {
     "RAY_enable_metrics_collection": "0",
     "DASHBOARD_METRIC_PORT": "-1",  # no port for Prometheus, which would need no token
     "PYTHONUNBUFFERED": "1",
+    "PYTHONSAFEPATH": "1",
     **KEEP_ENVIRONMENT,
     "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_health_check_initial_delay_ms": "2000",

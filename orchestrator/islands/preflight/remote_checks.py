@@ -81,7 +81,7 @@ def _run_probe(session: PreflightSession) -> ProbeReport:
     options = ["--storage", session.config.storage, "--options", json.dumps(session.config.storage_options)]
     session.client.submit(
         submission_id,
-        ["python", "-m", "orchestrator.islands.preflight.probe", *options, "--name", session.scratch_key],
+        ["python", "-P", "-m", "orchestrator.islands.preflight.probe", *options, "--name", session.scratch_key],
         wheel=session.wheel,
         resources=ResourcesConfig(),
         grace_s=1.0,

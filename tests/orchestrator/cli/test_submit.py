@@ -64,7 +64,7 @@ def test_submit_sends_one_fixed_command(tmp_path):
     result = submit_run(config(folder, grace_s=20.0), cluster)
     assert result.is_new and result.id == f"ddm-{RunFolder(folder).run_id()}-c1"
     (job,) = cluster.sent
-    assert job["command"] == ["python", "-m", "orchestrator.cli.submitted_controller", str(folder), result.id]
+    assert job["command"] == ["python", "-P", "-m", "orchestrator.cli.submitted_controller", str(folder), result.id]
     assert job["env"] == {"DDM_SUBMITTED_TO": "auto"}
     assert job["resources"].cpus == 1 and job["grace_s"] >= 20 + 10
     assert RunFolder(folder).load_config() == config(folder, grace_s=20.0)
