@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
+from ddm_core.url_queries import hide_queries, without_secrets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -17,7 +18,8 @@ class DataConfig:
     """Origin of the images; `data_partition/datasets/sources.py` has one function for each."""
 
     path: str | None = None
-    """Folder of images, or a brace-expanded URL of tars; only some sources need one."""
+    """Folder of images, or a brace-expanded URL of tars; only some sources need one.
+    The query of a URL, where a signature is, stays in a file of this user (`ddm_core/url_queries.py`)."""
 
     image_size: Annotated[int, Field(ge=4, le=2048)] = 28
     """Side of the square images in pixels."""
@@ -29,7 +31,15 @@ class DataConfig:
     """`exact`: an image of another size is an error. `crop`: scale the shorter side, cut out the middle."""
 
     labels: bool = True
-    """Whether every sample must carry a class; without labels the models are unconditional."""
+    """Whether every sample must carry a class; without labels the models are unconditional, and no class is read."""
+
+    captions: bool = False
+    """Whether captions are read and stored; samples without one are counted.
+    `image_folder`: `x.txt` or `x.caption` beside `x.png`, or `metadata.jsonl|csv|parquet` with a column `file_name`.
+    `webdataset`: `.txt`, or a field of `.json`."""
+
+    caption_key: str | None = None
+    """Field of a table or of `.json` that holds the caption; None: `caption`, else `text`."""
 
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of samples held out from training as the reference for scores, chosen by a hash of their keys.
@@ -47,11 +57,18 @@ class DataConfig:
     version: str = ""
     """Any text; change it when the files at `path` have changed, so that the data are read again."""
 
+    @property
+    def shown_path(self) -> str:
+        """Return the path for a person, without the queries of URLs."""
+        return without_secrets(str(self.path)) if "://" in str(self.path) else str(self.path)
+
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
-        """Make the path absolute, so that a run may be resumed from another folder."""
-        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+        """Make the path absolute, so that a run may be resumed from another folder; hide the queries of URLs."""
+        if path is None or "://" not in path:
+            return path if path is None else str(Path(path).expanduser().absolute())
+        return hide_queries(path)
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "DataConfig":

@@ -3,15 +3,19 @@
 DataError
 ├── UrlRefused          a URL scheme that is not on the list
 ├── SourceMissing       no images at the given path
+├── AccessDenied        a server or a disk refuses: an expired URL, missing credentials
 ├── DownloadFailed      a file could not be downloaded, or has another checksum
-├── SourceUnreachable   a tar could not be opened; a retry may help
-├── ShardError          a tar is missing, truncated, corrupt or hostile
+├── SourceUnreachable   a network or a disk failed; a retry may help
+├── ShardError          a tar is missing, truncated, corrupt, hostile or ambiguous
 ├── UnprintableName     a class name with control characters
 ├── UnreadableImage     one image; counted, named and skipped up to a limit
 │   └── TooManyUnreadable   the limit is exceeded
 ├── NoSamples           no training samples, or no held-out samples
 ├── MixedSizes          an image has another size than configured
 ├── MissingLabels       a sample has no class
+├── MixedLabels         classes are words in one sample and numbers in another
+├── OneClass            all training samples are of one class
+├── InvalidCaptions     a table of captions cannot be read, or no sample has a caption
 ├── TooManyFeatures     a covariance would not fit into memory
 ├── MissingExtra        an optional package is not installed
 ├── UnknownExtractor    features of a kind that this version lacks
@@ -35,12 +39,16 @@ class SourceMissing(DataError):
     """The given path has no images."""
 
 
+class AccessDenied(DataError):
+    """A server, a storage or a disk refuses to give the data; a retry does not help."""
+
+
 class DownloadFailed(DataError):
     """A file could not be downloaded, or has another checksum than expected."""
 
 
 class SourceUnreachable(DataError):
-    """A tar could not be opened: a network, a disk or a driver failed; a retry may help."""
+    """A network, a server or a disk failed while a file was opened or read; a retry may help."""
 
 
 class ShardError(DataError):
@@ -69,6 +77,18 @@ class MixedSizes(DataError):
 
 class MissingLabels(DataError):
     """A sample has no class, and the configuration requires classes."""
+
+
+class MixedLabels(DataError):
+    """Classes are words in one sample and numbers in another."""
+
+
+class OneClass(DataError):
+    """All training samples are of one class, and the configuration requires classes."""
+
+
+class InvalidCaptions(DataError):
+    """A table of captions cannot be read, or captions are configured and no sample has one."""
 
 
 class TooManyFeatures(DataError):

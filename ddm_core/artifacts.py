@@ -8,6 +8,7 @@ attempts, and reports its progress.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -22,6 +23,8 @@ from pydantic import ConfigDict
 from safetensors.numpy import save_file
 
 from ddm_core.errors import DDMError
+
+log = logging.getLogger(__name__)
 
 STRICT = ConfigDict(extra="forbid")
 """For every configuration dataclass: an unknown key is an error, never ignored."""
@@ -307,6 +310,8 @@ class Workspace:
     """The stage saves its work and raises `Preempted` once one of these files exists."""
     stopping: Callable[[], bool] = lambda: False
     """The stage does the same once this returns True, after a SIGTERM."""
+    notices: list[str] = field(default_factory=list)
+    """What the person who started the run should know, by `notify`."""
     _clock: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -321,6 +326,11 @@ class Workspace:
         scratch.mkdir(parents=True, exist_ok=True)
         part: Self = replace(self, scratch=scratch)
         return part
+
+    def notify(self, text: str) -> None:
+        """Show a sentence on the terminal of the run, and in this attempt's log."""
+        log.warning("%s", text)
+        self.notices.append(text)
 
     def report_progress(
         self, done: int, total: int | None, figures: Mapping[str, float] | None = None, *, unit: str = ""

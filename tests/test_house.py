@@ -28,7 +28,7 @@ IMPORTERS = {
     },
     "submitit": {"orchestrator/backends/slurm.py"},
     "optuna": {"orchestrator/sweeps/study.py"},
-    "fsspec": {"data_partition/shards/untrusted.py", "orchestrator/islands/storage/remote_store.py"},
+    "fsspec": {"data_partition/shards/urls.py", "orchestrator/islands/storage/remote_store.py"},
     "wandb": {"orchestrator/reporting/wandb_tracker.py"},
     "matplotlib": {"orchestrator/reporting/charts.py"},
     "faiss": {"data_partition/clustering/kmeans.py"},

@@ -1,20 +1,17 @@
-"""From a source to shards: resize every image, hold some out, and log the unreadable ones."""
+"""From a source to shards: resize every image, hold some out, and say what was left out or converted."""
 
-import logging
-from collections import Counter
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_partition.config import DataConfig
-from data_partition.datasets.source import Source, Unreadable, is_held_out
+from data_partition.datasets.notices import Notices
+from data_partition.datasets.source import Source, Unreadable, holdout_share, is_held_out
 from data_partition.datasets.sources import SOURCES
-from data_partition.errors import MissingLabels, NoSamples, TooManyUnreadable
+from data_partition.errors import InvalidCaptions, MissingLabels, MixedLabels, NoSamples, OneClass, TooManyUnreadable
 from data_partition.shards.images import fit_image
 from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import Preempted, Workspace, write_json
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +25,11 @@ class DatasetSummary:
     class_counts: dict[str, int]
     """Training samples of each class."""
     skipped: tuple[Unreadable, ...]
+    """The first `MAX_NAMED` samples and files that were not read."""
+    skipped_counts: dict[str, int]
+    """All of them, by reason."""
+    remarks: dict[str, int]
+    """Samples of which something was converted or left out, by remark."""
 
 
 def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> DatasetSummary:
@@ -38,12 +40,12 @@ def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> Datase
     source = SOURCES[config.source](config)
     build = _Build(config, source, out, workspace)
     with build.train, build.holdout:
-        for sample in build.skip_unreadable(source.train()):
+        for sample in build.notices.readable(source.train()):
             held_out = source.test is None and is_held_out(sample.key, config.holdout)
             build.add(sample, build.holdout if held_out else build.train)
             if build.train.count == config.limit:
                 break
-        for sample in build.skip_unreadable(source.test() if source.test else iter(())):
+        for sample in build.notices.readable(source.test() if source.test else iter(())):
             build.add(sample, build.holdout)
         return build.finish()
 
@@ -56,40 +58,30 @@ class _Build:
         shape = (config.image_size, config.image_size, config.channels)
         self.train = ShardWriter(out / "train", config.shard_samples, image_shape=shape)
         self.holdout = ShardWriter(out / "holdout", config.shard_samples, image_shape=shape)
-        self.label_counts: Counter[int] = Counter()
-        self.highest_label = -1
-        self.skipped: list[Unreadable] = []
-
-    def skip_unreadable(self, samples: Iterator[Sample | Unreadable]) -> Iterator[Sample]:
-        """Yield the readable samples; log and collect the others."""
-        for sample in samples:
-            if isinstance(sample, Sample):
-                yield sample
-            else:
-                log.warning("skipped %s: %s", sample.key, sample.reason)
-                self.skipped.append(sample)
+        self.notices = Notices()
+        self.classes = _Classes()
+        self.num_captions = 0
+        self.smallest_share = 1.0
 
     def add(self, sample: Sample, writer: ShardWriter) -> None:
-        """Write one sample at the configured size; raises `MissingLabels`, `MixedSizes` or `Preempted`."""
-        if self.config.labels and sample.label < 0:
-            raise MissingLabels(
-                f"{sample.key} has no class, and data.labels=true needs one for every sample; "
-                "set data.labels=false to train without classes"
-            )
-        label = sample.label if self.config.labels else -1
-        writer.add(replace(sample, label=label, image=fit_image(sample.image, self.config, sample.key)))
-        self.highest_label = max(self.highest_label, label)
+        """Write one sample at the configured size; raises `MissingLabels`, `MixedLabels`, `MixedSizes`, `Preempted`."""
+        label = self.classes.number(sample) if self.config.labels else -1
+        image = fit_image(sample.image, self.config, sample.name or sample.key)
+        writer.add(replace(sample, label=label, image=image))
         if writer is self.train:
-            self.label_counts[label] += 1
+            self.classes.counts[label] = self.classes.counts.get(label, 0) + 1
+        self.num_captions += bool(sample.caption)
+        self.notices.remark(sample, () if sample.caption or not self.config.captions else ("no caption",))
+        self.smallest_share = min(self.smallest_share, holdout_share(sample.key))
         done = self.train.count + self.holdout.count
         self.workspace.report_progress(done, None, unit="images")
         if self.workspace.stop_requested():
             raise Preempted(f"stopped after {done} images; reading starts again")
 
     def finish(self) -> DatasetSummary:
-        """Check the counts, close the shards, write the summary; raises `TooManyUnreadable` or `NoSamples`."""
+        """Check the counts, close the shards, write the summary; raises one of the errors of `_check`."""
         self._check()
-        class_names = self.source.class_names or tuple(str(label) for label in range(self.highest_label + 1))
+        class_names = self.source.class_names or self.classes.names()
         class_names = class_names if self.config.labels else ()
         for writer in (self.train, self.holdout):
             writer.class_names = class_names
@@ -99,31 +91,85 @@ class _Build:
             holdout_count=self.holdout.count,
             image_shape=self.train.image_shape,
             class_names=class_names,
-            class_counts={name: self.label_counts[label] for label, name in enumerate(class_names)},
-            skipped=tuple(self.skipped),
+            class_counts={name: self.classes.counts.get(label, 0) for label, name in enumerate(class_names)},
+            skipped=tuple(self.notices.skipped),
+            skipped_counts=dict(self.notices.skipped_counts),
+            remarks=dict(self.notices.remark_counts),
         )
         write_json(self.out / "dataset.json", summary)
-        self.workspace.report_progress(
-            summary.count + summary.holdout_count, summary.count + summary.holdout_count, unit="images"
-        )
+        done = summary.count + summary.holdout_count
+        self.workspace.report_progress(done, done, unit="images")
+        for notice in (*self.notices.texts(), *_empty_classes(summary)):
+            self.workspace.notify(notice)
         return summary
 
     def _check(self) -> None:
-        num_read = self.train.count + self.holdout.count
-        share = len(self.skipped) / max(num_read + len(self.skipped), 1)
-        if share > self.config.max_unreadable:
-            names = ", ".join(f"{image.key} ({image.reason})" for image in self.skipped[:3])
+        """Raise `TooManyUnreadable`, `NoSamples`, `OneClass` or `InvalidCaptions`."""
+        num_read, num_bad = self.train.count + self.holdout.count, self.notices.num_unreadable
+        if num_bad > self.config.max_unreadable * max(num_read + num_bad, 1):
             raise TooManyUnreadable(
-                f"{len(self.skipped)} of {num_read + len(self.skipped)} images cannot be read, more than "
-                f"data.max_unreadable={self.config.max_unreadable}: {names}; repair them or raise the limit"
+                f"{num_bad} of {num_read + num_bad} images cannot be read, more than "
+                f"data.max_unreadable={self.config.max_unreadable}: {self.notices.name_unreadable()}; "
+                "repair them or raise the limit"
             )
         if self.train.count == 0:
+            there = "; ".join(self.notices.texts()) or "nothing is there"
             raise NoSamples(
-                f"data.source={self.config.source} with data.path={self.config.path} gave no training "
-                "image; check the path, and that data.holdout leaves some images"
+                f"data.source={self.config.source} with data.path={self.config.shown_path} gave no training "
+                f"image of {num_read}: {there}; check the path, and that data.holdout leaves some images"
             )
         if self.holdout.count == 0:
             raise NoSamples(
-                f"none of {num_read} images is held out, so nothing can be scored; raise data.holdout "
-                f"above {self.config.holdout} or add images"
+                f"none of {num_read} images is held out, so nothing can be scored; raise data.holdout from "
+                f"{self.config.holdout} to {math.ceil(self.smallest_share * 1000 + 1) / 1000}, or add images"
             )
+        if self.config.labels and len(self.classes.counts) == 1:
+            raise OneClass(
+                f"all {self.train.count} training images are of one class; set data.labels=false to train without "
+                "classes, or raise data.limit if it leaves only one"
+            )
+        if self.config.captions and self.num_captions == 0:
+            raise InvalidCaptions(
+                f"data.captions=true, and none of {num_read} images has a caption; see data.captions for where they "
+                "are looked for, or set it to false"
+            )
+
+
+class _Classes:
+    """The classes seen so far: all of them numbers, or all of them words, which are numbered as they appear."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        """Training samples by class."""
+        self.words: dict[str, int] = {}
+        self.highest = -1
+        self.first_name = ""
+
+    def number(self, sample: Sample) -> int:
+        """Return the number of a sample's class; raises `MissingLabels` or `MixedLabels`."""
+        name = sample.name or sample.key
+        if sample.label < 0 and not sample.class_name:
+            raise MissingLabels(
+                f"{name} has no class, and data.labels=true needs one for every sample; "
+                "set data.labels=false to train without classes"
+            )
+        is_first = self.highest < 0
+        self.first_name = name if is_first else self.first_name
+        if not is_first and bool(self.words) != bool(sample.class_name):
+            raise MixedLabels(
+                f"the class of {self.first_name} is a {'word' if self.words else 'number'}, but that of {name} is "
+                f"{sample.class_name or sample.label!r}; use words only or numbers only, or set data.labels=false"
+            )
+        label = self.words.setdefault(sample.class_name, len(self.words)) if sample.class_name else sample.label
+        self.highest = max(self.highest, label)
+        return label
+
+    def names(self) -> tuple[str, ...]:
+        """Return the words, or the numbers from 0 to the highest."""
+        return tuple(self.words) or tuple(str(label) for label in range(self.highest + 1))
+
+
+def _empty_classes(summary: DatasetSummary) -> list[str]:
+    names = [name for name, count in summary.class_counts.items() if count == 0]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"no training image of class {', '.join(names[:5])}{more}"] if names else []

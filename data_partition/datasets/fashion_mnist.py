@@ -14,9 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data_partition.errors import DownloadFailed, ShardError, SourceMissing
+from data_partition.errors import (
+    AccessDenied,
+    DownloadFailed,
+    ShardError,
+    SourceMissing,
+    SourceUnreachable,
+)
 from data_partition.shards.shards import Sample
-from data_partition.shards.untrusted import open_url
+from data_partition.shards.urls import open_url
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +115,7 @@ def fetch_blocks(url: str) -> Iterator[bytes]:
                 if total > MAX_FILE_BYTES:
                     raise DownloadFailed(f"{url} is larger than {MAX_FILE_BYTES} bytes; {REMEDY}")
                 yield block
-    except (OSError, ImportError, ValueError) as error:
+    except (SourceMissing, AccessDenied, SourceUnreachable) as error:
         raise DownloadFailed(f"{url} could not be downloaded ({error}); {REMEDY}") from error
 
 

@@ -1,19 +1,26 @@
-"""A folder of images, whose subfolders may be classes."""
+"""A folder of images, whose subfolders may be classes; every file in it is read, or named with the reason why not."""
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
-from data_partition.datasets.source import Unreadable
+from data_partition.config import DataConfig
+from data_partition.datasets.captions import SIDECARS, TABLES, find_caption
+from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import SourceMissing, UnprintableName, UnreadableImage
-from data_partition.shards.images import FORMATS, decode_image
+from data_partition.shards.images import SUFFIXES, decode_with_remarks
 from data_partition.shards.shards import Sample
-from data_partition.shards.tar import MAX_SAMPLE_BYTES
-from data_partition.shards.untrusted import is_printable
+from data_partition.shards.tar import MAX_SAMPLE_BYTES, quote_key
+from data_partition.shards.untrusted import is_printable, make_printable
 
-log = logging.getLogger(__name__)
+UNREAD_IMAGES = (
+    *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".eps", ".pdf"),
+)
+CAPTION = "a caption"
+ARCHIVES = (".tar", ".tgz", ".gz", ".zip", ".7z", ".rar", ".parquet", ".npz")
+UNREADABLE_FILES = (PermissionError, FileNotFoundError)
+"""Errors of one file; all others are of the disk, and a retry may help."""
 
 
 def check_root(path: str | None) -> Path:
@@ -26,8 +33,9 @@ def check_root(path: str | None) -> Path:
 
 
 def list_class_names(root: Path) -> tuple[str, ...]:
-    """Return the sorted names of the folders directly below `root`: class 0, 1, …; raises `UnprintableName`."""
-    names = tuple(path.name for path in list_visible(root) if path.is_dir())
+    """Return the sorted names of the folders below `root` that have images: class 0, 1, …; raises `UnprintableName`."""
+    folders = (path for path in list_entries(root) if path.is_dir() and not path.name.startswith("."))
+    names = tuple(path.name for path in folders if not path.is_symlink() and has_images(path, root.resolve()))
     if bad := [name for name in names if not is_printable(name)]:
         raise UnprintableName(
             f"class folder {bad[0]!r} in {root} has control characters or unencodable ones; rename it"
@@ -35,17 +43,54 @@ def list_class_names(root: Path) -> tuple[str, ...]:
     return names
 
 
-def read_image_tree(root: Path, class_names: tuple[str, ...]) -> Iterator[Sample | Unreadable]:
-    """Yield every image below `root` in the order of its path; label -1 outside the folders of `class_names`."""
+def has_images(folder: Path, root: Path) -> bool:
+    """Return whether there is an image file in a folder or below it."""
+    return any(True for _ in iter_image_files(folder, root))
+
+
+def iter_image_files(folder: Path, root: Path) -> Iterator[Path]:
+    """Yield the image files of a folder by name; `root` is the folder that links must not leave, itself resolved."""
+    return (found for found in iter_files(folder, folder, root) if isinstance(found, Path))
+
+
+def read_image_tree(
+    root: Path, class_names: tuple[str, ...], config: DataConfig | None = None
+) -> Iterator[Sample | Unreadable]:
+    """Yield every file below `root` in the order of its path; label -1 outside the folders of `class_names`."""
     label_of = {name: label for label, name in enumerate(class_names)}
-    for path in iter_image_files(root, root.resolve()):
-        relative = path.relative_to(root)
-        key = make_key(relative)
+    for found in iter_files(root, root, root.resolve()):
+        if isinstance(found, Unreadable):
+            if config is None or not config.captions or not found.reason.startswith(CAPTION):
+                yield found
+            continue
+        relative = found.relative_to(root)
         label = label_of.get(relative.parts[0], -1) if len(relative.parts) > 1 else -1
-        try:
-            yield Sample(key=key, image=decode_image(read_image(path)), label=label)
-        except (UnreadableImage, OSError) as error:
-            yield Unreadable(key=key, reason=str(error))
+        yield read_sample(found, root, label, config)
+    if class_names:
+        yield from (empty_folder(path) for path in list_entries(root) if is_empty_class(path, class_names))
+
+
+def is_empty_class(path: Path, class_names: tuple[str, ...]) -> bool:
+    """Return whether a visible folder directly below the root has no images and so is no class."""
+    return path.is_dir() and not path.is_symlink() and path.name[0] != "." and path.name not in class_names
+
+
+def empty_folder(path: Path) -> Unreadable:
+    """Return a folder as something that is not read."""
+    return pass_over(path, path.parent, "a folder without images, which is no class")
+
+
+def read_sample(path: Path, root: Path, label: int, config: DataConfig | None) -> Sample | Unreadable:
+    """Read one image and, if they are configured, its caption."""
+    key, name = make_key(path.relative_to(root)), display_name(path, root)
+    try:
+        decoded = decode_with_remarks(read_image(path))
+        caption = find_caption(path, root, config.caption_key) if config is not None and config.captions else ""
+    except (UnreadableImage, ValueError) as error:
+        return Unreadable(key=key, reason=str(error), name=name)
+    except UNREADABLE_FILES as error:
+        return Unreadable(key=key, reason=f"it cannot be opened ({error.strerror})", name=name)
+    return Sample(key=key, image=decoded.pixels, label=label, caption=caption, name=name, remarks=decoded.remarks)
 
 
 def read_image(path: Path) -> bytes:
@@ -57,17 +102,42 @@ def read_image(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def iter_image_files(folder: Path, root: Path) -> Iterator[Path]:
-    """Yield files with an image extension, sorted; skip and log links that point outside `root`."""
-    suffixes = {suffix for kind in FORMATS.values() for suffix in kind}
-    for path in list_visible(folder):
-        if not is_inside(path, root):
-            log.warning("%r points outside the image folder, or in a circle, and is not followed", str(path))
+def iter_files(folder: Path, top: Path, root: Path) -> Iterator[Path | Unreadable]:
+    """Yield the image files of a folder by name, and what is passed over; `root` is `top` with links resolved."""
+    entries = list_entries(folder)
+    stems = {path.stem for path in entries if path.suffix.lower() in SUFFIXES}
+    for path in entries:
+        if path.name.startswith("."):
+            yield pass_over(path, top, "hidden, by the dot before its name")
+        elif not is_inside(path, root):
+            yield pass_over(path, top, "a link out of the folder, in a circle or to nothing; copy the file instead")
         elif path.is_dir():
-            if not path.is_symlink():
-                yield from iter_image_files(path, root)
-        elif path.suffix.lower() in suffixes:
+            if path.is_symlink():
+                yield pass_over(path, top, "a link to another folder of the data set, which is read there")
+            else:
+                yield from iter_files(path, top, root)
+        elif path.suffix.lower() in SUFFIXES:
             yield path
+        else:
+            yield pass_over(path, top, explain_suffix(path, stems))
+
+
+def explain_suffix(path: Path, stems: set[str]) -> str:
+    """Return why a file is not read as an image; `stems` are the names of the images beside it, without suffix."""
+    suffix = path.suffix.lower()
+    if path.name in TABLES or (suffix in SIDECARS and path.stem in stems):
+        return f"{CAPTION}, which data.captions=true reads"
+    if suffix in UNREAD_IMAGES:
+        return f"{suffix} is not read; convert it to PNG or JPEG"
+    if suffix in ARCHIVES:
+        return f"{suffix} is an archive; unpack it (data=webdataset reads tars)"
+    return f"not an image, by its suffix {make_printable(suffix)}" if suffix else "not an image: it has no suffix"
+
+
+def pass_over(path: Path, top: Path, reason: str) -> Unreadable:
+    """Return a file that is not read."""
+    key, name = make_key(path.relative_to(top)), display_name(path, top)
+    return Unreadable(key=key, reason=reason, name=name, is_image=False)
 
 
 def is_inside(path: Path, root: Path) -> bool:
@@ -78,11 +148,23 @@ def is_inside(path: Path, root: Path) -> bool:
         return False
 
 
-def list_visible(folder: Path) -> list[Path]:
-    """Return the entries of a folder, without hidden ones, sorted by name."""
-    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
+def list_entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder by name, without an operating system's own; raises `SourceMissing`."""
+    try:
+        entries = [path for path in folder.iterdir() if not is_dropping(path.name)]
+    except PermissionError as error:
+        raise SourceMissing(
+            f"the folder {make_printable(str(folder))} may not be read ({error.strerror}); "
+            "give this user the right, or take it out of data.path"
+        ) from error
+    return sorted(entries, key=lambda path: path.name)
+
+
+def display_name(path: Path, top: Path) -> str:
+    """Return a path below `top` for a person."""
+    return make_printable(path.relative_to(top).as_posix())
 
 
 def make_key(relative: Path) -> str:
-    """Return a key for a tar: ASCII without dots, which would end it; different paths get different keys."""
-    return quote(os.fsencode(relative.as_posix()), safe="/").replace(".", "%2E")
+    """Return a key for a tar; different paths get different keys."""
+    return quote_key(os.fsencode(relative.as_posix()))

@@ -9,10 +9,14 @@ from data_partition.shards.shards import Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreadable:
-    """A sample that could not be read, and the reason."""
+    """A sample or file that is not read, and why."""
 
     key: str
     reason: str
+    name: str = ""
+    """Its path as a person knows it."""
+    is_image: bool = True
+    """Whether it was meant to be an image: only these count towards `DataConfig.max_unreadable`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +30,16 @@ class Source:
     """None: samples are held out by `DataConfig.holdout`."""
 
 
+def is_dropping(name: str) -> bool:
+    """Return whether a file or folder is left behind by an operating system, and is never mentioned."""
+    return name in ("Thumbs.db", "desktop.ini", ".DS_Store", "__MACOSX") or name.startswith("._")
+
+
 def is_held_out(key: str, share: float) -> bool:
     """Return whether a sample is held out; depends on its key alone."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-    return number < share * 2**64
+    return holdout_share(key) < share
+
+
+def holdout_share(key: str) -> float:
+    """Return the share from 0 to 1 above which a sample is held out."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -45,12 +45,12 @@ def image_folder(config: DataConfig) -> Source:
     """Return the source of a folder of images; its direct subfolders are the classes, in the order of their names."""
     root = check_root(config.path)
     class_names = list_class_names(root) if config.labels else ()
-    return Source(class_names=class_names, train=lambda: read_image_tree(root, class_names))
+    return Source(class_names=class_names, train=lambda: read_image_tree(root, class_names, config))
 
 
 def webdataset(config: DataConfig) -> Source:
     """Return the source of tars at a brace-expanded path or URL, such as `s3://bucket/train-{0000..0099}.tar`."""
-    return Source(class_names=(), train=lambda: read_urls(config.path))
+    return Source(class_names=(), train=lambda: read_urls(config.path, config))
 
 
 def _packaged_fashion() -> Iterator[Sample]:

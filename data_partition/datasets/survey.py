@@ -11,10 +11,9 @@ from data_partition.config import DataConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS, find_fashion
 from data_partition.datasets.image_folder import check_root, iter_image_files, list_class_names, make_key
 from data_partition.datasets.source import is_held_out
-from data_partition.datasets.webdataset_source import IMAGE_EXTENSIONS, make_tar_key
+from data_partition.datasets.webdataset_source import IMAGE_EXTENSIONS, list_urls, make_tar_key
 from data_partition.errors import NoSamples, SourceMissing
-from data_partition.shards.tar import expand_urls, list_members
-from data_partition.shards.untrusted import check_url
+from data_partition.shards.tar import list_members
 
 MAX_LISTED = 50_000
 """Samples after which the listing ends, so that it takes about a second."""
@@ -49,7 +48,7 @@ def survey_source(config: DataConfig) -> Survey | None:
         if config.path is not None:
             find_fashion(config.path)
         return Survey(train=min(config.limit or 60_000, 60_000), held_out=HELD_OUT_ROWS, class_counts={})
-    if config.source == "webdataset" and any("://" in url for url in _local_tars(config)):
+    if config.source == "webdataset" and any("://" in url for url in list_urls(config.path)):
         return None
     try:
         survey = _count(config, *LISTINGS[config.source](config))
@@ -95,12 +94,8 @@ def _list_image_folder(config: DataConfig) -> tuple[tuple[str, ...], Iterator[Li
     return class_names, ((make_key(path), path.parts[0] if len(path.parts) > 1 else "") for path in paths)
 
 
-def _local_tars(config: DataConfig) -> list[str]:
-    return [check_url(url) for url in expand_urls(config.path or "")]
-
-
 def _list_webdataset(config: DataConfig) -> tuple[tuple[str, ...], Iterator[Listed]]:
-    urls = _local_tars(config)
+    urls = list_urls(config.path)
     if missing := [url for url in urls if not Path(url).is_file()]:
         raise SourceMissing(
             f"{len(missing)} of {len(urls)} tars of data.path are missing, the first is {missing[0]}; correct data.path"
@@ -119,7 +114,7 @@ def _list_tar(number: int, url: str) -> Iterator[Listed]:
             if extensions & set(IMAGE_EXTENSIONS):
                 yield make_tar_key(number, url, current), None if extensions & {"cls", "json"} else ""
             current, extensions = key, set()
-        extensions.add(extension)
+        extensions.add(extension.lower())
 
 
 def _describe_others(root: Path) -> str:

@@ -1,94 +1,163 @@
 """Images in WebDataset tars from any origin, local or remote, with a class, a caption, or neither."""
 
 import json
+import logging
 import re
+import time
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import PurePosixPath
-from urllib.parse import quote, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
-from data_partition.datasets.source import Unreadable
-from data_partition.errors import SourceMissing, SourceUnreachable, UnreadableImage
-from data_partition.shards.images import FORMATS, decode_image
+from data_partition.config import DataConfig
+from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, normalize_caption, pick_caption
+from data_partition.datasets.source import Unreadable, is_dropping
+from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UnreadableImage
+from data_partition.shards.images import SUFFIXES, decode_with_remarks
 from data_partition.shards.shards import Sample
-from data_partition.shards.tar import Encoded, expand_urls, read_tar
-from data_partition.shards.untrusted import check_url, is_printable, open_url
+from data_partition.shards.tar import Encoded, expand_urls, quote_key, read_tar
+from data_partition.shards.untrusted import is_printable, make_printable
+from data_partition.shards.urls import check_url, open_url
+from ddm_core.url_queries import without_secrets
 
-IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for kind in FORMATS.values() for suffix in kind)
+log = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 
 MAX_CLASSES = 100_000
 """A larger class id is an error."""
 
-MAX_ANNOTATION_BYTES = 2**20
-"""A class, a caption or a `.json` in a larger file is an error."""
+MAX_CLASS_NAME = 200
+"""A class name of more characters is an error."""
 
-MAX_CAPTION = 10_000
-"""A caption of more characters is an error."""
+RETRY_AFTER_S = (0.5, 2.0, 8.0)
+"""Waits before a tar is opened again after its server failed; what was read of it before is skipped."""
 
 
-def read_urls(path: str | None) -> Iterator[Sample | Unreadable]:
-    """Yield the samples of every tar at the brace-expanded `path`.
+def read_urls(path: str | None, config: DataConfig | None = None) -> Iterator[Sample | Unreadable]:
+    """Yield the samples of every tar at the brace-expanded `path`; without `config` with classes and captions.
 
-    Raises `SourceMissing`, `UrlRefused`, `SourceUnreachable` or `ShardError`.
+    Raises `SourceMissing`, `UrlRefused`, `AccessDenied`, `SourceUnreachable` or `ShardError`.
     """
-    urls = [check_url(url) for url in expand_urls(path)] if path else []
-    if not urls:
-        raise SourceMissing("data.path is empty; data.source=webdataset needs a path or URL of tars, braces allowed")
-    for number, url in enumerate(urls):
+    config = config or DataConfig(captions=True)
+    for number, url in enumerate(list_urls(path)):
         for encoded in read_url(url):
-            yield parse_sample(encoded, number, url)
+            if encoded.files or not is_dropping(PurePosixPath(encoded.key).name):
+                yield parse_sample(encoded, number, url, config)
+
+
+def list_urls(path: str | None) -> list[str]:
+    """Return the URLs of a brace-expanded `path`; raises `SourceMissing`, `UrlRefused` or `ShardError`."""
+    if not path:
+        raise SourceMissing("data.path is empty; data.source=webdataset needs a path or URL of tars, braces allowed")
+    try:
+        urls = [path] if Path(path).is_file() else expand_urls(path)
+    except ValueError as error:
+        raise SourceMissing(
+            f"data.path={without_secrets(path)} has braces without their other half ({error}); "
+            "write {000..099} or {a,b}, or the exact name of an existing file"
+        ) from None
+    if twice := [url for url, count in Counter(urls).items() if count > 1]:
+        raise ShardError(f"data.path has {without_secrets(twice[0])} twice, and its samples too; name each tar once")
+    return [check_url(url) for url in urls]
 
 
 def read_url(url: str) -> Iterator[Encoded]:
-    """Yield the samples of one tar, still encoded; raises `SourceUnreachable` or `ShardError`."""
-    try:
-        with open_url(url) as file:
-            yield from read_tar(file, url)
-    except (OSError, ImportError, ValueError) as error:
-        reason = f"shard {url} cannot be opened: {error}; correct data.path or its credentials"
-        raise SourceUnreachable(reason) from error
+    """Yield the samples of one tar, still encoded; opens it again, and skips what was yielded, if its server fails.
+
+    Raises `SourceUnreachable` once `RETRY_AFTER_S` is used up, or at once another error of `open_url` and `read_tar`.
+    """
+    done = 0
+    for wait_s in (*RETRY_AFTER_S, None):
+        try:
+            with open_url(url) as file:
+                for number, encoded in enumerate(read_tar(file, without_secrets(url))):
+                    if number == done:
+                        done += 1
+                        yield encoded
+            return
+        except SourceUnreachable as error:
+            if wait_s is None:
+                raise
+            log.warning("%s; opened again in %.1f s", error, wait_s)
+            time.sleep(wait_s)
 
 
-def parse_sample(encoded: Encoded, number: int, url: str) -> Sample | Unreadable:
+def parse_sample(encoded: Encoded, number: int, url: str, config: DataConfig) -> Sample | Unreadable:
     """Decode a sample and give it a key that is unique among all tars."""
     key = make_tar_key(number, url, encoded.key)
-    extension = next((name for name in IMAGE_EXTENSIONS if name in encoded.files), None)
-    if extension is None:
-        return Unreadable(key=key, reason=f"no image among {sorted(encoded.files)}")
+    name = make_printable(f"{tar_name(url)}: {encoded.key}")
+    if not encoded.files:
+        return Unreadable(key=key, reason="a file of no sample: it has no extension", name=name, is_image=False)
+    images = [extension for extension in IMAGE_EXTENSIONS if extension in encoded.files]
+    if not images:
+        return Unreadable(key=key, reason=f"no image among {sorted(encoded.files)}", name=name)
     try:
-        label, caption = parse_annotation(encoded.files)
-        return Sample(key=key, image=decode_image(encoded.files[extension]), label=label, caption=caption)
+        decoded = decode_with_remarks(encoded.files[images[0]])
+        fields = read_fields(encoded.files, config)
+        label, class_name = read_class(encoded.files, fields) if config.labels else (-1, "")
+        caption = read_caption(encoded.files, fields, config.caption_key) if config.captions else ""
     except (UnreadableImage, ValueError, RecursionError) as error:
-        return Unreadable(key=key, reason=str(error))
+        return Unreadable(key=key, reason=make_printable(str(error)), name=name)
+    several = (f"several images in one sample, .{images[0]} is used",) if len(images) > 1 else ()
+    return Sample(
+        key=key,
+        image=decoded.pixels,
+        label=label,
+        class_name=class_name,
+        caption=caption,
+        name=name,
+        remarks=(*several, *decoded.remarks),
+    )
+
+
+def tar_name(url: str) -> str:
+    """Return the file name of a tar."""
+    return PurePosixPath(urlsplit(url).path).name
 
 
 def make_tar_key(number: int, url: str, key: str) -> str:
     """Return the key of a sample in tar `number`, unique among all tars: ASCII without dots."""
-    stem = PurePosixPath(urlsplit(url).path).name.split(".")[0]
-    return quote(f"{number:05d}-{stem}/{key}", safe="/").replace(".", "%2E")
+    return quote_key(f"{number:05d}-{tar_name(url).split('.')[0]}/{key}")
 
 
-def parse_annotation(files: dict[str, bytes]) -> tuple[int, str]:
-    """Return class (-1: none) and caption, from `.cls` and `.txt` if present, else from `.json`.
-
-    Raises `ValueError`, with the reason, if they cannot be used.
-    """
-    if large := [name for name in ("cls", "json", "txt") if len(files.get(name, b"")) > MAX_ANNOTATION_BYTES]:
-        raise ValueError(f"its .{large[0]} has {len(files[large[0]])} bytes, at most {MAX_ANNOTATION_BYTES} are read")
-    fields = json.loads(files["json"]) if "json" in files else {}
+def read_fields(files: dict[str, bytes], config: DataConfig) -> dict[str, object]:
+    """Return the object in `.json` if something in it is needed; raises `ValueError` if it cannot be used."""
+    if "json" not in files or not ((config.labels and "cls" not in files) or (config.captions and "txt" not in files)):
+        return {}
+    fields = json.loads(read_annotation(files, "json"))
     if not isinstance(fields, dict):
-        raise ValueError("its .json is not an object")
-    label = int(files["cls"] if "cls" in files else str(fields.get("label", fields.get("cls", -1))))
-    caption = files["txt"].decode() if "txt" in files else str(fields.get("caption", ""))
-    if not -1 <= label < MAX_CLASSES:
-        raise ValueError(f"class {label} is not a number from 0 to {MAX_CLASSES - 1}")
-    return label, normalize_caption(caption)
+        raise ValueError("its .json is not an object")  # noqa: TRY004 - a fault of the file, not of a type
+    return fields
 
 
-def normalize_caption(text: str) -> str:
-    """Put the caption on one line; raises `ValueError` if it is too long or has characters that are not text."""
-    caption = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
-    if not is_printable(caption):
-        raise ValueError(f"its caption {caption[:50]!r} has control characters or halves of characters")
-    if len(caption) > MAX_CAPTION:
-        raise ValueError(f"its caption has {len(caption)} characters, at most {MAX_CAPTION} are read")
-    return caption
+def read_annotation(files: dict[str, bytes], extension: str) -> str:
+    """Return an annotation as text; raises `ValueError` if it is too large or not UTF-8."""
+    if len(data := files[extension]) > MAX_ANNOTATION_BYTES:
+        raise ValueError(f"its .{extension} has {len(data)} bytes, at most {MAX_ANNOTATION_BYTES} are read")
+    return data.decode()
+
+
+def read_class(files: dict[str, bytes], fields: dict[str, object]) -> tuple[int, str]:
+    """Return a class as a number and "", or as -1 and a word; -1 and "" without one.
+
+    Raises `ValueError` if it cannot be used.
+    """
+    value = read_annotation(files, "cls") if "cls" in files else fields.get("label", fields.get("cls"))
+    if value is None:
+        return -1, ""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"its class {str(value)[:50]!r} is neither a number nor a word")
+    word = str(value).strip()
+    if re.fullmatch(r"[+-]?[0-9]+", word):
+        if not -1 <= (label := int(word)) < MAX_CLASSES:
+            raise ValueError(f"class {label} is not a number from 0 to {MAX_CLASSES - 1}")
+        return label, ""
+    if not word or len(word) > MAX_CLASS_NAME or not is_printable(word):
+        raise ValueError(f"its class {word[:50]!r} is empty, longer than {MAX_CLASS_NAME} or has control characters")
+    return -1, word
+
+
+def read_caption(files: dict[str, bytes], fields: dict[str, object], key: str | None) -> str:
+    """Return the caption in `.txt`, else the one in `.json`; raises `ValueError` if it cannot be used."""
+    return normalize_caption(read_annotation(files, "txt") if "txt" in files else pick_caption(fields, key))

@@ -38,17 +38,24 @@ class Sample:
     key: str
     image: UInt8[np.ndarray, "height width channel"]
     label: int = -1
-    """-1: no class."""
+    """-1: no class, or one with a `class_name`."""
+    class_name: str = ""
+    """The class as a word, if its source has no numbers; never stored."""
     caption: str = ""
+    name: str = ""
+    """Its path as a person knows it; empty: the key. Never stored."""
+    remarks: tuple[str, ...] = ()
+    """What was converted or left out while it was read; never stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageBatch:
-    """Images of one shape, with their keys and classes (-1: none)."""
+    """Images of one shape, with their keys, classes (-1: none) and captions (empty: none)."""
 
     keys: list[str]
     images: UInt8[np.ndarray, "batch height width channel"]
     labels: Int64[np.ndarray, " batch"]
+    captions: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +235,7 @@ def stack_samples(samples: list[Sample]) -> ImageBatch:
         keys=[sample.key for sample in samples],
         images=np.stack([sample.image for sample in samples]),
         labels=np.array([sample.label for sample in samples], dtype=np.int64),
+        captions=[sample.caption for sample in samples],
     )
 
 

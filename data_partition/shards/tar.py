@@ -4,8 +4,10 @@ Nothing is extracted to the disk: samples are read into memory one at a time, no
 The openers and decoders of webdataset, which run commands and load pickles, are never called.
 """
 
+import hashlib
 import lzma
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
+from urllib.parse import quote
 
 from braceexpand import braceexpand
 
@@ -28,6 +31,13 @@ MAX_SAMPLE_BYTES = 256 * 2**20
 
 MAX_NAME = 4096
 """A member with a longer name is refused."""
+
+
+MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.[^/]*", re.DOTALL)
+"""The key of a file, up to the first dot of its name; hidden files and those without extension have none."""
+
+MAX_KEY = 1024
+"""A key of our own with more characters is shortened."""
 
 
 @cache
@@ -81,31 +91,62 @@ class TarWriter:
 
 
 def read_tar(file: ByteStream, name: str) -> Iterator[Encoded]:
-    """Yield the samples of a tar, plain or compressed; every error is a `ShardError` that contains `name`."""
+    """Yield the samples of a tar, plain or compressed; a file that belongs to no sample is an `Encoded` without files.
+
+    Every error of the tar is a `ShardError` that contains `name`; those of the stream are its own.
+    """
     try:
-        for group in _webdataset().tariterators.group_by_keys(iter_members(file, name)):
-            files = {extension: data for extension, data in group.items() if not extension.startswith("__")}
-            yield Encoded(key=group["__key__"], files=files)
+        yield from group_members(iter_members(file))
     except READ_ERRORS as error:
         raise ShardError(
             f"shard {name} cannot be read: {error}; download or make it again, or remove it from the data set"
         ) from error
 
 
-def iter_members(file: ByteStream, name: str) -> Iterator[dict[str, str | bytes]]:
-    """Yield every file of a sample in webdataset's form; skip folders and files that belong to no sample."""
-    current, total = "", 0
+def group_members(members: Iterator[tuple[str, str | None, bytes]]) -> Iterator[Encoded]:
+    """Group adjacent files with the same key; raises `ShardError` if a key occurs in two places."""
+    places: dict[str, str] = {}
+    sample: Encoded | None = None
+    for path, key, data in members:
+        if key is None:
+            yield Encoded(key=path, files={})
+            continue
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            if key in places:
+                raise ShardError(
+                    f"key {key!r} is in two places, at {places[key]!r} and at {path!r} after other samples; rename one "
+                    "of two equal samples, or sort the tar so that the files of each sample are adjacent"
+                )
+            places[key] = path
+            sample = Encoded(key=key, files={})
+        extension = path[len(key) + 1 :].lower()
+        if extension in sample.files:
+            raise ShardError(f"{path!r} is a duplicate: sample {key!r} has two files .{extension}; rename one")
+        sample.files[extension] = data
+    if sample is not None:
+        yield sample
+
+
+def iter_members(file: ByteStream) -> Iterator[tuple[str, str | None, bytes]]:
+    """Yield name, key (None: it belongs to no sample, and is not read) and content of every file; skip folders."""
+    current: str | None = ""
+    total = 0
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|*", tarinfo=StrictTarInfo) as tar:
         for member in tar:
             check_member(member)
             path = escape_unencodable(str(PurePosixPath(member.name)))
-            key = _webdataset().tariterators.base_plus_ext(path)[0]
-            content = tar.extractfile(member) if member.isreg() and key is not None else None
-            if content is not None:
+            match = MEMBER.fullmatch(path)
+            key = match[1] if match else None
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is not None and key is None:
+                yield path, None, b""
+            elif content is not None:
                 total = member.size + tarfile.BLOCKSIZE + (total if key == current else 0)
                 current = key
                 check_size(path, total)
-                yield {"fname": path, "data": content.read(), "__url__": name}
+                yield path, key, content.read()
             tar.members = []  # type: ignore[attr-defined] # otherwise tarfile keeps every header in memory
 
 
@@ -126,6 +167,15 @@ def check_size(name: str, size: int) -> None:
     """Raise `ShardError` if `size` bytes under one name exceed `MAX_SAMPLE_BYTES`."""
     if not 0 <= size <= MAX_SAMPLE_BYTES:
         raise ShardError(f"{name[:MAX_NAME]!r} claims {size} bytes, at most {MAX_SAMPLE_BYTES} a sample are read")
+
+
+def quote_key(text: str | bytes) -> str:
+    """Return a key that a tar can hold: ASCII, and without dots, which would end it; others for other texts.
+
+    A long key ends with a hash, since quoted letters are longer than what `MAX_NAME` allows.
+    """
+    key = quote(text, safe="/").replace(".", "%2E")
+    return key if len(key) <= MAX_KEY else f"{key[:MAX_KEY]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def expand_urls(urls: str) -> list[str]:

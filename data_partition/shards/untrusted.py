@@ -1,14 +1,7 @@
-"""Checks of untrusted text and URLs; no other file of this package uses fsspec."""
+"""Checks of untrusted text, and the stream that untrusted bytes come from."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
-from urllib.parse import urlsplit
-
-import fsspec
-
-from data_partition.errors import UrlRefused
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """Control characters of ASCII and Unicode: an escape sequence can rewrite the output of a terminal."""
@@ -29,10 +22,6 @@ def escape_unencodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-SCHEMES = ("file", "s3", "gs", "gcs", "http", "https")
-"""Allowed URL schemes; all others are refused, above all `pipe:`, which would run a command."""
-
-
 @runtime_checkable
 class ByteStream(Protocol):
     """A stream of bytes that is read in order."""
@@ -43,21 +32,3 @@ class ByteStream(Protocol):
 
     def close(self) -> None:
         """Close the stream."""
-
-
-def check_url(url: str) -> str:
-    """Return `url` if its scheme is allowed or it is a plain path; raises `UrlRefused` otherwise."""
-    scheme = urlsplit(url).scheme.lower()
-    if ("::" in url) or (scheme and scheme not in SCHEMES) or url.lstrip().startswith("|"):
-        raise UrlRefused(
-            f"{url!r} is not opened: a data URL is a plain path or starts with one of "
-            f"{', '.join(f'{name}:' for name in SCHEMES)}; copy the files to such a place"
-        )
-    return url
-
-
-@contextmanager
-def open_url(url: str) -> Iterator[ByteStream]:
-    """Open `url` for reading bytes in order; raises `UrlRefused`, `OSError`, or `ImportError` without a driver."""
-    with fsspec.open(check_url(url), "rb", compression=None) as file:
-        yield file

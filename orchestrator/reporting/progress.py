@@ -89,6 +89,7 @@ class RunDisplay:
             "retry": f"[yellow]↻[/] {stage.name:22} {text}",
             "stopping": f"[yellow]■[/] {stage.name:22} {text}",
             "failed": f"[red]✘[/] {stage.name:22} {text}",
+            "notice": f"[yellow]![/] {stage.name:22} {text}",
             "left_out": f"[yellow]![/] {stage.name:22} the ensemble is assembled without it",
         }[event]
         self.console.print(line, highlight=False, soft_wrap=True)

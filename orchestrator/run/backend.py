@@ -61,6 +61,8 @@ class AttemptOutcome:
     """Seconds since the epoch; 0 if it never started."""
     ended: FiniteFloat = 0.0
     """Seconds since the epoch; 0 if its worker died before it wrote its end."""
+    notices: tuple[str, ...] = ()
+    """Sentences for the person who started the run."""
     uses_retry: bool = True
     """Whether another attempt uses up a retry of the stage; not if what it ran on was started again."""
 

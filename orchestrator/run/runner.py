@@ -209,6 +209,8 @@ class Runner:
         if state == "finished":
             self._finish(entry.stage)
             self.on_event("finished", entry.stage, f"in {time.time() - outcome.started:.1f} s")
+            for notice in outcome.notices:
+                self.on_event("notice", entry.stage, notice)
         elif state == "lost" and not outcome.uses_retry:
             self._requeue_with_backoff(entry, 1, error)
         elif state == "preempted":

@@ -11,16 +11,9 @@ import secrets
 from pathlib import Path
 
 from ddm_core.artifacts import create_file, write_text
-
-USER_FOLDER = "DDM_HOME"
-"""Environment variable with the folder of this user's own files; the default is `~/.ddm`."""
+from ddm_core.url_queries import user_folder
 
 KEY_BYTES = 32
-
-
-def user_folder() -> Path:
-    """Return the folder of this user's own files."""
-    return Path(os.environ.get(USER_FOLDER) or Path.home() / ".ddm")
 
 
 def sign(file: Path, signature: Path) -> None:

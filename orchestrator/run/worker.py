@@ -134,7 +134,7 @@ def _attempt(job: Job, workspace: Workspace) -> Iterator[_Attempt]:
         except Exception as error:  # noqa: BLE001 - the border between a stage and its caller
             log.error("%s", traceback.format_exc())
             attempt.outcome = _failure(outcome, error, workspace.scratch)
-    attempt.outcome = replace(attempt.outcome, ended=time.time())
+    attempt.outcome = replace(attempt.outcome, ended=time.time(), notices=tuple(workspace.notices))
 
 
 def _failure(outcome: AttemptOutcome, error: Exception, place: Path) -> AttemptOutcome:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
+from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, MAX_CAPTION
 from data_partition.datasets.image_folder import list_class_names, read_image_tree
 from data_partition.datasets.source import Unreadable
-from data_partition.datasets.webdataset_source import MAX_ANNOTATION_BYTES, MAX_CAPTION, read_urls
+from data_partition.datasets.webdataset_source import read_urls
 from data_partition.errors import ShardError, TooManyUnreadable, UnprintableName, UnreadableImage
 from data_partition.shards.images import decode_image
 from data_partition.shards.shards import Sample
@@ -221,8 +222,9 @@ def test_read_urls_joins_caption_lines_and_keeps_unicode(tmp_path):
 def test_build_dataset_names_rejected_captions(tmp_path):
     files = {f"{k:02d}.png": PNG for k in range(30)} | {"05.txt": b"\x1b]0;owned\x07"}
     (tmp_path / "a.tar").write_bytes(make_tar(dict(sorted(files.items()))).getvalue())
-    config = DataConfig(source="webdataset", path=str(tmp_path / "a.tar"), image_size=4, labels=False, holdout=0.3)
-    with pytest.raises(TooManyUnreadable, match="1 of 30 .*00000-a/05") as caught:
+    path = str(tmp_path / "a.tar")
+    config = DataConfig(source="webdataset", path=path, image_size=4, labels=False, captions=True, holdout=0.3)
+    with pytest.raises(TooManyUnreadable, match="1 of 30 .*a.tar: 05") as caught:
         build_dataset(config, tmp_path / "out", Workspace.at(tmp_path / "work"))
     assert "\x1b" not in str(caught.value)
 
@@ -247,7 +249,7 @@ def test_read_image_tree_skips_pipes_loops_and_huge_files(tmp_path):
     reasons = {image.key: image.reason for image in images if isinstance(image, Unreadable)}
     assert [image.key for image in images if isinstance(image, Sample)] == ["a/good%2Epng"]
     assert reasons["a/pipe%2Epng"] == "it is not a plain file" and "at most" in reasons["a/huge%2Epng"]
-    assert set(reasons) == {"a/pipe%2Epng", "a/huge%2Epng", "a/caf%E9%2Epng"}
+    assert set(reasons) == {"a/pipe%2Epng", "a/huge%2Epng", "a/caf%E9%2Epng", "a/loop%2Epng"}
 
 
 class Evil:

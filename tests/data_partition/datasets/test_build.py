@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_partition.config import DataConfig
-from data_partition.datasets.build import build_dataset, is_held_out
-from data_partition.errors import MissingLabels, MixedSizes, NoSamples, TooManyUnreadable
-from data_partition.shards.shards import read_index, read_samples
+from data_partition.datasets.build import build_dataset
+from data_partition.datasets.source import is_held_out
+from data_partition.errors import (
+    InvalidCaptions,
+    MissingLabels,
+    MixedLabels,
+    MixedSizes,
+    NoSamples,
+    OneClass,
+    TooManyUnreadable,
+)
+from data_partition.shards.shards import read_batches, read_index, read_samples
 from ddm_core.artifacts import Preempted, Workspace
 from tests.data_partition.conftest import read_files
 from tests.data_partition.datasets.test_image_folder import write
+from tests.data_partition.shards.test_color import encode
+from tests.data_partition.shards.test_tar import make_tar
 
 
 def write_tree(root: Path, count: int = 40) -> DataConfig:
@@ -79,7 +91,7 @@ def test_unreadable_images_are_logged_up_to_a_limit(
     (tmp_path / "in" / "a" / "bad.png").write_bytes(b"not an image")
     summary = build_dataset(dataclasses.replace(config, max_unreadable=0.1), tmp_path / "out", workspace)
     assert [image.key for image in summary.skipped] == ["a/bad%2Epng"]
-    assert "skipped a/bad%2Epng" in caplog.text
+    assert "skipped a/bad.png" in caplog.text
     assert "bad" in json.loads((tmp_path / "out" / "dataset.json").read_text())["skipped"][0]["key"]
     with pytest.raises(TooManyUnreadable, match="1 of 41 images cannot be read.*bad"):
         build_dataset(config, tmp_path / "again", workspace)
@@ -110,3 +122,85 @@ def test_build_dataset_preserves_pixels(tmp_path: Path, workspace: Workspace):
     for sample in read_samples(tmp_path / "out" / "train"):
         number = int(sample.key.split("/")[1].split("%")[0])
         np.testing.assert_array_equal(sample.image, np.full((4, 4, 1), number))
+
+
+def test_what_is_left_out_or_converted_is_said(tmp_path: Path, workspace: Workspace):
+    config = write_tree(tmp_path / "in")
+    (tmp_path / "in" / "new folder").mkdir()
+    (tmp_path / "in" / "a" / "phone.HEIC").write_bytes(b"")
+    (tmp_path / "in" / "a" / "notes").write_bytes(b"")
+    (tmp_path / "in" / "a" / "0.txt").write_text("a caption")
+    (tmp_path / "in" / "b" / "deep.png").write_bytes(encode(np.full((4, 4), 4096, np.uint16), "PNG"))
+    summary = build_dataset(config, tmp_path / "out", workspace)
+    assert summary.class_names == ("a", "b") and summary.count + summary.holdout_count == 41
+    assert workspace.notices == [
+        "1 skipped: a caption, which data.captions=true reads (a/0.txt)",
+        "1 skipped: not an image: it has no suffix (a/notes)",
+        "1 skipped: .heic is not read; convert it to PNG or JPEG (a/phone.HEIC)",
+        "1 skipped: a folder without images, which is no class (new folder)",
+        "1 read: more than 8 bits a channel, scaled to 8 (b/deep.png)",
+    ]
+    written = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert len(written["skipped"]) == 4 == sum(written["skipped_counts"].values())
+    assert sum(written["remarks"].values()) == 1
+
+
+def test_empty_result_says_what_was_there(tmp_path: Path, workspace: Workspace):
+    for number in range(3):
+        (tmp_path / f"{number}.heic").write_bytes(b"")
+    with pytest.raises(NoSamples, match=r"3 skipped: \.heic is not read; convert it.*first: 0.heic"):
+        build_dataset(DataConfig(source="image_folder", path=str(tmp_path)), tmp_path / "out", workspace)
+
+
+def test_advised_holdout_is_enough(tmp_path: Path, workspace: Workspace):
+    config = dataclasses.replace(write_tree(tmp_path / "in"), holdout=1e-9)
+    with pytest.raises(NoSamples) as caught:
+        build_dataset(config, tmp_path / "out", workspace)
+    advised = float(re.findall(r" to (0\.\d+), or add images", str(caught.value))[0])
+    summary = build_dataset(dataclasses.replace(config, holdout=advised), tmp_path / "again", workspace)
+    assert summary.holdout_count == 1
+
+
+def test_one_class_raises(tmp_path: Path, workspace: Workspace):
+    config = write_tree(tmp_path / "in")
+    with pytest.raises(OneClass, match="all 5 training images.*data.labels=false.*data.limit"):
+        build_dataset(dataclasses.replace(config, limit=5), tmp_path / "out", workspace)
+    build_dataset(dataclasses.replace(config, limit=5, labels=False), tmp_path / "again", workspace)
+
+
+def write_shard(path: Path, labels: list[bytes]) -> DataConfig:
+    image = encode(np.zeros((4, 4), np.uint8), "PNG")
+    files = {
+        f"{row:03d}.{kind}": data for row, label in enumerate(labels) for kind, data in (("png", image), ("cls", label))
+    }
+    path.write_bytes(make_tar(files).getvalue())
+    return DataConfig(source="webdataset", path=str(path), image_size=4, holdout=0.3)
+
+
+def test_words_are_class_names(tmp_path: Path, workspace: Workspace):
+    config = write_shard(tmp_path / "a.tar", [b"tiger cat", b" tabby\n"] * 20)
+    summary = build_dataset(config, tmp_path / "out", workspace)
+    assert summary.class_names == ("tiger cat", "tabby") == read_index(tmp_path / "out" / "train").class_names
+    for sample in read_samples(tmp_path / "out" / "train"):
+        assert sample.label == int(sample.key.split("/")[1]) % 2
+
+
+def test_words_among_numbers_raise(tmp_path: Path, workspace: Workspace):
+    config = write_shard(tmp_path / "a.tar", [b"0", b"1", b"tabby"])
+    with pytest.raises(MixedLabels, match="class of a.tar: 000 is a number, but that of a.tar: 002 is 'tabby'"):
+        build_dataset(config, tmp_path / "out", workspace)
+    build_dataset(dataclasses.replace(config, labels=False, holdout=0.5), tmp_path / "again", workspace)
+
+
+def test_captions_are_stored_and_missing_ones_counted(tmp_path: Path, workspace: Workspace):
+    config = dataclasses.replace(write_tree(tmp_path / "in"), captions=True)
+    with pytest.raises(InvalidCaptions, match="none of 40 images has a caption"):
+        build_dataset(config, tmp_path / "none", workspace)
+    for number in range(0, 40, 2):
+        (tmp_path / "in" / "a" / f"{number}.txt").write_text(f" picture\n{number} ", encoding="utf-8")
+    summary = build_dataset(config, tmp_path / "out", workspace)
+    assert summary.remarks == {"no caption": 20} and summary.skipped == ()
+    for batch in read_batches(tmp_path / "out" / "train", 7):
+        for key, caption in zip(batch.keys, batch.captions, strict=True):
+            number = int(key.split("/")[1].split("%")[0])
+            assert caption == ("" if number % 2 else f"picture {number}")

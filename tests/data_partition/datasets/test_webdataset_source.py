@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_partition.config import DataConfig
 from data_partition.datasets.source import Unreadable
 from data_partition.datasets.webdataset_source import read_urls
-from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UrlRefused
+from data_partition.errors import ShardError, SourceMissing, UrlRefused
 from data_partition.shards.images import encode_png
 from data_partition.shards.shards import Sample
 from tests.data_partition.shards.test_tar import make_tar
@@ -36,6 +37,9 @@ def write(path: Path, files: dict[str, bytes]) -> None:
     ("extra", "label", "caption"),
     [
         ({}, -1, ""),
+        ({"x.cls": b" -1\n"}, -1, ""),
+        ({"x.json": b'{"label": null, "caption": null}'}, -1, ""),
+        ({"x.json": b'{"text": "a hat"}'}, -1, "a hat"),
         ({"x.cls": b"2"}, 2, ""),
         ({"x.json": b'{"label": 5, "caption": "a cat"}'}, 5, "a cat"),
         ({"x.json": b'{"cls": "7"}'}, 7, ""),
@@ -55,7 +59,11 @@ def test_class_and_caption_are_parsed(tmp_path: Path, extra: dict[str, bytes], l
     [
         {"x.png": b"no"},
         {"x.cls": b"1"},
-        {"x.png": PNG, "x.cls": b"cat"},
+        {"x.png": PNG, "x.cls": b"\x1b[31m"},
+        {"x.png": PNG, "x.cls": b"c" * 201},
+        {"x.png": PNG, "x.json": b'{"label": true}'},
+        {"x.png": PNG, "x.json": b'{"label": [1]}'},
+        {"x.png": PNG, "x.json": b'{"caption": 3}'},
         {"x.png": PNG, "x.cls": b"-2"},
         {"x.png": PNG, "x.json": b"[1]"},
         {"x.png": PNG, "x.json": b"{"},
@@ -89,8 +97,48 @@ def test_missing_refused_and_corrupt_tars_raise(tmp_path: Path):
         list(read_urls(None))
     with pytest.raises(UrlRefused):
         list(read_urls("{a,pipe:ls}.tar"))
-    with pytest.raises(SourceUnreachable, match="none.tar cannot be opened"):
+    with pytest.raises(SourceMissing, match="none.tar does not exist; correct data.path"):
         list(read_urls(str(tmp_path / "none.tar")))
+    with pytest.raises(SourceMissing, match="is a folder; give the tars in it"):
+        list(read_urls(str(tmp_path)))
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
     with pytest.raises(ShardError, match="a.tar cannot be read"):
         list(read_urls(str(tmp_path / "a.tar")))
+
+
+def test_annotations_that_nobody_asked_for_are_not_parsed(tmp_path: Path):
+    write(tmp_path / "a.tar", {"x.png": PNG, "x.cls": b"\xff", "x.json": b"{", "x.txt": b"\x1b"})
+    (sample,) = read_urls(str(tmp_path / "a.tar"), DataConfig(labels=False))
+    assert isinstance(sample, Sample)
+    assert (sample.label, sample.class_name, sample.caption) == (-1, "", "")
+
+
+@pytest.mark.parametrize("place", ["cls", "json"])
+def test_words_are_classes(tmp_path: Path, place: str):
+    data = b" tiger cat\n" if place == "cls" else b'{"label": "tiger cat"}'
+    write(tmp_path / "a.tar", {"x.png": PNG, f"x.{place}": data})
+    (sample,) = read_urls(str(tmp_path / "a.tar"))
+    assert isinstance(sample, Sample)
+    assert (sample.label, sample.class_name) == (-1, "tiger cat")
+
+
+def test_second_image_and_stray_files_are_said(tmp_path: Path):
+    write(tmp_path / "a.tar", {"LICENSE": b"", "._x.png": b"", "x.JPG": PNG, "x.png": PNG, "y.heic": PNG})
+    stray, sample, other = read_urls(str(tmp_path / "a.tar"))
+    assert isinstance(stray, Unreadable) and not stray.is_image and stray.name == "a.tar: LICENSE"
+    assert isinstance(sample, Sample) and sample.remarks == ("several images in one sample, .png is used",)
+    assert isinstance(other, Unreadable) and other.reason == "no image among ['heic']"
+
+
+def test_braces_without_their_other_half(tmp_path: Path):
+    write(tmp_path / "a{b.tar", {"x.png": PNG})
+    (sample,) = read_urls(str(tmp_path / "a{b.tar"))
+    assert isinstance(sample, Sample)
+    with pytest.raises(SourceMissing, match="braces without their other half.*or the exact name"):
+        list(read_urls(str(tmp_path / "c{b.tar")))
+
+
+def test_tar_that_is_listed_twice_raises(tmp_path: Path):
+    write(tmp_path / "a.tar", {"x.png": PNG})
+    with pytest.raises(ShardError, match="a.tar twice"):
+        list(read_urls(f"{tmp_path}/{{a,a}}.tar"))

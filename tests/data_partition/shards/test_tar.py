@@ -1,9 +1,12 @@
 import io
+import itertools
 import os
 import tarfile
 from collections.abc import Mapping
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_partition.errors import ShardError
 from data_partition.shards import tar as tar_module
@@ -44,6 +47,49 @@ def test_large_member_raises_before_it_is_read(monkeypatch: pytest.MonkeyPatch):
     assert len(list(read_tar(make_tar({"x.png": b"0" * 10}), "t"))) == 1
     with pytest.raises(ShardError, match="claims 523 bytes, at most 522"):
         list(read_tar(make_tar({"x.png": b"0" * 11}), "t"))
+
+
+def make_tar_of(*names: str) -> io.BytesIO:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.mark.parametrize(
+    ("names", "first", "second"),
+    [
+        (["x.png", "y.png", "x.cls"], "x.png", "x.cls"),
+        (["a/x.png", "a/y.png", "a/x.png"], "a/x.png", "a/x.png"),
+        (["./x.png", "y.png", "x.png"], "x.png", "x.png"),
+        (["caf\udce9.png", "y.png", "caf\\udce9.png"], "caf.*udce9.png", "caf.*udce9.png"),
+    ],
+)
+def test_key_in_two_places_raises(names: list[str], first: str, second: str):
+    with pytest.raises(ShardError, match=f"is in two places, at '{first}' and at '{second}' after other samples"):
+        list(read_tar(make_tar_of(*names), "t"))
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["png", "cls", "txt"])), max_size=8))
+def test_every_member_is_in_its_sample_or_the_tar_is_refused(members: list[tuple[str, str]]):
+    try:
+        samples = list(read_tar(make_tar_of(*(f"{key}.{extension}" for key, extension in members)), "t"))
+    except ShardError as error:
+        runs = [key for key, _ in itertools.groupby(key for key, _ in members)]
+        assert len(set(members)) < len(members) or len(set(runs)) < len(runs), error
+        return
+    assert [(sample.key, extension) for sample in samples for extension in sample.files] == members
+
+
+def test_files_of_no_sample_are_yielded_without_content():
+    samples = list(read_tar(make_tar_of("README", "a/x.png", "a/.hidden.png", "a/x.cls"), "t"))
+    assert [(sample.key, sorted(sample.files)) for sample in samples] == [
+        ("README", []),
+        ("a/.hidden.png", []),
+        ("a/x", ["cls", "png"]),
+    ]
 
 
 def test_duplicate_member_name_raises():

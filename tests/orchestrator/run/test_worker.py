@@ -1,5 +1,6 @@
 """Attempts of stages: their outcomes are data, and their inputs are verified."""
 
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 from ddm_core.artifacts import list_files, read_json
 from orchestrator.run.backend import Job
 from orchestrator.run.worker import execute, execute_rank
+from tests.data_partition.datasets.test_image_folder import write
 
 
 def job(folder, kind="dataset", config=None, inputs=None) -> Job:
@@ -45,10 +47,24 @@ def test_execute_failed_logs_traceback(tmp_path):
     assert "Traceback" in (tmp_path / "work" / "attempt_1" / "log.txt").read_text()
 
 
-def test_execute_unreachable_source_is_transient(tmp_path):
-    config = {"source": "webdataset", "path": str(tmp_path / "none.tar")}
+def test_execute_unreachable_source_is_transient_and_a_missing_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_partition.datasets.webdataset_source.RETRY_AFTER_S", ())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        for place, transient in ((f"http://127.0.0.1:{unused.getsockname()[1]}", True), (str(tmp_path), False)):
+            outcome = execute(job(tmp_path, config={"source": "webdataset", "path": f"{place}/none.tar"}))
+            assert outcome.state == "failed" and outcome.transient == transient and "none.tar" in outcome.error
+
+
+def test_execute_hands_over_what_the_user_should_know(tmp_path):
+    for number in range(20):
+        write(tmp_path / "in" / "ab"[number % 2] / f"{number}.png", number)
+    (tmp_path / "in" / "a" / "x.heic").touch()
+    config = {"source": "image_folder", "path": str(tmp_path / "in"), "image_size": 4, "holdout": 0.3}
     outcome = execute(job(tmp_path, config=config))
-    assert outcome.state == "failed" and outcome.transient and "none.tar" in outcome.error
+    assert outcome.notices == ("1 skipped: .heic is not read; convert it to PNG or JPEG (a/x.heic)",)
+    assert outcome.notices[0] in (tmp_path / "work" / "attempt_1" / "log.txt").read_text()
 
 
 def test_execute_with_stop_file_is_preempted(tmp_path):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from data_partition.errors import UrlRefused
-from data_partition.shards.untrusted import check_url, open_url
+from data_partition.shards.urls import check_url, open_url
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""Captions beside images: `x.txt` or `x.caption`, or a table `metadata.jsonl|csv|parquet` as Hugging Face has it."""
+
+import csv
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from data_partition.errors import InvalidCaptions, MissingExtra
+from data_partition.shards.untrusted import is_printable
+
+SIDECARS = (".txt", ".caption")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+FILE_NAME = "file_name"
+KEYS = ("caption", "text")
+"""Fields that are looked for when no `data.caption_key` is given."""
+
+MAX_ANNOTATION_BYTES = 2**20
+"""A class, a caption or a `.json` in a larger file is an error."""
+
+MAX_CAPTION = 10_000
+"""A caption of more characters is an error."""
+
+
+def find_caption(path: Path, root: Path, key: str | None) -> str:
+    """Return the caption of an image file below `root`, empty if it has none.
+
+    Raises `ValueError` if the caption cannot be used, and `InvalidCaptions` for a table that cannot be read.
+    """
+    for sidecar in map(path.with_suffix, SIDECARS):
+        if sidecar.is_file():
+            if sidecar.stat().st_size > MAX_ANNOTATION_BYTES:
+                raise ValueError(f"its {sidecar.suffix} has more than {MAX_ANNOTATION_BYTES} bytes")
+            return normalize_caption(sidecar.read_text(encoding="utf-8"))
+    for folder in path.parents:
+        caption = read_table(folder, key).get(path.relative_to(folder).as_posix())
+        if caption is not None:
+            return normalize_caption(caption)
+        if folder == root:
+            break
+    return ""
+
+
+def normalize_caption(text: str) -> str:
+    """Put the caption on one line; raises `ValueError` if it is too long or has characters that are not text."""
+    caption = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
+    if not is_printable(caption):
+        raise ValueError(f"its caption {caption[:50]!r} has control characters or halves of characters")
+    if len(caption) > MAX_CAPTION:
+        raise ValueError(f"its caption has {len(caption)} characters, at most {MAX_CAPTION} are read")
+    return caption
+
+
+def pick_caption(fields: Mapping[str, object], key: str | None) -> str:
+    """Return the caption among the fields of a sample, empty if it has none; raises `ValueError` if it is no text."""
+    name = next((name for name in ([key] if key else KEYS) if fields.get(name) is not None), None)
+    if name is None:
+        return ""
+    if not isinstance(caption := fields[name], str):
+        raise ValueError(f"its caption {name!r} is a {type(caption).__name__}, not a text")
+    return caption
+
+
+@functools.lru_cache(maxsize=64)
+def read_table(folder: Path, key: str | None) -> dict[str, str]:
+    """Return the captions of a folder's table by file name, empty without one; raises `InvalidCaptions`."""
+    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if table is None:
+        return {}
+    captions: dict[str, str] = {}
+    try:
+        for number, row in enumerate(_read_rows(table), start=1):
+            name = row.get(FILE_NAME)
+            if not isinstance(name, str) or not any(column in row for column in ([key] if key else KEYS)):
+                raise ValueError(
+                    f"row {number} has the columns {', '.join(map(str, row))}, but needs {FILE_NAME} and "
+                    f"{key or ' or '.join(KEYS)} (data.caption_key names another)"
+                )
+            captions[name] = pick_caption(row, key)
+    except (ValueError, OSError, RecursionError, csv.Error) as error:
+        raise InvalidCaptions(f"{table} cannot be used: {error}; correct it, or set data.captions=false") from error
+    return captions
+
+
+def _read_rows(table: Path) -> Iterator[Mapping[str, object]]:
+    if table.suffix == ".parquet":
+        yield from _read_parquet(table)
+        return
+    with table.open(encoding="utf-8", newline="") as file:
+        yield from _read_json_lines(file) if table.suffix == ".jsonl" else csv.DictReader(file)
+
+
+def _read_json_lines(lines: Iterable[str]) -> Iterator[Mapping[str, object]]:
+    for line in lines:
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"{line[:50]!r} is not an object")  # noqa: TRY004 - a fault of the file, not of a type
+            yield row
+
+
+def _read_parquet(table: Path) -> Iterator[Mapping[str, object]]:
+    try:
+        from pyarrow import parquet  # noqa: PLC0415 - a large library that only this format needs
+    except ImportError as error:
+        raise MissingExtra(f"{table} needs pyarrow; pip install pyarrow, or write metadata.jsonl") from error
+    for batch in parquet.ParquetFile(table).iter_batches():
+        yield from batch.to_pylist()
