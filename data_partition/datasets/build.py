@@ -67,7 +67,8 @@ class _Build:
         """Write one sample at the configured size; raises `MissingLabels`, `MixedLabels`, `MixedSizes`, `Preempted`."""
         label = self.classes.number(sample) if self.config.labels else -1
         image = fit_image(sample.image, self.config, sample.name or sample.key)
-        writer.add(replace(sample, label=label, image=image))
+        source = sample.source if image is sample.image else None
+        writer.add(replace(sample, label=label, image=image, source=source))
         if writer is self.train:
             self.classes.counts[label] = self.classes.counts.get(label, 0) + 1
         self.num_captions += bool(sample.caption)

@@ -84,13 +84,22 @@ def read_sample(path: Path, root: Path, label: int, config: DataConfig | None) -
     """Read one image and, if they are configured, its caption."""
     key, name = make_key(path.relative_to(root)), display_name(path, root)
     try:
-        decoded = decode_with_remarks(read_image(path))
+        data = read_image(path)
+        decoded = decode_with_remarks(data)
         caption = find_caption(path, root, config.caption_key) if config is not None and config.captions else ""
     except (UnreadableImage, ValueError) as error:
         return Unreadable(key=key, reason=str(error), name=name)
     except UNREADABLE_FILES as error:
         return Unreadable(key=key, reason=f"it cannot be opened ({error.strerror})", name=name)
-    return Sample(key=key, image=decoded.pixels, label=label, caption=caption, name=name, remarks=decoded.remarks)
+    return Sample(
+        key=key,
+        image=decoded.pixels,
+        label=label,
+        caption=caption,
+        name=name,
+        remarks=decoded.remarks,
+        source=(decoded.extension, data) if decoded.extension else None,
+    )
 
 
 def read_image(path: Path) -> bytes:

@@ -108,6 +108,7 @@ def parse_sample(encoded: Encoded, number: int, url: str, config: DataConfig) ->
         caption=caption,
         name=name,
         remarks=(*several, *decoded.remarks),
+        source=(decoded.extension, encoded.files[images[0]]) if decoded.extension else None,
     )
 
 

@@ -29,6 +29,12 @@ FORMATS = {
 
 SUFFIXES = tuple(suffix for kind in FORMATS.values() for suffix in kind)
 
+STORED = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "avif": "AVIF"}
+"""Extensions of images in shards, with Pillow's names."""
+
+METADATA = ("exif", "xmp", "icc_profile", "photoshop", "comment", "XML:com.adobe.xmp")
+"""A file with one of these is never stored itself: they turn or recolour it, or tell where and by whom it was made."""
+
 MAX_PIXELS = 64_000_000
 """An image with more pixels in its header is a decompression bomb or an error."""
 
@@ -53,6 +59,8 @@ class Decoded:
 
     pixels: Pixels
     remarks: tuple[str, ...]
+    extension: str = ""
+    """The extension under which shards may store the file itself; empty: they store its pixels."""
 
 
 def decode_image(data: bytes) -> Pixels:
@@ -83,7 +91,10 @@ def _decode(image: Image.Image) -> Decoded:
     frames = ["several frames, the first is used"] if getattr(image, "is_animated", False) else []
     method = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     upright = converted if method is None else converted.transpose(method)
-    return Decoded(to_pixels(upright), (*frames, *remarks))
+    remarks = [*frames, *remarks]
+    is_plain = not remarks and method is None and not any(name in image.info for name in METADATA)
+    extension = next((name for name, kind in STORED.items() if kind == image.format and is_plain), "")
+    return Decoded(to_pixels(upright), tuple(remarks), extension)
 
 
 def to_pixels(image: Image.Image) -> Pixels:

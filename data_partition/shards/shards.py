@@ -1,6 +1,7 @@
-"""Samples in shards: a folder of tars of PNG images, and an `index.json` with their contents and checksums.
+"""Samples in shards: a folder of tars of images, and an `index.json` with their contents and checksums.
 
-    folder/shard-00000.tar     <key>.png, <key>.cls if it has a class, <key>.txt if it has a caption
+    folder/shard-00000.tar     <key>.png (or .jpg, .webp, .avif, the source's own file), with <key>.cls if it has a
+                               class and <key>.txt if it has a caption
     folder/index.json          sample count, image shape, class names, tars and their checksums
 
 The same samples always give the same bytes. A tar is verified against its checksum each time it is opened, and the
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from data_partition.errors import ShardError, UnreadableImage
-from data_partition.shards.images import decode_image, encode_png
+from data_partition.shards.images import STORED, decode_image, encode_png
 from data_partition.shards.tar import Encoded, TarWriter, read_tar
 from ddm_core.artifacts import (
     CorruptArtifact,
@@ -46,6 +47,8 @@ class Sample:
     """Its path as a person knows it; empty: the key. Never stored."""
     remarks: tuple[str, ...] = ()
     """What was converted or left out while it was read; never stored."""
+    source: tuple[str, bytes] | None = None
+    """Extension and content of the file that `image` was decoded from, if shards may store it as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +159,7 @@ def shard_name(number: int) -> str:
 
 def encode_sample(sample: Sample) -> Encoded:
     """Encode a sample as the files of a tar."""
-    files = {"png": encode_png(sample.image)}
+    files = {"png": encode_png(sample.image)} if sample.source is None else dict([sample.source])
     if sample.label >= 0:
         files["cls"] = str(sample.label).encode()
     if sample.caption:
@@ -167,10 +170,10 @@ def encode_sample(sample: Sample) -> Encoded:
 def decode_sample(encoded: Encoded, shard: str) -> Sample:
     """Decode a sample that `encode_sample` encoded; raises `ShardError` for other files."""
     try:
-        image = decode_image(encoded.files["png"])
+        image = decode_image(next(encoded.files[name] for name in STORED if name in encoded.files))
         label = decode_label(encoded)
         caption = encoded.files.get("txt", b"").decode()
-    except (KeyError, ValueError, UnreadableImage) as error:
+    except (StopIteration, ValueError, UnreadableImage) as error:
         raise ShardError(
             f"shard {shard}: sample {encoded.key!r} is corrupt ({error}); make the shards again"
         ) from error

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -20,11 +22,12 @@ from data_partition.errors import (
     OneClass,
     TooManyUnreadable,
 )
-from data_partition.shards.shards import read_batches, read_index, read_samples
+from data_partition.shards.images import decode_image
+from data_partition.shards.shards import read_batches, read_encoded, read_index, read_samples
 from ddm_core.artifacts import Preempted, Workspace
 from tests.data_partition.conftest import read_files
 from tests.data_partition.datasets.test_image_folder import write
-from tests.data_partition.shards.test_color import encode
+from tests.data_partition.shards.test_color import P3, encode
 from tests.data_partition.shards.test_tar import make_tar
 
 
@@ -204,3 +207,37 @@ def test_captions_are_stored_and_missing_ones_counted(tmp_path: Path, workspace:
         for key, caption in zip(batch.keys, batch.captions, strict=True):
             number = int(key.split("/")[1].split("%")[0])
             assert caption == ("" if number % 2 else f"picture {number}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "kept"),
+    [
+        ("JPEG", {}, True),
+        ("WEBP", {}, True),
+        ("AVIF", {}, True),
+        ("PNG", {"compress_level": 0}, True),
+        ("JPEG", {"comment": b"made by"}, False),
+        ("JPEG", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}, False),
+        ("PNG", {"icc_profile": P3}, False),
+        ("GIF", {}, False),
+        ("BMP", {}, False),
+    ],
+)
+def test_file_of_an_image_that_need_not_change_is_kept(
+    tmp_path: Path, workspace: Workspace, kind: str, options: dict[str, Any], kept: bool
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    for number, image in enumerate(pixels):
+        (tmp_path / "in" / f"{number}.{kind.lower()}").write_bytes(encode(image, kind, **options))
+    config = DataConfig(
+        source="image_folder", path=str(tmp_path / "in"), labels=False, image_size=8, channels=3, holdout=0.3
+    )
+    for size, is_same in ((8, kept), (4, False)):
+        build_dataset(dataclasses.replace(config, image_size=size, fit="crop"), tmp_path / f"out{size}", workspace)
+        shards = tmp_path / f"out{size}" / "train"
+        for stored, sample in zip(read_encoded(shards), read_samples(shards), strict=True):
+            path = tmp_path / "in" / unquote(stored.key)
+            assert (path.read_bytes() in stored.files.values()) == is_same
+            if size == 8:
+                np.testing.assert_array_equal(sample.image, decode_image(path.read_bytes()))

@@ -1,0 +1,103 @@
+"""Captions beside images, in files of their own or in a table as Hugging Face's image folders have it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_partition.config import DataConfig
+from data_partition.datasets.captions import MAX_CAPTION, find_caption, normalize_caption, read_table
+from data_partition.datasets.image_folder import read_image_tree
+from data_partition.datasets.source import Unreadable
+from data_partition.errors import InvalidCaptions
+from data_partition.shards.shards import Sample
+from tests.data_partition.datasets.test_image_folder import write
+
+CAPTIONED = DataConfig(source="image_folder", path="/", labels=False, captions=True)
+
+
+@pytest.fixture(autouse=True)
+def _forget_tables():
+    read_table.cache_clear()
+
+
+def write_table(folder: Path, kind: str, rows: list[dict[str, str | None]]) -> None:
+    path = folder / f"metadata.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8")
+    elif kind == "csv":
+        lines = [",".join(rows[0]), *(",".join(f'"{value or ""}"' for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    else:
+        pytest.importorskip("pyarrow")
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_table_gives_captions_by_file_name(tmp_path: Path, kind: str, column: str):
+    for name in ("a/x.png", "a/y.png", "b/z.png"):
+        write(tmp_path / name)
+    rows = [{"file_name": "a/x.png", column: "one, two"}, {"file_name": "b/z.png", column: "猫"}]
+    write_table(tmp_path, kind, rows)
+    samples = list(read_image_tree(tmp_path, (), CAPTIONED))
+    assert [(sample.name, sample.caption) for sample in samples if isinstance(sample, Sample)] == [
+        ("a/x.png", "one, two"),
+        ("a/y.png", ""),
+        ("b/z.png", "猫"),
+    ]
+    assert len(samples) == 3
+
+
+def test_file_beside_the_image_comes_before_tables_and_the_nearest_table_first(tmp_path: Path):
+    for name in ("a/x.png", "a/y.png", "a/z.png"):
+        write(tmp_path / name)
+    write_table(tmp_path, "jsonl", [{"file_name": f"a/{name}.png", "text": "far"} for name in "xyz"])
+    write_table(tmp_path / "a", "jsonl", [{"file_name": f"{name}.png", "text": "near"} for name in "xy"])
+    (tmp_path / "a" / "x.caption").write_text("beside")
+    found = [find_caption(tmp_path / "a" / f"{name}.png", tmp_path, None) for name in "xyz"]
+    assert found == ["beside", "near", "far"]
+
+
+def test_key_of_the_caption_is_configured(tmp_path: Path):
+    write_table(tmp_path, "jsonl", [{"file_name": "x.png", "text": "long", "short": "brief"}])
+    assert find_caption(tmp_path / "x.png", tmp_path, "short") == "brief"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.jsonl", b"{\n", "metadata.jsonl cannot be used: "),
+        ("metadata.jsonl", b"[1]\n", "is not an object"),
+        ("metadata.jsonl", b'{"file": "x.png", "text": "a"}\n', "has the columns file, text, but needs file_name"),
+        ("metadata.jsonl", b'{"file_name": "x.png", "title": "a"}\n', "but needs file_name and caption or text"),
+        ("metadata.jsonl", b'{"file_name": "x.png", "text": 3}\n', "its caption 'text' is a int"),
+        ("metadata.jsonl", b"\xff\n", "cannot be used"),
+        ("metadata.csv", b"file_name,label\nx.png,3\n", "has the columns file_name, label"),
+        ("metadata.parquet", b"not parquet", "metadata.parquet cannot be used"),
+    ],
+)
+def test_table_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes, message: str):
+    write(tmp_path / "x.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidCaptions, match=message):
+        list(read_image_tree(tmp_path, (), CAPTIONED))
+
+
+@pytest.mark.parametrize("content", [b"\x1b[2J", b"\xff\xfe", b"a" * (MAX_CAPTION + 1), b"a" * (2**20 + 1)])
+def test_image_with_a_bad_caption_is_unreadable_and_named(tmp_path: Path, content: bytes):
+    write(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_bytes(content)
+    (sample,) = read_image_tree(tmp_path, (), CAPTIONED)
+    assert isinstance(sample, Unreadable) and sample.name == "x.png" and sample.is_image
+    (sample, note) = read_image_tree(tmp_path, ())
+    assert isinstance(sample, Sample) and isinstance(note, Unreadable) and not note.is_image
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=80))
+def test_normalized_caption_is_stable(text: str):
+    assert normalize_caption(normalize_caption(text)) == normalize_caption(text)
