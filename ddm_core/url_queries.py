@@ -15,10 +15,13 @@ from ddm_core.artifacts import create_file
 USER_FOLDER = "DDM_HOME"
 """Environment variable with the folder of this user's own files; the default is `~/.ddm`."""
 
-QUERY = re.compile(r"\?(?!hidden=[0-9a-f]{16}\b)[^\s'\"<>)]+")
-QUERY_IN_BRACES = re.compile(r"\?(?!hidden=[0-9a-f]{16}\b)[^\s,}]+")
-HIDDEN = re.compile(r"\?hidden=([0-9a-f]{16})\b")
-USER = re.compile(r"(?<=://)[^/\s@]+@")
+HASH = "[0-9a-f]{16}"
+ADDRESS = rf"(?P<origin>[a-zA-Z0-9+.-]+://[^/\s?]*)(?P<path>(?:(?!://)[^\s?])*)\?(?!hidden={HASH}\b)"
+QUERY = re.compile(ADDRESS + r"(?P<query>\S+)")
+QUERY_IN_BRACES = re.compile(ADDRESS + r"(?P<query>[^\s,}]+)")
+HIDDEN = re.compile(rf"(?P<origin>[a-zA-Z0-9+.-]+://[^/\s?]*)(?P<path>[^\s?]*)\?hidden=(?P<name>{HASH})\b")
+SECRET = re.compile(r"(?<=://)[^/\s@]+@|(?<=\?)[^\s'\"<>)]+")
+"""A user with a password, or a query; messages of other libraries have queries of URLs without their host."""
 
 
 def user_folder() -> Path:
@@ -27,34 +30,40 @@ def user_folder() -> Path:
 
 
 def hide_queries(urls: str) -> str:
-    """Replace the query of every URL by its hash, and store it for `reveal_query`; raises `OSError`."""
+    """Replace the query of every URL by a hash, and store it for `reveal_query`; raises `OSError`."""
     return (QUERY_IN_BRACES if "{" in urls else QUERY).sub(_store, urls)
 
 
 def reveal_query(url: str) -> str:
-    """Return a URL with its own query; raises `KeyError` if this user has not stored it on this machine."""
+    """Return a URL with its own query; raises `KeyError` if this user has stored none for its host on this machine."""
     if (hidden := HIDDEN.search(url)) is None:
         return url
-    path = _query_file(hidden[1])
-    if not path.is_file():
+    path = _query_file(hidden["name"])
+    query = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if hidden["name"] != _hash(hidden["origin"], query):
         raise KeyError(str(path))
-    return url[: hidden.start()] + path.read_text(encoding="utf-8") + url[hidden.end() :]
+    return f"{hidden['origin']}{hidden['path']}?{query}{url[hidden.end() :]}"
 
 
 def without_secrets(text: str) -> str:
     """Return a text for a person: the queries and passwords of its URLs are dots."""
-    return USER.sub("…@", QUERY.sub("?…", HIDDEN.sub("?…", text)))
+    return SECRET.sub(lambda secret: "…@" if secret[0].endswith("@") else "…", text)
 
 
-def _store(query: re.Match[str]) -> str:
-    name = hashlib.sha256(query[0].encode()).hexdigest()[:16]
+def _store(match: re.Match[str]) -> str:
+    query, name = match["query"], _hash(match["origin"], match["query"])
     path = _query_file(name)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.is_file() and path.read_text(encoding="utf-8") != query[0]:
+    if path.is_file() and path.read_text(encoding="utf-8") != query:
         path.unlink()  # a process was killed while it wrote the file
     with contextlib.suppress(FileExistsError):
-        create_file(path, query[0].encode(), mode=0o600)
-    return f"?hidden={name}"
+        create_file(path, query.encode(), mode=0o600)
+    return f"{match['origin']}{match['path']}?hidden={name}"
+
+
+def _hash(origin: str, query: str) -> str:
+    """Return a hash of host and query, so that no other host is ever sent the query."""
+    return hashlib.sha256(f"{origin.lower()}\n{query}".encode()).hexdigest()[:16]
 
 
 def _query_file(name: str) -> Path:
