@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
 from data_partition.datasets.survey import survey_source
-from data_partition.errors import NoSamples, ShardError, SourceMissing
+from data_partition.errors import NoSamples, OneClass, ShardError, SourceMissing
 from ddm_core.artifacts import Workspace
 from tests.data_partition.datasets.test_build import write_tree
 from tests.data_partition.shards.test_tar import make_tar
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(count=st.integers(8, 50), holdout=st.floats(0.3, 0.6), limit=st.none() | st.integers(1, 30))
 def test_survey_image_folder_equals_build(tmp_path_factory, count: int, holdout: float, limit: int | None):
     folder = tmp_path_factory.mktemp("survey")
@@ -24,6 +24,10 @@ def test_survey_image_folder_equals_build(tmp_path_factory, count: int, holdout:
     config = DataConfig(source="image_folder", path=tree.path, image_size=4, holdout=holdout, limit=limit)
     survey = survey_source(config)
     if survey is None or not survey.train or not survey.held_out:
+        return
+    if sum(count > 0 for count in survey.class_counts.values()) == 1:
+        with pytest.raises(OneClass):
+            build_dataset(config, folder / "out", Workspace.at(folder / "scratch"))
         return
     built = build_dataset(config, folder / "out", Workspace.at(folder / "scratch"))
     assert (survey.train, survey.held_out) == (built.count, built.holdout_count)

@@ -58,7 +58,7 @@ def test_advice_passes(tmp_path_factory, counts, experts, expert, components, ho
 @pytest.mark.parametrize(
     ("counts", "overrides", "message"),
     [
-        ({"a": 200, "b": 0}, (), "without a training image: b"),
+        ({"a": 200, "b": 0}, (), "all images have one class, a"),
         ({"a": 300, "b": 300}, ("data.limit=100", "expert.training.batch_size=80"), "data.limit=100 ends before"),
         ({"a": 300}, (), "all images have one class, a"),
         ({"a": 300, ".": 3}, (), "3 of 303 have none"),
