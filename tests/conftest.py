@@ -5,7 +5,10 @@ import tempfile
 from importlib import import_module
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("untimed", deadline=None)  # no test depends on the speed of the machine
+settings.load_profile("untimed")
 os.environ["DDM_HOME"] = tempfile.mkdtemp(prefix="ddm-tests-")  # the key that signs run folders
 
 HEAVY = (

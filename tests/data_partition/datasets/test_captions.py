@@ -98,6 +98,12 @@ def test_image_with_a_bad_caption_is_unreadable_and_named(tmp_path: Path, conten
     assert isinstance(sample, Sample) and isinstance(note, Unreadable) and not note.is_image
 
 
+def test_name_that_leaves_no_room_for_a_caption_has_none(tmp_path: Path):
+    write(tmp_path / f"{'x' * 251}.png")
+    (sample,) = read_image_tree(tmp_path, (), CAPTIONED)
+    assert isinstance(sample, Sample) and sample.caption == ""
+
+
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=80))
 def test_normalized_caption_is_stable(text: str):
     assert normalize_caption(normalize_caption(text)) == normalize_caption(text)

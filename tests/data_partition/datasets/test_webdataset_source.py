@@ -138,6 +138,13 @@ def test_braces_without_their_other_half(tmp_path: Path):
         list(read_urls(str(tmp_path / "c{b.tar")))
 
 
+def test_list_that_is_longer_than_a_path_is_expanded(tmp_path: Path):
+    for number in range(90):
+        write(tmp_path / f"{number:03d}.tar", {"x.png": PNG})
+    names = ",".join(f"{number:03d}" for number in range(90))
+    assert len(list(read_urls(f"{tmp_path}/{{{names}}}.tar"))) == 90
+
+
 def test_tar_that_is_listed_twice_raises(tmp_path: Path):
     write(tmp_path / "a.tar", {"x.png": PNG})
     with pytest.raises(ShardError, match="a.tar twice"):
