@@ -53,7 +53,7 @@ def test_table_gives_captions_by_file_name(tmp_path: Path, kind: str, column: st
     assert len(samples) == 3
 
 
-def test_file_beside_the_image_comes_before_tables_and_the_nearest_table_first(tmp_path: Path):
+def test_nearest_caption_is_used(tmp_path: Path):
     for name in ("a/x.png", "a/y.png", "a/z.png"):
         write(tmp_path / name)
     write_table(tmp_path, "jsonl", [{"file_name": f"a/{name}.png", "text": "far"} for name in "xyz"])

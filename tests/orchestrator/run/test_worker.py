@@ -47,7 +47,7 @@ def test_execute_failed_logs_traceback(tmp_path):
     assert "Traceback" in (tmp_path / "work" / "attempt_1" / "log.txt").read_text()
 
 
-def test_execute_unreachable_source_is_transient_and_a_missing_one_is_not(tmp_path, monkeypatch):
+def test_execute_unreachable_source_is_transient_missing_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr("data_partition.datasets.webdataset_source.RETRY_AFTER_S", ())
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.socket() as unused:
