@@ -104,7 +104,7 @@ def calibration_fingerprint(graph: Sequence[Stage], compute: ComputeConfig) -> s
 def find_calibration(run: RunFolder, graph: Sequence[Stage], compute: ComputeConfig) -> tuple[Calibration | None, str]:
     """Return the run's calibration and a description of it, or None and how to get one."""
     if not run.calibration.is_file():
-        return None, "Times and prices need a calibration: repeat the command with --calibrate (under a minute)."
+        return None, "Times, prices and other FLOPs need a calibration: add --calibrate (under a minute)."
     calibration = read_record(Calibration, run.calibration)
     if calibration.fingerprint != calibration_fingerprint(graph, compute):
         return None, f"{run.calibration} is of another configuration: repeat the command with --calibrate."

@@ -33,20 +33,23 @@ MAX_SHOWN = 3
 """Names that a message lists."""
 
 
-def check_run(config: RunConfig, run: RunFolder) -> None:
-    """Raise `ConfigError` with every reason why a run cannot succeed, and the overrides with which it would.
+def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
+    """Return the counts of the source, None if they are not known before the run.
+
+    Raises `ConfigError` with every reason why a run cannot succeed, and the overrides with which it would.
 
     A finished data set is taken from the run, so its source may be gone; a finished ensemble is not checked again.
     """
     check_folder(run.root)
     mistakes = list(check_machine(config))
-    mend = ""
+    mend, survey = "", None
     stages = {stage.name: stage for stage in build_graph(config)}
     if not run.is_finished(stages["ensemble"]):
         try:
             dataset = stages["dataset"]
             survey = _read_survey(run.verify_file(dataset, "dataset.json")) if run.is_finished(dataset) else None
-            check = DataCheck(config, survey or survey_source(config.data))
+            survey = survey or survey_source(config.data)
+            check = DataCheck(config, survey)
         except DataError as error:
             mistakes.append(str(error))
         else:
@@ -57,6 +60,7 @@ def check_run(config: RunConfig, run: RunFolder) -> None:
     if mistakes:
         title = f"this run cannot succeed, for {len(mistakes)} reason{'s' * (len(mistakes) > 1)}; nothing has started:"
         raise ConfigError("\n  ".join([title, *mistakes]) + mend)
+    return survey
 
 
 def check_folder(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""`plan`: what a run would do, where, how long it would take and what it would cost; runs nothing, imports no torch.
+"""`plan`: what a run would do, where, how long it would take and what it would cost; runs nothing.
 
-A finished stage shows its measured cost. All other figures are estimates: units of work times measured speeds, plus
-expected losses, simulated with the run's own placement on a virtual clock. Transfers take no time.
+A finished stage shows its measured cost. FLOPs and memory of trainings are counted without a calibration. Times are
+estimates: units of work times measured speeds, plus expected losses, simulated with the run's own placement on a
+virtual clock. Transfers take no time.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
 from orchestrator.planning.check import check_run
 from orchestrator.planning.estimate import Estimate, estimate_stage, training_config
+from orchestrator.planning.network_sizes import TrainingSize, measure_trainings
 from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
 from orchestrator.planning.synchronous_baseline import BaselineComparison, compare_with_synchronous
 from orchestrator.planning.transfers import Transfer, estimate_transfers, input_name
@@ -39,6 +41,10 @@ class PlannedStage:
     fingerprint: str
     place: str
     """An island, or `controller`; for a finished stage the host that ran it."""
+    parameters: int | None = None
+    """Of the network that it trains."""
+    memory_bytes: int | None = None
+    """Of a training at its peak: parameters, optimizer, average and activations."""
     flops: float | None = None
     is_upper_bound: bool = False
     """Whether FLOPs and time are those of the worst case."""
@@ -74,15 +80,20 @@ class Plan:
 
 def plan_run(config: RunConfig, run: RunFolder) -> Plan:
     """Compute the plan of a run; raises `ConfigError` if it cannot succeed, or a stage fits nowhere."""
-    check_run(config, run)
+    survey = check_run(config, run)
     graph = build_graph(config)
     finished = {stage.name for stage in graph if run.is_finished(stage)}
+    unfinished = [stage for stage in graph if stage.name not in finished]
+    sizes = measure_trainings(unfinished, config, len(survey.class_counts) if survey else 0)
     calibration, calibration_text = find_calibration(run, graph, config.compute)
     estimator = _Estimator(config, calibration)
     executions = simulate_run(graph, finished, config.compute, estimator.seconds, estimator.start_s())
     by_stage = {execution.stage: execution for execution in executions}
     transfers = estimate_transfers(run, graph, executions, calibration.bytes if calibration else {})
-    stages = tuple(_plan_stage(run, stage, by_stage.get(stage.name), estimator, transfers) for stage in graph)
+    stages = tuple(
+        _plan_stage(run, stage, by_stage.get(stage.name), estimator, transfers, sizes.get(stage.name))
+        for stage in graph
+    )
     unknown = tuple(row.name for row in stages if row.state != "finished" and row.estimate is None)
     durations = {execution.stage: execution.ends_s - execution.starts_s for execution in executions}
     comparison = None
@@ -138,6 +149,7 @@ def _plan_stage(
     execution: PlannedExecution | None,
     estimator: _Estimator,
     transfers: Mapping[str, Transfer],
+    size: TrainingSize | None,
 ) -> PlannedStage:
     resources, calibration = stage.resources, estimator.calibration
     row = PlannedStage(
@@ -156,6 +168,8 @@ def _plan_stage(
         measured = Estimate(seconds=manifest.seconds)
         return replace(row, place=manifest.island or CONTROLLER, flops=manifest.flops, estimate=measured)
     row = replace(row, state="would run", place=execution.place, movement=transfers[stage.name])
+    if size is not None:
+        row = replace(row, parameters=size.parameters, memory_bytes=size.memory_bytes, flops=size.flops)
     if calibration is None:
         return row
     work = calibration.work[stage.name]

@@ -42,10 +42,8 @@ def _build_table(title: str, columns: Sequence[_Column], plan: Plan, rows: Seque
     table = Table(title=title, padding=(0, 1, 0, 0))
     shown = [column for column in columns if column.is_shown(plan)]
     for column in shown:
-        is_text = column.heading in ("stage", "state", "place", "reads")
-        table.add_column(
-            column.heading, justify="left" if is_text else "right", no_wrap=column.heading in ("stage", "state")
-        )
+        is_text = column.heading in ("stage", "state", "place")
+        table.add_column(column.heading, justify="left" if is_text else "right", no_wrap=column.heading != "place")
     for row in rows:
         table.add_row(*(column.cell(row) for column in shown))
     return table
@@ -83,19 +81,28 @@ def _is_calibrated(plan: Plan) -> bool:
     return plan.seconds is not None
 
 
+def _has_sizes(plan: Plan) -> bool:
+    return not _is_calibrated(plan) and any(row.parameters for row in plan.stages)
+
+
 def _has_losses(plan: Plan) -> bool:
     return any(row.estimate and row.estimate.preemption_probability for row in plan.stages)
 
 
 STAGES = (
     _Column("stage", lambda row: row.name),
-    _Column("state", lambda row: "[green]finished[/]" if row.state == "finished" else row.state),
-    _Column("reads", lambda row: ", ".join(row.reads), lambda plan: not _is_calibrated(plan)),
-    _Column("place", lambda row: row.place),
+    _Column(
+        "state",
+        lambda row: "[green]finished[/]" if row.state == "finished" else row.state,
+        lambda plan: any(row.state == "finished" for row in plan.stages),
+    ),
+    _Column("place", lambda row: row.place, lambda plan: len({row.place for row in plan.stages}) > 1),
     _Column("CPUs", lambda row: str(row.cpus * row.workers)),
     _Column("GPUs", lambda row: f"{row.gpus * row.workers:g}", lambda plan: any(row.gpus for row in plan.stages)),
+    _Column("params", lambda row: format_metric(row.parameters) if row.parameters else "", _has_sizes),
+    _Column("memory", lambda row: format_bytes(row.memory_bytes) if row.memory_bytes else "", _has_sizes),
     _Column("FLOPs", _format_flops),
-    _Column("time", _format_time),
+    _Column("time", _format_time, _is_calibrated),
     _Column("from", lambda row: "" if row.starts_s is None else format_duration(row.starts_s), _is_calibrated),
 )
 

@@ -141,7 +141,9 @@ def test_finished_stages_have_exact_cost_and_size(tmp_path):
 def test_plan_without_calibration_has_places_but_no_estimates(tmp_path):
     plan = plan_run(build_config(tmp_path), RunFolder(tmp_path))
     assert plan.seconds is None and plan.comparison is None and plan.price == 0 and "--calibrate" in plan.calibration
-    assert all(row.estimate is None and row.flops is None for row in plan.stages)
+    assert all(row.estimate is None for row in plan.stages)
+    sized = [row for row in plan.stages if row.kind in ("expert", "monolith", "router")]
+    assert all(row.flops and row.parameters and row.memory_bytes for row in sized)
     assert {row.place for row in plan.stages if row.kind == "expert"} == {"spot", "firm"}
 
 
