@@ -230,7 +230,7 @@ def test_configuration_imports_neither_torch_nor_ray():
 @pytest.mark.parametrize(
     ("words", "heavy"),
     [
-        (["plan", "experiment=demo"], ("torch", "ray", "wandb", "diffusers")),
+        (["plan", "experiment=demo"], ("ray", "wandb", "sklearn")),
         (["--help"], ("numpy", "pydantic", "hydra", "omegaconf", "torch")),
     ],
 )

@@ -5,8 +5,9 @@ estimates: units of work times measured speeds, plus expected losses, simulated 
 virtual clock. Transfers take no time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -18,11 +19,13 @@ from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
 from orchestrator.planning.check import check_run
 from orchestrator.planning.estimate import Estimate, estimate_stage, training_config
-from orchestrator.planning.network_sizes import TrainingSize, measure_trainings
 from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
 from orchestrator.planning.synchronous_baseline import BaselineComparison, compare_with_synchronous
 from orchestrator.planning.transfers import Transfer, estimate_transfers, input_name
 from orchestrator.run.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from orchestrator.planning.network_sizes import TrainingSize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,7 @@ def plan_run(config: RunConfig, run: RunFolder) -> Plan:
     graph = build_graph(config)
     finished = {stage.name for stage in graph if run.is_finished(stage)}
     unfinished = [stage for stage in graph if stage.name not in finished]
-    sizes = measure_trainings(unfinished, config, len(survey.class_counts) if survey else 0)
+    sizes = _measure_trainings(unfinished, config, len(survey.class_counts) if survey else 0)
     calibration, calibration_text = find_calibration(run, graph, config.compute)
     estimator = _Estimator(config, calibration)
     executions = simulate_run(graph, finished, config.compute, estimator.seconds, estimator.start_s())
@@ -119,6 +122,15 @@ def plan_to_json(plan: Plan) -> str:
     return TypeAdapter(Plan).dump_json(plan, indent=1).decode()
 
 
+def _measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: int) -> "dict[str, TrainingSize]":
+    """Measure the trainings; the import of torch and diffusers comes after the checks, which answer at once."""
+    if not any(training_config(stage) for stage in graph):
+        return {}
+    from orchestrator.planning.network_sizes import measure_trainings
+
+    return measure_trainings(graph, config, num_classes)
+
+
 class _Estimator:
     """Estimates durations; without a calibration only relative ones, which suffice to choose islands."""
 
@@ -149,7 +161,7 @@ def _plan_stage(
     execution: PlannedExecution | None,
     estimator: _Estimator,
     transfers: Mapping[str, Transfer],
-    size: TrainingSize | None,
+    size: "TrainingSize | None",
 ) -> PlannedStage:
     resources, calibration = stage.resources, estimator.calibration
     row = PlannedStage(
