@@ -23,7 +23,7 @@ from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.planning.check import check_run
+from orchestrator.planning.checks.check import check_run
 from orchestrator.reporting.progress import RunDisplay
 from orchestrator.reporting.tracker_process import track_run
 from orchestrator.reporting.wandb_tracker import require_account

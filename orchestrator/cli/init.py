@@ -28,7 +28,7 @@ def init(
 ) -> None:
     """Look at a folder of images, and write a commented configuration for `ddm run --config`."""
     from data_partition.datasets.inspect_folder import inspect_folder
-    from orchestrator.planning.suggest import suggest, to_yaml
+    from orchestrator.planning.checks.suggest import suggest, to_yaml
 
     folder = folder.expanduser().absolute()
     target = out or Path(f"{folder.name}.yaml")

@@ -22,7 +22,7 @@ from orchestrator.controller import SUBMITTED_ADDRESS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.islands.client import IslandClient, JobState
 from orchestrator.islands.wheel import build_wheel
-from orchestrator.planning.check import check_run
+from orchestrator.planning.checks.check import check_run
 from orchestrator.run.lease import ProcessRecord, hold_lease, this_process
 from orchestrator.run.run_folder import RunFolder
 

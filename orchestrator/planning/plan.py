@@ -17,7 +17,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
-from orchestrator.planning.check import check_run
+from orchestrator.planning.checks.check import check_run
 from orchestrator.planning.estimate import Estimate, estimate_stage, training_config
 from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
 from orchestrator.planning.synchronous_baseline import BaselineComparison, compare_with_synchronous

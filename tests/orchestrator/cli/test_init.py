@@ -14,7 +14,7 @@ from orchestrator.config.config_file import read_overrides
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.errors import ConfigError
-from orchestrator.planning.check import check_run
+from orchestrator.planning.checks.check import check_run
 from orchestrator.run.run_folder import RunFolder
 
 

@@ -15,7 +15,7 @@ from data_partition.datasets.inspect_folder import FolderFacts
 from data_partition.datasets.survey import survey_source
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
-from orchestrator.planning.check import DataCheck
+from orchestrator.planning.checks.check import DataCheck
 
 SIDES = (64, 32, 28, 16, 8)
 """Image sizes to choose from; on a CPU larger images take hours."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.errors import ConfigError
-from orchestrator.planning.check import check_run
+from orchestrator.planning.checks.check import check_run
 from orchestrator.run.run_folder import RunFolder
 
 
@@ -100,7 +100,7 @@ def test_more_cpus_than_the_machine_has_are_refused(tmp_path):
 
 def test_check_imports_neither_torch_nor_ray():
     code = (
-        "import sys; from pathlib import Path; from orchestrator.planning.check import *\n"
+        "import sys; from pathlib import Path; from orchestrator.planning.checks.check import *\n"
         "check_run(RunConfig(), RunFolder(Path('run')))\n"
         "print([name for name in ('torch', 'ray', 'sklearn') if name in sys.modules])"
     )
