@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from orchestrator.errors import ConfigError
+
 console = Console()
 
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
+Ensemble = Annotated[Path | None, typer.Option(help="Folder of another ensemble, such as one with fewer experts")]
 
 
 def audit(
@@ -19,6 +23,7 @@ def audit(
     row: Annotated[
         str, typer.Option(help="Row of the table of scores, such as sticky, full or monolith; empty is the first")
     ] = "",
+    ensemble: Ensemble = None,
 ) -> None:
     """Compare samples with their nearest training images, per expert, to find copies."""
     from orchestrator.reporting.analyses import load_result, run_audit
@@ -27,6 +32,8 @@ def audit(
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(run.expanduser())
+    if ensemble is not None:
+        row = _score_ensemble(folder, ensemble, row)
     with _progress("Comparing with the training set") as on_progress:
         stage = run_audit(folder, row, on_progress)
     for table in audit_tables(load_result(folder, stage, "audit.json")):
@@ -41,6 +48,7 @@ def classify(
     draws: Annotated[
         int, typer.Option(help="Pairs of t and noise per image over which the error is averaged", min=1)
     ] = 16,
+    ensemble: Ensemble = None,
 ) -> None:
     """Classify held-out images by their denoising error, with the ensemble and with each expert alone."""
     from orchestrator.reporting.analyses import load_result, run_classify
@@ -48,10 +56,31 @@ def classify(
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(run.expanduser())
+    config = folder.load_config()
+    if ensemble is not None:
+        from orchestrator.cli.membership import with_ensemble
+
+        config = with_ensemble(folder, config, ensemble)
     with _progress("Denoising under every class") as on_progress:
-        stage = run_classify(folder, images, draws, on_progress)
+        stage = run_classify(folder, config, images, draws, on_progress)
     console.print(accuracy_table(load_result(folder, stage, "classify.json")))
     console.print(str(folder.artifact(stage) / "classify.json"), soft_wrap=True, highlight=False, markup=False)
+
+
+def _score_ensemble(run: Any, ensemble: Path, row: str) -> str:
+    """Score the ensemble in a folder, unless it is scored, and return its row; raises `ConfigError` for another row."""
+    from orchestrator.cli.membership import with_ensemble
+    from orchestrator.cli.sample import usable_compute
+    from orchestrator.config.stage_kinds import COMPRESSION_KINDS
+    from orchestrator.controller import run_pipeline
+    from orchestrator.pipeline.graph import FROM_ENSEMBLE
+
+    if row:
+        raise ConfigError(f"--ensemble and --row {row} name two sets of samples; leave out one")
+    no_compression: dict[str, Any] = dict.fromkeys(COMPRESSION_KINDS)
+    config = replace(usable_compute(run), **no_compression)
+    run_pipeline(with_ensemble(run, config, ensemble), console)
+    return FROM_ENSEMBLE
 
 
 @contextmanager

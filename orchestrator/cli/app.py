@@ -239,23 +239,29 @@ def compress(
     budget: Annotated[
         str, typer.Option(help="Search for a compression instead: bytes<=0.25,kid<=1.05 (also flops, cpu, fd, l2)")
     ] = "",
+    ensemble: Annotated[
+        Path | None, typer.Option(help="Compress the ensemble in this folder, such as one with fewer experts")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Make a smaller or faster ensemble and score it. The original ensemble is kept."""
     from orchestrator.cli.sample import find_pipeline
     from orchestrator.run.trust import require_trust
 
+    if budget and ensemble:
+        raise ConfigError("--budget compresses the run's own ensemble; leave out either --ensemble or --budget")
     if budget and overrides:
         raise ConfigError("--budget searches for the stages itself; leave out either the stages or --budget")
     folder = _open_run(run)
     require_trust(folder, folder.load_config(), trust=trust)
     find_pipeline(folder, monolith=False)
-    from orchestrator.cli.compress import compress_run, describe_compression, search_run, with_compression
+    from orchestrator.cli.compress import compress_run, describe_compression, search_run, start_from, with_compression
 
     if budget:
         config = search_run(folder, budget, console)
     else:
-        config = compress_run(folder, with_compression(folder.load_config(), overrides or []), console)
+        compressed = with_compression(folder.load_config(), overrides or [])
+        config = compress_run(folder, start_from(folder, compressed, ensemble), console)
     console.print(f"Report: {_write_report(run)}", soft_wrap=True)
     console.print(describe_compression(folder, config), soft_wrap=True, highlight=False, markup=False)
 

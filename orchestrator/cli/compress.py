@@ -6,6 +6,7 @@ A budget is a list of bounds, such as `--budget "bytes<=0.25,kid<=1.05"`.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -163,6 +164,13 @@ def with_compression(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     if not compression_configs(compressed):
         raise ConfigError("a compression needs at least one stage; write for example quantize=int8_weight_only")
     return replace(config, **{kind: getattr(compressed, kind) for kind in COMPRESSION_KINDS})
+
+
+def start_from(run: RunFolder, config: RunConfig, ensemble: Path | None) -> RunConfig:
+    """Return the configuration that compresses the ensemble in a folder, or the run's own without one."""
+    from orchestrator.cli.membership import with_ensemble
+
+    return replace(config, from_ensemble="") if ensemble is None else with_ensemble(run, config, ensemble)
 
 
 def compress_run(run: RunFolder, config: RunConfig, console: Console) -> RunConfig:

@@ -1,20 +1,34 @@
 """Remove, restore or add experts of a finished run's ensemble; every change writes a new artifact."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ddm_core.artifacts import Workspace, checksum, fingerprint, is_finished, list_files, publish, read_manifest, verify
+from ddm_core.artifacts import (
+    MANIFEST,
+    Workspace,
+    checksum,
+    fingerprint,
+    is_finished,
+    list_files,
+    publish,
+    read_manifest,
+    verify,
+)
 from ensemble import membership
 from ensemble.pipeline import INDEX, EnsemblePipeline
 from experts.expert import Expert
-from orchestrator.cli.sample import find_pipeline
+from orchestrator.cli.sample import find_pipeline, verify_pipeline
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.pipeline.graph import FROM_ENSEMBLE, build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.pipeline.stage_inputs import cluster_folders
 from orchestrator.reporting.results import current_graph
+from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
 from router.add_remove import RouterChangeError
 from router.add_remove import add_expert as train_new_head
@@ -71,6 +85,24 @@ def write_with_new_expert(base: BaseEnsemble, folder: Path, shards: Path, out: P
     changed = membership.add_expert(pipeline, expert, router)
     facts = {"place": place, "expert": content_fingerprint(folder), "shards": content_fingerprint(shards)}
     return _publish_ensemble(base, f"ensemble_with_{place}", facts, changed, out)
+
+
+def with_ensemble(run: RunFolder, config: RunConfig, folder: Path) -> RunConfig:
+    """Copy any ensemble's folder into the run, once, and return the configuration that starts from it.
+
+    Raises `RunFolderError` if it is none, and what `EnsemblePipeline.from_pretrained` raises.
+    """
+    EnsemblePipeline.from_pretrained(verify_pipeline(folder))
+    config = replace(config, folder=str(run.root), from_ensemble=content_fingerprint(folder))
+    stage = next(stage for stage in build_graph(config) if stage.name == FROM_ENSEMBLE)
+
+    def fill(temporary: Path) -> float:
+        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        return 0.0
+
+    with disk_errors_as_messages(run.root):
+        publish(run.artifact(stage), fill, stage=stage.name, config=stage.config, inputs={})
+    return config
 
 
 def records_codec(folder: Path) -> bool:

@@ -82,11 +82,16 @@ def with_selection(run: RunFolder, selection: str) -> RunConfig:
     Nothing of `compute` is used if another user wrote it. Raises `RunFolderError` if the ensemble is not finished, and
     `ConfigError` for an unknown selection.
     """
-    config = run.load_config()
+    config = usable_compute(run)
     find_pipeline(run, monolith=False)
     selections = tuple(dict.fromkeys((*config.scores.selections, find_selection(selection, config))))
-    compute = config.compute if is_trusted(run) else ComputeConfig()
-    return replace(config, folder=str(run.root), compute=compute, scores=replace(config.scores, selections=selections))
+    return replace(config, scores=replace(config.scores, selections=selections))
+
+
+def usable_compute(run: RunFolder) -> RunConfig:
+    """Return the run's configuration, without its `compute` if another user wrote it."""
+    config = run.load_config()
+    return replace(config, folder=str(run.root), compute=config.compute if is_trusted(run) else ComputeConfig())
 
 
 def verify_pipeline(folder: Path) -> Path:

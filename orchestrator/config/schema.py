@@ -83,6 +83,8 @@ class RunConfig:
     """The sampling of the ensemble."""
     selection_search: SelectionSearchConfig = SelectionSearchConfig()
     """The search for the selection of `ensemble.selection.name=auto`."""
+    from_ensemble: str = ""
+    """Fingerprint of the changed ensemble that is scored and compressed instead of the run's own; see `--ensemble`."""
     distill: DistillConfig | None = None
     """Distillation of the experts into few-step students."""
     accelerate: AccelerateConfig | None = None

@@ -31,6 +31,9 @@ from orchestrator.pipeline.stage_configs import (
 )
 from router.config import AUTO, SelectionConfig, selection_label
 
+FROM_ENSEMBLE = "from_ensemble"
+"""Name of the stage whose artifact is a copy of the ensemble that `--ensemble` names."""
+
 _recent_graphs: deque[tuple[RunConfig, tuple[Stage, ...]]] = deque(maxlen=8)
 """The last graphs with their configurations. A command loads its configuration several times; equal configurations
 share one graph, and with it the stages' cached fingerprints."""
@@ -105,12 +108,22 @@ class _GraphBuilder:
                 search_inputs = {"selection_search": self._add_selection_search(ensemble)}
             extra_inputs = search_inputs if selection.name == AUTO else {}
             self._add_score(f"score_{selection_label(selection)}", ensemble, selection, extra_inputs)
-        self._add_compressions(ensemble, search_inputs if self.config.ensemble.selection.name == AUTO else {})
+        default_search = search_inputs if self.config.ensemble.selection.name == AUTO else {}
+        changed = self._add_changed_ensemble(default_search) if self.config.from_ensemble else ensemble
+        self._add_compressions(ensemble, changed, default_search)
         return trained
 
-    def _add_compressions(self, original: Stage, search_inputs: dict[str, Input]) -> None:
+    def _add_changed_ensemble(self, search_inputs: dict[str, Input]) -> Stage:
+        """Add the ensemble that a command has copied into the run, and its score."""
+        ids = tuple(range(self.num_experts))
+        config = EnsembleStageConfig(expert_ids=ids, content=self.config.from_ensemble)
+        changed = self._add("ensemble", config, {}, FROM_ENSEMBLE)
+        self._add_score(f"score_{FROM_ENSEMBLE}", changed, self.config.ensemble.selection, search_inputs)
+        return changed
+
+    def _add_compressions(self, original: Stage, compressed: Stage, search_inputs: dict[str, Input]) -> None:
         """Add the ensemble after each compression, scored with the same selection as the original by default."""
-        compressed, labels = original, ["score"]
+        labels = ["score"]
         for kind, config in self.stage_configs.compressions.items():
             inputs = {
                 "ensemble": Input(stage=compressed),

@@ -11,6 +11,7 @@ from ensemble.evaluation.reference import build_reference
 from ensemble.evaluation.selection_search import read_choice, search_selection
 from ensemble.pipeline import assemble
 from ensemble.sampling.expert_samples import sample_expert_latents
+from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage_configs import EnsembleStageConfig, ScoreStageConfig, SelectionSearchStageConfig
 from orchestrator.pipeline.stage_inputs import Inputs, experts_by_id
 
@@ -22,6 +23,8 @@ def run_expert_samples(config: ExpertSamplesConfig, inputs: Inputs, out: Path, w
 
 def run_ensemble(config: EnsembleStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Assemble trained experts and the router into one pipeline folder."""
+    if config.content:
+        raise RunFolderError("the run has lost its copy of the changed ensemble; name its folder with --ensemble again")
     experts = (
         dict.fromkeys(config.expert_ids, inputs["cluster_conditioned"])
         if "cluster_conditioned" in inputs

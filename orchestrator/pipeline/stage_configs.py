@@ -72,6 +72,8 @@ class EnsembleStageConfig:
 
     expert_ids: tuple[int, ...]
     """The experts of the complete ensemble; those that are not among the inputs are missing."""
+    content: str = field(default="", metadata=UNHASHED_IF_DEFAULT)
+    """Fingerprint of an ensemble's folder that a command has copied into the run; empty assembles the inputs."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

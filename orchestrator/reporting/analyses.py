@@ -12,7 +12,9 @@ import numpy as np
 
 from ddm_core.artifacts import publish, read_json, verify
 from ensemble.config import AuditConfig, ClassifierConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.pipeline.graph import FROM_ENSEMBLE
 from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.reporting.results import current_graph
 from orchestrator.run.disk_errors import disk_errors_as_messages
@@ -65,14 +67,17 @@ def run_audit(run: RunFolder, row: str, on_progress: ProgressCallback) -> Stage:
     return audit
 
 
-def run_classify(run: RunFolder, images: int, noises_per_image: int, on_progress: ProgressCallback) -> Stage:
-    """Classify held-out images with the ensemble and with each expert alone, and return the finished stage.
+def run_classify(
+    run: RunFolder, config: RunConfig, images: int, noises_per_image: int, on_progress: ProgressCallback
+) -> Stage:
+    """Classify held-out images with the configuration's ensemble and with each expert alone; return the finished stage.
 
     Raises `RunFolderError` if the ensemble or the partition is not finished.
     """
-    graph = {stage.name: stage for stage in current_graph(run, run.load_config())}
-    needed = {name: Input(stage=graph[name]) for name in ("ensemble", "partition")}
-    if unfinished := [name for name, source in needed.items() if not run.is_finished(source.stage)]:
+    graph = {stage.name: stage for stage in current_graph(run, config)}
+    names = {"ensemble": FROM_ENSEMBLE if config.from_ensemble else "ensemble", "partition": "partition"}
+    needed = {role: Input(stage=graph[name]) for role, name in names.items()}
+    if unfinished := [role for role, source in needed.items() if not run.is_finished(source.stage)]:
         raise RunFolderError(
             f"{run.root} has no finished {' and '.join(unfinished)}; finish the run with `ddm resume {run.root}`"
         )
