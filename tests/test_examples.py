@@ -1,6 +1,8 @@
 """The files of a project: examples that compose, and metadata that agree with the package."""
 
 import itertools
+import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -64,3 +66,10 @@ def test_citation_and_changelog_have_the_version_of_the_package():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == version and citation["authors"] == [{"name": "The ddm authors"}]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_quickstart_log_is_that_of_the_script():
+    script = runpy.run_path(str(ROOT / "docs" / "generate_quickstart.py"))
+    log = script["DOCUMENT"].read_text()
+    experiment = re.search(r"generate_quickstart\.py (\w+)`", log)[1]
+    assert re.findall(r"^\| `(ddm .*?)` \|", log, re.MULTILINE) == script["commands"](experiment)
