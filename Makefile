@@ -70,8 +70,12 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-overhead bench-quality bench-compress bench-accelerate bench-scale chaos
-bench: bench-overhead bench-quality bench-compress bench-accelerate bench-scale ## Run every benchmark and write docs/benchmarks.md
+.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-scale chaos
+bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-scale ## Run every benchmark and write docs/benchmarks.md
+
+bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
+	$(BIN)/python -m benchmarks.first_minutes
+	$(BIN)/python -m benchmarks.page
 
 bench-overhead: install ## Measure the cost of the orchestrator against the same loops by hand
 	$(BIN)/python -m benchmarks.overhead

@@ -67,6 +67,10 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
         kill_orphan_workers(run, unfinished)
         commit = project_commit()
         run.record("run_started", stages=len(graph), unfinished=len(unfinished), commit=commit)
+        if config.compute.backend in ("ray", "islands"):
+            address = config.compute.address or os.environ.get(SUBMITTED_ADDRESS)
+            text = f"Connecting to Ray at {address} …" if address else "Starting Ray on this machine …"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
         with (
             open_backend(config.compute, run) as backend,
             _stop_on_signals(run, console),

@@ -128,6 +128,7 @@ def run(
     if multirun:
         _sweep(overrides)
         return
+    console.print("Reading the configuration …")
     from orchestrator.cli.replacement import check_replacement
     from orchestrator.config.hydra_compose import compose
     from orchestrator.config.schema import parse_config

@@ -17,7 +17,8 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CHECKSUM_KEY, read_json, with_checksum, write_text
 from ensemble.pipeline import EnsemblePipeline
 from orchestrator.cli.app import COMMANDS, app, parse_seeds
-from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.controller import BACKENDS
+from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from router.config import RouterConfig
 from router.models.registry import build_router
 
@@ -62,7 +63,17 @@ def test_parse_seeds_invalid_text_names_the_option(text):
 
 def test_run_misspelled_key_suggests_correct_key():
     output = ddm("run", "experiment=digits", "partition.num_expert=2", code=1)
-    assert "did you mean partition.num_experts" in output
+    assert output.startswith("Reading the configuration …\n") and "did you mean partition.num_experts" in output
+
+
+def test_start_of_ray_is_announced_before_it_starts(tmp_path, monkeypatch):
+    def refuse(config, run):
+        raise OrchestratorError("Ray starts")
+
+    monkeypatch.setitem(BACKENDS, "ray", refuse)
+    result = CliRunner().invoke(app, ["run", "experiment=digits", f"folder={tmp_path / 'run'}", "wandb.mode=disabled"])
+    assert str(result.exception) == "Ray starts"
+    assert result.output == "Reading the configuration …\nStarting Ray on this machine …\n"
 
 
 def test_status_folder_without_run_is_one_error(tmp_path):
