@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -34,6 +35,9 @@ UNHASHED_IF_DEFAULT = {"unhashed_if_default": True}
 artifacts from before its addition keep their fingerprints."""
 
 MANIFEST = "manifest.json"
+
+MAX_SMALL_BYTES = 64 * 2**20
+"""Size that no JSON file, configuration or journal of a run reaches."""
 
 CHECKSUM_KEY = "sha256_of_the_rest"
 """The key under which a JSON file carries its own checksum."""
@@ -171,10 +175,21 @@ def read_json(path: Path) -> Any:
     return _read_json_and_bytes(path)[0]
 
 
+def read_small_file(path: Path) -> bytes:
+    """Read a regular file; raises `CorruptArtifact` for anything else and for more than `MAX_SMALL_BYTES`.
+
+    A pipe would block the reader, and a huge file would fill the memory.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_SMALL_BYTES:
+        raise CorruptArtifact(f"{path} is no regular file of at most {MAX_SMALL_BYTES:,} bytes; delete it")
+    return path.read_bytes()
+
+
 def _read_json_and_bytes(path: Path) -> tuple[Any, bytes]:
     """Return the content of a JSON file and its exact bytes."""
     try:
-        data = path.read_bytes()
+        data = read_small_file(path)
         return json.loads(data.decode()), data
     except FileNotFoundError:
         raise UnfinishedArtifact(f"{path} does not exist; run the stage that writes it") from None

@@ -32,6 +32,7 @@ from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.lease import hold_lease
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.runner import Runner, RunResult, kill_orphan_workers
+from orchestrator.run.trust import require_plain_files
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several machines, read when Ray is imported. With "0" Ray listens on loopback only, on
@@ -52,6 +53,7 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
     It prepares the run folder, opens the backend and the displays, and leaves the graph to `Runner`.
     """
     run = RunFolder(Path(config.folder).expanduser())
+    require_plain_files(run)
     check_run(config, run)
     with disk_errors_as_messages(run.root), hold_lease(run) as lease:
         run.repair_journal()

@@ -30,6 +30,7 @@ from orchestrator.pipeline.stage_inputs import cluster_folders
 from orchestrator.reporting.results import current_graph
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.trust import require_plain_files
 from router.add_remove import RouterChangeError
 from router.add_remove import add_expert as train_new_head
 from router.router import Router
@@ -157,6 +158,8 @@ def _publish_ensemble(
 ) -> Path:
     """Write the changed ensemble to `out`, or next to the run's artifacts; raises `ConfigError` if `out` is in use."""
     inputs = {"ensemble": content_fingerprint(base.folder)}
+    if out is None:
+        require_plain_files(base.run)
     folder = out or base.run.root / "artifacts" / f"{name}-{fingerprint(name, facts, inputs)[:12]}"
 
     def fill(temporary: Path) -> float:

@@ -8,6 +8,7 @@ afterwards.
 import re
 from collections.abc import Mapping, Sequence
 
+from data_partition.shards.untrusted import is_printable
 from orchestrator.errors import ConfigError
 
 HYDRA_KEYS = re.compile(r"hydra[/.](launcher|sweeper)(\..+)?|hydra\.sweep\.dir")
@@ -47,6 +48,19 @@ def check_composed(value: object, where: str = "") -> None:
             check_composed(inner, f"{where}.{number}")
     elif isinstance(value, str):
         _reject_lookup(where, value)
+
+
+def check_printable(value: object, where: str = "") -> None:
+    """Raise `ConfigError` for a key or a text with control characters, which could rewrite a terminal or a script."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_printable(str(key), where)
+            check_printable(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            check_printable(inner, where)
+    elif isinstance(value, str) and not is_printable(value):
+        raise ConfigError(f"{where}: {value[:100]!r} has control characters or halves of characters; leave them out")
 
 
 def _reject_lookup(where: str, text: str) -> None:

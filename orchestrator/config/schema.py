@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from data_partition.config import DataConfig, PartitionConfig
-from ddm_core.artifacts import STRICT
+from ddm_core.artifacts import STRICT, to_jsonable
 from ensemble.compression.config import (
     AccelerateConfig,
     DistillConfig,
@@ -26,6 +26,7 @@ from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchCon
 from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.expert_overrides import complete_expert_overrides
+from orchestrator.config.injection_guard import check_printable
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError
 from router.config import AUTO, RouterConfig, SelectionConfig
@@ -173,9 +174,11 @@ def check_auto_selection(config: RunConfig) -> None:
 def parse_config(composed: Mapping[str, Any]) -> RunConfig:
     """Return the typed configuration; raises `ConfigError` with every mistake and, for unknown keys, the known ones."""
     try:
-        return TypeAdapter(RunConfig).validate_python(complete_expert_overrides(composed))
+        config = TypeAdapter(RunConfig).validate_python(complete_expert_overrides(composed))
     except ValidationError as error:
         raise ConfigError(format_mistakes(error, "configuration", known_keys)) from None
+    check_printable(to_jsonable(config))
+    return config
 
 
 def known_keys(location: tuple[str | int, ...]) -> list[str]:

@@ -19,6 +19,7 @@ from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.reporting.results import current_graph
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.trust import require_plain_files
 
 ProgressCallback = Callable[[int, int], None]
 WriteArtifact = Callable[[Path], float]
@@ -110,6 +111,7 @@ def _scores(graph: Sequence[Stage]) -> list[Stage]:
 
 
 def _publish(run: RunFolder, stage: Stage, write: WriteArtifact) -> None:
+    require_plain_files(run)
     with disk_errors_as_messages(run.root):
         publish(run.artifact(stage), write, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
 

@@ -1,5 +1,6 @@
 """Status of a run, read from its folder alone, so that it works while another process or machine runs it."""
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,13 @@ from orchestrator.run.run_folder import RunFolder
 
 STRAGGLER_FACTOR = 1.5
 """An expert is a straggler once it has taken so many times the median of the finished experts."""
+
+
+ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Control characters that could rewrite a terminal."""
+
+PRINTED_AT_ONCE = 2**20
+"""Characters."""
 
 
 class _IslandFacts(TypedDict):
@@ -138,9 +146,10 @@ def print_file(path: Path, *, follow: bool) -> None:
     """Copy a text file to standard output; `follow` also copies what is appended, until Ctrl-C."""
     if not path.is_file():
         raise RunFolderError(f"{path} does not exist yet: its worker has not started")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         while True:
-            sys.stdout.write(file.read())
+            while text := file.read(PRINTED_AT_ONCE):
+                sys.stdout.write(ESCAPES.sub("\N{REPLACEMENT CHARACTER}", text))
             sys.stdout.flush()
             if not follow:
                 return

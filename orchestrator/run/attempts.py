@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pydantic import FiniteFloat
 
-from ddm_core.artifacts import CorruptArtifact, is_finished, read_manifest
+from ddm_core.artifacts import MAX_SMALL_BYTES, CorruptArtifact, is_finished, read_manifest
 from ddm_core.json_values import read_record
 from orchestrator.config.compute import CONTROLLER, ResourcesConfig
 from orchestrator.pipeline.stage import Stage
@@ -24,7 +24,7 @@ from orchestrator.run.run_folder import RunFolder, attempt_number
 
 T = TypeVar("T")
 
-CONTINUED = re.compile(r"continuing from step (\d+)")
+CONTINUED = re.compile(r"continuing from step ([0-9]{1,18})")
 """The log line of `experts/training/checkpoint.py` when a training resumes."""
 
 
@@ -179,7 +179,7 @@ def _read_steps(folder: Path, progress: Progress) -> Steps | None:
     if not metrics.is_file():
         return None
     first = read_resume_step(folder)
-    rows = metrics.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0].splitlines()
+    rows = _read_end(metrics).rpartition("\n")[0].splitlines()
     last = next((step for row in reversed(rows) if (step := _read_step(row)) is not None), 0)
     return Steps(first=first, last=max(first, last), seconds_per_step=_seconds_per_step(progress))
 
@@ -194,8 +194,15 @@ def _read_step(row: str) -> int | None:
 def read_resume_step(attempt: Path) -> int:
     """Return the step from which an attempt resumed, from its log; 0 if it started from scratch."""
     log = attempt / "log.txt"
-    steps = CONTINUED.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    steps = CONTINUED.findall(_read_end(log)) if log.is_file() else []
     return int(steps[-1]) if steps else 0
+
+
+def _read_end(path: Path) -> str:
+    """Return the last `MAX_SMALL_BYTES` of a text that may be damaged."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - MAX_SMALL_BYTES))
+        return file.read().decode(errors="replace")
 
 
 def _seconds_per_step(progress: Progress) -> float | None:

@@ -12,6 +12,7 @@ another container, it counts as dead only when its heartbeat is older than the l
 import contextlib
 import errno
 import os
+import re
 import secrets
 import socket
 import threading
@@ -34,6 +35,9 @@ LEASE_S = 30.0
 
 HEARTBEAT_S = 5.0
 """Time between two heartbeats."""
+
+GENERATION = re.compile(r"[0-9]{1,9}\.json")
+"""Name of a lease file."""
 
 KEPT_GENERATIONS = 64
 """Lease files that stay behind the present one: more take-overs than a process can miss between two looks."""
@@ -128,7 +132,7 @@ def _read_latest(folder: Path) -> tuple[int, Holder | None]:
 
 def seconds_since_change(attempt: Path) -> float:
     """Return the seconds since the last change in an attempt's folder."""
-    return time.time() - max(path.stat().st_mtime for path in (attempt, *attempt.iterdir()))
+    return time.time() - max(path.lstat().st_mtime for path in (attempt, *attempt.iterdir()))
 
 
 def is_alive(process: ProcessRecord, heartbeat_s: float) -> bool:
@@ -250,10 +254,14 @@ def _lease_file(folder: Path, generation: int) -> Path:
 def _list_generations(folder: Path) -> list[int]:
     """Return the generations in the folder, the present one last."""
     try:
-        names = os.listdir(folder)
+        entries = list(os.scandir(folder))
     except FileNotFoundError:
         return []
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+    return sorted(
+        int(entry.name[:-5])
+        for entry in entries
+        if GENERATION.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+    )
 
 
 def _read(path: Path) -> ProcessRecord | None:

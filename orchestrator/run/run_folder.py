@@ -35,7 +35,7 @@ import yaml
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
-from ddm_core.artifacts import CorruptArtifact, is_finished, to_jsonable, verify, write_text
+from ddm_core.artifacts import CorruptArtifact, is_finished, read_small_file, to_jsonable, verify, write_text
 from ddm_core.json_values import from_json
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import RunFolderError
@@ -205,9 +205,9 @@ class RunFolder:
         if not path.is_file():
             raise RunFolderError(f"{self.root} is not a run folder: it has no config.yaml; start one with `ddm run`")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_small_file(path).decode()
             contents = yaml.safe_load(text)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path} cannot be read ({error}); write it again with `ddm run folder=…`") from error
         if not isinstance(contents, dict):
             raise RunFolderError(f"{path} holds no configuration; write it again with `ddm run folder=…`")
@@ -260,7 +260,7 @@ class RunFolder:
         """Return the journal's events, without an incomplete last line that a crash left."""
         if not self.journal.is_file():
             return []
-        lines = self.journal.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_small_file(self.journal).decode(errors="replace").split("\n")
         events = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -319,7 +319,9 @@ def _open_regular(path: Path, flags: int) -> int:
 
 def _list_attempts(work: Path) -> list[Path]:
     """Return the folders of the attempts below a stage's folder, oldest first."""
-    return sorted((path for path in work.glob("attempt_*") if ATTEMPT.fullmatch(path.name)), key=attempt_number)
+    return sorted(
+        (path for path in work.glob("attempt_*") if ATTEMPT.fullmatch(path.name) and path.is_dir()), key=attempt_number
+    )
 
 
 def attempt_number(attempt: Path) -> int:

@@ -10,7 +10,7 @@ import os
 import secrets
 from pathlib import Path
 
-from ddm_core.artifacts import create_file, write_text
+from ddm_core.artifacts import CorruptArtifact, create_file, read_small_file, write_text
 from ddm_core.url_queries import user_folder
 
 KEY_BYTES = 32
@@ -24,8 +24,8 @@ def sign(file: Path, signature: Path) -> None:
 def is_signed(file: Path, signature: Path) -> bool:
     """Return whether this user has signed the file's present content."""
     try:
-        recorded = signature.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+        recorded = read_small_file(signature).decode("ascii").strip()
+    except (OSError, CorruptArtifact, UnicodeDecodeError):
         return False
     key = _load_key(create=False)
     return bool(key) and hmac.compare_digest(recorded, _compute(file, key))

@@ -6,6 +6,10 @@ configuration signs it, and the commands that act on it verify the signature. Co
 as `ddm status`, `report` and `sample`, need no trust and use nothing of `compute`.
 """
 
+import os
+import stat
+from pathlib import Path
+
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import UntrustedFolder
 from orchestrator.run.run_folder import RunFolder
@@ -19,6 +23,7 @@ def is_trusted(run: RunFolder) -> bool:
 
 def require_trust(run: RunFolder, config: RunConfig, *, trust: bool) -> None:
     """Raise `UntrustedFolder` for a configuration that this user did not write; with `trust`, sign it instead."""
+    require_plain_files(run)
     if trust:
         sign(run.config_file, run.signature)
     elif not is_trusted(run):
@@ -31,6 +36,27 @@ def require_trust(run: RunFolder, config: RunConfig, *, trust: bool) -> None:
                 ]
             )
         )
+
+
+def require_plain_files(run: RunFolder) -> None:
+    """Raise `UntrustedFolder` if anything in a folder that this user has not signed leads out of it.
+
+    A command that writes in a run folder would follow a stranger's link out of it, write through a hard link to another
+    file, or wait for a pipe. In a folder of this user, links are a way to use several disks.
+    """
+    if is_trusted(run):
+        return
+    root = os.path.join(os.path.realpath(run.root), "")
+    for folder, names, files in os.walk(run.root):
+        for path in (Path(folder, name) for name in (*names, *files)):
+            status = path.lstat()
+            is_plain = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+            is_inner_link = stat.S_ISLNK(status.st_mode) and os.path.realpath(path).startswith(root)
+            if not is_plain and not is_inner_link:
+                raise UntrustedFolder(
+                    f"{path} leads out of {run.root}, which was not written by you on this machine: it is a link, a "
+                    "hard link, a pipe or a device. Delete it, or copy the folder without it"
+                )
 
 
 def describe_access(config: RunConfig) -> list[str]:

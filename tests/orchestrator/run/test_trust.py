@@ -1,5 +1,6 @@
 """Run folders of strangers: no command acts on their settings, follows their links or kills by their word."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,17 +8,19 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ddm_core.artifacts import write_json
 from orchestrator.cli.app import app
 from orchestrator.config.compute import ComputeConfig, IslandConfig
 from orchestrator.config.schema import RunConfig
+from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError, RunFolderError, UntrustedFolder
 from orchestrator.run.lease import this_process
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.runner import kill_orphan_workers
-from orchestrator.run.trust import is_trusted, require_trust
+from orchestrator.run.trust import is_trusted, require_plain_files, require_trust
 from orchestrator.run.worker_lock import hold_worker_lock, is_worker
 from tests.orchestrator.fakes import diamond
 
@@ -78,6 +81,30 @@ def test_trust_flag_signs_the_folder(foreign):
 
 def test_foreign_run_can_be_read(foreign):
     assert CliRunner().invoke(app, ["status", str(foreign.root)]).exit_code == 0
+
+
+@pytest.mark.parametrize("place", ["artifacts", "work/expert_0-0123456789ab/state/x.npy", "controllers/9.json"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+def test_foreign_run_leading_outside_is_not_written(foreign, tmp_path, place, kind):
+    path, outside = foreign.root / place, tmp_path / "bashrc"
+    outside.write_text("alias ll=ls\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make = {"link": lambda: path.symlink_to(outside), "hard link": lambda: path.hardlink_to(outside)}
+    make.get(kind, lambda: os.mkfifo(path))()
+    for command in (["resume", "--trust"], ["resume"], ["audit"]):
+        result = CliRunner().invoke(app, [command[0], str(foreign.root), *command[1:]])
+        assert isinstance(result.exception, UntrustedFolder | RunFolderError)
+    with pytest.raises(UntrustedFolder, match=path.name):
+        run_pipeline(RunConfig(folder=str(foreign.root)), Console(file=io.StringIO()))
+    assert outside.read_text() == "alias ll=ls\n" and not is_trusted(foreign)
+
+
+def test_links_of_own_runs_are_followed(foreign, tmp_path, monkeypatch):
+    (foreign.root / "latest").symlink_to("config.yaml")
+    require_plain_files(foreign)
+    foreign.save_config(RunConfig())
+    (foreign.root / "artifacts").symlink_to(tmp_path)
+    require_plain_files(foreign)
 
 
 def test_clearing_deletes_only_names_of_our_form(run, tmp_path):
