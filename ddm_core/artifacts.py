@@ -6,6 +6,7 @@ attempts, and reports its progress.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from safetensors.numpy import save_file
 
 from ddm_core.errors import DDMError
@@ -66,6 +67,8 @@ class Preempted(Exception):  # noqa: N818 - not an error: the work is saved and 
 class Manifest:
     """The origin of an artifact and the checksums of its files."""
 
+    __pydantic_config__ = STRICT
+
     stage: str
     fingerprint: str
     config: dict[str, Any]
@@ -73,10 +76,10 @@ class Manifest:
     """Fingerprint of every input, by its role."""
     checksums: dict[str, str]
     """SHA-256 of every file, by its path inside the folder."""
-    flops: float = 0.0
+    flops: FiniteFloat = 0.0
     """Counted floating point operations of the stage, without the repeated work of earlier attempts."""
     commit: str = ""
-    seconds: float = 0.0
+    seconds: FiniteFloat = 0.0
     island: str = ""
     attempt: int = 1
 
@@ -294,9 +297,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a finished artifact; raises `UnfinishedArtifact` or `CorruptArtifact`."""
     content = read_with_checksum(folder / MANIFEST)
     try:
-        return Manifest(**content)
-    except TypeError as error:
+        return _manifests().validate_python(content)
+    except ValidationError as error:
         raise CorruptArtifact(f"{folder / MANIFEST} was written by another version: {error}") from error
+
+
+@functools.cache
+def _manifests() -> TypeAdapter[Manifest]:
+    """Build the validator of manifests once."""
+    return TypeAdapter(Manifest)
 
 
 def verify(folder: Path, part: str = "") -> None:

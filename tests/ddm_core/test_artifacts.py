@@ -112,7 +112,7 @@ def test_publish_killed_at_any_time_is_complete_or_unfinished(tmp_path):
         "    for k in range(40): (out / str(k)).write_text('x' * 10000)\n"
         "    return 1.0\n"
         "print('go', flush=True)\n"
-        "for k in range(10**6): publish(Path(sys.argv[1]) / str(k), fill, stage='s', config=k, inputs={})\n"
+        "for k in range(10**6): publish(Path(sys.argv[1]) / str(k), fill, stage='s', config={'k': k}, inputs={})\n"
     )
     for pause_ms in (*range(0, 60, 6), 2000):
         child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

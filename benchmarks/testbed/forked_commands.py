@@ -1,0 +1,135 @@
+"""Commands of `ddm` in forked children of a process that has imported everything: milliseconds instead of seconds each.
+
+The parent must run no command and no tensor operation itself: a fork copies locked thread pools as they are.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.cli import app
+
+TIMEOUT_S = 20.0
+"""A command of a tiny run that takes longer hangs."""
+
+HUNG = -99
+"""Exit code of a command that was killed after its timeout."""
+
+TINY = (
+    "experiment=digits",
+    "compute=inline",
+    "compute.backoff_s=0",
+    "wandb.mode=disabled",
+    "data.limit=160",
+    "data.shard_samples=64",
+    "partition.num_fine=8",
+    "partition.components=4",
+    "codec.components=4",
+    "expert.training.steps=6",
+    "expert.training.batch_size=8",
+    "expert.training.checkpoint_every=2",
+    "expert.network.width=8",
+    "expert.network.depth=1",
+    "router.training.steps=4",
+    "router.width=8",
+    "router.depth=1",
+    "scores.num_samples=16",
+    "scores.components=4",
+    "ensemble.steps=2",
+)
+"""Settings of a complete run of minimal size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    """Its exit code, the negative number of the signal that ended it, or `HUNG`."""
+    output: str
+    """Standard output and standard error together."""
+
+    @property
+    def is_crash(self) -> bool:
+        """Return whether it ended with a traceback, a signal or a timeout instead of a message."""
+        return self.code < 0 or "Traceback (most recent call last)" in self.output
+
+
+def run_command(arguments: Sequence[str], output: Path, *, timeout_s: float = TIMEOUT_S) -> Result:
+    """Run `ddm` with these arguments in a forked child and return its result; `output` is a file for its text."""
+
+    def command() -> None:
+        sys.argv = ["ddm", *arguments]
+        app.main()
+
+    return run_forked(command, output, timeout_s=timeout_s)
+
+
+def run_forked(
+    function: Callable[[], object], output: Path, *, timeout_s: float, until: Callable[[], bool] = bool
+) -> Result:
+    """Call a function in a forked child with a process group of its own; kill the group at the timeout or `until`."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        _run_in_child(function, output)
+    deadline, code = time.monotonic() + timeout_s, None
+    while code is None:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() > deadline or until():
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            code = HUNG
+        else:
+            time.sleep(0.002)
+    return Result(code=code, output=output.read_text(encoding="utf-8", errors="replace"))
+
+
+def _run_in_child(function: Callable[[], object], output: Path) -> None:
+    """Call the function with both standard streams in a file, and end this process as Python would."""
+    os.setpgid(0, 0)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    code = 0
+    try:
+        function()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else bool(error.code)
+    except BaseException:  # noqa: BLE001 - what Python's own top level does
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def import_what_commands_import(commands: Sequence[Sequence[str]], output: Path) -> list[Result]:
+    """Run each command once, import in this process what it has imported, and return the results."""
+    modules = output.with_suffix(".modules")
+    results = []
+    for arguments in commands:
+
+        def command(arguments: Sequence[str] = arguments) -> None:
+            before = set(sys.modules)
+            sys.argv = ["ddm", *arguments]
+            try:
+                app.main()
+            finally:
+                modules.write_text("\n".join(name for name in sys.modules if name not in before))
+
+        results.append(run_forked(command, output, timeout_s=600))
+        for name in modules.read_text().splitlines():
+            if name.partition(".")[0] not in sys.modules or name not in sys.modules:
+                try:
+                    __import__(name)
+                except ImportError:
+                    continue  # a module that a library has made up
+    return results
