@@ -26,12 +26,11 @@ def audit(
     ensemble: Ensemble = None,
 ) -> None:
     """Compare samples with their nearest training images, per expert, to find copies."""
+    folder = _open_finished(run)
     from orchestrator.reporting.analyses import load_result, run_audit
     from orchestrator.reporting.analysis_tables import audit_tables
     from orchestrator.reporting.page import write_report
-    from orchestrator.run.run_folder import RunFolder
 
-    folder = RunFolder(run.expanduser())
     if ensemble is not None:
         row = _score_ensemble(folder, ensemble, row)
     with _progress("Comparing with the training set") as on_progress:
@@ -51,11 +50,10 @@ def classify(
     ensemble: Ensemble = None,
 ) -> None:
     """Classify held-out images by their denoising error, with the ensemble and with each expert alone."""
+    folder = _open_finished(run)
     from orchestrator.reporting.analyses import load_result, run_classify
     from orchestrator.reporting.analysis_tables import accuracy_table
-    from orchestrator.run.run_folder import RunFolder
 
-    folder = RunFolder(run.expanduser())
     config = folder.load_config()
     if ensemble is not None:
         from orchestrator.cli.membership import with_ensemble
@@ -81,6 +79,18 @@ def _score_ensemble(run: Any, ensemble: Path, row: str) -> str:
     config = replace(usable_compute(run), **no_compression)
     run_pipeline(with_ensemble(run, config, ensemble), console)
     return FROM_ENSEMBLE
+
+
+def _open_finished(run: Path) -> Any:
+    """Return the folder of a finished run that can be written; raises before anything heavy is imported."""
+    from orchestrator.cli.sample import find_pipeline
+    from orchestrator.planning.checks.check import check_folder
+    from orchestrator.run.run_folder import RunFolder
+
+    folder = RunFolder(run.expanduser())
+    find_pipeline(folder, monolith=False)
+    check_folder(folder.root)
+    return folder
 
 
 @contextmanager

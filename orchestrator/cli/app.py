@@ -375,9 +375,10 @@ def _report_result(config: Any, result: Any) -> None:
 
 
 def _write_report(run: Path) -> Path:
+    folder = _open_run(run)
     from orchestrator.reporting.page import write_report
 
-    return write_report(_open_run(run))
+    return write_report(folder)
 
 
 def _open_run(run: Path) -> Any:

@@ -36,7 +36,7 @@ def run_command(command: Callable[[], object]) -> int:
 
 def describe_os_error(error: OSError) -> str:
     """Return the place, the reason and the way out of an error of the operating system."""
-    place = error.filename if error.filename is not None else "the output"
+    place = error.filename if error.filename is not None else "a file or the output"
     return f"{place}: {error.strerror or error}; check that it exists, is yours, and that its disk has space"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import UntrustedFolder
+from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.signature import is_signed, sign
 
@@ -25,7 +26,8 @@ def require_trust(run: RunFolder, config: RunConfig, *, trust: bool) -> None:
     """Raise `UntrustedFolder` for a configuration that this user did not write; with `trust`, sign it instead."""
     require_plain_files(run)
     if trust:
-        sign(run.config_file, run.signature)
+        with disk_errors_as_messages(run.root):
+            sign(run.config_file, run.signature)
     elif not is_trusted(run):
         raise UntrustedFolder(
             "\n".join(

@@ -69,7 +69,9 @@ def check_folder(folder: Path) -> None:
     if not existing.is_dir():
         raise ConfigError(f"folder={folder} must be a folder, and {existing} is a file; choose another folder=…")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"folder={folder} cannot be written: {existing} is read-only; choose another folder=…")
+        raise ConfigError(
+            f"{folder} cannot be written: {existing} is read-only; make it writable, or use another folder"
+        )
 
 
 def check_machine(config: RunConfig) -> Iterator[str]:
