@@ -1,6 +1,7 @@
 """Decode, encode and resize images; all images of a data set have the same size."""
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -113,6 +114,28 @@ def encode_png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     to_image(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def tile_pixels(
+    images: UInt8[np.ndarray, "batch tile_height tile_width channel"], columns: int, gap: int = 1
+) -> Pixels:
+    """Arrange images in reading order, `gap` white pixels apart; empty cells are black.
+
+    Raises `ValueError` without images or columns.
+    """
+    if not len(images) or columns < 1:
+        raise ValueError(
+            f"a grid needs an image and a column; got {len(images)} images, {columns} columns; pass at least one each"
+        )
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    table = np.zeros((rows * columns, height + gap, width + gap, channels), np.uint8)
+    table[:count, :height, :width] = images
+    table[:, height:] = table[:, :, width:] = 255
+    canvas = table.reshape(rows, columns, height + gap, width + gap, channels).transpose(0, 2, 1, 3, 4)
+    canvas = canvas.reshape(rows * (height + gap), columns * (width + gap), channels)
+    return canvas[: len(canvas) - gap, : canvas.shape[1] - gap]
 
 
 def fit_image(pixels: Pixels, config: DataConfig, key: str) -> UInt8[np.ndarray, "side side depth"]:
