@@ -16,7 +16,8 @@ from pathlib import Path
 from benchmarks.arms.finished_run import SPACES, FinishedRun, Scores
 from ddm_core.artifacts import Workspace, read_json
 from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
-from ensemble.compression.measurement import REPORT_FILE, TIMING_FILE, Timing, time_both
+from ensemble.compression.measurement import Timing, time_both
+from ensemble.compression.report import REPORT_FILE, TIMING_FILE
 from ensemble.compression.run import run_stage
 from ensemble.evaluation.evaluate import evaluate
 from experts.config import TrainingConfig

@@ -20,10 +20,11 @@ from benchmarks.arms.compress import Arm, train_ensemble, train_start, train_sta
 from benchmarks.record import RESULTS, describe_machine
 from ddm_core.artifacts import read_json, write_json
 from ensemble.compression.config import DynamicInt8Config, StitchConfig, WeightOnlyConfig
-from ensemble.compression.measurement import REPORT_FILE, CompressionReport, model_bytes
+from ensemble.compression.measurement import model_bytes
 from ensemble.compression.per_expert import RESULT_FILE
 from ensemble.compression.pruning.config import EcoDiffConfig, LaptopConfig
 from ensemble.compression.quantization.config import QuESTConfig, SharedBaseConfig, SVDQuantConfig
+from ensemble.compression.report import REPORT_FILE, CompressionReport
 from ensemble.pipeline import EnsemblePipeline
 from experts.compressed.quantization.int8_linear import computes_in_int8
 from experts.compressed.quantization.shared_weight_io import collect_bases

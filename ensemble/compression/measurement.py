@@ -13,39 +13,13 @@ from pathlib import Path
 
 import torch
 
-from ddm_core.artifacts import Preempted, Workspace, list_files, read_json, write_json
+from ddm_core.artifacts import Preempted, Workspace, list_files, write_json
 from ensemble.compression.config import TimingConfig
+from ensemble.compression.report import TIMING_FILE, CompressionReport
 from ensemble.config import SamplingConfig
 from ensemble.evaluation.generate import RowFlops
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.sample import sample
-
-REPORT_FILE = "compression.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressionReport:
-    """Total effect of all stages up to this one, against the original ensemble; written as `compression.json`."""
-
-    stages: tuple[str, ...]
-    """Labels of the stages so far, in order."""
-    modules: int
-    """Number of weights, layers or units that the last stage changed."""
-    bytes_before: int
-    """Bytes on disk of the original experts and router; both ensembles have the same codec, which is left out."""
-    bytes_after: int
-    flops_before: float
-    """Mean FLOPs per image of the original ensemble."""
-    flops_after: float
-    relative_l2: float
-    """|| images - original images || / || original images ||, from the same noise."""
-    num_samples: int
-
-    @classmethod
-    def read(cls, path: Path) -> "CompressionReport":
-        """Load a report from its JSON file."""
-        fields = read_json(path)
-        return cls(**fields | {"stages": tuple(fields["stages"])})
 
 
 RECORDS = ("outcome.json", "training.json", "quality.json", "metrics.jsonl", "distilled_monolith.json")
@@ -87,20 +61,6 @@ def compare(
         relative_l2=float(distance),
         num_samples=count,
     )
-
-
-def describe(report: CompressionReport) -> str:
-    """Format a report as one line for a terminal."""
-    bytes_ratio, flops_ratio = report.bytes_after / report.bytes_before, report.flops_after / report.flops_before
-    stages = " + ".join(report.stages)
-    return (
-        f"{stages}: {report.modules} changed, {report.bytes_before:,} to {report.bytes_after:,} bytes "
-        f"({bytes_ratio:.2f} x), {flops_ratio:.2f} x the FLOPs of an image, relative L2 {report.relative_l2:.4f} on "
-        f"{report.num_samples} images"
-    )
-
-
-TIMING_FILE = "timing.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from ensemble.compression.distillation.mmd import finetune_mmd
 from ensemble.compression.distillation.shared_student import distill_shared_student, train_shared_warmup
 from ensemble.compression.distillation.sid import distill_sid
 from ensemble.compression.handover import hand_over_after_base, stitch
-from ensemble.compression.measurement import REPORT_FILE, compare
+from ensemble.compression.measurement import compare
 from ensemble.compression.method import (
     Clusters,
     CompressionContext,
@@ -45,6 +45,7 @@ from ensemble.compression.quantization.quest import quantize_quest
 from ensemble.compression.quantization.shared_base import quantize_shared_base
 from ensemble.compression.quantization.svdquant import quantize_svdquant
 from ensemble.compression.quantization.weight_only import pack_all, quantize_dynamic_int8, quantize_weights
+from ensemble.compression.report import REPORT_FILE
 from ensemble.pipeline import EnsemblePipeline
 from experts.expert import Expert
 from router.router import Router

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ensemble.compression.config import DynamicInt8Config
-from ensemble.compression.measurement import REPORT_FILE, CompressionReport, describe
+from ensemble.compression.report import REPORT_FILE, CompressionReport, describe
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS

@@ -6,9 +6,9 @@ import pytest
 
 from ddm_core.artifacts import Preempted, Workspace, checksum, list_files, read_json
 from ensemble.compression.config import CompressionConfig, DynamicInt8Config, WeightOnlyConfig
-from ensemble.compression.measurement import REPORT_FILE
 from ensemble.compression.method import StageError
 from ensemble.compression.quantization.weight_only import quantize_weights
+from ensemble.compression.report import REPORT_FILE
 from ensemble.compression.run import DATA_FREE_METHODS, run_stage
 from ensemble.config import SamplingConfig
 from ensemble.pipeline import EnsemblePipeline
