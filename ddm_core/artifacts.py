@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
-from safetensors.numpy import save_file
 
 from ddm_core.errors import DDMError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -209,19 +209,23 @@ def with_checksum(value: object) -> str:
 def read_with_checksum(path: Path) -> dict[str, Any]:
     """Read what `with_checksum` wrote; raises like `read_json`, and `CorruptArtifact` for a single changed bit."""
     content, data = _read_json_and_bytes(path)
-    members = content.items() if isinstance(content, dict) else ()
-    rest = {name: value for name, value in members if name != CHECKSUM_KEY}
-    if data != with_checksum(rest).encode():
+    digest = content.pop(CHECKSUM_KEY, None) if isinstance(content, dict) else None
+    before, found, after = data.partition(f'\n "{CHECKSUM_KEY}": "{digest}"'.encode())
+    rest = before + after[1:] if after.startswith(b",") else before.removesuffix(b",") + after
+    if not found or hashlib.sha256(rest).hexdigest() != digest:
         raise CorruptArtifact(f"{path} does not match its own checksum; delete its folder and run again")
-    return rest
+    return dict(content)
 
 
-def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def save_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
     """Write arrays as safetensors.
 
     Each array is made contiguous first: `safetensors.numpy` writes raw memory, and a transposed or strided array would
-    load as another one.
+    load as another one. numpy is imported here, because `ddm status` works without it.
     """
+    import numpy as np
+    from safetensors.numpy import save_file
+
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
