@@ -143,24 +143,31 @@ def run(
 
 
 @app.command()
-def status(run: RunArgument) -> None:
+def status(
+    run: RunArgument,
+    all_experts: Annotated[bool, typer.Option("--all", help="List every expert, however many there are")] = False,
+) -> None:
     """Show the state and progress of every stage of a run."""
     from orchestrator.reporting.status import status_table
 
-    console.print(status_table(_open_run(run)))
+    console.print(status_table(_open_run(run), all_experts=all_experts))
 
 
 @app.command()
 def logs(
     run: RunArgument,
     stage: Annotated[str, typer.Argument(help="The stage, such as expert_3; empty prints the journal")] = "",
-    attempt: Annotated[int, typer.Option(help="Attempt number; 0 is the latest")] = 0,
+    attempt: Annotated[int, typer.Option(help="Attempt number; 0 is the latest", min=0)] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines")] = False,
 ) -> None:
-    """Print the log of a stage's attempt, or the journal of the run."""
-    from orchestrator.reporting.status import find_log_file, print_file
+    """Print a stage's settings, losses, time left and log, or the journal of the run."""
+    from orchestrator.reporting.status import describe_stage, find_log_file, print_file
 
-    print_file(find_log_file(_open_run(run), stage, attempt), follow=follow)
+    folder = _open_run(run)
+    file = find_log_file(folder, stage, attempt)
+    if stage:
+        typer.echo(describe_stage(folder, stage, file.parent))
+    print_file(file, follow=follow)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -52,6 +53,9 @@ STYLE = {
 WIDTH, HEIGHT, LEGEND_ROW = 4.7, 2.7, 0.17
 """Inches: of a chart in a column of the page, and of one row of its legend below."""
 
+BAND_POINTS = 200
+"""Steps at which the quantiles over many curves are drawn."""
+
 Curve = Sequence[tuple[float, float]]
 
 
@@ -76,6 +80,24 @@ def line_chart(
                 axes.axhline(level, label=name, color=color, linestyle="--", linewidth=1)
             else:
                 axes.plot(*zip(*level, strict=True), label=name, color=color, linestyle="--", linewidth=1)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _add_legend(axes, columns=2)
+    return svg.getvalue()
+
+
+def band_chart(curves: Mapping[str, Curve], x_label: str, y_label: str, name: str, lines: Mapping[str, Curve]) -> str:
+    """Draw the median and the spread of many curves, which the legend calls `name`, and a few other lines."""
+    arrays = [np.array(points, dtype=float).T for points in curves.values()]
+    steps = np.linspace(max(array[0, 0] for array in arrays), max(array[0, -1] for array in arrays), BAND_POINTS)
+    values = np.array([np.interp(steps, xs, ys, right=np.nan) for xs, ys in arrays])
+    low, low_10, middle, high_10, high = np.nanquantile(values, (0, 0.1, 0.5, 0.9, 1), axis=0)
+    with _figure(WIDTH, HEIGHT + LEGEND_ROW * (len(lines) + 4) // 2) as (axes, svg):
+        axes.fill_between(steps, low, high, color=COLORS[0], alpha=0.15, linewidth=0, label="lowest to highest")
+        axes.fill_between(steps, low_10, high_10, color=COLORS[0], alpha=0.35, linewidth=0, label="10 % to 90 %")
+        axes.plot(steps, middle, color=COLORS[0], linewidth=1.6, label=f"median of {name}")
+        for line_name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=line_name, color=series_color(line_name), linewidth=1.6)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _add_legend(axes, columns=2)

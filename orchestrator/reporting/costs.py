@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.config.compute import CONTROLLER, ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.reporting.progress import format_clock
-from orchestrator.run.attempts import Attempt, load_all_attempts
+from orchestrator.run.attempts import Attempt, Steps, load_all_attempts
 from orchestrator.run.run_folder import RunFolder
 
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -53,17 +53,20 @@ class CostRow:
         return 1.0 - self.lost_s / self.seconds if self.seconds else 1.0
 
 
-def load_costs(run: RunFolder) -> list[CostRow]:
-    """Return the costs of every attempted stage, in the order of their first attempts."""
+def load_costs(run: RunFolder, attempts: Sequence[Attempt] | None = None) -> list[CostRow]:
+    """Return the costs of every attempted stage, in the order of their first attempts.
+
+    `attempts` are all of this run folder, if the caller has loaded them already.
+    """
     compute, events = run.load_config().compute, run.read_events()
     by_stage: dict[str, list[Attempt]] = defaultdict(list)
-    for attempt in load_all_attempts(run):
+    for attempt in load_all_attempts(run) if attempts is None else attempts:
         by_stage[attempt.stage].append(attempt)
     submissions, transfers = _submission_times(events), _transfers(events)
     rows = []
-    for stage, attempts in by_stage.items():
-        costs = [_attempt_cost(attempt, compute, submissions) for attempt in attempts]
-        lost = [_lost_work(run, group) for group in _group_by_checkpoints(attempts)]
+    for stage, tries in by_stage.items():
+        costs = [_attempt_cost(attempt, compute, submissions) for attempt in tries]
+        lost = [_lost_work(run, group) for group in _group_by_checkpoints(tries)]
         rows.append(sum_costs([*costs, *lost, *transfers.get(stage, [])], stage))
     return rows
 
@@ -86,9 +89,9 @@ def reservation_price(island: IslandConfig, resources: ResourcesConfig, seconds:
     return island.price_per_hour * island_share(island, resources) * seconds / 3600
 
 
-def format_run_costs(run: RunFolder) -> str:
+def format_run_costs(run: RunFolder, attempts: Sequence[Attempt] | None = None) -> str:
     """Return the costs of the run as one line; empty before its first attempt."""
-    rows = load_costs(run)
+    rows = load_costs(run, attempts)
     return format_costs(sum_costs(rows)) if rows else ""
 
 
@@ -138,24 +141,25 @@ def _group_by_checkpoints(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
 
 def _lost_work(run: RunFolder, attempts: Sequence[Attempt]) -> CostRow:
     """Return what the attempts lost: everything but the steps from which later attempts continued."""
+    if all(attempt.state in ("finished", "running") for attempt in attempts):
+        return CostRow(stage=attempts[-1].stage)
     saved_step, lost_s, lost_steps = _last_saved_step(run, attempts[-1]), 0.0, 0
-    paces = [attempt.steps.seconds_per_step for attempt in attempts if attempt.steps and attempt.steps.seconds_per_step]
-    for attempt in reversed(attempts):
-        steps = attempt.steps
+    all_steps = [attempt.steps for attempt in attempts]
+    paces = [steps.seconds_per_step for steps in all_steps if steps and steps.seconds_per_step]
+    for attempt, steps in zip(reversed(attempts), reversed(all_steps), strict=True):
         if attempt.state not in ("finished", "running"):
-            useful_s, repeated = _useful_work(attempt, saved_step, paces)
+            useful_s, repeated = _useful_work(attempt, steps, saved_step, paces)
             lost_s, lost_steps = lost_s + attempt.seconds - useful_s, lost_steps + repeated
         if steps is not None:
             saved_step = steps.first if attempt is attempts[-1] else min(saved_step, steps.first)
     return CostRow(stage=attempts[-1].stage, lost_s=lost_s, lost_steps=lost_steps)
 
 
-def _useful_work(attempt: Attempt, saved_step: int, paces: Sequence[float]) -> tuple[float, int]:
+def _useful_work(attempt: Attempt, steps: Steps | None, saved_step: int, paces: Sequence[float]) -> tuple[float, int]:
     """Return useful seconds and repeated steps, if work up to `saved_step` survived the attempt.
 
     An attempt that reported no pace is assumed to have had that of its siblings.
     """
-    steps = attempt.steps
     if steps is None:
         return 0.0, 0
     sibling_pace = min(paces, default=attempt.seconds / max(1, steps.last - steps.first))

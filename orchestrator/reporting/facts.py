@@ -1,24 +1,29 @@
 """Contents of the report, read from the run folder: plain values, no HTML."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from data_partition.shards.images import encode_png, tile_pixels
 from data_partition.shards.shards import read_index, read_samples
-from ddm_core.artifacts import read_json
-from ensemble.sampling.images import encode_png, image_grid
+from ddm_core.artifacts import CorruptArtifact, read_json
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.analyses import finished_audits
+from orchestrator.run.metrics_rows import is_number, sample_rows
 from orchestrator.run.run_folder import RunFolder
 
 IMAGES_PER_CLUSTER = 24
-"""How many images the report shows of every cluster."""
+"""How many images the report shows of a cluster."""
+
+SHOWN_CLUSTERS = 16
+"""With more clusters, the report shows images of the largest and the smallest ones only."""
+
+CURVE_POINTS = 200
+"""Points of a loss curve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +35,8 @@ class ClusterFacts:
     share: float
     epochs: float | None
     """None while its expert is not finished."""
-    picture: bytes
-    """PNG of some of its images."""
+    picture: bytes | None
+    """PNG of some of its images; None for a cluster of middle size among many."""
 
 
 def load_clusters(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
@@ -39,13 +44,15 @@ def load_clusters(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
     by_name = {stage.name: stage for stage in graph}
     folder = run.artifact(by_name["partition"]) / "clusters"
     counts = [read_index(folder / str(k)).count for k in range(len(list(folder.iterdir())))]
+    by_size, half = sorted(range(len(counts)), key=lambda k: -counts[k]), SHOWN_CLUSTERS // 2
+    shown = {*by_size[:half], *by_size[-half:]} if len(counts) > SHOWN_CLUSTERS else set(by_size)
     return [
         ClusterFacts(
             cluster_id=k,
             count=count,
             share=count / sum(counts),
             epochs=_epochs(run, by_name.get(f"expert_{k}")),
-            picture=_picture(folder / str(k), count),
+            picture=_picture(folder / str(k), count) if k in shown else None,
         )
         for k, count in enumerate(counts)
     ]
@@ -60,24 +67,32 @@ def _epochs(run: RunFolder, expert: Stage | None) -> float | None:
 def _picture(shards: Path, count: int) -> bytes:
     spread = islice(read_samples(shards), 0, None, max(1, count // IMAGES_PER_CLUSTER))
     images = np.stack([sample.image for sample in islice(spread, IMAGES_PER_CLUSTER)])
-    return encode_png(image_grid(torch.from_numpy(images).float() / 255, columns=IMAGES_PER_CLUSTER // 2))
+    return encode_png(tile_pixels(images, columns=IMAGES_PER_CLUSTER // 2))
 
 
-def load_loss_curves(
-    run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]
-) -> dict[str, list[tuple[float, float]]]:
-    """Return (step, loss) of every finished training of these kinds, by name; those without steps are left out."""
-    curves = {
-        stage.name: [(row["step"], row["loss"]) for row in _rows(run.verify_file(stage, "metrics.jsonl"))]
-        for stage in graph
-        if stage.kind in kinds and run.is_finished(stage)
-    }
-    return {name: points for name, points in curves.items() if points}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossCurves:
+    """Losses of trainings by step."""
+
+    points: Mapping[str, Sequence[tuple[float, float]]]
+    """(step, loss) by name, in rising steps; trainings without steps are left out."""
+    damaged: Sequence[str]
+    """Names of the trainings whose rows differ from their checksum; what can be read of them is in `points`."""
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def load_loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]) -> LossCurves:
+    """Return some points of the loss of every finished training of these kinds."""
+    points, damaged = {}, []
+    for stage in graph:
+        path = run.artifact(stage) / "metrics.jsonl"
+        if stage.kind in kinds and run.is_finished(stage) and path.is_file():
+            rows = sample_rows(path, CURVE_POINTS)
+            points[stage.name] = [(row["step"], row["loss"]) for row in rows if is_number(row.get("loss"))]
+            try:
+                run.verify_file(stage, path.name)
+            except CorruptArtifact:
+                damaged.append(stage.name)
+    return LossCurves(points={name: curve for name, curve in points.items() if curve}, damaged=damaged)
 
 
 def load_missing_share(run: RunFolder, graph: Sequence[Stage], missing: Sequence[str]) -> float:

@@ -1,7 +1,10 @@
 """`write_report`: the run folder as one HTML page."""
 
 import base64
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -16,8 +19,15 @@ from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting import charts, facts
 from orchestrator.reporting.analysis_tables import SURPRISING
 from orchestrator.reporting.charts import WITH_CLASS, WITHOUT_CLASS
-from orchestrator.reporting.costs import format_bytes, load_costs, sum_costs
-from orchestrator.reporting.pareto import CompressionPoint, load_compression_points, pareto_front
+from orchestrator.reporting.costs import CostRow, format_bytes, load_costs, sum_costs
+from orchestrator.reporting.facts import LossCurves
+from orchestrator.reporting.pareto import (
+    MAX_KID_RATIO,
+    CompressionPoint,
+    load_compression_points,
+    pareto_front,
+    select_good,
+)
 from orchestrator.reporting.results import (
     ScoreRow,
     current_graph,
@@ -30,6 +40,12 @@ from orchestrator.run.attempts import Attempt, load_attempts
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
 from router.config import AUTO
+
+MAX_EXPERTS = 16
+"""With more experts, a chart or a table shows them together."""
+
+MAX_NAMES = 8
+"""Names in a sentence, before it counts the rest."""
 
 NOISE_AXIS = "t (0 = clean, 1 = noise)"
 
@@ -56,7 +72,13 @@ def render_page(page_facts: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"data_url": _data_url, "si": _si, "duration": format_duration, "bytes": format_bytes}
+    templates.filters |= {
+        "data_url": _data_url,
+        "si": _si,
+        "duration": format_duration,
+        "bytes": format_bytes,
+        "audit_rows": audit_rows,
+    }
     return templates.get_template("page.html").render(**page_facts)
 
 
@@ -69,14 +91,15 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "why": explain_default(rows),
         "selection_search": selection_choice(run, graph),
         "points": points,
-        "front": pareto_front(points),
+        "good": select_good(points),
+        "max_kid": MAX_KID_RATIO,
         "pareto_charts": _pareto_charts(points),
         "grids": _grids(run, graph, rows),
         "audits": facts.load_audits(run, graph),
         "surprising": SURPRISING,
         "attempts": attempts,
         "timeline": _timeline(attempts) if attempts else None,
-        "costs": costs,
+        "costs": merge_costs(costs),
         "total": total,
         **_run_facts(run, config, graph),
         **_training_facts(run, graph),
@@ -87,13 +110,15 @@ def _run_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[st
     """Return the head of the page: the configuration of the run, and what it lacks."""
     present = {stage.name for stage in graph}
     missing = [stage.name for stage in build_graph(config) if stage.name not in present]
+    unfinished = [stage.name for stage in graph if not run.is_finished(stage)]
     return {
         "config": config,
         "folder": run.root,
         "yaml": yaml.safe_dump(to_jsonable(config), sort_keys=False),
         "version": project_version(),
-        "unfinished": [stage.name for stage in graph if not run.is_finished(stage)],
-        "missing": missing,
+        "unfinished": name_some(unfinished),
+        "missing": name_some(missing),
+        "missing_count": len(missing),
         "missing_share": facts.load_missing_share(run, graph, missing),
     }
 
@@ -103,15 +128,13 @@ def _training_facts(run: RunFolder, graph: list[Stage]) -> dict[str, Any]:
     has_partition = any(stage.name == "partition" and run.is_finished(stage) for stage in graph)
     quality = facts.load_router_quality(run, graph)
     losses = facts.load_loss_curves(run, graph, ("expert", "monolith", "cluster_conditioned"))
+    router_losses = facts.load_loss_curves(run, graph, ("router",))
     return {
         "clusters": facts.load_clusters(run, graph) if has_partition else [],
-        "loss_chart": _line_chart(losses, "training step", "loss", "Training loss by step"),
-        "router_loss_chart": _line_chart(
-            facts.load_loss_curves(run, graph, ("router",)),
-            "training step",
-            "cross-entropy (nats)",
-            "Training loss of the router by step",
-        ),
+        "loss_chart": _loss_chart(losses, "loss", "Training loss by step"),
+        "loss_note": describe_extremes(losses),
+        "damaged": name_some([*losses.damaged, *router_losses.damaged]),
+        "router_loss_chart": _loss_chart(router_losses, "cross-entropy (nats)", "Training loss of the router by step"),
         "router_charts": _router_charts(quality) if quality else [],
         "flops": _flops_table(load_training_flops(run, graph)),
     }
@@ -154,10 +177,45 @@ def _grids(run: RunFolder, graph: list[Stage], rows: list[ScoreRow]) -> list[tup
     ]
 
 
-def _line_chart(
-    curves: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, description: str
-) -> Markup | None:
-    return charts.themed(charts.line_chart(curves, x_label, y_label), description) if curves else None
+def name_some(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence; the last of many are only counted."""
+    rest = len(names) - MAX_NAMES
+    return ", ".join(names) if rest < 2 else f"{', '.join(names[:MAX_NAMES])} and {rest} more"
+
+
+def is_expert(name: str) -> bool:
+    """Return whether a stage's name is that of an expert."""
+    return name.startswith("expert_") and name.removeprefix("expert_").isdecimal()
+
+
+def merge_costs(rows: Sequence[CostRow]) -> list[CostRow]:
+    """Return the costs of every stage; many experts are summed up in one row."""
+    experts = [row for row in rows if is_expert(row.stage)]
+    if len(experts) <= MAX_EXPERTS:
+        return list(rows)
+    merged = sum_costs(experts, f"{len(experts)} experts")
+    return [merged if row is experts[0] else row for row in rows if row not in experts[1:]]
+
+
+def describe_extremes(losses: LossCurves) -> str:
+    """Return a sentence that names the experts whose loss is highest and lowest at the end; empty for a few experts."""
+    last = sorted((points[-1][1], name) for name, points in losses.points.items() if is_expert(name))
+    if len(last) <= MAX_EXPERTS:
+        return ""
+    lowest, highest = (", ".join(f"{name} ({loss:.3g})" for loss, name in some) for some in (last[:3], last[:-4:-1]))
+    return f"At the end the loss is highest for {highest}, and lowest for {lowest}."
+
+
+def _loss_chart(losses: LossCurves, y_label: str, description: str) -> Markup | None:
+    """Draw a line for each training; many experts become their median and spread."""
+    curves, x_label = losses.points, "training step"
+    experts = {name: points for name, points in curves.items() if is_expert(name)}
+    if len(experts) > MAX_EXPERTS:
+        others = {name: points for name, points in curves.items() if name not in experts}
+        svg = charts.band_chart(experts, x_label, y_label, f"{len(experts)} experts", others)
+    else:
+        svg = charts.line_chart(curves, x_label, y_label) if curves else ""
+    return charts.themed(svg, description) if svg else None
 
 
 def _pareto_charts(points: list[CompressionPoint]) -> list[Markup]:
@@ -233,6 +291,9 @@ def _over_t(bins: list[dict[str, float]], name: str) -> list[tuple[float, float]
 
 def _timeline(attempts: list[Attempt]) -> Markup:
     first = min(attempt.start for attempt in attempts)
+    experts = [attempt for attempt in attempts if is_expert(attempt.stage)]
+    if len(experts) > MAX_EXPERTS:
+        attempts = [attempt for attempt in attempts if attempt not in experts]
     bars = [
         (
             f"{attempt.stage} #{attempt.attempt} · {_place(attempt)}",
@@ -243,17 +304,43 @@ def _timeline(attempts: list[Attempt]) -> Markup:
         )
         for attempt in attempts
     ]
+    if len(experts) > MAX_EXPERTS:
+        bars = sorted([*bars, *_expert_bars(experts, first)], key=lambda bar: bar[2])
     return charts.themed(charts.timeline(bars), "When each attempt ran, and where")
+
+
+def _expert_bars(experts: list[Attempt], first: float) -> list[tuple[str, str, float, float, str]]:
+    """Return one bar for each state of the attempts of many experts, from the first start to the last end."""
+    bars = []
+    for state, same in groupby(sorted(experts, key=lambda attempt: attempt.state), key=lambda attempt: attempt.state):
+        group = list(same)
+        typical = format_duration(median(attempt.seconds for attempt in group))
+        label = f"{len(group)} attempts of experts, median {typical}"
+        start, end = min(attempt.start for attempt in group), max(attempt.end for attempt in group)
+        bars.append((label, "expert_0", start - first, end - first, state))
+    return bars
 
 
 def _place(attempt: Attempt) -> str:
     return f"{attempt.island} · {attempt.place}" if attempt.island else attempt.place
 
 
-def _flops_table(flops: dict[str, float]) -> dict[str, Any]:
+def _flops_table(flops: Mapping[str, float]) -> dict[str, Any]:
     """Return the FLOPs of every part of the decentralized side, their sum, and the monolith's."""
     parts = {name: value for name, value in flops.items() if name != "monolith"}
+    experts = {name: value for name, value in parts.items() if is_expert(name)}
+    if len(experts) > MAX_EXPERTS:
+        rest = {name: value for name, value in parts.items() if name not in experts}
+        parts = {f"{len(experts)} experts": sum(experts.values())} | rest
     return {"parts": parts, "ours": sum(parts.values()), "monolith": flops.get("monolith")}
+
+
+def audit_rows(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the rows of one space of an audit by expert; of many experts, those with the smallest p."""
+    experts = [(str(k), row) for k, row in enumerate(result["clusters"])]
+    if len(experts) > MAX_EXPERTS:
+        experts.sort(key=lambda pair: min((share["p_value"] for share in pair[1]["shares"]), default=1.0))
+    return [("all", result["overall"]), *experts[:MAX_EXPERTS]]
 
 
 def _data_url(png: bytes) -> str:

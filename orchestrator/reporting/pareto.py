@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ddm_core.artifacts import Manifest, is_finished, read_json, read_manifest
-from ensemble.compression.measurement import REPORT_FILE, TIMING_FILE, CompressionReport
+from ensemble.compression.report import REPORT_FILE, TIMING_FILE, CompressionReport
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
 MEASURES = ("bytes", "flops", "cpu", "kid", "fd", "l2")
 """Quantities that a budget may limit; all but the relative L2 distance are ratios to the original ensemble."""
+
+MAX_KID_RATIO = 1.2
+"""A compression with a larger KID, relative to the original ensemble's, has lost too much quality to be highlighted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +75,20 @@ def pareto_front(points: Sequence[CompressionPoint]) -> list[CompressionPoint]:
     return [point for point in points if not any(other.dominates(point) for other in points)]
 
 
+def select_good(points: Sequence[CompressionPoint]) -> list[CompressionPoint]:
+    """Return the points of the Pareto front whose KID is known and close to the original ensemble's."""
+    return [point for point in pareto_front(points) if point.kid is not None and point.kid <= MAX_KID_RATIO]
+
+
 def pareto_table(points: Sequence[CompressionPoint]) -> Table:
-    """Return a table for a terminal; the Pareto front is bold."""
-    table, front = Table(title="Compressed ensembles, as ratios to the original"), pareto_front(points)
+    """Return a table for a terminal; what `select_good` selects is bold."""
+    table, good = Table(title="Compressed ensembles, as ratios to the original"), select_good(points)
     for heading in ("", "bytes", "FLOPs", "CPU time", "KID", "FD", "relative L2"):
         table.add_column(heading, justify="right" if heading else "left")
     for point in points:
         values = (point.bytes, point.flops, point.cpu, point.kid, point.fd, point.l2)
         cells = ["–" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(point.name, *cells, style="bold" if point in front else None)
+        table.add_row(Text(point.name), *cells, style="bold" if point in good else None)
     return table
 
 
@@ -115,4 +124,5 @@ def _largest_ratio(scores: Sequence[dict[str, Any]], baseline: dict[str, Any], k
     if not scores:
         return None
     ours, theirs = scores[-1]["spaces"], baseline["spaces"]
-    return max(float(ours[space][key]) / float(theirs[space][key]) for space in theirs)
+    ratios = [float(ours[space][key]) / float(theirs[space][key]) for space in theirs if theirs[space][key] > 0]
+    return max(ratios, default=None)

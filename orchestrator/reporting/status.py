@@ -3,30 +3,44 @@
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import yaml
 from pydantic import FiniteFloat
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import TypedDict
 
-from ddm_core.artifacts import read_manifest
+from ddm_core.artifacts import read_manifest, to_jsonable
 from ddm_core.json_values import read_record
-from orchestrator.config.compute import CONTROLLER
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.costs import format_run_costs
-from orchestrator.reporting.progress import format_clock, format_progress
-from orchestrator.run.attempts import load_progress
-from orchestrator.run.backend import AttemptOutcome, Job
-from orchestrator.run.lease import ProcessRecord, is_alive, read_holder, seconds_since_change
+from orchestrator.reporting.progress import format_clock, format_number, format_progress
+from orchestrator.run.attempts import Attempt, Progress, load_all_attempts, load_outcome, load_progress
+from orchestrator.run.backend import Job
+from orchestrator.run.lease import is_alive, read_holder, seconds_since_change
+from orchestrator.run.metrics_rows import is_number, sample_rows
 from orchestrator.run.run_folder import RunFolder
 
 STRAGGLER_FACTOR = 1.5
 """An expert is a straggler once it has taken so many times the median of the finished experts."""
+
+MAX_EXPERT_ROWS = 24
+"""A table of more experts merges those in the same state."""
+
+MAX_REMARKS = 8
+"""Experts with a remark that keep their own row among merged ones."""
+
+SHOWN_LOSSES = 8
+"""Rows of `metrics.jsonl` that `ddm logs` shows of a stage."""
+
+STYLES = {"finished": "green", "waiting": "dim", "running": "", "lost": "red"}
 
 
 ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -49,25 +63,153 @@ class _IslandsRecord(TypedDict):
     islands: dict[str, _IslandFacts]
 
 
-def status_table(run: RunFolder) -> Table:
-    """Return one row per stage: island, state, attempts, progress."""
-    graph = build_graph(run.load_config())
-    unreachable = unreachable_islands(run)
-    slow = stragglers(run, graph)
-    table = Table(title=f"{run.root}: {_controller(run)}")
-    for heading in ("stage", "island", "state", "attempts", "progress"):
-        table.add_column(heading)
-    for stage in graph:
-        attempts = run.attempts(stage)
-        island = _island(attempts)
-        state, progress = _state(run, stage, attempts, island)
-        if state == "running" and island in unreachable:
-            state = f"[yellow]unreachable[/] for {format_clock(time.time() - unreachable[island])}"
-        if stage.name in slow:
-            progress += f"  [yellow]straggler: {slow[stage.name]:.1f} x the median[/]"
-        table.add_row(stage.name, island, state, str(len(attempts)), progress)
-    table.caption = format_run_costs(run)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusRow:
+    """One row of the table: a stage, or several experts in the same state."""
+
+    name: str
+    is_expert: bool
+    island: str
+    state: str
+    attempts: int
+    seconds: float | None = None
+    """Duration of a finished stage."""
+    progress: Progress | None = None
+    text: str = ""
+    remark: str = ""
+    """What is wrong with it; such a row stays on its own."""
+
+
+def status_table(run: RunFolder, *, all_experts: bool = False) -> Table:
+    """Return one row per stage: island, state, attempts, progress; many experts share rows unless `all_experts`."""
+    graph, attempts = build_graph(run.load_config()), load_all_attempts(run)
+    rows = load_status(run, graph, attempts)
+    shown = rows if all_experts else merge_experts(rows)
+    table = Table(title=Text(f"{run.root}: {_controller(run)}"))
+    has_islands = any(row.island for row in rows)
+    for heading in ("stage", *(["island"] if has_islands else []), "state", "attempts", "progress"):
+        table.add_column(heading, overflow="fold")
+    for row in shown:
+        state = Text(row.state, style=STYLES.get(row.state.partition(" ")[0], "yellow"))
+        cells = [Text(row.name), *([Text(row.island)] if has_islands else []), state, Text(f"{row.attempts}")]
+        remark = Text(f"  {row.remark}" if row.text and row.remark else row.remark, style="yellow")
+        table.add_row(*cells, Text(row.text) + remark)
+    costs = format_run_costs(run, attempts)
+    table.caption = Text(f"{costs}\n`ddm status {run.root} --all` lists every expert" if shown != rows else costs)
     return table
+
+
+def load_status(run: RunFolder, graph: Sequence[Stage], attempts: Sequence[Attempt]) -> list[StatusRow]:
+    """Return the status of every stage of a graph; `attempts` are all of the run folder."""
+    loaded = {attempt.folder: attempt for attempt in attempts}
+    folders = {tries[0].parent.name: tries for tries in run.attempted_stages()}
+    rows = [_stage_status(run, stage, folders.get(stage.folder_name, []), loaded) for stage in graph]
+    rows = _mark_stragglers(rows, graph, loaded, folders)
+    unreachable = unreachable_islands(run)
+    return [
+        replace(row, state=f"unreachable for {format_clock(time.time() - unreachable[row.island])}")
+        if row.state == "running" and row.island in unreachable
+        else row
+        for row in rows
+    ]
+
+
+def _stage_status(run: RunFolder, stage: Stage, folders: Sequence[Path], loaded: Mapping[Path, Attempt]) -> StatusRow:
+    attempt = loaded.get(folders[-1]) if folders else None
+    row = StatusRow(
+        name=stage.name,
+        is_expert=stage.kind == "expert",
+        island=attempt.island if attempt else _planned_island(folders),
+        state="waiting",
+        attempts=len(folders),
+    )
+    if run.is_finished(stage):
+        manifest = read_manifest(run.artifact(stage))
+        text = f"{manifest.seconds:.1f} s on {manifest.island or 'local'}"
+        return replace(row, state="finished", seconds=manifest.seconds, text=text)
+    if not folders:
+        return row
+    if outcome := load_outcome(folders[-1]):
+        return replace(row, state=outcome.state, remark=outcome.error)
+    progress = attempt.progress if attempt else load_progress(folders[-1])
+    is_lost = attempt is not None and attempt.is_local and not _is_alive(attempt)
+    return replace(row, state="lost" if is_lost else "running", progress=progress, text=format_progress(progress))
+
+
+def _is_alive(attempt: Attempt) -> bool:
+    return is_alive(attempt.process, seconds_since_change(attempt.folder))
+
+
+def _planned_island(folders: Sequence[Path]) -> str:
+    """Return the island of an attempt that no worker has started; empty for backends without islands."""
+    job = folders[-1] / "job.json" if folders else None
+    return read_record(Job, job).island if job and job.is_file() else ""
+
+
+def _mark_stragglers(
+    rows: Sequence[StatusRow],
+    graph: Sequence[Stage],
+    loaded: Mapping[Path, Attempt],
+    folders: Mapping[str, Sequence[Path]],
+) -> list[StatusRow]:
+    """Add a remark to unfinished experts that take much longer than the finished ones."""
+    now, marked = time.time(), []
+    tries = [[loaded[folder] for folder in folders.get(stage.folder_name, []) if folder in loaded] for stage in graph]
+    durations = [
+        attempts[-1].end - attempts[0].start
+        for row, attempts in zip(rows, tries, strict=True)
+        if row.is_expert and row.seconds is not None and attempts
+    ]
+    typical = median(durations or [0.0])
+    for row, attempts in zip(rows, tries, strict=True):
+        factor = (now - attempts[0].start) / typical if attempts and typical > 0 else 0.0
+        is_straggler = row.is_expert and row.seconds is None and factor > STRAGGLER_FACTOR
+        remark = "  ".join(filter(None, [row.remark, f"straggler: {factor:.1f} x the median"]))
+        marked.append(replace(row, remark=remark) if is_straggler else row)
+    return marked
+
+
+def merge_experts(rows: Sequence[StatusRow]) -> list[StatusRow]:
+    """Merge many experts in the same state into one row; the first ones with a remark keep their own."""
+    if sum(row.is_expert for row in rows) <= MAX_EXPERT_ROWS:
+        return list(rows)
+    merged: list[list[StatusRow]] = []
+    by_state: dict[str, list[StatusRow]] = {}
+    remarks = 0
+    for row in rows:
+        remarks += row.is_expert and bool(row.remark)
+        if not row.is_expert or (row.remark and remarks <= MAX_REMARKS):
+            merged.append([row])
+        elif row.state in by_state:
+            by_state[row.state].append(row)
+        else:
+            merged.append(by_state.setdefault(row.state, [row]))
+    return [group[0] if len(group) == 1 else _merge(group) for group in merged]
+
+
+def _merge(group: Sequence[StatusRow]) -> StatusRow:
+    islands = {row.island for row in group}
+    return StatusRow(
+        name=f"{len(group)} experts",
+        is_expert=True,
+        island=islands.pop() if len(islands) == 1 else f"{len(islands)} islands",
+        state=group[0].state,
+        attempts=sum(row.attempts for row in group),
+        text=_summarize(group),
+        remark=f"such as {group[0].name}: {group[0].remark}" if group[0].remark else "",
+    )
+
+
+def _summarize(group: Sequence[StatusRow]) -> str:
+    """Return the range of progress of several experts, or the median duration of finished ones."""
+    if durations := [row.seconds for row in group if row.seconds is not None]:
+        return f"median {format_clock(median(durations))}"
+    known = [row.progress for row in group if row.progress and row.progress.total]
+    if not known:
+        return ""
+    shares = [progress.done / (progress.total or 1.0) for progress in known]
+    left = max((progress.left_s or 0.0 for progress in known), default=0.0)
+    return f"{min(shares):.0%} to {max(shares):.0%}" + (f"  {format_clock(left)} left at most" if left else "")
 
 
 def unreachable_islands(run: RunFolder) -> dict[str, float]:
@@ -78,23 +220,6 @@ def unreachable_islands(run: RunFolder) -> dict[str, float]:
     return {name: facts["unreachable_since"] for name, facts in islands.items() if facts["unreachable_since"]}
 
 
-def stragglers(run: RunFolder, graph: Sequence[Stage]) -> dict[str, float]:
-    """Return running experts that take much longer than the finished ones, with the multiple of the median."""
-    experts = [stage for stage in graph if stage.kind == "expert" and run.attempts(stage)]
-    durations = [read_manifest(run.artifact(stage)).seconds for stage in experts if run.is_finished(stage)]
-    if not durations or median(durations) <= 0:
-        return {}
-    starts = {stage.name: run.attempts(stage)[0].stat().st_mtime for stage in experts if not run.is_finished(stage)}
-    factors = {name: (time.time() - start) / median(durations) for name, start in starts.items()}
-    return {name: factor for name, factor in factors.items() if factor > STRAGGLER_FACTOR}
-
-
-def _island(attempts: Sequence[Path]) -> str:
-    """Return the island of the latest attempt; empty for backends without islands."""
-    job = attempts[-1] / "job.json" if attempts else None
-    return read_record(Job, job).island if job and job.is_file() else ""
-
-
 def _controller(run: RunFolder) -> str:
     holder = read_holder(run)
     if holder is None:
@@ -102,26 +227,6 @@ def _controller(run: RunFolder) -> str:
     if holder.is_alive:
         return f"controlled by {holder}"
     return f"its controller, {holder}, is gone; continue with `ddm resume {run.root}`"
-
-
-def _state(run: RunFolder, stage: Stage, attempts: Sequence[Path], island: str) -> tuple[str, str]:
-    if run.is_finished(stage):
-        manifest = read_manifest(run.artifact(stage))
-        return "[green]finished[/]", f"{manifest.seconds:.1f} s on {manifest.island or 'local'}"
-    if not attempts:
-        return "[dim]waiting[/]", ""
-    if (attempts[-1] / "outcome.json").is_file():
-        outcome = read_record(AttemptOutcome, attempts[-1] / "outcome.json")
-        return f"[yellow]{outcome.state}[/]", escape(outcome.error)
-    worker = attempts[-1] / "worker.json"
-    is_local = island in ("", CONTROLLER)
-    if (
-        is_local
-        and worker.is_file()
-        and not is_alive(read_record(ProcessRecord, worker), seconds_since_change(attempts[-1]))
-    ):
-        return "[red]lost[/]", format_progress(load_progress(attempts[-1]))
-    return "running", format_progress(load_progress(attempts[-1]))
 
 
 def find_log_file(run: RunFolder, stage_name: str, attempt: int) -> Path:
@@ -140,6 +245,26 @@ def find_log_file(run: RunFolder, stage_name: str, attempt: int) -> Path:
             f"{stage_name} has {len(attempts)} attempt(s) so far; attempt {attempt or 1} does not exist"
         )
     return attempts[attempt - 1] / "log.txt"
+
+
+def describe_stage(run: RunFolder, stage_name: str, attempt: Path) -> str:
+    """Return the settings of a stage, the losses of an attempt so far, and its time left, as lines of text."""
+    stage = next(stage for stage in build_graph(run.load_config()) if stage.name == stage_name)
+    settings = yaml.safe_dump({stage_name: to_jsonable(stage.config)}, sort_keys=False, allow_unicode=True)
+    metrics = attempt / "metrics.jsonl"
+    rows = list(sample_rows(metrics, SHOWN_LOSSES)) if metrics.is_file() else []
+    losses = ["  ".join(f"{name} {format_number(value)}" for name, value in _figures(row)) for row in rows]
+    progress = load_progress(attempt)
+    outcome = load_outcome(attempt)
+    now = f"{outcome.state} {outcome.error}".rstrip() if outcome else format_progress(progress)
+    return "\n".join([settings, *losses, f"{attempt.name}: {now}", ""])
+
+
+def _figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Return the figures of a metrics row, the step first."""
+    return sorted(
+        ((name, float(value)) for name, value in row.items() if is_number(value)), key=lambda pair: pair[0] != "step"
+    )
 
 
 def print_file(path: Path, *, follow: bool) -> None:

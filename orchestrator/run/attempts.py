@@ -5,7 +5,6 @@ died before it wrote its end, the end is the age of its newest file. Files of an
 so their age is not used.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from orchestrator.config.compute import CONTROLLER, ResourcesConfig
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.backend import AttemptOutcome, Job
 from orchestrator.run.lease import ProcessRecord
+from orchestrator.run.metrics_rows import read_last_row
 from orchestrator.run.run_folder import RunFolder, attempt_number
 
 T = TypeVar("T")
@@ -60,8 +60,20 @@ class Attempt:
     state: str
     """As in `AttemptOutcome`, or `running`, which includes attempts whose state is not known yet."""
     error: str
-    steps: Steps | None
-    """None unless its training started."""
+    progress: "Progress | None"
+    """None before its first report."""
+    process: ProcessRecord
+    """Its worker's process."""
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether it runs on the controller's machine or a cluster that shares its disk, not on an island."""
+        return self.island in ("", CONTROLLER)
+
+    @property
+    def steps(self) -> Steps | None:
+        """Read the attempt's training steps; None unless its training started."""
+        return _read_steps(self.folder, self.progress)
 
     @property
     def seconds(self) -> float:
@@ -90,12 +102,10 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
     if not (folder / "worker.json").is_file():
         return None
     worker, job = read_record(ProcessRecord, folder / "worker.json"), _read_optional(Job, folder / "job.json")
-    progress, outcome = (
-        load_progress(folder) or DAMAGED_PROGRESS,
-        _read_optional(AttemptOutcome, folder / "outcome.json"),
-    )
+    progress, outcome = load_progress(folder), load_outcome(folder)
     island = job.island if job else ""
     start = worker.get("time") or (folder / "worker.json").stat().st_mtime
+    ended = outcome.ended if outcome else 0.0
     return Attempt(
         stage=folder.parent.name.rpartition("-")[0],
         attempt=attempt_number(folder),
@@ -104,15 +114,17 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
         place=f"{worker['host']}:{worker['pid']}",
         resources=job.resources if job else ResourcesConfig(),
         start=start,
-        end=max(
-            start,
-            (outcome.ended if outcome else 0.0)
-            or _last_activity(folder, progress, is_local=island in ("", CONTROLLER)),
-        ),
+        end=max(start, ended or _last_activity(folder, progress, is_local=island in ("", CONTROLLER))),
         state=outcome.state if outcome else _infer_state(run, folder, last=last),
         error=outcome.error if outcome else "",
-        steps=_read_steps(folder, progress),
+        progress=progress,
+        process=worker,
     )
+
+
+def load_outcome(attempt: Path) -> AttemptOutcome | None:
+    """Return how an attempt ended; None if it runs, or its worker died before it wrote that."""
+    return _read_optional(AttemptOutcome, attempt / "outcome.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,33 +174,22 @@ def _infer_state(run: RunFolder, folder: Path, *, last: bool) -> str:
     return "running" if last else "lost"
 
 
-def _last_activity(folder: Path, progress: Progress, *, is_local: bool) -> float:
+def _last_activity(folder: Path, progress: Progress | None, *, is_local: bool) -> float:
     """Return when the attempt last wrote a file; files that the controller writes do not count."""
     if not is_local:
-        return progress.time
+        return progress.time if progress else 0.0
     worker_files = (path for path in folder.iterdir() if path.name not in ("job.json", "outcome.json", "stop"))
-    return max([progress.time, *(path.stat().st_mtime for path in worker_files)])
+    return max([progress.time if progress else 0.0, *(path.stat().st_mtime for path in worker_files)])
 
 
-def _read_steps(folder: Path, progress: Progress) -> Steps | None:
-    """Return an attempt's steps; its metrics file exists from the start of training and has all attempts' rows.
-
-    The last row that can be read counts: the file is an observation, and damage to it blocks nothing.
-    """
+def _read_steps(folder: Path, progress: Progress | None) -> Steps | None:
+    """Return an attempt's steps; its metrics file exists from the start of training and has all attempts' rows."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         return None
-    first = read_resume_step(folder)
-    rows = _read_end(metrics).rpartition("\n")[0].splitlines()
-    last = next((step for row in reversed(rows) if (step := _read_step(row)) is not None), 0)
+    first, row = read_resume_step(folder), read_last_row(metrics)
+    last = int(row["step"]) if row else 0
     return Steps(first=first, last=max(first, last), seconds_per_step=_seconds_per_step(progress))
-
-
-def _read_step(row: str) -> int | None:
-    try:
-        return int(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def read_resume_step(attempt: Path) -> int:
@@ -205,6 +206,6 @@ def _read_end(path: Path) -> str:
         return file.read().decode(errors="replace")
 
 
-def _seconds_per_step(progress: Progress) -> float | None:
+def _seconds_per_step(progress: Progress | None) -> float | None:
     """Return the mean seconds per step since the first report."""
-    return 1 / progress.pace if progress.unit == "steps" and progress.pace > 0 else None
+    return 1 / progress.pace if progress and progress.unit == "steps" and progress.pace > 0 else None

@@ -18,6 +18,7 @@ work/<stage>-<fingerprint>/       attempt_<n>/ with log, progress, metrics; stat
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -179,7 +180,7 @@ class RunFolder:
     def save_config(self, config: RunConfig) -> None:
         """Write and sign `config.yaml`; raises `RunFolderError` if an earlier version of ddm wrote the folder."""
         with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            self._check_format(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
+            self._check_format(_load_yaml(self.config_file.read_text(encoding="utf-8")))
         text = yaml.safe_dump({"format": FORMAT} | to_jsonable(config), sort_keys=False)
         write_text(self.config_file, f"{CONFIG_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         sign(self.config_file, self.signature)
@@ -206,7 +207,7 @@ class RunFolder:
             raise RunFolderError(f"{self.root} is not a run folder: it has no config.yaml; start one with `ddm run`")
         try:
             text = read_small_file(path).decode()
-            contents = yaml.safe_load(text)
+            contents = _load_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path} cannot be read ({error}); write it again with `ddm run folder=…`") from error
         if not isinstance(contents, dict):
@@ -218,7 +219,7 @@ class RunFolder:
                 f"{path} does not match its checksum: it is damaged or was edited by hand; pass a changed setting as "
                 f"an override, `ddm run … folder={self.root} key=value`"
             )
-        return parse_config({key: value for key, value in contents.items() if key != "format"})
+        return _parse_settings(text)
 
     def _check_format(self, contents: Any) -> None:
         """Raise `RunFolderError` if the contents of `config.yaml` have another format than this version's."""
@@ -298,6 +299,17 @@ def _parse_event(line: str) -> dict[str, Any]:
 
 def _checksum(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
+
+
+@functools.lru_cache(maxsize=8)
+def _load_yaml(text: str) -> Any:
+    """Parse YAML; a command loads its configuration several times, so the last texts are kept."""
+    return yaml.load(text, yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+
+
+@functools.lru_cache(maxsize=8)
+def _parse_settings(text: str) -> RunConfig:
+    return parse_config({key: value for key, value in _load_yaml(text).items() if key != "format"})
 
 
 def _open_regular(path: Path, flags: int) -> int:

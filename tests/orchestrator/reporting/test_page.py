@@ -11,8 +11,16 @@ from orchestrator.reporting import charts
 from orchestrator.reporting.analysis_tables import SURPRISING
 from orchestrator.reporting.costs import CostRow
 from orchestrator.reporting.facts import AuditFacts, ClusterFacts
-from orchestrator.reporting.page import _flops_table, _pareto_charts, _router_charts, render_page, write_report
-from orchestrator.reporting.pareto import CompressionPoint
+from orchestrator.reporting.page import (
+    _flops_table,
+    _pareto_charts,
+    _router_charts,
+    merge_costs,
+    name_some,
+    render_page,
+    write_report,
+)
+from orchestrator.reporting.pareto import MAX_KID_RATIO, CompressionPoint, select_good
 from orchestrator.reporting.results import ScoreRow
 from orchestrator.reporting.summary import summary_tiles
 from orchestrator.run.run_folder import RunFolder
@@ -85,15 +93,17 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "folder": "<digits>",
         "yaml": "name: <digits>",
         "version": "1.2.3",
-        "unfinished": ["score_full"],
-        "missing": ["expert_3"],
+        "unfinished": "score_full",
+        "missing": "expert_3",
+        "missing_count": 1,
         "missing_share": 0.25,
         "tiles": summary_tiles(rows, costs[0], []),
         "rows": rows,
         "why": "because",
         "selection_search": selection_search(),
         "points": [point],
-        "front": [point],
+        "good": select_good([point]),
+        "max_kid": MAX_KID_RATIO,
         "pareto_charts": _pareto_charts([point]),
         "grids": [(row.label, b"png") for row in rows[:2]],
         "audits": [audit()],
@@ -104,6 +114,8 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "total": costs[0],
         "clusters": [ClusterFacts(cluster_id=0, count=10, share=1.0, epochs=None, picture=b"png")],
         "loss_chart": charts.themed(charts.line_chart(curves, "step", "loss"), "loss"),
+        "loss_note": "",
+        "damaged": "expert_1",
         "router_loss_chart": None,
         "router_charts": _router_charts(router_quality()),
         "flops": _flops_table(flops),
@@ -183,6 +195,26 @@ def test_sentences_are_separated_by_spaces(page):
     text, _ = page
     for paragraph in re.findall(r"<p [^>]*>(.*?)</p>", text, flags=re.DOTALL):
         assert not re.search(r"[a-z]\.[A-Z]", re.sub(r"<[^>]+>", "", paragraph)), paragraph
+
+
+@pytest.mark.parametrize(("kid", "is_good"), [(0.9, True), (MAX_KID_RATIO, True), (1.6, False), (None, False)])
+def test_compression_is_highlighted_if_its_kid_is_low(tmp_path, kid, is_good):
+    point = CompressionPoint(name="int8", folder=tmp_path, bytes=0.3, flops=1.0, l2=0.1, cpu=1.0, kid=kid, fd=1.0)
+    assert select_good([point]) == ([point] if is_good else [])
+
+
+def test_many_experts_share_a_row_of_costs():
+    rows = [CostRow(stage=f"expert_{k}", attempts=1, seconds=float(k)) for k in range(300)]
+    dataset = CostRow(stage="dataset", attempts=1, seconds=5.0)
+    assert merge_costs([dataset, *rows[:8]]) == [dataset, *rows[:8]]
+    first, merged = merge_costs([dataset, *rows])
+    assert first == dataset and (merged.stage, merged.attempts, merged.seconds) == ("300 experts", 300, 44850.0)
+
+
+def test_long_lists_of_names_are_counted():
+    names = [f"expert_{k}" for k in range(300)]
+    assert name_some(names[:9]) == ", ".join(names[:9])
+    assert name_some(names) == f"{', '.join(names[:8])} and 292 more"
 
 
 def test_report_of_an_unstarted_run_lists_all_stages(tmp_path):

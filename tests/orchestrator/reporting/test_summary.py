@@ -28,7 +28,8 @@ def attempt(start, end) -> Attempt:
         end=end,
         state="finished",
         error="",
-        steps=None,
+        progress=None,
+        process={},
     )
 
 
