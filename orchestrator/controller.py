@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ddm_core.signals import handle_signals
 from orchestrator.backends.inline import InlineBackend
@@ -64,7 +64,9 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
         run.save_config(config)
         unfinished = [stage for stage in graph if not run.is_finished(stage)]
         if not unfinished:
-            console.print(f"All {len(graph)} stages of {run.root} are finished; nothing to do.")
+            console.print(
+                f"All {len(graph)} stages of {run.root} are finished; nothing to do.", markup=False, soft_wrap=True
+            )
             return RunResult(finished=tuple(stage.name for stage in graph), submitted=0, failed={}, stopped=False)
         kill_orphan_workers(run, unfinished)
         commit = project_commit()
@@ -100,7 +102,7 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
 def _warn(run: RunFolder, console: Console, text: str) -> None:
     """Record and print what went wrong beside the run."""
     run.record("warning", text=text)
-    console.print(f"Warning: {escape(text)}", style="yellow", highlight=False, soft_wrap=True)
+    console.print(Text(f"Warning: {text}", style="yellow"), soft_wrap=True)
 
 
 def _raise_if_required(config: RunConfig, run: RunFolder, result: RunResult) -> None:
@@ -186,7 +188,7 @@ def _stop_on_signals(run: RunFolder, console: Console) -> Iterator[None]:
             raise KeyboardInterrupt
         run.request_stop()
         message = f"Stopping; continue later with `ddm resume {run.root}`. Press Ctrl-C again to stop at once."
-        console.print(message, soft_wrap=True)
+        console.print(message, markup=False, soft_wrap=True)
 
     with handle_signals(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield

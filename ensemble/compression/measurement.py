@@ -21,7 +21,6 @@ from ensemble.evaluation.generate import RowFlops
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.sample import sample
 
-
 RECORDS = ("outcome.json", "training.json", "quality.json", "metrics.jsonl", "distilled_monolith.json")
 """Files in a pipeline's folder that record how it was made; nothing is loaded from them."""
 

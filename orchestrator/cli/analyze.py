@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from orchestrator.errors import ConfigError
+from orchestrator.terminal import open_console
 
-console = Console()
+console = open_console()
 
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Ensemble = Annotated[Path | None, typer.Option(help="Folder of another ensemble, such as one with fewer experts")]
@@ -96,6 +96,6 @@ def _open_finished(run: Path) -> Any:
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on the terminal while the block lasts; yield its update function."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=open_console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

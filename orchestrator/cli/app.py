@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from ddm_core.errors import DDMError
@@ -24,6 +22,7 @@ from orchestrator.cli.islands import app as islands_app
 from orchestrator.cli.pools import app as pool_app
 from orchestrator.cli.verify import verify
 from orchestrator.errors import ConfigError, RunFailed, RunFolderError
+from orchestrator.terminal import open_console
 
 COMMANDS = (
     "init",
@@ -31,16 +30,16 @@ COMMANDS = (
     "run",
     "status",
     "logs",
+    "report",
+    "sample",
     "stop",
     "resume",
-    "sample",
     "evaluate",
     "audit",
     "classify",
     "compress",
     "experts",
     "verify",
-    "report",
     "submit",
     "islands",
     "pool",
@@ -66,7 +65,7 @@ app.command()(init)
 app.command()(audit)
 app.command()(verify)
 app.command()(classify)
-console = Console()
+console = open_console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]
 ConfigFile = Annotated[
@@ -102,7 +101,7 @@ def plan(
 
     config = parse_config(compose(_with_file(config_file, overrides)))
     if calibrate:
-        with Console(stderr=True).status("Measuring for a few seconds …"):
+        with open_console(stderr=True).status("Measuring for a few seconds …"):
             measure(config)
     run_plan = plan_run(config, RunFolder(Path(config.folder).expanduser()))
     if as_json:
@@ -182,7 +181,7 @@ def stop(run: RunArgument) -> None:
     if not controller.is_alive:
         raise RunFolderError(f"the controller of {run}, {controller}, is dead; continue with `ddm resume {run}`")
     folder.request_stop()
-    console.print(f"Stop requested for {run}; continue with `ddm resume {run}`.")
+    console.print(f"Stop requested for {run}; continue with `ddm resume {run}`.", soft_wrap=True)
 
 
 @app.command()
@@ -277,7 +276,7 @@ def compress(
 @app.command()
 def report(run: RunArgument) -> None:
     """Write the HTML report of a run again."""
-    console.print(f"Report: {_write_report(run)}")
+    console.print(f"Report: {_write_report(run)}", soft_wrap=True)
 
 
 @app.command()
@@ -296,7 +295,7 @@ def submit(
     config, client = resolve_submission(parse_config(compose(_with_file(config_file, overrides))), address, token_file)
     submission = submit_run(config, client)
     if submission.previous_failure:
-        console.print(f"The previous controller failed: {escape(submission.previous_failure)}", highlight=False)
+        console.print(f"The previous controller failed: {submission.previous_failure}", highlight=False)
     if wait:
         wait_until_started(submission, client, JOB_START_S)
     result = (
@@ -351,13 +350,13 @@ def _sweep(overrides: list[str]) -> None:
         except typer.Exit:
             stopped.append(label)
         except DDMError as error:
-            console.print(escape(str(error)), style="red", highlight=False, soft_wrap=True)
+            console.print(str(error), style="red", highlight=False, soft_wrap=True)
             failures[label] = str(error)
 
     try:
         run_sweep(overrides, job)
     except SweepStopped as notice:
-        console.print(escape(str(notice)), soft_wrap=True, highlight=False)
+        console.print(str(notice), soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
     if stopped:
         raise typer.Exit(130)

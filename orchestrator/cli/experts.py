@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.errors import ConfigError
+from orchestrator.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-console = Console()
+console = open_console()
 
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Ensemble = Annotated[Path | None, typer.Option(help="Ensemble of an earlier change; empty is the run's own")]
@@ -64,7 +63,7 @@ def add(
             f"that it replaces (--place), and not both; got --shards {shards}, --place {place}"
         )
     if not records_codec(expert):
-        console.print(f"[yellow]Warning:[/] {escape(str(expert))} does not record the codec with which it was trained")
+        console.print(f"Warning: {expert} does not record the codec with which it was trained")
     _print_ensemble(run, folder)
 
 
@@ -89,7 +88,7 @@ def _warn(pipeline: Any) -> None:
     from ensemble.membership import missing_warning
 
     if warning := missing_warning(pipeline.ensemble):
-        console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
+        console.print(f"Warning: {warning}", soft_wrap=True, highlight=False)
 
 
 def _table(pipeline: Any) -> Table:
@@ -100,7 +99,7 @@ def _table(pipeline: Any) -> Table:
         table.add_column(heading, justify="left" if heading == "network" else "right")
     for k, share in enumerate(data_shares(pipeline.ensemble)):
         expert = pipeline.ensemble.experts.get(k)
-        facts = ("[red]missing[/]", "", "", "") if expert is None else _facts(getattr(expert, "shared", expert))
+        facts = ("missing", "", "", "") if expert is None else _facts(getattr(expert, "shared", expert))
         table.add_row(str(k), f"{100 * share:.1f} %", *facts)
     return table
 

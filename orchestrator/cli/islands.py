@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.errors import ConfigError, IslandError
 from orchestrator.islands.local.processes import FOLDER
+from orchestrator.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-console = Console()
+console = open_console()
 
 COLORS = {"ok": "green", "warning": "yellow", "error": "red", "left out": "dim"}
 
@@ -38,8 +38,8 @@ def check(
     findings = check_islands(islands, timeout)
     table = Table("island", "check", "", "result", title=f"{len(islands)} island(s)")
     for finding in findings:
-        state = f"[{COLORS[finding.state]}]{finding.state}[/]"
-        table.add_row(finding.island, finding.check, state, escape(finding.text))
+        state = Text(finding.state, style=COLORS[finding.state])
+        table.add_row(finding.island, finding.check, state, finding.text)
     console.print(table)
     if any(finding.state == "error" for finding in findings):
         raise typer.Exit(1)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from orchestrator.terminal import open_console
 
 if TYPE_CHECKING:
     from orchestrator.pools.config import PoolConfig
@@ -13,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Start and end pools of cloud nodes that scale with the waiting stages; see docs/pools.md.",
 )
-console = Console()
+console = open_console()
 
 Pool = Annotated[
     str, typer.Argument(help="aws_spot, gcp_spot, kuberay, skypilot, local, or a YAML file", metavar="POOL")

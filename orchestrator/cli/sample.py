@@ -191,7 +191,7 @@ def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> s
     selection = selection_label(request.config.selection)
     summary = f"{out}: {count} images, {selection}, {samples.calls_per_step:.2f} expert calls per step"
     warning = missing_warning(request.pipeline.ensemble)
-    return f"{summary}\n[yellow]Warning:[/] {warning}" if warning else summary
+    return f"{summary}\nWarning: {warning}" if warning else summary
 
 
 def _find_class(label: str, class_names: Sequence[str]) -> int | None:

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from orchestrator.errors import RunFolderError
+from orchestrator.terminal import open_console
 
-console = Console()
+console = open_console()
 
 
 def verify(
@@ -20,7 +20,7 @@ def verify(
     artifacts = find_artifacts(folder)
     damaged = [message for artifact in artifacts if (message := check_artifact(artifact))]
     for message in damaged:
-        console.print(f"[red]✘[/] {escape(message)}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("✘", "red"), f" {message}"), soft_wrap=True)
     if damaged:
         raise RunFolderError(
             f"{len(damaged)} of {len(artifacts)} artifacts of {folder} are damaged; delete their folders, and "

@@ -39,13 +39,13 @@ def _island_table(plan: Plan) -> list[RenderableType]:
 
 
 def _build_table(title: str, columns: Sequence[_Column], plan: Plan, rows: Sequence[PlannedStage]) -> Table:
-    table = Table(title=title, padding=(0, 1, 0, 0))
+    table = Table(title=Text(title), padding=(0, 1, 0, 0))
     shown = [column for column in columns if column.is_shown(plan)]
     for column in shown:
         is_text = column.heading in ("stage", "state", "place")
         table.add_column(column.heading, justify="left" if is_text else "right", no_wrap=column.heading != "place")
     for row in rows:
-        table.add_row(*(column.cell(row) for column in shown))
+        table.add_row(*(Text(column.cell(row)) for column in shown))
     return table
 
 
@@ -93,7 +93,7 @@ STAGES = (
     _Column("stage", lambda row: row.name),
     _Column(
         "state",
-        lambda row: "[green]finished[/]" if row.state == "finished" else row.state,
+        lambda row: row.state,
         lambda plan: any(row.state == "finished" for row in plan.stages),
     ),
     _Column("place", lambda row: row.place, lambda plan: len({row.place for row in plan.stages}) > 1),

@@ -27,7 +27,7 @@ def audit_tables(audit: dict[str, Any]) -> list[RenderableType]:
 
 def _space_table(name: str, space: dict[str, Any]) -> Table:
     quantiles = [share["quantile"] for share in space["overall"]["shares"]]
-    table = Table(title=f"Nearness to the training set, {name}", padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(title=Text(f"Nearness to the training set, {name}"), padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("expert", "images", "held\nout", "NN\nratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for quantile in quantiles:
@@ -42,10 +42,10 @@ def _space_table(name: str, space: dict[str, Any]) -> Table:
     return table
 
 
-def _share_cells(share: dict[str, float]) -> tuple[str, str]:
+def _share_cells(share: dict[str, float]) -> tuple[Text, str]:
     text = f"{100 * share['share']:.1f} ({100 * share['low']:.1f}–{100 * share['high']:.1f})"
     is_surprising = share["p_value"] < SURPRISING
-    return (f"[red]{text}[/]" if is_surprising else text), f"{100 * share['expected']:.1f}"
+    return Text(text, style="red" if is_surprising else ""), f"{100 * share['expected']:.1f}"
 
 
 def _suspect_table(audit: dict[str, Any]) -> Table:
@@ -54,7 +54,7 @@ def _suspect_table(audit: dict[str, Any]) -> Table:
     )
     for suspect in audit["suspects"]:
         distance = f"{suspect['ratio']:.3f}"
-        table.add_row(str(suspect["seed"]), str(suspect["cluster_id"]), distance, suspect["training_key"])
+        table.add_row(str(suspect["seed"]), str(suspect["cluster_id"]), distance, Text(suspect["training_key"]))
     table.caption = "distance: divided by the median of the cluster's held-out images"
     return table
 
@@ -69,15 +69,18 @@ def accuracy_table(accuracy: dict[str, Any]) -> Table:
     for model, row, overall in zip(accuracy["models"], accuracy["accuracy"], accuracy["overall"], strict=True):
         cluster_of_expert = model.removeprefix("expert_")
         cells = [
-            f"[bold]{_percent(value)}[/]" if str(k) == cluster_of_expert else _percent(value)
-            for k, value in enumerate(row)
+            Text(_percent(value), style="bold" if str(k) == cluster_of_expert else "") for k, value in enumerate(row)
         ]
-        table.add_row(model, *cells, _percent(overall))
+        table.add_row(Text(model), *cells, _percent(overall))
     table.add_section()
     table.add_row(
-        "[dim]most frequent class[/]", *map(_percent, accuracy["floor"]), f"{_percent(accuracy['chance'])} by chance"
+        Text("most frequent class", style="dim"),
+        *map(_percent, accuracy["floor"]),
+        f"{_percent(accuracy['chance'])} by chance",
     )
-    table.add_row("[dim]images[/]", *(f"{count:,}" for count in accuracy["images"]), f"{sum(accuracy['images']):,}")
+    table.add_row(
+        Text("images", style="dim"), *(f"{count:,}" for count in accuracy["images"]), f"{sum(accuracy['images']):,}"
+    )
     same_cluster, others = _percent(accuracy["own_cluster"]), _percent(accuracy["other_clusters"])
     table.caption = f"experts on their own cluster {same_cluster}, on others {others}"
     return table

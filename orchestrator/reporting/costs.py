@@ -30,6 +30,8 @@ class CostRow:
     """Worker time: wall clock, summed over attempts."""
     cpu_seconds: float = 0.0
     """Reserved CPU time: worker time multiplied by the reserved CPUs."""
+    used_cpu_s: float = 0.0
+    """CPU time that ended attempts used; those that were killed or still run count as 0."""
     gpu_seconds: float = 0.0
     """Reserved GPU time: worker time multiplied by the reserved GPUs."""
     price: float = 0.0
@@ -98,6 +100,8 @@ def format_run_costs(run: RunFolder, attempts: Sequence[Attempt] | None = None) 
 def format_costs(row: CostRow) -> str:
     """Return a row as text, without the quantities that are zero."""
     parts = [f"{row.attempts} attempts", f"{format_clock(row.cpu_seconds)} of reserved CPU time"]
+    if row.used_cpu_s:
+        parts.append(f"{format_clock(row.used_cpu_s)} of used CPU time")
     if row.gpu_seconds:
         parts.append(f"{format_clock(row.gpu_seconds)} of reserved GPU time")
     if row.price:
@@ -126,6 +130,7 @@ def _attempt_cost(attempt: Attempt, compute: ComputeConfig, submissions: dict[tu
         attempts=1,
         seconds=attempt.seconds,
         cpu_seconds=attempt.seconds * resources.cpus * resources.workers,
+        used_cpu_s=attempt.cpu_s,
         gpu_seconds=attempt.seconds * resources.gpus * resources.workers,
         price=reservation_price(island, resources, attempt.seconds) if island else 0.0,
         unpriced_s=attempt.seconds if is_gone else 0.0,

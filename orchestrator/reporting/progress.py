@@ -1,24 +1,40 @@
 """Progress display of a run: one line per running stage.
 
 It reads only the files that attempts write, so it works for every backend, and `ddm status` shows the same. On a
-terminal the lines stay in place. Elsewhere (a log, CI) a line is printed every ten seconds.
+terminal the lines stay in place. Elsewhere (a log, CI) a line is printed when something has changed, at most one a
+minute for each stage; the end of a stage is its event's line alone.
 """
 
+import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.attempts import Progress, load_progress
 from orchestrator.run.run_folder import RunFolder
 
-PRINT_EVERY_S = 10.0
+LOOK_EVERY_S, PRINT_EVERY_S = 2.0, 60.0
+"""Off a terminal: between two looks at the progress, and at least between two lines of one stage."""
+
+MARKS = {
+    "finished": ("✔", "green"),
+    "attached": ("→", "cyan"),
+    "kept": ("✔", ""),
+    "retry": ("↻", "yellow"),
+    "stopping": ("■", "yellow"),
+    "failed": ("✘", "red"),
+    "notice": ("!", "yellow"),
+    "left_out": ("!", "yellow"),
+}
+"""Mark and color of a line by its event."""
 
 
 def format_progress(progress: Progress | None) -> str:
@@ -56,6 +72,8 @@ class RunDisplay:
         self.run, self.console = run, console
         self.running: list[Stage] = []
         self._ended = threading.Event()
+        self._printed: dict[str, tuple[float, str]] = {}
+        """When a line of each stage was printed last, and that line."""
         self._live = Live(get_renderable=self._table, console=console, refresh_per_second=3, transient=True)
         self._printer = threading.Thread(target=self._print_lines, daemon=True, name="display")
 
@@ -81,18 +99,13 @@ class RunDisplay:
 
     def event(self, event: str, stage: Stage, text: str) -> None:
         """Print an event of a stage."""
-        text = escape(text)
-        line = {
-            "finished": f"[green]✔[/] {stage.name:22} finished {text}",
-            "attached": f"[cyan]→[/] {stage.name:22} taken over: {text}",
-            "kept": f"[dim]✔ {stage.name:22} finished before[/]",
-            "retry": f"[yellow]↻[/] {stage.name:22} {text}",
-            "stopping": f"[yellow]■[/] {stage.name:22} {text}",
-            "failed": f"[red]✘[/] {stage.name:22} {text}",
-            "notice": f"[yellow]![/] {stage.name:22} {text}",
-            "left_out": f"[yellow]![/] {stage.name:22} the ensemble is assembled without it",
-        }[event]
-        self.console.print(line, highlight=False, soft_wrap=True)
+        mark, color = MARKS[event]
+        words = {"finished": f"finished {text}", "attached": f"taken over: {text}", "kept": "finished before"}
+        words["left_out"] = "the ensemble is assembled without it"
+        line = Text.assemble((mark, color), f" {stage.name:22} {words.get(event, text)}")
+        self.console.print(line, style="dim" if event == "kept" else None, soft_wrap=True)
+        if event in ("finished", "failed"):
+            self._printed.pop(stage.name, None)
 
     def _table(self) -> RenderableType:
         table = Table.grid(padding=(0, 1))
@@ -103,14 +116,20 @@ class RunDisplay:
             total = progress.total if progress is not None and progress.total else 1
             done = progress.done if progress is not None else 0
             bar = ProgressBar(total=total, completed=done, width=24, pulse=is_unknown)
-            table.add_row(f"  {stage.name:22}", bar, format_progress(progress))
+            table.add_row(Text(f"  {stage.name:22}"), bar, Text(format_progress(progress)))
         return table
 
     def _print_lines(self) -> None:
-        while not self._ended.wait(PRINT_EVERY_S):
+        while not self._ended.wait(LOOK_EVERY_S):
             for stage in self.running:
                 attempts = self.run.attempts(stage)
-                if attempts and (progress := load_progress(attempts[-1])):
-                    self.console.print(
-                        f"  {stage.name:22} {format_progress(progress)}", highlight=False, soft_wrap=True
-                    )
+                progress = load_progress(attempts[-1]) if attempts else None
+                line = f"  {stage.name:22} {format_progress(progress)}"
+                printed, last = self._printed.get(stage.name, (-math.inf, ""))
+                if progress and progress.done != progress.total and line != last and self._is_due(printed):
+                    self._printed[stage.name] = (time.monotonic(), line)
+                    self.console.print(Text(line), soft_wrap=True)
+
+    @staticmethod
+    def _is_due(printed: float) -> bool:
+        return time.monotonic() - printed >= PRINT_EVERY_S

@@ -6,6 +6,7 @@ from functools import reduce
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ddm_core.artifacts import read_json, read_manifest
 from orchestrator.config.schema import RunConfig
@@ -85,16 +86,16 @@ def score_table(rows: Sequence[ScoreRow]) -> Table:
         *(f"{name}\n{space}" for space in spaces for name in ("FD", "KID x1000")),
         *COLUMN_HEADINGS.values(),
     ):
-        table.add_column(heading, justify="right", overflow="fold")
+        table.add_column(Text(heading), justify="right", overflow="fold")
     for row in rows:
-        label = f"[bold]{row.label} *[/]" if row.is_default else row.label
+        label = Text(f"{row.label} *", style="bold") if row.is_default else Text(row.label)
         cells = [cell for space in spaces for cell in _distances(row.scores["spaces"][space], "")]
         table.add_row(label, *cells, *(_number(row.scores[name], 3) for name in COLUMN_HEADINGS))
     if rows:
         table.add_section()
         cells = [cell for space in spaces for cell in _distances(rows[0].scores["spaces"][space], "_floor")]
         rest = [_number(rows[0].scores.get(f"{name}_floor"), 3) for name in COLUMN_HEADINGS]
-        table.add_row("[dim]real images[/]", *cells, *rest)
+        table.add_row(Text("real images", style="dim"), *cells, *rest)
         table.caption = "* the default selection   TV: total variation of shares   NN well below 1: memorization"
     return table
 

@@ -57,6 +57,8 @@ class Attempt:
     """Seconds since the epoch."""
     end: float
     """Its last sign of activity if it has not ended or was killed."""
+    cpu_s: float
+    """CPU seconds that it used; 0 is unknown, such as for an attempt that still runs or was killed."""
     state: str
     """As in `AttemptOutcome`, or `running`, which includes attempts whose state is not known yet."""
     error: str
@@ -117,6 +119,7 @@ def _load_attempt(run: RunFolder, folder: Path, *, last: bool) -> Attempt | None
         end=max(start, ended or _last_activity(folder, progress, is_local=island in ("", CONTROLLER))),
         state=outcome.state if outcome else _infer_state(run, folder, last=last),
         error=outcome.error if outcome else "",
+        cpu_s=outcome.cpu_s if outcome else 0.0,
         progress=progress,
         process=worker,
     )

@@ -7,9 +7,9 @@ of the backend.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from ddm_core.json_values import read_record
 from orchestrator.config.compute import ResourcesConfig
@@ -63,6 +63,8 @@ class AttemptOutcome:
     """Seconds since the epoch; 0 if its worker died before it wrote its end."""
     notices: tuple[str, ...] = ()
     """Sentences for the person who started the run."""
+    cpu_s: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    """CPU seconds that its worker and the worker's ended children used; 0 is unknown."""
     uses_retry: bool = True
     """Whether another attempt uses up a retry of the stage; not if what it ran on was started again."""
 

@@ -123,7 +123,7 @@ class _Attempt:
 def _attempt(job: Job, workspace: Workspace) -> Iterator[_Attempt]:
     """Write the block's log, limit its threads, and turn every error that it raises into an outcome."""
     outcome = AttemptOutcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
-    attempt = _Attempt(outcome)
+    attempt, cpu_before_s = _Attempt(outcome), _used_cpu_s()
     with _logging_to(workspace.attempt / "log.txt"), limited_threads(job.resources.cpus):
         try:
             yield attempt
@@ -134,7 +134,13 @@ def _attempt(job: Job, workspace: Workspace) -> Iterator[_Attempt]:
         except Exception as error:  # noqa: BLE001 - the border between a stage and its caller
             log.error("%s", traceback.format_exc())
             attempt.outcome = _failure(outcome, error, workspace.scratch)
-    attempt.outcome = replace(attempt.outcome, ended=time.time(), notices=tuple(workspace.notices))
+    used_s, notices = _used_cpu_s() - cpu_before_s, tuple(workspace.notices)
+    attempt.outcome = replace(attempt.outcome, ended=time.time(), cpu_s=used_s, notices=notices)
+
+
+def _used_cpu_s() -> float:
+    """Return the CPU seconds of this process and its ended children so far, all threads together."""
+    return sum(os.times()[:4])
 
 
 def _failure(outcome: AttemptOutcome, error: Exception, place: Path) -> AttemptOutcome:

@@ -40,7 +40,7 @@ def test_progress_without_a_total_shows_the_count(tmp_path):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_display_shows_running_stages_and_verbatim_errors(tmp_path, monkeypatch, terminal):
-    monkeypatch.setattr("orchestrator.reporting.progress.PRINT_EVERY_S", 0.05)
+    monkeypatch.setattr("orchestrator.reporting.progress.LOOK_EVERY_S", 0.05)
     run, stage = run_folder(tmp_path), diamond()[1]
     attempt = run.attempt(stage, 1)
     Workspace(run.scratch(stage), attempt).report_progress(2, 4, {"loss": 0.5}, unit="steps")
@@ -52,6 +52,21 @@ def test_display_shows_running_stages_and_verbatim_errors(tmp_path, monkeypatch,
     shown = console.file.getvalue()
     assert "expert_0" in shown and "loss 0.5" in shown
     assert "'decentralized-diffusion[features]' for [/tmp/x]" in shown
+
+
+def test_log_has_a_line_a_minute_and_none_of_a_complete_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.reporting.progress.LOOK_EVERY_S", 0.02)
+    run, (_, first, second, *_) = run_folder(tmp_path), diamond()
+    Workspace(run.scratch(first), run.attempt(first, 1)).report_progress(4, 4, unit="steps")
+    changing = Workspace(run.scratch(second), run.attempt(second, 1))
+    console = Console(file=io.StringIO(), width=120)
+    with RunDisplay(run, console) as display:
+        display.tick([first, second])
+        for done in range(3):
+            changing.report_progress(done, 4, unit="steps")
+            time.sleep(0.6)
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[:2] for line in lines] == [["expert_1", "0%"]]
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"done": "x", "total": 1}', "\x00"])

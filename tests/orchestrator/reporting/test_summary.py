@@ -28,6 +28,7 @@ def attempt(start, end) -> Attempt:
         end=end,
         state="finished",
         error="",
+        cpu_s=0.0,
         progress=None,
         process={},
     )
