@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 
 from orchestrator.errors import ConfigError
-from orchestrator.terminal import open_console
+from orchestrator.reporting.terminal import open_console
 
 console = open_console()
 

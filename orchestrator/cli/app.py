@@ -22,7 +22,7 @@ from orchestrator.cli.islands import app as islands_app
 from orchestrator.cli.pools import app as pool_app
 from orchestrator.cli.verify import verify
 from orchestrator.errors import ConfigError, RunFailed, RunFolderError
-from orchestrator.terminal import open_console
+from orchestrator.reporting.terminal import open_console
 
 COMMANDS = (
     "init",

@@ -5,10 +5,10 @@ import os
 import sys
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ddm_core.errors import DDMError
+from orchestrator.reporting.terminal import open_console
 
 INTERRUPTED, FAILED = 130, 1
 
@@ -44,8 +44,7 @@ def print_error(text: str) -> None:
     """Print an error on standard error, without control characters that could rewrite the terminal."""
     shown = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
     with contextlib.suppress(OSError):
-        console = Console(stderr=True)
-        console.print(f"[red]Error:[/] {escape(shown)}", soft_wrap=True, highlight=False)
+        open_console(stderr=True).print(Text.assemble(("Error:", "red"), f" {shown}"), soft_wrap=True)
 
 
 def _flush(code: int) -> int:

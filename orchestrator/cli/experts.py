@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from orchestrator.errors import ConfigError
-from orchestrator.terminal import open_console
+from orchestrator.reporting.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = open_console()

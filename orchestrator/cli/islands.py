@@ -9,7 +9,7 @@ from rich.text import Text
 
 from orchestrator.errors import ConfigError, IslandError
 from orchestrator.islands.local.processes import FOLDER
-from orchestrator.terminal import open_console
+from orchestrator.reporting.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = open_console()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.terminal import open_console
+from orchestrator.reporting.terminal import open_console
 
 if TYPE_CHECKING:
     from orchestrator.pools.config import PoolConfig

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from orchestrator.errors import RunFolderError
-from orchestrator.terminal import open_console
+from orchestrator.reporting.terminal import open_console
 
 console = open_console()
 

@@ -14,8 +14,8 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.reporting.progress import MARKS, RunDisplay
 from orchestrator.reporting.results import ScoreRow, score_table
 from orchestrator.reporting.status import status_table
+from orchestrator.reporting.terminal import open_console
 from orchestrator.run.run_folder import RunFolder
-from orchestrator.terminal import open_console
 from tests.orchestrator.fakes import diamond
 
 PIECES = ("[/bold]", "[red]", "[/]", "[", "]", "\\[", ":smile:", "[link=file:x]", "[@click=f]", "a b", "é")
