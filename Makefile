@@ -102,6 +102,11 @@ chaos: install ## Kill everything that can be killed, on two real Ray clusters (
 	$(BIN)/python -m benchmarks.goodput
 	$(BIN)/python -m benchmarks.page
 
+.PHONY: faults
+faults: install ## Crash, damage and attack runs and their folders, and fill disks (about an hour; disks need root)
+	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.page
+
 .PHONY: docs
 docs: install ## Write docs/api.md from the docstrings
 	$(BIN)/python docs/generate_api.py

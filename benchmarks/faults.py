@@ -1,13 +1,23 @@
-"""Faults and hostile input as claims: each is a set of tests that cause the fault; they run here and are counted."""
+"""Faults and hostile input (`make faults`): crashes, damages, attacks, and tests that each cause a fault.
 
+Every part can run alone. `docs/benchmarks/faults.json` has the latest result of each; the spread names its commit.
+"""
+
+import argparse
 import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.record import Claim
+from benchmarks.record import RESULTS, Claim, write_result
+from benchmarks.testbed.crashes import crash_claims
+from benchmarks.testbed.damages import damages_claims
+from benchmarks.testbed.hostile_folders import hostile_folders_claims
+from ddm_core.artifacts import read_json, write_json
+from orchestrator.controller import project_commit
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,6 +32,11 @@ class FaultTests:
 
 
 FAULT_TESTS = (
+    FaultTests(
+        name="lease: eight takers with killed holders, with and without hard links, with delayed views of the folder",
+        target="0 of 10,000 rounds have two holders",
+        tests=("tests/orchestrator/run/test_lease.py",),
+    ),
     FaultTests(
         name="disk full, damaged shard, checkpoint, manifest; wrong or expired token, wrong Ray version, clock skew, "
         "read-only storage",
@@ -45,9 +60,18 @@ FAULT_TESTS = (
 )
 
 
-def faults_claims() -> list[Claim]:
-    """Run all fault tests and return one claim per set."""
-    return [_run_tests(fault_tests) for fault_tests in FAULT_TESTS]
+def fault_test_claims() -> Iterable[Claim]:
+    """Run all fault tests and yield one claim per set."""
+    return map(_run_tests, FAULT_TESTS)
+
+
+PARTS: dict[str, Callable[[], Iterable[Claim]]] = {
+    "crashes": lambda: crash_claims(kills=80, ray_kills=20, disks=50),
+    "damages": damages_claims,
+    "hostile": hostile_folders_claims,
+    "tests": fault_test_claims,
+}
+"""The parts by name."""
 
 
 def _run_tests(fault_tests: FaultTests) -> Claim:
@@ -63,3 +87,31 @@ def _run_tests(fault_tests: FaultTests) -> Claim:
         spread=f"{time.monotonic() - started:.0f} s; slowest {slowest.group(1) if slowest else '–'} s",
         holds=process.returncode == 0,
     )
+
+
+def run_part(name: str) -> None:
+    """Run one part and keep its claims in `docs/benchmarks/results`."""
+    started, claims = time.monotonic(), []
+    for claim in PARTS[name]():
+        claims.append(replace(claim, spread=f"{claim.spread}; commit {project_commit()}".removeprefix("; ")))
+        print(f"{'holds' if claim.holds else 'FAILS'}  {claim.name}: {claim.value} ({claim.spread})", flush=True)
+    write_json(_result_file(name), {"seconds": time.monotonic() - started, "claims": claims})
+
+
+def _result_file(name: str) -> Path:
+    return RESULTS / "results" / f"faults-{name}.json"
+
+
+def main() -> None:
+    """Run the parts and write docs/benchmarks/faults.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
+    for name in parser.parse_args().parts:
+        run_part(name)
+    results = [read_json(_result_file(name)) for name in PARTS if _result_file(name).is_file()]
+    claims = [Claim(**claim) for result in results for claim in result["claims"]]
+    write_result("faults", sum(result["seconds"] for result in results), claims)
+
+
+if __name__ == "__main__":
+    main()

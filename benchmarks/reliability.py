@@ -18,7 +18,6 @@ from pathlib import Path
 from signal import SIGTERM
 from statistics import median
 
-from benchmarks.faults import faults_claims
 from benchmarks.record import Claim, Listing, write_result
 from benchmarks.testbed.network_island import S3_PORT
 from benchmarks.testbed.networks import Host, count_forwarded_packets, separate_networks
@@ -352,7 +351,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[Claim], lis
     """Test the selected claims on one pair of islands; return claims, tables and restart durations (s)."""
     short = TrialConfig(steps=4000, checkpoint_every=400)
     long = TrialConfig(steps=60_000, checkpoint_every=2000, num_experts=2)
-    selected: Sequence[str] = options.only or ("experts", "controllers", "island", "notice", "network", "faults")
+    selected: Sequence[str] = options.only or ("experts", "controllers", "island", "notice", "network")
     claims: list[Claim] = []
     listings: list[Listing] = []
     with LocalIslands(folder / "islands", count=2, cpus=1) as islands:
@@ -372,8 +371,6 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[Claim], lis
     if "network" in selected:
         network_claims, listing = disconnect_island(folder, long, 60.0)
         claims, listings = claims + network_claims, [*listings, listing]
-    if "faults" in selected:
-        claims += faults_claims()
     return claims, listings, bench.restarts_s
 
 
