@@ -4,6 +4,9 @@ VENV ?= .venv
 TORCH ?= cpu
 BIN := $(VENV)/bin
 
+# Nothing is compiled ahead, so the first process that imports a module keeps its bytecode; without, each compiles again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
