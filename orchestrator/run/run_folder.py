@@ -1,7 +1,7 @@
 """The run folder, which holds all state of a run. Only this file knows the names in it.
 
 config.yaml                       checksum, format version, and the composed configuration of the latest `ddm run`
-config.<number>.yaml              configurations of finished runs that `ddm run --replace` has moved aside
+config.<number>.yaml              configurations of finished runs that `ddm run --replace` has kept
 config.signature                  proof that this user wrote the configuration on this machine
 journal.jsonl                     events, append-only
 controllers/<generation>.json     the controllers that have held the run's lease, the present one last
@@ -186,10 +186,10 @@ class RunFolder:
         sign(self.config_file, self.signature)
 
     def archive_config(self) -> Path:
-        """Move the configuration aside, as `config.<number>.yaml`, and return its new path."""
+        """Copy the configuration, which the next one replaces, to `config.<number>.yaml`, and return that path."""
         numbers = [int(path.name.split(".")[1]) for path in self.archived_configs()]
         archived = self.root / f"config.{max(numbers, default=0) + 1}.yaml"
-        self.config_file.rename(archived)
+        write_text(archived, self.config_file.read_text(encoding="utf-8"))
         return archived
 
     def archived_configs(self) -> list[Path]:
