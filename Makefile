@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	export UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$(call PIP_SETTING,index-url)} \
 		UV_INDEX="$${UV_INDEX:-$(call PIP_SETTING,extra-index-url)}" \
 		UV_FIND_LINKS="$${UV_FIND_LINKS:-$(call PIP_SETTING,find-links)}" PATH="$$PATH:$(BIN)"; \
-	uv pip install --python $(BIN)/python --index-strategy unsafe-best-match $$backend -c constraints.txt -e '.[dev,features]'
+	uv pip install --python $(BIN)/python --index-strategy unsafe-best-match $$backend -c constraints.txt -e '.[dev]'
 	@touch $@
 
 .PHONY: install
@@ -73,8 +73,8 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-scale chaos
-bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-scale ## Run every benchmark and write docs/benchmarks.md
+.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-scale chaos
+bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
 	$(BIN)/python -m benchmarks.first_minutes
@@ -94,6 +94,10 @@ bench-compress: install ## Compare pruning and quantization with their baselines
 
 bench-accelerate: install ## Compare caches, drafts and students with fewer steps, three seeds (four core-hours)
 	$(BIN)/python -m benchmarks.accelerate
+	$(BIN)/python -m benchmarks.page
+
+bench-score-laws: install ## Damage real images in steps, and see which scores get worse in order (EMOJI=archives: also on these)
+	$(BIN)/python -m benchmarks.score_laws --count 500 --emoji $(EMOJI)
 	$(BIN)/python -m benchmarks.page
 
 bench-scale: install ## Measure the controller with up to 10,000 stages, and simulate 1,000 islands

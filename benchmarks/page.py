@@ -18,6 +18,7 @@ MAKE_TARGETS = {
     "first_minutes": "bench-first-minutes",
     "goodput": "chaos",
     "reliability": "chaos",
+    "score_laws": "bench-score-laws",
 }
 """Make targets of the benchmarks whose target is not called `bench-<name>`."""
 

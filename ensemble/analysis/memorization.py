@@ -15,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from scipy.stats import betabinom, binomtest
 
 from data_partition.features.extract import load_extractor
 from data_partition.features.pixels import flatten_pixels
 from data_partition.partition import Partition, load_partition
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import read_json, write_json
-from ensemble.analysis.nearest_neighbors import (
+from ensemble.config import AuditConfig
+from ensemble.ensemble import Ensemble
+from ensemble.evaluation.near_copies import MemorizationTest, compare_distances
+from ensemble.evaluation.nearest_neighbors import (
     Images,
     NearestNeighbors,
     Space,
@@ -30,83 +32,12 @@ from ensemble.analysis.nearest_neighbors import (
     find_nearest,
     read_rows,
 )
-from ensemble.config import AuditConfig
-from ensemble.ensemble import Ensemble
-from ensemble.evaluation.reference import PIXELS
-from ensemble.sampling.images import encode_png, image_grid, to_bytes
+from ensemble.evaluation.reference import pass_through
+from ensemble.evaluation.spaces import PIXELS
+from ensemble.sampling.images import encode_png, image_grid
 from experts.codec import Codec
 from experts.condition import Condition
 from router.config import SelectionConfig
-
-CONFIDENCE = 0.95
-
-Distances = Float[np.ndarray, " image"]
-OtherDistances = Float[np.ndarray, " other"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NearNeighborRate:
-    """Rate of samples that are nearer to the training set than almost all held-out images."""
-
-    quantile: float
-    """The requested share of held-out images."""
-    expected: float
-    """Expected share without memorization: the quantile that this number of held-out images resolves."""
-    threshold: float
-    """Distance below which a sample is near."""
-    share: float
-    low: float
-    """Lower end of the 95 % interval of `share` (Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404)."""
-    high: float
-    usual: float
-    """97.5 % quantile of `share` without memorization, with the randomness of the threshold included."""
-    p_value: float
-    """Probability of this many near samples, or more, without memorization."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemorizationTest:
-    """Comparison of samples with held-out images."""
-
-    samples: int
-    held_out: int
-    ratio: float | None
-    """Mean distance to the nearest training image over that of held-out images; None if either has no images."""
-    shares: tuple[NearNeighborRate, ...]
-    """By quantile; empty without samples or held-out images."""
-
-
-def compare_distances(samples: Distances, held_out: OtherDistances, quantiles: Sequence[float]) -> MemorizationTest:
-    """Compare the distances of samples to the training set with those of held-out images."""
-    sizes = len(samples), len(held_out)
-    mean = float(held_out.mean()) if all(sizes) else 0.0
-    return MemorizationTest(
-        samples=sizes[0],
-        held_out=sizes[1],
-        ratio=float(samples.mean()) / mean if mean > 0 else None,
-        shares=tuple(near_neighbor_rate(samples, held_out, quantile) for quantile in quantiles) if all(sizes) else (),
-    )
-
-
-def near_neighbor_rate(samples: Distances, held_out: OtherDistances, quantile: float) -> NearNeighborRate:
-    """Return the share of `samples` below the quantile of the held-out images, with its significance."""
-    count, num_held_out = len(samples), len(held_out)
-    rank = min(max(1, round(quantile * (num_held_out + 1))), num_held_out)
-    threshold = float(np.partition(held_out, rank - 1)[rank - 1])
-    nearer = int((samples < threshold).sum())
-    interval = binomtest(nearer, count).proportion_ci(CONFIDENCE)
-    null_distribution = betabinom(count, rank, num_held_out + 1 - rank)
-    return NearNeighborRate(
-        quantile=quantile,
-        expected=rank / (num_held_out + 1),
-        threshold=threshold,
-        share=nearer / count,
-        low=float(interval.low),
-        high=float(interval.high),
-        usual=float(null_distribution.ppf((1 + CONFIDENCE) / 2)) / count,
-        p_value=float(null_distribution.sf(nearer - 1)),
-    )
-
 
 Ids = Int64[np.ndarray, " image"]
 HeldOutIds = Int64[np.ndarray, " held_out"]
@@ -223,7 +154,7 @@ def load_spaces(reference: Path) -> Mapping[str, Space]:
 
 def _reconstruct(codec: Codec, shards: Path) -> Iterator[Images]:
     for batch in read_batches(shards, 256):
-        yield to_bytes(codec.decode(codec.encode(batch.images)))
+        yield pass_through(codec, batch.images)
 
 
 def assign_clusters(partition: Partition, images: Images) -> Ids:

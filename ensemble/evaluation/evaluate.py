@@ -15,9 +15,10 @@ from jaxtyping import UInt8
 from ddm_core.artifacts import Workspace, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.evaluation.generate import generate
-from ensemble.evaluation.reference import PIXELS, EvaluationError
+from ensemble.evaluation.reference import PROBE, EvaluationError
 from ensemble.evaluation.scores import Scores
 from ensemble.evaluation.scoring import Reference, compare_clusters
+from ensemble.evaluation.spaces import PIXELS
 from ensemble.sampling.images import encode_png, image_grid
 from router.config import selection_label
 
@@ -45,10 +46,11 @@ def evaluate(
     class_ids = load_held_out_classes(reference, config.num_samples) if config.conditional else None
     generated = generate(pipeline_folder, seeds, class_ids, sampling, workspace)
     features = loaded.extract(generated.images)
-    classes = loaded.compare_classes(features.spaces[PIXELS])
+    classes = loaded.compare_classes(features.spaces[PROBE])
     clusters = compare_clusters(partition, generated.images)
     scores = Scores(
         num_samples=config.num_samples,
+        held_out=loaded.statistics["summary"]["held_out"],
         selection=selection_label(sampling.selection),
         spaces={name: loaded.compare_space(name, features.spaces[name]) for name in config.spaces},
         class_coverage=classes.coverage if classes else None,
@@ -59,7 +61,7 @@ def evaluate(
         cluster_share_tv_floor=clusters.tv_floor,
         cluster_shares=clusters.shares,
         cluster_shares_data=clusters.data_shares,
-        nn_ratio=loaded.nearest_ratio(features.spaces[PIXELS]),
+        copies=loaded.find_copies(features.spaces[PIXELS]),
         calls_per_step=generated.calls.per_evaluation,
         flops_per_image=generated.flops / config.num_samples,
         flops=generated.flops + features.flops,

@@ -1,6 +1,6 @@
 """Held-out images in one feature space, precomputed for comparisons with any number of other sets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,13 @@ from safetensors.numpy import load_file
 from ddm_core.artifacts import save_arrays
 from ensemble.evaluation.metrics import (
     frechet_distance,
-    kernel_between,
-    kernel_distance_error,
-    kernel_within,
+    frechet_distance_error,
+    kernel_distance,
     neighbor_radii,
     share_covered,
 )
 from ensemble.evaluation.scores import Distances
+from ensemble.evaluation.spaces import PIXELS, RANKED_SPACE
 
 Features = Float[np.ndarray, "sample feature"]
 
@@ -34,51 +34,56 @@ class HeldOutSpace:
     """Held-out features and the statistics that the metrics need, computed once."""
 
     features: Float[np.ndarray, "held_out feature"]
-    radii: Float[np.ndarray, " held_out"]
-    """Squared distance of every row to its k-th nearest other row."""
-    axes: Float[np.ndarray, "component feature"]
-    """The first principal axes of the rows; the Fréchet distance is taken in these."""
-    kernel: float
-    """Mean of the cubic kernel over all pairs of rows."""
+    axes: Float[np.ndarray, "component feature"] | None = None
+    """The first principal axes of the rows, in which the Fréchet distance is taken; None takes it in all features."""
+    radii: Float[np.ndarray, " held_out"] | None = None
+    """Squared distance of every row to its k-th nearest other row; None without KID, precision and recall."""
 
     @classmethod
-    def fit(cls, features: Float[np.ndarray, "held_out feature"], components: int, neighbours: int) -> "HeldOutSpace":
-        """Precompute the statistics; raise `ValueError` if there are too few rows."""
+    def fit(cls, name: str, features: Features, components: int, neighbours: int) -> "HeldOutSpace":
+        """Precompute the statistics of the space `name`; raise `ValueError` if there are too few rows."""
         return cls(
             features=features,
-            radii=neighbor_radii(features, neighbours),
-            axes=principal_axes(features, components),
-            kernel=kernel_within(features),
+            axes=None if name == PIXELS else principal_axes(features, components),
+            radii=neighbor_radii(features, neighbours) if name == RANKED_SPACE else None,
+        )
+
+    def with_features(self, features: Features, neighbours: int) -> "HeldOutSpace":
+        """Return other features in the place of the held-out ones, with the same axes."""
+        return replace(
+            self, features=features, radii=None if self.radii is None else neighbor_radii(features, neighbours)
         )
 
     def compare(self, features: Features, neighbours: int) -> Distances:
         """Return the distances of other features from the held-out ones; raise `ValueError` if they are too few."""
-        self._check_count(len(features))
-        blocks = min(10, len(features) // 4, len(self.features) // 4)
-        kid = kernel_within(features) + self.kernel - 2 * kernel_between(features, self.features)
+        first, second = features, self.features
+        if self.axes is not None:
+            self._check_count(len(features), len(self.axes))
+            first, second = features @ self.axes.T, self.features @ self.axes.T
+        fd = frechet_distance(first, second)
+        if self.radii is None:
+            return Distances(fd=fd)
+        kid, kid_std = kernel_distance(features, self.features)
         return Distances(
-            fd=frechet_distance(features @ self.axes.T, self.features @ self.axes.T),
+            fd=fd,
+            fd_std=frechet_distance_error(first, second),
             kid=kid,
-            kid_std=kernel_distance_error(features, self.features, blocks),
+            kid_std=kid_std,
             precision=share_covered(features, self.features, self.radii),
             recall=share_covered(self.features, features, neighbor_radii(features, neighbours)),
         )
 
     def save(self, file: Path) -> None:
         """Write the space as safetensors."""
-        kernel = np.array([self.kernel])
-        save_arrays(file, {"features": self.features, "radii": self.radii, "axes": self.axes, "kernel": kernel})
+        arrays = {"features": self.features, "axes": self.axes, "radii": self.radii}
+        save_arrays(file, {name: array for name, array in arrays.items() if array is not None})
 
     @classmethod
     def load(cls, file: Path) -> "HeldOutSpace":
         """Read what `save` wrote."""
-        arrays = load_file(file)
-        return cls(
-            features=arrays["features"], radii=arrays["radii"], axes=arrays["axes"], kernel=float(arrays["kernel"][0])
-        )
+        return cls(**load_file(file))
 
-    def _check_count(self, count: int) -> None:
-        components = len(self.axes)
+    def _check_count(self, count: int, components: int) -> None:
         if count <= components:
             raise ValueError(
                 f"the Fréchet distance in {components} components needs more than {components} samples, "

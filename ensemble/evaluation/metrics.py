@@ -5,7 +5,6 @@ kernel_distance          MMD with a cubic kernel           unbiased, may be a li
 precision, recall        `share_covered` by a manifold     quality and variety, measured apart
 vendi_score              entropy of a similarity matrix    number of dissimilar samples; no reference needed
 total_variation          shares of classes or clusters     0 equal, 1 disjoint
-nearest_neighbour_ratio  distances to the training set     near 1 no copying, well below 1 memorization
 """
 
 from collections.abc import Iterator
@@ -22,14 +21,30 @@ OtherFeatures: TypeAlias = Float[np.ndarray, "other feature"]
 
 
 def frechet_distance(first: Features, second: OtherFeatures) -> float:
-    """Compute the Fréchet distance of Gaussians fitted to two sets (Heusel et al. 2017, arXiv:1706.08500, eq. 6)."""
-    moments = [
-        (rows.mean(0, dtype=np.float64), np.cov(rows, rowvar=False, dtype=np.float64)) for rows in (first, second)
-    ]
-    (first_mean, first_covariance), (second_mean, second_covariance) = moments
-    return gaussian_frechet_distance(
-        first_mean, np.atleast_2d(first_covariance), second_mean, np.atleast_2d(second_covariance)
-    )
+    """Compute the Fréchet distance of Gaussians fitted to two sets (Heusel et al. 2017, arXiv:1706.08500, eq. 6).
+
+    Where features outnumber rows, the overlap is the sum of the singular values of A B^T, for rows A and B that are
+    centered and divided by the square root of their number minus one: tr (S^1/2 T S^1/2)^1/2 = |A B^T|_* if S = A^T A
+    and T = B^T B. Memory then grows with the rows, not with the square of the features.
+    """
+    means = [rows.mean(0, dtype=np.float64) for rows in (first, second)]
+    if first.shape[1] <= min(len(first), len(second)):
+        covariances = [np.atleast_2d(np.cov(rows, rowvar=False, dtype=np.float64)) for rows in (first, second)]
+        return gaussian_frechet_distance(means[0], covariances[0], means[1], covariances[1])
+    centered = [(rows - mean) / np.sqrt(len(rows) - 1) for rows, mean in zip((first, second), means, strict=True)]
+    overlap = np.linalg.svd(centered[0] @ centered[1].T, compute_uv=False).sum()
+    spread = sum(float(np.square(rows).sum()) for rows in centered) - 2 * overlap
+    return float(np.square(means[0] - means[1]).sum() + max(spread, 0.0))
+
+
+def frechet_distance_error(first: Features, second: OtherFeatures, blocks: int = 10) -> float:
+    """Estimate the standard error of the Fréchet distance over draws of `first`, by a jackknife that omits a block.
+
+    All rows of a table share `second`, so its randomness cancels in their differences.
+    """
+    omitted = np.array_split(np.arange(len(first)), blocks)
+    distances = [frechet_distance(np.delete(first, rows, axis=0), second) for rows in omitted]
+    return float(np.sqrt((blocks - 1) * np.var(distances)))
 
 
 def gaussian_frechet_distance(
@@ -49,36 +64,34 @@ def gaussian_frechet_distance(
     return float(np.square(first_mean - second_mean).sum() + max(spread, 0.0))
 
 
-def kernel_distance(first: Features, second: OtherFeatures) -> float:
-    """Compute KID, the unbiased squared MMD of the kernel (x.y / d + 1)^3 (Bińkowski et al. 2018, arXiv:1801.01401)."""
-    return kernel_within(first) + kernel_within(second) - 2 * kernel_between(first, second)
+def kernel_distance(first: Features, second: OtherFeatures) -> tuple[float, float]:
+    """Compute KID and its standard error, the latter from how much each row contributes.
+
+    KID is the unbiased squared MMD of the kernel (x.y / d + 1)^3 (Bińkowski et al. 2018, arXiv:1801.01401). A row
+    contributes twice the difference of its mean kernels to the rows of its own set and of the other one (first-order
+    term of a U-statistic: Hoeffding 1948, doi:10.1214/aoms/1177730196).
+    """
+    differences = [
+        _kernel_means_within(rows) - _kernel_means(rows, others) for rows, others in ((first, second), (second, first))
+    ]
+    error = np.sqrt(sum(4 * np.var(values, ddof=1) / len(values) for values in differences))
+    return float(sum(values.mean() for values in differences)), float(error)
 
 
-def kernel_within(features: Features) -> float:
-    """Return the mean of the cubic kernel over all pairs of different rows."""
+def _kernel_means_within(features: Features) -> Float[np.ndarray, " sample"]:
+    """Return every row's mean kernel to all others."""
     count = len(features)
     if count < 2:
         raise ValueError(f"the kernel distance needs two rows in each set, not {count}; generate more samples")
-    diagonal = np.power(np.square(features.astype(np.float64)).mean(1) + 1, 3).sum()
-    return float((kernel_between(features, features) * count**2 - diagonal) / (count * (count - 1)))
+    own = np.power(np.square(features.astype(np.float64)).mean(1) + 1, 3)
+    means: Float[np.ndarray, " sample"] = (_kernel_means(features, features) * count - own) / (count - 1)
+    return means
 
 
-def kernel_between(first: Features, second: OtherFeatures) -> float:
-    """Return the mean of the cubic kernel over all pairs of a row of `first` and a row of `second`."""
+def _kernel_means(first: Features, second: OtherFeatures) -> Float[np.ndarray, " sample"]:
+    """Return the mean kernel of every row of `first` to the rows of `second`."""
     other = second.astype(np.float64).T / first.shape[1]
-    total = sum(float(np.power(block @ other + 1, 3).sum()) for block in row_blocks(first))
-    return total / (len(first) * len(second))
-
-
-def kernel_distance_error(first: Features, second: OtherFeatures, blocks: int = 10) -> float:
-    """Estimate the standard error of the kernel distance from its spread over disjoint blocks of both sets.
-
-    Near a distance of zero small blocks scatter more than large ones, so the estimate is too large there.
-    """
-    pairs = zip(np.array_split(first, blocks), np.array_split(second, blocks), strict=True)
-    return float(
-        np.std([kernel_distance(block, other_block) for block, other_block in pairs], ddof=1) / np.sqrt(blocks)
-    )
+    return np.concatenate([np.power(block @ other + 1, 3).mean(1) for block in row_blocks(first)])
 
 
 def neighbor_radii(features: Features, neighbours: int) -> Float[np.ndarray, " sample"]:
@@ -140,24 +153,6 @@ def shares(counts: Float[np.ndarray, " group"]) -> Float[np.ndarray, " group"]:
             f"shares need counts of at least 0 that are not all 0, not {counts.tolist()}; pass counts of samples"
         )
     return counts / float(counts.sum())
-
-
-def nearest_neighbor_ratio(samples: Features, training: OtherFeatures, real_distance: float) -> float:
-    """Return the mean distance of a sample to its nearest training row, in units of `real_distance`.
-
-    `real_distance` is the same mean for held-out rows: see `mean_nearest_distance`.
-    """
-    if real_distance <= 0:
-        raise ValueError(
-            "copying is measured against held-out rows, and every held-out row is also a training row; "
-            "remove the duplicates from the data set"
-        )
-    return mean_nearest_distance(samples, training) / real_distance
-
-
-def mean_nearest_distance(queries: Features, training: OtherFeatures) -> float:
-    """Return the mean Euclidean distance of a query to its nearest training row."""
-    return float(np.sqrt(np.concatenate([block.min(1) for block in squared_distances(queries, training)])).mean())
 
 
 def squared_distances(first: Features, second: OtherFeatures) -> Iterator[Float[np.ndarray, "block other"]]:

@@ -2,28 +2,42 @@
 
     training images ──► extractors, class probe, neighbours ──┐
                    └──► as many as samples: the floor         ├──► reference folder
-    held-out images ──► features, radii, axes, labels ────────┘
+    held-out images ──► features, radii, axes, labels ────────┤
+                   └──► codec ──► the same features ──────────┘
 
 Samples are compared with held-out images. The same comparison for as many training images is the floor, the score of
-a perfect generator.
+a perfect generator. With the held-out images behind the codec it is the codec's own distance, the score of perfect
+networks; a lossless codec has that of the floor.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from data_partition.features.extract import FeatureExtractor, fit_extractor, save_extractor
+from data_partition.features.pixels import flatten_pixels
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import Preempted, Workspace, write_json
 from ddm_core.errors import DDMError
 from ensemble.config import MIN_HELD_OUT, EvaluationConfig
 from ensemble.evaluation.class_probe import fit_probe
 from ensemble.evaluation.feature_space import HeldOutSpace, scale_features
-from ensemble.evaluation.metrics import mean_nearest_distance
+from ensemble.evaluation.nearest_neighbors import nearest_distances
+from ensemble.evaluation.scores import Distances
+from ensemble.evaluation.spaces import PIXELS, RANKED_SPACE
+from ensemble.sampling.images import to_bytes
+from experts.codec import Codec
+from experts.codecs.registry import load_codec
+
+log = logging.getLogger(__name__)
+
+Images = UInt8[np.ndarray, "batch height width channel"]
 
 BATCH_IMAGES = 256
 """Images read per batch."""
@@ -35,7 +49,7 @@ class RealImages:
 
     features: dict[str, Float[np.ndarray, "image feature"]]
     """By the extractor's name; a shorter array covers the first images of a longer one."""
-    labels: Int[np.ndarray, " image"]
+    labels: Int[np.ndarray, " labelled"]
     """Classes of the images of the longest array, -1 without."""
     flops: float
 
@@ -46,37 +60,47 @@ def read_real_images(
     counts: Mapping[str, int],
     seed: int,
     on_progress: Callable[[int], None],
+    change: Callable[[Images], Images] = lambda images: images,
 ) -> RealImages:
     """Read the images of a folder of shards in random order, and extract `counts[name]` features of each kind.
 
-    No count exceeds the number of images.
+    No count exceeds the number of images. `PIXELS` needs no extractor. Features are those of the changed images.
     """
     total = read_index(folder).count
     rank = np.empty(total, np.int64)
     rank[np.random.default_rng(seed).permutation(total)] = np.arange(total)
-    features = {
-        name: np.empty((min(counts[name], total), extractor.dimension), np.float32)
-        for name, extractor in extractors.items()
-    }
+    features: dict[str, Float[np.ndarray, "image feature"]] = {}
     labels = np.empty(total, np.int64)
     start = 0
     for batch in read_batches(folder, BATCH_IMAGES):
         ranks = rank[start : start + len(batch.images)]
         labels[ranks] = batch.labels
-        for name, extractor in extractors.items():
-            is_included = ranks < len(features[name])
+        images = change(batch.images)
+        for name, count in counts.items():
+            is_included = ranks < count
             if is_included.any():
-                features[name][ranks[is_included]] = scale_features(extractor(batch.images[is_included]))
+                rows = extract_rows(extractors.get(name), images[is_included])
+                kept = features.setdefault(name, np.empty((min(count, total), rows.shape[1]), np.float32))
+                kept[ranks[is_included]] = rows
         start += len(batch.images)
         on_progress(start)
     flops = sum(extractor.flops_per_image * len(features[name]) for name, extractor in extractors.items())
     return RealImages(features=features, labels=labels[: max(map(len, features.values()))], flops=float(flops))
 
 
-PIXELS = "pixels"
-"""The space of nearest neighbors (copies are equal in appearance, not in content) and of the class probe."""
-MAX_HELD_OUT = 10_000
+def extract_rows(extractor: FeatureExtractor | None, images: Images) -> Float[np.ndarray, "image feature"]:
+    """Return the scaled features of images; without an extractor, all their pixels."""
+    return flatten_pixels(images) if extractor is None else scale_features(extractor(images))
+
+
+PROBE = "probe"
+"""Principal components of the pixels, from which the class probe predicts."""
+MAX_HELD_OUT = 5_000
 """Most held-out images, chosen at random."""
+MAX_THRESHOLD_IMAGES = 2_000
+"""Most held-out images whose distances to the training set are the thresholds of a copy."""
+LOSSY = 2.0
+"""Distance of the codec over the floor above which the log warns."""
 MAX_PROBE_IMAGES = 5_000
 """Most training images of the class probe."""
 NEIGHBOR_LIMIT = 100_000
@@ -100,65 +124,94 @@ class ReferenceSummary:
     """Of the feature extractors."""
 
 
-def build_reference(dataset: Path, config: EvaluationConfig, out: Path, workspace: Workspace) -> ReferenceSummary:
-    """Write the statistics of the real images in `dataset/train` and `dataset/holdout`.
+def build_reference(
+    dataset: Path, codec: Path, config: EvaluationConfig, out: Path, workspace: Workspace
+) -> ReferenceSummary:
+    """Write the statistics of the real images in `dataset/train` and `dataset/holdout`, and of the codec.
 
     Raises `EvaluationError` if there are too few held-out images.
     """
     requested, count = config, read_index(dataset / "train").count
     config = fit_config_to(requested, count, read_index(dataset / "holdout").count)
     extractors = _fit_extractors(dataset, config, out)
-    training, held_out = _read_both(dataset, extractors, config, workspace)
-    spaces: dict[str, Any] = {}
+    training, held_out, decoded = _read_all(dataset, load_codec(codec), extractors, config, workspace)
+    spaces: dict[str, dict[str, Distances]] = {}
     for name in config.spaces:
-        space = HeldOutSpace.fit(held_out.features[name], config.components, config.neighbours)
+        space = HeldOutSpace.fit(name, held_out.features[name], config.components, config.neighbours)
         space.save(out / f"{name}.safetensors")
-        floor = space.compare(training.features[name][: config.num_samples], config.neighbours)
-        spaces[name] = {"floor": floor}
-    nearest = mean_nearest_distance(held_out.features[PIXELS], training.features[PIXELS])
-    np.save(out / "neighbours.npy", training.features[PIXELS], allow_pickle=False)
+        others = training.features[name][: config.num_samples]
+        spaces[name] = {
+            "floor": space.compare(others, config.neighbours),
+            "codec": space.with_features(others, config.neighbours).compare(decoded.features[name], config.neighbours),
+        }
+    warn_if_lossy(spaces)
+    neighbours = np.rint(training.features[PIXELS] * 255).astype(np.uint8)
+    np.save(out / "neighbours.npy", neighbours, allow_pickle=False)
+    decoded_rows = decoded.features[PIXELS][:MAX_THRESHOLD_IMAGES]
+    np.save(out / "held_out_distances.npy", nearest_distances(decoded_rows, neighbours), allow_pickle=False)
     np.save(out / "labels.npy", held_out.labels, allow_pickle=False)
     classes = len(read_index(dataset / "train").class_names)
     probe = _write_probe(training, held_out, classes, out) if classes > 1 else None
     summary = ReferenceSummary(
         held_out=len(held_out.labels),
-        neighbours=len(training.features[PIXELS]),
+        neighbours=len(neighbours),
         probe_accuracy=probe["accuracy"] if probe else None,
         flops=training.flops
         + held_out.flops
+        + decoded.flops
         + sum(count * extractor.fit_flops_per_image for extractor in extractors.values()),
     )
-    statistics = {
-        "config": requested,
-        "fitted": config,
-        "spaces": spaces,
-        "nearest_distance": nearest,
-        "probe": probe,
-        "classes": classes,
-    }
+    statistics = {"config": requested, "fitted": config, "spaces": spaces, "probe": probe, "classes": classes}
     write_json(out / "reference.json", statistics | {"summary": summary})
     return summary
 
 
+def pass_through(codec: Codec, images: Images) -> Images:
+    """Return the images after the codec, as samples leave it."""
+    return to_bytes(codec.decode(codec.encode(images)))
+
+
+def warn_if_lossy(spaces: Mapping[str, Mapping[str, Distances]]) -> None:
+    """Log that no network can make up for the codec, if its distance is far above that of real images."""
+    distances = spaces.get(RANKED_SPACE)
+    if distances and distances["codec"].fd > LOSSY * distances["floor"].fd:
+        log.warning(
+            "the codec alone has a Fréchet distance of %.0f, and real images of %.0f: no network can make its samples "
+            "better than that; give the codec more components before you train for longer",
+            distances["codec"].fd,
+            distances["floor"].fd,
+        )
+
+
 def _fit_extractors(dataset: Path, config: EvaluationConfig, out: Path) -> dict[str, FeatureExtractor]:
-    """Fit the extractors of all spaces on training images, and write them."""
+    """Fit the extractors of the probe and of all spaces but pixels on training images, and write them."""
     extractors: dict[str, FeatureExtractor] = {}
-    for name in dict.fromkeys((*config.spaces, PIXELS)):
-        extractors[name] = fit_extractor(name, dataset / "train", config.components, config.seed)
-        save_extractor(name, extractors[name], out / "extractors" / name)
+    for name in (*(name for name in config.spaces if name != PIXELS), PROBE):
+        kind = "pixels" if name == PROBE else name
+        extractors[name] = fit_extractor(kind, dataset / "train", config.components, config.seed)
+        save_extractor(kind, extractors[name], out / "extractors" / name)
     return extractors
 
 
-def _read_both(
-    dataset: Path, extractors: dict[str, FeatureExtractor], config: EvaluationConfig, workspace: Workspace
-) -> tuple[RealImages, RealImages]:
-    """Read as many training images as each use of a space needs, and the held-out images."""
-    counts = dict.fromkeys(extractors, config.num_samples) | {PIXELS: NEIGHBOR_LIMIT}
-    progress = _progress(workspace, read_index(dataset / "train").count, read_index(dataset / "holdout").count)
-    training = read_real_images(dataset / "train", extractors, counts, config.seed, progress[0])
-    limits = dict.fromkeys(extractors, MAX_HELD_OUT)
-    held_out = read_real_images(dataset / "holdout", extractors, limits, config.seed, progress[1])
-    return training, held_out
+def _read_all(
+    dataset: Path,
+    codec: Codec,
+    extractors: Mapping[str, FeatureExtractor],
+    config: EvaluationConfig,
+    workspace: Workspace,
+) -> tuple[RealImages, RealImages, RealImages]:
+    """Read as many training images as each use of a space needs, the held-out images, and these after the codec."""
+    train, held_out = dataset / "train", dataset / "holdout"
+    counts = dict.fromkeys(extractors, config.num_samples) | {PIXELS: NEIGHBOR_LIMIT, PROBE: MAX_PROBE_IMAGES}
+    limits = dict.fromkeys((*extractors, PIXELS), MAX_HELD_OUT)
+    sizes = [read_index(folder).count for folder in (train, held_out, held_out)]
+    progress = _progress(workspace, *sizes)
+    decoding = partial(pass_through, codec)
+    return (
+        read_real_images(train, extractors, counts, config.seed, progress[0]),
+        read_real_images(held_out, extractors, limits, config.seed, progress[1]),
+        read_real_images(held_out, extractors, limits, config.seed, progress[2], decoding),
+    )
 
 
 def _progress(workspace: Workspace, *counts: int) -> list[Callable[[int], None]]:
@@ -177,10 +230,10 @@ def _progress(workspace: Workspace, *counts: int) -> list[Callable[[int], None]]
 
 def _write_probe(training: RealImages, held_out: RealImages, classes: int, out: Path) -> dict[str, Any]:
     """Fit and write the class probe; return its accuracy and counts on the held-out images."""
-    features = training.features[PIXELS][:MAX_PROBE_IMAGES]
+    features = training.features[PROBE]
     probe = fit_probe(features, training.labels[: len(features)])
     probe.save(out / "probe.safetensors")
-    predicted: Int[np.ndarray, " held_out"] = probe.predict(held_out.features[PIXELS])
+    predicted: Int[np.ndarray, " held_out"] = probe.predict(held_out.features[PROBE])
     return {
         "accuracy": float((predicted == held_out.labels).mean()),
         "counts": np.bincount(predicted, minlength=classes).tolist(),

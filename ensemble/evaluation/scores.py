@@ -2,51 +2,38 @@
 
 from dataclasses import dataclass
 
+from ensemble.evaluation.near_copies import NearNeighborRate
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distances:
-    """Distances of a set of images from the held-out images, in one feature space."""
+    """Distances of a set of images from the held-out images, in one feature space.
+
+    All but `fd` are None in the spaces where they do not get worse with the images: see `spaces.py`.
+    """
 
     fd: float
-    """Fréchet distance in the held-out images' first principal components."""
-    kid: float
+    """Fréchet distance: in the held-out images' first principal components, in `pixels` over all pixels."""
+    fd_std: float | None = None
+    """Standard error of `fd` over draws of the set."""
+    kid: float | None = None
     """Unbiased kernel distance; may be a little below zero."""
-    kid_std: float
+    kid_std: float | None = None
     """Standard error of `kid`."""
-    precision: float
-    """Share of the set within the manifold of the held-out images: quality."""
-    recall: float
+    precision: float | None = None
+    """Share of the set within the manifold of the held-out images. Above the floor it is a sign of blur."""
+    recall: float | None = None
     """Share of the held-out images within the manifold of the set: variety."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpaceScores:
-    """`Distances` of the samples; `*_floor` are those of as many training images, the best that can be expected."""
+class SpaceScores(Distances):
+    """`Distances` of the samples, and what they are to be compared with."""
 
-    fd: float
-    fd_floor: float
-    kid: float
-    kid_floor: float
-    kid_std: float
-    precision: float
-    precision_floor: float
-    recall: float
-    recall_floor: float
-
-    @classmethod
-    def with_floor(cls, samples: Distances, floor: Distances) -> "SpaceScores":
-        """Combine the distances of the samples with those of real images."""
-        return cls(
-            fd=samples.fd,
-            fd_floor=floor.fd,
-            kid=samples.kid,
-            kid_floor=floor.kid,
-            kid_std=samples.kid_std,
-            precision=samples.precision,
-            precision_floor=floor.precision,
-            recall=samples.recall,
-            recall_floor=floor.recall,
-        )
+    floor: Distances
+    """Of as many training images, the best that can be expected."""
+    codec: Distances
+    """Between the same training images and the held-out images after the codec: the best that its samples can reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +67,8 @@ class Scores:
     """One row of the table: quality, variety and cost of the samples of a pipeline."""
 
     num_samples: int
+    held_out: int
+    """Held-out images of the comparison."""
     selection: str
     spaces: dict[str, SpaceScores]
     class_coverage: float | None
@@ -92,8 +81,8 @@ class Scores:
     cluster_share_tv_floor: float
     cluster_shares: tuple[float, ...]
     cluster_shares_data: tuple[float, ...]
-    nn_ratio: float
-    """Distance to the nearest training image over that of held-out images: well below 1 is memorization."""
+    copies: NearNeighborRate
+    """Samples that are nearer to a training image than almost all held-out images, in pixels: the audit's criterion."""
     calls_per_step: float
     """Expert calls for one image in one evaluation of the velocity."""
     flops_per_image: float

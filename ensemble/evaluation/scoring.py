@@ -1,7 +1,7 @@
 """Score any images against a reference folder; `evaluate.py` samples them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,19 @@ from data_partition.partition import load_partition
 from ddm_core.artifacts import read_json, to_jsonable
 from ensemble.config import EvaluationConfig
 from ensemble.evaluation.class_probe import ClassProbe
-from ensemble.evaluation.feature_space import HeldOutSpace, scale_features
-from ensemble.evaluation.metrics import (
-    coverage,
-    nearest_neighbor_ratio,
-    shares,
-    total_variation,
-    total_variation_floor,
-)
-from ensemble.evaluation.reference import PIXELS, EvaluationError
+from ensemble.evaluation.feature_space import HeldOutSpace
+from ensemble.evaluation.metrics import coverage, shares, total_variation, total_variation_floor
+from ensemble.evaluation.near_copies import NearNeighborRate, near_neighbor_rate
+from ensemble.evaluation.nearest_neighbors import nearest_distances
+from ensemble.evaluation.reference import PROBE, EvaluationError, extract_rows
 from ensemble.evaluation.scores import ClassScores, ClusterScores, Distances, SpaceScores
+from ensemble.evaluation.spaces import PIXELS
 
 BATCH_IMAGES = 256
 """Images whose features are computed at once."""
+
+COPY_QUANTILE = 0.01
+"""A sample nearer to the training set than this share of held-out images is near: the first quantile of an audit."""
 
 Images = UInt8[np.ndarray, "batch height width channel"]
 Features = Float[np.ndarray, "batch feature"]
@@ -34,7 +34,7 @@ Features = Float[np.ndarray, "batch feature"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractedFeatures:
-    """Features of images in every space of a reference."""
+    """Features of images in every space of a reference, all pixels and what the class probe reads."""
 
     spaces: dict[str, Features]
     flops: float
@@ -66,10 +66,11 @@ class Reference:
         return cls(folder=folder, config=replace(fitted, conditional=config.conditional), statistics=statistics)
 
     def compare_space(self, name: str, features: Features) -> SpaceScores:
-        """Return the distances in one feature space, with their floor."""
+        """Return the distances in one feature space, with those of real images and of the codec."""
         held_out = HeldOutSpace.load(self.folder / f"{name}.safetensors")
-        floor = Distances(**self.statistics["spaces"][name]["floor"])
-        return SpaceScores.with_floor(held_out.compare(features, self.config.neighbours), floor)
+        known = {role: Distances(**values) for role, values in self.statistics["spaces"][name].items()}
+        samples = asdict(held_out.compare(features, self.config.neighbours))
+        return SpaceScores(**samples, floor=known["floor"], codec=known["codec"])
 
     def compare_classes(self, features: Features) -> ClassScores | None:
         """Compare the class shares of the images; return None if the data have no labels."""
@@ -85,18 +86,19 @@ class Reference:
             probe_accuracy=probe["accuracy"],
         )
 
-    def nearest_ratio(self, features: Features) -> float:
-        """Return the distance to the nearest training image in pixels, over that of held-out images."""
-        training = np.load(self.folder / "neighbours.npy", allow_pickle=False)
-        return nearest_neighbor_ratio(features, training, self.statistics["nearest_distance"])
+    def find_copies(self, pixels: Features) -> NearNeighborRate:
+        """Return how many rows of pixels are nearer to a training image than almost all held-out images."""
+        training = np.load(self.folder / "neighbours.npy", mmap_mode="r", allow_pickle=False)
+        held_out = np.load(self.folder / "held_out_distances.npy", allow_pickle=False)
+        return near_neighbor_rate(nearest_distances(pixels, training), held_out, COPY_QUANTILE)
 
     def extract(self, images: Images) -> ExtractedFeatures:
         """Extract features of the images in every space of the reference."""
         features, flops = {}, 0.0
-        for name in dict.fromkeys((*self.config.spaces, PIXELS)):
-            extractor = load_extractor(self.folder / "extractors" / name)
-            features[name] = scale_features(np.concatenate([extractor(batch) for batch in _batches(images)]))
-            flops += extractor.flops_per_image * len(images)
+        for name in dict.fromkeys((*self.config.spaces, PIXELS, PROBE)):
+            extractor = None if name == PIXELS else load_extractor(self.folder / "extractors" / name)
+            features[name] = np.concatenate([extract_rows(extractor, batch) for batch in _batches(images)])
+            flops += extractor.flops_per_image * len(images) if extractor else 0.0
         return ExtractedFeatures(spaces=features, flops=flops)
 
 

@@ -2,12 +2,11 @@
 
     candidates ──► images, from the same seeds ──► Fréchet distances in every space ──► selection_choice.json
 
-A gain in one space alone is not a gain: top-1 has won one space by 27 % and lost the other sevenfold. The score of a
-candidate is therefore a geometric mean over the spaces. It averages the distance relative to that of the best candidate
-in a space. The distance is Fréchet's because KID may be below zero and has no ratios; the table also lists KID.
+A candidate's score is its Fréchet distance in the space that ranks, relative to that of the best candidate. A gain in
+one space alone is not a gain: top-1 has won one space by 27 % and lost another sevenfold. So a candidate must not lose
+much in any other space, and must be clearly better than the first affordable candidate; otherwise that one stays.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +19,12 @@ from ensemble.evaluation.evaluate import load_held_out_classes
 from ensemble.evaluation.generate import generate
 from ensemble.evaluation.reference import EvaluationError
 from ensemble.evaluation.scoring import Reference
+from ensemble.evaluation.spaces import MIN_RANKED_HELD_OUT, RANKED_SPACE, is_clear
 from router.config import SelectionConfig, selection_label
 
 CHOICE_FILE = "selection_choice.json"
+LARGEST_LOSS = 1.5
+"""Largest Fréchet distance in any other space, relative to the first affordable candidate's."""
 FIRST_SEED = 2**40
 """Seeds of the trials start here, scores use 0, 1, 2 …: no selection is scored on the seeds that chose it."""
 
@@ -34,7 +36,10 @@ class SelectionTrial:
     selection: SelectionConfig
     fd: Mapping[str, float]
     """Fréchet distance to the held-out images, by space."""
+    fd_std: Mapping[str, float]
+    """Standard error of `fd`, in the spaces that rank."""
     kid: Mapping[str, float]
+    """In the spaces that rank."""
     calls: float
     """Expert calls per image and velocity evaluation, for each branch of guidance."""
 
@@ -48,8 +53,6 @@ class Candidate:
     kid: Mapping[str, float]
     relative: Mapping[str, float]
     """Fréchet distance over that of the best candidate, by space."""
-    mean: float
-    """Geometric mean of `relative`; smaller is better."""
     calls: float
     is_affordable: bool
     """Whether its calls are within the limit."""
@@ -76,7 +79,7 @@ def search_selection(
 ) -> float:
     """Score every candidate without reflection, write `out/selection_choice.json`, and return the FLOPs.
 
-    Raises `EvaluationError` if the reference was built for another evaluation, if it has fewer than two spaces, or if
+    Raises `EvaluationError` if the reference was built for another evaluation, if it lacks a space, or if
     every candidate makes more than `config.max_calls` calls.
     """
     loaded = Reference.load(reference, evaluation)
@@ -92,22 +95,23 @@ def search_selection(
         trial = SelectionTrial(
             selection=selection,
             fd={name: score.fd for name, score in scores.items()},
-            kid={name: score.kid for name, score in scores.items()},
+            fd_std={name: score.fd_std for name, score in scores.items() if score.fd_std is not None},
+            kid={name: score.kid for name, score in scores.items() if score.kid is not None},
             calls=generated.calls.per_evaluation / branches,
         )
         trials.append(trial)
         flops += generated.flops + features.flops
-    write_json(out / CHOICE_FILE, best_candidate(trials, config.max_calls))
+    write_json(out / CHOICE_FILE, best_candidate(trials, config.max_calls, loaded.statistics["summary"]["held_out"]))
     return flops
 
 
-def best_candidate(trials: Sequence[SelectionTrial], max_calls: float) -> SelectionChoice:
-    """Return the first candidate of the smallest mean among those with at most `max_calls` expert calls."""
+def best_candidate(trials: Sequence[SelectionTrial], max_calls: float, held_out: int) -> SelectionChoice:
+    """Return the best candidate that is clearly better than the first affordable one, or else that one."""
     spaces = list(trials[0].fd)
-    if len(spaces) < 2:
+    if RANKED_SPACE not in spaces or len(spaces) < 2:
         raise EvaluationError(
-            f"a search needs two feature spaces, and there is only {', '.join(spaces)}: "
-            "give `scores.spaces` two of them, or name a selection instead of auto"
+            f"a search ranks by {RANKED_SPACE} and needs a second feature space, and there is only "
+            f"{', '.join(spaces)}: give `scores.spaces` both, or name a selection instead of auto"
         )
     best = {space: min(trial.fd[space] for trial in trials) for space in spaces}
     candidates = tuple(_candidate(trial, best, max_calls) for trial in trials)
@@ -118,11 +122,13 @@ def best_candidate(trials: Sequence[SelectionTrial], max_calls: float) -> Select
             f"no candidate makes at most {max_calls:g} expert calls a step, the fewest are {fewest:.2f}: "
             "raise `selection_search.max_calls`, or add sticky to `selection_search.candidates`, which makes one"
         )
-    ranked = sorted(affordable, key=lambda number: candidates[number].mean)
+    first = trials[affordable[0]]
+    better = [number for number in affordable if _is_better(trials[number], first, held_out)]
+    chosen = min(better, key=lambda number: trials[number].fd[RANKED_SPACE], default=affordable[0])
     return SelectionChoice(
-        selection=trials[ranked[0]].selection,
-        name=candidates[ranked[0]].name,
-        why=_explain([candidates[number] for number in ranked], len(candidates), max_calls),
+        selection=trials[chosen].selection,
+        name=candidates[chosen].name,
+        why=_explain(candidates[chosen], len(affordable), max_calls, held_out, is_first=chosen == affordable[0]),
         candidates=candidates,
     )
 
@@ -138,6 +144,17 @@ def read_choice(folder: Path) -> SelectionChoice:
         ) from error
 
 
+def _is_better(trial: SelectionTrial, other: SelectionTrial, held_out: int) -> bool:
+    """Return whether a trial is clearly better in the space that ranks, and not much worse in any other."""
+    difference = trial.fd[RANKED_SPACE] - other.fd[RANKED_SPACE]
+    return (
+        held_out >= MIN_RANKED_HELD_OUT
+        and difference < 0
+        and is_clear(difference, trial.fd_std[RANKED_SPACE], other.fd_std[RANKED_SPACE])
+        and all(fd <= LARGEST_LOSS * other.fd[space] for space, fd in trial.fd.items())
+    )
+
+
 def _candidate(trial: SelectionTrial, best: Mapping[str, float], max_calls: float) -> Candidate:
     relative = {space: fd / best[space] for space, fd in trial.fd.items()}
     return Candidate(
@@ -145,19 +162,20 @@ def _candidate(trial: SelectionTrial, best: Mapping[str, float], max_calls: floa
         fd=trial.fd,
         kid=trial.kid,
         relative=relative,
-        mean=math.exp(sum(map(math.log, relative.values())) / len(relative)),
         calls=trial.calls,
         is_affordable=trial.calls <= max_calls,
     )
 
 
-def _explain(ranked: Sequence[Candidate], count: int, max_calls: float) -> str:
+def _explain(chosen: Candidate, count: int, max_calls: float, held_out: int, *, is_first: bool) -> str:
     """Return the reason in one sentence."""
-    first = ranked[0]
-    parts = " and ".join(f"{ratio:.2f} in {space}" for space, ratio in first.relative.items())
-    others = f", {ranked[1].name} follows with {ranked[1].mean:.2f}" if len(ranked) > 1 else ""
-    return (
-        f"{first.name} has Fréchet distances of {parts} relative to the best of {count} candidates, and the smallest "
-        f"geometric mean ({first.mean:.2f}{others}) of the {len(ranked)} that make at most {max_calls:g} expert calls "
-        "a step."
-    )
+    parts = " and ".join(f"{ratio:.2f} in {space}" for space, ratio in chosen.relative.items())
+    distances = f"{chosen.name} has Fréchet distances of {parts} relative to the best of all candidates"
+    among = f"the {count} that make at most {max_calls:g} expert calls a step"
+    if not is_first:
+        return f"{distances}, and is the best of those that are clearly better than the first of {among}."
+    if held_out < MIN_RANKED_HELD_OUT:
+        reason = f"against {held_out} held-out images no other is ranked, which needs {MIN_RANKED_HELD_OUT}"
+    else:
+        reason = "none is clearly better"
+    return f"{distances}, and is the first of {among}; {reason}."

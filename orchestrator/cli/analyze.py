@@ -28,8 +28,8 @@ def audit(
     """Compare samples with their nearest training images, per expert, to find copies."""
     folder = _open_finished(run)
     from orchestrator.reporting.analyses import load_result, run_audit
-    from orchestrator.reporting.analysis_tables import audit_tables
     from orchestrator.reporting.page import write_report
+    from orchestrator.reporting.tables.analysis_tables import audit_tables
 
     if ensemble is not None:
         row = _score_ensemble(folder, ensemble, row)
@@ -52,7 +52,7 @@ def classify(
     """Classify held-out images by their denoising error, with the ensemble and with each expert alone."""
     folder = _open_finished(run)
     from orchestrator.reporting.analyses import load_result, run_classify
-    from orchestrator.reporting.analysis_tables import accuracy_table
+    from orchestrator.reporting.tables.analysis_tables import accuracy_table
 
     config = folder.load_config()
     if ensemble is not None:

@@ -367,7 +367,8 @@ def _sweep(overrides: list[str]) -> None:
 
 def _report_result(config: Any, result: Any) -> None:
     """Write the report, print the scores; exit with code 130 if the run was stopped."""
-    from orchestrator.reporting.results import current_graph, load_score_rows, score_table
+    from orchestrator.reporting.results import current_graph, load_score_rows
+    from orchestrator.reporting.tables.score_table import score_table
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(Path(config.folder).expanduser())

@@ -23,6 +23,7 @@ from ensemble.compression.config import (
     check_order,
 )
 from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchConfig
+from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.expert_overrides import complete_expert_overrides
@@ -162,12 +163,13 @@ def check_experts(config: RunConfig) -> None:
 
 
 def check_auto_selection(config: RunConfig) -> None:
-    """Raise `ValueError` if a selection search has fewer than two feature spaces for its comparison."""
+    """Raise `ValueError` if a selection search lacks the feature spaces of its comparison."""
     is_auto = any(selection.name == AUTO for selection in (config.ensemble.selection, *config.scores.selections))
-    if is_auto and len(spaces := set(config.scores.spaces)) < 2:
+    spaces = set(config.scores.spaces)
+    if is_auto and (RANKED_SPACE not in spaces or len(spaces) < 2):
         raise ValueError(
-            "selection auto needs two feature spaces, since a gain in only one does not count; got only "
-            f"{', '.join(spaces)} in scores.spaces: add another, or name a selection"
+            f"selection auto needs {RANKED_SPACE} and another feature space, since a gain in only one does not count; "
+            f"got only {', '.join(sorted(spaces))} in scores.spaces: add one, or name a selection"
         )
 
 

@@ -3,7 +3,7 @@
 dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 ─┐
    │                              ├─► router ────────────────┼─► ensemble ─► score_<selection>
    ├─► codec ─────────────────────┤                          │
-   └─► reference (for the scores) └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
+   └─► reference, of codec too    └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
 
 `distill`, `accelerate`, `prune`, `quantize` and `stitch` follow the original ensemble in this order. Each produces a
 compressed ensemble with its own score and timing.
@@ -68,7 +68,8 @@ class _GraphBuilder:
         self.features = Input(stage=self._add("features", self.stage_configs.features, data_inputs))
         partition_inputs = data_inputs | {"features": self.features}
         self.partition = Input(stage=self._add("partition", self.config.partition, partition_inputs))
-        self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, data_inputs))
+        reference_inputs = data_inputs | {"codec": self.codec}
+        self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, reference_inputs))
         trained = self._add_ensemble()
         if self.config.monolith or "monolith" in self.config.baselines:
             self._add_baseline("monolith", self._add_monolith("monolith"))

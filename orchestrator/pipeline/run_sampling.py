@@ -37,8 +37,8 @@ def run_ensemble(config: EnsembleStageConfig, inputs: Inputs, out: Path, workspa
 
 
 def run_reference(config: EvaluationConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Compute the reference statistics that all scores share."""
-    return build_reference(inputs["dataset"], config, out, workspace).flops
+    """Compute the reference statistics that all scores share, of real images and of the codec."""
+    return build_reference(inputs["dataset"], inputs["codec"], config, out, workspace).flops
 
 
 def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -15,7 +15,7 @@ from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfi
 from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.sid import sid_flops
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
-from ensemble.evaluation.reference import MAX_HELD_OUT, NEIGHBOR_LIMIT
+from ensemble.evaluation.reference import MAX_HELD_OUT, MAX_PROBE_IMAGES, PROBE
 from experts.config import CodecConfig
 from experts.training.flops import training_flops
 from orchestrator.config.stage_kinds import STAGE_KINDS
@@ -140,14 +140,14 @@ def estimate_partition(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) 
 
 
 def estimate_reference(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
-    """Count the images per feature space, as `ensemble/evaluation/reference.py` does: a sample, for pixels all."""
+    """Count the images per feature space, as `ensemble/evaluation/reference.py` does; held-out ones twice."""
     config: EvaluationConfig = stage.config
     if facts.images is None or facts.held_out is None:
         return UNKNOWN
     flops = 0.0
     for name, extractor in _score_extractors(facts):
-        limit = NEIGHBOR_LIMIT if name == "pixels" else config.num_samples
-        rows = min(limit, facts.images) + min(MAX_HELD_OUT, facts.held_out)
+        limit = MAX_PROBE_IMAGES if name == PROBE else config.num_samples
+        rows = min(limit, facts.images) + 2 * min(MAX_HELD_OUT, facts.held_out)
         flops += rows * extractor.flops + facts.images * extractor.fit_flops
     return Work(flops=flops, parts=(Part(speed="reference", count=facts.images + facts.held_out),))
 

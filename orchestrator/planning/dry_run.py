@@ -18,7 +18,9 @@ from data_partition.shards.images import Pixels
 from data_partition.shards.shards import read_index, read_samples
 from ddm_core.artifacts import Workspace
 from ensemble.config import EvaluationConfig
+from ensemble.evaluation.reference import PROBE
 from ensemble.evaluation.scoring import Reference, compare_clusters
+from ensemble.evaluation.spaces import PIXELS
 from experts.codec import Codec
 from experts.codecs.registry import load_codec
 from experts.config import CodecConfig
@@ -108,7 +110,7 @@ def _run_pass(config: RunConfig, folder: Path, images: int) -> _Pass:
         ("codec", _with_decoder_steps(config.codec, DECODER_STEPS[0]), {"shards": folders["dataset"] / "train"}),
         ("features", partition, {"dataset": folders["dataset"]}),
         ("partition", partition, {"dataset": folders["dataset"], "features": folders["features"]}),
-        ("reference", scores, {"dataset": folders["dataset"]}),
+        ("reference", scores, {"dataset": folders["dataset"], "codec": folders["codec"]}),
     ]
     durations = {kind: _time_stage(kind, stage_config, inputs, folder) for kind, stage_config, inputs in stages}
     codec, workspace = load_codec(folders["codec"]), Workspace.at(folder / "scratch" / "encode")
@@ -138,8 +140,8 @@ def _score(codec: Codec, reference: Path, partition: Path, config: EvaluationCon
     features = real.extract(images)
     for name in real.config.spaces:
         real.compare_space(name, features.spaces[name])
-    real.compare_classes(features.spaces["pixels"])
-    real.nearest_ratio(features.spaces["pixels"])
+    real.compare_classes(features.spaces[PROBE])
+    real.find_copies(features.spaces[PIXELS])
     compare_clusters(partition, images)
 
 
@@ -174,7 +176,7 @@ def _decoder_speed(config: CodecConfig, last_pass: _Pass) -> StageSpeed:
 
 def _extractors(config: RunConfig, folder: Path) -> dict[str, ExtractorCost]:
     """Load the costs of the extractors: `partition`, and `score/<name>` per feature space."""
-    spaces = dict.fromkeys((*config.scores.spaces, "pixels"))
+    spaces = [name for name in (*config.scores.spaces, PROBE) if name != PIXELS]
     folders = {"partition": folder / "features" / "extractor"}
     folders |= {f"score/{name}": folder / "reference" / "extractors" / name for name in spaces}
     loaded = {name: load_extractor(path) for name, path in folders.items()}

@@ -17,7 +17,6 @@ from orchestrator.controller import project_version
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting import charts, facts
-from orchestrator.reporting.analysis_tables import SURPRISING
 from orchestrator.reporting.charts import WITH_CLASS, WITHOUT_CLASS
 from orchestrator.reporting.costs import CostRow, format_bytes, load_costs, sum_costs
 from orchestrator.reporting.facts import LossCurves
@@ -29,13 +28,14 @@ from orchestrator.reporting.pareto import (
     select_good,
 )
 from orchestrator.reporting.results import (
-    ScoreRow,
     current_graph,
     load_score_rows,
     load_training_flops,
     selection_choice,
 )
-from orchestrator.reporting.summary import format_duration, summary_tiles
+from orchestrator.reporting.summary import fd_ratio, format_duration, summary_tiles
+from orchestrator.reporting.tables.analysis_tables import SURPRISING
+from orchestrator.reporting.tables.ranking import ScoreRow, is_blurred, rank_rows
 from orchestrator.run.attempts import Attempt, load_attempts
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
@@ -89,6 +89,8 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "tiles": summary_tiles(rows, total, attempts),
         "rows": rows,
         "why": explain_default(rows),
+        "ranking": rank_rows(rows),
+        "is_blurred": is_blurred,
         "selection_search": selection_choice(run, graph),
         "points": points,
         "good": select_good(points),
@@ -155,13 +157,12 @@ def explain_default(rows: list[ScoreRow]) -> str:
         "Sticky is the default because it is exact in distribution: it draws one expert from p(cluster | condition) "
         f"and keeps it, which is ancestral sampling of the mixture. It makes {calls}."
     )
-    if monolith is None:
+    ranks = rank_rows(rows).ranks
+    if monolith is None or ranks.get("monolith") == ranks.get(default.name):
         return reason
-    ratios = [
-        f"{default.scores['spaces'][space]['fd'] / values['fd']:.2f} in {space}"
-        for space, values in monolith.scores["spaces"].items()
-    ]
-    return f"{reason} Its Fréchet distance, divided by the monolith's, is {' and '.join(ratios)} (this run, one seed)."
+    space = next(iter(default.scores["spaces"]))
+    ratio = f"its Fréchet distance in {space} is {fd_ratio(default, monolith):.2f} × the monolith's"
+    return f"{reason} In this run {ratio} (one seed)."
 
 
 def _grids(run: RunFolder, graph: list[Stage], rows: list[ScoreRow]) -> list[tuple[str, bytes]]:

@@ -124,5 +124,5 @@ def _largest_ratio(scores: Sequence[dict[str, Any]], baseline: dict[str, Any], k
     if not scores:
         return None
     ours, theirs = scores[-1]["spaces"], baseline["spaces"]
-    ratios = [float(ours[space][key]) / float(theirs[space][key]) for space in theirs if theirs[space][key] > 0]
-    return max(ratios, default=None)
+    known = [space for space in theirs if theirs[space][key] is not None and theirs[space][key] > 0]
+    return max((float(ours[space][key]) / float(theirs[space][key]) for space in known), default=None)

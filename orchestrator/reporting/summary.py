@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.reporting.costs import CostRow
-from orchestrator.reporting.results import ScoreRow
+from orchestrator.reporting.tables.ranking import ScoreRow, rank_rows
 from orchestrator.run.attempts import Attempt
 
 BASELINES = ("monolith", "cluster_conditioned", "distilled_monolith")
 """Rows of the table of scores that are not ensembles."""
 
 SMALLEST_FD = 1e-12
-"""Smaller Fréchet distances count as this one, because zero has no logarithm."""
+"""Smaller Fréchet distances count as this one, because nothing is divided by zero."""
 
 UNITS = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s"))
 
@@ -35,13 +35,9 @@ def summary_tiles(rows: Sequence[ScoreRow], costs: CostRow, attempts: Sequence[A
 
 
 def fd_ratio(row: ScoreRow, other: ScoreRow) -> float:
-    """Return the geometric mean over the feature spaces of a row's Fréchet distance over that of another row."""
-    theirs = other.scores["spaces"]
-    logs = [
-        math.log(max(score["fd"], SMALLEST_FD) / max(theirs[space]["fd"], SMALLEST_FD))
-        for space, score in row.scores["spaces"].items()
-    ]
-    return math.exp(sum(logs) / len(logs))
+    """Return a row's Fréchet distance over that of another row, in the first feature space."""
+    ours, theirs = (next(iter(scores["spaces"].values()))["fd"] for scores in (row.scores, other.scores))
+    return float(ours / max(theirs, SMALLEST_FD))
 
 
 def busy_seconds(attempts: Sequence[Attempt]) -> float:
@@ -70,34 +66,42 @@ def _score_tiles(rows: Sequence[ScoreRow]) -> list[Tile]:
         note=f"for each of {len(rows)} scored models" if len(rows) > 1 else "of one scored model",
         anchor="scores",
     )
-    monolith = next((row for row in rows if row.name == "monolith"), None)
     if not ensembles:
         return [samples]
+    ranking, monolith = rank_rows(rows), next((row for row in rows if row.name == "monolith"), None)
+    shown = next((row for row in ensembles if row.is_default), ensembles[0])
+    best = min(ensembles, key=lambda row: (ranking.ranks.get(row.name, 1), not row.is_default))
     if monolith is None:
-        return [samples, _absolute_tile(ensembles)]
-    best = min(ensembles, key=lambda row: fd_ratio(row, monolith))
+        return [samples, _absolute_tile(best if ranking.ranks else shown, is_best=bool(ranking.ranks))]
+    if not ranking.ranks or ranking.ranks[best.name] == ranking.ranks[monolith.name]:
+        reason = ranking.reason if not ranking.ranks else "No difference seen to the monolith; see the ranks."
+        return [samples, Tile(label="Against the monolith", value="not ranked", note=reason, anchor="scores")]
     return [
         samples,
         Tile(
             label="Best score against the monolith",
             value=f"{fd_ratio(best, monolith):.2f} ×",
-            note=f"the monolith's Fréchet distance, with {best.label} (mean over feature spaces); above 1 is worse",
+            note=f"the monolith's Fréchet distance in {_first_space(best)}, with {best.label}; above 1 is worse",
             anchor="scores",
         ),
     ]
 
 
-def _absolute_tile(ensembles: Sequence[ScoreRow]) -> Tile:
-    """Return the best Fréchet distance in units of what real images have."""
-    best = min(ensembles, key=lambda row: fd_ratio(row, ensembles[0]))
-    space, score = next(iter(best.scores["spaces"].items()))
+def _absolute_tile(row: ScoreRow, *, is_best: bool) -> Tile:
+    """Return the row's Fréchet distance beside those of the codec and of real images."""
+    space = _first_space(row)
+    score = row.scores["spaces"][space]
     return Tile(
-        label="Best score",
+        label="Best score" if is_best else "Score",
         value=f"{score['fd']:.3g}",
-        note=f"Fréchet distance in {space}, with {best.label}; lower is better, "
-        f"real images have {score['fd_floor']:.3g}",
+        note=f"Fréchet distance in {space}, with {row.label}; lower is better, "
+        f"the codec alone has {score['codec']['fd']:.3g}, real images have {score['floor']['fd']:.3g}",
         anchor="scores",
     )
+
+
+def _first_space(row: ScoreRow) -> str:
+    return str(next(iter(row.scores["spaces"])))
 
 
 def _cost_tiles(costs: CostRow, attempts: Sequence[Attempt]) -> list[Tile]:

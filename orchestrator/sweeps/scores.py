@@ -26,7 +26,7 @@ def check_metric(metric: str, config: RunConfig) -> None:
 
 
 def load_score_values(run: RunFolder, config: RunConfig) -> dict[str, float]:
-    """Load all numbers of a run's scores, such as `sticky.pixels.fd` or `monolith.nn_ratio`."""
+    """Load all numbers of a run's scores, such as `sticky.efficientnet_lite0.fd` or `monolith.calls_per_step`."""
     values: dict[str, float] = {}
     for row in load_score_rows(run, current_graph(run, config)):
         groups = {f"{row.name}.{space}": scores for space, scores in row.scores["spaces"].items()}

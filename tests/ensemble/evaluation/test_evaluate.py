@@ -11,22 +11,27 @@ from PIL import Image
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.build import build_dataset
 from data_partition.features.extract import extract_features
+from data_partition.features.pixels import flatten_pixels
 from data_partition.partition import make_partition
 from data_partition.shards.shards import ShardWriter, read_index, read_samples
-from ddm_core.artifacts import Preempted, Workspace, checksum, list_files
-from ensemble.config import EvaluationConfig, SamplingConfig
+from ddm_core.artifacts import Preempted, Workspace, checksum, list_files, read_json, write_json
+from ensemble.analysis.memorization import AuditedSamples, audit_samples
+from ensemble.config import AuditConfig, EvaluationConfig, SamplingConfig
 from ensemble.evaluation.evaluate import evaluate
+from ensemble.evaluation.feature_space import HeldOutSpace
 from ensemble.evaluation.generate import generate
-from ensemble.evaluation.reference import EvaluationError, build_reference, fit_config_to
+from ensemble.evaluation.reference import PROBE, EvaluationError, build_reference, fit_config_to, warn_if_lossy
+from ensemble.evaluation.scores import Distances
 from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.pipeline import assemble
-from experts.codecs.registry import fit_codec
+from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.expert import train_expert
 from router.config import RouterConfig, SelectionConfig
 from router.train import train_router
 
-CONFIG = EvaluationConfig(num_samples=150, components=16)
+CONFIG = EvaluationConfig(num_samples=150, components=16, spaces=("efficientnet_lite0", "pixels"))
+FEATURES = "efficientnet_lite0"
 SAMPLING = SamplingConfig(steps=4, batch_size=64)
 TRAINING = TrainingConfig(steps=40, batch_size=64, warmup_steps=5)
 NETWORK = ResidualMLPConfig(width=32, depth=1)
@@ -54,17 +59,22 @@ def partition(root, dataset) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(root, dataset) -> Path:
-    build_reference(dataset, CONFIG, root / "reference", Workspace.at(root / "work_reference"))
+def codec(root, dataset) -> Path:
+    (root / "codec").mkdir()
+    fit_codec(CodecConfig(components=16), dataset / "train", root / "codec", Workspace.at(root / "work_codec"))
+    return root / "codec"
+
+
+@pytest.fixture(scope="module")
+def reference(root, dataset, codec) -> Path:
+    build_reference(dataset, codec, CONFIG, root / "reference", Workspace.at(root / "work_reference"))
     return root / "reference"
 
 
 @pytest.fixture(scope="module")
-def pipeline(root, dataset, partition) -> Path:
+def pipeline(root, partition, codec) -> Path:
     """Two briefly trained experts and their router."""
-    codec, clusters = root / "codec", [partition / "clusters" / str(k) for k in range(2)]
-    codec.mkdir()
-    fit_codec(CodecConfig(components=16), dataset / "train", codec, Workspace.at(root / "work_codec"))
+    clusters = [partition / "clusters" / str(k) for k in range(2)]
     config = ExpertConfig(network=NETWORK, training=TRAINING)
     for k, cluster in enumerate(clusters):
         work = Workspace.at(root / f"work_expert_{k}")
@@ -90,19 +100,19 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def score(reference: Path, images):
-    """Return the scores of any images: pixels, classes, copies."""
+    """Return the scores of any images: EfficientNet features, classes, copies."""
     loaded = Reference.load(reference, CONFIG)
     spaces = loaded.extract(images).spaces
-    classes = loaded.compare_classes(spaces["pixels"])
-    return loaded.compare_space("pixels", spaces["pixels"]), classes, loaded.nearest_ratio(spaces["pixels"])
+    classes = loaded.compare_classes(spaces[PROBE])
+    return loaded.compare_space(FEATURES, spaces[FEATURES]), classes, loaded.find_copies(spaces["pixels"])
 
 
 # Reference
 
 
 @pytest.mark.slow
-def test_reference_is_deterministic(dataset, reference, tmp_path):
-    build_reference(dataset, CONFIG, tmp_path / "again", Workspace.at(tmp_path / "work"))
+def test_reference_is_deterministic(dataset, codec, reference, tmp_path):
+    build_reference(dataset, codec, CONFIG, tmp_path / "again", Workspace.at(tmp_path / "work"))
     assert contents(tmp_path / "again") == contents(reference)
 
 
@@ -113,20 +123,20 @@ def test_reference_has_no_pickle(reference):
 def test_training_images_score_like_the_floor(dataset, reference):
     images, _ = load_images(dataset / "train")
     rows = np.random.default_rng(7).choice(len(images), 150, replace=False)
-    space, classes, nearest = score(reference, images[rows])
-    assert space.fd == pytest.approx(space.fd_floor, rel=0.5)
-    assert abs(space.kid) < 4 * space.kid_std
-    assert space.precision == pytest.approx(space.precision_floor, abs=0.1)
+    space, classes, copies = score(reference, images[rows])
+    assert space.fd == pytest.approx(space.floor.fd, rel=0.5)
+    assert abs(space.kid - space.floor.kid) < 4 * space.kid_std
+    assert space.precision == pytest.approx(space.floor.precision, abs=0.1)
     assert classes.coverage == 1
     assert classes.tv < 2 * classes.tv_floor
     assert classes.probe_accuracy > 0.85
-    assert nearest == 0  # training images are copies of themselves
+    assert copies.share == 1 and copies.p_value < 1e-9  # training images are copies of themselves
 
 
 def test_held_out_images_have_perfect_scores(dataset, reference):
     images, _ = load_images(dataset / "holdout")
-    space, classes, nearest = score(reference, images)
-    assert nearest == pytest.approx(1)
+    space, classes, copies = score(reference, images)
+    assert copies.p_value > 0.001
     assert (classes.tv, classes.coverage) == (0, 1)
     assert (space.precision, space.recall) == (1, 1)
     assert space.fd == pytest.approx(0, abs=1e-4)
@@ -146,11 +156,52 @@ def test_missing_classes_worsen_the_scores(dataset, reference):
 def test_noise_worsens_the_scores(dataset, reference):
     images, _ = load_images(dataset / "train")
     noise = np.random.default_rng(0).integers(0, 256, images[:150].shape, dtype=np.uint8)
-    space, classes, nearest = score(reference, noise)
-    assert space.precision < 0.2
-    assert space.fd > 5 * space.fd_floor
+    space, classes, copies = score(reference, noise)
+    assert space.fd > 5 * space.floor.fd and space.kid > 10 * space.kid_std
     assert classes.tv > 2 * classes.tv_floor
-    assert nearest > 1
+    assert copies.share == 0
+
+
+# The codec's own distance
+
+
+def pixel_distances(dataset: Path, codec: Path, folder: Path) -> dict:
+    """Return the distances of real images and of the codec in pixels, which are quick."""
+    config = replace(CONFIG, spaces=("pixels",))
+    build_reference(dataset, codec, config, folder / "reference", Workspace.at(folder / "work"))
+    return read_json(folder / "reference" / "reference.json")["spaces"]["pixels"]
+
+
+def test_lossless_codec_has_the_distance_of_real_images(dataset, tmp_path):
+    write_json(tmp_path / "codec" / "codec.json", {"kind": "pixels", "image_shape": [8, 8, 1]})
+    space = pixel_distances(dataset, tmp_path / "codec", tmp_path)
+    assert space["codec"]["fd"] == pytest.approx(space["floor"]["fd"], rel=1e-6)
+
+
+def test_codec_with_fewer_components_is_worse(dataset, codec, tmp_path):
+    (tmp_path / "codec").mkdir()
+    fit_codec(CodecConfig(components=4), dataset / "train", tmp_path / "codec", Workspace.at(tmp_path / "work_codec"))
+    worse = pixel_distances(dataset, tmp_path / "codec", tmp_path / "worse")
+    better = pixel_distances(dataset, codec, tmp_path / "better")
+    assert worse["codec"]["fd"] > better["codec"]["fd"] > better["floor"]["fd"] == worse["floor"]["fd"]
+
+
+@pytest.mark.parametrize(("fd", "is_lossy"), [(25.0, False), (252.0, True)])
+def test_log_warns_of_a_codec_that_ruins_images(fd, is_lossy, caplog):
+    warn_if_lossy({FEATURES: {"codec": Distances(fd=fd), "floor": Distances(fd=21.0)}})
+    assert ("the codec alone has a Fréchet distance of 252, and real images of 21" in caplog.text) == is_lossy
+
+
+def test_copies_are_those_of_an_audit(dataset, codec, partition, tmp_path):
+    pixel_distances(dataset, codec, tmp_path)
+    images = np.concatenate([load_images(dataset / "holdout")[0], load_images(dataset / "train")[0][:30]])
+    samples = AuditedSamples(images=images, seeds=np.arange(len(images)), experts=None, codec=load_codec(codec))
+    audit = audit_samples(samples, dataset, partition, tmp_path / "reference", AuditConfig(), tmp_path)
+    loaded = Reference.load(tmp_path / "reference", replace(CONFIG, spaces=("pixels",)))
+    copies, audited = loaded.find_copies(flatten_pixels(images)), audit.spaces["pixels"].overall.shares[0]
+    assert copies.p_value < 0.001
+    assert (copies.quantile, copies.share, copies.expected) == (audited.quantile, audited.share, audited.expected)
+    assert copies.threshold == pytest.approx(audited.threshold, rel=1e-5)
 
 
 def test_held_out_images_have_the_shares_of_the_clusters(dataset, partition):
@@ -173,15 +224,9 @@ def test_reference_of_another_configuration_raises(reference):
     Reference.load(reference, replace(CONFIG, conditional=True))
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (EvaluationConfig(num_samples=300, spaces=("pixels",), neighbours=200), "more than 200 rows, not 195"),
-    ],
-)
-def test_reference_with_too_few_images_raises(dataset, tmp_path, config, message):
-    with pytest.raises(ValueError, match=message):
-        build_reference(dataset, config, tmp_path / "out", Workspace.at(tmp_path / "work"))
+def test_too_many_neighbours_raise():
+    with pytest.raises(ValueError, match="more than 200 rows, not 195"):
+        HeldOutSpace.fit(FEATURES, np.eye(195, dtype=np.float32), 16, 200)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +244,7 @@ def test_too_few_held_out_images_raise_with_remedy():
 
 
 @pytest.mark.slow
-def test_data_without_labels_have_no_class_scores(dataset, tmp_path):
+def test_data_without_labels_have_no_class_scores(dataset, codec, tmp_path):
     for name in ("train", "holdout"):
         writer = ShardWriter(tmp_path / "data" / name)
         for sample in read_samples(dataset / name):
@@ -207,7 +252,8 @@ def test_data_without_labels_have_no_class_scores(dataset, tmp_path):
         writer.close()
     assert read_index(tmp_path / "data" / "train").class_names == ()
     config = replace(CONFIG, spaces=("pixels",))
-    summary = build_reference(tmp_path / "data", config, tmp_path / "reference", Workspace.at(tmp_path / "work"))
+    work = Workspace.at(tmp_path / "work")
+    summary = build_reference(tmp_path / "data", codec, config, tmp_path / "reference", work)
     assert summary.probe_accuracy is None
     assert Reference.load(tmp_path / "reference", config).compare_classes(np.zeros((3, 16), np.float32)) is None
 
@@ -229,8 +275,10 @@ def test_evaluate_writes_scores_images_seeds_and_grid(pipeline, reference, parti
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["spaces"]["pixels"]["fd"] == scores.spaces["pixels"].fd
     assert not any("second" in key for key in written)
-    assert set(scores.spaces) == {"pixels", "random_conv"}
-    assert all(space.fd > space.fd_floor for space in scores.spaces.values())
+    assert list(scores.spaces) == [FEATURES, "pixels"]
+    assert all(space.fd > space.codec.fd > space.floor.fd for space in scores.spaces.values())
+    assert scores.spaces["pixels"].kid is None  # it does not get worse with the images
+    assert scores.held_out == 195
     assert sum(scores.cluster_shares) == pytest.approx(1)
     assert scores.num_samples == 150
     assert scores.selection == "sticky"

@@ -11,11 +11,9 @@ from ensemble.evaluation import metrics
 from ensemble.evaluation.metrics import (
     coverage,
     frechet_distance,
+    frechet_distance_error,
     gaussian_frechet_distance,
     kernel_distance,
-    kernel_distance_error,
-    mean_nearest_distance,
-    nearest_neighbor_ratio,
     neighbor_radii,
     share_covered,
     squared_distances,
@@ -40,12 +38,33 @@ def precision_recall(samples, real, neighbors=3):
     )
 
 
+def kid(first, second):
+    return kernel_distance(first, second)[0]
+
+
 def random_covariance(rng, size):
     factor = rng.normal(size=(size, size))
     return factor @ factor.T
 
 
 # Fréchet distance
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 99))
+def test_frechet_by_rows_equals_frechet_by_covariances(rows, others, size, seed):
+    draws = np.random.default_rng(seed)
+    first, second = draws.normal(size=(rows, size)), draws.normal(1, 2, size=(others, size))
+    moments = [(values.mean(0), np.atleast_2d(np.cov(values, rowvar=False))) for values in (first, second)]
+    expected = gaussian_frechet_distance(*moments[0], *moments[1])
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_frechet_error_predicts_the_spread(rng):
+    second = rng.normal(size=(300, 4))
+    draws = [rng.normal(0.5, 1, size=(300, 4)) for _ in range(60)]
+    spread = np.std([frechet_distance(first, second) for first in draws])
+    predicted = np.mean([frechet_distance_error(first, second) for first in draws[:20]])
+    assert 0.7 < predicted / spread < 1.5
 
 
 def test_frechet_of_commuting_covariances_has_closed_form(rng):
@@ -95,39 +114,39 @@ def test_kernel_distance_equals_a_double_loop(rng):
         return sum(pairs) / len(pairs)
 
     between = sum(kernel(a, b) for a in first for b in second) / 20
-    assert kernel_distance(first, second) == pytest.approx(within(first) + within(second) - 2 * between)
+    assert kid(first, second) == pytest.approx(within(first) + within(second) - 2 * between)
 
 
 def test_kernel_distance_does_not_depend_on_the_blocks(rng, monkeypatch):
     first, second = rng.normal(size=(37, 8)), rng.normal(size=(23, 8))
-    expected = kernel_distance(first, second)
+    expected = kid(first, second)
     monkeypatch.setattr(metrics, "BLOCK_ROWS", 5)
-    assert kernel_distance(first, second) == pytest.approx(expected)
+    assert kid(first, second) == pytest.approx(expected)
 
 
 def test_kernel_distance_is_unbiased(rng):
-    draws = [kernel_distance(rng.normal(size=(20, 4)), rng.normal(size=(15, 4))) for _ in range(400)]
+    draws = [kid(rng.normal(size=(20, 4)), rng.normal(size=(15, 4))) for _ in range(400)]
     assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(len(draws))
     assert min(draws) < 0
 
 
 def test_kernel_distance_ignores_the_order(rng):
     first, second = rng.normal(size=(30, 4)), rng.normal(1, 1, size=(25, 4))
-    assert kernel_distance(rng.permutation(first), second[::-1]) == pytest.approx(kernel_distance(first, second))
+    assert kid(rng.permutation(first), second[::-1]) == pytest.approx(kid(first, second))
 
 
 def test_kernel_error_predicts_the_spread(rng):
     def draw():
         return rng.normal(size=(200, 4)), rng.normal(0.5, 1, size=(200, 4))
 
-    spread = np.std([kernel_distance(*draw()) for _ in range(60)])
-    predicted = np.mean([kernel_distance_error(*draw()) for _ in range(20)])
+    spread = np.std([kid(*draw()) for _ in range(60)])
+    predicted = np.mean([kernel_distance(*draw())[1] for _ in range(20)])
     assert 0.6 < predicted / spread < 1.7
 
 
 def test_kernel_distance_of_a_single_row_raises():
     with pytest.raises(ValueError, match="generate more samples"):
-        kernel_distance(np.zeros((1, 2)), np.zeros((5, 2)))
+        kid(np.zeros((1, 2)), np.zeros((5, 2)))
 
 
 # Precision and recall
@@ -206,22 +225,6 @@ def test_coverage_counts_classes_with_half_their_share():
     assert coverage(np.array([70.0, 13.0, 12.0, 0.0, 5.0]), real) == 0.5  # 13 % of 25 % is enough, 12 % is not
 
 
-# Memorization
-
-
-def test_copies_have_ratio_zero_and_new_rows_one(rng):
-    training, held_out, new = (rng.normal(size=(count, 5)).astype(np.float32) for count in (300, 400, 400))
-    real = mean_nearest_distance(held_out, training)
-    assert nearest_neighbor_ratio(training[:50], training, real) == 0
-    assert nearest_neighbor_ratio(new, training, real) == pytest.approx(1, abs=0.1)
-    assert nearest_neighbor_ratio(training[:50] + 0.01, training, real) < 0.1
-
-
-def test_ratio_with_duplicate_data_raises():
-    with pytest.raises(ValueError, match="duplicates"):
-        nearest_neighbor_ratio(np.ones((2, 2)), np.ones((2, 2)), 0.0)
-
-
 @given(
     arrays(np.float64, (7, 3), elements=st.floats(-10, 10)),
     arrays(np.float64, (4, 3), elements=st.floats(-10, 10)),
@@ -247,7 +250,7 @@ def test_missing_classes_worsen_every_metric(digits):
     reduced = other[other_labels >= 3]
     assert precision_recall(reduced, real)[1] < precision_recall(other, real)[1] - 0.1
     assert precision_recall(reduced, real)[0] == pytest.approx(precision_recall(other, real)[0], abs=0.05)
-    assert kernel_distance(reduced, real) > 3 * abs(kernel_distance(other, real))
+    assert kid(reduced, real) > 3 * abs(kid(other, real))
     assert frechet_distance(reduced, real) > frechet_distance(other, real)
 
     counts = [np.bincount(labels, minlength=10).astype(np.float64) for labels in (other_labels, real_labels)]
@@ -261,7 +264,7 @@ def test_more_noise_is_worse(digits):
     real, _, other, _ = digits
     noise = np.random.default_rng(1).normal(size=other.shape)
     levels = [other + scale * noise for scale in (0.0, 0.3, 1.0)]
-    assert np.all(np.diff([kernel_distance(rows, real) for rows in levels]) > 0)
+    assert np.all(np.diff([kid(rows, real) for rows in levels]) > 0)
     assert np.all(np.diff([frechet_distance(rows, real) for rows in levels]) > 0)
     assert np.all(np.diff([precision_recall(rows, real)[0] for rows in levels]) < 0)
 

@@ -1,5 +1,7 @@
 """The search for a selection: the winner, the limit of calls, the explanation."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,30 +13,40 @@ from hypothesis import strategies as st
 from ddm_core.artifacts import CorruptArtifact, write_json
 from ensemble.config import SamplingConfig, SelectionSearchConfig
 from ensemble.ensemble import Ensemble
+from ensemble.evaluation import selection_search
 from ensemble.evaluation.feature_space import HeldOutSpace
 from ensemble.evaluation.reference import EvaluationError
-from ensemble.evaluation.selection_search import SelectionTrial, best_candidate, read_choice
+from ensemble.evaluation.selection_search import SelectionChoice, SelectionTrial, read_choice
 from ensemble.sampling.sample import sample
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.config import SelectionConfig, SelectionName, selection_label
 from tests.oracles import IdentityCodec, MixtureOfGaussians
 
+RANKED = "efficientnet_lite0"
+
 
 def trial(name: str, first: float, second: float, calls: float = 1.0) -> SelectionTrial:
-    fd = {"a": float(first), "b": float(second)}
-    return SelectionTrial(selection=SelectionConfig(name=name), fd=fd, kid={"a": -0.1, "b": 0.2}, calls=calls)
-
-
-def test_smallest_geometric_mean_wins() -> None:
-    """Top-1's pattern: 27 % better in one space, seven times worse in the other."""
-    choice = best_candidate(
-        [trial("sticky", 27, 1.72), trial("top_k", 24.4, 14.0), trial("coupled_resample", 33, 1.9)], 1.25
+    fd = {RANKED: float(first), "pixels": float(second)}
+    return SelectionTrial(
+        selection=SelectionConfig(name=name),
+        fd=fd,
+        fd_std={RANKED: 1e-3, "pixels": 1e-3},
+        kid={RANKED: -0.1},
+        calls=calls,
     )
-    assert (choice.name, choice.selection.name) == ("sticky", "sticky")
-    sticky, top_1, _ = choice.candidates
-    assert sticky.relative == pytest.approx({"a": 27 / 24.4, "b": 1})
-    assert sticky.mean == pytest.approx((27 / 24.4) ** 0.5)
-    assert top_1.mean == pytest.approx((14 / 1.72) ** 0.5)
+
+
+def best_candidate(trials: Sequence[SelectionTrial], max_calls: float, held_out: int = 1000) -> SelectionChoice:
+    return selection_search.best_candidate(trials, max_calls, held_out)
+
+
+def test_loss_in_another_space_outweighs_a_gain() -> None:
+    """Top-1's pattern: 10 % better in one space, eight times worse in the other."""
+    trials = [trial("sticky", 27, 1.72), trial("top_k", 24.4, 14.0), trial("coupled_resample", 26, 1.9)]
+    choice = best_candidate(trials, 1.25)
+    assert (choice.name, choice.selection.name) == ("coupled_resample", "coupled_resample")
+    assert choice.candidates[0].relative == pytest.approx({RANKED: 27 / 24.4, "pixels": 1})
+    assert best_candidate(trials[:2], 1.25).name == "sticky"
 
 
 def test_candidate_with_too_many_calls_is_not_chosen() -> None:
@@ -43,20 +55,28 @@ def test_candidate_with_too_many_calls_is_not_chosen() -> None:
     )
     assert choice.name == "sticky"
     assert [candidate.is_affordable for candidate in choice.candidates] == [True, False, True]
-    assert choice.candidates[0].relative == {"a": 2, "b": 2}
+    assert choice.candidates[0].relative == {RANKED: 2, "pixels": 2}
 
 
 def test_first_of_equal_candidates_is_chosen() -> None:
-    assert best_candidate([trial("sticky_resample", 2, 1), trial("sticky", 1, 2)], 1.25).name == "sticky_resample_0.5"
+    assert best_candidate([trial("sticky_resample", 2, 1), trial("sticky", 2, 1)], 1.25).name == "sticky_resample_0.5"
+
+
+@pytest.mark.parametrize(("held_out", "error"), [(499, 1e-3), (1000, 1.0)])
+def test_first_candidate_stays_without_a_clear_difference(held_out: int, error: float) -> None:
+    trials = [replace(trial(*row), fd_std={RANKED: error}) for row in (("sticky", 2, 2), ("sticky_resample", 1, 1))]
+    choice = best_candidate(trials, 1.25, held_out)
+    assert choice.name == "sticky"
+    assert ("499 held-out images no other is ranked" if held_out == 499 else "none is clearly better") in choice.why
+    assert (
+        best_candidate([replace(row, fd_std={RANKED: 1e-3}) for row in trials], 1.25, 500).name == "sticky_resample_0.5"
+    )
 
 
 def test_choice_explains_itself() -> None:
-    why = best_candidate([trial("sticky", 1.2, 1), trial("top_k", 1, 4), trial("full", 1, 1, calls=8.0)], 1.25).why
-    assert why.startswith(
-        "sticky has Fréchet distances of 1.20 in a and 1.00 in b relative to the best of 3 candidates"
-    )
-    assert "smallest geometric mean (1.10, top_k_1 follows with 2.00)" in why
-    assert why.endswith("of the 2 that make at most 1.25 expert calls a step.") and why.count(". ") == 0
+    why = best_candidate([trial("sticky", 1.2, 1), trial("full", 1, 1, calls=8.0)], 1.25).why
+    assert why.startswith("sticky has Fréchet distances of 1.20 in efficientnet_lite0 and 1.00 in pixels relative to")
+    assert why.endswith("the first of the 1 that make at most 1.25 expert calls a step; none is clearly better.")
 
 
 def test_no_affordable_candidate_raises_with_remedy() -> None:
@@ -65,8 +85,14 @@ def test_no_affordable_candidate_raises_with_remedy() -> None:
 
 
 def test_single_feature_space_raises() -> None:
-    alone = SelectionTrial(selection=SelectionConfig(), fd={"a": 1.0}, kid={"a": 0.0}, calls=1.0)
-    with pytest.raises(EvaluationError, match="give `scores.spaces` two"):
+    alone = SelectionTrial(
+        selection=SelectionConfig(),
+        fd={RANKED: 1.0},
+        fd_std={},
+        kid={RANKED: 0.0},
+        calls=1.0,
+    )
+    with pytest.raises(EvaluationError, match="give `scores.spaces` both"):
         best_candidate([alone], 1.25)
 
 
@@ -76,13 +102,13 @@ def test_candidate_auto_raises() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=6), st.floats(0.1, 10))
-def test_choice_does_not_depend_on_units(distances: list[tuple[float, float]], unit: float) -> None:
-    names = get_args(SelectionName)
-    plain = best_candidate([trial(name, *pair) for name, pair in zip(names, distances, strict=False)], 2.0)
-    scaled = best_candidate([trial(name, unit * a, b) for name, (a, b) in zip(names, distances, strict=False)], 2.0)
-    means = [candidate.mean for candidate in plain.candidates]
-    assert min(means) == pytest.approx(means[names.index(scaled.selection.name)], rel=1e-6)
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=6))
+def test_choice_is_never_worse_than_the_first(distances: list[tuple[float, float]]) -> None:
+    trials = [trial(name, *pair) for name, pair in zip(get_args(SelectionName), distances, strict=False)]
+    selection = best_candidate(trials, 2.0).selection
+    chosen = next(row for row in trials if row.selection == selection)
+    assert chosen.fd["efficientnet_lite0"] <= trials[0].fd["efficientnet_lite0"]
+    assert chosen.fd["pixels"] <= 1.5 * trials[0].fd["pixels"]
 
 
 def test_written_choice_is_read_back(tmp_path: Path) -> None:
@@ -101,13 +127,16 @@ def test_best_selection_of_a_toy_ensemble_is_chosen() -> None:
     rng = np.random.default_rng(0)
     components = rng.choice(4, 600, p=mixture.shares)
     real = mixture.means.numpy()[components] + mixture.deviation * rng.standard_normal((600, 2))
-    views = {"plain": lambda x: x, "angles": lambda x: np.stack([np.arctan2(x[:, 1], x[:, 0]), np.hypot(*x.T)], 1)}
+    views = {
+        RANKED: lambda x: x,
+        "pixels": lambda x: np.stack([np.arctan2(x[:, 1], x[:, 0]), np.hypot(*x.T)], 1),
+    }
 
     def run_trial(selection: SelectionConfig) -> SelectionTrial:
         config = SamplingConfig(solver="euler", steps=25, selection=selection)
         result = sample(ensemble, IdentityCodec(), range(600), config)
         scores = {
-            name: HeldOutSpace.fit(view(real).astype(np.float32), 2, 3).compare(
+            name: HeldOutSpace.fit("pixels", view(real).astype(np.float32), 2, 3).compare(
                 view(result.latents.double().numpy()).astype(np.float32), 3
             )
             for name, view in views.items()
@@ -115,7 +144,8 @@ def test_best_selection_of_a_toy_ensemble_is_chosen() -> None:
         return SelectionTrial(
             selection=selection,
             fd={name: score.fd for name, score in scores.items()},
-            kid={name: score.kid for name, score in scores.items()},
+            fd_std=dict.fromkeys(views, 1e-9),
+            kid={},
             calls=result.calls_per_step,
         )
 
@@ -123,4 +153,4 @@ def test_best_selection_of_a_toy_ensemble_is_chosen() -> None:
     choice = best_candidate([run_trial(SelectionConfig(name=name)) for name in names], 1.25)
     assert choice.name == selection_label(SelectionConfig(name="sticky"))
     assert [candidate.is_affordable for candidate in choice.candidates] == [True, False, True, False]
-    assert choice.candidates[0].mean > 5 * choice.candidates[2].mean
+    assert choice.candidates[0].fd["efficientnet_lite0"] > 5 * choice.candidates[2].fd["efficientnet_lite0"]

@@ -287,6 +287,7 @@ class Story:
         "data.limit=300",
         "expert.training.steps=40",
         "scores.num_samples=64",
+        "scores.spaces=[pixels]",
         "ensemble.steps=4",
     )
 

@@ -29,6 +29,7 @@ TINY = (
     "expert.training.steps=40",
     "router.training.steps=40",
     "scores.num_samples=64",
+    "scores.spaces=[pixels]",
     "ensemble.steps=4",
 )
 

@@ -166,6 +166,7 @@ TINY = (
     "wandb.mode=disabled",
     "data.limit=300",
     "scores.num_samples=64",
+    "scores.spaces=[pixels]",
     "ensemble.steps=4",
 )
 

@@ -20,7 +20,14 @@ from orchestrator.islands.local.clusters import LocalIslands
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.run_folder import RunFolder
 
-SMALL = ("experiment=digits", "monolith=false", "wandb.mode=disabled", "scores.num_samples=64", "ensemble.steps=2")
+SMALL = (
+    "experiment=digits",
+    "monolith=false",
+    "wandb.mode=disabled",
+    "scores.num_samples=64",
+    "scores.spaces=[pixels]",
+    "ensemble.steps=2",
+)
 
 
 def small_config(folder: Path, islands: LocalIslands, steps: int = 1500) -> RunConfig:

@@ -140,6 +140,7 @@ TINY = (
     "router.width=8",
     "scores.num_samples=16",
     "scores.components=4",
+    "scores.spaces=[pixels]",
     "codec.components=4",
     "ensemble.steps=2",
 )

@@ -180,7 +180,7 @@ def test_single_expert_leaves_one_candidate():
 
 
 def test_auto_needs_two_feature_spaces():
-    with pytest.raises(ValueError, match="auto needs two feature spaces.*only pixels"):
+    with pytest.raises(ValueError, match="auto needs efficientnet_lite0 and another feature space.*only pixels"):
         with_auto_selection(RunConfig(scores=ScoresConfig(spaces=("pixels",))))
 
 

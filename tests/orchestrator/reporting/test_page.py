@@ -8,7 +8,6 @@ import pytest
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.reporting import charts
-from orchestrator.reporting.analysis_tables import SURPRISING
 from orchestrator.reporting.costs import CostRow
 from orchestrator.reporting.facts import AuditFacts, ClusterFacts
 from orchestrator.reporting.page import (
@@ -21,26 +20,32 @@ from orchestrator.reporting.page import (
     write_report,
 )
 from orchestrator.reporting.pareto import MAX_KID_RATIO, CompressionPoint, select_good
-from orchestrator.reporting.results import ScoreRow
 from orchestrator.reporting.summary import summary_tiles
+from orchestrator.reporting.tables.analysis_tables import SURPRISING
+from orchestrator.reporting.tables.ranking import ScoreRow, is_blurred, rank_rows
 from orchestrator.run.run_folder import RunFolder
 
-SPACE = {"fd": 2.0, "kid": 0.01, "kid_std": 0.002, "precision": 0.5, "recall": 0.6}
-FLOORS = {"fd_floor": 1.0, "kid_floor": -0.001, "precision_floor": 0.9, "recall_floor": 0.9}
+DISTANCES = {"fd": 1.0, "fd_std": 0.1, "kid": 0.01, "kid_std": 0.002, "precision": 0.5, "recall": 0.6}
+PIXELS = DISTANCES | dict.fromkeys(("fd_std", "kid", "kid_std", "precision", "recall"))
+COPIES = {"share": 0.02, "expected": 0.01, "p_value": 0.2}
 ROUTER_BIN_NAMES = ("cross_entropy", "accuracy", "calibration_error", "calibration_error_floor")
 
 
 def score_row(name, fd=2.0, *, is_default=False) -> ScoreRow:
     scores = {
         "num_samples": 256,
+        "held_out": 600,
         "selection": name,
-        "spaces": {"pixels": SPACE | FLOORS | {"fd": fd}, "features": SPACE | FLOORS | {"fd": 4 * fd}},
+        "spaces": {
+            name: base | {"fd": fd, "floor": base, "codec": base}
+            for name, base in (("efficientnet_lite0", DISTANCES), ("pixels", PIXELS))
+        },
         "class_coverage": None,
         "class_tv": None,
         "class_tv_floor": None,
         "cluster_share_tv": 0.1,
         "cluster_share_tv_floor": 0.05,
-        "nn_ratio": 1.2,
+        "copies": COPIES,
         "calls_per_step": 1.0,
         "flops_per_image": 1.5e9,
     }
@@ -48,8 +53,14 @@ def score_row(name, fd=2.0, *, is_default=False) -> ScoreRow:
 
 
 def selection_search() -> dict:
-    space_values = {"pixels": 1.0, "features": 2.0}
-    candidate = {"fd": space_values, "kid": space_values, "relative": space_values, "mean": 1.4, "calls": 1.0}
+    space_values = {"efficientnet_lite0": 1.0, "pixels": 2.0}
+    candidate = {
+        "fd": space_values,
+        "kid": {"efficientnet_lite0": 2.0},
+        "relative": space_values,
+        "mean": 1.4,
+        "calls": 1.0,
+    }
     candidates = [
         candidate | {"name": "top_1", "is_affordable": True},
         candidate | {"name": "full", "is_affordable": False},
@@ -102,6 +113,8 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "tiles": summary_tiles(rows, costs[0], []),
         "rows": rows,
         "why": "because",
+        "ranking": rank_rows(rows),
+        "is_blurred": is_blurred,
         "selection_search": selection_search(),
         "points": [point],
         "good": select_good([point]),

@@ -51,6 +51,17 @@ def find_nearest(
     return neighbors
 
 
+def nearest_distances(
+    queries: Features, training: UInt8[np.ndarray, "training feature"]
+) -> Float[np.ndarray, " query"]:
+    """Return the Euclidean distance of every row of pixels in [0, 1] to the nearest row of pixels in 0 … 255."""
+    distances = np.full(len(queries), np.inf, np.float32)
+    for start in range(0, len(training), CHUNK):
+        chunk = training[start : start + CHUNK].astype(np.float32) / np.float32(255)
+        distances = np.minimum(distances, _find_in_chunk(queries, chunk, start).distances)
+    return distances
+
+
 def extract_features(space: Space, images: Images) -> Features:
     """Extract the features of any number of images, in batches."""
     starts = range(0, len(images), BATCH_IMAGES)

@@ -5,8 +5,8 @@ import pytest
 
 from data_partition.features.pixels import flatten_pixels
 from data_partition.shards.shards import Sample, ShardWriter
-from ensemble.analysis import nearest_neighbors as nearest
-from ensemble.analysis.nearest_neighbors import find_nearest, read_rows
+from ensemble.evaluation import nearest_neighbors as nearest
+from ensemble.evaluation.nearest_neighbors import find_nearest, read_rows
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble.analysis.memorization import compare_distances, near_neighbor_rate
+from ensemble.evaluation.near_copies import compare_distances, near_neighbor_rate
 
 
 def test_copies_are_significant():

@@ -12,7 +12,7 @@ SURPRISING = 0.001
 UNKNOWN = "–"
 
 CAPTION = (
-    "NN ratio: distance to the nearest training image over that of held-out images\n"
+    "ratio: mean distance to the nearest training image over that of held-out images; no sign of memorization alone\n"
     "nearer than q %: nearer than the closest q % of them in the same cluster; above expectation is memorization"
 )
 
@@ -28,7 +28,7 @@ def audit_tables(audit: dict[str, Any]) -> list[RenderableType]:
 def _space_table(name: str, space: dict[str, Any]) -> Table:
     quantiles = [share["quantile"] for share in space["overall"]["shares"]]
     table = Table(title=Text(f"Nearness to the training set, {name}"), padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("expert", "images", "held\nout", "NN\nratio"):
+    for heading in ("expert", "images", "held\nout", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for quantile in quantiles:
         table.add_column(f"nearer\nthan {100 * quantile:g} %", justify="right", no_wrap=True)
