@@ -35,12 +35,12 @@ def score_table(rows: Sequence[ScoreRow]) -> Table:
         rank = str(ranking.ranks.get(row.name, UNKNOWN))
         table.add_row(label, rank, *cells, *rest, f"{row.scores['calls_per_step']:.2f}")
     table.add_section()
-    for label, role in (("codec alone", "codec"), ("real images", "floor")):
-        cells = [f"{SCALES[key] * first['spaces'][space][role][key]:.4g}" for space, key in columns]
+    for name, role in (("codec alone", "codec"), ("real images", "floor")):
+        values = [f"{SCALES[key] * first['spaces'][space][role][key]:.4g}" for space, key in columns]
         is_floor = role == "floor"
         tv = f"{first['cluster_share_tv_floor']:.3f}" if is_floor else UNKNOWN
         copies = f"{100 * first['copies']['expected']:.1f} %" if is_floor else UNKNOWN
-        table.add_row(Text(label, style="dim"), UNKNOWN, *cells, tv, copies, UNKNOWN)
+        table.add_row(Text(name, style="dim"), UNKNOWN, *values, tv, copies, UNKNOWN)
     table.caption = (
         f"{ranking.reason}\n* the default selection   + excess over the codec alone   TV: total variation of shares\n"
         "near copies: samples nearer to a training image than the closest 1 % of held-out images; red is memorization"
