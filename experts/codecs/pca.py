@@ -75,6 +75,8 @@ def fit_pca_codec(config: CodecConfig, shards: Path) -> PCACodec:
 def load_pca_codec(folder: Path, metadata: dict[str, Any]) -> PCACodec:
     """Load a folder that `PCACodec.save` wrote; `metadata` is its `codec.json`."""
     pca = PCA.load(folder / "pca.safetensors")
+    if len(pca.mean) != math.prod(metadata["image_shape"]):
+        raise ValueError(f"images of shape {metadata['image_shape']} have not the {len(pca.mean)} values of pca.mean")
     return PCACodec(image_shape=tuple(metadata["image_shape"]), pca=pca, whitening=metadata["whitening"])
 
 

@@ -6,12 +6,15 @@ To add one, write a class with the four members of `codec.Codec`, a fit and a lo
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
+from pydantic import FiniteFloat, PositiveInt
 from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json
+from ddm_core.json_values import from_json
 from experts.codec import Codec, PixelCodec
 from experts.codecs.pca import fit_pca_codec, load_pca_codec
 from experts.codecs.pca_conv import fit_pca_conv, load_pca_conv
@@ -26,6 +29,15 @@ class CodecKind:
     """Maps (config, shards, out, workspace) to the counted FLOPs, and writes the codec to `out`."""
     load: Callable[[Path, dict[str, Any]], Codec]
     """Maps (folder, content of `codec.json`) to the codec."""
+
+
+class _Metadata(TypedDict):
+    """What `codec.json` may hold."""
+
+    kind: str
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    """Height, width, channels."""
+    whitening: NotRequired[FiniteFloat]
 
 
 def fit_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
@@ -43,7 +55,7 @@ def load_codec(folder: Path) -> Codec:
             f"{folder / 'codec.json'} must have a kind of {', '.join(CODECS)}; got {kind!r}; fit the codec again"
         )
     try:
-        return CODECS[kind].load(folder, metadata)
+        return CODECS[kind].load(folder, dict(from_json(_Metadata, metadata)))
     except (KeyError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
         raise CorruptArtifact(f"{folder} does not hold a valid codec ({error}); fit it again") from error
 

@@ -61,10 +61,6 @@ class ProcessRecord(TypedDict):
     """Whether a controller has given its lease back."""
 
 
-UNKNOWN_PROCESS: ProcessRecord = {"host": "an unknown host, as its lease file is damaged", "pid": 0, "started": None}
-"""The holder of a lease file that has no readable content: it is being written, or it is damaged."""
-
-
 def this_process() -> ProcessRecord:
     """Return this process's host, pid and start time, which identify it even after its pid is reused."""
     host = _describe_host()
@@ -126,8 +122,15 @@ def _read_latest(folder: Path) -> tuple[int, Holder | None]:
             age_s, record = time.time() - path.stat().st_mtime, _read(path)
         except FileNotFoundError:
             continue
-        return generations[-1], None if record and record.get("released") else Holder(record or UNKNOWN_PROCESS, age_s)
+        return generations[-1], None if record and record.get("released") else Holder(
+            record or _unknown_process(path), age_s
+        )
     return 0, None
+
+
+def _unknown_process(path: Path) -> ProcessRecord:
+    """Return the holder of a lease file that has no readable content: it is being written, or it is damaged."""
+    return {"host": f"an unknown host, as {path} is damaged", "pid": 0, "started": None}
 
 
 def seconds_since_change(attempt: Path) -> float:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from data_partition.shards.shards import read_batches
-from ddm_core.artifacts import CorruptArtifact, write_json
+from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.codecs.registry import CODECS, fit_codec, load_codec
 from experts.config import CodecConfig, TrainingConfig
 
@@ -72,3 +72,14 @@ def test_unknown_codec_kind_is_refused(tmp_path):
     write_json(tmp_path / "codec.json", {"kind": "wavelets"})
     with pytest.raises(CorruptArtifact, match="wavelets"):
         load_codec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"whitening": "x"}, {"whitening": float("nan")}, {"image_shape": [4, 4]}, {"image_shape": [4, 4, 9]}]
+)
+def test_codec_with_foreign_values_is_refused(shards, tmp_path, workspace, change):
+    fit_and_load("pca", shards, tmp_path / "codec", workspace)
+    file = tmp_path / "codec" / "codec.json"
+    write_json(file, read_json(file) | change)
+    with pytest.raises(CorruptArtifact, match="does not hold a valid codec"):
+        load_codec(tmp_path / "codec")
