@@ -32,6 +32,13 @@ TINY = (
 ON_A_RUN = ("status", "logs", "stop", "resume --trust", "sample --out {out}", "evaluate --selection full", "audit")
 MORE_ON_A_RUN = ("classify", "compress --trust quantize=int8_weight_only", "experts list", "verify", "report")
 ON_DATA = ("init --out {out}.yaml --force", "plan data=image_folder data.path=", "run data=image_folder data.path=")
+SMALL = (
+    "compute=inline wandb.mode=disabled data.image_size=8 codec.components=16 partition.num_experts=2 partition=random "
+    "expert=residual_mlp_small expert.training.batch_size=80 expert.training.steps=20 router.training.steps=20 "
+    "scores.num_samples=64 ensemble.steps=2 monolith=false"
+)
+"""A run of the images that would succeed if nothing were wrong with them."""
+
 PAGE = Path(__file__).parents[1] / "docs" / "fault_matrix.md"
 TIMEOUT_S = 120.0
 
@@ -93,7 +100,7 @@ MOUNTED = {
 def main() -> None:
     """Run every combination and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run", type=Path, help="made by the present version")
     with tempfile.TemporaryDirectory(prefix="ddm-faults-") as name:
         folder = Path(name)
         run = parser.parse_args().run or make_run(folder / "run")
@@ -148,9 +155,10 @@ def copy_input(source: Path, path: Path) -> Path:
 
 def execute(command: str, fault: str, path: Path, folder: Path, mount: str = "") -> Row:
     """Run one command on the input, and describe its end."""
+    shutil.rmtree(folder / "new", ignore_errors=True)
     verb, _, options = command.format(out=folder / "out.png").partition(" ")
     if verb in ("plan", "run"):
-        words = [verb, *f"{options}{path} folder={folder / 'new'} compute=inline wandb.mode=disabled".split()]
+        words = [verb, *f"{options}{path} folder={folder / 'new'} {SMALL}".split()]
     elif verb == "experts":
         words = [verb, options, str(path)]
     else:
@@ -167,7 +175,7 @@ def execute(command: str, fault: str, path: Path, folder: Path, mount: str = "")
     except subprocess.TimeoutExpired:
         code, text = 124, f"no end after {TIMEOUT_S:g} s"
     after = os.times()
-    message = text[text.rfind("Error: ") :] if "Error: " in text else (text.strip().splitlines() or [""])[-1]
+    message = text[text.rfind("Error: ") :] if ended_badly(code, text) else (text.strip().splitlines() or [""])[-1]
     row = Row(
         command=f"ddm {command.replace('{out}', 'FILE')}",
         fault=fault,
@@ -179,6 +187,11 @@ def execute(command: str, fault: str, path: Path, folder: Path, mount: str = "")
     )
     print(f"{row.command:40} {fault:20} {code} {row.seconds:5.1f} s {row.message[:110]}", flush=True)
     return row
+
+
+def ended_badly(code: int, text: str) -> bool:
+    """Return whether the last message of a command is an error."""
+    return code != 0 and "Error: " in text
 
 
 def to_page(rows: list[Row]) -> str:

@@ -382,7 +382,10 @@ def _report_result(config: Any, result: Any) -> None:
 
 
 def _write_report(run: Path) -> Path:
+    from orchestrator.planning.checks.check import check_folder
+
     folder = _open_run(run)
+    check_folder(folder.root)
     from orchestrator.reporting.page import write_report
 
     return write_report(folder)

@@ -68,10 +68,13 @@ def add(
 
 
 def _open_base(run: Path, ensemble: Path | None) -> Any:
-    from orchestrator.cli.membership import BaseEnsemble
     from orchestrator.run.run_folder import RunFolder
 
-    return BaseEnsemble.open(RunFolder(run.expanduser()), ensemble and ensemble.expanduser())
+    folder = RunFolder(run.expanduser())
+    folder.load_config()
+    from orchestrator.cli.membership import BaseEnsemble
+
+    return BaseEnsemble.open(folder, ensemble and ensemble.expanduser())
 
 
 def _print_ensemble(run: Path, folder: Path) -> None:

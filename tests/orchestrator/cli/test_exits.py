@@ -57,11 +57,13 @@ def test_closed_pipe_is_silent():
     assert process.stderr == "" and process.returncode in (0, 1)
 
 
-@pytest.mark.parametrize("command", ["audit", "classify", "compress", "evaluate", "sample", "resume", "report"])
+@pytest.mark.parametrize(
+    "command", ["experts list", "audit", "classify", "compress", "evaluate", "sample", "resume", "report"]
+)
 def test_missing_run_is_refused_before_torch_is_imported(tmp_path, command):
     code = (
         "import sys; from orchestrator.cli.app import app; from orchestrator.errors import RunFolderError\n"
-        f"try: app([{command!r}, {str(tmp_path)!r}], standalone_mode=False)\n"
+        f"try: app([*{command!r}.split(), {str(tmp_path)!r}], standalone_mode=False)\n"
         "except RunFolderError as error: print('not a run folder' in str(error), 'torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
