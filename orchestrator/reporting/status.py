@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from pydantic import FiniteFloat
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
@@ -80,12 +81,12 @@ class StatusRow:
     """What is wrong with it; such a row stays on its own."""
 
 
-def status_table(run: RunFolder, *, all_experts: bool = False) -> Table:
+def status_table(run: RunFolder, *, all_experts: bool = False) -> Group:
     """Return one row per stage: island, state, attempts, progress; many experts share rows unless `all_experts`."""
     graph, attempts = build_graph(run.load_config()), load_all_attempts(run)
     rows = load_status(run, graph, attempts)
     shown = rows if all_experts else merge_experts(rows)
-    table = Table(title=Text(f"{run.root}: {_controller(run)}"))
+    table = Table()
     has_islands = any(row.island for row in rows)
     for heading in ("stage", *(["island"] if has_islands else []), "state", "attempts", "progress"):
         table.add_column(heading, overflow="fold")
@@ -95,8 +96,8 @@ def status_table(run: RunFolder, *, all_experts: bool = False) -> Table:
         remark = Text(f"  {row.remark}" if row.text and row.remark else row.remark, style="yellow")
         table.add_row(*cells, Text(row.text) + remark)
     costs = format_run_costs(run, attempts)
-    table.caption = Text(f"{costs}\n`ddm status {run.root} --all` lists every expert" if shown != rows else costs)
-    return table
+    note = f"{costs}\n`ddm status {run.root} --all` lists every expert" if shown != rows else costs
+    return Group(Text(f"{run.root}: {_controller(run)}"), table, Text(note))
 
 
 def load_status(run: RunFolder, graph: Sequence[Stage], attempts: Sequence[Attempt]) -> list[StatusRow]:

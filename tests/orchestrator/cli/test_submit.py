@@ -107,11 +107,12 @@ def test_status_and_stop_reach_controller_elsewhere(tmp_path):
     run = RunFolder(tmp_path)
     run.save_config(config(tmp_path))
     lock_elsewhere(run, age_s=5.0)
-    assert "controlled by process" in status_table(run).title and "another-host" in status_table(run).title
+    title = str(status_table(run).renderables[0])
+    assert "controlled by process" in title and "another-host" in title
     app(["stop", str(tmp_path)], standalone_mode=False)
     assert run.stop.exists()
     lock_elsewhere(run, age_s=500.0)
-    assert "is gone" in status_table(run).title
+    assert "is gone" in str(status_table(run).renderables[0])
 
 
 def test_resolve_submission_makes_folder_absolute(tmp_path, monkeypatch):

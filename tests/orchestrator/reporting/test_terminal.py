@@ -12,11 +12,12 @@ from rich.text import Text
 from orchestrator.cli.app import main
 from orchestrator.config.schema import RunConfig
 from orchestrator.reporting.progress import MARKS, RunDisplay
-from orchestrator.reporting.results import ScoreRow, score_table
 from orchestrator.reporting.status import status_table
+from orchestrator.reporting.tables.score_table import score_table
 from orchestrator.reporting.terminal import open_console
 from orchestrator.run.run_folder import RunFolder
 from tests.orchestrator.fakes import diamond
+from tests.orchestrator.reporting.tables.test_ranking import score_row
 
 PIECES = ("[/bold]", "[red]", "[/]", "[", "]", "\\[", ":smile:", "[link=file:x]", "[@click=f]", "a b", "é")
 hostile = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join).map(str.strip).filter(bool)
@@ -55,10 +56,8 @@ def test_status_shows_the_folder_verbatim_on_any_console(tmp_path_factory, name)
 
 @given(hostile)
 def test_score_table_shows_labels_verbatim(name):
-    space = {"fd": 1.0, "kid": 0.1, "fd_floor": 1.0, "kid_floor": 0.0}
-    scores = {"spaces": {name: space}, "class_tv": 0.1, "cluster_share_tv": 0.1, "nn_ratio": 1.0, "calls_per_step": 1.0}
-    row = ScoreRow(name=name, scores=scores, is_default=True)
-    assert packed(printed(open_console(), score_table([row]))).count(packed(name)) >= 3
+    table = score_table([score_row(name, 30.0, 1.0, 0.1)])
+    assert packed(name) in packed(printed(open_console(), table))
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "report", "sample", "stop", "resume", "verify"])

@@ -277,7 +277,7 @@ def test_mirror_of_folder_in_use_is_always_complete(storage_kind, tmp_path):
 
 
 def test_growing_log_is_uploaded_as_far_as_it_was_read(storage_kind, make_folder, tmp_path):
-    storage, folder = storage_kind.open(), make_folder({"log": b""})
+    storage, folder = storage_kind.open(), make_folder({"log": b"line of a log\n"})
     is_done = threading.Event()
 
     def grow():
