@@ -1,7 +1,9 @@
 """Suggest a configuration for a folder of images, this machine and a time budget; imports neither torch nor Ray."""
 
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import numpy as np
 
 from data_partition.datasets.inspect_folder import FolderFacts
 from data_partition.datasets.survey import survey_source
+from ensemble.evaluation.spaces import MIN_RANKED_HELD_OUT
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.planning.checks.check import DataCheck
@@ -22,6 +25,9 @@ SIDES = (64, 32, 28, 16, 8)
 
 CLUSTER_IMAGES = 500
 """Images of a cluster to aim at: smaller ones are memorized."""
+
+MAX_HOLDOUT = 0.3
+"""Largest share of the images that is held out for the sake of a ranking."""
 
 MAX_EXPERTS = 8
 PRODUCTS = 50
@@ -60,12 +66,13 @@ def suggest(facts: FolderFacts, path: Path, minutes: float) -> list[Suggestion]:
     steps, speed = estimate_steps(components, batch, minutes)
     large = "small" if components <= 32 else "large"
     suggestions = [
+        Suggestion(key="name", value=re.sub(r"[^\w.-]+", "-", path.name) or "run", reason="the run is in runs/<name>"),
         Suggestion(key="data", value="image_folder", reason="a folder of images"),
         Suggestion(key="data.path", value=str(path), reason=f"{facts.images:,} images"),
         Suggestion(key="data.image_size", value=side, reason=f"the median shorter side is {facts.sides[1]} pixels"),
         Suggestion(key="data.channels", value=colours, reason=f"{facts.grey_share:.0%} of the images are grey"),
         Suggestion(key="data.labels", value=has_labels, reason=_explain_labels(facts)),
-        Suggestion(key="data.holdout", value=0.1, reason="the share that the scores compare with"),
+        suggest_holdout(facts.images),
         Suggestion(
             key="partition.num_experts", value=experts, reason=f"at least {CLUSTER_IMAGES} images for each, if possible"
         ),
@@ -85,6 +92,14 @@ def suggest(facts: FolderFacts, path: Path, minutes: float) -> list[Suggestion]:
         ),
     ]
     return _mend(suggestions)
+
+
+def suggest_holdout(images: int) -> Suggestion:
+    """Hold out as many images as a ranking needs, unless that is a large share of them."""
+    needed = math.ceil(100 * MIN_RANKED_HELD_OUT / images) / 100
+    if needed > MAX_HOLDOUT:
+        return Suggestion(key="data.holdout", value=0.1, reason="too few images to rank scores")
+    return Suggestion(key="data.holdout", value=max(0.1, needed), reason=f"scores need {MIN_RANKED_HELD_OUT} to rank")
 
 
 def estimate_steps(components: int, batch: int, minutes: float) -> tuple[int, float]:
