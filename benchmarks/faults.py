@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.large_runs import large_run_claims
 from benchmarks.record import RESULTS, Claim, write_result
 from benchmarks.testbed.crashes import crash_claims
 from benchmarks.testbed.damages import damages_claims
@@ -69,6 +70,7 @@ PARTS: dict[str, Callable[[], Iterable[Claim]]] = {
     "crashes": lambda: crash_claims(kills=80, ray_kills=20, disks=50),
     "damages": damages_claims,
     "hostile": hostile_folders_claims,
+    "large": large_run_claims,
     "tests": fault_test_claims,
 }
 """The parts by name."""
