@@ -205,11 +205,11 @@ def judge(result: Result, seen: dict[str, str], expected: dict[str, str], names:
         return "crash"
     if seen == expected:
         return "harmless"
-    new_lines = set(seen["text"].splitlines()) - set(expected["text"].splitlines())
-    says_damage = any(
-        WORDS_OF_DAMAGE.search(line) and any(name and name in line for name in names) for line in new_lines
-    )
-    return "named" if says_damage else "silent"
+    usual = set(expected["text"].splitlines())
+    new_lines = [line for line in result.output.splitlines() if without_times(line) not in usual]
+    complaint = " ".join(new_lines)  # the title of a table is folded
+    is_named = WORDS_OF_DAMAGE.search(complaint) and any(name and name in complaint for name in names)
+    return "named" if is_named else "silent"
 
 
 def is_same(seen: dict[str, str], expected: dict[str, str], control: dict[str, str]) -> bool:
@@ -254,7 +254,7 @@ def make_runs(folders: dict[str, Path]) -> None:
 
 def without_times(text: str) -> str:
     """Return a text without times, and without the widths of columns, which depend on them."""
-    return re.sub(r"[ ━─]+", " ", TIMES.sub("#", text))
+    return re.sub(r"[ ━─]+", "", TIMES.sub("#", text))
 
 
 def digest(content: bytes) -> str:

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.cli import app
+from orchestrator.reporting import progress
 
 TIMEOUT_S = 20.0
 """A command of a tiny run that takes longer hangs."""
+
+WIDTH = 400
+"""Columns of the terminal: no line is folded at a place that depends on a time."""
 
 HUNG = -99
 """Exit code of a command that was killed after its timeout."""
@@ -65,6 +69,8 @@ def run_command(arguments: Sequence[str], output: Path, *, timeout_s: float = TI
 
     def command() -> None:
         sys.argv = ["ddm", *arguments]
+        app.console.width = WIDTH
+        progress.LOOK_EVERY_S = TIMEOUT_S**2  # lines of progress depend on the speed of the machine
         app.main()
 
     return run_forked(command, output, timeout_s=timeout_s)
@@ -120,6 +126,7 @@ def import_what_commands_import(commands: Sequence[Sequence[str]], output: Path)
         def command(arguments: Sequence[str] = arguments) -> None:
             before = set(sys.modules)
             sys.argv = ["ddm", *arguments]
+            app.console.width = WIDTH
             try:
                 app.main()
             finally:
