@@ -67,7 +67,8 @@ def fault_test_claims() -> Iterable[Claim]:
 
 
 PARTS: dict[str, Callable[[], Iterable[Claim]]] = {
-    "crashes": lambda: crash_claims(kills=80, ray_kills=20, disks=50),
+    "kills": lambda: crash_claims(kills=80, ray_kills=20, disks=0),
+    "disks": lambda: crash_claims(kills=0, ray_kills=0, disks=50),
     "damages": damages_claims,
     "hostile": hostile_folders_claims,
     "large": large_run_claims,

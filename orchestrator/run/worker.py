@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOu
     try:
         write_record(folder / "outcome.json", outcome)
     except OSError as error:
-        log.warning("the outcome of %s is not written: %s", job.stage, explain_disk_error(error, folder))
+        log.info("the outcome of %s is not written: %s", job.stage, explain_disk_error(error, folder))
     return outcome
 
 
@@ -124,7 +125,7 @@ def _attempt(job: Job, workspace: Workspace) -> Iterator[_Attempt]:
     """Write the block's log, limit its threads, and turn every error that it raises into an outcome."""
     outcome = AttemptOutcome(stage=job.stage, attempt=job.attempt, state="finished", started=time.time())
     attempt, cpu_before_s = _Attempt(outcome), _used_cpu_s()
-    with _logging_to(workspace.attempt / "log.txt"), limited_threads(job.resources.cpus):
+    with logging_to(workspace.attempt / "log.txt"), limited_threads(job.resources.cpus):
         try:
             yield attempt
         except Preempted as notice:
@@ -184,10 +185,24 @@ def _verify_input(folder: Path) -> None:
         verify(artifact, str(folder.relative_to(artifact)))
 
 
+class _LogFile(logging.FileHandler):
+    """A log file on a disk that may be full: then records are lost, and the attempt's outcome names the disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name of the base class
+        """Print what went wrong with a record, unless the file cannot be written."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, also if its last records cannot be written."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path) -> Iterator[None]:
     """Send all log records to a file of the attempt while the block lasts."""
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level

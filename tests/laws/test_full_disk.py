@@ -3,6 +3,7 @@
 The disks are real: small file systems in memory, which only root can mount.
 """
 
+import logging
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from orchestrator.errors import OrchestratorError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.disk_errors import explain_disk_error
 from orchestrator.run.run_folder import RunFolder
-from orchestrator.run.worker import execute
+from orchestrator.run.worker import execute, logging_to
 from tests.laws.conftest import run_tiny, tiny_config
 from tests.laws.test_corruption import find_stage, job
 
@@ -151,6 +152,13 @@ def test_record_without_space_keeps_journal_intact(disk):
     filler.unlink()
     run.record("finished")
     assert [event["event"] for event in run.read_events()] == ["submitted"] * len(before) + ["finished"]
+
+
+def test_log_on_full_disk_prints_nothing(disk, capsys):
+    disk.fill()
+    with logging_to(disk.path / "log.txt"):
+        logging.getLogger("test").error("x" * 10_000)
+    assert capsys.readouterr().err == ""
 
 
 def test_full_disk_is_recognized_from_every_library(disk):
