@@ -207,6 +207,8 @@ def judge(result: Result, seen: dict[str, str], expected: dict[str, str], names:
         return "harmless"
     usual = set(expected["text"].splitlines())
     new_lines = [line for line in result.output.splitlines() if without_times(line) not in usual]
+    known = set(expected.get("report", "").splitlines())
+    new_lines += [line for line in seen.get("report", "").splitlines() if line not in known]
     complaint = " ".join(new_lines)  # the title of a table is folded
     is_named = WORDS_OF_DAMAGE.search(complaint) and any(name and name in complaint for name in names)
     return "named" if is_named else "silent"
