@@ -109,7 +109,7 @@ class RayCluster:
         ray.shutdown()
         if self._restarts == MAX_RESTARTS:
             raise OrchestratorError(
-                f"Ray's process {names} died, for the {MAX_RESTARTS + 1}th time in this run; finished stages and "
+                f"Ray's processes died {MAX_RESTARTS + 1} times in this run, now {names}; finished stages and "
                 "checkpoints are kept. A frequent cause is too little memory: free some, then continue with "
                 "`ddm resume`; compute=inline needs no Ray"
             )

@@ -32,8 +32,8 @@ def require_trust(run: RunFolder, config: RunConfig, *, trust: bool) -> None:
         raise UntrustedFolder(
             "\n".join(
                 [
-                    f"the settings of {run.root} were not written by you on this machine, or its {run.signature.name} is damaged. "
-                    "This command would",
+                    f"the settings of {run.root} were not written by you on this machine, or its {run.signature.name} "
+                    "is damaged. This command would",
                     *(f"  {line}" for line in describe_access(config)),
                     "If you trust all of this, add --trust. With settings of your own, use `ddm run folder=…`",
                 ]
