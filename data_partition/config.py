@@ -9,6 +9,9 @@ from pydantic.dataclasses import dataclass
 from ddm_core.artifacts import STRICT
 from ddm_core.url_queries import hide_queries, without_secrets
 
+MAX_FEATURES = 8192
+"""Most features of a principal component analysis: a covariance takes half a gigabyte, its eigenvectors minutes."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:

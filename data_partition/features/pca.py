@@ -9,11 +9,9 @@ import scipy.linalg
 from jaxtyping import Float, Float32
 from safetensors.numpy import load_file
 
+from data_partition.config import MAX_FEATURES
 from data_partition.errors import NoSamples, TooManyFeatures
 from ddm_core.artifacts import save_arrays
-
-MAX_FEATURES = 8192
-"""A covariance of this many features takes half a gigabyte, and its eigenvectors take minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ Every mistake comes with the overrides that mend it. The later checks see the ea
 are a configuration that passes.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from data_partition.config import MAX_FEATURES
 from data_partition.datasets.survey import Survey, survey_source
 from data_partition.errors import EFFICIENTNET_REMEDY, DataError
 from ddm_core.artifacts import read_json
@@ -136,6 +138,7 @@ class DataCheck:
         if self.survey is not None and self.survey.held_out < MIN_HELD_OUT:
             self.check_held_out(self.survey)
         self.check_networks()
+        self.check_pixels()
         if self.survey is not None and self.survey.is_complete:
             self.check_components(self.survey.train)
             self.check_experts(self.survey.train)
@@ -211,6 +214,17 @@ class DataCheck:
                 if len(shape) == 1:
                     self.config = replace(self.config, codec=replace(self.config.codec, kind="pixels"))
                     self.advice["codec"] = "pixels"
+
+    def check_pixels(self) -> None:
+        """Check that a codec of principal components can take all values of an image."""
+        data, codec = self.config.data, self.config.codec
+        if codec.kind == "pixels" or data.image_size**2 * data.channels <= MAX_FEATURES:
+            return
+        self.mistakes.append(
+            f"codec.kind={codec.kind} takes at most {MAX_FEATURES} values an image, and "
+            f"{data.image_size}x{data.image_size}x{data.channels} has {data.image_size**2 * data.channels}"
+        )
+        self.change("data", image_size=2 ** int(math.log2(MAX_FEATURES / data.channels) / 2), fit="crop")
 
     def check_components(self, train: int) -> None:
         """Check that the images have as many principal components as the codec takes."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_partition.config import MAX_FEATURES
 from data_partition.datasets.inspect_folder import FolderFacts
 from data_partition.datasets.survey import survey_source
 from ensemble.evaluation.spaces import MIN_RANKED_HELD_OUT
@@ -56,10 +57,10 @@ class Suggestion:
 def suggest(facts: FolderFacts, path: Path, minutes: float) -> list[Suggestion]:
     """Return keys and values for `ddm run` that pass its checks, if some do."""
     has_labels = len(facts.class_counts) > 1 and not facts.loose and all(facts.class_counts.values())
-    side = next((side for side in SIDES if side <= facts.sides[1]), SIDES[-1])
     experts = max(1, min(facts.images // CLUSTER_IMAGES, MAX_EXPERTS))
-    has_network = find_spec("efficientnet_lite_pytorch") is not None and side >= 28
     colours = 1 if facts.grey_share == 1 else 3
+    side = next((s for s in SIDES if s <= facts.sides[1] and s * s * colours <= MAX_FEATURES), SIDES[-1])
+    has_network = find_spec("efficientnet_lite_pytorch") is not None and side >= 28
     codec = "pca" if side <= 16 or facts.images < CLUSTER_IMAGES else "pca_conv"
     components = min(128, side * side * colours, max(facts.images // 2, 2))
     batch = experts * BATCH
@@ -69,7 +70,9 @@ def suggest(facts: FolderFacts, path: Path, minutes: float) -> list[Suggestion]:
         Suggestion(key="name", value=re.sub(r"[^\w.-]+", "-", path.name) or "run", reason="the run is in runs/<name>"),
         Suggestion(key="data", value="image_folder", reason="a folder of images"),
         Suggestion(key="data.path", value=str(path), reason=f"{facts.images:,} images"),
-        Suggestion(key="data.image_size", value=side, reason=f"the median shorter side is {facts.sides[1]} pixels"),
+        Suggestion(
+            key="data.image_size", value=side, reason=f"of images whose shorter side is {facts.sides[1]} pixels"
+        ),
         Suggestion(key="data.channels", value=colours, reason=f"{facts.grey_share:.0%} of the images are grey"),
         Suggestion(key="data.labels", value=has_labels, reason=_explain_labels(facts)),
         suggest_holdout(facts.images),

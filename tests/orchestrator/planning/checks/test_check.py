@@ -65,6 +65,7 @@ def test_advice_passes(tmp_path_factory, counts, experts, expert, components, ho
         ({"a": 60, "b": 60}, (), "need 16 held-out images"),
         ({"a": 300, "b": 300}, ("partition.num_experts=60",), "at most 27"),
         ({"a": 60, "b": 60}, ("data.holdout=0.3",), "batch_size=240 is 60 images a step"),
+        ({"a": 300, "b": 300}, ("data.image_size=64", "data.channels=3"), "64x64x3 has 12288"),
         ({"a": 300, "b": 300}, ("partition=labels", "partition.num_experts=3"), "2 classes"),
         ({"a": 300, "b": 300}, ("data.labels=false", "scores.conditional=true"), "scores.conditional"),
     ],
