@@ -8,13 +8,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
+from ddm_core.environment import environment_variables
 from orchestrator.backends.ray_folder import private_folder
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.errors import OrchestratorError
@@ -155,7 +155,7 @@ def _start_embedded(config: ComputeConfig, folder: Path) -> None:
     environment = {MARK: str(folder), "PYTHONSAFEPATH": "1", **KEEP_ENVIRONMENT}
     for is_last in (False, True):
         try:
-            with _environment(environment):
+            with environment_variables(environment):
                 ray.init(
                     address="local",
                     num_cpus=config.cpus_here,
@@ -212,18 +212,3 @@ def _accepts(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables while the block lasts: for the processes that are started in it."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -24,6 +24,7 @@ from threadpoolctl import ThreadpoolController
 
 from data_partition.errors import DownloadFailed, SourceUnreachable
 from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify
+from ddm_core.environment import environment_variables
 from ddm_core.json_values import write_record
 from experts.training.checkpoint import DamagedCheckpoint
 from experts.training.distributed import DataParallelGroup, WorkerLost
@@ -45,16 +46,12 @@ def limited_threads(cpus: int) -> Iterator[None]:
     It applies to the loaded libraries, and to those that the block loads: a stage imports what it needs.
     """
     before = torch.get_num_threads()
-    variables = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     torch.set_num_threads(cpus)
-    os.environ.update(dict.fromkeys(variables, str(cpus)))
-    with ThreadpoolController().limit(limits=cpus):
+    with environment_variables(dict.fromkeys(THREAD_VARIABLES, str(cpus))), ThreadpoolController().limit(limits=cpus):
         try:
             yield
         finally:
             torch.set_num_threads(before)
-            for name, value in variables.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 Fill = Callable[[Path], float]
