@@ -206,6 +206,11 @@ def with_checksum(value: object) -> str:
     return to_json(content | {CHECKSUM_KEY: hashlib.sha256(to_json(content).encode()).hexdigest()})
 
 
+def write_record(path: Path, value: object) -> None:
+    """Write a dataclass or a dictionary as a JSON object with its own checksum, atomically."""
+    write_text(path, with_checksum(value))
+
+
 def read_with_checksum(path: Path) -> dict[str, Any]:
     """Read what `with_checksum` wrote; raises like `read_json`, and `CorruptArtifact` for a single changed bit."""
     content, data = _read_json_and_bytes(path)
@@ -288,7 +293,7 @@ def publish(
         island=island,
         attempt=attempt,
     )
-    write_text(folder / MANIFEST, with_checksum(manifest))
+    write_record(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -376,7 +381,7 @@ class Workspace:
         pace = (done - self._clock["first_done"]) / (now - self._clock["first"] or 1.0)
         left_s = (total - done) / pace if total is not None and pace > 0 else None
         progress = {"done": done, "total": total, "unit": unit, "left_s": left_s, "pace": pace, "time": time.time()}
-        write_text(self.attempt / "progress.json", with_checksum(progress | {"figures": dict(figures or {})}))
+        write_record(self.attempt / "progress.json", progress | {"figures": dict(figures or {})})
 
     def stop_requested(self) -> bool:
         """Return whether the work should be saved now; checks the disk at most five times a second."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from ddm_core.artifacts import CHECKSUM_KEY, CorruptArtifact, read_json, read_with_checksum, with_checksum, write_text
+from ddm_core.artifacts import CHECKSUM_KEY, CorruptArtifact, read_json, read_with_checksum
 
 T = TypeVar("T")
 
@@ -33,13 +33,10 @@ def from_json(cls: type[T], value: object) -> T:
     return instance
 
 
-def write_record(path: Path, value: object) -> None:
-    """Write a dataclass or a dictionary as a JSON object with its own checksum, atomically."""
-    write_text(path, with_checksum(value))
-
-
 def read_record(cls: type[T], path: Path) -> T:
-    """Read what `write_record` wrote; raises `UnfinishedArtifact`, or `CorruptArtifact` for any damage or other shape.
+    """Read what `artifacts.write_record` wrote.
+
+    Raises `UnfinishedArtifact`, or `CorruptArtifact` for any damage or other shape.
 
     A file of an earlier version has no checksum; only its shape is checked.
     """

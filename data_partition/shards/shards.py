@@ -25,8 +25,7 @@ from ddm_core.artifacts import (
     UnfinishedArtifact,
     checksum,
     read_with_checksum,
-    with_checksum,
-    write_text,
+    write_record,
 )
 
 INDEX = "index.json"
@@ -143,7 +142,7 @@ class ShardWriter:
             shard_counts=tuple(self.shard_counts),
             checksums=tuple(checksum(self.folder / name) for name in shards),
         )
-        write_text(self.folder / INDEX, with_checksum(index))
+        write_record(self.folder / INDEX, index)
         return index
 
     def _close_tar(self) -> None:

@@ -24,8 +24,7 @@ from ddm_core.artifacts import (
     checksum,
     read_with_checksum,
     to_jsonable,
-    with_checksum,
-    write_text,
+    write_record,
 )
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
@@ -74,7 +73,7 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
             "scaler": state.scaler.state_dict(),
             "sha256": checksum(temporary / TENSORS),
         }
-        write_text(temporary / STATE, with_checksum(content))
+        write_record(temporary / STATE, content)
     for path in folder.iterdir():
         if path != new:
             shutil.rmtree(path)

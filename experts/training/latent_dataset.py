@@ -27,8 +27,7 @@ from ddm_core.artifacts import (
     list_files,
     read_with_checksum,
     to_jsonable,
-    with_checksum,
-    write_text,
+    write_record,
 )
 from ddm_core.errors import DDMError
 from ddm_core.memmaps import create_memmap
@@ -165,7 +164,7 @@ def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, wor
         logger.info("encoding %d samples of %d folders", sum(counts), len(shards))
         with atomic_folder(folder) as temporary:
             _write_latents(temporary, shards, sum(counts), codec, workspace)
-            write_text(temporary / SOURCE, with_checksum({"source": source, "arrays": _checksums(temporary)}))
+            write_record(temporary / SOURCE, {"source": source, "arrays": _checksums(temporary)})
 
     DataParallelGroup.join().run_on_main(encode)
     return read_latents(folder)

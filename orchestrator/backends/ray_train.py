@@ -34,7 +34,7 @@ from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ddm_core.json_values import write_record
+from ddm_core.artifacts import write_record
 from experts.training.distributed import GroupError
 from orchestrator.backends.ray_cluster import OwnCodeOnly
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from ddm_core.json_values import read_record, write_record
+from ddm_core.artifacts import write_record
+from ddm_core.json_values import read_record
 from ddm_core.signals import sigterm_flag
 from orchestrator.run.backend import EXIT_CODES, AttemptOutcome, Job
 from orchestrator.run.lease import this_process

@@ -15,7 +15,8 @@ from typing import NotRequired
 from pydantic import ValidationError
 from typing_extensions import TypedDict
 
-from ddm_core.json_values import read_record, write_record
+from ddm_core.artifacts import write_record
+from ddm_core.json_values import read_record
 from orchestrator.config.compute import IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.controller import SUBMITTED_ADDRESS

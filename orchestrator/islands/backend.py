@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ddm_core.json_values import write_record
+from ddm_core.artifacts import write_record
 from orchestrator.config.compute import CONTROLLER, ComputeConfig
 from orchestrator.islands.connection import IslandConnection
 from orchestrator.islands.placement import compute_load, place

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ddm_core.json_values import write_record
+from ddm_core.artifacts import write_record
 from ddm_core.signals import sigterm_flag
 from orchestrator.errors import IslandError
 from orchestrator.islands.checkpoint_mirror import CheckpointMirror

@@ -24,9 +24,8 @@ import torch
 from pydantic import TypeAdapter
 
 from data_partition.shards.shards import read_index
-from ddm_core.artifacts import to_jsonable
+from ddm_core.artifacts import to_jsonable, write_record
 from ddm_core.errors import DDMError
-from ddm_core.json_values import write_record
 from experts.architectures.conv_decoder import ConvDecoder
 from experts.expert import expert_flops
 from experts.training.flops import forward_flops, training_flops

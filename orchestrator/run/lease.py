@@ -25,8 +25,8 @@ from typing import Annotated, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from ddm_core.artifacts import ArtifactError, UnfinishedArtifact, create_file, sync, with_checksum
-from ddm_core.json_values import read_record, write_record
+from ddm_core.artifacts import ArtifactError, UnfinishedArtifact, create_file, sync, with_checksum, write_record
+from ddm_core.json_values import read_record
 from orchestrator.errors import LeaseLost, RunFolderError, RunIsLocked
 from orchestrator.run.run_folder import RunFolder
 

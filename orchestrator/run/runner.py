@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ddm_core.artifacts import to_jsonable
-from ddm_core.json_values import read_record, write_record
+from ddm_core.artifacts import to_jsonable, write_record
+from ddm_core.json_values import read_record
 from orchestrator.config.compute import CONTROLLER, ComputeConfig
 from orchestrator.pipeline.stage import Stage, remove_stage
 from orchestrator.run.attempts import read_resume_step

@@ -23,9 +23,8 @@ from pydantic import TypeAdapter
 from threadpoolctl import ThreadpoolController
 
 from data_partition.errors import DownloadFailed, SourceUnreachable
-from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify
+from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify, write_record
 from ddm_core.environment import environment_variables
-from ddm_core.json_values import write_record
 from experts.training.checkpoint import DamagedCheckpoint
 from experts.training.distributed import DataParallelGroup, WorkerLost
 from orchestrator.config.compute import CONTROLLER

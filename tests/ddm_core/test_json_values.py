@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
-from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, to_jsonable, write_json
-from ddm_core.json_values import from_json, read_record, write_record
+from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, to_jsonable, write_json, write_record
+from ddm_core.json_values import from_json, read_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddm_core.artifacts import publish
-from ddm_core.json_values import write_record
+from ddm_core.artifacts import publish, write_record
 from orchestrator.config.compute import ComputeConfig, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.reporting.costs import (
