@@ -24,7 +24,7 @@ from experts.networks.model_io import save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
-from experts.training.flops import forward_flops, training_flops
+from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.latent_dataset import LatentDataset, LatentError, encode_latents
 from experts.training.loss import converted_loss, expert_loss
 from experts.training.trainer import LossFn, fit, write_rows
@@ -239,7 +239,7 @@ def train_network(
         steps=training.steps,
         epochs=training.steps * training.batch_size / len(dataset),
         images=len(dataset),
-        parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
+        parameters=count_parameters(trained.model),
         final_loss=trained.rows[-1]["loss"],
     )
     write_rows(out / "metrics.jsonl", trained.rows)

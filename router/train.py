@@ -16,7 +16,7 @@ from experts.codecs.registry import load_codec
 from experts.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert import check_classes
-from experts.training.flops import forward_flops
+from experts.training.flops import count_parameters, forward_flops
 from experts.training.latent_dataset import Batch, LatentDataset, encode_latents
 from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
@@ -142,7 +142,7 @@ def _fit_router(
         steps=config.training.steps if fitted.rows else 0,
         epochs=count_gradient_rows(config, num_experts) / len(dataset),
         images=len(dataset),
-        parameters=sum(parameter.numel() for parameter in fitted.model.parameters()),
+        parameters=count_parameters(fitted.model),
         final_loss=fitted.rows[-1]["loss"] if fitted.rows else None,
         quality=measure_quality(router, quality_half),
     )

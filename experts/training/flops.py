@@ -1,10 +1,16 @@
-"""FLOPs of a network, counted from the operators that it calls."""
+"""Size of a network: its parameters, and its FLOPs, counted from the operators that it calls."""
 
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a network."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def forward_flops(call: Callable[[], object]) -> float:

@@ -24,7 +24,7 @@ from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert, network_flops
 from experts.networks.registry import build_network
-from experts.training.flops import forward_flops, training_flops
+from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.loss import expert_loss
 from experts.training.trainer import check_device, fit
@@ -128,11 +128,6 @@ def build_networks(probe: NetworkProbe) -> Networks:
         row_flops={"expert": network_flops(expert, shape), "router": router_flops},
         parameters={name: count_parameters(model) for name, model in (("expert", expert), ("router", router.model))},
     )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count the parameters of a network."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def time_networks(networks: Networks, probe: NetworkProbe) -> tuple[dict[str, StageSpeed], float]:

@@ -11,7 +11,7 @@ from experts.condition import Condition
 from experts.config import ExpertConfig, TrainingConfig
 from experts.networks.latent_shapes import latent_shape_of
 from experts.networks.registry import build_network, call_network
-from experts.training.flops import forward_flops, training_flops
+from experts.training.flops import count_parameters, forward_flops, training_flops
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Stage
 from router.config import RouterConfig
@@ -84,7 +84,7 @@ class _Row:
 def _training_size(
     network: nn.Module, call: Callable[[], Tensor], training: TrainingConfig, flops: float
 ) -> TrainingSize:
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    parameters = count_parameters(network)
     activations = training.batch_size * count_activation_bytes(network, call)
     memory = TRAINING_COPIES * FLOAT_BYTES * parameters + activations
     return TrainingSize(parameters=parameters, flops=flops, memory_bytes=memory)

@@ -25,7 +25,7 @@ from ensemble.compression.pruning.masked_sampling import Masks, sample_with_mask
 from experts.compressed.pruning.units import parameters_per_unit, prunable_units, prune_units
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
-from experts.training.flops import training_flops
+from experts.training.flops import count_parameters, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import check_device, fit
 
@@ -171,7 +171,7 @@ def _measure(original: Expert, pruned: Expert, dataset: LatentDataset, config: E
             sample_with_masks(expert, {}, batches[0].noise, batches[0].condition, config.chain)
             for expert in (original, pruned)
         )
-    parameters = [sum(parameter.numel() for parameter in expert.model.parameters()) for expert in (original, pruned)]
+    parameters = [count_parameters(expert.model) for expert in (original, pruned)]
     flops = [network_flops(expert.model, original.latent_shape) for expert in (original, pruned)]
     return {
         "parameters_before": parameters[0],

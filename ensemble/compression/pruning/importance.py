@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ensemble.compression.method import StageError
 from experts.compressed.pruning.units import parameters_per_unit, prunable_units, unit_groups
+from experts.training.flops import count_parameters
 
 Scores = Mapping[str, Tensor]
 """Importance of the units of each layer, by its path; the lowest are removed first."""
@@ -43,7 +44,7 @@ def select_units(
     """
     sizes = parameters_per_unit(model)
     if by == "parameters":
-        total = sum(parameter.numel() for parameter in model.parameters())
+        total = count_parameters(model)
         removed = _select_lowest(scores, sizes, share * total)
     else:
         removed = set[tuple[str, int]]()

@@ -26,14 +26,13 @@ from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import distillation_loss, feature_weights, stages_behind
 from experts.compressed.pruning.layers import (
-    count_parameters,
     layer_sizes,
     layers_disabled,
     removable_layers,
     remove_layers,
 )
 from experts.expert import Expert, network_flops
-from experts.training.flops import training_flops
+from experts.training.flops import count_parameters, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import fit
 

@@ -40,7 +40,7 @@ from ensemble.compression.quantization.quantization_aware import (
 from experts.compressed.quantization.activation_quant import TimestepRecorder
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
-from experts.training.flops import training_flops
+from experts.training.flops import count_parameters, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import check_device, fit
 
@@ -82,7 +82,7 @@ def quantize_quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, 
         convert(model, paths)
         errors[name] = output_error(model, expert, measuring)
         flops += training_flops(row_flops, training.batch_size, training.steps) * 4 / 3
-    share = sum(sizes.values()) / sum(parameter.numel() for parameter in expert.model.parameters())
+    share = sum(sizes.values()) / count_parameters(expert.model)
     pack_quantized_weights(model, paths)
     rest = pack_rest(model, config.rest_bits, config.group_size, config.min_elements)
     errors["with_the_rest_in_few_bits"] = output_error(model, expert, measuring)
@@ -153,7 +153,7 @@ def _most_sensitive_layers(
     if not paths:
         return set()
     trial = deepcopy(model)
-    budget = config.trained_share * sum(parameter.numel() for parameter in expert.model.parameters())
+    budget = config.trained_share * count_parameters(expert.model)
     budget -= sum(train_only(trial, [], vectors).values())
     train_only(trial, paths)
     for batch in batches:

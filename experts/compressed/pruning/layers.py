@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from experts.architectures.residual_mlp import ResidualMLP
+from experts.training.flops import count_parameters
 
 PATTERNS: dict[type[nn.Module], re.Pattern[str]] = {
     UNet2DModel: re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
@@ -74,11 +75,6 @@ def layer_sizes(model: nn.Module) -> dict[frozenset[str], int]:
         rest = count_parameters(model.get_submodule(block)) - sum(sizes[frozenset([path])] for path in layers)
         sizes[layers] = sizes.get(layers, 0) + rest
     return sizes
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def remove_layers(model: nn.Module, paths: Sequence[str]) -> None:

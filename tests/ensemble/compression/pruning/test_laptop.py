@@ -11,8 +11,9 @@ from ensemble.compression.method import StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import stages_behind
 from ensemble.compression.pruning.laptop import measure_additivity, prune_laptop
-from experts.compressed.pruning.layers import count_parameters, layer_sizes
+from experts.compressed.pruning.layers import layer_sizes
 from experts.config import TrainingConfig
+from experts.training.flops import count_parameters
 from tests.ensemble.compression.trained import digits, trained
 
 RETRAINING = TrainingConfig(steps=30, batch_size=16, lr=1e-3, warmup_steps=2, log_every=10)

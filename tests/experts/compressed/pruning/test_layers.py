@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.compressed.pruning.layers import (
-    count_parameters,
     layer_sizes,
     layers_disabled,
     removable_layers,
@@ -17,6 +16,7 @@ from experts.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.model_io import STRUCTURE, load_model, save_model
 from experts.networks.registry import build_network, call_network
+from experts.training.flops import count_parameters
 
 SHAPE = (1, 8, 8)
 NETWORKS = (
