@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ddm_core.errors import DDMError
     from ensemble.config import SamplingConfig
     from ensemble.ensemble import Ensemble, EnsembleError
-    from experts.condition import Condition
+    from experts.conditions.condition import Condition
     from experts.config import CodecConfig, ExpertConfig, TrainingConfig
     from experts.diffusion.noise_schedule import NoiseSchedule
     from experts.expert import Expert
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "ArtifactError": "ddm_core.artifacts",
     "CodecConfig": "experts.config",
-    "Condition": "experts.condition",
+    "Condition": "experts.conditions.condition",
     "ConfigError": "orchestrator.errors",
     "DDMError": "ddm_core.errors",
     "DDMPipeline": "ddm.pipeline",

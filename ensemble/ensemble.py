@@ -15,7 +15,7 @@ from torch import Tensor
 from ddm_core.errors import DDMError
 from ensemble.routing import RoutingState
 from ensemble.solvers import scale_initial_noise
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NoiseSchedule, expand
 from experts.expert_model import ExpertModel

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ensemble.ensemble import Ensemble, RouterModel
 from ensemble.pipeline import EnsemblePipeline, PipelineError
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
 

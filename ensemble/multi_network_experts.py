@@ -26,7 +26,7 @@ from ddm_core.json_values import from_json
 from ensemble.solvers import sample_few_step, scale_initial_noise
 from experts.architectures.draft_generators import DRAFT_GENERATORS
 from experts.compressed.caching.feature_cache import ExpertCache
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert import Expert

@@ -14,7 +14,8 @@ from ddm_core.json_values import from_json
 from experts.codecs.registry import load_codec
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.compressed.caching.plan import CacheSchedule
-from experts.condition import Condition
+from experts.conditions.condition import Condition
+from experts.conditions.null_text import get_null_text
 from experts.config import ExpertConfig, NoiseScheduleName, Prediction, TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule, to_schedule
@@ -61,7 +62,7 @@ class Expert(ExpertModel):
         sample = to_schedule(noised, t, noise_schedule, self.noise_schedule)
         network_input = clamp_noise_level(self.prediction, sample, self.noise_schedule)
         call, row_times = resolve_call(self.model, network_input.noised, network_input.t)
-        predicted = call(self.model, network_input.noised, row_times, condition)
+        predicted = call(self.model, network_input.noised, row_times, condition.filled(get_null_text(self.model)))
         if self.prediction == "velocity" and noise_schedule.name == self.noise_schedule.name:
             return predicted
         parts = clean_and_noise_at(self.prediction, predicted, network_input, sample, self.noise_schedule)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from experts.compressed.caching.feature_cache import ExpertCache
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.training.flops import forward_flops

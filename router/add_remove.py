@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddm_core.artifacts import Workspace, write_json
 from ddm_core.errors import DDMError
 from experts.codecs.registry import load_codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.expert import check_classes
 from experts.training.checkpoint import MetricsRow

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.training.latent_dataset import LatentDataset
 from router.calibration.ece import calibration_error, calibration_error_floor
 from router.calibration.temperature import apply_temperature

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.networks.model_io import load_model, save_model
 from router.calibration.temperature import Temperatures, apply_temperature, unit_temperatures

@@ -13,7 +13,7 @@ from torch.nn import functional
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace, write_json
 from experts.codecs.registry import load_codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert import check_classes
 from experts.training.flops import count_parameters, forward_flops

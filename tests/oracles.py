@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW, NoiseSchedule, expand
 from experts.expert_model import ExpertModel
 

@@ -22,7 +22,7 @@ from ensemble.ensemble import Ensemble, ExpertOutput, combine_velocities
 from ensemble.evaluation.generate import RowFlops
 from ensemble.evaluation.nearest_neighbors import read_rows
 from ensemble.pipeline import EnsemblePipeline, PipelineError
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NoiseSchedule
 from router.config import SelectionConfig
 

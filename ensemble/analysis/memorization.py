@@ -36,7 +36,7 @@ from ensemble.evaluation.reference import pass_through
 from ensemble.evaluation.spaces import PIXELS
 from ensemble.sampling.images import encode_png, image_grid
 from experts.codec import Codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from router.config import SelectionConfig
 
 Ids = Int64[np.ndarray, " image"]

@@ -23,7 +23,7 @@ from ensemble.pipeline import EnsemblePipeline
 from ensemble.routing import CallCounts
 from ensemble.sampling.images import to_bytes
 from ensemble.sampling.sample import SampleResult
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.training.flops import forward_flops
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from ddm_core.artifacts import Preempted, Workspace
 from ddm_core.random_bits import Stream
 from ensemble.config import ExpertSamplesConfig
 from ensemble.solvers import heun, make_noise, uniform_times
-from experts.condition import NULL_CLASS, Condition
+from experts.conditions.condition import NULL_CLASS, Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert, network_flops
 from experts.training.latent_dataset import LatentDataset, derive_seed

@@ -20,7 +20,7 @@ from ensemble.config import Solver
 from ensemble.ensemble import Ensemble
 from ensemble.routing import RoutingState
 from ensemble.solvers import SOLVERS, STEPS, Latents, TimeGrid, VelocityField, euler_step
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 
 Times = Float[Tensor, " batch"]
 

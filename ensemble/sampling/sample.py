@@ -19,7 +19,7 @@ from ensemble.sampling.guidance import GuidedVelocity, guided_velocity, reflecte
 from ensemble.solvers import SOLVERS, TimeGrid, VelocityField, make_noise, sample_few_step, uniform_times
 from experts.codec import Codec
 from experts.compressed.quantization.int8_linear import Int8Linear
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert_model import ExpertModel
 
 Latents = Float[Tensor, "batch *latent"]

@@ -1,4 +1,4 @@
-"""A residual MLP on flattened latents, modulated by t and class; fast on a CPU."""
+"""A residual MLP on flattened latents, modulated by t, class and pooled text; fast on a CPU."""
 
 import math
 from collections.abc import Sequence
@@ -47,17 +47,31 @@ class ResidualBlock(nn.Module):
 class ResidualMLP(ModelMixin, ConfigMixin):
     """The demo's network, for latents of any shape; it returns zero at initialization.
 
-    It embeds `num_classes` classes followed by the null class.
+    It embeds `num_classes` classes followed by the null class, and with a `pooled_width` the pooled vector of a text.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, latent_shape: Sequence[int], num_classes: int = 0, width: int = 448, depth: int = 4) -> None:
+    def __init__(
+        self,
+        latent_shape: Sequence[int],
+        num_classes: int = 0,
+        width: int = 448,
+        depth: int = 4,
+        pooled_width: int = 0,
+    ) -> None:
         super().__init__()
         size = math.prod(latent_shape)
         self.time_embedding = nn.Sequential(
             nn.Linear(TIME_FEATURES, EMBEDDING_WIDTH), nn.SiLU(), nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)
         )
         self.class_embedding = nn.Embedding(num_classes + 1, EMBEDDING_WIDTH)
+        if pooled_width:
+            self.text_embedding = nn.Sequential(
+                nn.LayerNorm(pooled_width, elementwise_affine=False),
+                nn.Linear(pooled_width, EMBEDDING_WIDTH),
+                nn.SiLU(),
+                nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH),
+            )
         self.entry = nn.Linear(size, width)
         self.modulation = nn.Linear(EMBEDDING_WIDTH, depth * 3 * width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
@@ -67,9 +81,17 @@ class ResidualMLP(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, noised: Latents, t: RowTimes, class_index: ClassIndex) -> Latents:
+    def forward(
+        self,
+        noised: Latents,
+        t: RowTimes,
+        class_index: ClassIndex,
+        pooled_text: Float[Tensor, "batch pooled_width"] | None = None,
+    ) -> Latents:
         """Return the prediction for a noised sample; `class_index` is `num_classes` for null."""
         embedding = self.time_embedding(time_features(t, TIME_FEATURES)) + self.class_embedding(class_index)
+        if pooled_text is not None:
+            embedding = embedding + self.text_embedding(pooled_text)
         modulations = self.modulation(functional.silu(embedding)).chunk(len(self.blocks), dim=1)
         hidden = self.entry(noised.flatten(1))
         for block, modulation in zip(self.blocks, modulations, strict=True):

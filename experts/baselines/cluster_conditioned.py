@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import ExpertConfig
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert import Expert, ExpertSummary, check_classes, train_network

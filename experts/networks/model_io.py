@@ -22,6 +22,7 @@ from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from ddm_core.json_values import from_json
 from experts.compressed.pruning.structure import Structure
 from experts.compressed.quantization.registry import quantized_modules, replace_modules
+from experts.conditions.null_text import save_null_text
 from experts.networks.pretrained_files import weight_files
 
 STRUCTURE, QUANTIZATION_CONFIG = "structure.json", "quantization_config.json"
@@ -34,6 +35,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     """Write the model as diffusers does, with its structure and its quantized modules."""
     saver: Any = model
     saver.save_pretrained(folder, safe_serialization=True)
+    save_null_text(model, folder)
     structure, quantized = Structure.from_model(model), quantized_modules(model)
     if not structure.is_unpruned:
         write_json(folder / STRUCTURE, structure)

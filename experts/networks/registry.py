@@ -15,7 +15,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from experts.architectures.residual_mlp import ResidualMLP
-from experts.condition import Condition
+from experts.conditions.condition import Condition
+from experts.conditions.null_text import get_null_text, load_null_text, set_null_text
+from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.latent_shapes import NetworkError, check_latent_shape
 from experts.networks.model_io import load_model
@@ -36,25 +38,35 @@ class Network:
     """Build and call functions of one kind of network."""
 
     model_class: type[nn.Module]
-    build: Callable[[Any, tuple[int, ...], int], nn.Module]
-    """Maps (config, latent shape, number of classes) to a model with new parameters."""
+    build: Callable[[Any, tuple[int, ...], int, TextEmbedding | None], nn.Module]
+    """Maps (config, latent shape, number of classes, null text) to a model with new parameters."""
     call: NetworkCall
 
 
-def _build_residual_mlp(config: ResidualMLPConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _build_residual_mlp(
+    config: ResidualMLPConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None
+) -> nn.Module:
     model: nn.Module = ResidualMLP(
-        latent_shape=latent_shape, num_classes=num_classes, width=config.width, depth=config.depth
+        latent_shape=latent_shape,
+        num_classes=num_classes,
+        width=config.width,
+        depth=config.depth,
+        pooled_width=0 if null_text is None else null_text.pooled.shape[1],
     )
     return model
 
 
 def _call_residual_mlp(model: ResidualMLP, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
-    predicted: Tensor = model(noised, t, condition.embedding_index(model.config.num_classes))
+    pooled_text = None if condition.text is None else condition.text.pooled
+    predicted: Tensor = model(noised, t, condition.embedding_index(model.config.num_classes), pooled_text)
     return predicted
 
 
-def _build_unet(config: UNetConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _build_unet(
+    config: UNetConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None
+) -> nn.Module:
     check_latent_shape(config, latent_shape)
+    _check_without_text(config.kind, null_text)
     channels, side = latent_shape[:2]
     lower_levels = len(config.channels) - 1
     down_blocks = ["DownBlock2D"] * lower_levels
@@ -80,8 +92,11 @@ def _call_unet(model: UNet2DModel, noised: Latents, t: Tensor, condition: Condit
     return predicted
 
 
-def _build_dit(config: DiTConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _build_dit(
+    config: DiTConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None
+) -> nn.Module:
     check_latent_shape(config, latent_shape)
+    _check_without_text(config.kind, null_text)
     channels, side = latent_shape[:2]
     model = DiTTransformer2DModel(
         num_attention_heads=config.heads,
@@ -110,19 +125,27 @@ NETWORKS: dict[str, Network] = {
 _CALLS = {network.model_class: network.call for network in NETWORKS.values()}
 
 
-def build_network(config: AnyNetworkConfig, latent_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Build a network with parameters from torch's global generator; raise `NetworkError` if it does not fit."""
-    return NETWORKS[config.kind].build(config, latent_shape, num_classes)
+def build_network(
+    config: AnyNetworkConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None = None
+) -> nn.Module:
+    """Build a network with parameters from torch's global generator; raise `NetworkError` if it does not fit.
+
+    `null_text` is the encoded "", one row, whose shapes are those of every text; None is a network without text.
+    """
+    return set_null_text(NETWORKS[config.kind].build(config, latent_shape, num_classes, null_text), null_text)
 
 
 def call_network(model: nn.Module, noised: Latents, t: Times, condition: Condition) -> Latents:
     """Return the network's prediction for every row; t is one number, or one a row."""
     call, t = resolve_call(model, noised, t)
-    return call(model, noised, t, condition)
+    return call(model, noised, t, condition.filled(get_null_text(model)))
 
 
 def resolve_call(model: nn.Module, noised: Latents, t: Times) -> tuple[NetworkCall, RowTimes]:
-    """Return the network's call function and t of every row; `Expert.velocity` uses them to save a stack frame."""
+    """Return the network's call function and t of every row; `Expert.velocity` uses them to save a stack frame.
+
+    The call function takes a condition whose null text is filled in.
+    """
     if t.ndim > 1:
         raise NetworkError(
             f"this network takes one t a row, not t of shape {tuple(t.shape)}; pass {len(noised)} numbers"
@@ -133,7 +156,12 @@ def resolve_call(model: nn.Module, noised: Latents, t: Times) -> tuple[NetworkCa
 def load_network(folder: Path) -> nn.Module:
     """Load a network for inference; raise an `ArtifactError` if it is invalid or of another kind."""
     classes = tuple(network.model_class for network in NETWORKS.values())
-    return _without_label_dropout(load_model(classes, folder))
+    return set_null_text(_without_label_dropout(load_model(classes, folder)), load_null_text(folder))
+
+
+def _check_without_text(kind: str, null_text: TextEmbedding | None) -> None:
+    if null_text is not None:
+        raise NetworkError(f"{kind} reads classes and no text; choose another network, or set text=none")
 
 
 def _without_label_dropout(model: nn.Module) -> nn.Module:

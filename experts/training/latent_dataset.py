@@ -33,7 +33,7 @@ from ddm_core.errors import DDMError
 from ddm_core.memmaps import create_memmap
 from ddm_core.random_bits import Stream
 from experts.codec import Codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.training.distributed import DataParallelGroup
 from experts.types import Latents, RowTimes

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
 from ddm_core.artifacts import STRICT, Workspace
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert, network_flops

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import ExpertConfig, TrainingConfig
 from experts.networks.latent_shapes import latent_shape_of
 from experts.networks.registry import build_network, call_network

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.training.latent_dataset import LatentDataset
 from router.calibration.time_bins import BINS, fit_logarithms, interpolate

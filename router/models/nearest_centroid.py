@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddm_core.artifacts import Workspace
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import NoiseScheduleName
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.training.latent_dataset import LatentDataset

@@ -3,7 +3,7 @@ import torch
 
 from ensemble.ensemble import Ensemble, EnsembleError, ExpertOutput, combine_velocities
 from ensemble.routing import occasion_uniforms, time_uniforms
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from router.config import SelectionConfig
 from router.selection import SELECTIONS

@@ -6,7 +6,7 @@ import torch
 from ensemble.config import SamplingConfig
 from ensemble.membership import add_expert, remove_experts, restore_expert
 from ensemble.pipeline import EnsemblePipeline, PipelineError
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from router.config import RouterConfig, SelectionConfig

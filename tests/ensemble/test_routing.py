@@ -9,7 +9,7 @@ from ensemble.ensemble import Ensemble
 from ensemble.sampling.guidance import guided_velocity
 from ensemble.sampling.sample import sample
 from ensemble.solvers import SOLVERS, uniform_times
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.config import SelectionConfig
 from router.selection import SELECTIONS

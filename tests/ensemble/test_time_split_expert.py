@@ -8,7 +8,7 @@ from ensemble.ensemble import Ensemble
 from ensemble.evaluation.generate import RowFlops
 from ensemble.multi_network_experts import TIME_SPLIT, TimeSplitExpert
 from ensemble.pipeline import EnsemblePipeline
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from tests.ensemble.test_pipeline import FULL, SHAPE, make_expert, parts, put_together

@@ -17,7 +17,7 @@ from ensemble.solvers import make_noise
 from experts.architectures.draft_generators import Anchors, Autoregressive
 from experts.codec import PixelCodec
 from experts.compressed.caching.feature_cache import ExpertCache
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert

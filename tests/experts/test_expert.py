@@ -6,7 +6,7 @@ import torch
 from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, list_files, read_json, write_json
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.codecs.registry import fit_codec, load_codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, train_expert

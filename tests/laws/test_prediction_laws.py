@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.architectures.residual_mlp import ResidualMLP
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, expand, to_schedule
 from experts.diffusion.predictions import (
     MAX_NOISE_TO_SIGNAL,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddm_core.artifacts import Workspace, list_files
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from router.add_remove import RouterChangeError, add_expert, remove_expert, remove_head
 from router.config import RouterConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.training.latent_dataset import Batch
 from router.train import router_loss

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.training.latent_dataset import LatentDataset
 from router.quality import calibration_split, measure_quality

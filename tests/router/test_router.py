@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, read_json, write_json
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import COSINE
 from router.config import RouterConfig
 from router.models.registry import build_router

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddm_core.artifacts import Workspace, list_files, read_json
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from router.config import RouterConfig
 from router.costs import training_cost

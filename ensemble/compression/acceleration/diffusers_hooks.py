@@ -20,7 +20,7 @@ from ensemble.compression.method import CompressionContext, EnsembleResult, Stag
 from ensemble.solvers import euler_step, make_noise, uniform_times
 from experts.compressed.caching.diffusers_hooks import CacheHook, apply_cache_hook
 from experts.compressed.caching.plan import CacheSchedule
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert import Expert
 from experts.training.flops import forward_flops
 

@@ -33,7 +33,7 @@ from ensemble.solvers import euler_step, make_noise, uniform_times
 from experts.compressed.caching.feature_cache import CachedOutputs, skip_cached_modules
 from experts.compressed.caching.plan import CacheSchedule
 from experts.compressed.pruning.structure import Structure
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert import Expert
 from experts.networks.registry import call_network
 from experts.training.flops import forward_flops

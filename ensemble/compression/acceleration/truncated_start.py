@@ -23,7 +23,7 @@ from ensemble.multi_network_experts import TruncatedExpert
 from ensemble.solvers import make_noise, sample_few_step
 from experts.architectures.draft_generators import Anchors, Autoregressive
 from experts.compressed.caching.feature_cache import ExpertCache
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.expert import Expert
 from experts.expert_model import ExpertModel

@@ -13,7 +13,7 @@ from ensemble.compression.common.calibration_data import record_calls
 from ensemble.compression.common.network_stages import STAGE
 from ensemble.compression.distillation.config import FeatureKind
 from ensemble.compression.method import StageError
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert import Expert
 from experts.training.trainer import check_device
 from experts.types import Latents

@@ -29,7 +29,7 @@ from ensemble.compression.distillation.student import (
 )
 from ensemble.compression.distillation.teacher import Teacher, copy_frozen
 from ensemble.compression.method import ExpertResult, StageError
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import expand
 from experts.diffusion.predictions import training_target

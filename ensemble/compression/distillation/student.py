@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ensemble.compression.distillation.teacher import Teacher
 from ensemble.compression.method import StageError
 from ensemble.solvers import VelocityField, euler_step, renoise_step, scale_initial_noise
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule, StepType
 from experts.diffusion.predictions import to_clean
 from experts.expert import Expert

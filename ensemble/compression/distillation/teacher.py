@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ensemble.compression.method import StageError
 from ensemble.ensemble import Ensemble, RouterModel
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NoiseSchedule, expand
 from experts.expert import Expert
 from experts.training.flops import forward_flops

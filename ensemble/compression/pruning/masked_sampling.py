@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ensemble.solvers import euler_step, uniform_times
 from experts.compressed.pruning.units import unit_groups
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert import Expert
 from experts.types import Latents
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ensemble.analysis.diffusion_classifier import create_models, denoising_errors, expert_accuracy
 from ensemble.config import ClassifierConfig
 from ensemble.ensemble import Ensemble
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW, NoiseSchedule
 from tests.oracles import MixtureOfGaussians, gaussian_velocity
 

@@ -3,7 +3,7 @@ import torch
 
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.guidance import guided_velocity
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.config import SelectionConfig
 from tests.oracles import MixtureOfGaussians

@@ -12,7 +12,7 @@ from experts.baselines.cluster_conditioned import (
     with_cluster,
 )
 from experts.codecs.registry import fit_codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert

@@ -9,7 +9,7 @@ from ddm_core.artifacts import Workspace, read_json
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.baselines.distilled_monolith import student_loss, train_distilled_monolith
 from experts.codecs.registry import fit_codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, network_flops, train_expert

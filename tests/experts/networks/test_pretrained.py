@@ -8,7 +8,7 @@ import torch
 
 from ddm_core.artifacts import Workspace, read_json
 from experts.codecs.registry import fit_codec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.diffusion.noise_schedule import LINEAR_BETA, NOISE_SCHEDULES
 from experts.expert import Expert, expert_flops, train_expert

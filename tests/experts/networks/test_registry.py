@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ddm_core.artifacts import CorruptArtifact, write_json
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.latent_shapes import NetworkError
 from experts.networks.model_io import save_model

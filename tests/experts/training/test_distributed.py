@@ -13,7 +13,7 @@ from torch import distributed
 from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import Preempted, Workspace
 from experts.codec import PixelCodec
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.networks.registry import build_network, call_network
 from experts.training.checkpoint import CheckpointError

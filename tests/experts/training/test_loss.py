@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from experts.architectures.residual_mlp import ResidualMLP
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.training.latent_dataset import Batch
 from experts.training.loss import converted_loss, expert_loss

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import Preempted, Workspace
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.networks.model_io import save_model

@@ -9,7 +9,7 @@ from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.guidance import guided_velocity
 from ensemble.solvers import SOLVERS, make_noise, uniform_times
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert_model import ExpertModel
 from orchestrator.planning.sampling_calls import CallsPerImage, calls_per_image, most_expensive

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert import expert_flops
 from experts.networks.registry import build_network, call_network
 from orchestrator.config.hydra_compose import compose

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.training.latent_dataset import LatentDataset
 from router.calibration.temperature import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddm_core.artifacts import Workspace
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.training.latent_dataset import LatentDataset

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ddm_core.artifacts import Workspace
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import COSINE, NOISE_SCHEDULES, RECTIFIED_FLOW
 from experts.training.latent_dataset import LatentDataset
 from router.config import RouterConfig

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from router.models.prior_table import PriorTableRouter, compute_log_prior
 from router.router import Router

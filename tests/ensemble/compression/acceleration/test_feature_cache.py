@@ -23,7 +23,7 @@ from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.sample import sample
 from experts.codec import PixelCodec
 from experts.compressed.pruning.layers import remove_layers
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert

@@ -23,7 +23,7 @@ from ensemble.ensemble import Ensemble
 from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert
 from ensemble.sampling.sample import sample
 from ensemble.solvers import make_noise
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW

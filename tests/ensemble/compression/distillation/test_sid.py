@@ -14,7 +14,7 @@ from ensemble.compression.method import StageError
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.sample import sample
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert

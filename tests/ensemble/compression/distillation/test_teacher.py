@@ -8,7 +8,7 @@ import torch
 from ensemble.compression.distillation.teacher import build_ensemble_teacher, router_flops
 from ensemble.compression.method import StageError
 from ensemble.ensemble import Ensemble
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.expert import Expert
 from router.config import SelectionConfig
 from tests.ensemble.test_pipeline import SHAPE, make_expert, parts, put_together

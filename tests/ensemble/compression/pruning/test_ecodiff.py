@@ -14,7 +14,7 @@ from ensemble.compression.pruning.ecodiff import BETA, GAMMA, ZETA, Gates, hard_
 from ensemble.compression.pruning.importance import magnitude_importance, random_importance, select_units
 from ensemble.compression.pruning.masked_sampling import sample_with_masks
 from experts.compressed.pruning.units import parameters_per_unit, prunable_units, unit_counts
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert

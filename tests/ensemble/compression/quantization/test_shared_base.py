@@ -15,7 +15,7 @@ from ensemble.ensemble import Ensemble
 from ensemble.pipeline import EnsemblePipeline
 from experts.codec import PixelCodec
 from experts.compressed.quantization.shared_weight import shared_weights
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert

@@ -12,7 +12,7 @@ from experts.compressed.pruning.layers import (
     remove_layers,
     removed_layers,
 )
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.model_io import STRUCTURE, load_model, save_model
 from experts.networks.registry import build_network, call_network

@@ -10,7 +10,7 @@ from experts.compressed.pruning.layers import removable_layers, remove_layers
 from experts.compressed.pruning.units import parameters_per_unit, prunable_units, prune_units, shrink_to, unit_counts
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.model_io import save_model
 from experts.networks.registry import build_network, call_network, load_network

@@ -15,7 +15,7 @@ from experts.compressed.quantization.activation_quant import (
 )
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.model_io import QUANTIZATION_CONFIG, save_model
 from experts.networks.registry import build_network, call_network, load_network

@@ -14,7 +14,7 @@ from experts.compressed.quantization.int8_linear import Int8Linear, computes_in_
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing, pack, unpack
 from experts.compressed.quantization.registry import quantized_modules
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert

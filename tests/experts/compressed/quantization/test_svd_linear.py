@@ -11,7 +11,7 @@ from ddm_core.artifacts import CorruptArtifact
 from experts.compressed.quantization.fake_quant import fake_quantize_groups
 from experts.compressed.quantization.packing import Packing
 from experts.compressed.quantization.svd_linear import SVDLinear, SVDShape, rounded_branch
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig
 from experts.networks.model_io import QUANTIZATION_CONFIG, save_model
 from experts.networks.registry import build_network, call_network, load_network

@@ -1,6 +1,6 @@
 import torch
 
-from experts.condition import Condition
+from experts.conditions.condition import Condition
 
 
 def test_null_is_the_last_embedding_row():

@@ -1,0 +1,1 @@
+"""What a sample is conditioned on: its class and its text."""

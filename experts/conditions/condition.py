@@ -1,0 +1,83 @@
+"""Conditions of samples: a class and a text; null is a value of both, not a missing argument."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from experts.conditions.text_embedding import TextEmbedding
+
+NULL_CLASS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One condition a row."""
+
+    class_id: Int[Tensor, " batch"]
+    """Class of every row; -1 is the null condition."""
+    text: TextEmbedding | None = None
+    """Text of every row; None is the null text in all rows."""
+
+    @classmethod
+    def null(cls, batch: int, device: torch.device | str = "cpu") -> "Condition":
+        """Return the null condition for `batch` rows."""
+        return cls(torch.full((batch,), NULL_CLASS, dtype=torch.int64, device=device))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Condition"]) -> "Condition":
+        """Return the rows of all parts, in order."""
+        class_id = torch.cat([part.class_id for part in parts])
+        like = next((part.text for part in parts if part.text is not None), None)
+        if like is None:
+            return cls(class_id)
+        texts = [TextEmbedding.all_null(len(part), like) if part.text is None else part.text for part in parts]
+        return cls(class_id, TextEmbedding.concatenate(texts))
+
+    def rows(self, index: Int[Tensor, " row"] | Bool[Tensor, " batch"] | slice) -> "Condition":
+        """Return the selected rows."""
+        return Condition(self.class_id[index], None if self.text is None else self.text.rows(index))
+
+    def drop(self, mask: Bool[Tensor, " batch"]) -> "Condition":
+        """Return the condition with null where `mask` is true."""
+        return Condition(
+            self.class_id.masked_fill(mask, NULL_CLASS), None if self.text is None else self.text.drop(mask)
+        )
+
+    def to(self, device: torch.device | str) -> "Condition":
+        """Return the condition on another device."""
+        return Condition(self.class_id.to(device), None if self.text is None else self.text.to(device))
+
+    def embedding_index(self, num_classes: int) -> Int[Tensor, " batch"]:
+        """Return rows of a class embedding; null is row `num_classes`, after all classes."""
+        return self.class_id.masked_fill(self.class_id < 0, num_classes)
+
+    @property
+    def is_null(self) -> Bool[Tensor, " batch"]:
+        """Return the rows that have neither a class nor a text."""
+        is_null = self.class_id < 0
+        return is_null if self.text is None else is_null & self.text.is_null
+
+    def filled(self, null_text: TextEmbedding | None) -> "Condition":
+        """Return the condition with the values of a network's null text in the rows without text.
+
+        `null_text` is None for a network without text.
+
+        Raises `ValueError` for a text of other shapes than the network's, or for a network that reads no text.
+        """
+        if null_text is None:
+            if self.text is not None:
+                raise ValueError("this network was trained without text; leave the text out of the condition")
+            return self
+        text = TextEmbedding.all_null(len(self), null_text.to(self.class_id.device)) if self.text is None else self.text
+        if text.shape != null_text.shape:
+            raise ValueError(
+                "this network takes texts of (tokens, features, pooled features) "
+                f"{null_text.shape}, not {text.shape}; pad the text to its length, and use its text encoder"
+            )
+        return Condition(self.class_id, text.fill_null(null_text))
+
+    def __len__(self) -> int:
+        return self.class_id.shape[0]
