@@ -18,17 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TINY = (
-    "experiment=digits",
-    "data.limit=400",
-    "compute=inline",
-    "wandb.mode=disabled",
-    "expert.training.steps=40",
-    "router.training.steps=40",
-    "scores.num_samples=64",
-    "ensemble.steps=4",
-    "monolith=false",
-)
+from benchmarks.testbed.tiny_run import TINY
+
 ON_A_RUN = ("status", "logs", "stop", "resume --trust", "sample --out {out}", "evaluate --selection full", "audit")
 MORE_ON_A_RUN = ("classify", "compress --trust quantize=int8_weight_only", "experts list", "verify", "report")
 ON_DATA = ("init --out {out}.yaml --force", "plan data=image_folder data.path=", "run data=image_folder data.path=")
@@ -111,7 +102,9 @@ def main() -> None:
 
 def make_run(folder: Path) -> Path:
     """Run the digits in a minute."""
-    subprocess.run([sys.executable, "-m", "orchestrator", "run", *TINY, f"folder={folder}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "orchestrator", "run", *TINY, "monolith=false", f"folder={folder}"], check=True
+    )
     return folder
 
 

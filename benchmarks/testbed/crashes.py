@@ -22,33 +22,14 @@ from pathlib import Path
 
 import orchestrator.run.worker  # noqa: F401 - loads the numeric libraries once, before the forks
 from benchmarks.record import Claim
+from benchmarks.testbed.tiny_run import SMALLEST
 from ddm_core.artifacts import read_manifest
 from orchestrator.cli.app import main as ddm
 from orchestrator.config.hydra_compose import compose  # noqa: F401 - loaded before the forks
 from orchestrator.run.marked_processes import MARK, find_marked_processes
 from orchestrator.run.run_folder import RunFolder
 
-SETTINGS = (
-    "experiment=digits",
-    "compute.backoff_s=0",
-    "wandb.mode=disabled",
-    "data.limit=160",
-    "data.shard_samples=64",
-    "partition.num_fine=8",
-    "partition.components=4",
-    "codec.components=4",
-    "expert.training.steps=60",
-    "expert.training.batch_size=8",
-    "expert.training.checkpoint_every=5",
-    "expert.network.width=8",
-    "expert.network.depth=1",
-    "router.training.steps=20",
-    "router.width=8",
-    "router.depth=1",
-    "scores.num_samples=16",
-    "scores.components=4",
-    "ensemble.steps=2",
-)
+SETTINGS = (*SMALLEST, "expert.training.steps=60", "expert.training.checkpoint_every=5", "router.training.steps=20")
 """A run of every kind of stage in seconds."""
 
 EXIT_S = 60.0

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.record import Claim
-from benchmarks.testbed.forked_commands import TINY, Result, import_what_commands_import, run_command, run_forked
+from benchmarks.testbed.forked_commands import Result, import_what_commands_import, run_command, run_forked
+from benchmarks.testbed.tiny_run import TINY
 from ddm_core.artifacts import MANIFEST, ArtifactError, read_manifest
 from orchestrator.cli import app
 

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from benchmarks.record import Claim
 from benchmarks.testbed.damages import make_runs
-from benchmarks.testbed.forked_commands import TINY, import_what_commands_import, run_command
+from benchmarks.testbed.forked_commands import import_what_commands_import, run_command
 from benchmarks.testbed.hostile_generator import Surroundings, make_hostile
+from benchmarks.testbed.tiny_run import TINY
 
 COMMANDS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("status", "RUN"), 10),

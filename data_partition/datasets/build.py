@@ -12,6 +12,7 @@ from data_partition.errors import InvalidCaptions, MissingLabels, MixedLabels, N
 from data_partition.shards.images import fit_image
 from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import Preempted, Workspace, write_json
+from ddm_core.name_lists import join_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,5 +173,4 @@ class _Classes:
 
 def _empty_classes(summary: DatasetSummary) -> list[str]:
     names = [name for name, count in summary.class_counts.items() if count == 0]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"no training image of class {', '.join(names[:5])}{more}"] if names else []
+    return [f"no training image of class {join_names(names)}"] if names else []

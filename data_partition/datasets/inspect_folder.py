@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_partition.datasets.captions import SIDECARS
 from data_partition.datasets.image_folder import check_root, iter_image_files, list_class_names, read_image
 from data_partition.datasets.survey import MAX_LISTED
 from data_partition.errors import SourceMissing, UnreadableImage
@@ -33,7 +34,7 @@ class FolderFacts:
     loose: int
     """Images in no such folder."""
     captions: int
-    """Images beside a `.txt` of the same name."""
+    """Files of text that `data.captions=true` reads, named like the image beside them."""
     others: dict[str, int]
     """Files that are no image and no caption, by suffix."""
     sides: tuple[int, int, int]
@@ -93,7 +94,7 @@ def _other_files(root: Path, stems: set[str]) -> tuple[dict[str, int], int]:
     captions = 0
     for path in islice(_all_files(root), MAX_LISTED):
         relative = path.relative_to(root)
-        if str(relative.with_suffix("")) in stems and path.suffix.lower() == ".txt":
+        if str(relative.with_suffix("")) in stems and path.suffix.lower() in SIDECARS:
             captions += 1
         elif path.suffix.lower() not in SUFFIXES:
             others[path.suffix.lower() or "no suffix"] += 1

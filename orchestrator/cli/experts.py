@@ -108,5 +108,11 @@ def _table(pipeline: Any) -> Table:
 
 
 def _facts(expert: Any) -> tuple[str, ...]:
-    parameters = sum(parameter.numel() for parameter in expert.model.parameters())
-    return type(expert.model).__name__, f"{parameters:,}", expert.prediction, expert.noise_schedule.name
+    from experts.training.flops import count_parameters
+
+    return (
+        type(expert.model).__name__,
+        f"{count_parameters(expert.model):,}",
+        expert.prediction,
+        expert.noise_schedule.name,
+    )

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from ddm_core.name_lists import join_names
 from orchestrator.errors import ConfigError
+from orchestrator.reporting.terminal import open_console
 
 if TYPE_CHECKING:
     from data_partition.datasets.inspect_folder import FolderFacts
 
-console = Console()
-MAX_SHOWN = 5
+console = open_console()
 
 
 def init(
@@ -41,15 +40,15 @@ def init(
         result = {"facts": asdict(facts), "suggestions": [asdict(item) for item in suggestions], "file": str(target)}
         typer.echo(json.dumps(result, indent=1))
         return
-    table = Table("", "found", title=escape(str(folder)), show_header=False)
+    table = Table("", "found", title=str(folder), show_header=False)
     for name, text in describe(facts).items():
-        table.add_row(name, escape(text))
+        table.add_row(name, text or "none")
     console.print(table)
-    table = Table("key", "value", "why", title=f"Suggested, in {escape(str(target))}")
+    table = Table("key", "value", "why", title=f"Suggested, in {target}")
     for item in suggestions:
-        table.add_row(item.key, escape(str(item.value)), escape(item.reason))
+        table.add_row(item.key, str(item.value), item.reason)
     console.print(table)
-    console.print(f"Start it with: ddm run --config {target}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Start it with: ddm run --config {target}", soft_wrap=True, highlight=False)
 
 
 def describe(facts: "FolderFacts") -> dict[str, str]:
@@ -62,15 +61,10 @@ def describe(facts: "FolderFacts") -> dict[str, str]:
         "images": f"{facts.images:,}, {facts.decoded + len(facts.bad):,} of them looked at",
         "sizes": f"shorter side {low} to {high} pixels, median {median}; most are {facts.common_size}",
         "colours": f"{facts.grey_share:.0%} grey",
-        "classes": _shorten(classes) if classes else "none: no sub-folders",
+        "classes": join_names(classes) if classes else "none: no sub-folders",
         "in no class": str(facts.loose),
-        "captions": f"{facts.captions} images with a .txt beside them" if facts.captions else "none",
-        "bad files": _shorten(bad),
-        "duplicates": _shorten(pairs),
-        "other files": _shorten([f"{count} with {suffix}" for suffix, count in facts.others.items()]),
+        "captions": f"{facts.captions} images with a file of text beside them" if facts.captions else "",
+        "bad files": join_names(bad),
+        "duplicates": join_names(pairs),
+        "other files": join_names([f"{count} with {suffix}" for suffix, count in facts.others.items()]),
     }
-
-
-def _shorten(texts: list[str]) -> str:
-    rest = f" and {len(texts) - MAX_SHOWN} more" if len(texts) > MAX_SHOWN else ""
-    return ", ".join(texts[:MAX_SHOWN]) + rest if texts else "none"

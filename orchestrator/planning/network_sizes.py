@@ -37,11 +37,6 @@ class TrainingSize:
     Attention counts as plain matrix products; a fused kernel keeps less.
     """
 
-    @property
-    def model_bytes(self) -> int:
-        """Return the size of the trained weights."""
-        return FLOAT_BYTES * self.parameters
-
 
 def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: int) -> dict[str, TrainingSize]:
     """Return the sizes of the experts, the monolith and the router by stage name; equal networks are built once."""

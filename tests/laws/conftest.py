@@ -7,33 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.testbed import tiny_run
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
 
-TINY = (
-    "experiment=digits",
-    "compute=inline",
-    "compute.backoff_s=0",
-    "wandb.mode=disabled",
-    "data.limit=160",
-    "data.shard_samples=64",
-    "partition.num_fine=8",
-    "partition.components=4",
-    "codec.components=4",
-    "expert.training.steps=6",
-    "expert.training.batch_size=8",
-    "expert.training.checkpoint_every=2",
-    "expert.network.width=8",
-    "expert.network.depth=1",
-    "router.training.steps=4",
-    "router.width=8",
-    "router.depth=1",
-    "scores.num_samples=16",
-    "scores.components=4",
-    "scores.spaces=[pixels]",
-    "ensemble.steps=2",
-)
+TINY = (*tiny_run.TINY, "scores.spaces=[pixels]")
 
 
 def tiny_config(folder: Path) -> RunConfig:

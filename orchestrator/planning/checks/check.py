@@ -6,7 +6,7 @@ are a configuration that passes.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from data_partition.config import MAX_FEATURES
 from data_partition.datasets.survey import Survey, survey_source
 from data_partition.errors import EFFICIENTNET_REMEDY, DataError
 from ddm_core.artifacts import read_json
+from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
 from experts.networks.latent_shapes import NetworkError, check_latent_shape, latent_shape_of
 from orchestrator.config.compute import ComputeConfig
@@ -30,9 +31,6 @@ MIN_CLUSTER = 20
 
 HOLDOUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 """Shares to advise when too few samples are held out."""
-
-MAX_SHOWN = 3
-"""Names that a message lists."""
 
 
 def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
@@ -151,13 +149,13 @@ class DataCheck:
             total = survey.train + survey.held_out
             self.mistakes.append(
                 f"data.labels=true needs a class for every sample, and {len(survey.unlabelled)} of {total} have none "
-                f"({_shorten(survey.unlabelled)}); put each into a folder of its class, or train without classes"
+                f"({join_names(survey.unlabelled)}); put each into a folder of its class, or train without classes"
             )
             self.change("data", labels=False)
         elif empty := [name for name, count in counts.items() if count == 0 and survey.is_complete]:
             limit = self.config.data.limit
             self.mistakes.append(
-                f"classes without a training image: {_shorten(empty)}; "
+                f"classes without a training image: {join_names(empty)}; "
                 + (
                     f"data.limit={limit} ends before them, since images are read in the order of their names: raise it"
                     if limit and limit == survey.train
@@ -268,8 +266,3 @@ class DataCheck:
         """Advise other values of a section, and continue with them."""
         self.advice |= {f"{section}.{key}": str(value).lower() for key, value in values.items()}
         self.config = replace(self.config, **{section: replace(getattr(self.config, section), **values)})
-
-
-def _shorten(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(names[:MAX_SHOWN]) + rest

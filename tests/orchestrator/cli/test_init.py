@@ -20,7 +20,7 @@ from orchestrator.run.run_folder import RunFolder
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Write 240 images of 20 x 12 pixels in two classes, a broken one, a copy, a caption and a note."""
+    """Write 240 images of 20 x 12 pixels in two classes, a broken one, a copy, two captions and a note."""
     root, random = tmp_path / "my photos, 2024", np.random.default_rng(0)
     for number in range(240):
         path = root / ("cats", "dogs")[number % 2] / f"{number:03d}.png"
@@ -28,6 +28,7 @@ def photos(tmp_path: Path) -> Path:
         Image.fromarray(random.integers(0, 255, (12, 20, 3), dtype=np.uint8)).save(path)
     (root / "cats" / "000.png").write_bytes(b"not an image")
     (root / "cats" / "002.txt").write_text("a cat")
+    (root / "cats" / "004.caption").write_text("another cat")
     (root / "notes.md").write_text("x")
     shutil.copy(root / "dogs" / "001.png", root / "dogs" / "copy.png")
     return root
@@ -43,7 +44,7 @@ def test_init_finds_what_lies_in_the_folder(photos, tmp_path):
     assert facts["images"] == 241 and facts["class_counts"] == {"cats": 120, "dogs": 121}
     assert facts["sides"] == [12, 12, 12] and facts["common_size"] == "20x12" and facts["grey_share"] == 0
     assert list(facts["bad"]) == ["cats/000.png"] and facts["duplicates"] == [["dogs/001.png", "dogs/copy.png"]]
-    assert facts["captions"] == 1 and facts["others"] == {".md": 1}
+    assert facts["captions"] == 2 and facts["others"] == {".md": 1}
 
 
 def test_init_writes_what_run_takes(photos, tmp_path):

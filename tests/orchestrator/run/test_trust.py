@@ -148,7 +148,7 @@ def test_write_through_a_special_file_is_refused(run, tmp_path, kind, name):
 def test_every_damage_of_the_configuration_is_named(run):
     run.save_config(RunConfig(name="sealed"))
     contents = run.config_file.read_bytes()
-    for place in range(0, len(contents), 7):
+    for place in (*range(0, 80, 10), *range(80, len(contents), len(contents) // 20)):
         for damaged in (contents[:place], contents[:place] + bytes([contents[place] ^ 4]) + contents[place + 1 :]):
             run.config_file.write_bytes(damaged)
             with pytest.raises((RunFolderError, ConfigError)):
