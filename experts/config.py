@@ -96,15 +96,22 @@ class TrainingConfig:
 class CodecConfig:
     """The latent space."""
 
-    kind: Literal["pixels", "pca", "pca_conv"] = "pca"
-    """`pixels`: images in [-1, 1]. `pca`: principal components, fitted on the training images. `pca_conv`: the same
-    latents with a small convolutional decoder, trained on slightly noised latents."""
+    kind: Literal["pixels", "pca", "patch_pca", "pca_conv"] = "pca"
+    """`pixels`: images in [-1, 1]. `pca`: principal components, fitted on the training images. `patch_pca`: those of
+    square patches, as a grid that every network accepts. `pca_conv`: the latents of `pca` with a small convolutional
+    decoder, trained on slightly noised latents."""
 
     components: Annotated[int, Field(ge=2)] = 96
     """Principal components of `pca` and `pca_conv`."""
 
+    patch_size: Annotated[int, Field(ge=1, le=32)] = field(default=4, metadata=UNHASHED_IF_DEFAULT)
+    """Pixels a side of the patches of `patch_pca`; must divide the side of the images."""
+
+    latent_channels: Annotated[int, Field(ge=1)] = field(default=12, metadata=UNHASHED_IF_DEFAULT)
+    """Principal components of each patch of `patch_pca`; at most the values of a patch, which keeps images exactly."""
+
     whitening: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Exponent that flattens the spectrum of `pca`: 0 keeps it, 1 gives every component unit variance."""
+    """Exponent that flattens the spectrum of principal components: 0 keeps it, 1 gives each the same variance."""
 
     decoder_width: Annotated[int, Field(ge=8, multiple_of=4)] = 32
     """Channels of the decoder of `pca_conv` before the last upsampling."""

@@ -45,7 +45,7 @@ class PCACodec:
     def encode(self, images: Images) -> Latents:
         """Return the latents of images, float32."""
         check_shape(images, self.image_shape)
-        return torch.from_numpy(self.pca.encode(_flatten(images)).astype(np.float32)).div_(self.scale)
+        return torch.from_numpy(self.pca.encode(flatten_images(images)).astype(np.float32)).div_(self.scale)
 
     def decode(self, latents: Latents) -> DecodedImages:
         """Return the images of latents, clipped to [0, 1]."""
@@ -68,7 +68,7 @@ def fit_pca_codec(config: CodecConfig, shards: Path) -> PCACodec:
             f"{index.count} images of shape {index.image_shape} have at most {limit} principal components, "
             f"not {config.components}; lower codec.components"
         )
-    pca = fit_pca((_flatten(batch.images) for batch in read_batches(shards, FIT_BATCH)), config.components)
+    pca = fit_pca((flatten_images(batch.images) for batch in read_batches(shards, FIT_BATCH)), config.components)
     return PCACodec(image_shape=index.image_shape, pca=pca, whitening=config.whitening)
 
 
@@ -80,6 +80,6 @@ def load_pca_codec(folder: Path, metadata: dict[str, Any]) -> PCACodec:
     return PCACodec(image_shape=tuple(metadata["image_shape"]), pca=pca, whitening=metadata["whitening"])
 
 
-def _flatten(images: Images) -> Float[np.ndarray, "batch pixel"]:
+def flatten_images(images: Images) -> Float[np.ndarray, "batch pixel"]:
     """Return images as rows of numbers in [0, 1]."""
     return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)

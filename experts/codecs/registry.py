@@ -16,6 +16,7 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json
 from ddm_core.json_values import from_json
 from experts.codec import Codec, PixelCodec
+from experts.codecs.patch_pca import fit_patch_pca_codec, load_patch_pca_codec
 from experts.codecs.pca import fit_pca_codec, load_pca_codec
 from experts.codecs.pca_conv import fit_pca_conv, load_pca_conv
 from experts.config import CodecConfig
@@ -38,6 +39,7 @@ class _Metadata(TypedDict):
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Height, width, channels."""
     whitening: NotRequired[FiniteFloat]
+    patch_size: NotRequired[PositiveInt]
 
 
 def fit_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
@@ -74,8 +76,14 @@ def _fit_pca(config: CodecConfig, shards: Path, out: Path, workspace: Workspace)
     return 0.0
 
 
+def _fit_patch_pca(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
+    fit_patch_pca_codec(config, shards).save(out)
+    return 0.0
+
+
 CODECS: dict[str, CodecKind] = {
     "pixels": CodecKind(fit=_fit_pixels, load=_load_pixels),
     "pca": CodecKind(fit=_fit_pca, load=load_pca_codec),
+    "patch_pca": CodecKind(fit=_fit_patch_pca, load=load_patch_pca_codec),
     "pca_conv": CodecKind(fit=fit_pca_conv, load=load_pca_conv),
 }

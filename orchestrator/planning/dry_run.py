@@ -78,7 +78,7 @@ class _Pass:
 
 def dry_run(config: RunConfig, folder: Path) -> DryRun:
     """Run three passes and fit the speeds; raises what the stages raise."""
-    count = max(MIN_IMAGES, 0 if config.codec.kind == "pixels" else 2 * config.codec.components)
+    count = max(MIN_IMAGES, 0 if config.codec.kind in ("pixels", "patch_pca") else 2 * config.codec.components)
     cold, warm, long = (
         _run_pass(config, folder / name, images)
         for name, images in (("cold", count), ("warm", count), ("long", 2 * count))

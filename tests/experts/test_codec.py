@@ -13,16 +13,17 @@ def images(shards):
     return next(read_batches(shards, 40)).images
 
 
-def fit_and_load(kind, shards, out, workspace, whitening=0.0, components=16):
+def fit_and_load(kind, shards, out, workspace, whitening=0.0, components=16, **fields):
     short_training = TrainingConfig(steps=4, batch_size=8, warmup_steps=1)
-    config = CodecConfig(kind=kind, components=components, whitening=whitening, decoder_training=short_training)
+    fields = {"patch_size": 2, "latent_channels": min(components, 4), "decoder_training": short_training} | fields
+    config = CodecConfig(kind=kind, components=components, whitening=whitening, **fields)
     fit_codec(config, shards, out, workspace)
     return load_codec(out)
 
 
-@pytest.mark.parametrize("kind", ["pixels", "pca"])
+@pytest.mark.parametrize("kind", ["pixels", "pca", "patch_pca"])
 def test_full_rank_codec_reproduces_images(kind, shards, images, tmp_path, workspace):
-    """Use all 16 components of 4 x 4 pixels."""
+    """Use all 16 components of 4 x 4 pixels, or all 4 of 2 x 2."""
     codec = fit_and_load(kind, shards, tmp_path / "codec", workspace)
     latents = codec.encode(images)
     assert latents.shape == (40, *codec.latent_shape)

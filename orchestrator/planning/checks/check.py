@@ -19,7 +19,13 @@ from data_partition.errors import EFFICIENTNET_REMEDY, DataError
 from ddm_core.artifacts import read_json
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
-from experts.networks.latent_shapes import NetworkError, check_latent_shape, latent_shape_of
+from experts.networks.latent_shapes import (
+    CodecError,
+    NetworkError,
+    check_latent_shape,
+    count_pca_values,
+    latent_shape_of,
+)
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
@@ -135,6 +141,7 @@ class DataCheck:
             self.check_without_labels()
         if self.survey is not None and self.survey.held_out < MIN_HELD_OUT:
             self.check_held_out(self.survey)
+        self.check_codec()
         self.check_networks()
         self.check_pixels()
         if self.survey is not None and self.survey.is_complete:
@@ -197,6 +204,17 @@ class DataCheck:
                 break
         self.is_mendable &= is_mended
 
+    def check_codec(self) -> None:
+        """Check that the codec's patches fit the images."""
+        data, codec = self.config.data, self.config.codec
+        try:
+            latent_shape_of(codec, data.image_size, data.channels)
+        except CodecError as error:
+            self.mistakes.append(str(error))
+            size = math.gcd(codec.patch_size, data.image_size)
+            channels = min(codec.latent_channels, size**2 * data.channels)
+            self.change("codec", patch_size=size, latent_channels=channels)
+
     def check_networks(self) -> None:
         """Check that every network accepts the codec's latents."""
         experts = {"expert": self.config.expert} | {f"experts.{k}": item for k, item in self.config.experts.items()}
@@ -216,7 +234,7 @@ class DataCheck:
     def check_pixels(self) -> None:
         """Check that a codec of principal components can take all values of an image."""
         data, codec = self.config.data, self.config.codec
-        if codec.kind == "pixels" or data.image_size**2 * data.channels <= MAX_FEATURES:
+        if count_pca_values(codec, data.image_size, data.channels) <= MAX_FEATURES:
             return
         self.mistakes.append(
             f"codec.kind={codec.kind} takes at most {MAX_FEATURES} values an image, and "
@@ -228,7 +246,7 @@ class DataCheck:
         """Check that the images have as many principal components as the codec takes."""
         data, codec = self.config.data, self.config.codec
         limit = min(data.image_size**2 * data.channels, train - 1)
-        if codec.kind != "pixels" and codec.components > limit:
+        if codec.kind not in ("pixels", "patch_pca") and codec.components > limit:
             self.mistakes.append(
                 f"{train} training images of {data.image_size}x{data.image_size} pixels have at most {limit} principal "
                 f"components; got codec.components={codec.components}"

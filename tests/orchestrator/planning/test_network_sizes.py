@@ -21,12 +21,20 @@ def build_config(*overrides):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("codec=pixels", "expert=dit"), ("codec=pixels", "expert=unet"), ("router=transformer",)]
+    "overrides",
+    [
+        (),
+        ("codec=pixels", "expert=dit"),
+        ("codec=pixels", "expert=unet"),
+        ("codec=patch_pca", "codec.patch_size=2", "codec.latent_channels=3", "expert=dit"),
+        ("router=transformer",),
+    ],
 )
 def test_sizes_equal_those_of_real_networks(overrides):
     config = build_config(*overrides)
     size = measure_trainings(build_graph(config), config, CLASSES)["expert_0"]
-    shape = (1, 8, 8) if "codec=pixels" in overrides else (config.codec.components,)
+    shapes = {"codec=pixels": (1, 8, 8), "codec=patch_pca": (3, 4, 4)}
+    shape = next((shapes[key] for key in overrides if key in shapes), (config.codec.components,))
     expert = next(stage for stage in build_graph(config) if stage.name == "expert_0").config.expert
     network = build_network(expert.network, shape, CLASSES)
     row, t, condition = torch.zeros(1, *shape), torch.zeros(1), Condition.null(1)

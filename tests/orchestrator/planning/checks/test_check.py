@@ -42,12 +42,15 @@ def test_shipped_configurations_pass(tmp_path, overrides):
     expert=st.sampled_from(["residual_mlp", "unet", "dit"]),
     components=st.integers(2, 200),
     holdout=st.floats(0.05, 0.3),
+    codec=st.sampled_from(["pca", "patch_pca"]),
+    patch_size=st.integers(1, 32),
 )
-def test_advice_passes(tmp_path_factory, counts, experts, expert, components, holdout):
+def test_advice_passes(tmp_path_factory, counts, experts, expert, components, holdout, codec, patch_size):
     root = tmp_path_factory.mktemp("check")
     given = [*empty_images(root / "data", a=counts[0] + 1, b=counts[1]), f"expert={expert}"]
     given += [f"partition.num_experts={experts}", f"expert.training.batch_size={experts * 40}"]
     given += [f"codec.components={components}", f"data.holdout={holdout}"]
+    given += [f"codec={codec}", f"codec.patch_size={patch_size}"]
     try:
         check(root / "run", *given)
     except ConfigError as error:
@@ -66,6 +69,8 @@ def test_advice_passes(tmp_path_factory, counts, experts, expert, components, ho
         ({"a": 300, "b": 300}, ("partition.num_experts=60",), "at most 27"),
         ({"a": 60, "b": 60}, ("data.holdout=0.3",), "batch_size=240 is 60 images a step"),
         ({"a": 300, "b": 300}, ("data.image_size=64", "data.channels=3"), "64x64x3 has 12288"),
+        ({"a": 300, "b": 300}, ("codec=patch_pca", "codec.patch_size=5"), "patch_size=5 must divide"),
+        ({"a": 300, "b": 300}, ("codec=patch_pca", "codec.latent_channels=50"), "has 48 principal components"),
         ({"a": 300, "b": 300}, ("partition=labels", "partition.num_experts=3"), "2 classes"),
         ({"a": 300, "b": 300}, ("data.labels=false", "scores.conditional=true"), "scores.conditional"),
     ],
