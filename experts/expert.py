@@ -103,6 +103,11 @@ class Expert(ExpertModel):
         return velocity
 
     @property
+    def is_conditional(self) -> bool:
+        """Return whether the network reads classes or text."""
+        return self.num_classes > 0 or get_null_text(self.model) is not None
+
+    @property
     def needs_cache(self) -> bool:
         """Return whether it skips modules on some steps."""
         return self.cache is not None
@@ -200,7 +205,7 @@ def train_expert(
         num_classes = len(read_index(shards[0]).class_names)
     check_classes(dataset, num_classes)
     check_unchanged(config)
-    initial_model = build_initial_model(config, dataset.latent_shape, num_classes)
+    initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     loss = _create_loss(config, initial_model)
     return train_network(config.training, dataset, initial_model, loss, out, workspace, num_classes, cluster_id)
 

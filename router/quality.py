@@ -71,26 +71,15 @@ class Quality:
 
 def calibration_split(held_out: LatentDataset) -> tuple[LatentDataset, LatentDataset]:
     """Split held-out samples alternately: one half to measure quality, one to fit temperatures, which may be empty."""
-    first, second = (
-        LatentDataset(
-            clean=held_out.clean[start::2],
-            class_id=held_out.class_id[start::2],
-            cluster_id=held_out.cluster_id[start::2],
-        )
-        for start in (0, 1)
-    )
-    return first, second
+    rows = torch.arange(len(held_out))
+    return held_out.select(rows[::2]), held_out.select(rows[1::2])
 
 
 @torch.no_grad()
 def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
     """Measure cross-entropy, accuracy and calibration in ten bins of t on held-out latents; deterministic."""
     stride = -(-len(holdout) // MAX_IMAGES)
-    subset = LatentDataset(
-        clean=holdout.clean[::stride],
-        class_id=holdout.class_id[::stride],
-        cluster_id=holdout.cluster_id[::stride],
-    )
+    subset = holdout.select(torch.arange(0, len(holdout), stride))
     counts = router.prior_counts
     by_class = torch.cat([counts[:-1], counts[-1:] - counts[:-1].sum(0, keepdim=True)])
     return Quality(
@@ -110,7 +99,7 @@ def _measure_bin(router: Router, subset: LatentDataset, index: int) -> BinQualit
     noised = torch.stack(
         [router.noise_schedule.add_noise(subset.clean, noise[draw], t[draw]) for draw in range(NOISES_PER_IMAGE)]
     )
-    conditional = _measure_branch(router, noised, t, Condition(subset.class_id), subset.cluster_id)
+    conditional = _measure_branch(router, noised, t, subset.condition(torch.arange(len(subset))), subset.cluster_id)
     unconditional = _measure_branch(router, noised, t, Condition.null(len(subset)), subset.cluster_id)
     null = {f"{name}_null": value for name, value in unconditional.items()}
     return BinQuality(t_low=index / BINS, t_high=(index + 1) / BINS, **conditional, **null)

@@ -66,7 +66,7 @@ class Clusters:
 
     def _encode(self, folders: Sequence[Path], workspace: Workspace) -> LatentDataset:
         latents = encode_latents(folders, load_codec(self.codec), self.codec, workspace)
-        return latents if self.labeled else latents.unlabeled()
+        return latents if self.labeled else latents.without_conditions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

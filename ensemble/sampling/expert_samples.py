@@ -45,8 +45,9 @@ def sample_expert_latents(
         flops += expert_samples_flops(
             network_flops(expert.to("cpu").model, expert.latent_shape), sizes[k], config.steps
         )
-    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS}
-    ExpertSamples(dataset=LatentDataset(**together), prior_counts=counts).save(out)
+    clean, class_id, cluster_id = (torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS)
+    dataset = LatentDataset(clean=clean, class_id=class_id, cluster_id=cluster_id)
+    ExpertSamples(dataset=dataset, prior_counts=counts).save(out)
     return flops
 
 

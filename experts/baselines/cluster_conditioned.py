@@ -102,7 +102,7 @@ def with_cluster(
     condition: Condition, cluster_id: Int[Tensor, " batch"], num_classes: int, num_clusters: int
 ) -> Condition:
     """Return the pair (class, cluster) as one class; the pairs of the null class come last."""
-    return Condition(condition.embedding_index(num_classes) * num_clusters + cluster_id)
+    return replace(condition, class_id=condition.embedding_index(num_classes) * num_clusters + cluster_id)
 
 
 def train_cluster_conditioned(
@@ -113,7 +113,7 @@ def train_cluster_conditioned(
     num_classes, num_clusters = len(read_index(clusters[0]).class_names), len(clusters)
     check_classes(dataset, num_classes)
     num_pairs = (num_classes + 1) * num_clusters
-    initial_model = build_initial_model(config, dataset.latent_shape, num_pairs)
+    initial_model = build_initial_model(config, dataset.latent_shape, num_pairs, dataset.null_text)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         pairs = with_cluster(batch.condition, batch.cluster_id, num_classes, num_clusters)

@@ -57,7 +57,7 @@ def train_distilled_monolith(
     dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
     num_classes = len(read_index(clusters[0]).class_names)
     check_classes(dataset, num_classes)
-    initial_model = build_initial_model(config, dataset.latent_shape, num_classes)
+    initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     experts = {k: Expert.load(folder) for k, folder in teachers.items()}
     for expert in experts.values():
         expert.to(config.training.device)

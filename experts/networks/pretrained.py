@@ -15,6 +15,8 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 from ddm_core.artifacts import ArtifactError, read_json
+from experts.conditions.null_text import get_null_text
+from experts.conditions.text_embedding import TextEmbedding
 from experts.config import ExpertConfig, Prediction
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.networks.latent_shapes import NetworkError
@@ -31,20 +33,29 @@ class InitialModel:
     noise_schedule: NoiseSchedule
 
 
-def build_initial_model(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> InitialModel:
-    """Build a new network, or load the checkpoint; raise `NetworkError` or `InitError` if it does not fit."""
+def build_initial_model(
+    config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None = None
+) -> InitialModel:
+    """Build a new network, or load the checkpoint; raise `NetworkError` or `InitError` if it does not fit.
+
+    `null_text` is the encoded "" of data with text.
+    """
     if config.init is not None:
-        return _from_checkpoint(config, Path(config.init), latent_shape, num_classes)
+        return _from_checkpoint(config, Path(config.init), latent_shape, num_classes, null_text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        model = build_network(config.network, latent_shape, num_classes)
+        model = build_network(config.network, latent_shape, num_classes, null_text)
     return InitialModel(
         model=model, prediction=config.prediction, noise_schedule=NOISE_SCHEDULES[config.noise_schedule]
     )
 
 
 def _from_checkpoint(
-    config: ExpertConfig, folder: Path, latent_shape: tuple[int, ...], num_classes: int
+    config: ExpertConfig,
+    folder: Path,
+    latent_shape: tuple[int, ...],
+    num_classes: int,
+    null_text: TextEmbedding | None,
 ) -> InitialModel:
     init_files(folder)
     try:
@@ -52,6 +63,7 @@ def _from_checkpoint(
     except ArtifactError as error:
         raise InitError(f"init={folder}: {error}") from error
     _check_fits(model, folder, latent_shape, num_classes)
+    _check_text(model, folder, null_text)
     metadata = read_json(folder / "expert.json") if (folder / "expert.json").is_file() else {}
     prediction = metadata.get("prediction", config.init_prediction)
     name = metadata.get("noise_schedule", config.init_noise_schedule)
@@ -79,6 +91,17 @@ def _check_fits(model: nn.Module, folder: Path, latent_shape: tuple[int, ...], n
         raise InitError(
             f"init={folder} has {signature.num_classes} classes and the null class, and the data have {num_classes}; "
             "set data.labels=false for one without classes, or choose another checkpoint"
+        )
+
+
+def _check_text(model: nn.Module, folder: Path, null_text: TextEmbedding | None) -> None:
+    """Raise `InitError` unless a checkpoint reads texts of the data's shapes, or neither has text."""
+    ours = get_null_text(model)
+    shapes = [None if text is None else text.shape for text in (ours, null_text)]
+    if shapes[0] != shapes[1]:
+        raise InitError(
+            f"init={folder} takes texts of (tokens, features, pooled features) {shapes[0]}, and the data have "
+            f"{shapes[1]} (None is no text); use the checkpoint's text encoder, or another checkpoint"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from data_partition.shards.shards import read_batches, read_index
@@ -33,10 +33,12 @@ from ddm_core.errors import DDMError
 from ddm_core.memmaps import create_memmap
 from ddm_core.random_bits import Stream
 from experts.codec import Codec
+from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import Condition
+from experts.conditions.text_embedding import TextEmbedding
 from experts.config import TrainingConfig
 from experts.training.distributed import DataParallelGroup
-from experts.types import Latents, RowTimes
+from experts.types import Latents, RowIds, RowTimes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class LatentDataset:
     """-1 for samples without a class."""
     cluster_id: Int[Tensor, " batch"]
     """Index of the shard folder of the sample."""
+    captions: EncodedCaptions | None = None
+    """Captions of the same samples; None for data without text."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -65,9 +69,36 @@ class LatentDataset:
     def __len__(self) -> int:
         return self.clean.shape[0]
 
-    def unlabeled(self) -> "LatentDataset":
-        """Return the same latents without their classes."""
-        return replace(self, class_id=torch.full_like(self.class_id, -1))
+    @property
+    def null_text(self) -> TextEmbedding | None:
+        """Return the encoded "", one row; None for data without text."""
+        return None if self.captions is None else self.captions.null_text
+
+    @property
+    def has_conditions(self) -> bool:
+        """Return whether a sample has a class or a caption."""
+        return self.captions is not None or bool((self.class_id >= 0).any())
+
+    def condition(self, rows: RowIds, uniforms: Float[Tensor, " row"] | None = None) -> Condition:
+        """Return the conditions of samples; numbers in [0, 1) draw one of several captions, None takes the first."""
+        class_id = self.class_id.index_select(0, rows)
+        if self.captions is None:
+            return Condition(class_id)
+        uniforms = torch.zeros(len(rows)) if uniforms is None else uniforms
+        return Condition(class_id, self.captions.gather(*self.captions.choose(rows, uniforms)))
+
+    def select(self, rows: RowIds) -> "LatentDataset":
+        """Return these samples, in this order."""
+        return LatentDataset(
+            clean=self.clean.index_select(0, rows),
+            class_id=self.class_id.index_select(0, rows),
+            cluster_id=self.cluster_id.index_select(0, rows),
+            captions=None if self.captions is None else self.captions.select(rows),
+        )
+
+    def without_conditions(self) -> "LatentDataset":
+        """Return the same latents without their classes and captions."""
+        return replace(self, class_id=torch.full_like(self.class_id, -1), captions=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +136,13 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     noise = torch.randn(len(batch_rows), *dataset.latent_shape, generator=generator)
     t = torch.randn(len(batch_rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
     dropped = torch.rand(len(batch_rows), generator=generator) < config.condition_dropout
+    uniforms = torch.rand(len(batch_rows), generator=generator) if dataset.captions is not None else None
+    condition = dataset.condition(rows, None if uniforms is None else uniforms[local_rows])
     return Batch(
         clean=dataset.clean.index_select(0, rows),
         noise=noise[local_rows],
         t=t[local_rows],
-        condition=Condition(dataset.class_id.index_select(0, rows)).drop(dropped[local_rows]),
+        condition=condition.drop(dropped[local_rows]),
         cluster_id=dataset.cluster_id.index_select(0, rows),
     )
 

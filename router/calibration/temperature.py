@@ -49,8 +49,8 @@ def collect_logits(
     With `conditional`, rows without a class are omitted; otherwise the condition is null.
     """
     rows = torch.arange(ROWS_PER_BIN) * len(dataset) // ROWS_PER_BIN
-    clean, class_id = dataset.clean.index_select(0, rows), dataset.class_id.index_select(0, rows)
-    condition = Condition(class_id) if conditional else Condition.null(ROWS_PER_BIN)
+    clean = dataset.clean.index_select(0, rows)
+    condition = dataset.condition(rows) if conditional else Condition.null(ROWS_PER_BIN)
     logits, times = [], []
     for index in range(BINS):
         generator = torch.Generator().manual_seed(SEED + index)
@@ -60,7 +60,7 @@ def collect_logits(
         times.append(t)
     cluster_id = dataset.cluster_id.index_select(0, rows).repeat(BINS)
     labeled = LabeledLogits(logits=torch.cat(logits), t=torch.cat(times), cluster_id=cluster_id)
-    return labeled.rows(class_id.repeat(BINS) >= 0) if conditional else labeled
+    return labeled.rows(~condition.is_null.repeat(BINS)) if conditional else labeled
 
 
 Temperatures = Float[Tensor, "branch bin"]
@@ -77,7 +77,7 @@ def apply_temperature(
 ) -> Logits:
     """Divide the logits of every row by its temperature, whose logarithm is linear between the centers of the bins."""
     # Guo et al. 2017, arXiv:1706.04599, equation (9): softmax(z / T), here with T = T(t).
-    is_null = (condition.class_id < 0).long().to(t.device)
+    is_null = condition.is_null.long().to(t.device)
     rows = temperatures.to(t.device).log()[is_null]
     return logits / interpolate(rows, t).exp().to(logits.dtype).unsqueeze(-1)
 

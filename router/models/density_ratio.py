@@ -135,9 +135,7 @@ def select_cluster(dataset: LatentDataset, k: int) -> LatentDataset:
     rows = (dataset.cluster_id == k).nonzero().squeeze(-1)
     if not len(rows):
         raise ValueError(f"a head needs samples of its cluster; cluster {k} has none: remove it")
-    return LatentDataset(
-        clean=dataset.clean.index_select(0, rows), class_id=dataset.class_id[rows], cluster_id=dataset.cluster_id[rows]
-    )
+    return dataset.select(rows)
 
 
 def _mean_row(rows: Sequence[MetricsRow]) -> MetricsRow:

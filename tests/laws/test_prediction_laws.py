@@ -89,7 +89,7 @@ def gaussian_velocity(mean, variance, noised, t, schedule):
 class GaussianOracle(ResidualMLP):
     """Returns the exact prediction for clean ~ N(1.5, 0.3) on one noise schedule."""
 
-    def forward(self, noised, t, class_index):
+    def forward(self, noised, t, class_index, pooled_text=None):
         velocity = gaussian_velocity(1.5, 0.3, noised, t, self.schedule)
         return from_velocity(self.kind, velocity, noised, t, self.schedule)
 

@@ -24,7 +24,7 @@ from ensemble.compression.distillation.student import (
     check_step_type,
     predict_clean,
     rollout_to,
-    sample_class_labels,
+    sample_conditions,
     with_network,
 )
 from ensemble.compression.distillation.teacher import Teacher, copy_frozen
@@ -92,7 +92,7 @@ def make_update_step(expert: Expert, teacher: Teacher, dataset: LatentDataset, c
         generator = torch.Generator().manual_seed(derive_seed(Stream.SCORE_IDENTITY, config.training.seed, step))
         device = next(networks["student"].parameters()).device
         student, fake = with_network(expert, networks["student"]), with_network(expert, networks["fake"])
-        condition = sample_class_labels(dataset, rows, config.training.condition_dropout, generator).to(device)
+        condition = sample_conditions(dataset, rows, config.training.condition_dropout, generator).to(device)
         # Uniform mixture (2505.12674, section 3.2): one of the student's times, the same for both updates.
         last = int(torch.randint(config.steps, (), generator=generator))
         noise = torch.randn(last + 1, rows, *expert.latent_shape, generator=generator).to(device)
@@ -166,8 +166,8 @@ def _sample_t_and_noise(
 def _check_guidance(expert: Expert, dataset: LatentDataset, config: SiDConfig) -> None:
     """Raise `StageError` for guidance of an expert without classes."""
     scales = (config.teacher_guidance, config.fake_guidance, config.fake_training_guidance)
-    if any(scale != 1 for scale in scales) and (expert.num_classes == 0 or bool((dataset.class_id < 0).all())):
+    if any(scale != 1 for scale in scales) and not (expert.is_conditional and dataset.has_conditions):
         raise StageError(
-            f"guidance {scales} needs an expert that was trained with classes, and expert {expert.cluster_id} has "
-            "none; set all three scales to 1"
+            f"guidance {scales} needs an expert that was trained with classes or text, and expert {expert.cluster_id} "
+            "has none; set all three scales to 1"
         )

@@ -78,10 +78,10 @@ def sample_student(expert: Expert, noise: Latents, condition: Condition, times: 
     return noised
 
 
-def sample_class_labels(dataset: LatentDataset, rows: int, dropout: float, generator: torch.Generator) -> Condition:
+def sample_conditions(dataset: LatentDataset, rows: int, dropout: float, generator: torch.Generator) -> Condition:
     """Sample conditions as frequent as in the cluster, some of them dropped; the latents are not read."""
     index: Int[Tensor, " row"] = torch.randint(len(dataset), (rows,), generator=generator)
-    return Condition(dataset.class_id[index]).drop(torch.rand(rows, generator=generator) < dropout)
+    return dataset.condition(index).drop(torch.rand(rows, generator=generator) < dropout)
 
 
 def _velocity_field(expert: Expert, condition: Condition) -> VelocityField:

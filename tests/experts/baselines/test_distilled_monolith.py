@@ -65,7 +65,7 @@ def test_teacher_of_another_prediction_is_converted():
     velocity = teacher(3)
 
     class CleanFromVelocity(ResidualMLP):
-        def forward(self, noised, t, class_index):
+        def forward(self, noised, t, class_index, pooled_text=None):
             teacher_velocity = velocity.velocity(noised, t, Condition.null(len(t)))
             return (noised - teacher_velocity * t[:, None]).detach()
 

@@ -42,7 +42,7 @@ def test_loss_converted_to_itself_is_unchanged(prediction, name):
 class ExactNoiseNetwork(ResidualMLP):
     """Returns the noise of the batch for any input."""
 
-    def forward(self, noised, t, class_index):
+    def forward(self, noised, t, class_index, pooled_text=None):
         return batch().noise
 
 

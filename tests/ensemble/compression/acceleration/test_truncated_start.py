@@ -69,7 +69,7 @@ def from_noise(expert, steps):
 
 
 def test_the_best_start_time_beats_drafts_and_plain_sampling(expert, tmp_path):
-    data, workspace = digits().unlabeled(), Workspace.at(tmp_path)
+    data, workspace = digits().without_conditions(), Workspace.at(tmp_path)
     truncated = with_draft(expert, fit_draft(expert, expert, data, CONFIG, workspace)[0], 0.5)
     scores = score_start_times(truncated, data, CONFIG, workspace)
     best = min(scores, key=lambda t: scores[t])
@@ -82,7 +82,7 @@ def test_the_best_start_time_beats_drafts_and_plain_sampling(expert, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("draft", [pytest.param("autoregressive", marks=pytest.mark.integration), "expert"])
 def test_other_drafts_beat_one_step_from_noise(draft, expert, tmp_path):
-    config, data = replace(CONFIG, draft=draft), digits().unlabeled()
+    config, data = replace(CONFIG, draft=draft), digits().without_conditions()
     generator, flops = fit_draft(expert, expert, data, config, Workspace.at(tmp_path))
     assert measure_distance(with_draft(expert, generator, 0.2), data, config) < from_noise(expert, 1)
     assert (flops > 0) == (draft == "autoregressive")

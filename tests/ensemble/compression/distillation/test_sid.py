@@ -113,7 +113,7 @@ def test_a_resumed_training_is_bit_identical(step_type, teacher, tmp_path):
 def test_guidance_needs_classes_and_changes_the_student(teacher, tmp_path):
     guided = SiDConfig(training=BRIEF, teacher_guidance=1.5, fake_guidance=1.5, fake_training_guidance=1.5)
     with pytest.raises(StageError, match="set all three scales to 1"):
-        distill_sid(teacher, digits().unlabeled(), guided, Workspace.at(tmp_path / "a"))
+        distill_sid(teacher, digits().without_conditions(), guided, Workspace.at(tmp_path / "a"))
     anti = SiDConfig(training=BRIEF, fake_guidance=-0.5)
     plain = SiDConfig(training=BRIEF)
     states = [
