@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from diffusers import FlowMatchEulerDiscreteScheduler
-
 from ddm_core.artifacts import (
     MANIFEST,
     ArtifactError,
@@ -216,6 +214,8 @@ class _Index:
 
     def write(self, folder: Path) -> None:
         """Write the index and the scheduler's folder."""
+        from diffusers import FlowMatchEulerDiscreteScheduler  # imports scipy.stats
+
         FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
         index = {
             "_class_name": CLASS_NAME,

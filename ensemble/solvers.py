@@ -6,10 +6,10 @@ a time grid. To add a solver, write the function and add it to `SOLVERS`.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from ensemble.config import Solver
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.diffusion.predictions import to_clean
+
+if TYPE_CHECKING:  # they import scipy.stats
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
@@ -119,6 +122,8 @@ def sample_few_step(
 
 def flow_match_euler(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
     """Run diffusers' `FlowMatchEulerDiscreteScheduler` on the given times, in float32."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=times[:-1].tolist())
     scheduler.sigmas[-1] = times[-1]
@@ -127,6 +132,8 @@ def flow_match_euler(velocity: VelocityField, noise: Latents, times: TimeGrid) -
 
 def flow_match_heun(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
     """Run diffusers' `FlowMatchHeunDiscreteScheduler` on the given times, in float32."""
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(len(times) - 1)
     inner = times[1:-1].repeat_interleave(2)
@@ -137,7 +144,7 @@ def flow_match_heun(velocity: VelocityField, noise: Latents, times: TimeGrid) ->
 
 
 def _run_scheduler(
-    scheduler: FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler,
+    scheduler: "FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler",
     velocity: VelocityField,
     noise: Latents,
     evaluated: TimeGrid,

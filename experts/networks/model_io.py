@@ -10,6 +10,7 @@ of any kind, pickles included. `load_model` requires every tensor of the model a
 
 import inspect
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,10 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     """Load a model of one of these classes for inference; raise `CorruptArtifact` if that fails."""
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    model_class: Any = next((candidate for candidate in classes if candidate.__name__ == name), None)
-    if model_class is None:
-        names = ", ".join(candidate.__name__ for candidate in classes)
-        raise CorruptArtifact(f"{folder} holds a network of class {name!r}; known are {names}")
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    by_name: dict[str, Any] = {candidate.__name__: candidate for candidate in classes}
+    name = read_class_name(folder, by_name)
+    model_class = by_name[name]
+    settings = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
     if settings.get(DIFFUSERS_CONFIG) == COMPRESSED:
         del settings[DIFFUSERS_CONFIG]
     if unknown := sorted(settings.keys() - inspect.signature(model_class).parameters.keys()):
@@ -70,6 +68,15 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
         reason = " ".join(str(error).split())[:500]
         raise CorruptArtifact(f"{folder} does not hold a complete {name}: {reason}; {REMEDY}") from error
     return model.eval()
+
+
+def read_class_name(folder: Path, known: Collection[str]) -> str:
+    """Return the name of the class of a model; raise `CorruptArtifact` unless it is a known one."""
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(name, str) or name not in known:
+        raise CorruptArtifact(f"{folder} holds a network of class {name!r}; known are {', '.join(known)}")
+    return name
 
 
 MAX_ELEMENTS_PER_BYTE = 64

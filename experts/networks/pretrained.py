@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 from ddm_core.artifacts import ArtifactError, read_json
+from experts.architectures.residual_mlp import ResidualMLP
 from experts.conditions.null_text import get_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import ExpertConfig, Prediction
@@ -117,14 +117,14 @@ class ModelSignature:
 def model_signature(model: nn.Module) -> ModelSignature:
     """Read the signature from a network's config; a UNet without class embedding has no classes."""
     config: Any = model.config
-    if not isinstance(model, UNet2DModel | DiTTransformer2DModel):
+    if isinstance(model, ResidualMLP):
         shape = tuple(config.latent_shape)
         return ModelSignature(latent_shape=shape, out_channels=shape[0], num_classes=config.num_classes)
     if not isinstance(config.sample_size, int):
         raise NetworkError(
             f"networks need square samples; this one takes size {config.sample_size}; choose another checkpoint"
         )
-    is_unet = isinstance(model, UNet2DModel)
+    is_unet = type(model).__name__ == "UNet2DModel"
     embeds = (config.num_class_embeds or 1) - 1 if is_unet else config.num_embeds_ada_norm
     return ModelSignature(
         latent_shape=(config.in_channels, config.sample_size, config.sample_size),

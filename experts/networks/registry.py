@@ -7,10 +7,10 @@ a row, and embeds `num_classes` classes followed by the null class.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
@@ -20,8 +20,11 @@ from experts.conditions.null_text import get_null_text, load_null_text, set_null
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.networks.latent_shapes import NetworkError, check_latent_shape
-from experts.networks.model_io import load_model
+from experts.networks.model_io import load_model, read_class_name
 from experts.types import Latents, RowTimes, Times
+
+if TYPE_CHECKING:  # their import takes as long as that of torch, and most workers need none
+    from diffusers import DiTTransformer2DModel, UNet2DModel
 
 AnyNetworkConfig = ResidualMLPConfig | UNetConfig | DiTConfig
 
@@ -37,10 +40,18 @@ NetworkCall = Callable[[Any, Latents, Tensor, Condition], Tensor]
 class Network:
     """Build and call functions of one kind of network."""
 
-    model_class: type[nn.Module]
+    module: str
+    class_name: str
+    """Its class in `module`, which is imported when a network is built or loaded; also in `config.json`."""
     build: Callable[[Any, tuple[int, ...], int, TextEmbedding | None], nn.Module]
     """Maps (config, latent shape, number of classes, null text) to a model with new parameters."""
     call: NetworkCall
+
+    @property
+    def model_class(self) -> type[nn.Module]:
+        """Return the class of the network."""
+        model_class: type[nn.Module] = getattr(import_module(self.module), self.class_name)
+        return model_class
 
 
 def _build_residual_mlp(
@@ -65,6 +76,8 @@ def _call_residual_mlp(model: ResidualMLP, noised: Latents, t: Tensor, condition
 def _build_unet(
     config: UNetConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None
 ) -> nn.Module:
+    from diffusers import UNet2DModel
+
     check_latent_shape(config, latent_shape)
     _check_without_text(config.kind, null_text)
     channels, side = latent_shape[:2]
@@ -85,7 +98,7 @@ def _build_unet(
     return model
 
 
-def _call_unet(model: UNet2DModel, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
+def _call_unet(model: "UNet2DModel", noised: Latents, t: Tensor, condition: Condition) -> Tensor:
     num_embeddings = model.config.num_class_embeds
     labels = None if num_embeddings is None else condition.embedding_index(num_embeddings - 1)
     predicted: Tensor = model(noised, t * TIMESTEPS, labels, return_dict=False)[0]
@@ -95,6 +108,8 @@ def _call_unet(model: UNet2DModel, noised: Latents, t: Tensor, condition: Condit
 def _build_dit(
     config: DiTConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None
 ) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
     check_latent_shape(config, latent_shape)
     _check_without_text(config.kind, null_text)
     channels, side = latent_shape[:2]
@@ -110,19 +125,21 @@ def _build_dit(
     return _without_label_dropout(model)
 
 
-def _call_dit(model: DiTTransformer2DModel, noised: Latents, t: Tensor, condition: Condition) -> Tensor:
+def _call_dit(model: "DiTTransformer2DModel", noised: Latents, t: Tensor, condition: Condition) -> Tensor:
     labels = condition.embedding_index(model.config.num_embeds_ada_norm)
     predicted: Tensor = model(noised, t * TIMESTEPS, labels, return_dict=False)[0]
     return predicted
 
 
 NETWORKS: dict[str, Network] = {
-    "residual_mlp": Network(model_class=ResidualMLP, build=_build_residual_mlp, call=_call_residual_mlp),
-    "unet": Network(model_class=UNet2DModel, build=_build_unet, call=_call_unet),
-    "dit": Network(model_class=DiTTransformer2DModel, build=_build_dit, call=_call_dit),
+    "residual_mlp": Network(
+        module=ResidualMLP.__module__, class_name="ResidualMLP", build=_build_residual_mlp, call=_call_residual_mlp
+    ),
+    "unet": Network(module="diffusers", class_name="UNet2DModel", build=_build_unet, call=_call_unet),
+    "dit": Network(module="diffusers", class_name="DiTTransformer2DModel", build=_build_dit, call=_call_dit),
 }
 
-_CALLS = {network.model_class: network.call for network in NETWORKS.values()}
+_CALLS = {network.class_name: network.call for network in NETWORKS.values()}
 
 
 def build_network(
@@ -150,13 +167,14 @@ def resolve_call(model: nn.Module, noised: Latents, t: Times) -> tuple[NetworkCa
         raise NetworkError(
             f"this network takes one t a row, not t of shape {tuple(t.shape)}; pass {len(noised)} numbers"
         )
-    return _CALLS[type(model)], t.expand(len(noised))
+    return _CALLS[type(model).__name__], t.expand(len(noised))
 
 
 def load_network(folder: Path) -> nn.Module:
     """Load a network for inference; raise an `ArtifactError` if it is invalid or of another kind."""
-    classes = tuple(network.model_class for network in NETWORKS.values())
-    return set_null_text(_without_label_dropout(load_model(classes, folder)), load_null_text(folder))
+    networks = {network.class_name: network for network in NETWORKS.values()}
+    model_class = networks[read_class_name(folder, networks)].model_class
+    return set_null_text(_without_label_dropout(load_model((model_class,), folder)), load_null_text(folder))
 
 
 def _check_without_text(kind: str, null_text: TextEmbedding | None) -> None:

@@ -7,32 +7,22 @@ that shares all parameters. `first_block` decides from the statistics of a batch
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from diffusers.hooks import (
-    FirstBlockCacheConfig,
-    HookRegistry,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-    apply_first_block_cache,
-    apply_mag_cache,
-    apply_pyramid_attention_broadcast,
-    apply_taylorseer_cache,
-)
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from ddm_core.artifacts import STRICT
 from experts.types import RowIds
 
+if TYPE_CHECKING:  # its import takes as long as that of torch, and few ensembles have a hook
+    from diffusers.hooks import HookRegistry
+
 HookKind = Literal["taylorseer", "first_block", "mag", "pyramid"]
 
 LAYERS = [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"]
 """The layers that TaylorSeer caches; its default patterns match no layer of a DiT."""
-CONTEXT = CacheContext(name="ddm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +60,8 @@ def apply_cache_hook(model: nn.Module, hook: CacheHook, *, calibrate: int = 0) -
 
     `calibrate` is the number of calls that `mag` observes before it prints its ratios; 0 observes nothing.
     """
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     hooked = copy.deepcopy(model, shared)
     _APPLY[hook.kind](hooked, hook, calibrate)
@@ -77,16 +69,20 @@ def apply_cache_hook(model: nn.Module, hook: CacheHook, *, calibrate: int = 0) -
         raise ValueError(
             f"diffusers' hook {hook.kind} must match a layer; a {type(model).__name__} has none; choose another hook"
         )
-    _set_cache_context(hooked, CONTEXT)
+    _set_cache_context(hooked, CacheContext(name="ddm"))
     return hooked
 
 
-def _registries(model: nn.Module) -> list[HookRegistry]:
+def _registries(model: nn.Module) -> "list[HookRegistry]":
+    from diffusers.hooks import HookRegistry
+
     candidates = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
     return [registry for registry in candidates if isinstance(registry, HookRegistry)]
 
 
 def _taylorseer(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
     config = TaylorSeerCacheConfig(
         cache_interval=hook.interval,
         disable_cache_before_step=hook.order + 1,
@@ -98,6 +94,8 @@ def _taylorseer(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
 
 
 def _first_block(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
     blocks = getattr(model, "transformer_blocks", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:
         raise ValueError(
@@ -107,6 +105,8 @@ def _first_block(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
 
 
 def _mag(model: nn.Module, hook: CacheHook, calibrate: int) -> None:
+    from diffusers.hooks import MagCacheConfig, apply_mag_cache
+
     settings: dict[str, Any] = {"mag_ratios": list(hook.ratios)} if not calibrate else {"calibrate": True}
     config = MagCacheConfig(
         threshold=hook.threshold,
@@ -118,6 +118,8 @@ def _mag(model: nn.Module, hook: CacheHook, calibrate: int) -> None:
 
 
 def _pyramid(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
+    from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
     recorder = FirstTimestepRecorder()
     model.register_forward_pre_hook(recorder, with_kwargs=True)
     config = PyramidAttentionBroadcastConfig(

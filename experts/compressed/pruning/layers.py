@@ -9,19 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from experts.architectures.residual_mlp import ResidualMLP
 from experts.training.flops import count_parameters
 
-PATTERNS: dict[type[nn.Module], re.Pattern[str]] = {
-    UNet2DModel: re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
-    DiTTransformer2DModel: re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
-    ResidualMLP: re.compile(r"blocks\.\d+"),
+PATTERNS: dict[str, re.Pattern[str]] = {
+    "UNet2DModel": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
+    "DiTTransformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
+    "ResidualMLP": re.compile(r"blocks\.\d+"),
 }
-"""Paths of removable layers."""
+"""Paths of removable layers, by the class of the network; importing these takes longer than most stages need."""
 
 
 class SkipLayer(nn.Module):
@@ -47,7 +45,7 @@ class ZeroLayer(nn.Module):
 
 def removable_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers that can still be removed, in the network's order."""
-    pattern = PATTERNS.get(type(model))
+    pattern = PATTERNS.get(type(model).__name__)
     if pattern is None:
         return []
     return [path for path, module in model.named_modules() if pattern.fullmatch(path) and _is_removable(path, module)]
@@ -58,7 +56,7 @@ def removed_layers(model: nn.Module) -> list[str]:
     removed = []
     for path, module in model.named_modules():
         if isinstance(module, SkipLayer | ZeroLayer):
-            is_block = isinstance(model, DiTTransformer2DModel) and isinstance(module, SkipLayer)
+            is_block = _is_transformer(model) and isinstance(module, SkipLayer)
             removed += [f"{path}.attn1", f"{path}.ff"] if is_block else [path]
     return removed
 
@@ -105,9 +103,13 @@ def layers_disabled(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
             model.set_submodule(path, module)
 
 
+def _is_transformer(model: nn.Module) -> bool:
+    return type(model).__name__ == "DiTTransformer2DModel"
+
+
 def _drops_block(model: nn.Module, path: str) -> bool:
     """Return whether the layer belongs to a block that is removed with its last layer."""
-    return isinstance(model, DiTTransformer2DModel) and not path.startswith("transformer_blocks.0.")
+    return _is_transformer(model) and not path.startswith("transformer_blocks.0.")
 
 
 def _is_removable(path: str, module: nn.Module) -> bool:

@@ -144,6 +144,7 @@ def test_registry_import_loads_no_heavy_library():
     ("kinds", "heavy"),
     [
         (("dataset", "features", "partition"), ("diffusers", "torch._dynamo", "sklearn")),
+        (("codec", "router", "expert", "ensemble", "score"), ("peft", "diffusers.hooks", "diffusers.models.unets")),
         (sorted(STAGE_KINDS), ("sklearn", "pandas", "ray", "wandb", "matplotlib", "hydra")),
     ],
 )
