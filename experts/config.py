@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
@@ -123,6 +123,34 @@ class CodecConfig:
         steps=1000, batch_size=64, lr=2e-3, warmup_steps=50, weight_decay=1e-3
     )
     """Training of the decoder."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TextConfig:
+    """The encoder of captions; its length is part of every model that reads its texts."""
+
+    kind: Literal["none", "minilm", "clip", "t5", "transformers"] = "none"
+    """`none`: models read no text. `minilm`: sentence embeddings from a small package. `clip`, `t5`: encoders of
+    published image models. `transformers`: any other encoder of that library."""
+
+    path: str | None = None
+    """Folder of the encoder and its tokenizer, or its id on the Hugging Face Hub; None: the package of `minilm`."""
+
+    length: Annotated[int, Field(ge=2, le=512)] = 16
+    """Tokens of every text: shorter ones are padded, longer ones are cut."""
+
+    device: str = "cpu"
+    """Torch device of the encoder while a data set is encoded."""
+
+    checksum: str = ""
+    """Checksum of the encoder's files, set when a run is composed; an encoder that has changed since is an error."""
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> "TextConfig":
+        """Check that an encoder outside the package has a path."""
+        if self.path is None and self.kind not in ("none", "minilm"):
+            raise ValueError(f"text={self.kind} needs text.path=…, the folder or Hub id of the encoder")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,0 +1,145 @@
+"""Text encoders: fixed length, the null text, rows alone and in a batch, cut prompts, and folders that are none."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+
+from experts.conditions.text_encoder import ROWS, TextEncoder
+from experts.conditions.text_files import TextError
+from experts.config import TextConfig
+from tests.text_encoders import save_tiny_encoder
+
+CAPTIONS = ["a dark ankle boot", "", "a shirt", "a dark ankle boot", "one two three four five six seven eight"]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return TextEncoder.from_config(TextConfig(kind="minilm", length=8))
+
+
+@pytest.fixture(scope="module", params=["clip", "t5", "transformers"])
+def tiny(request, tmp_path_factory):
+    folder = save_tiny_encoder(tmp_path_factory.mktemp(request.param), request.param)
+    return TextEncoder.from_config(TextConfig(kind=request.param, path=str(folder), length=8))
+
+
+def check_encoder(encoder):
+    captions = [*CAPTIONS, *(f"boot number {number}" for number in range(ROWS))]
+    rows, num_cut = encoder.encode_and_count(captions)
+    assert rows.shape == encoder.null_text.shape and rows.shape[0] == 8
+    assert num_cut == 1
+    assert rows.is_null.tolist() == [not caption for caption in captions]
+    assert (rows.sequence[~rows.mask] == 0).all()
+    for row in (0, 2, 4, len(captions) - 1):
+        alone = encoder.encode([captions[row]])
+        torch.testing.assert_close(alone.sequence, rows.sequence[row : row + 1], rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(alone.pooled, rows.pooled[row : row + 1], rtol=2e-3, atol=1e-3)
+        assert torch.equal(alone.mask, rows.mask[row : row + 1])
+    assert torch.equal(rows.pooled[0], rows.pooled[3]) and not torch.equal(rows.pooled[0], rows.pooled[2])
+    assert torch.equal(rows.pooled, rows.pooled.half().float())
+    assert encoder.null_text.mask.any() and encoder.null_text.is_null.all()
+    assert len(encoder.encode([])) == 0
+
+
+def test_minilm_encodes_rows_of_one_length(minilm):
+    check_encoder(minilm)
+
+
+def test_any_encoder_encodes_rows_of_one_length(tiny):
+    check_encoder(tiny)
+
+
+def test_minilm_knows_what_is_alike(minilm):
+    boot, shoe, dog = minilm.encode(["a dark ankle boot", "a black shoe", "the dog barks"]).pooled
+    assert torch.cosine_similarity(boot, shoe, 0) > torch.cosine_similarity(boot, dog, 0) + 0.2
+
+
+def test_long_texts_are_cut_with_one_message(minilm, caplog):
+    with caplog.at_level(logging.WARNING):
+        minilm.encode([CAPTIONS[4], "short", CAPTIONS[4]])
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 texts are longer than the 8 tokens of text.length, and were cut"
+    ]
+
+
+def test_saved_encoder_is_found_again(minilm, tmp_path):
+    assert TextEncoder.load(tmp_path) is None
+    minilm.save(tmp_path)
+    loaded = TextEncoder.load(tmp_path)
+    assert loaded.config == minilm.config and loaded.config.checksum
+    assert torch.equal(loaded.encode(CAPTIONS).sequence, minilm.encode(CAPTIONS).sequence)
+
+
+def test_changed_encoder_is_refused(tmp_path):
+    folder = save_tiny_encoder(tmp_path / "encoder", "transformers")
+    TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder))).save(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    with pytest.raises(TextError, match="not the one of the training"):
+        TextEncoder.load(tmp_path)
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def with_pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_remote_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "unheard_of", "auto_map": {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('executed')")
+
+
+def with_truncated_weights(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_tokenizer, "has no tokenizer"),
+        (with_pickle_only, "pickles are never read; it has .*pytorch_model.bin"),
+        (with_remote_code, "does not hold a text encoder of kind transformers"),
+        (with_truncated_weights, "does not hold a text encoder"),
+        (shutil.rmtree, "must be a folder with a text encoder"),
+    ],
+)
+def test_folder_that_is_no_encoder_is_one_error(tmp_path, damage, message):
+    folder = save_tiny_encoder(tmp_path / "encoder", "transformers")
+    damage(folder)
+    with pytest.raises(TextError, match=message):
+        TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder)))
+
+
+def test_encoder_of_another_kind_is_refused(tmp_path):
+    folder = save_tiny_encoder(tmp_path / "encoder", "t5")
+    with pytest.raises(TextError, match="its weights lack"):
+        TextEncoder.from_config(TextConfig(kind="clip", path=str(folder)))
+
+
+def test_length_beyond_the_positions_is_refused(tmp_path):
+    folder = save_tiny_encoder(tmp_path / "encoder", "clip")
+    with pytest.raises(TextError, match="at most 32"):
+        TextEncoder.from_config(TextConfig(kind="clip", path=str(folder), length=33))
+
+
+def test_hub_that_cannot_be_reached_is_one_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(TextError, match="neither a folder nor a repository"):
+        TextEncoder.from_config(TextConfig(kind="t5", path="someone/no-such-encoder"))
+
+
+def test_only_minilm_needs_no_path():
+    with pytest.raises(ValueError, match=r"needs text\.path"):
+        TextConfig(kind="t5")
+    assert TextEncoder.from_config(TextConfig()) is None
