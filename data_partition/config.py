@@ -17,7 +17,7 @@ MAX_FEATURES = 8192
 class DataConfig:
     """The source of the images, their size, and the held-out share."""
 
-    source: Literal["fashion", "fashion_full", "digits", "image_folder", "webdataset"] = "fashion"
+    source: Literal["fashion", "emoji", "fashion_full", "digits", "image_folder", "webdataset"] = "fashion"
     """Origin of the images; `data_partition/datasets/sources.py` has one function for each."""
 
     path: str | None = None
@@ -38,6 +38,7 @@ class DataConfig:
 
     captions: bool = False
     """Whether captions are read and stored; samples without one are counted.
+    `emoji` and `fashion` have their own.
     `image_folder`: `x.txt` or `x.caption` beside `x.png`, or `metadata.jsonl|csv|parquet` with a column `file_name`.
     `webdataset`: `.txt`, or a field of `.json`."""
 
@@ -47,6 +48,10 @@ class DataConfig:
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of samples held out from training as the reference for scores, chosen by a hash of their keys.
     A source with a test set of its own uses that instead."""
+
+    held_out_captions: tuple[str, ...] = ()
+    """Words that are never trained on together, such as `dark bag`: a sample whose caption has all the words of an
+    entry is held out."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of training samples."""
@@ -78,6 +83,13 @@ class DataConfig:
         """Check that a source outside the package has a path."""
         if self.path is None and self.source in ("image_folder", "webdataset"):
             raise ValueError(f"source {self.source} needs data.path=…, the folder or URL with the images")
+        return self
+
+    @model_validator(mode="after")
+    def _has_captions_to_hold_out(self) -> "DataConfig":
+        """Check that captions are read where some of them are held out."""
+        if self.held_out_captions and not self.captions:
+            raise ValueError("data.held_out_captions needs data.captions=true; set it, or leave the words out")
         return self
 
 

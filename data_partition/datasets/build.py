@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_partition.config import DataConfig
+from data_partition.datasets.captions import has_held_out_words
 from data_partition.datasets.notices import Notices
 from data_partition.datasets.source import Source, Unreadable, holdout_share, is_held_out
 from data_partition.datasets.sources import SOURCES
@@ -43,6 +44,7 @@ def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> Datase
     with build.train, build.holdout:
         for sample in build.notices.readable(source.train()):
             held_out = source.test is None and is_held_out(sample.key, config.holdout)
+            held_out = held_out or has_held_out_words(sample.caption, config.held_out_captions)
             build.add(sample, build.holdout if held_out else build.train)
             if build.train.count == config.limit:
                 break

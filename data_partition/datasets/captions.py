@@ -43,6 +43,12 @@ def find_caption(path: Path, root: Path, key: str | None) -> str:
     return ""
 
 
+def has_held_out_words(caption: str, held_out: Iterable[str]) -> bool:
+    """Return whether a caption has all the words of an entry of `held_out`, in any order; case is ignored."""
+    words = set(caption.lower().split())
+    return any(words.issuperset(entry.lower().split()) for entry in held_out)
+
+
 def normalize_caption(text: str) -> str:
     """Put the caption on one line; raises `ValueError` if it is too long or has characters that are not text."""
     caption = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))

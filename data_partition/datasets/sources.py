@@ -6,22 +6,33 @@ function, add it to `SOURCES` and its name to `DataConfig.source`.
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
-from importlib.resources import files
 
 import numpy as np
 
 from data_partition.config import DataConfig
 from data_partition.datasets.fashion_mnist import CLASS_NAMES, HELD_OUT_ROWS, find_fashion, read_split
 from data_partition.datasets.image_folder import check_root, list_class_names, read_image_tree
+from data_partition.datasets.packaged import EMOJI_CATEGORIES, read_emoji, read_packaged_fashion
 from data_partition.datasets.source import Source
 from data_partition.datasets.webdataset_source import read_urls
-from data_partition.shards.shards import Sample, decode_sample
-from data_partition.shards.tar import read_tar
+from data_partition.shards.shards import Sample
 
 
 def fashion(config: DataConfig) -> Source:
     """Return the source of 8,000 Fashion-MNIST images that this package contains; no download."""
-    return Source(class_names=CLASS_NAMES, train=_packaged_fashion)
+    return Source(class_names=CLASS_NAMES, train=lambda: read_packaged_fashion(captions=config.captions))
+
+
+def emoji(config: DataConfig) -> Source:
+    """Return the source of 1,906 captioned emoji in two styles that this package contains; no download.
+
+    `data.holdout` is the share of emoji that is held out, in both styles.
+    """
+    return Source(
+        class_names=EMOJI_CATEGORIES,
+        train=lambda: read_emoji(config.holdout, held_out=False),
+        test=lambda: read_emoji(config.holdout, held_out=True),
+    )
 
 
 def fashion_full(config: DataConfig) -> Source:
@@ -54,14 +65,6 @@ def webdataset(config: DataConfig) -> Source:
     return Source(class_names=(), train=lambda: read_urls(config.path, config))
 
 
-def _packaged_fashion() -> Iterator[Sample]:
-    for number in range(4):
-        name = f"fashion-{number:04d}.tar.gz"
-        with (files("data_partition") / "fashion" / name).open("rb") as file:
-            for encoded in read_tar(file, name):
-                yield decode_sample(encoded, name)
-
-
 def _digits() -> Iterator[Sample]:
     file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     rows = np.loadtxt(str(file), delimiter=",")  # `load_digits` reads the same, after seconds of imports
@@ -72,6 +75,7 @@ def _digits() -> Iterator[Sample]:
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "fashion": fashion,
+    "emoji": emoji,
     "fashion_full": fashion_full,
     "digits": digits,
     "image_folder": image_folder,

@@ -129,6 +129,7 @@ def _describe_others(root: Path) -> str:
 
 LISTINGS = {
     "fashion": lambda config: ((), ((f"train-{row:05d}", None) for row in range(8_000))),
+    "emoji": lambda config: ((), ((f"emoji-{row // 2:04d}", None) for row in range(3_812))),
     "digits": lambda config: ((), ((f"digits-{row:04d}", None) for row in range(1_797))),
     "image_folder": _list_image_folder,
     "webdataset": _list_webdataset,

@@ -84,6 +84,7 @@ def _count_files(root: Path) -> int:
 
 SOURCE_COUNTS: dict[str, Callable[[DataConfig], int | None]] = {
     "fashion": lambda config: 8000,
+    "emoji": lambda config: 3812,
     "fashion_full": lambda config: 60_000,
     "digits": lambda config: 1797,
     "image_folder": lambda config: _count_files(check_root(config.path)),
