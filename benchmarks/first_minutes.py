@@ -3,8 +3,8 @@
 1. Imports: a new process imports what the stages of a run need. CPU seconds and modules, by kind of stage, and for a
    worker that runs every kind of the digits.
 2. The first line: CPU seconds of `ddm run` until it prints something.
-3. The idle share: the part of `ddm run experiment=digits` on an embedded Ray cluster in which no stage is at work.
-   It holds the start of Ray, the imports of the workers, and the report.
+3. The idle share: the part of `ddm run experiment=digits` in which no stage is at work. It holds the imports of the
+   process that runs the stages, and the report; on an embedded Ray cluster also the start of Ray and of its workers.
 
 CPU seconds are those of the process itself. Other work on the machine changes them less than wall clock.
 """
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.record import Claim, Listing, median_and_range, write_result
@@ -37,10 +38,14 @@ for kind in {kinds!r}:
     STAGE_KINDS[kind].run
 if {late!r}:
     import sklearn.linear_model, torch._dynamo
+    from diffusers import FlowMatchEulerDiscreteScheduler
 after = os.times()
 print(after.user + after.system - before.user - before.system, len(sys.modules))
 """
-"""`late` adds what functions import: scikit-learn for the class probe, `torch._dynamo` for optimizers."""
+"""`late` adds what functions import: scikit-learn for the class probe, `torch._dynamo` for optimizers, a scheduler."""
+
+BACKENDS = ("inline", "ray_local")
+"""Where the digits run: in the process of the command, which is their default, and on workers of Ray."""
 
 
 def main() -> None:
@@ -51,23 +56,37 @@ def main() -> None:
     started = time.monotonic()
     rows = [(kind, [measure_imports([kind]) for _ in repetitions]) for kind in GROUPS]
     worker = [measure_imports(KINDS, late=True) for _ in repetitions]
-    first_lines, idle_shares = zip(*(measure_run() for _ in repetitions), strict=True)
+    runs = {backend: [measure_run(backend) for _ in repetitions] for backend in BACKENDS}
     claims = [
         make_claim("CPU seconds of imports of a worker that trains", 4.0, [cpu for cpu, _ in dict(rows)["expert"]]),
         make_claim("… of a worker that runs every stage of the digits", 4.0, [cpu for cpu, _ in worker]),
-        make_claim("CPU seconds until `ddm run` prints its first line", 1.0, first_lines),
-        make_claim("share of a digits run on Ray in which no stage is at work", 0.25, idle_shares),
+        make_claim(
+            "CPU seconds until `ddm run` prints its first line", 1.0, [run.first_line_cpu_s for run in runs["inline"]]
+        ),
+        make_claim(
+            "share of a digits run in which no stage is at work", 0.25, [run.idle_share for run in runs["inline"]]
+        ),
     ]
     table = [
         (kind, *median_and_range([cpu for cpu, _ in measured], 2), f"{measured[0][1]:,}")
         for kind, measured in [*rows, ("all of the digits", worker)]
     ]
     listing = Listing(title="Imports by kind of stage", columns=("kind", "CPU s", "spread", "modules"), rows=table)
+    run_table = [
+        (
+            backend,
+            *median_and_range([run.seconds for run in measured], 1),
+            *median_and_range([run.idle_share for run in measured], 2),
+        )
+        for backend, measured in runs.items()
+    ]
+    run_columns = ("compute", "seconds", "spread", "idle share", "spread")
+    run_listing = Listing(title="Runs of the digits", columns=run_columns, rows=run_table)
     notes = [
         f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. The idle share is a "
         "ratio of wall-clock times, and a busy machine delays the start of Ray more than the stages."
     ]
-    print(to_json(write_result("first_minutes", time.monotonic() - started, claims, [listing], notes)))
+    print(to_json(write_result("first_minutes", time.monotonic() - started, claims, [listing, run_listing], notes)))
 
 
 def make_claim(name: str, bar: float, values: Sequence[float]) -> Claim:
@@ -83,11 +102,22 @@ def measure_imports(kinds: Iterable[str], *, late: bool = False) -> tuple[float,
     return float(words[0]), int(words[1])
 
 
-def measure_run() -> tuple[float, float]:
-    """Run the digits; return CPU seconds until the first line, and the share of the time with no stage at work."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """The times of a run of the digits."""
+
+    seconds: float
+    first_line_cpu_s: float
+    """CPU seconds of the command until it prints its first line."""
+    idle_share: float
+    """Share of the seconds with no stage at work."""
+
+
+def measure_run(backend: str) -> MeasuredRun:
+    """Run the digits with a file of the group `compute`."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "digits"
-        words = ["experiment=digits", f"folder={run}", "wandb.mode=disabled"]
+        words = ["experiment=digits", f"compute={backend}", f"folder={run}", "wandb.mode=disabled"]
         started = time.time()
         command = [sys.executable, "-P", "-m", "orchestrator", "run", *words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -99,7 +129,9 @@ def measure_run() -> tuple[float, float]:
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
         journal = (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-        return first_line, 1 - busy_seconds(map(json.loads, journal)) / (time.time() - started)
+        seconds = time.time() - started
+        idle_share = 1 - busy_seconds(map(json.loads, journal)) / seconds
+        return MeasuredRun(seconds=seconds, first_line_cpu_s=first_line, idle_share=idle_share)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -40,5 +40,5 @@ def test_wheel_runs_the_pipeline_from_another_folder(wheel, tmp_path):
     call(binaries / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, folder=tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    call(binaries / "ddm", "run", "experiment=digits", "wandb.mode=disabled", folder=elsewhere)
+    call(binaries / "ddm", "run", "experiment=digits", "compute=ray_local", "wandb.mode=disabled", folder=elsewhere)
     assert (elsewhere / "runs" / "digits" / "report.html").is_file()

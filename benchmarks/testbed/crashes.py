@@ -22,14 +22,14 @@ from pathlib import Path
 
 import orchestrator.run.worker  # noqa: F401 - loads the numeric libraries once, before the forks
 from benchmarks.record import Claim
-from benchmarks.testbed.tiny_run import SMALLEST
+from benchmarks.testbed.tiny_run import TINY
 from ddm_core.artifacts import read_manifest
 from orchestrator.cli.app import main as ddm
 from orchestrator.config.hydra_compose import compose  # noqa: F401 - loaded before the forks
 from orchestrator.run.marked_processes import MARK, find_marked_processes
 from orchestrator.run.run_folder import RunFolder
 
-SETTINGS = (*SMALLEST, "expert.training.steps=60", "expert.training.checkpoint_every=5", "router.training.steps=20")
+SETTINGS = (*TINY, "expert.training.steps=60", "expert.training.checkpoint_every=5", "router.training.steps=20")
 """A run of every kind of stage in seconds."""
 
 EXIT_S = 60.0

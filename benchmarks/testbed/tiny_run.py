@@ -1,6 +1,6 @@
 """The smallest run that has every kind of stage of the digits."""
 
-SMALLEST = (
+TINY = (
     "experiment=digits",
     "compute.backoff_s=0",
     "wandb.mode=disabled",
@@ -21,7 +21,4 @@ SMALLEST = (
     "scores.components=4",
     "ensemble.steps=2",
 )
-"""Settings of a complete run of minimal size, on the default backend."""
-
-TINY = (*SMALLEST, "compute=inline")
-"""The same in the process of the controller."""
+"""Settings of a complete run of minimal size, in the process of its controller."""

@@ -50,7 +50,7 @@ class RayBackend:
         self._is_embedded = config.address is None
         self._running: dict[ray.ObjectRef, Job] = {}
         self._groups = TrainDrivers()
-        self._early_imports = min(config.cpus_here, MAX_EARLY_IMPORTS) if self._cluster.is_embedded else 0
+        self._early_imports = min(config.cpus_here - 1, MAX_EARLY_IMPORTS) if self._cluster.is_embedded else 0
         self._start_imports()
 
     def place(self, job: Job) -> str | None:

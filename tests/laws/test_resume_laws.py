@@ -29,6 +29,7 @@ SMALL = (
     "wandb.mode=disabled",
     "compute.backoff_s=0",
 )
+ON_RAY = (*SMALL, "compute=ray_local")
 
 
 def ddm(*arguments: str) -> list[str]:
@@ -58,25 +59,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 def undisturbed(tmp_path_factory):
     """Return an uninterrupted run on Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run("run", *SMALL, f"folder={folder}")
+    run("run", *ON_RAY, f"folder={folder}")
     return folder
 
 
 def test_inline_and_ray_write_identical_artifacts(undisturbed, tmp_path):
-    run("run", *SMALL, f"folder={tmp_path}", "compute=inline")
+    run("run", *SMALL, f"folder={tmp_path}")
     assert contents(tmp_path) == contents(undisturbed)
 
 
 def test_second_run_submits_nothing(undisturbed):
     before = (undisturbed / "journal.jsonl").read_text()
-    assert "nothing to do" in run("run", *SMALL, f"folder={undisturbed}")
+    assert "nothing to do" in run("run", *ON_RAY, f"folder={undisturbed}")
     assert (undisturbed / "journal.jsonl").read_text() == before
 
 
 @pytest.mark.integration
 def test_controller_killed_five_times_is_bit_identical(undisturbed, tmp_path):
     moments = random.Random(0)
-    command, kills = ddm("run", *SMALL, f"folder={tmp_path}"), 0
+    command, kills = ddm("run", *ON_RAY, f"folder={tmp_path}"), 0
     while kills < 5:
         controller = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -93,7 +94,7 @@ def test_controller_killed_five_times_is_bit_identical(undisturbed, tmp_path):
 
 @pytest.mark.integration
 def test_killed_expert_worker_resumes_checkpoint(undisturbed, tmp_path):
-    controller = subprocess.Popen(ddm("run", *SMALL, f"folder={tmp_path}"), stdout=subprocess.DEVNULL)
+    controller = subprocess.Popen(ddm("run", *ON_RAY, f"folder={tmp_path}"), stdout=subprocess.DEVNULL)
     worker = _wait_for_checkpoint(tmp_path, controller)
     os.kill(worker, signal.SIGKILL)
     assert controller.wait(timeout=300) == 0
@@ -104,7 +105,7 @@ def test_killed_expert_worker_resumes_checkpoint(undisturbed, tmp_path):
 
 @pytest.mark.integration
 def test_permanently_failed_expert_is_omitted(undisturbed, tmp_path):
-    command = ("run", *SMALL, f"folder={tmp_path}", "compute.retries=0")
+    command = ("run", *ON_RAY, f"folder={tmp_path}", "compute.retries=0")
     controller = subprocess.Popen(ddm(*command), stdout=subprocess.PIPE, text=True)
     os.kill(_wait_for_checkpoint(tmp_path, controller), signal.SIGKILL)
     output, _ = controller.communicate(timeout=300)
@@ -130,7 +131,7 @@ def _wait_for_checkpoint(folder: Path, controller: subprocess.Popen) -> int:
 
 @pytest.mark.integration
 def test_ctrl_c_leaves_a_resumable_run(undisturbed, tmp_path):
-    controller = subprocess.Popen(ddm("run", *SMALL, f"folder={tmp_path}"), stdout=subprocess.PIPE, text=True)
+    controller = subprocess.Popen(ddm("run", *ON_RAY, f"folder={tmp_path}"), stdout=subprocess.PIPE, text=True)
     _wait_for_checkpoint(tmp_path, controller)
     controller.send_signal(signal.SIGINT)
     output, _ = controller.communicate(timeout=120)
@@ -143,7 +144,7 @@ def test_ctrl_c_leaves_a_resumable_run(undisturbed, tmp_path):
 @pytest.mark.integration
 def test_changed_router_runs_only_dependent_stages(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
-    run("run", *SMALL, f"folder={folder}", "router.training.lr=0.002", "--replace")
+    run("run", *ON_RAY, f"folder={folder}", "router.training.lr=0.002", "--replace")
     events = RunFolder(folder).read_events()
     last = max(number for number, event in enumerate(events) if event["event"] == "run_started")
     submitted = {event["stage"] for event in events[last:] if event["event"] == "submitted"}

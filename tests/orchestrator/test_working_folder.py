@@ -79,18 +79,18 @@ def call_ddm(folder: Path, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("fill", [fill_with_packages, fill_with_modules])
 def test_workers_and_groups_of_the_embedded_cluster(fill, tmp_path):
     folder = fill(tmp_path / "here")
-    call_ddm(folder, "run", *DIGITS, "compute.cpus=2", "compute.stages.expert.workers=2")
+    call_ddm(folder, "run", *DIGITS, "compute=ray_local", "compute.cpus=2", "compute.stages.expert.workers=2")
     assert (folder / "runs" / "digits" / "report.html").is_file()
 
 
 def test_run_folder_as_working_folder(tmp_path):
-    call_ddm(tmp_path, "run", *DIGITS, "folder=run", "compute=inline")
+    call_ddm(tmp_path, "run", *DIGITS, "folder=run")
     call_ddm(tmp_path / "run", "run", *DIGITS, "folder=.", "router.training.steps=21", "--replace")
 
 
 def test_trials_of_a_sweep(tmp_path):
     folder = fill_with_modules(tmp_path / "here")
-    call_ddm(folder, "run", "-m", *DIGITS, "seed=1,2", "hydra/launcher=ddm_ray", "compute.cpus=2")
+    call_ddm(folder, "run", "-m", *DIGITS, "seed=1,2", "compute=ray_local", "hydra/launcher=ddm_ray", "compute.cpus=2")
     assert len(list(folder.glob("runs/**/report.html"))) == 2
 
 
@@ -112,5 +112,5 @@ def test_jobs_and_submitted_controllers_of_a_foreign_cluster(tmp_path, monkeypat
         assert (here / "runs" / "digits" / "report.html").is_file()
         token = islands.configs["island_1"].token_file
         where = (f"--address={address}", f"--token-file={token}")
-        call_ddm(here, "submit", *DIGITS, f"folder={tmp_path / 'submitted'}", *where, "--wait")
+        call_ddm(here, "submit", *DIGITS, "compute=ray_local", f"folder={tmp_path / 'submitted'}", *where, "--wait")
         call_ddm(here, "logs", str(tmp_path / "submitted"))

@@ -257,4 +257,4 @@ def test_inline_with_two_workers_is_an_error(tmp_path):
 )
 def test_config_with_impossible_workers_is_an_error(overrides, rule):
     with pytest.raises(ConfigError, match=rule):
-        parse_config(compose(["experiment=digits", *overrides]))
+        parse_config(compose([*overrides]))

@@ -24,7 +24,6 @@ from router.models.registry import build_router
 
 TINY = (
     "experiment=digits",
-    "compute=inline",
     "data.limit=400",
     "expert.training.steps=40",
     "router.training.steps=40",
@@ -72,7 +71,8 @@ def test_start_of_ray_is_announced_before_it_starts(tmp_path, monkeypatch):
         raise OrchestratorError("Ray starts")
 
     monkeypatch.setitem(BACKENDS, "ray", refuse)
-    result = CliRunner().invoke(app, ["run", "experiment=digits", f"folder={tmp_path / 'run'}", "wandb.mode=disabled"])
+    words = ["run", "experiment=digits", "compute=ray_local", f"folder={tmp_path / 'run'}", "wandb.mode=disabled"]
+    result = CliRunner().invoke(app, words)
     assert str(result.exception) == "Ray starts"
     assert result.output == "Reading the configuration …\nStarting Ray on this machine …\n"
 

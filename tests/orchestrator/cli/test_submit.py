@@ -162,6 +162,7 @@ def test_wait_until_started_reports_late_and_failed_jobs(tmp_path):
 
 TINY = (
     "experiment=digits",
+    "compute=ray_local",
     "partition.num_experts=1",
     "monolith=false",
     "wandb.mode=disabled",

@@ -115,7 +115,7 @@ def test_only_the_environment_has_the_ray_cluster(swept):
 @pytest.mark.integration
 def test_repeated_sweep_runs_nothing_with_either_sweeper(swept):
     before = {path: path.read_bytes() for path in swept.folder.glob("*/journal.jsonl")}
-    assert sweep(*swept.arguments, "seed=1,2", "compute=inline").count("nothing to do") == 2
+    assert sweep(*swept.arguments, "seed=1,2").count("nothing to do") == 2
     output = sweep(*swept.arguments, "seed=1,2", "hydra/launcher=ddm_ray")
     assert output.count("finished before") == 2 and "▶" not in output
 
@@ -146,7 +146,7 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     arguments = (f"folder={folder}", "expert.training.steps=300", "expert.training.checkpoint_every=50")
     mark = str(folder)
-    parallel = ("hydra/launcher=ddm_ray", "hydra.launcher.parallel=2", "compute.cpus=2")
+    parallel = ("compute=ray_local", "hydra/launcher=ddm_ray", "hydra.launcher.parallel=2", "compute.cpus=2")
     running = start(*arguments, "seed=1,2", *parallel, DDM_MARK=mark)
     killed = wait_for_run(folder, "**/expert_0-*/state/checkpoints/step-*")
     worker = json.loads(next(killed.glob("work/expert_0-*/attempt_1/worker.json")).read_text())["pid"]
@@ -158,7 +158,7 @@ def swept(tmp_path_factory):
     running.communicate()
     wait_until(lambda: not marked_controllers(mark), "the end of the trials")
 
-    sweep(*arguments, "seed=1,2", "compute=inline")
+    sweep(*arguments, "seed=1,2")
     other = next(run for run in (folder / "seed=1", folder / "seed=2") if run != killed)
     return Swept(folder, arguments, killed, other, added)
 
