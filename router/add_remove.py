@@ -12,6 +12,7 @@ from ddm_core.artifacts import Workspace, write_json
 from ddm_core.errors import DDMError
 from experts.codecs.registry import load_codec
 from experts.conditions.condition import Condition
+from experts.conditions.null_text import get_null_text, set_null_text
 from experts.config import TrainingConfig
 from experts.expert import check_classes
 from experts.training.checkpoint import MetricsRow
@@ -44,6 +45,11 @@ def add_head(
     Every head has its density in the denominator. Temperatures do not change.
     """
     model = _check_density_ratio(router)
+    if router.text_prior is not None:
+        raise RouterChangeError(
+            "a router with text cannot add an expert: its p(k | text) is fitted to all clusters together; "
+            "train the router again"
+        )
     head, head_training = make_seeded_head(model, training.seed), divide_batch(training, router.num_experts)
     row, t, null = torch.zeros(1, *cluster.latent_shape), torch.full((1,), 0.5), Condition.null(1).embedding_index(0)
     flops = training_flops(forward_flops(lambda: head(row, t, null)), head_training.batch_size, head_training.steps)
@@ -63,7 +69,8 @@ def remove_head(router: Router, expert_id: int) -> Router:
         raise RouterChangeError(
             f"the expert to remove must be one of 0 ... {router.num_experts - 1}, and not the last one; got {expert_id}"
         )
-    return _replace_heads(router, [model.heads[k] for k in remaining], router.prior_counts[:, remaining])
+    reduced = _replace_heads(router, [model.heads[k] for k in remaining], router.prior_counts[:, remaining])
+    return replace(reduced, text_prior=router.text_prior and router.text_prior.without(expert_id))
 
 
 def add_expert(
@@ -109,4 +116,4 @@ def _check_density_ratio(router: Router) -> DensityRatioRouter:
 
 def _replace_heads(router: Router, heads: Sequence[nn.Module], counts: Float[Tensor, "condition expert"]) -> Router:
     model: nn.Module = DensityRatioRouter.from_heads(heads, counts, _check_density_ratio(router))
-    return replace(router, model=model, prior_counts=counts)
+    return replace(router, model=set_null_text(model, get_null_text(router.model)), prior_counts=counts)

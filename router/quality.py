@@ -6,7 +6,7 @@ best accuracy is the largest cluster's share. Low accuracy at high t is therefor
 Temperatures are fitted on one half of the held-out samples, quality is measured on the other: see `calibration_split`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -60,13 +60,16 @@ class Quality:
     images: int
     """Number of held-out images in the measurement."""
     prior_entropy: float
-    """Entropy of p(k | c) in nats, averaged over the training samples: the floor of `cross_entropy` at t = 1."""
+    """Entropy of p(k | c) in nats, averaged over the training samples, for text over the held-out ones: the floor of
+    `cross_entropy` at t = 1."""
     prior_entropy_null: float
     """Entropy of p(k) in nats: the floor of `cross_entropy_null` at t = 1."""
     largest_share: float
-    """Accuracy of always predicting the largest cluster of the class: the limit of `accuracy` at t = 1."""
+    """Accuracy of always predicting the largest cluster of the condition: the limit of `accuracy` at t = 1."""
     largest_share_null: float
     """Share of the largest cluster: the limit of `accuracy_null` at t = 1."""
+    prior_cross_entropy: float | None = None
+    """Cross-entropy of p(k | text) on held-out samples, near `prior_entropy` if it is calibrated; None without text."""
 
 
 def calibration_split(held_out: LatentDataset) -> tuple[LatentDataset, LatentDataset]:
@@ -82,13 +85,26 @@ def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
     subset = holdout.select(torch.arange(0, len(holdout), stride))
     counts = router.prior_counts
     by_class = torch.cat([counts[:-1], counts[-1:] - counts[:-1].sum(0, keepdim=True)])
-    return Quality(
+    quality = Quality(
         bins=tuple(_measure_bin(router, subset, index) for index in range(BINS)),
         images=len(subset),
         prior_entropy=_entropy(by_class),
         prior_entropy_null=_entropy(counts[-1:]),
         largest_share=float(by_class.amax(1).sum() / by_class.sum()),
         largest_share_null=float(counts[-1].max() / counts[-1].sum()),
+    )
+    return quality if router.text_prior is None else _with_text_prior(quality, router, subset)
+
+
+def _with_text_prior(quality: Quality, router: Router, subset: LatentDataset) -> Quality:
+    """Return the quality with the figures of p(k | text) on held-out samples in the place of those of the counts."""
+    log_prior = router.prior_logits(subset.condition(torch.arange(len(subset)))).log_softmax(-1)
+    probability = log_prior.exp()
+    return replace(
+        quality,
+        prior_entropy=float(-torch.xlogy(probability, probability).sum(1).mean()),
+        largest_share=float(probability.amax(1).mean()),
+        prior_cross_entropy=float(functional.nll_loss(log_prior, subset.cluster_id)),
     )
 
 

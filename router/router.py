@@ -1,4 +1,4 @@
-"""The router: the posterior p(k | noised, t, condition) from a network, the prior p(k | condition) from counts."""
+"""The router: the posterior p(k | noised, t, condition) from a network, and the prior p(k | condition)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.conditions.condition import Condition
+from experts.conditions.null_text import get_null_text, load_null_text, set_null_text
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.networks.model_io import load_model, save_model
 from router.calibration.temperature import Temperatures, apply_temperature, unit_temperatures
+from router.calibration.text_prior import TextPrior
 from router.calibration.time_bins import BINS
-from router.models.registry import ROUTERS
+from router.models.registry import READS_TEXT, ROUTERS, call_router
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
 Logits = Float[Tensor, "batch expert"]
 
-SETTINGS = "router.json"
+SETTINGS, TEXT_PRIOR = "router.json", "text_prior.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +29,15 @@ class Router:
     """Logits and prior over the experts for a noised sample, before any selection."""
 
     model: nn.Module
-    """(noised, t, class index) -> logits; one of `router/models/registry.py`."""
+    """(noised, t, class index, pooled text) -> logits; one of `router/models/registry.py`."""
     noise_schedule: NoiseSchedule
     """Noise schedule of its training, which is that of the ensemble."""
     prior_counts: Float[Tensor, "condition expert"]
     """Number of training samples of every class in every cluster; the last row counts all samples."""
     temperatures: Temperatures = field(default_factory=unit_temperatures)
     """Divisors of the network's logits, as a function of t."""
+    text_prior: TextPrior | None = None
+    """p(k | text) for rows with a text; None for data without text."""
 
     @property
     def num_experts(self) -> int:
@@ -51,19 +55,29 @@ class Router:
 
     def uncalibrated_logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
         """Return the logits of the network, without temperatures."""
-        logits: Logits = self.model(noised, t, condition.embedding_index(self.num_classes))
-        return logits
+        logits = call_router(self.model, noised, t, condition, self.num_classes)
+        if self.text_prior is None or condition.text is None or isinstance(self.model, READS_TEXT):
+            return logits
+        table = self.model.get_buffer("log_prior")[condition.embedding_index(self.num_classes)]
+        log_prior = self.text_prior.logits(condition).log_softmax(-1).to(logits)
+        return torch.where(condition.has_null_text[:, None], logits, logits - table + log_prior)
 
     def prior_logits(self, condition: Condition, present: Bool[Tensor, " expert"] | None = None) -> Logits:
         """Return log p(k | condition) among the `present` experts, up to a constant per row; -inf without samples.
 
-        A class that no present expert was trained on gets the prior of all samples.
+        A class that no present expert was trained on gets the prior of all samples. Raises `ValueError` for a text
+        that the router was not trained on.
         """
+        condition = condition.filled(get_null_text(self.model))
         counts = self.prior_counts.to(condition.class_id.device)
         if present is not None:
             counts = counts * present.to(counts.device)
         rows = counts[condition.embedding_index(self.num_classes)]
-        return torch.where(rows.sum(-1, keepdim=True) > 0, rows, counts[-1]).log()
+        by_class = torch.where(rows.sum(-1, keepdim=True) > 0, rows, counts[-1]).log()
+        if self.text_prior is None or condition.text is None:
+            return by_class
+        by_text = self.text_prior.logits(condition).masked_fill(counts[-1] == 0, -torch.inf)
+        return torch.where(condition.has_null_text[:, None], by_class, by_text)
 
     def to(self, device: torch.device | str) -> "Router":
         """Move the network to a device, in place."""
@@ -74,6 +88,8 @@ class Router:
         """Write the network in diffusers' format, and `router.json`."""
         kind = next(name for name, network in ROUTERS.items() if isinstance(self.model, network))
         save_model(self.model, folder)
+        if self.text_prior is not None:
+            self.text_prior.save(folder / TEXT_PRIOR)
         settings = {
             "kind": kind,
             "noise_schedule": self.noise_schedule.name,
@@ -96,8 +112,13 @@ class Router:
                 raise ValueError(f"temperatures {settings['temperatures']}")
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(f"{folder / SETTINGS} was written by another version: {error}") from error
-        model = load_model((network,), folder)
-        return cls(model=model, noise_schedule=noise_schedule, prior_counts=counts, temperatures=temperatures)
+        return cls(
+            model=set_null_text(load_model((network,), folder), load_null_text(folder)),
+            noise_schedule=noise_schedule,
+            prior_counts=counts,
+            temperatures=temperatures,
+            text_prior=TextPrior.load(folder / TEXT_PRIOR) if (folder / TEXT_PRIOR).is_file() else None,
+        )
 
 
 def count_priors(

@@ -14,19 +14,22 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace, write_json
 from experts.codecs.registry import load_codec
 from experts.conditions.condition import Condition
+from experts.conditions.null_text import set_null_text
+from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert import check_classes
 from experts.training.flops import count_parameters, forward_flops
 from experts.training.latent_dataset import Batch, LatentDataset, encode_latents
 from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
+from router.calibration.text_prior import fit_text_prior
 from router.config import RouterConfig, RouterKind
 from router.costs import count_gradient_rows, is_calibrated, training_cost
 from router.expert_samples import ExpertSamples
 from router.models.density_ratio import fit_density_ratio
 from router.models.nearest_centroid import fit_nearest_centroid
 from router.models.prior_table import fit_prior_table
-from router.models.registry import build_router
+from router.models.registry import build_router, call_router
 from router.quality import Quality, calibration_split, measure_quality
 from router.router import Router, count_priors
 
@@ -41,7 +44,7 @@ def router_loss(
     """
     # Algorithm 1 of McAllister et al. 2025, arXiv:2501.05450: - E log p(k | x, t, c), x = alpha clean + sigma noise.
     noised = noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
-    logits = model(noised, batch.t, batch.condition.embedding_index(num_classes)).float()
+    logits = call_router(model, noised, batch.t, batch.condition, num_classes).float()
     is_correct = logits.argmax(-1) == batch.cluster_id
     return {"loss": functional.cross_entropy(logits, batch.cluster_id), "accuracy": is_correct.float().mean()}
 
@@ -94,7 +97,7 @@ def train_router(
     counts = count_priors(dataset.cluster_id, dataset.class_id, len(holdouts), num_classes)
     if samples is not None:
         config, counts = replace(config, data="samples"), samples.prior_counts
-    return _fit_router(config, dataset, holdout, out, workspace, counts)
+    return fit_router(config, dataset, holdout, out, workspace, counts)
 
 
 def fit_network(
@@ -104,7 +107,7 @@ def fit_network(
     num_classes, noise_schedule = len(counts) - 1, NOISE_SCHEDULES[config.noise_schedule]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        model = build_router(config, dataset.latent_shape, counts.shape[1], num_classes)
+        model = build_router(config, dataset.latent_shape, counts.shape[1], num_classes, dataset.null_text)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         return router_loss(model, batch, noise_schedule, num_classes)
@@ -121,7 +124,7 @@ FIT_FUNCTIONS: Final[dict[RouterKind, Callable[[RouterConfig, LatentDataset, Ten
 }
 
 
-def _fit_router(
+def fit_router(
     config: RouterConfig,
     dataset: LatentDataset,
     holdout: LatentDataset,
@@ -129,8 +132,14 @@ def _fit_router(
     workspace: Workspace,
     counts: Float[Tensor, "condition expert"],
 ) -> RouterSummary:
+    """Train on latents, `counts` laid out as `Router.prior_counts`; write the router's folder, metrics and quality."""
     fitted = FIT_FUNCTIONS[config.kind](config, dataset, counts, workspace)
-    router = Router(model=fitted.model, noise_schedule=NOISE_SCHEDULES[config.noise_schedule], prior_counts=counts)
+    router = Router(
+        model=set_null_text(fitted.model, dataset.null_text),
+        noise_schedule=NOISE_SCHEDULES[config.noise_schedule],
+        prior_counts=counts,
+        text_prior=fit_text_prior(dataset, counts.shape[1], len(counts) - 1),
+    )
     quality_half, calibration_half = calibration_split(holdout)
     if is_calibrated(config) and len(calibration_half):
         temperatures = fit_temperatures(router.uncalibrated_logits, calibration_half, router.noise_schedule)
@@ -152,9 +161,15 @@ def _fit_router(
     return summary
 
 
-def router_flops(config: RouterConfig, latent_shape: tuple[int, ...], num_classes: int, num_experts: int) -> float:
+def router_flops(
+    config: RouterConfig,
+    latent_shape: tuple[int, ...],
+    num_classes: int,
+    num_experts: int,
+    null_text: TextEmbedding | None = None,
+) -> float:
     """Return the FLOPs of a complete training with this configuration, without running it."""
-    model = build_router(config, latent_shape, num_experts, num_classes)
+    model = build_router(config, latent_shape, num_experts, num_classes, null_text)
     router = Router(
         model=model,
         noise_schedule=NOISE_SCHEDULES[config.noise_schedule],

@@ -57,8 +57,12 @@ class Condition:
     @property
     def is_null(self) -> Bool[Tensor, " batch"]:
         """Return the rows that have neither a class nor a text."""
-        is_null = self.class_id < 0
-        return is_null if self.text is None else is_null & self.text.is_null
+        return (self.class_id < 0) & self.has_null_text
+
+    @property
+    def has_null_text(self) -> Bool[Tensor, " batch"]:
+        """Return the rows that have no text."""
+        return torch.ones_like(self.class_id, dtype=torch.bool) if self.text is None else self.text.is_null
 
     def filled(self, null_text: TextEmbedding | None) -> "Condition":
         """Return the condition with the values of a network's null text in the rows without text.

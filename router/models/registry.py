@@ -1,4 +1,4 @@
-"""Networks of the router: (noised, t, class index) -> one logit per expert.
+"""Networks of the router: (noised, t, class index, pooled text) -> one logit per expert.
 
 kind              training                                    dependence on (noised, t)
 mlp               cross-entropy                               a network on flattened latents
@@ -16,9 +16,12 @@ from typing import Final
 
 from torch import nn
 
+from experts.conditions.condition import Condition
+from experts.conditions.null_text import get_null_text, set_null_text
+from experts.conditions.text_embedding import TextEmbedding
 from router.config import RouterConfig, RouterKind
 from router.models.density_ratio import DensityRatioRouter
-from router.models.mlp import MLPRouter
+from router.models.mlp import Latents, Logits, MLPRouter, Times
 from router.models.nearest_centroid import NearestCentroidRouter
 from router.models.prior_table import PriorTableRouter
 from router.models.transformer import TransformerRouter
@@ -31,24 +34,48 @@ ROUTERS: Final[dict[RouterKind, type[nn.Module]]] = {
     "density_ratio": DensityRatioRouter,
 }
 
-Builder = Callable[[RouterConfig, list[int], int, int], nn.Module]
-"""(config, latent shape, experts, classes) -> an untrained network."""
+Builder = Callable[[RouterConfig, list[int], int, int, int], nn.Module]
+"""(config, latent shape, experts, classes, features of the pooled text or 0) -> an untrained network."""
 
 BUILDERS: Final[dict[RouterKind, Builder]] = {
-    "mlp": lambda config, shape, experts, classes: MLPRouter(shape, experts, classes, config.width, config.depth),
-    "transformer": lambda config, shape, experts, classes: TransformerRouter(
-        shape, experts, classes, config.width, config.depth, config.heads, config.tokens
+    "mlp": lambda config, shape, experts, classes, pooled: MLPRouter(
+        shape, experts, classes, config.width, config.depth, pooled
     ),
-    "prior_table": lambda _config, _shape, experts, classes: PriorTableRouter(experts, classes),
-    "nearest_centroid": lambda config, shape, experts, classes: NearestCentroidRouter(
+    "transformer": lambda config, shape, experts, classes, pooled: TransformerRouter(
+        shape, experts, classes, config.width, config.depth, config.heads, config.tokens, pooled
+    ),
+    "prior_table": lambda _config, _shape, experts, classes, _pooled: PriorTableRouter(experts, classes),
+    "nearest_centroid": lambda config, shape, experts, classes, _pooled: NearestCentroidRouter(
         shape, experts, classes, config.noise_schedule
     ),
-    "density_ratio": lambda config, shape, experts, classes: DensityRatioRouter(
+    "density_ratio": lambda config, shape, experts, classes, _pooled: DensityRatioRouter(
         shape, experts, classes, config.width, config.depth
     ),
 }
+READS_TEXT: Final = (MLPRouter, TransformerRouter)
+"""Networks that take the pooled text; the others have a table of the prior by class, which `Router` replaces for rows
+with text."""
 
 
-def build_router(config: RouterConfig, latent_shape: Sequence[int], num_experts: int, num_classes: int) -> nn.Module:
-    """Build an untrained network; `num_classes` is 0 for data without labels."""
-    return BUILDERS[config.kind](config, list(latent_shape), num_experts, num_classes)
+def build_router(
+    config: RouterConfig,
+    latent_shape: Sequence[int],
+    num_experts: int,
+    num_classes: int,
+    null_text: TextEmbedding | None = None,
+) -> nn.Module:
+    """Build an untrained network; 0 classes are data without labels, no null text is data without text."""
+    pooled_width = 0 if null_text is None else null_text.shape[2]
+    model = BUILDERS[config.kind](config, list(latent_shape), num_experts, num_classes, pooled_width)
+    return set_null_text(model, null_text)
+
+
+def call_router(model: nn.Module, noised: Latents, t: Times, condition: Condition, num_classes: int) -> Logits:
+    """Return the logits of a network under a condition; its null text stands for a missing one."""
+    index, text = condition.embedding_index(num_classes), condition.filled(get_null_text(model)).text
+    logits: Logits = (
+        model(noised, t, index)
+        if text is None or not isinstance(model, READS_TEXT)
+        else model(noised, t, index, text.pooled)
+    )
+    return logits

@@ -10,11 +10,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from router.models.mlp import ClassIndex, Embedding, Latents, Logits, Times, zero_init
+from router.models.mlp import ClassIndex, Embedding, Latents, Logits, PooledText, Times, zero_init
 
 
 class TransformerRouter(ModelMixin, ConfigMixin):
-    """Attention over tokens of flattened latents; the CLS token contains t and class, and its output the logits."""
+    """Attention over tokens of flattened latents; the CLS token contains t, class and text, its output the logits."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -26,6 +26,7 @@ class TransformerRouter(ModelMixin, ConfigMixin):
         depth: int,
         heads: int,
         tokens: int,
+        pooled_width: int = 0,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -33,7 +34,7 @@ class TransformerRouter(ModelMixin, ConfigMixin):
         size = math.prod(latent_shape)
         self.tokens = min(tokens, size)
         self.padding = -size % self.tokens
-        self.embedding = Embedding(width, num_classes)
+        self.embedding = Embedding(width, num_classes, pooled_width)
         self.input = nn.Linear((size + self.padding) // self.tokens, width)
         self.positions = nn.Parameter(0.02 * torch.randn(self.tokens, width))
         self.blocks = nn.ModuleList(
@@ -42,11 +43,13 @@ class TransformerRouter(ModelMixin, ConfigMixin):
         self.norm = nn.LayerNorm(width)
         self.head = zero_init(nn.Linear(width, num_experts))
 
-    def forward(self, noised: Latents, t: Times, class_index: ClassIndex) -> Logits:
+    def forward(
+        self, noised: Latents, t: Times, class_index: ClassIndex, pooled_text: PooledText | None = None
+    ) -> Logits:
         """Return one logit per expert."""
         padded = functional.pad(noised.flatten(1), (0, self.padding))
         tokens = self.input(padded.reshape(len(noised), self.tokens, -1)) + self.positions
-        hidden = torch.cat([self.embedding(t, class_index).unsqueeze(1), tokens], dim=1)
+        hidden = torch.cat([self.embedding(t, class_index, pooled_text).unsqueeze(1), tokens], dim=1)
         for block in self.blocks:
             hidden = block(hidden)
         logits: Tensor = self.head(self.norm(hidden[:, 0]))
