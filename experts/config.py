@@ -1,7 +1,7 @@
 """Configuration of an expert: latent space, network and training; imports no torch."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -51,7 +51,21 @@ class DiTConfig:
     """Transformer blocks."""
 
 
-NetworkConfig = Annotated[ResidualMLPConfig | UNetConfig | DiTConfig, Field(discriminator="kind")]
+SettingValue = bool | int | float | str | None | list[Any]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DiffusersConfig:
+    """One of diffusers' models of images, by its class."""
+
+    kind: Literal["diffusers"] = "diffusers"
+    class_name: str
+    """Its name, such as `SD3Transformer2DModel`."""
+    settings: dict[str, SettingValue] = Field(default_factory=dict)
+    """Arguments of its constructor, except for those that follow from the data: channels, size, classes and text."""
+
+
+NetworkConfig = Annotated[ResidualMLPConfig | UNetConfig | DiTConfig | DiffusersConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -82,6 +96,8 @@ class TrainingConfig:
     """Lower precision for the forward and backward pass."""
     compile: bool = False
     """Whether to call `torch.compile` on the network."""
+    gradient_checkpointing: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
+    """Whether an expert's activations are computed again in the backward pass: less memory, a third more FLOPs."""
     device: str = "cpu"
     """Torch device of the training."""
     log_every: Annotated[int, Field(ge=1)] = 25

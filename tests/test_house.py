@@ -88,6 +88,7 @@ PARENT_MODULES = {
     "data_partition": {"config", "errors", "assignment"},
     "ensemble": {"config", "ensemble", "membership", "multi_network_experts", "pipeline", "routing", "solvers"},
     "ensemble.compression": {"config", "method"},
+    "experts.networks.adapters": {"adapter"},
     "experts": {"codec", "condition", "config", "expert", "expert_model", "serialization", "types"},
     "orchestrator": {"config", "controller", "errors"},
     "orchestrator.islands": {"client", "token", "wheel"},

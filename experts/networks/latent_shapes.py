@@ -1,13 +1,20 @@
-"""Which latents each kind of network accepts: rules on the configuration alone, without torch."""
+"""Which data each network accepts: rules on the configuration alone, without torch."""
 
+import difflib
 import math
+from collections.abc import Iterable
 
 from ddm_core.errors import DDMError
-from experts.config import CodecConfig, DiTConfig, ResidualMLPConfig, UNetConfig
-
-
-class NetworkError(DDMError, ValueError):
-    """A network does not support these latents."""
+from experts.config import CodecConfig, UNetConfig
+from experts.networks.adapters.adapter import Adapter, DataShape, Settings
+from experts.networks.adapters.registry import ADAPTERS
+from experts.networks.class_settings import (
+    AnyNetworkConfig,
+    ClassSettings,
+    NetworkError,
+    class_settings,
+    default_settings,
+)
 
 
 class CodecError(DDMError, ValueError):
@@ -44,30 +51,86 @@ def count_pca_values(config: CodecConfig, image_size: int, channels: int) -> int
     return (config.patch_size if config.kind == "patch_pca" else image_size) ** 2 * channels
 
 
-def check_latent_shape(config: ResidualMLPConfig | UNetConfig | DiTConfig, latent_shape: tuple[int, ...]) -> None:
-    """Raise `NetworkError` if a network cannot have such latents."""
-    if isinstance(config, ResidualMLPConfig):
+def check_latent_shape(config: AnyNetworkConfig, latent_shape: tuple[int, ...]) -> None:
+    """Raise `NetworkError` if a network cannot have such latents, or its class no such settings."""
+    network = class_settings(config)
+    complete = complete_settings(network)
+    if network.adapter.is_flat:
         return
-    if len(latent_shape) != 3 or latent_shape[1] != latent_shape[2]:
+    is_image = len(latent_shape) == 3 and (latent_shape[1] == latent_shape[2] or not network.adapter.is_square)
+    if not is_image:
+        shape = "(channels, side, side)" if network.adapter.is_square else "(channels, height, width)"
         raise NetworkError(
-            f"{config.kind} needs latents of shape (channels, side, side), not {latent_shape}; "
+            f"{network_name(config)} needs latents of shape {shape}, not {latent_shape}; "
             "choose network residual_mlp, or codec pixels or patch_pca"
         )
-    side = latent_shape[1]
+    _check_sides(config, network.adapter.side_multiple(complete), latent_shape[1:])
+
+
+def check_condition(config: AnyNetworkConfig, num_classes: int, text_shape: tuple[int, int, int] | None) -> None:
+    """Raise `NetworkError` if a network cannot read the classes, or the text, or lacks a text that it needs.
+
+    `text_shape` is (tokens, features of a token, features of the pooled vector); None is no text.
+    """
+    network, name = class_settings(config), network_name(config)
+    adapter, complete = network.adapter, complete_settings(network)
+    if num_classes and not adapter.reads_classes:
+        raise NetworkError(f"{name} reads text and no classes; set data.labels=false, or choose another network")
+    if text_shape is None and adapter.reads_text:
+        raise NetworkError(f"{name} needs a text; choose a text encoder, or a network without text")
+    if text_shape is not None and not (adapter.reads_text or "pooled_width" in complete):
+        raise NetworkError(f"{name} reads classes and no text; choose another network, or set text=none")
+    if text_shape is not None and not text_shape[2] and adapter.reads_pooled(complete):
+        raise NetworkError(f"{name} needs the pooled vector of a text; choose a text encoder with one")
+
+
+def network_name(config: AnyNetworkConfig) -> str:
+    """Return the name of a configured network in messages."""
+    return class_settings(config).class_name if config.kind == "diffusers" else config.kind
+
+
+def complete_settings(network: ClassSettings) -> Settings:
+    """Return a network's settings with the class's defaults.
+
+    Raises `NetworkError` for an unknown class or setting, and for a setting that follows from the data.
+    """
+    _check_names([network.class_name], ADAPTERS, "network.class_name")
+    defaults = default_settings(network.adapter)
+    _check_names(network.settings, defaults, f"network.settings of {network.class_name}")
+    complete = {**defaults, **network.settings}
+    if derived := sorted(network.settings.keys() & _data_names(network.adapter, complete)):
+        raise NetworkError(f"{', '.join(derived)} of {network.class_name} follow from the data; leave them out")
+    return complete
+
+
+def _data_names(adapter: Adapter, settings: Settings) -> set[str]:
+    return set(adapter.data_settings(settings, DataShape(latent_shape=(1, 1, 1))))
+
+
+def _check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise NetworkError(f"{what} has no {name}; {hint}known are {', '.join(known)}")
+
+
+def _check_sides(config: AnyNetworkConfig, multiple: int, sides: tuple[int, ...]) -> None:
+    side = next((side for side in sides if side % multiple), None)
     if isinstance(config, UNetConfig):
         _check_unet(config, side)
-    elif side % config.patch_size:
+    elif side is not None:
         raise NetworkError(
-            f"dit cuts latents into patches of side {config.patch_size}, which does not divide {side}; "
-            "change network.patch_size to a divisor, or use residual_mlp"
+            f"{network_name(config)} cuts latents into patches of side {multiple}, which does not divide {side}; "
+            "change the patch size to a divisor, choose another codec or data.image_size, or use residual_mlp"
         )
 
 
-def _check_unet(config: UNetConfig, side: int) -> None:
-    lower_levels = len(config.channels) - 1
-    if side % 2**lower_levels:
+def _check_unet(config: UNetConfig, side: int | None) -> None:
+    if side is not None:
         raise NetworkError(
-            f"unet halves the side {lower_levels} times, and {side} cannot be halved so often; "
+            f"unet halves the side {len(config.channels) - 1} times, and {side} cannot be halved so often; "
             f"give network.channels at most {_count_halvings(side) + 1} entries, or use residual_mlp"
         )
     if config.attention and config.channels[-1] % 8:

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import ArtifactError, read_json
-from experts.architectures.residual_mlp import ResidualMLP
-from experts.conditions.null_text import get_null_text
+from experts.conditions.null_text import get_null_text, set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import ExpertConfig, Prediction
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
-from experts.networks.latent_shapes import NetworkError
+from experts.networks.adapters.adapter import DataShape
+from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.pretrained_files import InitError, init_files
-from experts.networks.registry import build_network, load_network
+from experts.networks.registry import build_network, enable_gradient_checkpointing, load_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +41,17 @@ def build_initial_model(
     `null_text` is the encoded "" of data with text.
     """
     if config.init is not None:
-        return _from_checkpoint(config, Path(config.init), latent_shape, num_classes, null_text)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        model = build_network(config.network, latent_shape, num_classes, null_text)
-    return InitialModel(
-        model=model, prediction=config.prediction, noise_schedule=NOISE_SCHEDULES[config.noise_schedule]
-    )
+        initial_model = _from_checkpoint(config, Path(config.init), latent_shape, num_classes, null_text)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            model = build_network(config.network, latent_shape, num_classes, null_text)
+        initial_model = InitialModel(
+            model=model, prediction=config.prediction, noise_schedule=NOISE_SCHEDULES[config.noise_schedule]
+        )
+    if config.training.gradient_checkpointing:
+        enable_gradient_checkpointing(initial_model.model)
+    return initial_model
 
 
 def _from_checkpoint(
@@ -62,8 +66,11 @@ def _from_checkpoint(
         model = load_network(folder)
     except ArtifactError as error:
         raise InitError(f"init={folder}: {error}") from error
-    _check_fits(model, folder, latent_shape, num_classes)
-    _check_text(model, folder, null_text)
+    _drop_learned_variance(model)
+    text_shape = None if null_text is None else null_text.shape
+    data = DataShape(latent_shape=latent_shape, num_classes=num_classes, text_shape=text_shape)
+    _fit_condition(model, folder, data, null_text)
+    _check_fits(model, folder, data)
     metadata = read_json(folder / "expert.json") if (folder / "expert.json").is_file() else {}
     prediction = metadata.get("prediction", config.init_prediction)
     name = metadata.get("noise_schedule", config.init_noise_schedule)
@@ -75,59 +82,63 @@ def _from_checkpoint(
     return InitialModel(model=model, prediction=prediction, noise_schedule=NOISE_SCHEDULES[name])
 
 
-def _check_fits(model: nn.Module, folder: Path, latent_shape: tuple[int, ...], num_classes: int) -> None:
-    signature = model_signature(model)
-    if signature.latent_shape != latent_shape:
+def _drop_learned_variance(model: Any) -> None:
+    """Remove the outputs of a variance, in place: the second half of the channels of a network with twice as many.
+
+    The rows of the output layer are those of (row, column, channel) of a patch, with the channel last.
+    """
+    channels, layer = model.config.get("in_channels"), getattr(model, "proj_out_2", getattr(model, "proj_out", None))
+    if not isinstance(layer, nn.Linear) or model.config.get("out_channels") != 2 * channels:
+        return
+    for name, parameter in layer.named_parameters():
+        rows = parameter.detach().reshape(-1, 2 * channels, *parameter.shape[1:])[:, :channels]
+        layer.register_parameter(name, nn.Parameter(rows.reshape(-1, *parameter.shape[1:]).clone()))
+    layer.out_features //= 2
+    model.out_channels = channels
+    model.register_to_config(out_channels=channels)
+
+
+ANY_SIDE = "sample_size"
+"""The setting that networks with text ignore: they take latents of any side."""
+
+
+def _check_fits(model: Any, folder: Path, data: DataShape) -> None:
+    """Raise `InitError` unless the settings of a checkpoint that follow from the data are those of these data."""
+    adapter, settings = ADAPTERS[type(model).__name__], model.config
+    expected = adapter.data_settings(settings, data) if adapter.is_flat or len(data.latent_shape) == 3 else {}
+    if adapter.reads_text:
+        expected.pop(ANY_SIDE, None)
+    unlike = {name: value for name, value in expected.items() if not _is_equal(name, settings[name], value)}
+    if unlike or not expected:
+        theirs = ", ".join(f"{name}={settings[name]}" for name in unlike) or "latents of images"
+        ours = ", ".join(f"{name}={value}" for name, value in unlike.items()) or f"latents of shape {data.latent_shape}"
         raise InitError(
-            f"init={folder} takes latents of shape {signature.latent_shape}, and the data have {latent_shape}; "
-            "choose another codec or data.image_size, or another checkpoint"
-        )
-    if signature.out_channels != latent_shape[0]:
-        raise InitError(
-            f"init={folder} returns {signature.out_channels} channels for {latent_shape[0]}, so it predicts a variance "
-            "too, which is not supported; choose a checkpoint without a learned variance"
-        )
-    if signature.num_classes != num_classes:
-        raise InitError(
-            f"init={folder} has {signature.num_classes} classes and the null class, and the data have {num_classes}; "
-            "set data.labels=false for one without classes, or choose another checkpoint"
+            f"init={folder} has {theirs}, and the data need {ours}; choose another codec, data.image_size, "
+            "text encoder or data.labels, or another checkpoint"
         )
 
 
-def _check_text(model: nn.Module, folder: Path, null_text: TextEmbedding | None) -> None:
-    """Raise `InitError` unless a checkpoint reads texts of the data's shapes, or neither has text."""
-    ours = get_null_text(model)
+def _is_equal(name: str, setting: Any, expected: Any) -> bool:
+    """Return whether a checkpoint's setting is the expected one.
+
+    Without `out_channels` it returns as many as it takes; no class embedding is as good as one of the null class alone.
+    """
+    if setting is None:
+        return name == "out_channels" or expected in (None, 1)
+    return bool((tuple(setting) if isinstance(expected, tuple) else setting) == expected)
+
+
+def _fit_condition(model: nn.Module, folder: Path, data: DataShape, null_text: TextEmbedding | None) -> None:
+    """Give a checkpoint without a null text that of the data; raise `InitError` if it reads other texts or classes."""
+    adapter, ours = ADAPTERS[type(model).__name__], get_null_text(model)
+    if data.num_classes and not adapter.reads_classes:
+        raise InitError(f"init={folder} reads text and no classes; set data.labels=false, or choose another checkpoint")
+    if ours is None and null_text is not None and adapter.reads_text:
+        set_null_text(model, null_text)
+        return
     shapes = [None if text is None else text.shape for text in (ours, null_text)]
-    if shapes[0] != shapes[1]:
+    if shapes[0] != shapes[1] or (null_text is None and adapter.reads_text):
         raise InitError(
             f"init={folder} takes texts of (tokens, features, pooled features) {shapes[0]}, and the data have "
             f"{shapes[1]} (None is no text); use the checkpoint's text encoder, or another checkpoint"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSignature:
-    """The shapes and classes that a network was built for."""
-
-    latent_shape: tuple[int, ...]
-    out_channels: int
-    num_classes: int
-
-
-def model_signature(model: nn.Module) -> ModelSignature:
-    """Read the signature from a network's config; a UNet without class embedding has no classes."""
-    config: Any = model.config
-    if isinstance(model, ResidualMLP):
-        shape = tuple(config.latent_shape)
-        return ModelSignature(latent_shape=shape, out_channels=shape[0], num_classes=config.num_classes)
-    if not isinstance(config.sample_size, int):
-        raise NetworkError(
-            f"networks need square samples; this one takes size {config.sample_size}; choose another checkpoint"
-        )
-    is_unet = type(model).__name__ == "UNet2DModel"
-    embeds = (config.num_class_embeds or 1) - 1 if is_unet else config.num_embeds_ada_norm
-    return ModelSignature(
-        latent_shape=(config.in_channels, config.sample_size, config.sample_size),
-        out_channels=config.out_channels or config.in_channels,
-        num_classes=embeds,
-    )

@@ -10,7 +10,7 @@ from experts.conditions.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, train_expert
-from experts.networks.latent_shapes import NetworkError
+from experts.networks.class_settings import NetworkError
 from experts.networks.registry import call_network
 from experts.training.latent_dataset import LatentError
 

@@ -99,7 +99,7 @@ def oracle(kind, schedule, monkeypatch):
 
     model = GaussianOracle(latent_shape=[4])
     model.kind, model.schedule = kind, schedule
-    monkeypatch.setitem(networks._CALLS, GaussianOracle, networks._call_residual_mlp)
+    monkeypatch.setitem(networks.CALLS, "GaussianOracle", networks.CALLS["ResidualMLP"])
     return Expert(model=model, prediction=kind, noise_schedule=schedule, latent_shape=(4,), num_classes=0, cluster_id=0)
 
 

@@ -19,9 +19,9 @@ from data_partition.errors import EFFICIENTNET_REMEDY, DataError
 from ddm_core.artifacts import read_json
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
+from experts.networks.class_settings import NetworkError
 from experts.networks.latent_shapes import (
     CodecError,
-    NetworkError,
     check_latent_shape,
     count_pca_values,
     latent_shape_of,

@@ -71,13 +71,13 @@ def test_teacher_of_another_prediction_is_converted():
 
     from experts.networks import registry as networks
 
-    networks._CALLS[CleanFromVelocity] = networks._call_residual_mlp
+    networks.CALLS["CleanFromVelocity"] = networks.CALLS["ResidualMLP"]
     try:
         clean = student_loss(
             CleanFromVelocity(latent_shape=[4]), batch(), {0: velocity, 1: velocity}, "clean", RECTIFIED_FLOW
         )
     finally:
-        del networks._CALLS[CleanFromVelocity]
+        del networks.CALLS["CleanFromVelocity"]
     assert clean.item() < 1e-10
 
 

@@ -4,7 +4,7 @@ import torch
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiTConfig, ResidualMLPConfig
-from experts.networks.latent_shapes import NetworkError
+from experts.networks.class_settings import NetworkError
 from experts.networks.model_io import save_model
 from experts.networks.registry import build_network, call_network, load_network
 

@@ -9,13 +9,14 @@ import torch
 from ddm_core.artifacts import Workspace, read_json
 from experts.codecs.registry import fit_codec
 from experts.conditions.condition import Condition
+from experts.conditions.text_embedding import TextEmbedding
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.diffusion.noise_schedule import LINEAR_BETA, NOISE_SCHEDULES
 from experts.expert import Expert, expert_flops, train_expert
 from experts.networks.model_io import save_model
 from experts.networks.pretrained import build_initial_model
 from experts.networks.pretrained_files import WEIGHTS, InitError, check_unchanged, init_checksum
-from experts.networks.registry import build_network, call_network
+from experts.networks.registry import build_network, call_network, load_network
 from experts.training.latent_dataset import make_batch, read_latents
 from experts.training.loss import converted_loss
 
@@ -82,9 +83,9 @@ def test_unconditional_diffusers_unet_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "num_classes", "message"),
     [
-        ((1, 8, 8), 3, r"takes latents of shape \(1, 4, 4\), and the data have \(1, 8, 8\)"),
-        ((8,), 3, r"the data have \(8,\)"),
-        (SHAPE, 0, "has 3 classes and the null class, and the data have 0"),
+        ((1, 8, 8), 3, "has sample_size=4, and the data need sample_size=8; choose another codec"),
+        ((8,), 3, r"the data need latents of shape \(8,\)"),
+        (SHAPE, 0, "has num_class_embeds=4, and the data need num_class_embeds=1"),
     ],
 )
 def test_checkpoint_of_other_shape_or_classes_is_refused(shape, num_classes, message, tmp_path):
@@ -93,13 +94,51 @@ def test_checkpoint_of_other_shape_or_classes_is_refused(shape, num_classes, mes
         build_initial_model(ExpertConfig(init=str(tmp_path)), shape, num_classes)
 
 
-def test_learned_variance_is_refused(tmp_path):
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4, "patch_size": 2}
-    diffusers.DiTTransformer2DModel(**sizes, in_channels=1, out_channels=2, num_embeds_ada_norm=3).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(InitError, match="predicts a variance"):
-        build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4, "patch_size": 2}
+VARIANCES = {
+    "DiTTransformer2DModel": {"num_embeds_ada_norm": 3},
+    "PixArtTransformer2DModel": {"caption_channels": 8, "cross_attention_dim": 16},
+}
+
+
+def make_text(tokens=5, width=8):
+    shown = torch.arange(tokens)[None] < 2
+    return TextEmbedding(torch.randn(1, tokens, width), shown, torch.randn(1, 6), torch.zeros(1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("class_name", VARIANCES)
+def test_learned_variance_is_dropped_exactly(class_name, tmp_path):
+    settings = {**SIZES, **VARIANCES[class_name], "in_channels": 3, "out_channels": 6}
+    original = getattr(diffusers, class_name)(**settings).eval()
+    for parameter in original.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    original.save_pretrained(tmp_path / "published")
+    null_text = make_text() if "PixArt" in class_name else None
+    config = ExpertConfig(init=str(tmp_path / "published"))
+    model = build_initial_model(config, (3, 4, 4), 0 if null_text else 3, null_text).model.eval()
+    noised, t, condition = torch.randn(1, 3, 4, 4), torch.tensor([0.3]), Condition(torch.tensor([-1]), null_text)
+    inputs = {"timestep": 1000 * t, "return_dict": False}
+    if null_text is None:
+        inputs |= {"class_labels": torch.tensor([3])}
+    else:
+        inputs |= {"encoder_hidden_states": null_text.sequence, "encoder_attention_mask": null_text.mask}
+    expected = original(noised, **inputs)[0][:, :3]
+    torch.testing.assert_close(call_network(model, noised, t, condition), expected, atol=1e-6, rtol=1e-6)
+    save_model(model, tmp_path / "ours")
+    assert_equal_parameters(load_network(tmp_path / "ours"), model)
+    assert model.config.out_channels == 3
+
+
+def test_a_checkpoint_of_text_needs_its_text_encoder(tmp_path):
+    settings = {**SIZES, **VARIANCES["PixArtTransformer2DModel"], "in_channels": 1, "out_channels": 1}
+    diffusers.PixArtTransformer2DModel(**settings).save_pretrained(tmp_path)
+    config = ExpertConfig(init=str(tmp_path))
+    with pytest.raises(InitError, match="has caption_channels=8, and the data need caption_channels=12"):
+        build_initial_model(config, SHAPE, 0, make_text(width=12))
+    with pytest.raises(InitError, match="takes texts of .* and the data have None"):
+        build_initial_model(config, SHAPE, 0)
+    with pytest.raises(InitError, match="reads text and no classes"):
+        build_initial_model(config, SHAPE, 3, make_text())
 
 
 def test_folder_without_a_model_is_refused(tmp_path):

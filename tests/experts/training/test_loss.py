@@ -49,7 +49,7 @@ class ExactNoiseNetwork(ResidualMLP):
 def test_exact_noise_has_zero_loss_in_every_prediction(monkeypatch):
     from experts.networks import registry as networks
 
-    monkeypatch.setitem(networks._CALLS, ExactNoiseNetwork, networks._call_residual_mlp)
+    monkeypatch.setitem(networks.CALLS, "ExactNoiseNetwork", networks.CALLS["ResidualMLP"])
     model, source = ExactNoiseNetwork(latent_shape=[2]), ("noise", NOISE_SCHEDULES["linear_beta"])
     for name in NOISE_SCHEDULES:
         for prediction in ("velocity", "noise", "clean"):

@@ -1,0 +1,1 @@
+"""Networks whose latents attend to the text in layers of their own."""

@@ -1,0 +1,1 @@
+"""Networks in which latents and text attend to each other."""
