@@ -171,7 +171,9 @@ def _divide_batch(expert: ExpertConfig, num_experts: int) -> ExpertConfig:
 def _expert_costs(experts: tuple[ExpertConfig, ...], default: ExpertConfig) -> tuple[ExpertConfig, ...]:
     """Return what each expert's FLOPs depend on, without its checkpoint; empty if all experts cost the same."""
     costs = tuple(_expert_cost(expert) for expert in experts)
-    are_alike = set(costs) == {_expert_cost(default)} and {expert.init for expert in experts} == {default.init}
+    are_alike = all(cost == _expert_cost(default) for cost in costs) and {expert.init for expert in experts} == {
+        default.init
+    }
     return () if are_alike else costs
 
 
