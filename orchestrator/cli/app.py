@@ -99,7 +99,7 @@ def plan(
     from orchestrator.planning.tables import plan_tables
     from orchestrator.run.run_folder import RunFolder
 
-    config = parse_config(compose(_with_file(config_file, overrides)))
+    config = parse_config(compose(_fit(_with_file(config_file, overrides), is_quiet=as_json)))
     if calibrate:
         with open_console(stderr=True).status("Measuring for a few seconds …"):
             measure(config)
@@ -136,7 +136,7 @@ def run(
 
     if misplaced := [text for text in overrides if text.startswith(("hydra/launcher", "hydra/sweeper"))]:
         raise ConfigError(f"{misplaced[0]} belongs to a sweep: add -m, and a key with several values")
-    config = parse_config(compose(overrides))
+    config = parse_config(compose(_fit(overrides)))
     check_replacement(RunFolder(Path(config.folder).expanduser()), config, replace=replace)
     _report_result(config, run_pipeline(config, console))
 
@@ -292,7 +292,9 @@ def submit(
     from orchestrator.config.hydra_compose import compose
     from orchestrator.config.schema import parse_config
 
-    config, client = resolve_submission(parse_config(compose(_with_file(config_file, overrides))), address, token_file)
+    config, client = resolve_submission(
+        parse_config(compose(_fit(_with_file(config_file, overrides)))), address, token_file
+    )
     submission = submit_run(config, client)
     if submission.previous_failure:
         console.print(f"The previous controller failed: {submission.previous_failure}", highlight=False)
@@ -314,6 +316,15 @@ def _with_file(path: Path | None, overrides: list[str] | None) -> list[str]:
     from orchestrator.config.config_file import read_overrides
 
     return [*read_overrides(path), *(overrides or [])]
+
+
+def _fit(overrides: list[str], *, is_quiet: bool = False) -> list[str]:
+    """Return the overrides with settings that fit a folder of pictures."""
+    if "data=image_folder" not in overrides:
+        return overrides
+    from orchestrator.planning.checks.own_pictures import fit_overrides
+
+    return fit_overrides(overrides, open_console(stderr=True) if is_quiet else console)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -75,6 +75,8 @@ class RunConfig:
     """Overrides of `expert` by expert id; the batch size of an override is divided by the number of experts too."""
     router: RouterConfig = RouterConfig()
     """The router."""
+    budget_minutes: Annotated[float, Field(ge=0)] = 15.0
+    """Minutes to which `ddm run data=image_folder` fits, for this machine, what the user leaves open; 0: nothing."""
     monolith: bool = False
     """Whether a FLOP-matched monolith is trained as a baseline; the same as `baselines=[monolith]`."""
     baselines: tuple[Literal["monolith", "cluster_conditioned", "distilled_monolith"], ...] = ()

