@@ -16,6 +16,7 @@ from ensemble.ensemble import Ensemble
 from ensemble.pipeline import INDEX, EnsemblePipeline, PipelineError
 from ensemble.routing import CallCounts
 from ensemble.sampling.images import to_bytes
+from ensemble.sampling.prompts import Prompts, find_class
 from orchestrator.cli.sample import find_pipeline, resolve_selection
 from orchestrator.config.schema import RunConfig
 from orchestrator.run.run_folder import RunFolder
@@ -89,6 +90,8 @@ class DDMPipeline:
         self,
         *,
         seeds: Sequence[int] = (0,),
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         class_labels: ClassLabel | Sequence[ClassLabel] = None,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -97,14 +100,22 @@ class DDMPipeline:
     ) -> PipelineOutput:
         """Sample one image per seed.
 
-        `class_labels` is a name, an id or None (unconditional) for all images, or one per seed. `guidance_scale` 1
-        means no guidance. Settings that are not given are those of the run, or `SamplingConfig`'s defaults. Raises
-        `PipelineError` for an unknown class or settings that the experts do not support, and `ValueError` if seeds and
-        labels do not pair.
+        `prompt`, `negative_prompt` (which guidance leads away from) and `class_labels` (names or ids) are one for all
+        images, or one per seed; None is none. `guidance_scale` 1 means no guidance. Settings that are not given are
+        those of the run, or `SamplingConfig`'s defaults. Raises `PromptError` for an unknown class, or a prompt for
+        experts without text, `PipelineError` for settings that the experts do not support, and `ValueError` if seeds,
+        prompts and labels do not pair, or for a negative prompt without guidance.
         """
         seeds = list(seeds)
-        class_ids = self._class_ids(class_labels, len(seeds))
-        sample = self._pipeline(seeds, self._settings(num_steps, guidance_scale, selection), class_ids)
+        class_ids, captions = self._class_ids(class_labels, len(seeds)), _captions(prompt, len(seeds))
+        negative = None if negative_prompt is None else Prompts.of_captions(_captions(negative_prompt, len(seeds)))
+        is_null = prompt is None and negative_prompt is None and class_labels is None
+        sample = self._pipeline(
+            seeds,
+            self._settings(num_steps, guidance_scale, selection),
+            None if is_null else Prompts(tuple(class_ids), tuple(captions)),
+            negative=negative,
+        )
         images = [Image.fromarray(pixels.squeeze()) for pixels in to_bytes(sample.images)]
         return PipelineOutput(
             images=images if output_type == "pil" else sample.images, latents=sample.latents, call_counts=sample.calls
@@ -134,22 +145,18 @@ class DDMPipeline:
             selection=rule or (self.sampling.selection if self.ensemble.router else SelectionConfig(name="full")),
         )
 
-    def _class_ids(self, labels: ClassLabel | Sequence[ClassLabel], count: int) -> list[int] | None:
-        if labels is None:
-            return None
-        each = [labels] * count if isinstance(labels, str | int) else list(labels)
+    def _class_ids(self, labels: ClassLabel | Sequence[ClassLabel], count: int) -> list[int]:
+        each = [labels] * count if labels is None or isinstance(labels, str | int) else list(labels)
         return [self._class_id(label) for label in each]
 
     def _class_id(self, label: ClassLabel) -> int:
         if label is None:
             return -1
-        if isinstance(label, str):
-            if label in self.class_names:
-                return self.class_names.index(label)
-            if not label.isdigit():
-                known = ", ".join(self.class_names) or "none, as the experts were trained without labels"
-                raise PipelineError(f"{label!r} is not a class; known classes: {known}")
-        return int(label)
+        return find_class(label, self.class_names) if isinstance(label, str) else int(label)
+
+
+def _captions(prompt: str | Sequence[str] | None, count: int) -> list[str]:
+    return [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
 
 
 def sampling_of_run(run: RunFolder, config: RunConfig) -> SamplingConfig:

@@ -6,13 +6,15 @@ cluster_conditioned/   in place of those: one cluster-conditioned network
 shared/                weights that the experts share, if they do
 router/                absent for a monolith
 codec/                 latents to images
+text_encoder.json      the encoder of prompts, and the checksum of its files; absent without text
 scheduler/             a diffusers scheduler for tools that look for one; `SamplingConfig` selects ours
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from ddm_core.artifacts import (
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.expert_registry import load_expert, load_single_network
+from ensemble.sampling.prompts import PromptError, Prompts
 from ensemble.sampling.sample import Progress, SampleResult, sample
 from experts.baselines.cluster_conditioned import (
     CLUSTER_CONDITIONED,
@@ -37,7 +40,10 @@ from experts.baselines.cluster_conditioned import (
 from experts.codec import Codec
 from experts.codecs.registry import load_codec
 from experts.compressed.quantization.shared_weight_io import SHARED, collect_bases, link_bases, load_bases, save_bases
-from experts.config import NoiseScheduleName
+from experts.conditions.condition import Condition
+from experts.conditions.text_encoder import SETTINGS as TEXT_SETTINGS
+from experts.conditions.text_encoder import TextEncoder, read_text_config
+from experts.config import NoiseScheduleName, TextConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
@@ -63,28 +69,49 @@ class EnsemblePipeline:
     num_classes: int = 0
     """0 is unconditional."""
     class_names: tuple[str, ...] = ()
+    text: TextConfig | None = None
+    """The encoder of captions; None for experts without text."""
 
     def __call__(
         self,
         seeds: Sequence[int],
         config: SamplingConfig,
-        class_ids: Sequence[int] | None = None,
+        prompts: Prompts | None = None,
         on_progress: Progress | None = None,
         weak: Ensemble | None = None,
+        negative: Prompts | None = None,
     ) -> SampleResult:
-        """Sample one image per seed; unconditionally without `class_ids`, or where one is -1.
+        """Sample one image per seed; without `prompts` unconditionally.
 
-        If `weak` is None and the configuration reflects, the weak ensemble is loaded for this call.
+        `negative` is what the unconditional branch of guidance is asked for, in place of nothing. If `weak` is None and
+        the configuration reflects, the weak ensemble is loaded for this call. Raises like `condition` and `sample`.
         """
-        unknown = sorted({k for k in class_ids or () if not -1 <= k < self.num_classes})
+        weak = weak or self.load_weak(config)
+        condition, negated = (None if part is None else self.condition(part) for part in (prompts, negative))
+        return sample(self.ensemble, self.codec, seeds, config, condition, on_progress, weak, negated)
+
+    def condition(self, prompts: Prompts) -> Condition:
+        """Encode prompts; raise `PromptError` for a class or a caption that the experts were not trained on.
+
+        The text encoder is loaded by the first call with a caption, and kept; it cuts captions that are too long, and
+        logs how many. Raises `TextError` if it is not there.
+        """
+        unknown = sorted({k for k in prompts.class_ids if not -1 <= k < self.num_classes})
         if unknown:
-            raise PipelineError(
+            raise PromptError(
                 f"classes go from 0 to {self.num_classes - 1}, and -1 is none; got {unknown[:5]}"
                 if self.num_classes
                 else "these experts were trained without labels; leave the classes out"
             )
-        weak = weak or self.load_weak(config)
-        return sample(self.ensemble, self.codec, seeds, config, class_ids, on_progress, weak)
+        if not any(prompts.captions):
+            return Condition.of_classes(prompts.class_ids)
+        encoder = None if self.text is None else _load_text_encoder(self.text)
+        if encoder is None:
+            raise PromptError(
+                "these experts were trained without text, so they cannot follow a prompt; leave it out, or train with "
+                "text=minilm on data with captions (data.captions=true)"
+            )
+        return replace(Condition.of_classes(prompts.class_ids), text=encoder.encode(prompts.captions))
 
     def load_weak(self, config: SamplingConfig) -> Ensemble | None:
         """Load the weak ensemble of a reflection, or return None; raise `PipelineError` if it is absent or unfit."""
@@ -139,6 +166,8 @@ class EnsemblePipeline:
                 class_names=self.class_names,
             )
             index.write(temporary)
+            if self.text is not None:
+                write_json(temporary / TEXT_SETTINGS, self.text)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> "EnsemblePipeline":
@@ -160,7 +189,13 @@ class EnsemblePipeline:
                 f"{folder / INDEX} lists {list(index.missing_ids)} as missing, but of the router's "
                 f"{ensemble.num_experts} experts {list(ensemble.missing)} are absent; assemble it again"
             )
-        return cls(ensemble=ensemble, codec=codec, num_classes=index.num_classes, class_names=index.class_names)
+        return cls(
+            ensemble=ensemble,
+            codec=codec,
+            num_classes=index.num_classes,
+            class_names=index.class_names,
+            text=read_text_config(folder),
+        )
 
 
 def assemble(
@@ -170,10 +205,12 @@ def assemble(
     out: Path,
     missing_ids: Sequence[int] = (),
     class_names: Sequence[str] = (),
+    text: TextConfig | None = None,
 ) -> EnsemblePipeline:
     """Copy finished parts into one pipeline folder `out`, and load it, which checks that they fit.
 
-    Files are copied byte for byte. Raises what `EnsemblePipeline.from_pretrained` raises.
+    `text` is the encoder of the captions that the parts were trained on. Files are copied byte for byte. Raises what
+    `EnsemblePipeline.from_pretrained` raises.
     """
     if not expert_folders:
         raise PipelineError("a pipeline needs an expert, and all are missing; finish at least one")
@@ -198,6 +235,8 @@ def assemble(
         for name, folder in parts.items():
             _copy(folder, temporary / name)
         index.write(temporary)
+        if text is not None:
+            write_json(temporary / TEXT_SETTINGS, text)
         return EnsemblePipeline.from_pretrained(temporary)
 
 
@@ -249,6 +288,11 @@ class _Index:
             raise CorruptArtifact(
                 f"{folder / INDEX} is not the index of a {CLASS_NAME}: {error}; assemble it again"
             ) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load_text_encoder(config: TextConfig) -> TextEncoder | None:
+    return TextEncoder.from_config(config)
 
 
 def _copy(folder: Path, target: Path) -> None:

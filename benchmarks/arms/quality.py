@@ -21,8 +21,9 @@ from data_partition.features.extract import load_extractor
 from ddm_core.artifacts import Workspace, read_json, read_manifest
 from ensemble.config import SamplingConfig
 from ensemble.evaluation.class_probe import ClassProbe
-from ensemble.evaluation.evaluate import evaluate, load_held_out_classes
+from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.feature_space import scale_features
+from ensemble.evaluation.held_out_prompts import load_held_out_prompts
 from ensemble.evaluation.reference import PROBE
 from ensemble.membership import remove_experts
 from ensemble.pipeline import EnsemblePipeline
@@ -124,7 +125,8 @@ class Arm(FinishedRun):
         images = np.load(images_path, allow_pickle=False)
         features = scale_features(load_extractor(reference / "extractors" / PROBE)(images))
         predicted = ClassProbe.load(reference / "probe.safetensors").predict(features)
-        return float((predicted == np.array(load_held_out_classes(reference, len(images)))).mean())
+        prompts = load_held_out_prompts(reference, len(images), self.artifact_folder("ensemble"))
+        return float((predicted == np.array(prompts.class_ids)).mean())
 
     def score_pipeline(self, name: str, pipeline: EnsemblePipeline, sampling: SamplingConfig) -> Path:
         """Score a pipeline that is not a stage of the run and return the folder; finished scores are reused."""

@@ -135,13 +135,13 @@ def audit_samples(
 
 
 def pinned_experts(
-    ensemble: Ensemble, seeds: Sequence[int], class_ids: Sequence[int] | None, selection: SelectionConfig
+    ensemble: Ensemble, seeds: Sequence[int], condition: Condition | None, selection: SelectionConfig
 ) -> Ids | None:
     """Return the expert to which each seed is pinned in all steps; None if a trajectory may change its expert."""
-    condition = Condition.null(len(seeds)) if class_ids is None else Condition(torch.tensor(list(class_ids)))
     if ensemble.num_experts == 1:
         return None
-    gates = ensemble.init_routing(seeds, condition, selection).fixed_gates(torch.zeros(len(seeds)))
+    routing = ensemble.init_routing(seeds, condition or Condition.null(len(seeds)), selection)
+    gates = routing.fixed_gates(torch.zeros(len(seeds)))
     return None if gates is None else gates.argmax(1).numpy()
 
 

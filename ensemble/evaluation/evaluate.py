@@ -15,7 +15,8 @@ from jaxtyping import UInt8
 from ddm_core.artifacts import Workspace, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.evaluation.generate import generate
-from ensemble.evaluation.reference import PROBE, EvaluationError
+from ensemble.evaluation.held_out_prompts import load_held_out_prompts
+from ensemble.evaluation.reference import PROBE
 from ensemble.evaluation.scores import Scores
 from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.evaluation.spaces import PIXELS
@@ -43,8 +44,8 @@ def evaluate(
     loaded = Reference.load(reference, config)
     config = loaded.config
     seeds = range(config.seed * config.num_samples, (config.seed + 1) * config.num_samples)
-    class_ids = load_held_out_classes(reference, config.num_samples) if config.conditional else None
-    generated = generate(pipeline_folder, seeds, class_ids, sampling, workspace)
+    prompts = load_held_out_prompts(reference, config.num_samples, pipeline_folder) if config.conditional else None
+    generated = generate(pipeline_folder, seeds, prompts, sampling, workspace)
     features = loaded.extract(generated.images)
     classes = loaded.compare_classes(features.spaces[PROBE])
     clusters = compare_clusters(partition, generated.images)
@@ -69,18 +70,6 @@ def evaluate(
     _write_images(out, generated.images, seeds)
     write_json(out / "scores.json", scores)
     return scores
-
-
-def load_held_out_classes(reference: Path, count: int) -> list[int]:
-    """Return `count` classes with the shares of the held-out images: their classes in random order, repeated."""
-    labels = np.load(reference / "labels.npy", allow_pickle=False)
-    labels = labels[labels >= 0]
-    if not len(labels):
-        raise EvaluationError(
-            "conditional samples need classes, and no held-out image has one; set `conditional` to false"
-        )
-    classes: list[int] = np.resize(labels, count).tolist()
-    return classes
 
 
 def _write_images(out: Path, images: UInt8[np.ndarray, "batch height width channel"], seeds: range) -> None:

@@ -22,6 +22,7 @@ from ensemble.membership import missing_warning
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.routing import CallCounts
 from ensemble.sampling.images import to_bytes
+from ensemble.sampling.prompts import Prompts
 from ensemble.sampling.sample import SampleResult
 from experts.conditions.condition import Condition
 from experts.training.flops import forward_flops
@@ -45,7 +46,7 @@ class GeneratedImages:
 def generate(
     folder: Path,
     seeds: Sequence[int],
-    class_ids: Sequence[int] | None,
+    prompts: Prompts | None,
     sampling: SamplingConfig,
     workspace: Workspace,
 ) -> GeneratedImages:
@@ -58,7 +59,7 @@ def generate(
         log.warning(warning)
     weak = pipeline.load_weak(sampling)
     costs, weak_costs = RowFlops.measure(pipeline), weak and RowFlops.measure(replace(pipeline, ensemble=weak))
-    finished = workspace.scratch / f"images-{_identity(folder, seeds, class_ids, sampling)}"
+    finished = workspace.scratch / f"images-{_identity(folder, seeds, prompts, sampling)}"
     finished.mkdir(parents=True, exist_ok=True)
     images, calls = [], CallCounts()
     for start in range(0, len(seeds), sampling.batch_size):
@@ -68,7 +69,7 @@ def generate(
         rows = slice(start, start + sampling.batch_size)
         file = finished / f"{start:08d}.safetensors"
         if not file.exists():
-            _write(file, pipeline(seeds[rows], sampling, class_ids and class_ids[rows], weak=weak))
+            _write(file, pipeline(seeds[rows], sampling, prompts and prompts.rows(rows), weak=weak))
         arrays = load_file(file)
         images.append(arrays["images"])
         calls.add(_calls_from_arrays(arrays))
@@ -105,13 +106,13 @@ class RowFlops:
         return experts + self.router * calls.router
 
 
-def _identity(folder: Path, seeds: Sequence[int], class_ids: Sequence[int] | None, sampling: SamplingConfig) -> str:
+def _identity(folder: Path, seeds: Sequence[int], prompts: Prompts | None, sampling: SamplingConfig) -> str:
     """Return a fingerprint of everything that the images depend on, as 16 hex digits."""
     files = {str(path.relative_to(folder)): checksum(path) for path in list_files(folder)}
     if sampling.reflection is not None and sampling.reflection.path:
         weak = Path(sampling.reflection.path).expanduser()
         files |= {f"{WEAK}{path.relative_to(weak)}": checksum(path) for path in list_files(weak)}
-    return fingerprint("images", [list(seeds), class_ids, sampling], files)[:16]
+    return fingerprint("images", [list(seeds), prompts, sampling], files)[:16]
 
 
 def _write(file: Path, result: SampleResult) -> None:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, UInt8
 from data_partition.features.extract import FeatureExtractor, fit_extractor, save_extractor
 from data_partition.features.pixels import flatten_pixels
 from data_partition.shards.shards import read_batches, read_index
-from ddm_core.artifacts import Preempted, Workspace, write_json
+from ddm_core.artifacts import Preempted, Workspace, save_arrays, write_json
 from ddm_core.errors import DDMError
 from ensemble.config import MIN_HELD_OUT, EvaluationConfig
 from ensemble.evaluation.class_probe import fit_probe
@@ -51,6 +51,8 @@ class RealImages:
     """By the extractor's name; a shorter array covers the first images of a longer one."""
     labels: Int[np.ndarray, " labelled"]
     """Classes of the images of the longest array, -1 without."""
+    captions: list[str]
+    """Captions of the same images, empty without."""
     flops: float
 
 
@@ -70,11 +72,13 @@ def read_real_images(
     rank = np.empty(total, np.int64)
     rank[np.random.default_rng(seed).permutation(total)] = np.arange(total)
     features: dict[str, Float[np.ndarray, "image feature"]] = {}
-    labels = np.empty(total, np.int64)
+    labels, captions = np.empty(total, np.int64), [""] * total
     start = 0
     for batch in read_batches(folder, BATCH_IMAGES):
         ranks = rank[start : start + len(batch.images)]
         labels[ranks] = batch.labels
+        for image_rank, caption in zip(ranks.tolist(), batch.captions, strict=True):
+            captions[image_rank] = caption
         images = change(batch.images)
         for name, count in counts.items():
             is_included = ranks < count
@@ -85,7 +89,8 @@ def read_real_images(
         start += len(batch.images)
         on_progress(start)
     flops = sum(extractor.flops_per_image * len(features[name]) for name, extractor in extractors.items())
-    return RealImages(features=features, labels=labels[: max(map(len, features.values()))], flops=float(flops))
+    longest = max(map(len, features.values()))
+    return RealImages(features=features, labels=labels[:longest], captions=captions[:longest], flops=float(flops))
 
 
 def extract_rows(extractor: FeatureExtractor | None, images: Images) -> Float[np.ndarray, "image feature"]:
@@ -93,6 +98,8 @@ def extract_rows(extractor: FeatureExtractor | None, images: Images) -> Float[np
     return flatten_pixels(images) if extractor is None else scale_features(extractor(images))
 
 
+CAPTIONS, TRAINING_ROWS = "captions.json", "training.safetensors"
+"""Captions of the training and the held-out images; features and classes of the former, in the space that ranks."""
 PROBE = "probe"
 """Principal components of the pixels, from which the class probe predicts."""
 MAX_HELD_OUT = 5_000
@@ -150,6 +157,8 @@ def build_reference(
     decoded_rows = decoded.features[PIXELS][:MAX_THRESHOLD_IMAGES]
     np.save(out / "held_out_distances.npy", nearest_distances(decoded_rows, neighbours), allow_pickle=False)
     np.save(out / "labels.npy", held_out.labels, allow_pickle=False)
+    if any(training.captions) and RANKED_SPACE in config.spaces:
+        _write_captions(training, held_out, out)
     classes = len(read_index(dataset / "train").class_names)
     probe = _write_probe(training, held_out, classes, out) if classes > 1 else None
     summary = ReferenceSummary(
@@ -238,6 +247,14 @@ def _write_probe(training: RealImages, held_out: RealImages, classes: int, out: 
         "accuracy": float((predicted == held_out.labels).mean()),
         "counts": np.bincount(predicted, minlength=classes).tolist(),
     }
+
+
+def _write_captions(training: RealImages, held_out: RealImages, out: Path) -> None:
+    """Write what the scores of text need: see `text_scores.py`."""
+    features = training.features[RANKED_SPACE]
+    save_arrays(out / TRAINING_ROWS, {"features": features, "labels": training.labels[: len(features)]})
+    captions = {"training": training.captions[: len(features)], "held_out": held_out.captions}
+    write_json(out / CAPTIONS, captions)
 
 
 def fit_config_to(config: EvaluationConfig, training: int, held_out: int) -> EvaluationConfig:

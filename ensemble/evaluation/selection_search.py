@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchConfig
-from ensemble.evaluation.evaluate import load_held_out_classes
 from ensemble.evaluation.generate import generate
+from ensemble.evaluation.held_out_prompts import load_held_out_prompts
 from ensemble.evaluation.reference import EvaluationError
 from ensemble.evaluation.scoring import Reference
 from ensemble.evaluation.spaces import MIN_RANKED_HELD_OUT, RANKED_SPACE, is_clear
@@ -84,12 +84,13 @@ def search_selection(
     """
     loaded = Reference.load(reference, evaluation)
     seeds = [FIRST_SEED + evaluation.seed * config.num_samples + number for number in range(config.num_samples)]
-    class_ids = load_held_out_classes(reference, config.num_samples) if evaluation.conditional else None
-    branches = 2 if class_ids is not None and sampling.guidance_scale != 1 else 1
+    conditional = evaluation.conditional
+    prompts = load_held_out_prompts(reference, config.num_samples, pipeline_folder) if conditional else None
+    branches = 2 if prompts is not None and sampling.guidance_scale != 1 else 1
     trials, flops = [], 0.0
     for selection in dict.fromkeys(config.candidates):
         short = replace(sampling, selection=selection, steps=config.steps, reflection=None)
-        generated = generate(pipeline_folder, seeds, class_ids, short, workspace)
+        generated = generate(pipeline_folder, seeds, prompts, short, workspace)
         features = loaded.extract(generated.images)
         scores = {name: loaded.compare_space(name, features.spaces[name]) for name in loaded.config.spaces}
         trial = SelectionTrial(

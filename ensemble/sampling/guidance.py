@@ -55,10 +55,15 @@ def guided_velocity(
     routing: RoutingState,
     guidance_scale: float,
     on_evaluation: Callable[[Latents, Times], None] | None = None,
+    negative: Condition | None = None,
 ) -> GuidedVelocity:
-    """Build the velocity field of these trajectories; a scale of 1 never evaluates the unconditional branch."""
+    """Build the velocity field of these trajectories; a scale of 1 never evaluates the unconditional branch.
+
+    `negative` is the condition of that branch; None is the null condition.
+    """
     if guidance_scale != 1:
-        condition = Condition.concatenate([condition, Condition.null(len(condition), condition.class_id.device)])
+        negative = negative or Condition.null(len(condition), condition.class_id.device)
+        condition = Condition.concatenate([condition, negative])
         routing = routing.repeat(2)
     return GuidedVelocity(
         ensemble=ensemble,

@@ -47,26 +47,28 @@ def sample(
     codec: Codec,
     seeds: Sequence[int],
     config: SamplingConfig,
-    class_ids: Sequence[int] | None = None,
+    condition: Condition | None = None,
     on_progress: Progress | None = None,
     weak: Ensemble | None = None,
+    negative: Condition | None = None,
 ) -> SampleResult:
-    """Sample one image per seed; unconditionally without `class_ids`, or where one is -1.
+    """Sample one image per seed; without a `condition`, the null condition, and no guidance.
 
     A few-step schedule replaces `config`'s solver and steps; a distilled one includes guidance. `weak` is the ensemble
-    of `config.reflection`. Raises `ValueError` without seeds, for unpaired classes, and to reflect few-step experts.
+    of `config.reflection`, `negative` the condition of the unconditional branch of guidance. Raises `ValueError`
+    without seeds, for unpaired conditions, for a `negative` without guidance, and to reflect few-step experts.
     """
-    _check_request(ensemble, weak, seeds, class_ids, config)
+    _check_request(ensemble, weak, seeds, condition, negative, config)
     start_s, calls, latents = time.monotonic(), CallCounts(), []
     ensemble, weak = ensemble.to(config.device), weak and weak.to(config.device)
     if config.compile:
         compile_networks(ensemble.experts.values())
     for start in range(0, len(seeds), config.batch_size):
         rows = slice(start, start + config.batch_size)
-        classes = None if class_ids is None else class_ids[rows]
+        given = _device_rows(condition, rows, config), _device_rows(negative, rows, config)
         report = _reporter(on_progress, start, len(seeds[rows]), len(seeds))
         with torch.inference_mode():
-            run = _start(ensemble, weak, codec, seeds[rows], classes, config, report)
+            run = _start(ensemble, weak, codec, seeds[rows], *given, config, report)
             if (few_step := ensemble.few_step) is None:
                 clean = run.solver(run.velocity, run.initial, uniform_times(config.steps))
             else:
@@ -100,15 +102,15 @@ def _start(
     weak: Ensemble | None,
     codec: Codec,
     seeds: Sequence[int],
-    class_ids: Sequence[int] | None,
+    condition: Condition | None,
+    negative: Condition | None,
     config: SamplingConfig,
     report: Callable[[float], None],
 ) -> _Trajectories:
     """Build the trajectories of one batch: their noise, routing state, velocity field and solver."""
-    condition = _make_condition(seeds, class_ids).to(config.device)
-    few_step, solver = ensemble.few_step, SOLVERS[config.solver]
-    is_guided = class_ids is not None and not (few_step and few_step.is_distilled)
-    guidance_scale = config.guidance_scale if is_guided else 1.0
+    solver = SOLVERS[config.solver]
+    guidance_scale = 1.0 if condition is None else guidance_scale_of(ensemble, config)
+    condition = condition or Condition.null(len(seeds), config.device)
     routing = ensemble.init_routing(seeds, condition, config.selection)
 
     def on_evaluation(noised: Latents, t: Times) -> None:
@@ -118,12 +120,12 @@ def _start(
     def noise(index: int) -> Latents:
         return make_noise(seeds, codec.latent_shape, index).to(config.device)
 
-    velocity = guided_velocity(ensemble, condition, routing, guidance_scale, on_evaluation)
+    velocity = guided_velocity(ensemble, condition, routing, guidance_scale, on_evaluation, negative)
     initial = ensemble.initial_latents(noise, condition, routing)
     if config.reflection is not None and weak is not None:
         weak_routing = weak.init_routing(seeds, condition, config.selection)
         routing.calls.weak = weak_routing.calls
-        weak_velocity = guided_velocity(weak, condition, weak_routing, guidance_scale)
+        weak_velocity = guided_velocity(weak, condition, weak_routing, guidance_scale, negative=negative)
         strong_velocity = replace(velocity, on_evaluation=None)
         solver = reflected_solver(config.solver, strong_velocity, weak_velocity, config.reflection.steps)
     return _Trajectories(
@@ -131,8 +133,14 @@ def _start(
     )
 
 
-def _make_condition(seeds: Sequence[int], class_ids: Sequence[int] | None) -> Condition:
-    return Condition.null(len(seeds)) if class_ids is None else Condition(torch.tensor(list(class_ids)))
+def _device_rows(condition: Condition | None, rows: slice, config: SamplingConfig) -> Condition | None:
+    return None if condition is None else condition.rows(rows).to(config.device)
+
+
+def guidance_scale_of(ensemble: Ensemble, config: SamplingConfig) -> float:
+    """Return the guidance scale of conditional samples; 1 for students that were distilled with guidance."""
+    few_step = ensemble.few_step
+    return 1.0 if few_step and few_step.is_distilled else config.guidance_scale
 
 
 def _reporter(on_progress: Progress | None, start: int, size: int, total: int) -> Callable[[float], None]:
@@ -149,12 +157,18 @@ def _check_request(
     ensemble: Ensemble,
     weak: Ensemble | None,
     seeds: Sequence[int],
-    class_ids: Sequence[int] | None,
+    condition: Condition | None,
+    negative: Condition | None,
     config: SamplingConfig,
 ) -> None:
-    if not seeds or (class_ids is not None and len(class_ids) != len(seeds)):
-        classes = "no classes" if class_ids is None else f"{len(class_ids)} classes"
-        raise ValueError(f"give at least one seed, and a class for every seed or none; got {len(seeds)} and {classes}")
+    counts = [len(part) for part in (condition, negative) if part is not None]
+    if not seeds or any(count != len(seeds) for count in counts):
+        raise ValueError(
+            "give at least one seed, and a condition for every seed or none; got "
+            f"{len(seeds)} seeds and {' and '.join(map(str, counts)) or 'no'} conditions"
+        )
+    if negative is not None and (condition is None or guidance_scale_of(ensemble, config) == 1):
+        raise ValueError("a negative prompt is a branch of guidance, which is off; set guidance_scale above 1")
     if (weak is None) != (config.reflection is None):
         raise ValueError("reflection needs a weak ensemble, and nothing else does; give both, or neither")
     has_few_step = ensemble.few_step is not None or (weak is not None and weak.few_step is not None)

@@ -27,6 +27,11 @@ class Condition:
         return cls(torch.full((batch,), NULL_CLASS, dtype=torch.int64, device=device))
 
     @classmethod
+    def of_classes(cls, class_ids: Sequence[int]) -> "Condition":
+        """Return the condition of these classes, without text; -1 is the null condition."""
+        return cls(torch.tensor(list(class_ids), dtype=torch.int64))
+
+    @classmethod
     def concatenate(cls, parts: Sequence["Condition"]) -> "Condition":
         """Return the rows of all parts, in order."""
         class_id = torch.cat([part.class_id for part in parts])

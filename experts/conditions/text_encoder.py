@@ -62,13 +62,8 @@ class TextEncoder:
     @classmethod
     def load(cls, folder: Path) -> "TextEncoder | None":
         """Load the encoder that `save` named in a folder, None if it named none; raises like `from_config`."""
-        if not (folder / SETTINGS).is_file():
-            return None
-        try:
-            config = from_json(TextConfig, read_json(folder / SETTINGS))
-        except ValueError as error:
-            raise CorruptArtifact(f"{folder / SETTINGS} does not describe a text encoder: {error}") from error
-        return cls.from_config(config)
+        config = read_text_config(folder)
+        return None if config is None else cls.from_config(config)
 
     def save(self, folder: Path) -> None:
         """Write `text_encoder.json`: where the encoder is, its length, and the checksum of its files."""
@@ -121,6 +116,16 @@ class TextEncoder:
         is_null = torch.zeros(len(texts), dtype=torch.bool)
         # Rounded as they are stored for training, so that a prompt is encoded as its caption was.
         return TextEmbedding(sequence.half().float().clone(), mask, pooled.half().float().clone(), is_null)
+
+
+def read_text_config(folder: Path) -> TextConfig | None:
+    """Read the `text_encoder.json` of a folder, None without; raise `CorruptArtifact` if it is invalid."""
+    if not (folder / SETTINGS).is_file():
+        return None
+    try:
+        return from_json(TextConfig, read_json(folder / SETTINGS))
+    except ValueError as error:
+        raise CorruptArtifact(f"{folder / SETTINGS} does not describe a text encoder: {error}") from error
 
 
 def _load_parts(config: TextConfig, folder: Path) -> tuple[Any, "PreTrainedModel"]:

@@ -199,10 +199,14 @@ def resume(run: RunArgument, trust: Trust = False) -> None:
 
 
 @app.command()
-def sample(
+def sample(  # noqa: PLR0913 - one for each option
     run: RunArgument,
     seeds: Seeds = "0-15",
-    label: Annotated[str, typer.Option(help="Class by name or number; empty samples without a condition")] = "",
+    label: Annotated[str, typer.Option(help="Class by name or number; empty samples without a class")] = "",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text of the images; several give a grid with one row a prompt")
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option(help="Text that guidance leads away from")] = "",
     selection: Selection = "",
     out: Annotated[Path, typer.Option(help="The image file to write")] = Path("grid.png"),
     steps: Annotated[int | None, typer.Option(help="Solver steps; empty uses the run's", min=1)] = None,
@@ -211,17 +215,25 @@ def sample(
     ensemble: Annotated[Path | None, typer.Option(help="Sample from an ensemble that `ddm experts` wrote")] = None,
 ) -> None:
     """Sample images from a finished run and write them as one grid."""
-    from orchestrator.cli.sample import prepare_sampling, save_grid
+    from orchestrator.cli.sample import SamplingOptions, prepare_sampling, save_grid
 
     folder, seed_list = _open_run(run), parse_seeds(seeds)
     if monolith and selection:
         raise ConfigError("--monolith is one model, so there is nothing to select: leave out --selection")
     if monolith and ensemble:
         raise ConfigError(f"--monolith and --ensemble {ensemble} are two models: leave out one")
-    options = (label, selection, steps, guidance_scale)
-    request = prepare_sampling(folder, out, *options, monolith=monolith, ensemble=ensemble)
-    samples = request.pipeline(seed_list, request.config, request.class_ids(len(seed_list)))
-    console.print(save_grid(request, samples, out), soft_wrap=True)
+    options = SamplingOptions(
+        label=label,
+        prompts=tuple(prompt or ()),
+        negative_prompt=negative_prompt,
+        selection=selection,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        monolith=monolith,
+        ensemble=ensemble,
+    )
+    request = prepare_sampling(folder, out, options)
+    console.print(save_grid(request, request.sample(seed_list), out), soft_wrap=True)
 
 
 @app.command()

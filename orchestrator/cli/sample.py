@@ -112,43 +112,62 @@ class SamplingRequest:
 
     pipeline: "EnsemblePipeline"
     config: SamplingConfig
-    class_id: int | None
-    """None samples without a condition."""
+    class_id: int = -1
+    """-1 samples without a class."""
+    prompts: tuple[str, ...] = ("",)
+    """Rows of the grid."""
+    negative_prompt: str = ""
 
-    def class_ids(self, count: int) -> list[int] | None:
-        """Return the class of each of `count` images."""
-        return None if self.class_id is None else [self.class_id] * count
+    def sample(self, seeds: Sequence[int]) -> "SampleResult":
+        """Sample one image for each prompt and seed."""
+        from ensemble.sampling.prompts import Prompts
+
+        captions = [prompt for prompt in self.prompts for _ in seeds]
+        prompts, negative = Prompts.of_captions(captions, self.class_id), None
+        if self.negative_prompt:
+            negative = Prompts.of_captions([self.negative_prompt] * len(captions))
+        is_null = self.class_id < 0 and not any(captions) and negative is None
+        seeds = [*seeds] * len(self.prompts)
+        return self.pipeline(seeds, self.config, None if is_null else prompts, negative=negative)
 
 
-def prepare_sampling(
-    run: RunFolder,
-    out: Path,
-    label: str = "",
-    selection: str = "",
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    *,
-    monolith: bool = False,
-    ensemble: Path | None = None,
-) -> SamplingRequest:
-    """Check the options of `ddm sample` and load the pipeline; raises `ConfigError` or `RunFolderError`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """The options of `ddm sample`."""
 
-    `ensemble` is the folder of an ensemble that `ddm experts` wrote; `out` is checked and not written.
+    label: str = ""
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    selection: str = ""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    monolith: bool = False
+    ensemble: Path | None = None
+    """Folder of an ensemble that `ddm experts` wrote."""
+
+
+def prepare_sampling(run: RunFolder, out: Path, options: SamplingOptions) -> SamplingRequest:
+    """Check the options of `ddm sample` and load the pipeline; `out` is checked and not written.
+
+    Raises `ConfigError`, `RunFolderError`, or `PromptError` for an unknown label.
     """
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         raise ConfigError(f"--out must end in one of {', '.join(PICTURE_SUFFIXES)}; got {out}")
     _check_writable(out)
-    defaults = run.load_config()
+    defaults, (steps, guidance_scale) = run.load_config(), (options.steps, options.guidance_scale)
+    monolith, ensemble = options.monolith, options.ensemble
     folder = find_pipeline(run, monolith=monolith) if ensemble is None else verify_pipeline(ensemble)
     config = replace(
         defaults.ensemble,
         selection=SelectionConfig(name="full")
         if monolith
-        else resolve_selection(run, find_selection(selection, defaults)),
+        else resolve_selection(run, find_selection(options.selection, defaults)),
         steps=defaults.ensemble.steps if steps is None else steps,
         guidance_scale=defaults.ensemble.guidance_scale if guidance_scale is None else guidance_scale,
     )
     from ensemble.pipeline import EnsemblePipeline
+    from ensemble.sampling.prompts import find_class
+    from ensemble.sampling.sample import guidance_scale_of
 
     pipeline = EnsemblePipeline.from_pretrained(folder)
     few_step = pipeline.ensemble.few_step
@@ -162,7 +181,15 @@ def prepare_sampling(
             f"--guidance-scale applies only to experts without distilled guidance; the students in {folder} have it: "
             "leave --guidance-scale out"
         )
-    return SamplingRequest(pipeline=pipeline, config=config, class_id=_find_class(label, pipeline.class_names))
+    if options.negative_prompt and guidance_scale_of(pipeline.ensemble, config) == 1:
+        raise ConfigError("--negative-prompt is a branch of guidance, which is off here; set --guidance-scale above 1")
+    return SamplingRequest(
+        pipeline=pipeline,
+        config=config,
+        class_id=find_class(options.label, pipeline.class_names) if options.label else -1,
+        prompts=options.prompts or ("",),
+        negative_prompt=options.negative_prompt,
+    )
 
 
 def _check_writable(out: Path) -> None:
@@ -180,7 +207,8 @@ def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> s
     from ensemble.sampling.images import image_grid
 
     count = len(samples.images)
-    grid = image_grid(samples.images, columns=max(1, round(count**0.5)))
+    columns = round(count**0.5) if len(request.prompts) == 1 else count // len(request.prompts)
+    grid = image_grid(samples.images, columns=max(1, columns))
     enlargement = max(1, READABLE_WIDTH // grid.width)
     enlarged = grid.resize((grid.width * enlargement, grid.height * enlargement), Resampling.NEAREST)
     try:
@@ -192,14 +220,3 @@ def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> s
     summary = f"{out}: {count} images, {selection}, {samples.calls_per_step:.2f} expert calls per step"
     warning = missing_warning(request.pipeline.ensemble)
     return f"{summary}\nWarning: {warning}" if warning else summary
-
-
-def _find_class(label: str, class_names: Sequence[str]) -> int | None:
-    if not label:
-        return None
-    if label in class_names:
-        return list(class_names).index(label)
-    if label.isdigit() and int(label) < len(class_names):
-        return int(label)
-    known = ", ".join(f"{number} {name}" for number, name in enumerate(class_names)) or "none: the run has no labels"
-    raise ConfigError(f"--label {label!r} is not a class of this run; known: {known}")

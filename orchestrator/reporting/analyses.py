@@ -119,7 +119,7 @@ def _publish(run: RunFolder, stage: Stage, write: WriteArtifact) -> None:
 def _load_samples(folders: dict[str, Path], config: AuditConfig) -> Any:
     """Return the samples of a finished score, and the expert that generated each."""
     from ensemble.analysis.memorization import AuditedSamples, pinned_experts
-    from ensemble.evaluation.evaluate import load_held_out_classes
+    from ensemble.evaluation.held_out_prompts import load_held_out_prompts
     from ensemble.evaluation.selection_search import read_choice
     from ensemble.pipeline import EnsemblePipeline
 
@@ -127,6 +127,8 @@ def _load_samples(folders: dict[str, Path], config: AuditConfig) -> Any:
     if "selection_search" in folders:
         config = replace(config, selection=read_choice(folders["selection_search"]).selection)
     pipeline = EnsemblePipeline.from_pretrained(folders["ensemble"])
-    class_ids = load_held_out_classes(folders["reference"], len(seeds)) if config.conditional else None
-    experts = pinned_experts(pipeline.ensemble, seeds.tolist(), class_ids, config.selection)
+    condition = None
+    if config.conditional:
+        condition = pipeline.condition(load_held_out_prompts(folders["reference"], len(seeds), folders["ensemble"]))
+    experts = pinned_experts(pipeline.ensemble, seeds.tolist(), condition, config.selection)
     return AuditedSamples(images=images, seeds=seeds, experts=experts, codec=pipeline.codec)

@@ -7,6 +7,7 @@ from ddm_core.artifacts import list_files, read_json, write_json
 from ensemble.config import SamplingConfig
 from ensemble.evaluation.generate import RowFlops
 from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
+from ensemble.sampling.prompts import Prompts
 from experts.baselines.cluster_conditioned import ClusterConditionedExpert
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig
@@ -53,7 +54,7 @@ def test_shared_network_is_stored_once_and_called_once(folder):
     pipeline = EnsemblePipeline.from_pretrained(folder)
     assert sorted(pipeline.ensemble.experts) == [0, 1, 2]
     assert pipeline.num_classes == CLASSES
-    result = pipeline(range(40), STICKY, [0, 1] * 20)
+    result = pipeline(range(40), STICKY, Prompts.of_classes([0, 1] * 20))
     assert result.calls_per_step == 1 and result.calls.router == 0
     assert set(result.calls.experts) == {0, 1, 2}
     costs = RowFlops.measure(pipeline)

@@ -7,6 +7,7 @@ from ddm_core.artifacts import CorruptArtifact, list_files, read_json, write_jso
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import EnsembleError
 from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
+from ensemble.sampling.prompts import PromptError, Prompts
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
@@ -66,7 +67,7 @@ def test_saved_and_loaded_pipeline_samples_equally(parts: Path) -> None:
     first = put_together(parts)
     first.save_pretrained(parts / "again")
     second = EnsemblePipeline.from_pretrained(parts / "again")
-    result, repeated = (pipeline([5, 6, 7], FULL, [0, 1, -1]) for pipeline in (first, second))
+    result, repeated = (pipeline([5, 6, 7], FULL, Prompts.of_classes([0, 1, -1])) for pipeline in (first, second))
     assert torch.equal(result.latents, repeated.latents)
     assert result.images.shape == (3, 4, 4, 1)
     assert second.class_names == ("a", "b")
@@ -150,8 +151,8 @@ def test_assemble_of_unfit_parts_leaves_no_folder(parts: Path) -> None:
 
 @pytest.mark.parametrize("class_id", [2, -2])
 def test_unknown_classes_raise(class_id: int, parts: Path) -> None:
-    with pytest.raises(PipelineError, match="classes go from 0 to 1"):
-        put_together(parts)([1], FULL, [class_id])
+    with pytest.raises(PromptError, match="classes go from 0 to 1"):
+        put_together(parts)([1], FULL, Prompts.of_classes([class_id]))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.sampling.sample import sample
 from experts.codec import PixelCodec
+from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
@@ -41,7 +42,9 @@ def config(name: str = "sticky", **settings: object) -> SamplingConfig:
 def test_calls_per_step_follow_selection_and_guidance(
     settings: dict[str, object], class_ids: list[int] | None, calls: float
 ) -> None:
-    result = sample(make_ensemble(), IdentityCodec(), range(5), config(**settings), class_ids)
+    result = sample(
+        make_ensemble(), IdentityCodec(), range(5), config(**settings), class_ids and Condition.of_classes(class_ids)
+    )
     assert result.calls_per_step == pytest.approx(calls)
     assert result.images.shape == (5, 1, 2, 1)
     assert torch.equal(result.images.flatten(1), result.latents)
@@ -50,7 +53,7 @@ def test_calls_per_step_follow_selection_and_guidance(
 @pytest.mark.parametrize(("seeds", "class_ids"), [([], None), ([1, 2], [0])])
 def test_sample_with_unpaired_seeds_and_classes_raises(seeds: list[int], class_ids: list[int] | None) -> None:
     with pytest.raises(ValueError, match="at least one seed"):
-        sample(make_ensemble(), IdentityCodec(), seeds, config(), class_ids)
+        sample(make_ensemble(), IdentityCodec(), seeds, config(), class_ids and Condition.of_classes(class_ids))
 
 
 def test_progress_increases_to_the_total() -> None:
@@ -69,7 +72,7 @@ def test_progress_increases_to_the_total() -> None:
 
 
 def test_class_minus_one_is_unconditional() -> None:
-    mixed = sample(make_ensemble(), IdentityCodec(), [1, 2], config(guidance_scale=4.0), [-1, -1])
+    mixed = sample(make_ensemble(), IdentityCodec(), [1, 2], config(guidance_scale=4.0), Condition.null(2))
     plain = sample(make_ensemble(), IdentityCodec(), [1, 2], config())
     torch.testing.assert_close(mixed.latents, plain.latents)
 
@@ -87,5 +90,5 @@ def test_network_is_five_calls_from_sample(solver, guidance_scale, few_step, tmp
 
     expert.model.register_forward_pre_hook(record_depth)
     ensemble, codec = Ensemble(experts={0: expert}, noise_schedule=RECTIFIED_FLOW), PixelCodec(image_shape=(4, 4, 1))
-    sample(ensemble, codec, [0], config(solver=solver, guidance_scale=guidance_scale), [1])
+    sample(ensemble, codec, [0], config(solver=solver, guidance_scale=guidance_scale), Condition.of_classes([1]))
     assert max(depths) <= 5

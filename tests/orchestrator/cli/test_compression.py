@@ -8,7 +8,7 @@ from rich.console import Console
 from ddm_core.artifacts import read_json
 from ensemble.pipeline import EnsemblePipeline
 from orchestrator.cli.compress import compress_run, describe_compression, with_compression
-from orchestrator.cli.sample import prepare_sampling
+from orchestrator.cli.sample import SamplingOptions, prepare_sampling
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
@@ -163,7 +163,7 @@ def test_compress_fast_ensembles_combine_with_all_stages(tmp_path):
     assert points["truncate_anchors + int4_weight_only"].flops == pytest.approx(0.5, abs=0.05)
     assert points["cache_uniform + laptop"].flops < points["cache_uniform"].flops
     with pytest.raises(ConfigError, match="few-step schedule of 2 steps"):
-        prepare_sampling(run, tmp_path / "a.png", selection="sticky", steps=9, ensemble=folder)
+        prepare_sampling(run, tmp_path / "a.png", SamplingOptions(selection="sticky", steps=9, ensemble=folder))
     mixed = EnsemblePipeline.from_pretrained(folders["distill=sid distill.training.steps=4"]).ensemble.experts[0]
     assert mixed.few_step.times == (1.0, 0.5) and mixed.experts[0].few_step.is_distilled
     dense = EnsemblePipeline.from_pretrained(folders["distill=consistency distill.students=shared"]).ensemble

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.cli.sample import prepare_sampling
+from orchestrator.cli.sample import SamplingOptions, prepare_sampling
 from orchestrator.errors import ConfigError
 from orchestrator.run.run_folder import RunFolder
 
@@ -11,4 +11,4 @@ from orchestrator.run.run_folder import RunFolder
 def test_out_that_cannot_be_written_is_refused_first(out, tmp_path):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ConfigError, match="cannot be written, because of .*; choose another file"):
-        prepare_sampling(RunFolder(tmp_path / "no_run"), tmp_path / out)
+        prepare_sampling(RunFolder(tmp_path / "no_run"), tmp_path / out, SamplingOptions())

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cli.app import _write_report
-from orchestrator.cli.sample import prepare_sampling, save_grid
+from orchestrator.cli.sample import SamplingOptions, prepare_sampling, save_grid
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.controller import run_pipeline
@@ -33,7 +33,7 @@ def run_tiny(folder, *overrides):
 
 
 def sample(run, select, out):
-    request = prepare_sampling(RunFolder(run), out / "grid.png", selection=select)
+    request = prepare_sampling(RunFolder(run), out / "grid.png", SamplingOptions(selection=select))
     return save_grid(request, request.pipeline(range(4), request.config), out / "grid.png")
 
 
