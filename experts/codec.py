@@ -22,10 +22,10 @@ class Codec(Protocol):
         """Return the shape of one latent."""
 
     def encode(self, images: Images) -> Latents:
-        """Return the latents of images, float32."""
+        """Return the latents of images, float32 in CPU memory; a network encodes on torch's default device."""
 
     def decode(self, latents: Latents) -> DecodedImages:
-        """Return the images of latents, clipped to [0, 1]."""
+        """Return the images of latents, clipped to [0, 1]; a network decodes on the device of the latents."""
 
     def save(self, folder: Path) -> None:
         """Write all files that `load_codec` reads."""

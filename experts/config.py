@@ -112,33 +112,58 @@ class TrainingConfig:
 class CodecConfig:
     """The latent space."""
 
-    kind: Literal["pixels", "pca", "patch_pca", "pca_conv"] = "pca"
+    kind: Literal[
+        "pixels",
+        "pca",
+        "pca_conv",
+        "patch_pca",
+        "patch_pca_conv",
+        "autoencoder",
+        "autoencoder_tiny",
+        "autoencoder_kl",
+        "autoencoder_dc",
+    ] = "pca"
     """`pixels`: images in [-1, 1]. `pca`: principal components, fitted on the training images. `patch_pca`: those of
-    square patches, as a grid that every network accepts. `pca_conv`: the latents of `pca` with a small convolutional
-    decoder, trained on slightly noised latents."""
+    square patches, as a grid that every network accepts. `pca_conv`, `patch_pca_conv`: the same latents, with a small
+    convolutional decoder, trained on slightly noised latents. `autoencoder`: a published
+    one of diffusers, from `path`. `autoencoder_tiny`, `autoencoder_kl`, `autoencoder_dc`: one of diffusers' classes,
+    trained on the images."""
 
     components: Annotated[int, Field(ge=2)] = 96
     """Principal components of `pca` and `pca_conv`."""
 
     patch_size: Annotated[int, Field(ge=1, le=32)] = field(default=4, metadata=UNHASHED_IF_DEFAULT)
-    """Pixels a side of the patches of `patch_pca`; must divide the side of the images."""
+    """Pixels a side of the patches of `patch_pca`, or of one latent position of a trained autoencoder, where it is a
+    power of two; must divide the side of the images."""
 
     latent_channels: Annotated[int, Field(ge=1)] = field(default=12, metadata=UNHASHED_IF_DEFAULT)
-    """Principal components of each patch of `patch_pca`; at most the values of a patch, which keeps images exactly."""
+    """Components of each patch of `patch_pca`, at most its values, which keep images exactly; channels of the latents
+    of a trained autoencoder."""
+
+    path: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Folder of the published `autoencoder`, or its name on the Hub: `owner/name`, or `owner/name/vae`."""
+
+    path_checksum: str = field(default="", metadata=UNHASHED_IF_DEFAULT)
+    """Checksum of that folder, or commit on the Hub, set when a run is composed; files that have changed since are an
+    error."""
+
+    kl_weight: Annotated[float, Field(ge=0)] = field(default=1e-6, metadata=UNHASHED_IF_DEFAULT)
+    """Weight of the divergence from a unit Gaussian in the loss of `autoencoder_kl`."""
 
     whitening: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Exponent that flattens the spectrum of principal components: 0 keeps it, 1 gives each the same variance."""
 
     decoder_width: Annotated[int, Field(ge=8, multiple_of=4)] = 32
-    """Channels of the decoder of `pca_conv` before the last upsampling."""
+    """Channels of the convolutional decoder at half the images' side, of a trained autoencoder at their full side."""
 
     decoder_noise: Annotated[float, Field(ge=0)] = 0.1
-    """Standard deviation of the noise on latents in the decoder's training, because samples are never fully clean."""
+    """Standard deviation of the noise on latents of unit scale in their decoder's training, because samples are never
+    fully clean; `autoencoder_kl` has its own."""
 
     decoder_training: TrainingConfig = TrainingConfig(
         steps=1000, batch_size=64, lr=2e-3, warmup_steps=50, weight_decay=1e-3
     )
-    """Training of the decoder."""
+    """Training of the decoder, or of the whole autoencoder."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

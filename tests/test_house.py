@@ -89,7 +89,7 @@ PARENT_MODULES = {
     "ensemble": {"config", "ensemble", "membership", "multi_network_experts", "pipeline", "routing", "solvers"},
     "ensemble.compression": {"config", "method"},
     "experts.networks.adapters": {"adapter"},
-    "experts": {"codec", "condition", "config", "expert", "expert_model", "serialization", "types"},
+    "experts": {"codec", "condition", "config", "errors", "expert", "expert_model", "serialization", "types"},
     "orchestrator": {"config", "controller", "errors"},
     "orchestrator.islands": {"client", "token", "wheel"},
     "orchestrator.pools": {"config", "island_config", "shell", "yaml_text"},

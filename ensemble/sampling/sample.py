@@ -59,7 +59,7 @@ def sample(
     without seeds, for unpaired conditions, for a `negative` without guidance, and to reflect few-step experts.
     """
     _check_request(ensemble, weak, seeds, condition, negative, config)
-    start_s, calls, latents = time.monotonic(), CallCounts(), []
+    start_s, calls, latents, images = time.monotonic(), CallCounts(), [], []
     ensemble, weak = ensemble.to(config.device), weak and weak.to(config.device)
     if config.compile:
         compile_networks(ensemble.experts.values())
@@ -76,8 +76,9 @@ def sample(
         report(0.0)
         calls.add(run.calls)
         latents.append(clean.cpu())
+        images.append(codec.decode(clean).float().cpu())
     return SampleResult(
-        images=torch.cat([codec.decode(part).float().cpu() for part in latents]),
+        images=torch.cat(images),
         latents=torch.cat(latents),
         calls=calls,
         calls_per_step=calls.per_evaluation,

@@ -1,7 +1,7 @@
-"""A small convolutional decoder from principal components to images.
+"""A small convolutional decoder of principal components.
 
-A truncated set of components leaves ripples and gray halos in the linear inverse. The decoder takes the same latents,
-so experts and router do not change. Training on slightly noised latents makes it robust to small sampling errors.
+A truncated set of components leaves ripples and gray halos in the linear inverse. The latents stay the same, so experts
+and router do not change. Training on slightly noised latents makes it robust to small sampling errors.
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experts.types import ImageTensor
+from experts.types import ImageTensor, Latents
 
 SEED_CHANNELS = 16
 """Channels of the feature map, a quarter of the image's side, that the latents are projected to."""
@@ -37,30 +37,40 @@ class ResidualConv(nn.Module):
 
 
 class ConvDecoder(ModelMixin, ConfigMixin):
-    """Maps latents to images in [-1, 1], by a feature map of a quarter of the side that is upsampled twice."""
+    """Maps latents to images in [-1, 1], by a feature map of a quarter of the side that is upsampled twice.
+
+    Without `components` it takes images, and adds such a map as a correction; it begins as the identity.
+    """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, components: int, image_shape: Sequence[int], width: int = 32) -> None:
         super().__init__()
         self.height, self.width, channels = image_shape
         self.seed_shape = (SEED_CHANNELS, math.ceil(self.height / 4), math.ceil(self.width / 4))
-        self.spread = nn.Linear(components, math.prod(self.seed_shape))
+        self.spread = nn.Linear(components, math.prod(self.seed_shape)) if components else None
+        last = nn.Conv2d(width, 4 * channels, 3, padding=1, bias=bool(components))
         self.layers = nn.Sequential(
-            nn.Conv2d(SEED_CHANNELS, 2 * width, 3, padding=1),
+            nn.Conv2d(SEED_CHANNELS if components else 16 * channels, 2 * width, 3, padding=1),
             ResidualConv(2 * width),
             ResidualConv(2 * width),
             nn.Conv2d(2 * width, 4 * width, 1),
             nn.PixelShuffle(2),
             ResidualConv(width),
             nn.SiLU(),
-            nn.Conv2d(width, 4 * channels, 3, padding=1),
+            last,
             nn.PixelShuffle(2),
         )
+        if not components:
+            nn.init.zeros_(last.weight)
 
-    def forward(self, latents: Float[Tensor, "batch component"]) -> ImageTensor:
-        """Return images in about [-1, 1]; a side that is not a multiple of four is cropped."""
-        images: Tensor = self.layers(self.spread(latents).unflatten(1, self.seed_shape))
-        return images[:, :, : self.height, : self.width]
+    def forward(self, coarse: Latents) -> ImageTensor:
+        """Return images in about [-1, 1], from images or latents; a side that is not a multiple of four is cropped."""
+        if self.spread is not None:
+            images: Tensor = self.layers(self.spread(coarse).unflatten(1, self.seed_shape))
+            return images[:, :, : self.height, : self.width]
+        padded = functional.pad(coarse, (0, -self.width % 4, 0, -self.height % 4), mode="replicate")
+        correction: Tensor = self.layers(functional.pixel_unshuffle(padded, 4))
+        return coarse + correction[:, :, : self.height, : self.width]
 
 
 def decoder_loss(decoded: ImageTensor, images: ImageTensor) -> Float[Tensor, ""]:

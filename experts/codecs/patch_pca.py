@@ -13,7 +13,6 @@ from ddm_core.artifacts import write_json
 from experts.codec import check_shape
 from experts.codecs.pca import FIT_BATCH, PCACodec, flatten_images, load_pca_codec
 from experts.config import CodecConfig
-from experts.networks.latent_shapes import latent_shape_of
 from experts.types import DecodedImages, Images, Latents
 
 
@@ -52,13 +51,11 @@ class PatchPCACodec:
 
 
 def fit_patch_pca_codec(config: CodecConfig, shards: Path) -> PatchPCACodec:
-    """Fit the components on all patches of a shard folder; raise `CodecError` if patches or components do not fit."""
-    height, width, channels = image_shape = read_index(shards).image_shape
-    for side in (height, width):
-        latent_shape_of(config, side, channels)
+    """Fit the components on all patches of a shard folder, whose images they divide."""
+    image_shape = read_index(shards).image_shape
     patches = (cut_patches(batch.images, config.patch_size) for batch in read_batches(shards, FIT_BATCH))
     pca = fit_pca(map(flatten_images, patches), config.latent_channels)
-    patch_shape = (config.patch_size, config.patch_size, channels)
+    patch_shape = (config.patch_size, config.patch_size, image_shape[2])
     codec = PCACodec(image_shape=patch_shape, pca=pca, whitening=config.whitening)
     return PatchPCACodec(image_shape=image_shape, patches=codec)
 

@@ -16,10 +16,13 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json
 from ddm_core.json_values import from_json
 from experts.codec import Codec, PixelCodec
+from experts.codecs.autoencoder import fit_published, load_autoencoder_codec
+from experts.codecs.autoencoder_training import autoencoder_flops, fit_autoencoder
 from experts.codecs.patch_pca import fit_patch_pca_codec, load_patch_pca_codec
 from experts.codecs.pca import fit_pca_codec, load_pca_codec
-from experts.codecs.pca_conv import fit_pca_conv, load_pca_conv
+from experts.codecs.refined import fit_refined_codec, load_refined_codec, refiner_flops
 from experts.config import CodecConfig
+from experts.networks.latent_shapes import latent_shape_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +33,12 @@ class CodecKind:
     """Maps (config, shards, out, workspace) to the counted FLOPs, and writes the codec to `out`."""
     load: Callable[[Path, dict[str, Any]], Codec]
     """Maps (folder, content of `codec.json`) to the codec."""
+    row_flops: Callable[[CodecConfig, tuple[int, int, int]], float] | None = None
+    """Maps (config, image shape) to the FLOPs of one image through the network that the fit trains."""
 
 
 class _Metadata(TypedDict):
-    """What `codec.json` may hold."""
+    """Keys of a `codec.json`."""
 
     kind: str
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -43,7 +48,13 @@ class _Metadata(TypedDict):
 
 
 def fit_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
-    """Fit the codec on the images of a shard folder, write it to `out`, and return its training FLOPs."""
+    """Fit the codec on the images of a shard folder, write it to `out`, and return its training FLOPs.
+
+    Raises `CodecError` if it does not fit the images.
+    """
+    height, width, channels = read_index(shards).image_shape
+    for side in (height, width):
+        latent_shape_of(config, side, channels)
     out.mkdir(parents=True, exist_ok=True)
     return CODECS[config.kind].fit(config, shards, out, workspace)
 
@@ -81,9 +92,16 @@ def _fit_patch_pca(config: CodecConfig, shards: Path, out: Path, workspace: Work
     return 0.0
 
 
+TRAINED_AUTOENCODER = CodecKind(fit=fit_autoencoder, load=load_autoencoder_codec, row_flops=autoencoder_flops)
+
 CODECS: dict[str, CodecKind] = {
     "pixels": CodecKind(fit=_fit_pixels, load=_load_pixels),
     "pca": CodecKind(fit=_fit_pca, load=load_pca_codec),
     "patch_pca": CodecKind(fit=_fit_patch_pca, load=load_patch_pca_codec),
-    "pca_conv": CodecKind(fit=fit_pca_conv, load=load_pca_conv),
+    "pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, row_flops=refiner_flops),
+    "patch_pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, row_flops=refiner_flops),
+    "autoencoder": CodecKind(fit=fit_published, load=load_autoencoder_codec),
+    "autoencoder_tiny": TRAINED_AUTOENCODER,
+    "autoencoder_kl": TRAINED_AUTOENCODER,
+    "autoencoder_dc": TRAINED_AUTOENCODER,
 }

@@ -4,10 +4,11 @@ import difflib
 import math
 from collections.abc import Iterable
 
-from ddm_core.errors import DDMError
 from experts.config import CodecConfig, UNetConfig
+from experts.errors import CodecError
 from experts.networks.adapters.adapter import Adapter, DataShape, Settings
 from experts.networks.adapters.registry import ADAPTERS
+from experts.networks.autoencoder_files import LatentGrid, published_grid
 from experts.networks.class_settings import (
     AnyNetworkConfig,
     ClassSettings,
@@ -16,18 +17,31 @@ from experts.networks.class_settings import (
     default_settings,
 )
 
-
-class CodecError(DDMError, ValueError):
-    """A codec does not fit the images, or its files are not valid."""
+IMAGE_COMPONENTS = ("pca", "pca_conv")
+"""Codecs that take `codec.components` principal components of whole images."""
 
 
 def latent_shape_of(config: CodecConfig, image_size: int, channels: int) -> tuple[int, ...]:
     """Return the shape of a sample in the codec's latent space; raise `CodecError` if the codec does not fit images."""
     if config.kind == "pixels":
         return (channels, image_size, image_size)
-    if config.kind == "patch_pca":
+    if config.kind in IMAGE_COMPONENTS:
+        return (config.components,)
+    if (config.kind == "autoencoder") != (config.path is not None):
+        raise CodecError(
+            f"codec.path names the files of codec.kind=autoencoder and of no other; got codec.kind={config.kind}, "
+            f"codec.path={config.path}; set both or none"
+        )
+    if config.path is not None:
+        return published_grid(config).shape((image_size, image_size, channels))
+    if config.kind.startswith("patch_pca"):
         return _patch_grid(config, image_size, channels)
-    return (config.components,)
+    if config.patch_size & (config.patch_size - 1):
+        raise CodecError(
+            f"{config.kind} halves the sides, so codec.patch_size must be a power of two, not {config.patch_size}"
+        )
+    grid = LatentGrid(image_channels=channels, channels=config.latent_channels, factor=config.patch_size)
+    return grid.shape((image_size, image_size, channels))
 
 
 def _patch_grid(config: CodecConfig, image_size: int, channels: int) -> tuple[int, ...]:
@@ -46,9 +60,9 @@ def _patch_grid(config: CodecConfig, image_size: int, channels: int) -> tuple[in
 
 def count_pca_values(config: CodecConfig, image_size: int, channels: int) -> int:
     """Return the number of values that the codec takes principal components of; 0 for a codec without."""
-    if config.kind == "pixels":
-        return 0
-    return (config.patch_size if config.kind == "patch_pca" else image_size) ** 2 * channels
+    if config.kind in IMAGE_COMPONENTS:
+        return image_size**2 * channels
+    return config.patch_size**2 * channels if config.kind.startswith("patch_pca") else 0
 
 
 def check_latent_shape(config: AnyNetworkConfig, latent_shape: tuple[int, ...]) -> None:

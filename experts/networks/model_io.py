@@ -46,6 +46,10 @@ def save_model(model: nn.Module, folder: Path) -> None:
         write_json(folder / "config.json", read_json(folder / "config.json") | {DIFFUSERS_CONFIG: COMPRESSED})
 
 
+DERIVED = {"AutoencoderTiny": ("block_out_channels",)}
+"""Settings that a class adds to its config itself, and does not take."""
+
+
 def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     """Load a model of one of these classes for inference; raise `CorruptArtifact` if that fails."""
     by_name: dict[str, Any] = {candidate.__name__: candidate for candidate in classes}
@@ -54,6 +58,8 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     settings = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
     if settings.get(DIFFUSERS_CONFIG) == COMPRESSED:
         del settings[DIFFUSERS_CONFIG]
+    for key in DERIVED.get(name, ()):
+        settings.pop(key, None)
     if unknown := sorted(settings.keys() - inspect.signature(model_class).parameters.keys()):
         raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not take: {', '.join(unknown[:5])}")
     try:
@@ -65,7 +71,7 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
             replace_modules(model, read_json(folder / QUANTIZATION_CONFIG))
         model.load_state_dict(_read_tensors(model, folder))
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:500]
+        reason = " ".join(str(error).split())
         raise CorruptArtifact(f"{folder} does not hold a complete {name}: {reason}; {REMEDY}") from error
     return model.eval()
 
@@ -111,4 +117,6 @@ def _read_tensors(model: Any, folder: Path) -> dict[str, Tensor]:
     for path in weight_files(folder):
         tensors |= load_file(path)
     model._fix_state_dict_keys_on_load(tensors)
+    for name in model._keys_to_ignore_on_load_unexpected or ():
+        tensors.pop(name, None)
     return tensors

@@ -44,30 +44,33 @@ def _is_weights_name(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
-def init_files(folder: Path) -> list[Path]:
-    """Return the files that a network is read from; raise `InitError` for a folder without one, or with a pickle only.
+def init_files(folder: Path, key: str = "init") -> list[Path]:
+    """Return the files that a model is read from; raise `InitError` for a folder without one, or with a pickle only.
+
+    `key` names the folder in messages.
 
     A snapshot in the Hub's cache consists of links into its `blobs`, which are followed; no other link is.
     """
     if not (folder / "config.json").is_file():
         parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; it has the parts {', '.join(parts)}: name one of them" if parts else ""
-        raise InitError(f"init={folder} must be a folder with a diffusers model; it has no config.json{hint}")
+        raise InitError(f"{key}={folder} must be a folder with a diffusers model; it has no config.json{hint}")
     try:
         weights = weight_files(folder)
     except (ArtifactError, FileNotFoundError, ValueError) as error:
-        raise InitError(f"init={folder}: {error}") from error
+        raise InitError(f"{key}={folder}: {error}") from error
     settings = [path for path in folder.glob("*.json") if path.name not in (MANIFEST, "training.json")]
-    blobs = folder.resolve().parent.parent / "blobs"
+    snapshots = (parent for parent in folder.resolve().parents if parent.name == "snapshots")
+    blobs = next((parent.parent / "blobs" for parent in snapshots), None)
     for path in (files := sorted([*settings, *weights])):
         if path.is_symlink() and path.resolve().parent != blobs:
-            raise InitError(f"init={path} is a link, which may point anywhere; replace it with the file it points to")
+            raise InitError(f"{key}={path} is a link, which may point anywhere; replace it with the file it points to")
     return files
 
 
-def init_checksum(folder: Path) -> str:
+def init_checksum(folder: Path, key: str = "init") -> str:
     """Return one checksum of all files that a network is read from; raise `InitError` as `init_files` does."""
-    return fingerprint("init", {str(path.relative_to(folder)): checksum(path) for path in init_files(folder)}, {})
+    return fingerprint("init", {str(path.relative_to(folder)): checksum(path) for path in init_files(folder, key)}, {})
 
 
 def check_unchanged(config: ExpertConfig) -> None:

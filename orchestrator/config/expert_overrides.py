@@ -11,6 +11,7 @@ from typing import Any
 
 from ddm_core.artifacts import ArtifactError
 from experts.config import ExpertConfig
+from experts.networks.autoencoder_files import path_checksum
 from experts.networks.pretrained_files import InitError, init_checksum
 from orchestrator.errors import ConfigError
 
@@ -23,6 +24,8 @@ def complete_expert_overrides(composed: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(composed)
     if isinstance(values.get("expert"), Mapping):
         values["expert"] = _add_checksum(values["expert"])
+    if isinstance(values.get("codec"), Mapping):
+        values["codec"] = _add_path_checksum(values["codec"])
     overrides_by_key = values.get("experts")
     if not isinstance(overrides_by_key, Mapping):
         return values
@@ -61,6 +64,16 @@ def _drop_base_checksum(config: Any, overrides: Any) -> Any:
     """Remove the base's checksum if the overrides name another checkpoint folder."""
     is_other = isinstance(overrides, Mapping) and "init" in overrides and "init_checksum" not in overrides
     return {key: value for key, value in config.items() if key != "init_checksum"} if is_other else config
+
+
+def _add_path_checksum(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Record the contents of a published autoencoder; a folder becomes absolute, a name on the Hub stays."""
+    path = config.get("path")
+    if not isinstance(path, str) or config.get("path_checksum"):
+        return config
+    folder = Path(path).expanduser().absolute()
+    path = str(folder) if folder.is_dir() else path
+    return dict(config) | {"path": path, "path_checksum": path_checksum(path)}
 
 
 def _add_checksum(config: Any) -> Any:

@@ -26,9 +26,9 @@ from pydantic import TypeAdapter
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import to_jsonable, write_record
 from ddm_core.errors import DDMError
-from experts.architectures.conv_decoder import ConvDecoder
+from experts.codecs.registry import CODECS
 from experts.expert import expert_flops
-from experts.training.flops import forward_flops, training_flops
+from experts.training.flops import training_flops
 from experts.training.trainer import DeviceError
 from orchestrator.config.compute import CONTROLLER, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig, parse_config
@@ -220,11 +220,9 @@ def _row_flops_of_experts(config: RunConfig, dry: DryRun) -> dict[str, float]:
 
 
 def _decoder_flops(config: RunConfig) -> dict[str, float]:
-    if config.codec.kind != "pca_conv":
-        return {}
-    side, components = config.data.image_size, config.codec.components
-    decoder = ConvDecoder(components, (side, side, config.data.channels), config.codec.decoder_width)
-    return {"decoder": forward_flops(lambda: decoder(torch.zeros(1, components)))}
+    count = CODECS[config.codec.kind].row_flops
+    side = config.data.image_size
+    return {} if count is None else {"decoder": count(config.codec, (side, side, config.data.channels))}
 
 
 def _artifact_bytes(

@@ -106,12 +106,12 @@ def estimate_dataset(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) ->
 
 
 def estimate_codec(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
-    """Count the images of the fit, and the training of a convolutional decoder."""
+    """Count the images of the fit, and the training of its network, if it has one."""
     config: CodecConfig = stage.config
     if facts.images is None:
         return UNKNOWN
     parts, flops = [Part(speed="codec", count=facts.images)], 0.0
-    if config.kind == "pca_conv":
+    if "decoder" in facts.row_flops:
         training = config.decoder_training
         flops = training_flops(facts.row_flops["decoder"], training.batch_size, training.steps)
         parts.append(Part(speed="decoder", count=training.batch_size * training.steps))

@@ -22,8 +22,9 @@ from ensemble.evaluation.reference import PROBE
 from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.evaluation.spaces import PIXELS
 from experts.codec import Codec
-from experts.codecs.registry import load_codec
+from experts.codecs.registry import CODECS, load_codec
 from experts.config import CodecConfig
+from experts.networks.latent_shapes import IMAGE_COMPONENTS
 from experts.training.latent_dataset import encode_latents
 from experts.types import Images
 from orchestrator.config.schema import RunConfig
@@ -78,13 +79,13 @@ class _Pass:
 
 def dry_run(config: RunConfig, folder: Path) -> DryRun:
     """Run three passes and fit the speeds; raises what the stages raise."""
-    count = max(MIN_IMAGES, 0 if config.codec.kind in ("pixels", "patch_pca") else 2 * config.codec.components)
+    count = max(MIN_IMAGES, 2 * config.codec.components if config.codec.kind in IMAGE_COMPONENTS else 0)
     cold, warm, long = (
         _run_pass(config, folder / name, images)
         for name, images in (("cold", count), ("warm", count), ("long", 2 * count))
     )
     speeds = {kind: _speed(kind, cold, warm, long) for kind in long.durations}
-    if config.codec.kind == "pca_conv":
+    if CODECS[config.codec.kind].row_flops is not None:
         speeds["decoder"] = _decoder_speed(config.codec, long)
     codec, dataset = long.folder / "codec", long.folder / "dataset" / "train"
     index = read_index(dataset)

@@ -74,7 +74,12 @@ def describe_access(config: RunConfig) -> list[str]:
     ]
     if compute.slurm:
         lines.append("submit Slurm jobs with " + ", ".join(f"{key}={value!r}" for key, value in compute.slurm.items()))
-    reads = (config.data.path, config.expert.init, *(expert.init for expert in config.experts.values()))
+    reads = (
+        config.data.path,
+        config.codec.path,
+        config.expert.init,
+        *(expert.init for expert in config.experts.values()),
+    )
     lines += [f"read {path!r}" for path in dict.fromkeys(path for path in reads if path)]
     if config.wandb.mode != "disabled":
         lines.append(f"track the run with wandb, mode {config.wandb.mode!r}")

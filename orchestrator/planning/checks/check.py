@@ -19,9 +19,10 @@ from data_partition.errors import EFFICIENTNET_REMEDY, DataError
 from ddm_core.artifacts import read_json
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
+from experts.errors import CodecError
 from experts.networks.class_settings import NetworkError
 from experts.networks.latent_shapes import (
-    CodecError,
+    IMAGE_COMPONENTS,
     check_latent_shape,
     count_pca_values,
     latent_shape_of,
@@ -211,9 +212,13 @@ class DataCheck:
             latent_shape_of(codec, data.image_size, data.channels)
         except CodecError as error:
             self.mistakes.append(str(error))
-            size = math.gcd(codec.patch_size, data.image_size)
-            channels = min(codec.latent_channels, size**2 * data.channels)
+            size, channels = math.gcd(codec.patch_size, data.image_size), codec.latent_channels
+            if codec.kind.startswith("patch_pca"):
+                channels = min(channels, size**2 * data.channels)
+            else:
+                size &= -size
             self.change("codec", patch_size=size, latent_channels=channels)
+            self.is_mendable &= codec.kind != "autoencoder" and codec.path is None
 
     def check_networks(self) -> None:
         """Check that every network accepts the codec's latents."""
@@ -246,7 +251,7 @@ class DataCheck:
         """Check that the images have as many principal components as the codec takes."""
         data, codec = self.config.data, self.config.codec
         limit = min(data.image_size**2 * data.channels, train - 1)
-        if codec.kind not in ("pixels", "patch_pca") and codec.components > limit:
+        if codec.kind in IMAGE_COMPONENTS and codec.components > limit:
             self.mistakes.append(
                 f"{train} training images of {data.image_size}x{data.image_size} pixels have at most {limit} principal "
                 f"components; got codec.components={codec.components}"

@@ -11,8 +11,9 @@ from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from experts.codecs.patch_pca import cut_patches, fit_patch_pca_codec
 from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
+from experts.errors import CodecError
 from experts.expert import Expert, train_expert
-from experts.networks.latent_shapes import CodecError, latent_shape_of
+from experts.networks.latent_shapes import latent_shape_of
 
 CONFIG = CodecConfig(kind="patch_pca", patch_size=2, latent_channels=3)
 
@@ -78,10 +79,10 @@ def test_every_network_trains_on_patches(network, shards, tmp_path, workspace):
         ({"latent_channels": 5}, "has 4 princ"),
     ],
 )
-def test_patches_that_do_not_fit_are_refused(change, message, shards):
+def test_patches_that_do_not_fit_are_refused(change, message, shards, tmp_path, workspace):
     fields = {"patch_size": 2, "latent_channels": 3} | change
     with pytest.raises(CodecError, match=message):
-        fit_patch_pca_codec(CodecConfig(kind="patch_pca", **fields), shards)
+        fit_codec(CodecConfig(kind="patch_pca", **fields), shards, tmp_path / "codec", workspace)
 
 
 @pytest.mark.parametrize(

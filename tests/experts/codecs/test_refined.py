@@ -1,4 +1,4 @@
-"""The convolutional decoder: the latents of PCA, a lower image error, and a resumable training."""
+"""The convolutional decoder: the latents of a linear codec, a lower image error, and a resumable training."""
 
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from experts.config import CodecConfig, TrainingConfig
 CONFIG = CodecConfig(
     kind="pca_conv",
     components=12,
+    latent_channels=3,
     decoder_width=16,
     decoder_training=TrainingConfig(steps=400, batch_size=32, lr=4e-3, warmup_steps=10, checkpoint_every=20),
 )
@@ -33,18 +34,20 @@ def error(codec, images):
 
 
 @pytest.mark.slow
-def test_decoder_beats_pca_on_unseen_images(digits, tmp_path):
-    for kind in ("pca", "pca_conv"):
+@pytest.mark.parametrize("name", ["pca", "patch_pca"])
+def test_decoder_beats_linear_codec_on_unseen_images(name, digits, tmp_path):
+    for kind in (name, f"{name}_conv"):
         fit_codec(replace(CONFIG, kind=kind), digits / "train", tmp_path / kind, Workspace.at(tmp_path / "work" / kind))
-    linear, convolutional = load_codec(tmp_path / "pca"), load_codec(tmp_path / "pca_conv")
+    linear, convolutional = load_codec(tmp_path / name), load_codec(tmp_path / f"{name}_conv")
     unseen = next(read_batches(digits / "holdout", 60)).images
     assert torch.equal(linear.encode(unseen), convolutional.encode(unseen))
     assert error(convolutional, unseen) < error(linear, unseen)
 
 
 @pytest.mark.slow
-def test_resume_after_stop_equals_uninterrupted_training(digits, tmp_path):
-    short_config = replace(CONFIG, decoder_training=replace(CONFIG.decoder_training, steps=60))
+@pytest.mark.parametrize("kind", ["pca_conv", "patch_pca_conv"])
+def test_resume_after_stop_equals_uninterrupted_training(kind, digits, tmp_path):
+    short_config = replace(CONFIG, kind=kind, decoder_training=replace(CONFIG.decoder_training, steps=60))
     fit_codec(short_config, digits / "train", tmp_path / "whole", Workspace.at(tmp_path / "work"))
     stopped = Workspace.at(tmp_path / "stopped")
     (tmp_path / "stopped" / "stop").touch()
@@ -60,6 +63,8 @@ def test_resume_after_stop_equals_uninterrupted_training(digits, tmp_path):
 def test_decoder_supports_any_image_shape(shape):
     height, width, channels = shape
     assert ConvDecoder(5, shape, 8)(torch.zeros(2, 5)).shape == (2, channels, height, width)
+    images = torch.rand(2, channels, height, width)
+    assert torch.equal(ConvDecoder(0, shape, 8)(images), images)  # before its training
 
 
 def test_decoder_loss_counts_edges():
