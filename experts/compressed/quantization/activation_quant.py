@@ -29,8 +29,8 @@ class TimestepRecorder:
         self.timestep: Float[Tensor, " batch"] | None = None
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the timesteps, the network's second argument, before a call."""
-        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        """Record the timesteps, the network's second argument or one of the names that classes give it."""
+        t = args[1] if len(args) > 1 else kwargs["timestep"] if "timestep" in kwargs else kwargs["t"]
         self.timestep = t.detach()
 
 
