@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 
 Prediction = Literal["velocity", "noise", "clean"]
-NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta"]
+NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta", "ddpm_linear", "scaled_linear"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -211,8 +211,9 @@ class ExpertConfig:
     `network`, and must have the same latents and classes."""
     init_prediction: Prediction = field(default="noise", metadata=UNHASHED_IF_DEFAULT)
     """Prediction type of a checkpoint without an `expert.json`."""
-    init_noise_schedule: NoiseScheduleName = field(default="linear_beta", metadata=UNHASHED_IF_DEFAULT)
-    """Noise schedule of such a checkpoint; `linear_beta` is DDPM's."""
+    init_noise_schedule: NoiseScheduleName = field(default="ddpm_linear", metadata=UNHASHED_IF_DEFAULT)
+    """Noise schedule of such a checkpoint. `ddpm_linear`: DDPM's table, also of DiT and PixArt. `scaled_linear`: Stable
+    Diffusion 1.5 and SDXL. `rectified_flow`: most transformers of text, which predict the velocity."""
     init_loss: Literal["own", "converted"] = field(default="own", metadata=UNHASHED_IF_DEFAULT)
     """`own`: the loss is on the checkpoint's prediction type and noise schedule. `converted`: the loss is on
     `prediction` and `noise_schedule` above, to which outputs are converted at equal noise-to-signal ratio."""

@@ -6,6 +6,7 @@ t may be one number, one number a row, or any tensor that broadcasts to the samp
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -90,71 +91,109 @@ COSINE = NoiseSchedule(
     t_at=lambda ratio: torch.atan(ratio) / HALF_PI,
 )
 
-# Variance-preserving schedule of DDPM's linear beta (Ho et al. 2020, arXiv:2006.11239) in the limit of many timesteps
-# (Song et al. 2021, arXiv:2011.13456, equation 33): alpha = exp(-G(t) / 2), G(t) = (20 - 0.1) t^2 / 2 + 0.1 t.
-# It keeps a trace of the image at t = 1, and the slope of sigma is infinite at t = 0. So sigma rises linearly within
-# the first of DDPM's 1,000 timesteps, and alpha falls linearly to zero within the last.
-BETA_START, BETA_RISE, TIMESTEP = 0.1, 19.9, 1e-3
+TIMESTEPS, TIMESTEP = 1000, 1e-3
+"""Timesteps of DDPM, and the t between two of them."""
 
 
-def _decay(t: Tensor) -> Tensor:
-    """Return G(t) = -log alpha^2 between the two linear pieces."""
-    t = t.clamp(TIMESTEP, 1 - TIMESTEP)
-    return BETA_RISE * t**2 / 2 + BETA_START * t
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decay:
+    """G(t) = -log alpha(t)^2 of a variance-preserving schedule, its derivative and its inverse."""
+
+    at: TimeFunction
+    dot: TimeFunction
+    inverse: TimeFunction
 
 
-def _decay_dot(t: Tensor) -> Tensor:
-    return BETA_RISE * t + BETA_START
+def _variance_preserving(name: NoiseScheduleName, decay: _Decay) -> NoiseSchedule:
+    """Return the schedule alpha = exp(-G / 2), sigma = sqrt(1 - alpha^2), with alpha(1) = sigma(0) = 0.
 
+    DDPM keeps a trace of the image at its last timestep, and some noise at its first. So sigma rises linearly within
+    the first of the 1,000 timesteps, and alpha falls linearly to zero within the last.
+    """
+    ends = decay.at(torch.tensor([TIMESTEP, 1 - TIMESTEP], dtype=torch.float64))
+    first_sigma, last_alpha = float((-torch.expm1(-ends[0])).sqrt()), float(torch.exp(-ends[1] / 2))
 
-_DECAYS = _decay(torch.tensor([0.0, 1.0], dtype=torch.float64))
-FIRST_SIGMA = float((-torch.expm1(-_DECAYS[0])).sqrt())
-LAST_ALPHA = float(torch.exp(-_DECAYS[1] / 2))
+    def clamped(t: Tensor) -> Tensor:
+        return decay.at(t.clamp(TIMESTEP, 1 - TIMESTEP))
+
+    def alpha(t: Tensor) -> Tensor:
+        early = first_sigma * (t / TIMESTEP).clamp(max=1)
+        return _select_piece(t, (1 - early**2).sqrt(), (-clamped(t) / 2).exp(), last_alpha * (1 - t) / TIMESTEP)
+
+    def sigma(t: Tensor) -> Tensor:
+        late = last_alpha * ((1 - t) / TIMESTEP).clamp(max=1)
+        return _select_piece(t, first_sigma * t / TIMESTEP, (-torch.expm1(-clamped(t))).sqrt(), (1 - late**2).sqrt())
+
+    def alpha_dot(t: Tensor) -> Tensor:
+        first, last = -sigma(t) / alpha(t) * (first_sigma / TIMESTEP), torch.full_like(t, -last_alpha / TIMESTEP)
+        return _select_piece(t, first, -decay.dot(t) * alpha(t) / 2, last)
+
+    def sigma_dot(t: Tensor) -> Tensor:
+        first, last = torch.full_like(t, first_sigma / TIMESTEP), alpha(t) / sigma(t) * (last_alpha / TIMESTEP)
+        return _select_piece(t, first, decay.dot(t) * alpha(t) ** 2 / (2 * sigma(t)), last)
+
+    def t_at(ratio: Tensor) -> Tensor:
+        between = decay.inverse(torch.log1p(ratio**2))
+        low, high = 1 / torch.hypot(torch.ones_like(ratio), ratio), 1 / torch.hypot(torch.ones_like(ratio), 1 / ratio)
+        late = torch.where(low < last_alpha, 1 - TIMESTEP * low / last_alpha, between)
+        return torch.where(high < first_sigma, TIMESTEP * high / first_sigma, late)
+
+    return NoiseSchedule(name=name, alpha=alpha, sigma=sigma, alpha_dot=alpha_dot, sigma_dot=sigma_dot, t_at=t_at)
 
 
 def _select_piece(t: Tensor, first: Tensor, between: Tensor, last: Tensor) -> Tensor:
     return torch.where(t < TIMESTEP, first, torch.where(t > 1 - TIMESTEP, last, between))
 
 
-def _linear_alpha(t: Tensor) -> Tensor:
-    early = FIRST_SIGMA * (t / TIMESTEP).clamp(max=1)
-    return _select_piece(t, (1 - early**2).sqrt(), (-_decay(t) / 2).exp(), LAST_ALPHA * (1 - t) / TIMESTEP)
+# DDPM's linear beta (Ho et al. 2020, arXiv:2006.11239) in the limit of many timesteps (Song et al. 2021,
+# arXiv:2011.13456, equation 33): G(t) = (20 - 0.1) t^2 / 2 + 0.1 t.
+BETA_START, BETA_RISE = 0.1, 19.9
+LINEAR_BETA = _variance_preserving(
+    "linear_beta",
+    _Decay(
+        at=lambda t: BETA_RISE * t**2 / 2 + BETA_START * t,
+        dot=lambda t: BETA_RISE * t + BETA_START,
+        inverse=lambda decay: 2 * decay / (BETA_START + (BETA_START**2 + 2 * BETA_RISE * decay).sqrt()),
+    ),
+)
 
 
-def _linear_sigma(t: Tensor) -> Tensor:
-    late = LAST_ALPHA * ((1 - t) / TIMESTEP).clamp(max=1)
-    return _select_piece(t, FIRST_SIGMA * t / TIMESTEP, (-torch.expm1(-_decay(t))).sqrt(), (1 - late**2).sqrt())
+def _table_decay(betas: Tensor) -> _Decay:
+    """Return the G of a table of betas: timestep i is t = i / 1000, and G is linear in between."""
+    host_table = -torch.log1p(-betas).cumsum(0)
+    table_on = cache(host_table.to)
+
+    def ends(index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return G at both ends of these intervals."""
+        index, table = index.clamp(0, TIMESTEPS - 2), table_on(like.device)
+        return table[index].to(like), table[index + 1].to(like)
+
+    def at(t: Tensor) -> Tensor:
+        index = (t.detach() * TIMESTEPS).floor().long().clamp(0, TIMESTEPS - 2)
+        low, high = ends(index, t)
+        return low + (high - low) * (t * TIMESTEPS - index)
+
+    def dot(t: Tensor) -> Tensor:
+        low, high = ends((t * TIMESTEPS).floor().long(), t)
+        return (high - low) * TIMESTEPS
+
+    def inverse(decay: Tensor) -> Tensor:
+        index = (torch.searchsorted(table_on(decay.device), decay.double()) - 1).clamp(0, TIMESTEPS - 2)
+        low, high = ends(index, decay)
+        return (index + (decay - low) / (high - low)) / TIMESTEPS
+
+    return _Decay(at=at, dot=dot, inverse=inverse)
 
 
-def _linear_alpha_dot(t: Tensor) -> Tensor:
-    alpha, sigma = _linear_alpha(t), _linear_sigma(t)
-    first, last = -sigma / alpha * (FIRST_SIGMA / TIMESTEP), torch.full_like(t, -LAST_ALPHA / TIMESTEP)
-    return _select_piece(t, first, -_decay_dot(t) * alpha / 2, last)
-
-
-def _linear_sigma_dot(t: Tensor) -> Tensor:
-    alpha, sigma = _linear_alpha(t), _linear_sigma(t)
-    first, last = torch.full_like(t, FIRST_SIGMA / TIMESTEP), alpha / sigma * (LAST_ALPHA / TIMESTEP)
-    return _select_piece(t, first, _decay_dot(t) * alpha**2 / (2 * sigma), last)
-
-
-def _linear_t_at(ratio: Tensor) -> Tensor:
-    decay = torch.log1p(ratio**2)
-    between = 2 * decay / (BETA_START + (BETA_START**2 + 2 * BETA_RISE * decay).sqrt())
-    alpha, sigma = 1 / torch.hypot(torch.ones_like(ratio), ratio), 1 / torch.hypot(torch.ones_like(ratio), 1 / ratio)
-    late = torch.where(alpha < LAST_ALPHA, 1 - TIMESTEP * alpha / LAST_ALPHA, between)
-    return torch.where(sigma < FIRST_SIGMA, TIMESTEP * sigma / FIRST_SIGMA, late)
-
-
-LINEAR_BETA = NoiseSchedule(
-    name="linear_beta",
-    alpha=_linear_alpha,
-    sigma=_linear_sigma,
-    alpha_dot=_linear_alpha_dot,
-    sigma_dot=_linear_sigma_dot,
-    t_at=_linear_t_at,
+# The tables that networks were trained on: DDPM's, which DiT and PixArt share, and that of Stable Diffusion
+# (Rombach et al. 2022, arXiv:2112.10752), whose betas are squares of evenly spaced numbers.
+DDPM_LINEAR = _variance_preserving(
+    "ddpm_linear", _table_decay(torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64))
+)
+SCALED_LINEAR = _variance_preserving(
+    "scaled_linear", _table_decay(torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2)
 )
 
 NOISE_SCHEDULES: dict[NoiseScheduleName, NoiseSchedule] = {
-    schedule.name: schedule for schedule in (RECTIFIED_FLOW, COSINE, LINEAR_BETA)
+    schedule.name: schedule for schedule in (RECTIFIED_FLOW, COSINE, LINEAR_BETA, DDPM_LINEAR, SCALED_LINEAR)
 }

@@ -68,6 +68,20 @@ def test_linear_beta_matches_ddpm_at_its_timesteps():
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(999, dtype=torch.float64))
 
 
+TABLES = {"ddpm_linear": ("linear", 1e-4, 0.02), "scaled_linear": ("scaled_linear", 0.00085, 0.012)}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_has_the_log_snr_of_its_timesteps(name):
+    kind, start, end = TABLES[name]
+    table = diffusers.DDPMScheduler(1000, beta_start=start, beta_end=end, beta_schedule=kind).alphas_cumprod.double()
+    t, schedule = torch.arange(1000, dtype=torch.float64)[1:] / 1000, NOISE_SCHEDULES[name]
+    log_snr = -2 * schedule.noise_to_signal(t).log()
+    torch.testing.assert_close(log_snr, (table / (1 - table)).log()[1:], rtol=0, atol=1e-3)
+    single = NOISE_SCHEDULES[name].noise_to_signal(t.float()).double()
+    torch.testing.assert_close(single, schedule.noise_to_signal(t), rtol=1e-4, atol=0)
+
+
 def test_conversion_maps_to_timestep_of_equal_ratio():
     alphas_bar = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
     steps = torch.tensor([20, 100, 400, 700, 900])
@@ -81,7 +95,7 @@ def test_conversion_maps_to_timestep_of_equal_ratio():
 def test_t_at_inverts_the_ratio_close_to_the_ends(name):
     t = torch.tensor([1e-4, 9e-4, 1.1e-3, 0.9985, 0.9995, 0.9999], dtype=torch.float64)
     torch.testing.assert_close(
-        NOISE_SCHEDULES[name].t_at(NOISE_SCHEDULES[name].noise_to_signal(t)), t, rtol=1e-9, atol=0
+        NOISE_SCHEDULES[name].t_at(NOISE_SCHEDULES[name].noise_to_signal(t)), t, rtol=1e-8, atol=0
     )
 
 

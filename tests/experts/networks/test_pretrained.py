@@ -11,7 +11,7 @@ from experts.codecs.registry import fit_codec
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
-from experts.diffusion.noise_schedule import LINEAR_BETA, NOISE_SCHEDULES
+from experts.diffusion.noise_schedule import DDPM_LINEAR, NOISE_SCHEDULES
 from experts.expert import Expert, expert_flops, train_expert
 from experts.networks.model_io import save_model
 from experts.networks.pretrained import build_initial_model
@@ -40,7 +40,7 @@ def save_network(folder, kind="unet", shape=SHAPE, num_classes=3):
 def test_bare_model_defaults_to_ddpm_noise_prediction(kind, tmp_path):
     model, noised = save_network(tmp_path, kind), torch.randn(2, *SHAPE)
     initial_model = build_initial_model(ExpertConfig(init=str(tmp_path)), SHAPE, 3)
-    assert (initial_model.prediction, initial_model.noise_schedule) == ("noise", LINEAR_BETA)
+    assert (initial_model.prediction, initial_model.noise_schedule) == ("noise", DDPM_LINEAR)
     inputs = (noised, torch.tensor([0.2, 0.9]), Condition(torch.tensor([1, -1])))
     assert torch.equal(call_network(initial_model.model.eval(), *inputs), call_network(model, *inputs))
     config = ExpertConfig(init=str(tmp_path), init_prediction="clean", init_noise_schedule="cosine", prediction="noise")
