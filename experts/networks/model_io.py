@@ -10,7 +10,7 @@ of any kind, pickles included. `load_model` requires every tensor of the model a
 
 import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from ddm_core.json_values import from_json
@@ -64,16 +65,46 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
         raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not take: {', '.join(unknown[:5])}")
     try:
         _check_size(model_class, settings, folder)
-        model: nn.Module = model_class(**settings)
+        with SkipRandomInit():
+            model: nn.Module = model_class(**settings)
         if (folder / STRUCTURE).exists():
             from_json(Structure, read_json(folder / STRUCTURE)).apply(model)
         if (folder / QUANTIZATION_CONFIG).exists():
             replace_modules(model, read_json(folder / QUANTIZATION_CONFIG))
-        model.load_state_dict(_read_tensors(model, folder))
+        found = _copy_tensors(model, folder)
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CorruptArtifact(f"{folder} does not hold a complete {name}: {reason}; {REMEDY}") from error
+    expected = model.state_dict().keys()
+    if faults := _list_names("has no", expected - found) + _list_names("has the unknown", found - expected):
+        raise CorruptArtifact(f"{folder} does not hold a complete {name}: it {' and '.join(faults)}; {REMEDY}")
     return model.eval()
+
+
+MAX_NAMES = 20
+"""Names of missing or unknown tensors in one message."""
+
+
+def _list_names(what: str, names: Collection[str]) -> list[str]:
+    """Return a clause with the first names and the number of the others; none without names."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return [f"{what} {', '.join(sorted(names)[:MAX_NAMES])}{more}"] if names else []
+
+
+class SkipRandomInit(TorchFunctionMode):
+    """Leaves new parameters without random numbers while the block lasts: memory that nothing has touched is free."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call any function but those that fill a tensor with random numbers."""
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def read_class_name(folder: Path, known: Collection[str]) -> str:
@@ -111,12 +142,17 @@ def _check_size(model_class: Any, settings: dict[str, Any], folder: Path) -> Non
                     raise ValueError(f"size mismatch for {name}: {list(shape)}, but config.json has {list(expected)}")
 
 
-def _read_tensors(model: Any, folder: Path) -> dict[str, Tensor]:
-    """Return all tensors, those of old attention layers under their present names; a large model has several files."""
-    tensors: dict[str, Tensor] = {}
+def _copy_tensors(model: Any, folder: Path) -> set[str]:
+    """Copy the tensors of all files into the model, and return their names, old attention layers' changed to present.
+
+    Files are mapped one at a time, so that memory holds the parameters once. Raises `RuntimeError` for another shape.
+    """
+    names: set[str] = set()
     for path in weight_files(folder):
-        tensors |= load_file(path)
-    model._fix_state_dict_keys_on_load(tensors)
-    for name in model._keys_to_ignore_on_load_unexpected or ():
-        tensors.pop(name, None)
-    return tensors
+        tensors = load_file(path)
+        model._fix_state_dict_keys_on_load(tensors)
+        for name in model._keys_to_ignore_on_load_unexpected or ():
+            tensors.pop(name, None)
+        model.load_state_dict(tensors, strict=False)
+        names |= tensors.keys()
+    return names

@@ -139,3 +139,59 @@ def test_diffusers_refuses_a_compressed_network(kind, change, tmp_path):
         model_class.from_pretrained(tmp_path / "compressed")
     loaded = load_network(tmp_path / "compressed").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_missing_and_unknown_tensor_is_named(kind, tmp_path):
+    save_model(random_network(kind), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    missing = sorted(tensors)[:3]
+    changed = {name: tensor for name, tensor in tensors.items() if name not in missing} | {"extra.bias": torch.ones(1)}
+    save_file(changed, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CorruptArtifact, match=rf"has no {', '.join(missing)} and has the unknown extra\.bias;"):
+        load_network(tmp_path)
+    save_file({"extra.bias": torch.ones(1000)}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CorruptArtifact, match=rf"and {len(tensors) - 20} more and has the unknown"):
+        load_network(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_draws_no_random_numbers(kind, tmp_path):
+    model = random_network(kind)
+    save_model(model, tmp_path)
+    state = torch.get_rng_state()
+    loaded = load_network(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, dict(model.named_buffers())[name]) for name, tensor in loaded.named_buffers())
+
+
+WATCH_LOADING = """
+import sys, threading
+from pathlib import Path
+from experts.networks.registry import load_network
+
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+before, peaks, done = anonymous(), [], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peaks.append(anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_network(Path(sys.argv[1]))
+peaks.append(anonymous())
+done.set()
+print(max(peaks) - before)
+"""
+
+
+def test_loading_allocates_the_parameters_once(tmp_path):
+    save_model(ResidualMLP(latent_shape=[64], width=2048, depth=4), tmp_path)
+    size = (tmp_path / WEIGHTS).stat().st_size
+    process = subprocess.run(
+        [sys.executable, "-c", WATCH_LOADING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert 0.9 * size < int(process.stdout) < 1.25 * size
