@@ -54,7 +54,7 @@ class SweepDisplay:
         self.ends.append(end)
         words = {
             "finished": f"finished in {format_clock(end.seconds)}" if end.seconds else "finished before",
-            "failed": f"[red]failed[/]: {escape(end.error.splitlines()[0]) if end.error else ''}",
+            "failed": f"[red]failed[/]: {escape(' '.join(map(str.strip, end.error.splitlines()[:2])))}",
             "stopped": "stopped; its work is saved",
         }[end.state]
         score = "" if end.score is None else f", {self.metric} {format_number(end.score)}"

@@ -29,6 +29,8 @@ from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.hydra_compose import swept_keys, to_dictionary
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.planning.checks.check import check_run
+from orchestrator.run.run_folder import RunFolder
 from orchestrator.sweeps.config import LauncherConfig, parse_settings
 from orchestrator.sweeps.display import SweepDisplay
 from orchestrator.sweeps.loop import lock_sweep_folder, raise_if_incomplete, run_trials
@@ -80,7 +82,10 @@ class TrialLauncher(Launcher):
         self.console = Console()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run every trial of a grid; raises `RunFailed` or `SweepStopped` after all have ended."""
+        """Run every trial of a grid; raises `RunFailed` or `SweepStopped` after all have ended.
+
+        Trials that cannot succeed end first. Raises `ConfigError` before anything starts if none can, for one reason.
+        """
         hydra = self.master.hydra
         swept = swept_keys(hydra.overrides.task) | set(hydra.sweeper.get("params") or ())
         all_trials = [
@@ -88,6 +93,9 @@ class TrialLauncher(Launcher):
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
         ]
         trials = list({trial.label: trial for trial in reversed(all_trials)}.values())[::-1]  # equal values share a run
+        trials.sort(key=lambda trial: not trial.error)
+        if trials[0].error and len({trial.error for trial in trials}) == 1:
+            raise ConfigError(trials[0].error)
         config = next((trial.config for trial in trials if trial.config), None)
         metric = "" if config is None else default_metric(config)
         ends: list[TrialEnd] = []
@@ -104,10 +112,11 @@ class TrialLauncher(Launcher):
             run_trials(pool, lambda: next(remaining, None), ends.append, display)
 
     def build_trial(self, number: int, overrides: Sequence[str], parameters: Mapping[str, str]) -> SweepTrial:
-        """Build a trial from its overrides; an invalid configuration becomes its error."""
+        """Build a trial from its overrides; an invalid configuration, or one that cannot succeed, becomes its error."""
         label = label_trial(parameters)
         try:
             config, error = self.compose_trial(overrides, label), ""
+            check_run(config, RunFolder(Path(config.folder).expanduser()))
         except ConfigError as mistake:
             config, error = None, str(mistake)
         return SweepTrial(number=number, label=label, config=config, parameters=dict(parameters), error=error)

@@ -7,6 +7,7 @@ failed trial. A trial with a score never runs again.
 import importlib.util
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +18,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from orchestrator.errors import ConfigError
+from orchestrator.planning.checks.check import check_run
+from orchestrator.run.run_folder import RunFolder
 from orchestrator.sweeps.config import OptunaConfig, parse_settings
 from orchestrator.sweeps.display import SweepDisplay
 from orchestrator.sweeps.launcher import HYDRA_MODULE, TrialLauncher
@@ -88,11 +91,12 @@ class OptunaSweeper(Sweeper):
         return axes, [str(override.input_line) for override in overrides if not override.is_sweep_override()]
 
     def _checked_metric(self, axes: Sequence[Axis], fixed: Sequence[str]) -> str:
-        """Return the metric after checking it against one point of the space; raises `ConfigError`."""
+        """Return the metric after checking it, data and machine at one point of the space; raises `ConfigError`."""
         parameters = {axis.key: axis.choices[0] if axis.choices else axis.format_value(axis.low) for axis in axes}
         overrides = [*fixed, *(f"{key}={value}" for key, value in parameters.items())]
         config = self.launcher.compose_trial(overrides, label_trial(parameters))
         check_metric(self.settings.metric or default_metric(config), config)
+        check_run(config, RunFolder(Path(config.folder).expanduser()))
         return self.settings.metric or default_metric(config)
 
     def _open_proposals(

@@ -28,7 +28,7 @@ class SweepTrial:
     label: str
     """The swept values, such as `partition.num_experts=2`; also the name of its folder."""
     config: RunConfig | None
-    """None if the values are not a valid configuration."""
+    """None if the values are not a valid configuration, or cannot succeed."""
     parameters: dict[str, str] = field(default_factory=dict)
     """Swept keys and values, as written on the command line."""
     error: str = ""
