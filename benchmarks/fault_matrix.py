@@ -1,9 +1,9 @@
 """Run every command on faulty inputs and outputs, and write docs/fault_matrix.md: exit code, seconds, message.
 
-    python benchmarks/fault_matrix.py [--run FOLDER]
+    python -m benchmarks.fault_matrix [--run FOLDER]
 
-FOLDER is a finished run, such as one of `experiment=digits`; without it one is made. A read-only and a full disk need
-the right to mount (root); these rows are left out for others, and unreadable files for root.
+FOLDER is a finished run, such as one of `experiment=digits`; without it one is made. Mounts and the change of the user
+need root; without it their rows are marked as not tried.
 """
 
 import argparse
@@ -15,21 +15,39 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.testbed.tiny_run import TINY
 
-ON_A_RUN = ("status", "logs", "stop", "resume --trust", "sample --out {out}", "evaluate --selection full", "audit")
-MORE_ON_A_RUN = ("classify", "compress --trust quantize=int8_weight_only", "experts list", "verify", "report")
-ON_DATA = ("init --out {out}.yaml --force", "plan data=image_folder data.path=", "run data=image_folder data.path=")
 SMALL = (
-    "compute=inline wandb.mode=disabled data.image_size=8 codec.components=16 partition.num_experts=2 partition=random "
+    "wandb.mode=disabled data.image_size=8 codec.components=16 partition.num_experts=2 partition=random "
     "expert=residual_mlp_small expert.training.batch_size=80 expert.training.steps=20 router.training.steps=20 "
-    "scores.num_samples=64 ensemble.steps=2 monolith=false"
+    "scores.num_samples=64 ensemble.steps=2 monolith=false compute=inline"
 )
 """A run of the images that would succeed if nothing were wrong with them."""
 
+COMMANDS = {
+    "RUN": (
+        *("status {path}", "logs {path}", "stop {path}", "resume {path} --trust", "sample {path} --out {out}.png"),
+        *("evaluate {path} --selection full", "audit {path}", "classify {path}", "experts list {path}"),
+        *("experts remove {path} 0", "compress {path} --trust quantize=int8_weight_only", "verify {path}"),
+        "report {path}",
+    ),
+    "IMAGES": (
+        "init {path} --out {out}.yaml",
+        f"plan data=image_folder data.path={{path}} folder={{out}} {SMALL}",
+        f"run data=image_folder data.path={{path}} folder={{out}} {SMALL}",
+    ),
+    "FOLDER": (
+        "init {images} --out {path}/new.yaml",
+        "sample {run} --out {path}/new.png",
+        f"run data=image_folder data.path={{images}} folder={{path}}/new {SMALL}",
+    ),
+}
+"""By what `path` is, which has the fault: a run, a folder of images, or the folder of the output."""
+
+AS_ANOTHER_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 PAGE = Path(__file__).parents[1] / "docs" / "fault_matrix.md"
 TIMEOUT_S = 120.0
 
@@ -40,15 +58,16 @@ class Row:
 
     command: str
     fault: str
-    code: int
-    seconds: float
-    cpu_s: float
-    message: str
-    has_traceback: bool
+    code: int | None = None
+    """None: not tried."""
+    seconds: float = 0.0
+    cpu_s: float = 0.0
+    message: str = ""
+    has_traceback: bool = False
 
 
 def missing(path: Path) -> None:
-    """Remove the input."""
+    """Remove the folder."""
     shutil.rmtree(path)
 
 
@@ -60,51 +79,86 @@ def wrong_type(path: Path) -> None:
 
 def truncated(path: Path) -> None:
     """Cut the configuration of a run, or every image, in half."""
-    for file in [path / "config.yaml"] if (path / "config.yaml").exists() else path.rglob("*.png"):
+    for file in _contents(path):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def not_text(path: Path) -> None:
     """Replace the configuration of a run, or every image, by other bytes."""
-    for file in [path / "config.yaml"] if (path / "config.yaml").exists() else path.rglob("*.png"):
+    for file in _contents(path):
         file.write_bytes(b"\xff\x00\xfe" * 30)
 
 
 def unreadable(path: Path) -> None:
-    """Withdraw the right to read."""
+    """Withdraw the right to read the folder."""
     path.chmod(0)
 
 
-FAULTS: dict[str, Callable[[Path], None]] = {
-    "missing": missing,
-    "a file in its place": wrong_type,
-    "truncated": truncated,
-    "other bytes": not_text,
-}
-MOUNTED = {
-    "read-only disk": "mount --bind {path} {path} && mount -o remount,ro,bind {path}",
-    "full disk": "mount -t tmpfs -o size={size}k tmpfs {mount} && cp -r {path}/. {mount} ; "
-    "dd if=/dev/zero of={mount}/fill bs=4k 2>/dev/null; mount --bind {mount} {path}",
-}
+def unreadable_file(path: Path) -> None:
+    """Withdraw the right to read the configuration of a run, or one image."""
+    _contents(path)[0].chmod(0)
+
+
+def nothing(path: Path) -> None:
+    """Leave the folder as it is."""
+
+
+def _contents(path: Path) -> list[Path]:
+    return [path / "config.yaml"] if (path / "config.yaml").exists() else sorted(path.rglob("*.png"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What is wrong with a folder."""
+
+    name: str
+    apply: Callable[[Path], None] = nothing
+    mount: str = ""
+    """Commands of a shell in a mount namespace of its own."""
+    is_foreign: bool = False
+    """Whether another user calls the command."""
+    is_of_contents: bool = False
+    """Whether only an input can have it."""
+
+
+FAULTS = (
+    Fault(name="missing", apply=missing),
+    Fault(name="a file in its place", apply=wrong_type),
+    Fault(name="truncated", apply=truncated, is_of_contents=True),
+    Fault(name="other bytes", apply=not_text, is_of_contents=True),
+    Fault(name="another owner", is_foreign=True),
+    Fault(name="unreadable folder", apply=unreadable, is_foreign=True),
+    Fault(name="unreadable file", apply=unreadable_file, is_foreign=True, is_of_contents=True),
+    Fault(name="read-only disk", mount="mount --bind {path} {path} && mount -o remount,ro,bind {path}"),
+    Fault(
+        name="full disk",
+        mount="mount -t tmpfs -o size={size}k tmpfs {mount} && cp -r {path}/. {mount} ; "
+        "dd if=/dev/zero of={mount}/fill bs=4k 2>/dev/null; mount --bind {mount} {path}",
+    ),
+)
 
 
 def main() -> None:
     """Run every combination and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="made by the present version")
     with tempfile.TemporaryDirectory(prefix="ddm-faults-") as name:
         folder = Path(name)
+        for place in (folder, folder / "home"):
+            place.mkdir(exist_ok=True)
+            place.chmod(0o777)
+        (folder / "empty").mkdir()
         run = parser.parse_args().run or make_run(folder / "run")
-        rows = list(measure(folder, run, make_images(folder / "images")))
+        sources = {"RUN": run, "IMAGES": make_images(folder / "images"), "FOLDER": folder / "empty"}
+        rows = list(measure(folder, sources))
     PAGE.write_text(to_page(rows), encoding="utf-8")
     sys.exit(f"{PAGE} has tracebacks" if any(row.has_traceback for row in rows) else 0)
 
 
 def make_run(folder: Path) -> Path:
-    """Run the digits in a minute."""
-    subprocess.run(
-        [sys.executable, "-m", "orchestrator", "run", *TINY, "monolith=false", f"folder={folder}"], check=True
-    )
+    """Run the digits at their smallest."""
+    line = [sys.executable, "-m", "orchestrator", "run", *TINY, "monolith=false", f"folder={folder}"]
+    subprocess.run(line, check=True)
     return folder
 
 
@@ -119,22 +173,29 @@ def make_images(folder: Path) -> Path:
     return folder
 
 
-def measure(folder: Path, run: Path, images: Path) -> Iterator[Row]:
+def measure(folder: Path, sources: dict[str, Path]) -> Iterator[Row]:
     """Yield a row for every command and fault."""
-    faults = FAULTS | ({} if os.geteuid() == 0 else {"unreadable": unreadable})
-    for commands, source in (((*ON_A_RUN, *MORE_ON_A_RUN), run), (ON_DATA, images)):
+    can_mount = succeeds(["unshare", "-m", "true"])
+    can_change_user = succeeds([*AS_ANOTHER_USER, sys.executable, "-m", "orchestrator", "--help"])
+    for role, commands in COMMANDS.items():
         for command in commands:
-            for fault, apply in faults.items():
-                path = copy_input(source, folder / "input")
-                apply(path)
-                yield execute(command, fault, path, folder)
-                if path.is_dir():
-                    path.chmod(0o755)
-            for fault, mount in MOUNTED.items() if os.geteuid() == 0 else ():
-                path, full = copy_input(source, folder / "input"), folder / "full"
-                full.mkdir(exist_ok=True)
-                size = sum(file.stat().st_size // 1024 + 8 for file in path.rglob("*")) + 64
-                yield execute(command, fault, path, folder, mount.format(path=path, mount=full, size=size))
+            for fault in FAULTS:
+                shown = command.replace(SMALL, "…").format(path=role, out="OUT", run="RUN", images="IMAGES")
+                row = Row(command=f"ddm {shown}", fault=fault.name)
+                if role == "FOLDER" and fault.is_of_contents:
+                    continue
+                if can_mount >= bool(fault.mount) and can_change_user >= fault.is_foreign:
+                    row = execute(row, command, fault, folder, sources, role)
+                yield row
+                print(
+                    f"{row.command:40.40} {fault.name:20} {row.code} {row.seconds:5.1f} s {row.message[:110]}",
+                    flush=True,
+                )
+
+
+def succeeds(line: list[str]) -> bool:
+    """Return whether a command ends with exit code 0."""
+    return os.geteuid() == 0 and subprocess.run(line, capture_output=True).returncode == 0
 
 
 def copy_input(source: Path, path: Path) -> Path:
@@ -146,40 +207,47 @@ def copy_input(source: Path, path: Path) -> Path:
     return path
 
 
-def execute(command: str, fault: str, path: Path, folder: Path, mount: str = "") -> Row:
-    """Run one command on the input, and describe its end."""
-    shutil.rmtree(folder / "new", ignore_errors=True)
-    verb, _, options = command.format(out=folder / "out.png").partition(" ")
-    if verb in ("plan", "run"):
-        words = [verb, *f"{options}{path} folder={folder / 'new'} {SMALL}".split()]
-    elif verb == "experts":
-        words = [verb, options, str(path)]
-    else:
-        words = [verb, str(path), *options.split()]
-    line = [sys.executable, "-m", "orchestrator", *words]
-    if mount:
-        line = ["unshare", "-m", "bash", "-c", f'{mount}; exec "$@"', "bash", *line]
+def execute(row: Row, command: str, fault: Fault, folder: Path, sources: dict[str, Path], role: str) -> Row:
+    """Run one command on a copy with the fault, and describe its end."""
+    path, mount = copy_input(sources[role], folder / "input"), folder / "full"
+    for name in ("out", "out.png", "out.yaml"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
+    mount.mkdir(exist_ok=True)
+    places = {"path": path, "out": folder / "out", "run": sources["RUN"], "images": sources["IMAGES"]}
+    line = [sys.executable, "-m", "orchestrator", *command.format(**places).split()]
+    if fault.is_foreign:
+        line = [*AS_ANOTHER_USER, *line]
+    if fault.mount:
+        size = sum(file.stat().st_size // 1024 + 8 for file in path.rglob("*")) + 64
+        script = fault.mount.format(path=path, mount=mount, size=size)
+        line = ["unshare", "-m", "bash", "-c", f'{script}; exec "$@"', "bash", *line]
+    fault.apply(path)
     before, start = os.times(), time.monotonic()
+    environment = os.environ | (dict.fromkeys(("HOME", "DDM_HOME"), str(folder / "home")) if fault.is_foreign else {})
     try:
         ended = subprocess.run(
-            line, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
+            line,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            env=environment,
         )
         code, text = ended.returncode, ended.stdout + ended.stderr
     except subprocess.TimeoutExpired:
         code, text = 124, f"no end after {TIMEOUT_S:g} s"
     after = os.times()
     message = text[text.rfind("Error: ") :] if ended_badly(code, text) else (text.strip().splitlines() or [""])[-1]
-    row = Row(
-        command=f"ddm {command.replace('{out}', 'FILE')}",
-        fault=fault,
+    return replace(
+        row,
         code=code,
         seconds=time.monotonic() - start,
         cpu_s=after.children_user + after.children_system - before.children_user - before.children_system,
         message=re.sub(r"\s+", " ", message.replace(str(folder), "…")).strip()[:230],
         has_traceback="Traceback" in text,
     )
-    print(f"{row.command:40} {fault:20} {code} {row.seconds:5.1f} s {row.message[:110]}", flush=True)
-    return row
 
 
 def ended_badly(code: int, text: str) -> bool:
@@ -192,9 +260,8 @@ def to_page(rows: list[Row]) -> str:
     lines = [
         "# Fault matrix",
         "",
-        "Every command on faulty inputs and outputs, written by `python benchmarks/fault_matrix.py`. The input is",
-        "the run folder, or the folder of images for `init`, `plan` and `run`. Seconds are wall time on a busy",
-        "machine; CPU-seconds depend less on its load.",
+        "Every command on faulty inputs and outputs, written by `python -m benchmarks.fault_matrix`. RUN, IMAGES or",
+        "FOLDER has the fault. Seconds are wall time on a busy machine; CPU-seconds depend less on its load.",
         "",
         f"{len(rows)} combinations, {sum(row.has_traceback for row in rows)} tracebacks.",
         "",
@@ -203,9 +270,8 @@ def to_page(rows: list[Row]) -> str:
     ]
     for row in rows:
         message = row.message.replace("|", "\\|").replace("<", "&lt;")
-        lines.append(
-            f"| `{row.command}` | {row.fault} | {row.code} | {row.seconds:.1f} | {row.cpu_s:.1f} | {message} |"
-        )
+        result = f"{row.code} | {row.seconds:.1f} | {row.cpu_s:.1f} | {message}"
+        lines.append(f"| `{row.command}` | {row.fault} | {'– | – | – | not tried' if row.code is None else result} |")
     return "\n".join([*lines, ""])
 
 
