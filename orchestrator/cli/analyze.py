@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,16 +67,13 @@ def classify(
 def _score_ensemble(run: Any, ensemble: Path, row: str) -> str:
     """Score the ensemble in a folder, unless it is scored, and return its row; raises `ConfigError` for another row."""
     from orchestrator.cli.membership import with_ensemble
-    from orchestrator.cli.sample import usable_compute
-    from orchestrator.config.stage_kinds import COMPRESSION_KINDS
+    from orchestrator.cli.sample import usable_compute, without_compressions
     from orchestrator.controller import run_pipeline
     from orchestrator.pipeline.graph import FROM_ENSEMBLE
 
     if row:
         raise ConfigError(f"--ensemble and --row {row} name two sets of samples; leave out one")
-    no_compression: dict[str, Any] = dict.fromkeys(COMPRESSION_KINDS)
-    config = replace(usable_compute(run), **no_compression)
-    run_pipeline(with_ensemble(run, config, ensemble), console)
+    run_pipeline(with_ensemble(run, without_compressions(usable_compute(run)), ensemble), console)
     return FROM_ENSEMBLE
 
 

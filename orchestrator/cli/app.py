@@ -237,12 +237,23 @@ def sample(  # noqa: PLR0913 - one for each option
 
 
 @app.command()
-def evaluate(run: RunArgument, selection: Selection = "sticky") -> None:
-    """Score a finished run with another selection."""
-    from orchestrator.cli.sample import with_selection
+def evaluate(
+    run: RunArgument,
+    selection: Selection = "sticky",
+    ensemble: Annotated[
+        Path | None, typer.Option(help="Score another ensemble, such as one with fewer experts")
+    ] = None,
+) -> None:
+    """Score a finished run with another selection, or another ensemble with the selections of the run."""
+    from orchestrator.cli.sample import with_selection, without_compressions
     from orchestrator.controller import run_pipeline
 
-    config = with_selection(_open_run(run), selection)
+    folder = _open_run(run)
+    config = with_selection(folder, selection)
+    if ensemble is not None:
+        from orchestrator.cli.membership import with_ensemble
+
+        config = with_ensemble(folder, without_compressions(config), ensemble)
     _report_result(config, run_pipeline(config, console))
 
 

@@ -4,12 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ddm_core.artifacts import is_finished, verify
 from ensemble.config import SamplingConfig
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.reporting.results import current_graph, selection_choice
 from orchestrator.run.run_folder import RunFolder
@@ -86,6 +87,12 @@ def with_selection(run: RunFolder, selection: str) -> RunConfig:
     find_pipeline(run, monolith=False)
     selections = tuple(dict.fromkeys((*config.scores.selections, find_selection(selection, config))))
     return replace(config, scores=replace(config.scores, selections=selections))
+
+
+def without_compressions(config: RunConfig) -> RunConfig:
+    """Return the configuration without its compression stages."""
+    nothing: dict[str, Any] = dict.fromkeys(COMPRESSION_KINDS)
+    return replace(config, **nothing)
 
 
 def usable_compute(run: RunFolder) -> RunConfig:

@@ -103,24 +103,27 @@ class _GraphBuilder:
         trained |= experts
         inputs = {"codec": self.codec, "shards": self.shards} | trained
         ensemble = self._add("ensemble", EnsembleStageConfig(expert_ids=tuple(range(self.num_experts))), inputs)
+        default = self.config.ensemble.selection
+        selections = list(dict.fromkeys((default, *self.config.scores.selections)))
         search_inputs: dict[str, Input] = {}
-        for selection in dict.fromkeys((self.config.ensemble.selection, *self.config.scores.selections)):
-            if selection.name == AUTO and not search_inputs:
-                search_inputs = {"selection_search": self._add_selection_search(ensemble)}
-            extra_inputs = search_inputs if selection.name == AUTO else {}
-            self._add_score(f"score_{selection_label(selection)}", ensemble, selection, extra_inputs)
-        default_search = search_inputs if self.config.ensemble.selection.name == AUTO else {}
-        changed = self._add_changed_ensemble(default_search) if self.config.from_ensemble else ensemble
-        self._add_compressions(ensemble, changed, default_search)
+        if any(selection.name == AUTO for selection in selections):
+            search_inputs = {"selection_search": self._add_selection_search(ensemble)}
+        for selection in selections:
+            self._add_score(f"score_{selection_label(selection)}", ensemble, selection, search_inputs)
+        changed = ensemble
+        if self.config.from_ensemble:
+            changed = self._add_changed_ensemble()
+            for selection in selections:
+                suffix = "" if selection == default else f"_{selection_label(selection)}"
+                self._add_score(f"score_{FROM_ENSEMBLE}{suffix}", changed, selection, search_inputs)
+        self._add_compressions(ensemble, changed, search_inputs)
         return trained
 
-    def _add_changed_ensemble(self, search_inputs: dict[str, Input]) -> Stage:
-        """Add the ensemble that a command has copied into the run, and its score."""
+    def _add_changed_ensemble(self) -> Stage:
+        """Add the ensemble that a command has copied into the run."""
         ids = tuple(range(self.num_experts))
         config = EnsembleStageConfig(expert_ids=ids, content=self.config.from_ensemble)
-        changed = self._add("ensemble", config, {}, FROM_ENSEMBLE)
-        self._add_score(f"score_{FROM_ENSEMBLE}", changed, self.config.ensemble.selection, search_inputs)
-        return changed
+        return self._add("ensemble", config, {}, FROM_ENSEMBLE)
 
     def _add_compressions(self, original: Stage, compressed: Stage, search_inputs: dict[str, Input]) -> None:
         """Add the ensemble after each compression, scored with the same selection as the original by default."""
@@ -185,12 +188,13 @@ class _GraphBuilder:
         name: str,
         ensemble: Stage,
         selection: SelectionConfig,
-        extra_inputs: Mapping[str, Input] = MappingProxyType({}),
+        search_inputs: Mapping[str, Input] = MappingProxyType({}),
     ) -> None:
+        """Score an ensemble; the selection `auto` needs the search."""
         sampling = replace(self.config.ensemble, selection=selection)
         inputs = {"ensemble": Input(stage=ensemble), "reference": self.reference, "partition": self.partition}
         config = ScoreStageConfig(evaluation=self.stage_configs.evaluation, sampling=sampling)
-        self._add("score", config, inputs | dict(extra_inputs), name)
+        self._add("score", config, inputs | (dict(search_inputs) if selection.name == AUTO else {}), name)
 
     def _split_init(self, expert: ExpertConfig) -> tuple[ExpertConfig, dict[str, Input]]:
         """Return the configuration without its checkpoint's path, and the checkpoint's copy as an input."""

@@ -43,4 +43,5 @@ def test_changed_ensembles_are_inputs_of_every_command(own_run, tmp_path):
     for folder in (removed, smaller):
         assert "audit.json" in ddm("audit", own_run, "--ensemble", folder)
         assert "classify.json" in ddm("classify", own_run, "--images", 4, "--draws", 1, "--ensemble", folder)
+    assert f"{FROM_ENSEMBLE}_full" in ddm("evaluate", own_run, "--selection", "full", "--ensemble", removed)
     assert run.load_config().from_ensemble and not start_from(run, run.load_config(), None).from_ensemble

@@ -4,8 +4,10 @@ Every mistake comes with the overrides that mend it. The later checks see the ea
 are a configuration that passes.
 """
 
+import errno
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -29,12 +31,16 @@ from experts.networks.latent_shapes import (
 )
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
+from orchestrator.run.disk_errors import explain_disk_error
 from orchestrator.run.run_folder import RunFolder
 
 MIN_CLUSTER = 20
 """Fewest training samples of an expert: the clustering gives each of its fine centroids as many."""
+
+MIN_FREE_BYTES = 2**16
+"""A disk with less space is full."""
 
 HOLDOUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 """Shares to advise when too few samples are held out."""
@@ -71,7 +77,7 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `ConfigError` unless a run folder can be written."""
+    """Raise `ConfigError` unless a run folder can be written, and `RunFolderError` if its disk is full."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ConfigError(f"folder={folder} must be a folder, and {existing} is a file; choose another folder=…")
@@ -79,6 +85,8 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(
             f"{folder} cannot be written: {existing} is read-only; make it writable, or use another folder"
         )
+    if shutil.disk_usage(existing).free < MIN_FREE_BYTES:
+        raise RunFolderError(explain_disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), folder))
 
 
 def check_machine(config: RunConfig) -> Iterator[str]:

@@ -172,6 +172,15 @@ def test_additional_score_can_use_auto():
     assert kinds.count("selection_search") == 1
 
 
+def test_changed_ensemble_is_scored_like_the_original():
+    scores = ScoresConfig(selections=(SelectionConfig(name="full"), SelectionConfig(name="auto")))
+    graph = {stage.name: stage for stage in build_graph(RunConfig(scores=scores, from_ensemble="content"))}
+    for suffix in ("", "_full", "_auto"):
+        own, changed = graph[f"score{suffix or '_sticky'}"], graph[f"score_from_ensemble{suffix}"]
+        assert changed.config == own.config and changed.inputs.keys() == own.inputs.keys()
+        assert changed.inputs["ensemble"].stage.name == "from_ensemble"
+
+
 def test_single_expert_leaves_one_candidate():
     config = with_auto_selection(RunConfig())
     graph = build_graph(replace(config, partition=replace(config.partition, num_experts=1)))

@@ -89,7 +89,7 @@ def test_mistake_is_one_error_and_runs_nothing(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("sweeper", [(), ("hydra/sweeper=ddm_optuna", "hydra.sweeper.n_trials=3")])
-def test_sweep_that_cannot_succeed_is_one_error_before_anything_starts(tmp_path, sweeper):
+def test_sweep_that_cannot_succeed_starts_nothing(tmp_path, sweeper):
     data = ("data=image_folder", f"data.path={tmp_path / 'nowhere'}", "hydra/launcher=ddm_ray")
     output = sweep(f"folder={tmp_path / 'sweep'}", *data, "seed=1,2", *sweeper, code=1)
     assert output.count("nowhere is not a folder") == 1
