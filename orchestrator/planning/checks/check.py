@@ -207,7 +207,12 @@ class DataCheck:
         is_mended = False
         for share in HOLDOUTS:
             other = survey_source(replace(self.config.data, holdout=share))
-            if other is not None and other.held_out >= MIN_HELD_OUT:
+            has_all_classes = other is not None and all(other.class_counts.values())
+            if (
+                other is not None
+                and other.held_out >= MIN_HELD_OUT
+                and (has_all_classes or not self.config.data.labels)
+            ):
                 self.survey, is_mended = other, True
                 self.change("data", holdout=share)
                 break

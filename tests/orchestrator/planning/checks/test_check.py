@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.hydra_compose import compose
@@ -36,6 +36,9 @@ def test_shipped_configurations_pass(tmp_path, overrides):
 
 
 @settings(max_examples=8, deadline=None)
+@example(
+    counts=(0, 35), experts=1, expert="residual_mlp", components=2, holdout=0.0625, codec="pca", patch_size=1
+)  # the one image of class a would be held out
 @given(
     counts=st.tuples(st.integers(0, 90), st.integers(0, 90)),
     experts=st.integers(1, 6),
