@@ -175,6 +175,11 @@ def classify(
             "a classifier needs experts that were trained with classes, and these have 0; "
             "use a data set with classes, and data.labels=true"
         )
+    if pipeline.text is not None:
+        raise PipelineError(
+            "a classifier compares classes without a text, and these experts were trained on both together; use a run "
+            "with text=none"
+        )
     folders = [partition / "holdout" / str(k) for k in range(len([*(partition / "holdout").iterdir()]))]
     by_cluster = [_read_labeled(folder, -(-config.images // len(folders)), config.seed) for folder in folders]
     samples = [sample for part in by_cluster for sample in part]

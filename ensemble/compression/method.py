@@ -53,6 +53,8 @@ class Clusters:
     folders: Sequence[Path]
     codec: Path
     labeled: bool
+    reads_text: bool = False
+    """Whether the experts were trained on captions."""
     is_single_network: bool = False
     """True if one network replaces all experts, so that its data are all clusters."""
 
@@ -66,7 +68,14 @@ class Clusters:
 
     def _encode(self, folders: Sequence[Path], workspace: Workspace) -> LatentDataset:
         latents = encode_latents(folders, load_codec(self.codec), self.codec, workspace)
-        return latents if self.labeled else latents.without_conditions()
+        if not self.labeled:
+            return latents.without_conditions()
+        if self.reads_text and latents.captions is None:
+            raise StageError(
+                "this stage works on the conditions that the experts were trained on, and these latents have no "
+                "captions; give it the run's encoded captions, or leave the stage out"
+            )
+        return latents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

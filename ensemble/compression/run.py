@@ -47,6 +47,7 @@ from ensemble.compression.quantization.svdquant import quantize_svdquant
 from ensemble.compression.quantization.weight_only import pack_all, quantize_dynamic_int8, quantize_weights
 from ensemble.compression.report import REPORT_FILE
 from ensemble.pipeline import EnsemblePipeline
+from experts.conditions.text_encoder import read_text_config
 from experts.expert import Expert
 from router.router import Router
 
@@ -86,7 +87,11 @@ def run_stage(
     """
     is_single_network = len(clusters) > 1 and not (ensemble / "router").is_dir()
     data = Clusters(
-        folders=clusters, codec=ensemble / "codec", labeled=config.labelled, is_single_network=is_single_network
+        folders=clusters,
+        codec=ensemble / "codec",
+        labeled=config.labelled,
+        reads_text=read_text_config(ensemble) is not None,
+        is_single_network=is_single_network,
     )
     context = CompressionContext(
         ensemble=ensemble, original=original, data=data, sampling=config.sampling, workspace=workspace

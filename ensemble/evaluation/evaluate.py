@@ -19,7 +19,8 @@ from ensemble.evaluation.held_out_prompts import load_held_out_prompts
 from ensemble.evaluation.reference import PROBE
 from ensemble.evaluation.scores import Scores
 from ensemble.evaluation.scoring import Reference, compare_clusters
-from ensemble.evaluation.spaces import PIXELS
+from ensemble.evaluation.spaces import PIXELS, RANKED_SPACE
+from ensemble.evaluation.text_scores import compare_prompts
 from ensemble.sampling.images import encode_png, image_grid
 from router.config import selection_label
 
@@ -66,6 +67,9 @@ def evaluate(
         calls_per_step=generated.calls.per_evaluation,
         flops_per_image=generated.flops / config.num_samples,
         flops=generated.flops + features.flops,
+        text=compare_prompts(reference, pipeline_folder, prompts, features.spaces[RANKED_SPACE])
+        if prompts is not None and RANKED_SPACE in features.spaces
+        else None,
     )
     _write_images(out, generated.images, seeds)
     write_json(out / "scores.json", scores)

@@ -63,6 +63,24 @@ class ClusterScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextScores:
+    """How well samples follow their prompts."""
+
+    captions: int
+    """Different held-out captions, which a prompt is searched among."""
+    recall: float
+    """Share of the samples whose prompt is among the 20 captions nearest to what a linear map reads from the sample."""
+    recall_real: float
+    """The same for the held-out images and their own captions: the best that can be expected."""
+    recall_chance: float
+    """20 / `captions`."""
+    class_accuracy: float | None
+    """Share of the samples that a probe of real images assigns to the class of their prompt; None without classes."""
+    class_accuracy_real: float | None
+    """The same for the held-out images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """One row of the table: quality, variety and cost of the samples of a pipeline."""
 
@@ -89,3 +107,5 @@ class Scores:
     """Experts and router, over all steps of the solver."""
     flops: float
     """FLOPs of the evaluation: sampling and features."""
+    text: TextScores | None = None
+    """How well the samples follow their prompts; None for unconditional samples, and without text."""

@@ -18,9 +18,10 @@ from ddm_core.random_bits import Stream
 from ensemble.config import ExpertSamplesConfig
 from ensemble.solvers import heun, make_noise, uniform_times
 from experts.conditions.condition import NULL_CLASS, Condition
+from experts.conditions.null_text import get_null_text
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert, network_flops
-from experts.training.latent_dataset import LatentDataset, derive_seed
+from experts.training.latent_dataset import LatentDataset, LatentError, derive_seed
 from experts.training.trainer import check_device
 from experts.types import Latents
 from router.expert_samples import ExpertSamples
@@ -40,6 +41,8 @@ def sample_expert_latents(
     parts, flops = [], 0.0
     for k, folder in sorted(experts.items()):
         expert, classes = Expert.load(folder), sample_classes(counts[:, k], sizes[k])
+        if get_null_text(expert.model) is not None:
+            raise LatentError("router.data=samples draws no texts, and these experts read text; set router.data=real")
         clean = _sample_latents(expert, k, classes, config, workspace)
         parts.append(LatentDataset(clean=clean, class_id=classes, cluster_id=torch.full_like(classes, k)))
         flops += expert_samples_flops(

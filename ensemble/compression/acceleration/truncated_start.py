@@ -138,6 +138,11 @@ def fit_draft(
         return student, 0.0
     if config.draft == "expert":
         return replace(expert, few_step=FewStepSchedule.uniform(config.draft_steps, "euler")), 0.0
+    if dataset.captions is not None:
+        raise StageError(
+            f"accelerate.draft={config.draft} sees classes and no text; choose accelerate.draft=expert or "
+            "accelerate.draft=student"
+        )
     if config.draft == "anchors":
         return fit_anchors(dataset, expert.num_classes, config), 0.0
     return _train_autoregressive(expert, dataset, config, workspace)

@@ -98,6 +98,11 @@ def finetune_mmd(expert: Expert, dataset: LatentDataset, config: MMDConfig, work
             "the unbiased MMD needs two rows in each set; raise distill.training.batch_size, or use larger clusters"
         )
     check_step_type(expert, "euler")
+    if dataset.captions is not None and not (dataset.class_id >= 0).any():
+        raise StageError(
+            "distill=mmd compares samples of equal classes, and texts are hardly ever equal; choose distill=sid or "
+            "distill=consistency"
+        )
     loss = mmd_loss(expert, config)
     student = deepcopy(expert.model).requires_grad_(True)
     trained = fit(student, loss, dataset, config.training, workspace)

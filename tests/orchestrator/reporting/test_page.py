@@ -48,6 +48,14 @@ def score_row(name, fd=2.0, *, is_default=False) -> ScoreRow:
         "copies": COPIES,
         "calls_per_step": 1.0,
         "flops_per_image": 1.5e9,
+        "text": {
+            "captions": 80,
+            "recall": 0.7,
+            "recall_real": 0.9,
+            "recall_chance": 0.25,
+            "class_accuracy": None,
+            "class_accuracy_real": None,
+        },
     }
     return ScoreRow(name=name, scores=scores, is_default=is_default)
 
@@ -146,6 +154,12 @@ def test_page_is_one_file_without_scripts(page):
     text, _ = page
     assert text.lstrip().startswith("<!doctype html>") and "<script" not in text
     assert 'src="http' not in text and 'href="http' not in text and "url(http" not in text
+
+
+def test_scores_of_text_stand_beside_real_images_and_chance(page):
+    text, _ = page
+    found = re.findall(r">(sticky|real images|chance)[^<]*</th><td>([\d.]+ %)</td>", text)
+    assert found == [("sticky", "70.0 %"), ("real images", "90.0 %"), ("chance", "25.0 %")]
 
 
 def test_page_escapes_every_value(page):

@@ -1,0 +1,123 @@
+"""Scores of text: closed forms on made-up features, and a whole evaluation of a pipeline with text."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from data_partition.config import PartitionConfig
+from data_partition.features.extract import extract_features
+from data_partition.partition import make_partition
+from data_partition.shards.shards import Sample, ShardWriter
+from ddm_core.artifacts import Workspace, read_json, save_arrays, write_json
+from ensemble.config import EvaluationConfig, SamplingConfig
+from ensemble.evaluation.evaluate import evaluate
+from ensemble.evaluation.feature_space import HeldOutSpace
+from ensemble.evaluation.held_out_prompts import load_held_out_prompts
+from ensemble.evaluation.reference import CAPTIONS, TRAINING_ROWS, build_reference
+from ensemble.evaluation.text_scores import RECALL_RANK, compare_prompts
+from ensemble.sampling.prompts import Prompts
+from experts.conditions.text_encoder import TextEncoder
+from tests.ensemble.text_pipeline import assemble_text_pipeline
+from tests.text_encoders import WORDS
+
+ALL_CAPTIONS = [" ".join(words) for words in itertools.permutations(WORDS[:10], 2)]
+CAPTIONS_USED = np.random.default_rng(0).permutation(ALL_CAPTIONS).tolist()[:80]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text_scores")
+    assemble_text_pipeline(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoded(root):
+    """Return features that are an exact linear map of the pooled captions."""
+    pooled = TextEncoder.load(root / "pipeline").encode(CAPTIONS_USED).pooled.numpy()
+    return (pooled @ np.random.default_rng(1).normal(size=(pooled.shape[1], 12))).astype(np.float32)
+
+
+@pytest.fixture
+def reference(root, encoded, tmp_path):
+    """Write the files that the scores read: every caption is in both parts, the class is that of its first word."""
+    labels = np.arange(80) % 2
+    save_arrays(tmp_path / TRAINING_ROWS, {"features": with_class(encoded, labels), "labels": labels})
+    HeldOutSpace(features=with_class(encoded, labels)).save(tmp_path / "efficientnet_lite0.safetensors")
+    np.save(tmp_path / "labels.npy", labels)
+    write_json(tmp_path / CAPTIONS, {"training": CAPTIONS_USED, "held_out": CAPTIONS_USED})
+    return tmp_path
+
+
+def with_class(features, labels):
+    return np.concatenate([features, 5 * np.eye(2, dtype=np.float32)[labels]], axis=1)
+
+
+def test_perfect_samples_are_found_and_of_their_class(root, reference, encoded):
+    labels = np.arange(80) % 2
+    prompts = Prompts(tuple(labels.tolist()), tuple(CAPTIONS_USED))
+    scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels))
+    assert (scores.recall, scores.recall_real, scores.class_accuracy, scores.class_accuracy_real) == (1, 1, 1, 1)
+    assert (scores.captions, scores.recall_chance) == (80, RECALL_RANK / 80)
+
+
+def test_samples_of_other_prompts_are_at_chance(root, reference, encoded):
+    """Over all shifts, each sample meets every caption once, and 20 of the 80 are among its nearest."""
+    labels, recalls = np.arange(80) % 2, []
+    for shift in range(0, 80, 8):
+        captions = CAPTIONS_USED[shift + 1 :] + CAPTIONS_USED[: shift + 1]
+        prompts = Prompts(tuple((1 - labels).tolist()), tuple(captions))
+        scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels))
+        recalls.append(scores.recall)
+    assert np.mean(recalls) == pytest.approx(RECALL_RANK / 80, abs=0.05)
+    assert scores.class_accuracy == 0
+
+
+def test_no_text_means_no_scores_of_text(root, reference, tmp_path):
+    prompts, features = Prompts.of_classes([0]), np.zeros((1, 14), np.float32)
+    assert compare_prompts(reference, tmp_path, prompts, features) is None
+    (reference / CAPTIONS).unlink()
+    assert compare_prompts(reference, root / "pipeline", prompts, features) is None
+
+
+def write_captioned(folder, count, seed):
+    """Write dark boots and light shirts of 4 x 4 pixels; every fifth has no caption."""
+    generator, writer = np.random.default_rng(seed), ShardWriter(folder, 64, class_names=("boot", "shirt"))
+    for number in range(count):
+        label = number % 2
+        image = np.clip(generator.normal(60 + 120 * label, 20, (4, 4, 1)), 0, 255).astype(np.uint8)
+        caption = "" if number % 5 == 0 else ("a light shirt" if label else "a dark ankle boot")
+        writer.add(Sample(key=f"{number:04d}", image=image, label=label, caption=caption))
+    writer.close()
+
+
+def test_evaluation_samples_the_held_out_captions(root, tmp_path):
+    write_captioned(tmp_path / "data" / "train", 80, 0)
+    write_captioned(tmp_path / "data" / "holdout", 40, 1)
+    config = EvaluationConfig(
+        num_samples=48, components=4, spaces=("efficientnet_lite0",), neighbours=2, conditional=True
+    )
+    work = Workspace.at(tmp_path / "work")
+    build_reference(tmp_path / "data", root / "codec", config, tmp_path / "reference", work)
+    prompts = load_held_out_prompts(tmp_path / "reference", 100, root / "pipeline")
+    assert set(zip(prompts.class_ids, prompts.captions, strict=True)) == {
+        (0, ""),
+        (1, ""),
+        (0, "a dark ankle boot"),
+        (1, "a light shirt"),
+    }
+    partition = PartitionConfig(num_experts=2, components=4)
+    for name in ("features", "partition"):
+        (tmp_path / name).mkdir()
+    extract_features(partition, tmp_path / "data", tmp_path / "features", work)
+    make_partition(partition, tmp_path / "data", tmp_path / "features", tmp_path / "partition", work)
+    sampling = SamplingConfig(solver="euler", steps=2, guidance_scale=2.0)
+    folders = (root / "pipeline", tmp_path / "reference", tmp_path / "partition")
+    scores = evaluate(*folders, config, sampling, tmp_path / "scores", work)
+    assert scores.text is not None
+    assert scores.text.captions == 2
+    assert scores.text.recall_real == scores.text.recall_chance == 1
+    assert scores.text.class_accuracy_real > 0.9
+    assert read_json(tmp_path / "scores" / "scores.json")["text"]["captions"] == 2
+    assert scores.calls_per_step == 2
