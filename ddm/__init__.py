@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from data_partition.errors import DataError
     from data_partition.partition import Partition
     from ddm.commands import compress, evaluate, load_config, plan, run, submit
-    from ddm.pipeline import DDMPipeline, PipelineOutput
+    from ddm.pipeline import DDMPipeline
     from ddm.runs import Run, StageStatus
     from ddm.training import train_expert, train_router
     from ddm_core.artifacts import ArtifactError
     from ddm_core.errors import DDMError
     from ensemble.config import SamplingConfig
     from ensemble.ensemble import Ensemble, EnsembleError
+    from ensemble.pipelines.call import PipelineOutput
     from experts.conditions.condition import Condition
     from experts.config import CodecConfig, ExpertConfig, TrainingConfig
     from experts.diffusion.noise_schedule import NoiseSchedule
@@ -45,7 +46,7 @@ _MODULES = {
     "NoiseSchedule": "experts.diffusion.noise_schedule",
     "OrchestratorError": "orchestrator.errors",
     "Partition": "data_partition.partition",
-    "PipelineOutput": "ddm.pipeline",
+    "PipelineOutput": "ensemble.pipelines.call",
     "Router": "router.router",
     "RouterConfig": "router.config",
     "Run": "ddm.runs",

@@ -97,11 +97,9 @@ class Run:
 
     def pipeline(self, name: str = "ensemble") -> DDMPipeline:
         """Load the ensemble, the `monolith`, or a compression stage such as `quantize`, ready to sample."""
-        from ddm.pipeline import DDMPipeline, sampling_of_run
-        from ensemble.pipeline import EnsemblePipeline
+        from ddm.pipeline import DDMPipeline
 
-        sampling = sampling_of_run(self.folder, self.config)
-        return DDMPipeline(EnsemblePipeline.from_pretrained(self.pipeline_folder(name)), sampling)
+        return DDMPipeline.from_run(self.folder, self.pipeline_folder(name))
 
     def _artifact(self, name: str) -> Path:
         stage = next((stage for stage in self.graph if stage.name == name), None)

@@ -110,14 +110,25 @@ def sample_few_step(
     fresh_noise: Callable[[int], Latents],
 ) -> Latents:
     """Run a few-step schedule from its first t to 0; `fresh_noise(step)` is the noise of a `renoise` step."""
-    steps = zip(few_step.step_types, few_step.times, (*few_step.times[1:], 0.0), strict=True)
-    for step, (step_type, t, t_next) in enumerate(steps):
+    for step, t in enumerate(few_step.times):
         slope = velocity(noised, _row_times(t, noised))
-        if step_type == "renoise":
-            noised = _renoise(slope, noised, t, t_next, noise_schedule, fresh_noise(step))
-        else:
-            noised = noised + (t_next - t) * slope
+        noised = few_step_update(slope, noised, step, few_step, noise_schedule, fresh_noise)
     return noised
+
+
+def few_step_update(
+    slope: Latents,
+    noised: Latents,
+    step: int,
+    few_step: FewStepSchedule,
+    noise_schedule: NoiseSchedule,
+    fresh_noise: Callable[[int], Latents],
+) -> Latents:
+    """Return the latents after one step of a few-step schedule, from the velocity at its t."""
+    t, t_next = (*few_step.times, 0.0)[step : step + 2]
+    if few_step.step_types[step] == "renoise":
+        return _renoise(slope, noised, t, t_next, noise_schedule, fresh_noise(step))
+    return noised + (t_next - t) * slope
 
 
 def flow_match_euler(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:

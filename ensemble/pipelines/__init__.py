@@ -1,0 +1,1 @@
+"""Ensembles as pipelines of diffusers: components, schedulers, memory, adapters, export."""

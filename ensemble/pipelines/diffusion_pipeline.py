@@ -1,0 +1,326 @@
+"""An ensemble as a `diffusers.DiffusionPipeline`: experts, router, codec and text encoder are its components."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from ddm_core.artifacts import atomic_folder
+from ensemble.config import SamplingConfig
+from ensemble.ensemble import Ensemble
+from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipelines.call import (
+    ClassLabel,
+    Noise,
+    OutputType,
+    PipelineOutput,
+    StepCallback,
+    class_ids,
+    count_images,
+    embed_prompts,
+    make_condition,
+    repeat_text,
+    to_output,
+)
+from ensemble.pipelines.components import as_expert, expert_ids, expert_name, owner_of, to_component, with_experts
+from ensemble.pipelines.denoising_loop import Request, sample_latents
+from ensemble.pipelines.guided_field import Guidance
+from ensemble.pipelines.schedulers import load_scheduler
+from experts.conditions.condition import Condition
+from experts.config import NoiseScheduleName
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES
+from experts.expert_model import ExpertModel
+from experts.types import Latents
+from router.config import SelectionConfig, SelectionName
+
+EXPERT_TYPES = (ExpertModel, nn.Module)
+
+
+class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
+    """An ensemble of experts that samples like one model, with the methods of diffusers' pipelines.
+
+    Image i depends on its seed or generator alone, whatever the batch.
+    """
+
+    model_cpu_offload_seq = "text_encoder"
+    _optional_components = ("router", "text_encoder")
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "gates")
+
+    def __new__(cls, *_args: Any, **components: Any) -> "EnsembleDiffusionPipeline":
+        """Create an object of the class for these experts."""
+        names = tuple(expert_name(k) for k in expert_ids(components))
+        base: Any = cls
+        made = base if set(names) <= set(cls._optional_components) else with_experts(base, names)
+        pipeline: EnsembleDiffusionPipeline = object.__new__(made)
+        return pipeline
+
+    def __init__(
+        self,
+        scheduler: Any,
+        codec: Any,
+        router: Any = None,
+        text_encoder: Any = None,
+        class_names: Sequence[str] = (),
+        noise_schedule: NoiseScheduleName = "rectified_flow",
+        **experts: Any,
+    ) -> None:
+        """Register the components; `expert_0` ... are experts, or plain networks that predict a velocity.
+
+        `codec` decodes latents; `text_encoder` has `encode(captions)`. Raises `EnsembleError` or `PipelineError` for
+        components that do not fit together.
+        """
+        super().__init__()
+        for name, expert in experts.items():
+            if not expert_ids([name]) or not isinstance(expert, EXPERT_TYPES):
+                raise PipelineError(
+                    f"{name} must be an expert or a network, named expert_0, expert_1 ...; got {expert!r}"
+                )
+        codec, text_encoder = owner_of(codec), owner_of(text_encoder)
+        null_text = None if text_encoder is None else text_encoder.null_text
+        for k in expert_ids(experts):
+            expert = owner_of(experts[expert_name(k)])
+            if not isinstance(expert, ExpertModel):
+                expert = as_expert(expert, k, codec.latent_shape, null_text)
+            experts[expert_name(k)] = to_component(expert)
+        parts = {"codec": codec, "router": owner_of(router), "text_encoder": text_encoder}
+        self.register_modules(
+            scheduler=scheduler, **{name: to_component(part) for name, part in parts.items()}, **experts
+        )
+        self.register_to_config(class_names=tuple(class_names), noise_schedule=noise_schedule)
+        self.sampling = SamplingConfig()
+        """The settings of a call that gives none of its own."""
+        self.ensemble  # noqa: B018 - components that do not fit fail here
+
+    @classmethod
+    def from_ensemble(
+        cls, pipeline: EnsemblePipeline, scheduler: Any = None, text_encoder: Any = None
+    ) -> "EnsembleDiffusionPipeline":
+        """Build the pipeline of a loaded ensemble; the default scheduler is flow matching's Euler."""
+        experts = {expert_name(k): expert for k, expert in pipeline.ensemble.experts.items()}
+        return cls(
+            scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
+            codec=pipeline.codec,
+            router=pipeline.ensemble.router,
+            text_encoder=text_encoder,
+            class_names=pipeline.class_names,
+            noise_schedule=pipeline.ensemble.noise_schedule.name,
+            **experts,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device_map: str | torch.device | None = None,
+        scheduler: Any = None,
+    ) -> "EnsembleDiffusionPipeline":
+        """Load a pipeline folder; nothing in it is executed.
+
+        `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. Raises
+        `PipelineError` or an `ArtifactError` for a folder that cannot be loaded.
+        """
+        path = Path(folder).expanduser()
+        loaded = EnsemblePipeline.from_pretrained(path)
+        pipeline = cls.from_ensemble(loaded, scheduler or load_scheduler(path / "scheduler"))
+        if dtype is not None:
+            pipeline.to(dtype)
+        return pipeline if device_map is None else pipeline.to(device_map)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the pipeline folder; it appears complete or not at all, and replaces one that exists."""
+        path = Path(folder).expanduser()
+        with atomic_folder(path) as temporary:
+            self.to_ensemble_pipeline().save_pretrained(temporary)
+            self.scheduler.save_pretrained(temporary / "scheduler")
+
+    def to_ensemble_pipeline(self) -> EnsemblePipeline:
+        """Return the ensemble with its codec, without diffusers' parts."""
+        return EnsemblePipeline(
+            ensemble=self.ensemble,
+            codec=owner_of(self.codec),
+            num_classes=self.num_classes,
+            class_names=tuple(self.config.class_names),
+        )
+
+    @property
+    def experts(self) -> dict[int, ExpertModel]:
+        """The experts by id."""
+        components = {k: getattr(self, expert_name(k)) for k in expert_ids(self.config)}
+        return {k: owner_of(component) for k, component in components.items() if component is not None}
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The experts, the router and their velocity field."""
+        return Ensemble(
+            experts=self.experts,
+            noise_schedule=NOISE_SCHEDULES[self.config.noise_schedule],
+            router=owner_of(self.router),
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the condition; 0 without labels."""
+        return next(iter(self.experts.values())).num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; empty for an unconditional model."""
+        return tuple(self.config.class_names)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent, without the batch."""
+        shape: tuple[int, ...] = owner_of(self.codec).latent_shape
+        return shape
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback stopped the call by setting `_interrupt`."""
+        return bool(self._interrupt)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of velocity evaluations of the latest call."""
+        return int(self._num_timesteps)
+
+    @torch.no_grad()
+    def __call__(  # noqa: PLR0913 - the arguments of diffusers' pipelines
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        class_labels: ClassLabel | Sequence[ClassLabel] = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guider: Any = None,
+        weak: "EnsembleDiffusionPipeline | None" = None,
+        selection: SelectionName | SelectionConfig | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> PipelineOutput | tuple[Any]:
+        """Sample one image per seed, generator, prompt or class label.
+
+        Noise comes from `seeds`, from one generator an image, or is `latents`. `guidance_scale` 1 means no guidance,
+        and `guidance_interval` is the smallest and largest t with it; `guider` is one of `diffusers.guiders` instead.
+        `weak` is the weak model of autoguidance. `sigmas` are the t of the steps, without 0. A callback gets `latents`,
+        `prompt_embeds` and `gates` as requested, of the images of the current batch, and may return new ones.
+
+        Settings that are not given are those of the run, or `SamplingConfig`'s defaults. Raises `PipelineError` for an
+        unknown class, or settings or a scheduler that the experts do not support, and `ValueError` for inputs that do
+        not pair.
+        """
+        count = count_images(
+            num_images_per_prompt,
+            prompt=prompt,
+            class_labels=class_labels,
+            seeds=seeds,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+        )
+        encoder = owner_of(self.text_encoder)
+        text = embed_prompts(prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds, encoder)
+        negative_text = embed_prompts(
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            negative_pooled_prompt_embeds,
+            encoder,
+        )
+        ids, device = class_ids(class_labels, count, self.class_names, self.num_classes), self._execution_device
+        condition = make_condition(ids, repeat_text(text, count), device, self.dtype)
+        none = torch.full_like(ids, -1)
+        request = Request(
+            condition=condition,
+            negative=make_condition(none, repeat_text(negative_text, count), device, self.dtype),
+            noise=Noise.from_inputs(count, self.latent_shape, seeds, generator, latents),
+            selection=self._selection(selection),
+            guidance=self._guidance(condition, guidance_scale, guidance_interval, guider, weak),
+            steps=self._steps(num_inference_steps),
+            sigmas=sigmas,
+            tokens=self._count_tokens(),
+            callback=callback_on_step_end,
+            callback_inputs=getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs),
+        )
+        self._check_callback(request.callback_inputs)
+        self._interrupt = False
+        clean, calls = sample_latents(self, request)
+        images = clean if output_type == "latent" else self._decode(clean, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return PipelineOutput(images=images, latents=clean, call_counts=calls)
+
+    def _decode(self, latents: Latents, output_type: OutputType) -> Any:
+        """Decode latents in batches and convert the images."""
+        codec = owner_of(self.codec)
+        parts = [codec.decode(part).float().cpu() for part in torch.split(latents.float(), self.sampling.batch_size)]
+        return to_output(torch.cat(parts).clamp(0, 1), output_type)
+
+    def _selection(self, selection: SelectionName | SelectionConfig | None) -> SelectionConfig:
+        if selection is None:
+            return self.sampling.selection if self.router is not None else SelectionConfig(name="full")
+        return SelectionConfig(name=selection) if isinstance(selection, str) else selection
+
+    def _steps(self, steps: int | None) -> int:
+        few_step = self.ensemble.few_step
+        if few_step is not None and steps is not None:
+            raise PipelineError(
+                f"num_inference_steps is for experts that accept any t; these have {len(few_step.times)} steps: "
+                "leave it out"
+            )
+        return self.sampling.steps if steps is None else steps
+
+    def _guidance(
+        self,
+        condition: Condition,
+        scale: float | None,
+        interval: tuple[float, float],
+        guider: Any,
+        weak: "EnsembleDiffusionPipeline | None",
+    ) -> Guidance:
+        few_step = self.ensemble.few_step
+        is_distilled = few_step is not None and few_step.is_distilled
+        if is_distilled and (scale is not None or guider is not None or weak is not None):
+            raise PipelineError(
+                "guidance is part of these distilled students; leave guidance_scale, guider and weak out"
+            )
+        if scale is not None and guider is not None:
+            raise PipelineError("a guider has a scale of its own; leave guidance_scale out")
+        if is_distilled or (weak is None and bool(condition.is_null.all())):
+            return Guidance()
+        default = self.sampling.guidance_scale if scale is None else scale
+        return Guidance(scale=default, interval=interval, guider=guider, weak=weak and weak.ensemble)
+
+    def _check_callback(self, names: Sequence[str]) -> None:
+        if unknown := sorted(set(names) - set(self._callback_tensor_inputs)):
+            raise PipelineError(
+                f"a callback can get {', '.join(self._callback_tensor_inputs)}; got {', '.join(unknown)}"
+            )
+
+    def _count_tokens(self) -> int:
+        """Return the number of tokens of one latent, on which a dynamic shift depends."""
+        *_, height, width = (1, 1, *self.latent_shape)
+        networks = [network for expert in self.experts.values() for network in expert.networks()]
+        patch = int(getattr(networks[0].config, "patch_size", 1) or 1) if networks else 1
+        return height * width // patch**2

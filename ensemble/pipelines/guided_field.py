@@ -1,0 +1,123 @@
+"""The velocity field of a pipeline's call: the ensemble's, guided away from a negative condition or a weak ensemble."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ensemble.ensemble import Ensemble
+from ensemble.routing import RoutingState, TrajectoryState
+from experts.conditions.condition import Condition
+from experts.types import Latents
+
+Guide = Callable[[Latents, Latents], Latents]
+"""Maps the velocity of the condition, and the one to move away from, to the guided velocity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """How far, when and from what a velocity is guided away."""
+
+    scale: float = 1.0
+    """other + scale * (conditional - other); 1 is none."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Smallest and largest t with guidance; outside, the conditional velocity alone is evaluated."""
+    guider: Any = None
+    """One of `diffusers.guiders`, which replaces scale and interval; None is classifier-free guidance."""
+    weak: Ensemble | None = None
+    """The weak ensemble of autoguidance, which replaces the negative condition."""
+
+    def is_active(self, t: float, step: int, steps: int) -> bool:
+        """Return whether the velocity at this step is guided."""
+        if self.guider is None:
+            return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+        self.guider.set_state(step=step, num_inference_steps=steps, timestep=torch.tensor(t))
+        self.guider.prepare_inputs({})  # guiders with momentum reset it here
+        return bool(self.guider.num_conditions > 1)
+
+    def apply(self, conditional: Latents, other: Latents) -> Latents:
+        """Return the guided velocity."""
+        if self.guider is None:
+            return other + self.scale * (conditional - other)
+        guided: Latents = self.guider(conditional, other).pred
+        return guided
+
+
+@dataclass(slots=True, kw_only=True)
+class GuidedField:
+    """Velocity field of one batch of trajectories; both conditions go through the ensemble as one batch."""
+
+    ensemble: Ensemble
+    condition: Condition
+    negative: Condition
+    routing: RoutingState
+    """Of two branches if the negative condition is evaluated, else of one."""
+    guidance: Guidance
+    weak_routing: RoutingState | None = None
+    steps: int = field(default=0)
+    """Number of evaluations of a trajectory."""
+
+    @classmethod
+    def start(
+        cls, ensemble: Ensemble, condition: Condition, negative: Condition, routing: RoutingState, guidance: Guidance
+    ) -> "GuidedField":
+        """Start trajectories whose experts have been drawn; `routing` has one branch."""
+        has_negative = guidance.weak is None and (guidance.scale != 1 or guidance.guider is not None)
+        weak = guidance.weak
+        weak_routing = None if weak is None else weak.init_routing(routing.seeds, condition, routing.selection)
+        return cls(
+            ensemble=ensemble,
+            condition=condition,
+            negative=negative,
+            routing=routing.repeat(2) if has_negative else routing,
+            guidance=guidance,
+            weak_routing=weak_routing,
+        )
+
+    def velocity(self, noised: Latents, t: float, step: int) -> Latents:
+        """Return the velocity of all rows at t, evaluation number `step`."""
+        times = torch.full((len(noised),), t, device=noised.device)
+        self.routing.calls.evaluations += len(noised)
+        guidance = self.guidance
+        if not guidance.is_active(t, step, self.steps):
+            return self._conditional(noised, times)
+        if guidance.weak is not None and self.weak_routing is not None:
+            weak = guidance.weak.velocity(noised, times, self.condition, self.weak_routing)
+            return guidance.apply(self._conditional(noised, times), weak)
+        both = self.ensemble.velocity(
+            torch.cat([noised, noised]),
+            torch.cat([times, times]),
+            Condition.concatenate([self.condition, self.negative]),
+            self.routing,
+        )
+        return guidance.apply(*both.chunk(2))
+
+    def _conditional(self, noised: Latents, times: Float[Tensor, " batch"]) -> Latents:
+        """Return the velocity of the condition alone; the other branch continues with its gates."""
+        if self.routing.branches == 1:
+            return self.ensemble.velocity(noised, times, self.condition, self.routing)
+        single = _first_branch(self.routing)
+        velocity = self.ensemble.velocity(noised, times, self.condition, single)
+        for name in ("gates", "probability", "is_frozen", "evaluations"):
+            setattr(self.routing.state, name, getattr(single.state.repeat(self.routing.branches), name))
+        return velocity
+
+    @property
+    def gates(self) -> Float[Tensor, "batch expert"]:
+        """Return the gates of the conditional branch; raise `ValueError` before there are any."""
+        return self.routing.gates[: len(self.condition)]
+
+
+def _first_branch(routing: RoutingState) -> RoutingState:
+    """Return the state of the branch with the condition; calls and caches stay shared."""
+    state, count = routing.state, len(routing.seeds) // routing.branches
+    first = TrajectoryState(
+        gates=None if state.gates is None else state.gates[:count],
+        probability=None if state.probability is None else state.probability[:count],
+        is_frozen=None if state.is_frozen is None else state.is_frozen[:count],
+        evaluations=state.evaluations,
+    )
+    return replace(routing, seeds=routing.seeds[:count], branches=1, state=first)
