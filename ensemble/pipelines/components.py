@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from ensemble.pipeline import PipelineError
 from experts.conditions.null_text import get_null_text, set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
-from experts.networks.pretrained import model_signature
+from experts.networks.adapters.registry import ADAPTERS
 
 PREFIX = "expert_"
 OWNER = "ddm_owner"
@@ -80,15 +81,28 @@ def as_expert(
 ) -> Expert:
     """Return an expert with a plain network, which predicts the velocity of rectified flow.
 
-    `null_text` is its null text unless it has one of its own.
+    `null_text` is its null text unless it has one of its own. Raises `PipelineError` for a network without adapter, or
+    without the null text that it needs.
     """
-    if get_null_text(network) is None:
+    if type(network).__name__ not in ADAPTERS:
+        raise PipelineError(f"{type(network).__name__} has no adapter; known networks are {', '.join(ADAPTERS)}")
+    if get_null_text(network) is None and ADAPTERS[type(network).__name__].reads_text:
+        if null_text is None:
+            raise PipelineError(f"{type(network).__name__} reads text; give a text_encoder, or the null_text of its own")
         set_null_text(network, null_text)
     return Expert(
         model=network.eval(),
         prediction="velocity",
         noise_schedule=RECTIFIED_FLOW,
         latent_shape=latent_shape,
-        num_classes=model_signature(network).num_classes,
+        num_classes=_count_classes(network),
         cluster_id=expert_id,
     )
+
+
+def _count_classes(network: Any) -> int:
+    """Return the classes of a network without its null class; 0 for one that reads none."""
+    if not ADAPTERS[type(network).__name__].reads_classes:
+        return 0
+    config, null_rows = network.config, {"num_classes": 0, "num_embeds_ada_norm": 0, "num_class_embeds": 1}
+    return next((config[key] - rows for key, rows in null_rows.items() if config.get(key) is not None), 0)

@@ -31,6 +31,7 @@ from ensemble.pipelines.denoising_loop import Request, sample_latents
 from ensemble.pipelines.guided_field import Guidance
 from ensemble.pipelines.schedulers import load_scheduler
 from experts.conditions.condition import Condition
+from experts.conditions.text_embedding import TextEmbedding
 from experts.config import NoiseScheduleName
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert_model import ExpertModel
@@ -66,11 +67,13 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
         text_encoder: Any = None,
         class_names: Sequence[str] = (),
         noise_schedule: NoiseScheduleName = "rectified_flow",
+        null_text: TextEmbedding | None = None,
         **experts: Any,
     ) -> None:
         """Register the components; `expert_0` ... are experts, or plain networks that predict a velocity.
 
-        `codec` decodes latents; `text_encoder` has `encode(captions)`. Raises `EnsembleError` or `PipelineError` for
+        `codec` decodes latents; `text_encoder` has `encode(captions)`. `null_text` is the encoded "" for networks
+        without one; the default is that of the text encoder. Raises `EnsembleError` or `PipelineError` for
         components that do not fit together.
         """
         super().__init__()
@@ -80,7 +83,7 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
                     f"{name} must be an expert or a network, named expert_0, expert_1 ...; got {expert!r}"
                 )
         codec, text_encoder = owner_of(codec), owner_of(text_encoder)
-        null_text = None if text_encoder is None else text_encoder.null_text
+        null_text = null_text or getattr(text_encoder, "null_text", None)
         for k in expert_ids(experts):
             expert = owner_of(experts[expert_name(k)])
             if not isinstance(expert, ExpertModel):
