@@ -88,7 +88,7 @@ def as_expert(
         raise PipelineError(f"{type(network).__name__} has no adapter; known networks are {', '.join(ADAPTERS)}")
     if get_null_text(network) is None and ADAPTERS[type(network).__name__].reads_text:
         if null_text is None:
-            raise PipelineError(f"{type(network).__name__} reads text; give a text_encoder, or the null_text of its own")
+            raise PipelineError(f"{type(network).__name__} reads text; give a text_encoder, or its null_text")
         set_null_text(network, null_text)
     return Expert(
         model=network.eval(),

@@ -35,6 +35,8 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.config import NoiseScheduleName
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert_model import ExpertModel
+from experts.networks.adapters.registry import ADAPTERS
+from experts.networks.registry import PACKED_SIDE
 from experts.types import Latents
 from router.config import SelectionConfig, SelectionName
 
@@ -103,7 +105,7 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
         cls, pipeline: EnsemblePipeline, scheduler: Any = None, text_encoder: Any = None
     ) -> "EnsembleDiffusionPipeline":
         """Build the pipeline of a loaded ensemble; the default scheduler is flow matching's Euler."""
-        experts = {expert_name(k): expert for k, expert in pipeline.ensemble.experts.items()}
+        experts: dict[str, Any] = {expert_name(k): expert for k, expert in pipeline.ensemble.experts.items()}
         return cls(
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
             codec=pipeline.codec,
@@ -324,6 +326,6 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
     def _count_tokens(self) -> int:
         """Return the number of tokens of one latent, on which a dynamic shift depends."""
         *_, height, width = (1, 1, *self.latent_shape)
-        networks = [network for expert in self.experts.values() for network in expert.networks()]
-        patch = int(getattr(networks[0].config, "patch_size", 1) or 1) if networks else 1
-        return height * width // patch**2
+        network = next(network for expert in self.experts.values() for network in expert.networks())
+        patch = PACKED_SIDE if ADAPTERS[type(network).__name__].packs else getattr(network.config, "patch_size", 1)
+        return height * width // int(patch or 1) ** 2
