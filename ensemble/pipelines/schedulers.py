@@ -93,7 +93,7 @@ def set_times(
     else:
         raise PipelineError(f"{type(scheduler).__name__} takes no sigmas; leave them out, or use {SAFE}")
     scheduler.set_begin_index(0)
-    times: EvaluationTimes = scheduler.sigmas[: len(scheduler.timesteps)].float().to(device)
+    times: EvaluationTimes = scheduler.timesteps.float().to(device) / scheduler.config.num_train_timesteps
     return times
 
 

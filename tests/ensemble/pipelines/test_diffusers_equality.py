@@ -61,9 +61,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_ensemble_of_one_equals_diffusers_own_pipeline(case):
     pipeline_class, parts, scheduler, extra, settings = CASES[case]
-    prompts, negative = text(2), replace(text(2, seed=9), mask=torch.ones(2, 7).bool())
+    rows = 1 if case == "PRXTransformer2DModel" else 2  # PRXPipeline fails with several prompts and guidance
+    prompts, negative = text(rows), replace(text(rows, seed=9), mask=torch.ones(rows, 7).bool())
+    if extra == MASKED:
+        prompts, negative = (replace(each, pooled=each.pooled[:, :0]) for each in (prompts, negative))
     torch.manual_seed(0)
-    model = build_network(config_of(case), SHAPE, 0, text(1).drop(torch.ones(1).bool())).eval()
+    model = build_network(config_of(case), SHAPE, 0, prompts.rows(slice(1)).drop(torch.ones(1).bool())).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     ours = EnsembleDiffusionPipeline(scheduler=scheduler, codec=PixelCodec(image_shape=(8, 8, 4)), expert_0=model)
@@ -81,14 +84,13 @@ def test_ensemble_of_one_equals_diffusers_own_pipeline(case):
     sigmas = {} if multistep or case == "PRXTransformer2DModel" else {"sigmas": [1.0, 0.75, 0.5, 0.25]}
 
     def generators():
-        return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return [torch.Generator().manual_seed(seed) for seed in range(rows)]
 
     expected = theirs(**common | texts | sigmas | settings, generator=generators()).images
     if expected.ndim == 3:
         expected = unpack_latents(expected, (4, 4))
     if case == "PRXTransformer2DModel":
-        scheduler.set_timesteps(STEPS)
-        sigmas = {"sigmas": torch.linspace(1, 0.001, STEPS).tolist()}
+        sigmas = {"sigmas": torch.linspace(1, scheduler.sigma_min, STEPS).tolist()}
     actual = ours(**common | texts | sigmas, generator=generators()).images
     assert (actual - expected).abs().max() < 1e-5
     assert expected.abs().mean() > 0.1
