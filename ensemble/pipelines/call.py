@@ -10,8 +10,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ensemble.pipeline import PipelineError
 from ensemble.routing import CallCounts
+from ensemble.sampling.prompts import PromptError, find_class
 from ensemble.solvers import make_noise
 from experts.conditions.condition import NULL_CLASS, Condition
 from experts.conditions.text_embedding import TextEmbedding
@@ -96,7 +96,7 @@ def count_images(per_prompt: int = 1, **inputs: Any) -> int:
 
 
 def class_ids(labels: ClassLabel | Sequence[ClassLabel], count: int, names: Sequence[str], classes: int) -> Tensor:
-    """Return the class of every image, -1 for none; raise `PipelineError` for an unknown class."""
+    """Return the class of every image, -1 for none; raise `PromptError` for an unknown class."""
     each = [labels] * count if labels is None or isinstance(labels, str | int) else list(labels)
     repeats = max(1, count // max(1, len(each)))
     ids = [_class_id(label, names, classes) for label in each for _ in range(repeats)]
@@ -104,19 +104,14 @@ def class_ids(labels: ClassLabel | Sequence[ClassLabel], count: int, names: Sequ
 
 
 def _class_id(label: ClassLabel, names: Sequence[str], classes: int) -> int:
-    if label is None:
-        return NULL_CLASS
-    index = names.index(label) if isinstance(label, str) and label in names else label
-    if isinstance(index, str) and not index.isdigit():
-        known = ", ".join(names) or "none, as the experts were trained without labels"
-        raise PipelineError(f"{label!r} is not a class; known classes: {known}")
-    if not NULL_CLASS <= int(index) < classes:
-        raise PipelineError(
+    class_id = NULL_CLASS if label is None else find_class(label, names) if isinstance(label, str) else int(label)
+    if not NULL_CLASS <= class_id < classes:
+        raise PromptError(
             f"classes go from 0 to {classes - 1}, and -1 is none; got {label}"
             if classes
             else "these experts were trained without labels; leave the classes out"
         )
-    return int(index)
+    return class_id
 
 
 def embed_prompts(
@@ -128,13 +123,13 @@ def embed_prompts(
 ) -> TextEmbedding | None:
     """Return the text of every prompt, from strings or from embeddings; None for neither.
 
-    Raises `PipelineError` for prompts without a text encoder, and `ValueError` for prompts with embeddings.
+    Raises `PromptError` for prompts without a text encoder, and `ValueError` for prompts with embeddings.
     """
     if prompts is not None and embeds is not None:
         raise ValueError("give prompts or prompt embeddings, not both; they would be two texts of one image")
     if prompts is not None:
         if encoder is None:
-            raise PipelineError(
+            raise PromptError(
                 "this pipeline has no text encoder; give prompt_embeds, or for experts with classes class_labels"
             )
         text: TextEmbedding = encoder.encode([prompts] if isinstance(prompts, str) else list(prompts))

@@ -32,6 +32,7 @@ from ensemble.pipelines.guided_field import Guidance
 from ensemble.pipelines.schedulers import load_scheduler
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
+from experts.conditions.text_encoder import TextEncoder
 from experts.config import NoiseScheduleName
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert_model import ExpertModel
@@ -104,7 +105,12 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
     def from_ensemble(
         cls, pipeline: EnsemblePipeline, scheduler: Any = None, text_encoder: Any = None
     ) -> "EnsembleDiffusionPipeline":
-        """Build the pipeline of a loaded ensemble; the default scheduler is flow matching's Euler."""
+        """Build the pipeline of a loaded ensemble; the default scheduler is flow matching's Euler.
+
+        Raises `TextError` if the text encoder of its experts is not there.
+        """
+        if text_encoder is None and pipeline.text is not None:
+            text_encoder = TextEncoder.from_config(pipeline.text)
         experts: dict[str, Any] = {expert_name(k): expert for k, expert in pipeline.ensemble.experts.items()}
         return cls(
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
@@ -151,6 +157,7 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
             codec=owner_of(self.codec),
             num_classes=self.num_classes,
             class_names=tuple(self.config.class_names),
+            text=getattr(owner_of(self.text_encoder), "config", None),
         )
 
     @property
@@ -230,9 +237,9 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
         `weak` is the weak model of autoguidance. `sigmas` are the t of the steps, without 0. A callback gets `latents`,
         `prompt_embeds` and `gates` as requested, of the images of the current batch, and may return new ones.
 
-        Settings that are not given are those of the run, or `SamplingConfig`'s defaults. Raises `PipelineError` for an
-        unknown class, or settings or a scheduler that the experts do not support, and `ValueError` for inputs that do
-        not pair.
+        Settings that are not given are those of the run, or `SamplingConfig`'s defaults. Raises `PromptError` for an
+        unknown class or a prompt without text encoder, `PipelineError` for settings or a scheduler that the experts do
+        not support, and `ValueError` for inputs that do not pair.
         """
         count = count_images(
             num_images_per_prompt,
