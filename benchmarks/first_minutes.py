@@ -26,7 +26,7 @@ from ddm_core.artifacts import to_json
 GROUPS = ("partition", "expert", "score", "prune")
 """One kind of each module of stages."""
 
-KINDS = ("dataset", "codec", "features", "partition", "reference", "router", "expert", "ensemble", "score")
+KINDS = ("dataset", "codec", "latents", "features", "partition", "reference", "router", "expert", "ensemble", "score")
 """The kinds of stages of the digits, in the order in which they run."""
 
 IMPORT = """

@@ -29,7 +29,8 @@ from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.networks.registry import build_network
 from experts.training.ema import MovingAverage
-from experts.training.latent_dataset import LatentDataset, encode_latents, make_batch
+from experts.training.encode import encode_latents
+from experts.training.latent_dataset import LatentDataset, make_batch
 from experts.training.loss import expert_loss
 from experts.training.trainer import fit, learning_rate
 from orchestrator.backends.inline import InlineBackend
@@ -82,7 +83,7 @@ def make_config(folder: Path, steps: int) -> RunConfig:
 
 def stages_up_to_experts(config: RunConfig) -> list[Stage]:
     """Return the experts' stages and all stages before them."""
-    kinds = ("dataset", "codec", "features", "partition", "expert")
+    kinds = ("dataset", "codec", "latents", "features", "partition", "expert")
     return [stage for stage in build_graph(config) if stage.kind in kinds]
 
 
@@ -140,7 +141,7 @@ def _train_by_hand(prepared: RunFolder, stage: Stage, folder: Path) -> None:
     config_file = folder / f"{stage.name}.json"
     write_json(config_file, to_jsonable(stage.config.expert))
     inputs = {role: str(prepared.input_folder(source)) for role, source in stage.inputs.items()}
-    command = [sys.executable, "-m", "experts", "--shards", inputs["shards"], "--codec", inputs["codec"]]
+    command = [sys.executable, "-m", "experts", "--shards", inputs["latents"], "--codec", inputs["codec"]]
     command += [
         "--config",
         str(config_file),
@@ -158,8 +159,8 @@ def measure_step_ratios(
     """Return the CPU time of `fit` over that of a bare loop, in alternating blocks on one thread."""
     torch.set_num_threads(1)
     stage = next(stage for stage in stages_up_to_experts(config) if stage.kind == "expert")
-    shards, codec = prepared.input_folder(stage.inputs["shards"]), prepared.input_folder(stage.inputs["codec"])
-    dataset = encode_latents([shards], load_codec(codec), codec, Workspace.at(scratch / "data"))
+    latents, codec = (prepared.input_folder(stage.inputs[role]) for role in ("latents", "codec"))
+    dataset = encode_latents([latents], load_codec(codec), codec, Workspace.at(scratch / "data"))
     expert: ExpertConfig = stage.config.expert
     training = replace(expert.training, steps=steps)
     ratios = []

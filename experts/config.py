@@ -1,9 +1,10 @@
 """Configuration of an expert: latent space, network and training; imports no torch."""
 
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
@@ -184,7 +185,14 @@ class TextConfig:
     """Torch device of the encoder while a data set is encoded."""
 
     checksum: str = ""
-    """Checksum of the encoder's files, set when a run is composed; an encoder that has changed since is an error."""
+    """Checksum of the encoder's files, recorded when it encodes; an encoder that has changed since is an error."""
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        """Make the path of a folder absolute; leave an id of the Hub as it is."""
+        folder = Path(path or "").expanduser()
+        return str(folder.absolute()) if path and (folder.is_dir() or path.startswith((".", "~"))) else path
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "TextConfig":

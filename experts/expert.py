@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from ddm_core.json_values import from_json
 from experts.codecs.registry import load_codec
@@ -16,6 +15,7 @@ from experts.compressed.caching.feature_cache import ExpertCache
 from experts.compressed.caching.plan import CacheSchedule
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text
+from experts.conditions.text_embedding import TextEmbedding
 from experts.config import ExpertConfig, NoiseScheduleName, Prediction, TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule, to_schedule
@@ -25,8 +25,9 @@ from experts.networks.model_io import save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
+from experts.training.encode import encode_latents, read_class_names
 from experts.training.flops import count_parameters, forward_flops, training_flops
-from experts.training.latent_dataset import LatentDataset, LatentError, encode_latents
+from experts.training.latent_dataset import LatentDataset, LatentError
 from experts.training.loss import converted_loss, expert_loss
 from experts.training.trainer import LossFn, fit, write_rows
 from experts.types import Latents, RowIds, Times
@@ -202,7 +203,7 @@ def train_expert(
     """
     dataset = encode_latents(shards, load_codec(codec), codec, workspace)
     if num_classes is None:
-        num_classes = len(read_index(shards[0]).class_names)
+        num_classes = len(read_class_names(shards[0]))
     check_classes(dataset, num_classes)
     check_unchanged(config)
     initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
@@ -262,9 +263,11 @@ def check_classes(dataset: LatentDataset, num_classes: int) -> None:
         )
 
 
-def expert_flops(config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int) -> float:
-    """Return the FLOPs of a full training with this config, without training."""
-    model = build_initial_model(config, latent_shape, num_classes).model
+def expert_flops(
+    config: ExpertConfig, latent_shape: tuple[int, ...], num_classes: int, null_text: TextEmbedding | None = None
+) -> float:
+    """Return the FLOPs of a full training with this config, without training; `null_text` as in `build_network`."""
+    model = build_initial_model(config, latent_shape, num_classes, null_text).model
     return training_flops(network_flops(model, latent_shape), config.training.batch_size, config.training.steps)
 
 

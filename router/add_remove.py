@@ -16,8 +16,9 @@ from experts.conditions.null_text import get_null_text, set_null_text
 from experts.config import TrainingConfig
 from experts.expert import check_classes
 from experts.training.checkpoint import MetricsRow
+from experts.training.encode import encode_latents
 from experts.training.flops import forward_flops, training_flops
-from experts.training.latent_dataset import LatentDataset, encode_latents
+from experts.training.latent_dataset import LatentDataset
 from experts.training.trainer import write_rows
 from router.models.density_ratio import DensityRatioRouter, divide_batch, make_seeded_head, train_head
 from router.router import Router, count_priors

@@ -1,19 +1,19 @@
 """A folder of latents that the experts generated, for training a router without the data.
 
-clean.npy, class_id.npy, cluster_id.npy     same format as encoded images in `experts.training.latent_dataset`
-prior_counts.json                           the clusters' true counts by class, the only facts about the data
+latents.json, clean.bin …     same format as encoded images in `experts.training.latent_folder`
+prior_counts.json             the clusters' true counts by class, the only facts about the data
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
-from experts.training.latent_dataset import LatentDataset, read_latents
+from experts.training.latent_dataset import LatentDataset
+from experts.training.latent_folder import LatentWriter, read_latents
 
 PRIOR_COUNTS = "prior_counts.json"
 
@@ -28,14 +28,8 @@ class ExpertSamples:
 
     def save(self, folder: Path) -> None:
         """Write the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {
-            "clean": self.dataset.clean,
-            "class_id": self.dataset.class_id,
-            "cluster_id": self.dataset.cluster_id,
-        }
-        for name, values in arrays.items():
-            np.save(folder / f"{name}.npy", values.numpy(), allow_pickle=False)
+        with LatentWriter(folder) as writer:
+            writer.add(self.dataset)
         write_json(folder / PRIOR_COUNTS, self.prior_counts.tolist())
 
     @classmethod

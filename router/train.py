@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace, write_json
 from experts.codecs.registry import load_codec
 from experts.conditions.condition import Condition
@@ -18,8 +17,9 @@ from experts.conditions.null_text import set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert import check_classes
+from experts.training.encode import encode_latents, read_class_names
 from experts.training.flops import count_parameters, forward_flops
-from experts.training.latent_dataset import Batch, LatentDataset, encode_latents
+from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
 from router.calibration.text_prior import fit_text_prior
@@ -91,7 +91,7 @@ def train_router(
     holdout_workspace = replace(workspace, scratch=workspace.scratch / "holdout")
     holdout = encode_latents(holdouts, loaded, codec, holdout_workspace)
     if num_classes is None:
-        num_classes = len(read_index(holdouts[0]).class_names)
+        num_classes = len(read_class_names(holdouts[0]))
     for latents in (dataset, holdout):
         check_classes(latents, num_classes)
     counts = count_priors(dataset.cluster_id, dataset.class_id, len(holdouts), num_classes)

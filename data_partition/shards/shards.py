@@ -9,6 +9,7 @@ index carries its own checksum. So a changed bit anywhere is an error, also in a
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,14 @@ def decode_sample(encoded: Encoded, shard: str) -> Sample:
             f"shard {shard}: sample {encoded.key!r} is corrupt ({error}); make the shards again"
         ) from error
     return Sample(key=encoded.key, image=image, label=label, caption=caption)
+
+
+def identify_sample(encoded: Encoded) -> int:
+    """Return 64 bits of a hash of a sample's key and files, as a signed number."""
+    digest = hashlib.blake2b(encoded.key.encode(), digest_size=8)
+    for name, content in sorted(encoded.files.items()):
+        digest.update(f"/{name}:{len(content)}/".encode() + content)
+    return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def decode_label(encoded: Encoded) -> int:

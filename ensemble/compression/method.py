@@ -12,7 +12,8 @@ from ensemble.pipeline import EnsemblePipeline
 from experts.codecs.registry import load_codec
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
-from experts.training.latent_dataset import LatentDataset, encode_latents
+from experts.training.encode import encode_latents
+from experts.training.latent_dataset import LatentDataset
 
 
 class StageError(DDMError, ValueError):

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
 from experts.conditions.condition import Condition
@@ -21,7 +20,8 @@ from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert import Expert, ExpertSummary, check_classes, train_network
 from experts.expert_model import ExpertModel
 from experts.networks.pretrained import build_initial_model
-from experts.training.latent_dataset import Batch, encode_latents
+from experts.training.encode import encode_latents, read_class_names
+from experts.training.latent_dataset import Batch
 from experts.training.loss import expert_loss
 from experts.types import Latents, Times
 
@@ -110,7 +110,7 @@ def train_cluster_conditioned(
 ) -> ExpertSummary:
     """Train the network on the samples of all clusters, each with its cluster id, and write it to `out`."""
     dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
-    num_classes, num_clusters = len(read_index(clusters[0]).class_names), len(clusters)
+    num_classes, num_clusters = len(read_class_names(clusters[0])), len(clusters)
     check_classes(dataset, num_classes)
     num_pairs = (num_classes + 1) * num_clusters
     initial_model = build_initial_model(config, dataset.latent_shape, num_pairs, dataset.null_text)

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig, Prediction
@@ -22,7 +21,8 @@ from experts.diffusion.predictions import from_velocity, training_target
 from experts.expert import Expert, ExpertSummary, check_classes, network_flops, train_network
 from experts.networks.pretrained import build_initial_model
 from experts.networks.registry import call_network
-from experts.training.latent_dataset import Batch, encode_latents
+from experts.training.encode import encode_latents, read_class_names
+from experts.training.latent_dataset import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def train_distilled_monolith(
     Samples of a cluster without a teacher have their own training target, as for an expert.
     """
     dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
-    num_classes = len(read_index(clusters[0]).class_names)
+    num_classes = len(read_class_names(clusters[0]))
     check_classes(dataset, num_classes)
     initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     experts = {k: Expert.load(folder) for k, folder in teachers.items()}

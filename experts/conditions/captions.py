@@ -28,6 +28,19 @@ class EncodedCaptions:
     null_text: TextEmbedding
     """The encoded "", one row, padded to the length of every text."""
 
+    @classmethod
+    def from_rows(cls, rows: TextEmbedding, null_text: TextEmbedding) -> "EncodedCaptions":
+        """Return one caption a sample, in numbers of 16 bits; a row of the null text is a sample without one."""
+        kept = rows.rows(~rows.is_null)
+        return cls(
+            token_features=kept.sequence[kept.mask].half(),
+            first_token=_offsets(kept.mask.sum(1)),
+            pooled=kept.pooled.half(),
+            weight=torch.ones(len(kept)),
+            first_caption=_offsets((~rows.is_null).long()),
+            null_text=null_text,
+        )
+
     def choose(
         self, samples: Int[Tensor, " row"], uniforms: Float[Tensor, " row"]
     ) -> tuple[Int[Tensor, " row"], Bool[Tensor, " row"]]:

@@ -155,6 +155,7 @@ def _load_parts(config: TextConfig, folder: Path) -> tuple[Any, "PreTrainedModel
         raise TextError(f"{folder} does not hold a text encoder of kind {config.kind}: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
     encoder: PreTrainedModel = model.get_encoder() if model.config.is_encoder_decoder else model
     longest = getattr(encoder.config, "max_position_embeddings", None) or config.length
     if config.length > longest:

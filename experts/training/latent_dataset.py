@@ -1,48 +1,24 @@
 """Latents of one or more clusters, and the batch of each training step.
 
-`encode_latents` runs the codec once over all shards. `make_batch` is a pure function of (seed, step), so order, noise,
+`make_batch` is a pure function of (seed, step), so order, noise,
 t and dropped conditions need no state and survive any interruption.
 """
 
 import functools
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data_partition.shards.shards import read_batches, read_index
-from ddm_core.artifacts import (
-    CACHE,
-    CorruptArtifact,
-    Preempted,
-    Workspace,
-    atomic_folder,
-    checksum,
-    list_files,
-    read_with_checksum,
-    to_jsonable,
-    write_record,
-)
 from ddm_core.errors import DDMError
-from ddm_core.memmaps import create_memmap
 from ddm_core.random_bits import Stream
-from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import TrainingConfig
-from experts.training.distributed import DataParallelGroup
 from experts.types import Latents, RowIds, RowTimes
-
-logger = logging.getLogger(__name__)
-
-ENCODE_BATCH = 512
 
 
 class LatentError(DDMError, ValueError):
@@ -60,6 +36,8 @@ class LatentDataset:
     """Index of the shard folder of the sample."""
     captions: EncodedCaptions | None = None
     """Captions of the same samples; None for data without text."""
+    sample_id: Int[Tensor, " batch"] | None = None
+    """Hash of the key and the content of every sample; None for latents of no images."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -94,6 +72,7 @@ class LatentDataset:
             class_id=self.class_id.index_select(0, rows),
             cluster_id=self.cluster_id.index_select(0, rows),
             captions=None if self.captions is None else self.captions.select(rows),
+            sample_id=None if self.sample_id is None else self.sample_id.index_select(0, rows),
         )
 
     def without_conditions(self) -> "LatentDataset":
@@ -173,86 +152,3 @@ def step_seed(seed: int, step: int) -> int:
 def derive_seed(stream: int, seed: int, index: int) -> int:
     """Hash three numbers to 32 bits, all that torch's CPU generator uses of a seed."""
     return int(np.random.SeedSequence((stream, seed % 2**64, index)).generate_state(1)[0])
-
-
-def encode_latents(shards: Sequence[Path], codec: Codec, codec_folder: Path, workspace: Workspace) -> LatentDataset:
-    """Encode every sample of the shard folders once; later attempts reuse the latents in the scratch folder.
-
-    Reused latents are compared with their checksums first: the disk may have changed a bit since they were written.
-
-    Raises `Preempted` if the workspace requests a stop; encoding then restarts. In a group only rank 0 encodes.
-    """
-    folder = workspace.scratch / CACHE / "latents"
-    counts = [read_index(path).count for path in shards]
-    if not sum(counts):
-        raise LatentError(f"there are no samples in {', '.join(map(str, shards))}; train the other clusters only")
-    source = {
-        "shards": [[str(path), {file.name: file.stat().st_size for file in list_files(path)}] for path in shards],
-        "codec": {str(path.relative_to(codec_folder)): checksum(path) for path in list_files(codec_folder)},
-    }
-
-    def encode() -> None:
-        if _is_reusable(folder, source):
-            return
-        logger.info("encoding %d samples of %d folders", sum(counts), len(shards))
-        with atomic_folder(folder) as temporary:
-            _write_latents(temporary, shards, sum(counts), codec, workspace)
-            write_record(temporary / SOURCE, {"source": source, "arrays": _checksums(temporary)})
-
-    DataParallelGroup.join().run_on_main(encode)
-    return read_latents(folder)
-
-
-SOURCE = "source.json"
-"""What cached latents were encoded from, and the checksums of their arrays."""
-
-
-def _is_reusable(folder: Path, source: dict[str, Any]) -> bool:
-    """Return whether cached latents are of this source and as they were written; log the reason if they are damaged."""
-    if not (folder / SOURCE).is_file():
-        return False
-    try:
-        record = read_with_checksum(folder / SOURCE)
-        if record["source"] != to_jsonable(source):
-            return False
-        is_intact = bool(record["arrays"] == _checksums(folder))
-    except (CorruptArtifact, KeyError, OSError) as error:
-        logger.warning("the cached latents in %s cannot be read (%s); encoding again", folder, error)
-        return False
-    if not is_intact:
-        logger.warning("the cached latents in %s do not match their checksums; encoding again", folder)
-    return is_intact
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    return {name: checksum(folder / f"{name}.npy") for name in _FIELDS}
-
-
-def read_latents(folder: Path) -> LatentDataset:
-    """Open encoded latents as memory maps."""
-    arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _FIELDS}
-    return LatentDataset(clean=arrays["clean"], class_id=arrays["class_id"], cluster_id=arrays["cluster_id"])
-
-
-_FIELDS = ("clean", "class_id", "cluster_id")
-
-
-def _write_latents(folder: Path, shards: Sequence[Path], count: int, codec: Codec, workspace: Workspace) -> None:
-    shapes = {"clean": codec.latent_shape, "class_id": (), "cluster_id": ()}
-    maps = {
-        name: create_memmap(folder / f"{name}.npy", np.float32 if name == "clean" else np.int64, (count, *shape))
-        for name, shape in shapes.items()
-    }
-    row = 0
-    for cluster_id, path in enumerate(shards):
-        for batch in read_batches(path, ENCODE_BATCH):
-            rows = slice(row, row + len(batch.labels))
-            maps["clean"][rows] = codec.encode(batch.images).numpy()
-            maps["class_id"][rows] = batch.labels
-            maps["cluster_id"][rows] = cluster_id
-            row = rows.stop
-            workspace.report_progress(row, count, unit="images encoded")
-            if row < count and workspace.stop_requested():
-                raise Preempted(f"stopped after {row} of {count} images were encoded; encoding restarts")
-    for array in maps.values():
-        array.flush()

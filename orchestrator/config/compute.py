@@ -47,6 +47,8 @@ class StagesConfig:
     """Reading and resizing the images."""
     codec: ResourcesConfig = ResourcesConfig()
     """Fitting the latent space."""
+    latents: ResourcesConfig = ResourcesConfig()
+    """Encoding the images, and their captions."""
     features: ResourcesConfig = ResourcesConfig()
     """Features for the clustering."""
     partition: ResourcesConfig = ResourcesConfig()

@@ -24,7 +24,7 @@ from ensemble.compression.config import (
 )
 from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchConfig
 from ensemble.evaluation.spaces import RANKED_SPACE
-from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig
+from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig, TextConfig
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.expert_overrides import complete_expert_overrides
 from orchestrator.config.injection_guard import check_printable
@@ -69,6 +69,8 @@ class RunConfig:
     """The partition of the images into clusters."""
     codec: CodecConfig = CodecConfig()
     """The representation of a sample for the networks."""
+    text: TextConfig = TextConfig()
+    """The encoder of the captions that experts and router read; `none` trains on classes, or on nothing."""
     expert: ExpertConfig = ExpertConfig()
     """The experts; the monolith is one expert with the whole batch."""
     experts: dict[Annotated[int, Field(ge=0)], ExpertConfig] = Field(default_factory=dict)

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_partition.shards.shards import read_index
 from ddm_core.artifacts import read_manifest
 from ensemble.sampling.expert_samples import expert_samples_flops, proportional_counts, sample_counts
 from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig
 from experts.expert import expert_flops
+from experts.training.encode import read_class_names
 from experts.training.flops import training_flops
+from experts.training.latent_folder import read_latents
 from orchestrator.pipeline.stage_configs import MonolithStageConfig
 from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders, with_init_checkpoint
 from router.config import RouterConfig
@@ -20,11 +21,12 @@ from router.train import router_flops
 def flop_matched_config(config: MonolithStageConfig, inputs: Inputs) -> ExpertConfig:
     """Return the monolith's configuration with extra steps for router, clustering and larger experts."""
     latent_shape = load_codec(inputs["codec"]).latent_shape
-    num_classes = len(read_index(cluster_folders(inputs["partition"] / "clusters")[0]).class_names)
+    latents = cluster_folders(inputs["partition"] / "latents")[0]
+    num_classes, null_text = len(read_class_names(latents)), read_latents(latents).null_text
     monolith, training = with_init_checkpoint(config.expert, inputs), config.expert.training
-    monolith_flops = expert_flops(monolith, latent_shape, num_classes)
+    monolith_flops = expert_flops(monolith, latent_shape, num_classes, null_text)
     experts = [with_init_checkpoint(expert, inputs, f"init_{k}") for k, expert in enumerate(config.experts)]
-    flops_of_experts = [expert_flops(expert, latent_shape, num_classes) for expert in experts]
+    flops_of_experts = [expert_flops(expert, latent_shape, num_classes, null_text) for expert in experts]
     extra = read_manifest(inputs["features"]).flops + read_manifest(inputs["partition"]).flops
     if config.router is not None:
         extra += router_flops(config.router, latent_shape, num_classes, config.num_experts)

@@ -1,8 +1,7 @@
 """From a configuration to the stages of a run: a pure function, so that `ddm plan` can show a run before it starts.
 
 dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 ─┐
-   │                              ├─► router ────────────────┼─► ensemble ─► score_<selection>
-   ├─► codec ─────────────────────┤                          │
+   ├─► codec ─► latents ──┘       ├─► router ────────────────┼─► ensemble ─► score_<selection>
    └─► reference, of codec too    └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
 
 `distill`, `accelerate`, `prune`, `quantize` and `stitch` follow the original ensemble in this order. Each produces a
@@ -61,12 +60,14 @@ class _GraphBuilder:
 
     def build(self) -> list[Stage]:
         """Add all stages and return them."""
-        dataset = self._add("dataset", self.config.data, {})
+        dataset = self._add("dataset", self.stage_configs.dataset, {})
         self.shards = Input(stage=dataset, part="train")
         self.codec = Input(stage=self._add("codec", self.config.codec, {"shards": self.shards}))
         data_inputs = {"dataset": Input(stage=dataset)}
         self.features = Input(stage=self._add("features", self.stage_configs.features, data_inputs))
-        partition_inputs = data_inputs | {"features": self.features}
+        latents = self._add("latents", self.config.text, data_inputs | {"codec": self.codec})
+        self.text = {} if self.config.text.kind == "none" else {"text": Input(stage=latents, part="text")}
+        partition_inputs = data_inputs | {"features": self.features, "latents": Input(stage=latents)}
         self.partition = Input(stage=self._add("partition", self.config.partition, partition_inputs))
         reference_inputs = data_inputs | {"codec": self.codec}
         self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, reference_inputs))
@@ -94,14 +95,14 @@ class _GraphBuilder:
         trained: dict[str, Input] = {}
         has_router, router_data = self.num_experts > 1, self.config.router.data
         if has_router and router_data == "real":
-            trained["router"] = self._add_router("clusters", self._partition_part("clusters"))
+            trained["router"] = self._add_router("clusters", self._partition_part("latents"))
         experts = {f"expert_{k}": self._add_expert(k) for k in range(self.num_experts)}
         if has_router and router_data == "samples":
             inputs = experts | {"partition": self.partition}
             samples = self._add("expert_samples", self.stage_configs.expert_samples, inputs)
             trained["router"] = self._add_router("expert_samples", Input(stage=samples))
         trained |= experts
-        inputs = {"codec": self.codec, "shards": self.shards} | trained
+        inputs = {"codec": self.codec, "shards": self.shards} | self.text | trained
         ensemble = self._add("ensemble", EnsembleStageConfig(expert_ids=tuple(range(self.num_experts))), inputs)
         default = self.config.ensemble.selection
         selections = list(dict.fromkeys((default, *self.config.scores.selections)))
@@ -132,7 +133,7 @@ class _GraphBuilder:
             inputs = {
                 "ensemble": Input(stage=compressed),
                 "original": Input(stage=original),
-                "clusters": self._partition_part("clusters"),
+                "clusters": self._partition_part("latents"),
             }
             compressed = self._add(kind, config, inputs)
             labels.append(compression_label(config.method))
@@ -145,12 +146,12 @@ class _GraphBuilder:
         return Input(stage=self._add("selection_search", self.stage_configs.selection_search, inputs))
 
     def _add_router(self, role: str, data: Input) -> Input:
-        inputs = {"codec": self.codec, role: data, "holdouts": self._partition_part("holdout")}
+        inputs = {"codec": self.codec, role: data, "holdouts": self._partition_part("holdout_latents")}
         return Input(stage=self._add("router", self.config.router, inputs))
 
     def _add_expert(self, k: int) -> Input:
         expert, init = self._split_init(self.stage_configs.experts[k])
-        inputs = {"shards": self._partition_part(f"clusters/{k}"), "codec": self.codec} | init
+        inputs = {"latents": self._partition_part(f"latents/{k}"), "codec": self.codec} | init
         config = ExpertStageConfig(expert=expert, cluster_id=k)
         return Input(stage=self._add("expert", config, inputs, f"expert_{k}", optional=self.num_experts > 1))
 
@@ -175,10 +176,10 @@ class _GraphBuilder:
 
     def _add_baseline(self, name: str, trained: Stage, router: Input | None = None) -> None:
         """Assemble a baseline as an ensemble and score it; with a router, each sample's cluster is chosen once."""
-        inputs, count = {"codec": self.codec, "shards": self.shards, "expert_0": Input(stage=trained)}, 1
+        models, count = {"expert_0": Input(stage=trained)}, 1
         if router is not None:
-            inputs = {"codec": self.codec, "shards": self.shards, name: Input(stage=trained), "router": router}
-            count = self.num_experts
+            models, count = {name: Input(stage=trained), "router": router}, self.num_experts
+        inputs = {"codec": self.codec, "shards": self.shards} | self.text | models
         config = EnsembleStageConfig(expert_ids=tuple(range(count)))
         ensemble = self._add("ensemble", config, inputs, f"{name}_ensemble")
         self._add_score(f"score_{name}", ensemble, SelectionConfig(name="sticky" if router else "full"))

@@ -11,8 +11,9 @@ from data_partition.datasets.build import build_dataset
 from data_partition.features.extract import extract_features
 from data_partition.partition import make_partition
 from ddm_core.artifacts import Workspace
+from experts.training.encode import divide_latents
 from orchestrator.pipeline.stage_configs import NothingConfig
-from orchestrator.pipeline.stage_inputs import Inputs
+from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders
 
 
 def run_dataset(config: DataConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
@@ -27,8 +28,11 @@ def run_features(config: PartitionConfig, inputs: Inputs, out: Path, workspace: 
 
 
 def run_partition(config: PartitionConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Divide the data set into clusters."""
-    return make_partition(config, inputs["dataset"], inputs["features"], out, workspace).flops
+    """Divide the data set into clusters, and its latents with it."""
+    flops = make_partition(config, inputs["dataset"], inputs["features"], out, workspace).flops
+    divide_latents(inputs["latents"] / "train", cluster_folders(out / "clusters"), out / "latents")
+    divide_latents(inputs["latents"] / "holdout", cluster_folders(out / "holdout"), out / "holdout_latents")
+    return flops
 
 
 def run_nothing(config: NothingConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -11,6 +11,7 @@ from ensemble.evaluation.reference import build_reference
 from ensemble.evaluation.selection_search import read_choice, search_selection
 from ensemble.pipeline import assemble
 from ensemble.sampling.expert_samples import sample_expert_latents
+from experts.conditions.text_encoder import read_text_config
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage_configs import EnsembleStageConfig, ScoreStageConfig, SelectionSearchStageConfig
 from orchestrator.pipeline.stage_inputs import Inputs, experts_by_id
@@ -32,7 +33,8 @@ def run_ensemble(config: EnsembleStageConfig, inputs: Inputs, out: Path, workspa
     )
     missing = [k for k in config.expert_ids if k not in experts]
     class_names = read_index(inputs["shards"]).class_names
-    assemble(experts, inputs.get("router"), inputs["codec"], out, missing, class_names)
+    text = read_text_config(inputs["text"]) if "text" in inputs else None
+    assemble(experts, inputs.get("router"), inputs["codec"], out, missing, class_names, text)
     return 0.0
 
 

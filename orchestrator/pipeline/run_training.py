@@ -1,4 +1,4 @@
-"""The stages that train networks: codec, experts, router, baselines."""
+"""The stages that train networks or run codecs: codec, latents, experts, router, baselines."""
 
 import logging
 import shutil
@@ -7,10 +7,13 @@ from pathlib import Path
 from ddm_core.artifacts import Workspace
 from experts.baselines.cluster_conditioned import train_cluster_conditioned
 from experts.baselines.distilled_monolith import train_distilled_monolith
-from experts.codecs.registry import fit_codec
-from experts.config import CodecConfig, ExpertConfig
+from experts.codecs.registry import fit_codec, load_codec
+from experts.conditions.text_encoder import TextEncoder
+from experts.config import CodecConfig, ExpertConfig, TextConfig
 from experts.expert import train_expert
 from experts.networks.pretrained_files import check_unchanged, init_files
+from experts.training.encode import encode_dataset
+from experts.training.trainer import check_device
 from orchestrator.pipeline.flop_matching import flop_matched_config
 from orchestrator.pipeline.stage_configs import (
     DistilledMonolithStageConfig,
@@ -30,6 +33,14 @@ def run_codec(config: CodecConfig, inputs: Inputs, out: Path, workspace: Workspa
     return fit_codec(config, inputs["shards"], out, workspace)
 
 
+def run_latents(config: TextConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Encode all images, and their captions if the models read text."""
+    text = TextEncoder.from_config(config)
+    text = None if text is None else text.to(check_device(config.device))
+    encode_dataset(inputs["dataset"], load_codec(inputs["codec"]), inputs["codec"], text, out, workspace)
+    return 0.0
+
+
 def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Copy a pretrained checkpoint into the run; raises if it changed after the run was composed."""
     folder = Path(config.folder)
@@ -42,13 +53,13 @@ def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Work
 
 
 def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Train one expert on the shards of its cluster."""
-    shards, expert = [inputs["shards"]], with_init_checkpoint(config.expert, inputs)
-    return train_expert(expert, shards, inputs["codec"], out, workspace, cluster_id=config.cluster_id).flops
+    """Train one expert on the latents of its cluster."""
+    latents, expert = [inputs["latents"]], with_init_checkpoint(config.expert, inputs)
+    return train_expert(expert, latents, inputs["codec"], out, workspace, cluster_id=config.cluster_id).flops
 
 
 def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Train the router on the shards of all clusters, or on latents that the experts generated."""
+    """Train the router on the latents of all clusters, or on latents that the experts generated."""
     clusters = cluster_folders(inputs["clusters"]) if "clusters" in inputs else []
     holdouts, samples = cluster_folders(inputs["holdouts"]), inputs.get("expert_samples")
     return train_router(config, clusters, inputs["codec"], holdouts, out, workspace, expert_samples=samples).flops
@@ -56,7 +67,7 @@ def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Works
 
 def run_monolith(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Train the monolith on all clusters, with extra steps for the router's and the clustering's FLOPs."""
-    clusters = cluster_folders(inputs["partition"] / "clusters")
+    clusters = cluster_folders(inputs["partition"] / "latents")
     return train_expert(
         flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace, cluster_id=0
     ).flops
@@ -64,7 +75,7 @@ def run_monolith(config: MonolithStageConfig, inputs: Inputs, out: Path, workspa
 
 def run_cluster_conditioned(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Train the cluster-conditioned monolith with as many FLOPs as the monolith."""
-    clusters = cluster_folders(inputs["partition"] / "clusters")
+    clusters = cluster_folders(inputs["partition"] / "latents")
     return train_cluster_conditioned(
         flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace
     ).flops
@@ -76,5 +87,5 @@ def run_distilled_monolith(
     """Distill the experts into one network; its FLOPs include the teachers' calls."""
     if config.from_expert is not None and "init" not in inputs:
         log.warning("expert %d is missing; the student starts from random weights", config.from_expert)
-    clusters, expert = cluster_folders(inputs["partition"] / "clusters"), with_init_checkpoint(config.expert, inputs)
+    clusters, expert = cluster_folders(inputs["partition"] / "latents"), with_init_checkpoint(config.expert, inputs)
     return train_distilled_monolith(expert, experts_by_id(inputs), clusters, inputs["codec"], out, workspace).flops

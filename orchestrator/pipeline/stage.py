@@ -19,7 +19,7 @@ class Input:
 
     stage: "Stage"
     part: str = ""
-    """Path inside the artifact, such as `clusters/3`; empty is the complete artifact."""
+    """Path inside the artifact, such as `latents/3`; empty is the complete artifact."""
 
     @property
     def fingerprint(self) -> str:

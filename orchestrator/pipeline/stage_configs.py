@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_partition.config import PartitionConfig
+from data_partition.config import DataConfig, PartitionConfig
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
@@ -110,6 +110,8 @@ class NothingConfig:
 class StageConfigs:
     """The configurations of all stages of one run that differ from the run's own sections."""
 
+    dataset: DataConfig
+    """With captions, if the models read text."""
     features: PartitionConfig
     evaluation: EvaluationConfig
     """Shared by the reference, the scores and the selection search."""
@@ -132,6 +134,7 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
     sampling = replace(config.ensemble, selection=_sampling_selection(config), reflection=None)
     is_labelled = config.expert.training.condition_dropout < 1
     return StageConfigs(
+        dataset=dataset_config(config),
         features=_features_config(config.partition),
         evaluation=evaluation,
         experts=experts,
@@ -150,6 +153,11 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
         },
         timing=TimingConfig(sampling=sampling),
     )
+
+
+def dataset_config(config: RunConfig) -> DataConfig:
+    """Return the configuration of the data set; a text encoder needs its captions."""
+    return replace(config.data, captions=config.data.captions or config.text.kind != "none")
 
 
 def evaluation_config(config: RunConfig) -> EvaluationConfig:

@@ -235,9 +235,11 @@ def _artifact_bytes(
     if facts.images is None or facts.held_out is None:
         return {name: round(size) for name, size in sizes.items()}
     train, held_out = facts.images * dry.image_bytes, facts.held_out * dry.image_bytes
-    sizes |= {"dataset/train": train, "dataset": train + held_out}
-    sizes |= {"partition/clusters": train, "partition/holdout": held_out, "partition": train + held_out}
-    sizes |= {f"partition/clusters/{k}": train / facts.num_experts for k in range(facts.num_experts)}
+    latents, held_out_latents = facts.images * dry.latent_bytes, facts.held_out * dry.latent_bytes
+    sizes |= {"dataset/train": train, "dataset": train + held_out, "latents": latents + held_out_latents}
+    sizes |= {"partition/latents": latents, "partition/holdout_latents": held_out_latents}
+    sizes |= {"partition": train + held_out + sizes["latents"]}
+    sizes |= {f"partition/latents/{k}": latents / facts.num_experts for k in range(facts.num_experts)}
     sizes["features"] = facts.images * dry.extractors["partition"].dimension * BYTES_PER_PARAMETER
     return {name: round(size) for name, size in sizes.items()}
 

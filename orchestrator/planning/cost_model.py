@@ -118,6 +118,13 @@ def estimate_codec(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> W
     return Work(flops=flops, parts=tuple(parts))
 
 
+def estimate_latents(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the images that are encoded; a codec's and a text encoder's FLOPs are not counted."""
+    if facts.images is None or facts.held_out is None:
+        return Work(flops=0.0, parts=None)
+    return Work(flops=0.0, parts=(Part(speed="latents", count=facts.images + facts.held_out),))
+
+
 def estimate_features(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
     """Count the images through the extractor."""
     if facts.images is None:
@@ -159,9 +166,8 @@ def estimate_expert(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> 
     training, measured_row = config.expert.training, facts.row_flops["expert"]
     row = facts.row_flops.get(stage.name, measured_row)
     flops = training_flops(row, training.batch_size, training.steps)
-    cluster_size = None if facts.images is None else facts.images / facts.num_experts
     units = round(training.batch_size * training.steps * row / measured_row)
-    return Work(flops=flops, parts=_training_parts("expert", units, cluster_size))
+    return Work(flops=flops, parts=(Part(speed="expert", count=units),))
 
 
 def estimate_router(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
@@ -169,11 +175,11 @@ def estimate_router(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> 
     config: RouterConfig = stage.config
     flops = training_cost(config, facts.row_flops["router"], facts.num_experts)
     rows, calibration_rows = count_gradient_rows(config, facts.num_experts), count_forward_rows(config)
-    if facts.images is None or facts.held_out is None:
-        return Work(flops=flops, parts=_training_parts("router", rows, None))
+    training = Part(speed="router", count=rows)
+    if facts.held_out is None:
+        return Work(flops=flops, parts=(training,))
     quality_rows = 2 * BINS * NOISES_PER_IMAGE * min(-(-facts.held_out // 2), MAX_IMAGES)
-    training = _training_parts("router", rows, facts.images + facts.held_out)
-    return Work(flops=flops, parts=(*training, Part(speed="router_row", count=calibration_rows + quality_rows)))
+    return Work(flops=flops, parts=(training, Part(speed="router_row", count=calibration_rows + quality_rows)))
 
 
 def estimate_monolith(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
@@ -196,7 +202,7 @@ def estimate_monolith(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -
     steps = training.steps + round(extra_flops / training_flops(row, training.batch_size, 1))
     return Work(
         flops=training_flops(row, training.batch_size, steps),
-        parts=_training_parts("monolith", training.batch_size * steps, facts.images),
+        parts=(Part(speed="monolith", count=training.batch_size * steps),),
     )
 
 
@@ -214,7 +220,7 @@ def estimate_distilled_monolith(stage: Stage, facts: DatasetFacts, earlier: Earl
     training, row = config.expert.training, facts.row_flops["expert"]
     rows = training.batch_size * training.steps
     teacher_flops = rows * _mean_expert_row(stage.inputs, facts)
-    parts = (*_training_parts("monolith", rows, facts.images), _expert_calls(teacher_flops, facts))
+    parts = (Part(speed="monolith", count=rows), _expert_calls(teacher_flops, facts))
     return Work(flops=training_flops(row, training.batch_size, training.steps) + teacher_flops, parts=parts)
 
 
@@ -290,12 +296,6 @@ def assembly_stage(stage: Stage) -> Stage:
     """Return the stage that assembled the ensemble which `stage` reads, directly or after compressions."""
     source = stage.inputs["ensemble"].stage
     return source if source.kind == "ensemble" else assembly_stage(source)
-
-
-def _training_parts(speed: str, units: int, images: float | None) -> tuple[Part, ...]:
-    """Return encoding, if the number of images is known, and training."""
-    encoding = () if images is None else (Part(speed="encode", count=images),)
-    return (*encoding, Part(speed=speed, count=units))
 
 
 def _comparison_work(stage: Stage, facts: DatasetFacts, images: int) -> Work:

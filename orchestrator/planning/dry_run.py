@@ -25,10 +25,10 @@ from experts.codec import Codec
 from experts.codecs.registry import CODECS, load_codec
 from experts.config import CodecConfig
 from experts.networks.latent_shapes import IMAGE_COMPONENTS
-from experts.training.latent_dataset import encode_latents
 from experts.types import Images
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import STAGE_KINDS
+from orchestrator.pipeline.stage_configs import dataset_config
 from orchestrator.planning.calibration import StageSpeed
 from orchestrator.planning.microbenchmarks import ZERO_DURATION, Duration, duration_per_unit, measure
 from orchestrator.planning.transfers import folder_bytes
@@ -62,6 +62,8 @@ class DryRun:
     num_classes: int
     image_bytes: float
     """Per image in a shard."""
+    latent_bytes: float
+    """Per image in a folder of latents, with its text."""
     codec_bytes: int
     extractors: dict[str, ExtractorCost]
     """Of the partition and the scores, by name."""
@@ -94,35 +96,34 @@ def dry_run(config: RunConfig, folder: Path) -> DryRun:
         latent_shape=load_codec(codec).latent_shape,
         num_classes=len(index.class_names),
         image_bytes=folder_bytes(dataset) / index.count,
+        latent_bytes=folder_bytes(long.folder / "latents" / "train") / index.count,
         codec_bytes=folder_bytes(codec),
         extractors=_extractors(config, long.folder),
     )
 
 
 def _run_pass(config: RunConfig, folder: Path, images: int) -> _Pass:
-    """Run every stage once; `encode` and `score` are the work of trainings and scores outside the networks."""
+    """Run every stage once; `score` is the work of scores outside the networks."""
     scores = EvaluationConfig(num_samples=min(config.scores.num_samples, images), spaces=config.scores.spaces)
     scores = replace(scores, components=config.scores.components, neighbours=config.scores.neighbours)
-    data = replace(config.data, limit=min(images, config.data.limit or images), holdout=HELD_OUT)
+    data = replace(dataset_config(config), limit=min(images, config.data.limit or images), holdout=HELD_OUT)
     partition = replace(config.partition, num_experts=min(2, config.partition.num_experts))
-    folders = {name: folder / name for name in ("dataset", "codec", "features", "partition", "reference")}
+    folders = {name: folder / name for name in ("dataset", "codec", "latents", "features", "partition", "reference")}
     stages: list[tuple[str, Any, Mapping[str, Path]]] = [
         ("dataset", data, {}),
         ("codec", _with_decoder_steps(config.codec, DECODER_STEPS[0]), {"shards": folders["dataset"] / "train"}),
+        ("latents", config.text, {name: folders[name] for name in ("dataset", "codec")}),
         ("features", partition, {"dataset": folders["dataset"]}),
-        ("partition", partition, {"dataset": folders["dataset"], "features": folders["features"]}),
+        ("partition", partition, {name: folders[name] for name in ("dataset", "features", "latents")}),
         ("reference", scores, {"dataset": folders["dataset"], "codec": folders["codec"]}),
     ]
     durations = {kind: _time_stage(kind, stage_config, inputs, folder) for kind, stage_config, inputs in stages}
-    codec, workspace = load_codec(folders["codec"]), Workspace.at(folder / "scratch" / "encode")
-    durations["encode"] = measure(
-        lambda: encode_latents([folders["dataset"] / "train"], codec, folders["codec"], workspace)
-    )
+    codec = load_codec(folders["codec"])
     samples = np.stack(list(_read_images(folders["dataset"] / "train", scores.num_samples)))
     durations["score"] = measure(lambda: _score(codec, folders["reference"], folders["partition"], scores, samples))
     num_train, num_held_out = (read_index(folders["dataset"] / part).count for part in ("train", "holdout"))
     counts = dict.fromkeys(durations, num_train) | {"score": len(samples)}
-    counts |= dict.fromkeys(("dataset", "reference"), num_train + num_held_out)
+    counts |= dict.fromkeys(("dataset", "latents", "reference"), num_train + num_held_out)
     return _Pass(durations, counts, folder)
 
 

@@ -77,6 +77,7 @@ def describe_access(config: RunConfig) -> list[str]:
     reads = (
         config.data.path,
         config.codec.path,
+        config.text.path,
         config.expert.init,
         *(expert.init for expert in config.experts.values()),
     )

@@ -23,7 +23,19 @@ from tests.data_partition.conftest import write_samples
 from tests.experts.training.test_checkpoint import create_state, create_trained_state
 from tests.laws.conftest import run_tiny, tiny_config
 
-KINDS = ("dataset", "codec", "features", "partition", "expert", "router", "reference", "ensemble", "score", "monolith")
+KINDS = (
+    "dataset",
+    "codec",
+    "latents",
+    "features",
+    "partition",
+    "expert",
+    "router",
+    "reference",
+    "ensemble",
+    "score",
+    "monolith",
+)
 
 
 def find_stage(run: Path, kind: str) -> Stage:

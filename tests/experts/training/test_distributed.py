@@ -18,7 +18,8 @@ from experts.config import TrainingConfig
 from experts.networks.registry import build_network, call_network
 from experts.training.checkpoint import CheckpointError
 from experts.training.distributed import DataParallelGroup, GroupError, WorkerLost
-from experts.training.latent_dataset import LatentDataset, encode_latents
+from experts.training.encode import encode_latents
+from experts.training.latent_dataset import LatentDataset
 from experts.training.trainer import TrainingDiverged, fit
 from tests.experts.training.test_trainer import NETWORKS, Killed, killed_at, stopping_at, velocity_loss
 

@@ -1,17 +1,13 @@
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_partition.shards.shards import ShardWriter
-from ddm_core.artifacts import CACHE
-from experts.codec import PixelCodec
 from experts.config import TrainingConfig
 from experts.training.distributed import DataParallelGroup
-from experts.training.latent_dataset import LatentDataset, LatentError, encode_latents, make_batch, sample_indices
+from experts.training.latent_dataset import LatentDataset, make_batch, sample_indices
 
 
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(-5, 5), epochs=st.integers(1, 4))
@@ -76,56 +72,3 @@ def test_conditions_are_dropped_at_the_configured_rate(make_dataset, share):
     batch = make_batch(make_dataset(), TrainingConfig(batch_size=10_000, condition_dropout=share), 0)
     null = (batch.condition.class_id == -1).float().mean().item()
     assert null == pytest.approx(share, abs=0.0 if share in (0, 1) else 0.02)
-
-
-def encode_pixels(shards, workspace):
-    codec = PixelCodec(image_shape=(4, 4, 1))
-    folder = workspace.scratch / "codec"
-    folder.mkdir(exist_ok=True)
-    codec.save(folder)
-    return encode_latents(shards, codec, folder, workspace)
-
-
-def test_latents_keep_order_class_and_cluster(shards, workspace):
-    dataset = encode_pixels([shards, shards], workspace)
-    assert len(dataset) == 80
-    assert dataset.latent_shape == (1, 4, 4)
-    assert dataset.class_id[:4].tolist() == [0, 1, 2, 0]
-    assert dataset.cluster_id.tolist() == [0] * 40 + [1] * 40
-    assert torch.equal(dataset.clean[:40], dataset.clean[40:])
-
-
-def test_latents_are_reencoded_for_other_shards_only(shards, workspace):
-    encode_pixels([shards], workspace)
-    written = workspace.scratch / CACHE / "latents" / "clean.npy"
-    before = written.stat().st_mtime_ns
-    encode_pixels([shards], workspace)
-    assert written.stat().st_mtime_ns == before
-    assert len(encode_pixels([shards, shards], workspace)) == 80
-
-
-@pytest.mark.parametrize(
-    ("name", "place"), [("clean.npy", 200), ("class_id.npy", 140), ("cluster_id.npy", 136), ("source.json", 30)]
-)
-def test_damaged_latents_are_encoded_again(shards, workspace, caplog, name, place):
-    first = encode_pixels([shards], workspace)
-    expected = [tensor.clone() for tensor in (first.clean, first.class_id, first.cluster_id)]
-    path = workspace.scratch / CACHE / "latents" / name
-    contents = bytearray(path.read_bytes())
-    contents[place] ^= 1
-    path.write_bytes(contents)
-    again = encode_pixels([shards], workspace)
-    assert all(map(torch.equal, expected, (again.clean, again.class_id, again.cluster_id)))
-    assert "encoding again" in caplog.text
-
-
-def test_empty_shards_are_refused(tmp_path, workspace):
-    writer = ShardWriter(tmp_path / "empty", image_shape=(4, 4, 1))
-    writer.close()
-    with pytest.raises(LatentError, match="no samples"):
-        encode_pixels([tmp_path / "empty"], workspace)
-
-
-def test_latents_are_memory_mapped(shards, workspace):
-    encode_pixels([shards], workspace)
-    assert isinstance(np.load(workspace.scratch / CACHE / "latents" / "clean.npy", mmap_mode="r"), np.memmap)

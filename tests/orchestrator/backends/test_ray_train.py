@@ -37,7 +37,7 @@ def job(folder: Path, stage: str, workers: int = 2, attempt: int = 1, kind: str 
         stage=stage,
         kind=kind,
         config=EXPERT,
-        inputs={"shards": str(folder / "dataset" / "train"), "codec": str(folder / "codec")},
+        inputs={"latents": str(folder / "dataset" / "train"), "codec": str(folder / "codec")},
         input_fingerprints={},
         artifact=str(folder / stage),
         scratch=str(folder / f"{stage}_work" / "state"),

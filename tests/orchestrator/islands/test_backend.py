@@ -104,9 +104,7 @@ def test_run_with_killed_controller_and_expert_finishes(islands, tmp_path):
     }
     for island, island_config in islands.configs.items():
         storage = Path(island_config.storage) / run.run_id()
-        uploaded = {
-            f"expert_{path.parent.name}" for path in storage.glob("artifacts/partition-*/clusters/*/.tree.json")
-        }
+        uploaded = {f"expert_{path.parent.name}" for path in storage.glob("artifacts/partition-*/latents/*/.tree.json")}
         assert uploaded == {name for name, names in placements.items() if island in names}
 
 

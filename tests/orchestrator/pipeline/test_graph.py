@@ -86,11 +86,11 @@ def test_compute_settings_change_no_fingerprint():
     assert changed_by(config, replace(config, compute=replace(config.compute, backend="inline", retries=9))) == set()
 
 
-def test_expert_reads_only_the_shards_of_its_cluster():
+def test_expert_reads_only_the_latents_of_its_cluster():
     for stage in build_graph(RunConfig()):
         if stage.kind == "expert":
-            assert stage.inputs["shards"].part == f"clusters/{stage.config.cluster_id}"
-            assert set(stage.inputs) == {"shards", "codec"}
+            assert stage.inputs["latents"].part == f"latents/{stage.config.cluster_id}"
+            assert set(stage.inputs) == {"latents", "codec"}
 
 
 def test_router_does_not_depend_on_experts():

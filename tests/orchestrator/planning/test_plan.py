@@ -71,8 +71,14 @@ def build_calibration(config: RunConfig, **places: Place) -> Calibration:
             else Work(flops=0.0, parts=(Part(speed="controller", count=1),))
             for stage in graph
         },
-        bytes={"codec": 100, "features": 50, "partition": 5000, "partition/clusters": 4000, "partition/holdout": 1000}
-        | {f"partition/clusters/{k}": 1000 for k in range(4)}
+        bytes={
+            "codec": 100,
+            "features": 50,
+            "partition": 5000,
+            "partition/latents": 4000,
+            "partition/holdout_latents": 1000,
+        }
+        | {f"partition/latents/{k}": 1000 for k in range(4)}
         | {name: 800 for name in ("expert_0", "expert_1", "expert_2", "expert_3", "router", "monolith")},
         places={CONTROLLER: controller, "spot": spot, "firm": firm} | places,
         parameters=1_000_000,
@@ -184,7 +190,7 @@ def test_infinite_plan_is_valid_json(tmp_path):
     islands = {"spot": island(cpus=2, preemptions_per_hour=1e7)}
     config = build_config(tmp_path, islands=islands)
     content = json.loads(plan_to_json(make_plan(tmp_path, config)), parse_constant=lambda name: pytest.fail(name))
-    assert content["backend"] == "islands" and len(content["stages"]) == 12
+    assert content["backend"] == "islands" and len(content["stages"]) == 13
     experts = [stage for stage in content["stages"] if stage["kind"] == "expert"]
     assert all(
         stage["estimate"]["extra_s"] is None and stage["estimate"]["preemption_probability"] == 1 for stage in experts

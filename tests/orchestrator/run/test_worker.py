@@ -89,7 +89,7 @@ EXPERT = {
 
 def expert(folder, name="expert", attempt=1) -> Job:
     """Return the job of an expert on the first digits; another name gives another stage with the same work."""
-    inputs = {"shards": str(folder / "dataset" / "train"), "codec": str(folder / "codec")}
+    inputs = {"latents": str(folder / "dataset" / "train"), "codec": str(folder / "codec")}
     (folder / name / f"attempt_{attempt}").mkdir(parents=True, exist_ok=True)
     return replace(
         job(folder, "expert", EXPERT, inputs),

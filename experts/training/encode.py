@@ -1,0 +1,248 @@
+"""Encode the samples of shards once: their latents, and the texts of their captions.
+
+Every shard becomes a folder of its own, so that an attempt continues with the shards that earlier ones have finished.
+A sample is known by a hash of its key and its files: latents of a renamed or changed sample belong to no other.
+"""
+
+import itertools
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from data_partition.shards.shards import decode_sample, identify_sample, read_encoded, read_index, stack_samples
+from data_partition.shards.tar import Encoded
+from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files
+from experts.codec import Codec
+from experts.conditions.captions import EncodedCaptions
+from experts.conditions.text_encoder import TextEncoder
+from experts.training.distributed import DataParallelGroup
+from experts.training.latent_dataset import LatentDataset, LatentError
+from experts.training.latent_folder import (
+    RECORD,
+    LatentWriter,
+    check_latents,
+    has_latents,
+    is_reusable,
+    iter_blocks,
+    read_latents,
+    read_record,
+)
+
+log = logging.getLogger(__name__)
+
+ENCODE_BATCH = 512
+MATCH_ROWS = 4096
+"""Samples whose latents are looked up at a time."""
+
+TEXT = "text"
+"""Folder that names the text encoder beside the latents of a data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoding:
+    """A codec, a text encoder, and how many of how many samples they have encoded."""
+
+    codec: Codec
+    codec_checksums: dict[str, str]
+    text: TextEncoder | None
+    workspace: Workspace
+    total: int
+    done: list[int] = field(default_factory=list)
+    num_cut: list[int] = field(default_factory=list)
+
+    def encode_shards(self, shards: Path, out: Path) -> list[Path]:
+        """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`."""
+        index = read_index(shards)
+        start, parts = 0, []
+        for number, (count, digest) in enumerate(zip(index.shard_counts, index.checksums, strict=True)):
+            part = out / f"{number:05d}"
+            origin = {"shard": digest, "codec": self.codec_checksums, "text": self.text and self.text.config}
+            if is_reusable(part, origin):
+                self.done.append(count)
+            else:
+                samples = itertools.islice(read_encoded(shards, start), count)
+                with atomic_folder(part) as temporary, LatentWriter(temporary, index.class_names, origin) as writer:
+                    for block in _batches(samples, _batch_rows(index.image_shape)):
+                        writer.add(self._encode(block, f"{shards}, shard {number}"))
+            start += count
+            parts.append(part)
+        return parts
+
+    def _encode(self, block: list[Encoded], shard: str) -> LatentDataset:
+        """Encode some samples; raises `Preempted` before them if the workspace requests a stop."""
+        if self.workspace.stop_requested():
+            raise Preempted(f"stopped after {sum(self.done)} of {self.total} images; finished shards stay encoded")
+        batch = stack_samples([decode_sample(encoded, shard) for encoded in block])
+        dataset = LatentDataset(
+            clean=self.codec.encode(batch.images),
+            class_id=torch.from_numpy(batch.labels),
+            cluster_id=torch.zeros(len(block), dtype=torch.int64),
+            sample_id=identify(block),
+            captions=None if self.text is None else self._encode_captions(self.text, batch.captions),
+        )
+        self.done.append(len(block))
+        self.workspace.report_progress(sum(self.done), self.total, unit="images encoded")
+        return dataset
+
+    def _encode_captions(self, text: TextEncoder, captions: list[str]) -> EncodedCaptions:
+        rows, num_cut = text.encode_and_count(captions)
+        self.num_cut.append(num_cut)
+        return EncodedCaptions.from_rows(rows, text.null_text)
+
+
+def identify(samples: Sequence[Encoded]) -> Int[torch.Tensor, " sample"]:
+    """Return a hash of the key and the files of every sample."""
+    return torch.tensor([identify_sample(encoded) for encoded in samples], dtype=torch.int64)
+
+
+def encode_dataset(
+    dataset: Path, codec: Codec, codec_folder: Path, text: TextEncoder | None, out: Path, workspace: Workspace
+) -> None:
+    """Encode the training and the held-out samples of a data set into `out/train` and `out/holdout`.
+
+    Says before it starts how much they will take, and afterwards how many captions were cut. Raises `Preempted`; the
+    next attempt continues with the first shard that is not finished.
+    """
+    total = sum(read_index(dataset / name).count for name in ("train", "holdout"))
+    encoding = _begin(codec, codec_folder, text, workspace, total)
+    kib = _sample_bytes(codec, text) / 1024
+    log.info("encoding %d samples: at most %.1f KiB each, %.1f MiB in all", total, kib, total * kib / 1024)
+    for name in ("train", "holdout"):
+        for part in encoding.encode_shards(dataset / name, workspace.scratch / CACHE / "parts" / name):
+            shutil.copytree(part, out / name / part.name, copy_function=_link)
+    if text is not None:
+        (out / TEXT).mkdir()
+        text.save(out / TEXT)
+    if num_cut := sum(encoding.num_cut):
+        workspace.notify(
+            f"{num_cut:,} of {total:,} captions are longer than text.length={text and text.config.length} tokens, "
+            "and were cut"
+        )
+
+
+def divide_latents(parts: Path, clusters: Sequence[Path], out: Path) -> None:
+    """Write the latents of cluster k's shards, in their order, to `out/<k>`; `parts` has those of all samples.
+
+    Raises `LatentError` if a sample has no latents: the parts were encoded from other data.
+    """
+    folders = sorted(path for path in parts.iterdir() if has_latents(path))
+    for folder in folders:
+        check_latents(folder)
+    origin = {name: value for name, value in read_record(folders[0])["origin"].items() if name != "shard"}
+    latents = [read_latents(folder) for folder in folders]
+    ids = np.concatenate([_sample_ids(part) for part in latents])
+    order, starts = np.argsort(ids, kind="stable"), np.cumsum([0, *map(len, latents)])
+    if (np.diff(ids[order]) == 0).any():
+        raise LatentError(f"two samples of {parts} have the same key and content; give each sample a key of its own")
+    for k, shards in enumerate(clusters):
+        with LatentWriter(out / str(k), read_index(shards).class_names, origin) as writer:
+            writer.add(latents[0].select(torch.zeros(0, dtype=torch.int64)))
+            for block in _batches(read_encoded(shards), MATCH_ROWS):
+                wanted = identify(block).numpy()
+                found = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+                if (unknown := np.flatnonzero(ids[found] != wanted)).size:
+                    raise LatentError(
+                        f"sample {block[unknown[0]].key!r} of {shards} has no latents in {parts}; they were encoded "
+                        "from other data: encode this data set again"
+                    )
+                for run in np.split(found, np.flatnonzero(np.diff(np.searchsorted(starts, found, "right"))) + 1):
+                    part = int(np.searchsorted(starts, run[0], "right")) - 1
+                    writer.add(latents[part].select(torch.from_numpy(run - starts[part])))
+
+
+def encode_latents(
+    folders: Sequence[Path],
+    codec: Codec,
+    codec_folder: Path,
+    workspace: Workspace,
+    text: TextEncoder | None = None,
+) -> LatentDataset:
+    """Return the samples of all folders; those of a folder of shards are encoded, finished latents are read.
+
+    Later attempts reuse what lies in the scratch folder, if it still has its checksums. Raises `LatentError` if there
+    are no samples or latents of another codec, and `Preempted`. In a group only rank 0 encodes.
+    """
+    folder = folders[0] if len(folders) == 1 and has_latents(folders[0]) else workspace.scratch / CACHE / "latents"
+    DataParallelGroup.join().run_on_main(lambda: _prepare(folders, codec, codec_folder, workspace, text, folder))
+    return read_latents(folder)
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the classes of a folder of latents or of shards."""
+    return tuple(read_record(folder)["class_names"]) if has_latents(folder) else read_index(folder).class_names
+
+
+def _prepare(
+    folders: Sequence[Path],
+    codec: Codec,
+    codec_folder: Path,
+    workspace: Workspace,
+    text: TextEncoder | None,
+    out: Path,
+) -> None:
+    """Encode the folders of shards, check those of latents, and join all in `out`."""
+    shards = [path for path in folders if not has_latents(path)]
+    encoding = _begin(codec, codec_folder, text, workspace, sum(read_index(path).count for path in shards))
+    parts = []
+    for number, path in enumerate(folders):
+        if path in shards:
+            parts.append(encoding.encode_shards(path, workspace.scratch / CACHE / "parts" / str(number)))
+            continue
+        check_latents(path)
+        if read_record(path)["origin"].get("codec") != encoding.codec_checksums:
+            raise LatentError(f"{path} has latents of another codec than {codec_folder}; encode its images again")
+        parts.append([path])
+    if not sum(len(read_latents(part)) for group in parts for part in group):
+        raise LatentError(f"there are no samples in {', '.join(map(str, folders))}; train the other clusters only")
+    origin = {"parts": [[checksum(part / RECORD) for part in group] for group in parts]}
+    if out in folders or is_reusable(out, origin):
+        return
+    with atomic_folder(out) as temporary, LatentWriter(temporary, read_class_names(folders[0]), origin) as writer:
+        for cluster_id, group in enumerate(parts):
+            for block in itertools.chain.from_iterable(iter_blocks(read_latents(part)) for part in group):
+                writer.add(replace(block, cluster_id=torch.full_like(block.cluster_id, cluster_id)))
+
+
+def _begin(codec: Codec, folder: Path, text: TextEncoder | None, workspace: Workspace, total: int) -> _Encoding:
+    checksums = {str(path.relative_to(folder)): checksum(path) for path in list_files(folder)}
+    return _Encoding(codec=codec, codec_checksums=checksums, text=text, workspace=workspace, total=total)
+
+
+def _sample_bytes(codec: Codec, text: TextEncoder | None) -> int:
+    """Return the most bytes that one sample takes: latents, class, cluster, hash, and a text of full length."""
+    latents = 4 * math.prod(codec.latent_shape) + 24
+    if text is None:
+        return latents
+    length, width, pooled_width = text.null_text.shape
+    return latents + 2 * (length * width + pooled_width) + 20
+
+
+def _batch_rows(image_shape: tuple[int, int, int]) -> int:
+    return max(1, min(ENCODE_BATCH, 2**28 // max(math.prod(image_shape), 1)))
+
+
+def _batches(samples: Iterator[Encoded], size: int) -> Iterator[list[Encoded]]:
+    while batch := list(itertools.islice(samples, size)):
+        yield batch
+
+
+def _sample_ids(latents: LatentDataset) -> np.ndarray:
+    if latents.sample_id is None:
+        raise LatentError("these latents do not say to which samples they belong; encode the images again")
+    return latents.sample_id.numpy()
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,213 @@
+"""Encoding: order, reuse, damage, killed attempts, and latents that belong to their samples and to no others."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from data_partition.shards.shards import Sample, ShardWriter, read_samples
+from ddm_core.artifacts import CACHE, Preempted, Workspace, checksum, list_files
+from experts.codec import PixelCodec
+from experts.conditions.text_encoder import TextEncoder
+from experts.config import TextConfig, TrainingConfig
+from experts.training import encode
+from experts.training.encode import TEXT, divide_latents, encode_dataset, encode_latents, read_class_names
+from experts.training.latent_dataset import LatentError, make_batch
+from experts.training.latent_folder import iter_blocks, read_latents
+from tests.text_encoders import save_tiny_encoder
+
+SHAPE = (4, 4, 1)
+WORDS = ("dark", "light", "ankle", "boot", "shirt", "one", "two")
+
+
+def encode_pixels(folders, workspace):
+    codec = PixelCodec(image_shape=SHAPE)
+    folder = workspace.scratch / "codec"
+    folder.mkdir(exist_ok=True)
+    codec.save(folder)
+    return encode_latents(folders, codec, folder, workspace)
+
+
+def write_shards(folder, numbers, *, prefix="", captions=False):
+    """Write images whose every pixel is their number, three to a shard."""
+    writer = ShardWriter(folder, 3, class_names=("even", "odd"), image_shape=SHAPE)
+    for number in numbers:
+        caption = f"a {WORDS[number % 7]} {WORDS[number % 5]}" if captions and number % 4 else ""
+        image = np.full(SHAPE, number, np.uint8)
+        writer.add(Sample(key=f"{prefix}{number:03d}", image=image, label=number % 2, caption=caption))
+    writer.close()
+    return folder
+
+
+def numbers_of(latents):
+    return latents.clean[:, 0, 0, 0].add(1).mul(127.5).round().int().tolist()
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    write_shards(tmp_path / "dataset" / "train", range(20), captions=True)
+    write_shards(tmp_path / "dataset" / "holdout", range(20, 25), captions=True)
+    return tmp_path / "dataset"
+
+
+@pytest.fixture
+def codec_folder(tmp_path):
+    (tmp_path / "codec").mkdir()
+    PixelCodec(image_shape=SHAPE).save(tmp_path / "codec")
+    return tmp_path / "codec"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = save_tiny_encoder(tmp_path_factory.mktemp("encoder"), "transformers")
+    return TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder), length=5))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): checksum(path) for path in list_files(folder)}
+
+
+def test_latents_keep_order_class_and_cluster(shards, workspace):
+    latents = encode_pixels([shards, shards], workspace)
+    assert len(latents) == 80
+    assert latents.latent_shape == (1, 4, 4)
+    assert latents.class_id[:4].tolist() == [0, 1, 2, 0]
+    assert latents.cluster_id.tolist() == [0] * 40 + [1] * 40
+    assert torch.equal(latents.clean[:40], latents.clean[40:])
+
+
+def test_latents_are_reencoded_for_other_shards_only(shards, workspace):
+    encode_pixels([shards], workspace)
+    written = workspace.scratch / CACHE / "latents" / "clean.bin"
+    before = written.stat().st_mtime_ns
+    encode_pixels([shards], workspace)
+    assert written.stat().st_mtime_ns == before
+    assert len(encode_pixels([shards, shards], workspace)) == 80
+
+
+@pytest.mark.parametrize("part", ["latents", "parts/0/00001"])
+@pytest.mark.parametrize("name", ["clean.bin", "class_id.bin", "cluster_id.bin", "latents.json"])
+def test_damaged_latents_are_encoded_again(shards, workspace, caplog, part, name):
+    first = encode_pixels([shards], workspace)
+    expected = [tensor.clone() for tensor in (first.clean, first.class_id, first.cluster_id)]
+    path = workspace.scratch / CACHE / part / name
+    data = bytearray(path.read_bytes())
+    data[30] ^= 1
+    path.write_bytes(data)
+    again = encode_pixels([shards], workspace)
+    assert all(map(torch.equal, expected, (again.clean, again.class_id, again.cluster_id)))
+    assert "encoding again" in caplog.text
+
+
+def test_empty_shards_are_refused(tmp_path, workspace):
+    write_shards(tmp_path / "empty", [])
+    with pytest.raises(LatentError, match="no samples"):
+        encode_pixels([tmp_path / "empty"], workspace)
+
+
+def test_blocks_are_all_samples_in_order(shards, workspace, monkeypatch):
+    latents = encode_pixels([shards], workspace)
+    monkeypatch.setattr("experts.training.latent_folder.BLOCK_BYTES", 4 * 16 * 7)
+    blocks = list(iter_blocks(latents))
+    assert [len(block) for block in blocks] == [7, 7, 7, 7, 7, 5]
+    assert torch.equal(torch.cat([block.clean for block in blocks]), latents.clean)
+
+
+def encode_and_divide(dataset, codec_folder, text, folder, clusters):
+    workspace = Workspace.at(folder / "work")
+    encode_dataset(dataset, PixelCodec(image_shape=SHAPE), codec_folder, text, folder / "latents", workspace)
+    divide_latents(folder / "latents" / "train", clusters, folder / "divided")
+    return [folder / "divided" / str(k) for k in range(len(clusters))]
+
+
+def test_every_cluster_gets_its_own_samples_and_captions(dataset, codec_folder, text, tmp_path, workspace):
+    groups = [[17, 2, 3, 11, 4], [], [0, 1, 19]]
+    clusters = [write_shards(tmp_path / "clusters" / str(k), group, captions=True) for k, group in enumerate(groups)]
+    folders = encode_and_divide(dataset, codec_folder, text, tmp_path, clusters)
+    assert [numbers_of(read_latents(folder)) for folder in folders] == groups
+    assert read_class_names(folders[1]) == ("even", "odd")
+    assert TextEncoder.load(tmp_path / "latents" / TEXT).config == text.config
+    samples, latents = list(read_samples(clusters[0])), read_latents(folders[0])
+    expected = text.encode([sample.caption for sample in samples])
+    found = latents.condition(torch.arange(5)).text
+    torch.testing.assert_close(found.sequence, expected.sequence)
+    torch.testing.assert_close(found.pooled, expected.pooled)
+    assert torch.equal(found.mask, expected.mask) and found.is_null.tolist() == [False] * 4 + [True]
+    torch.testing.assert_close(latents.null_text.sequence, text.null_text.sequence)
+    joined = encode_latents([folders[0], folders[2]], PixelCodec(image_shape=SHAPE), codec_folder, workspace)
+    assert joined.cluster_id.tolist() == [0] * 5 + [1] * 3
+    batch = make_batch(joined, TrainingConfig(batch_size=8, condition_dropout=0), 0)
+    assert Counter(batch.condition.text.is_null.tolist()) == {True: 2, False: 6}
+
+
+@pytest.mark.parametrize(("numbers", "prefix"), [([5, 6], "x"), ([5, 99], "")])
+def test_renamed_or_other_samples_are_paired_with_nothing(dataset, codec_folder, tmp_path, numbers, prefix):
+    clusters = [write_shards(tmp_path / "clusters" / "0", numbers, prefix=prefix, captions=True)]
+    with pytest.raises(LatentError, match="has no latents"):
+        encode_and_divide(dataset, codec_folder, None, tmp_path, clusters)
+
+
+def test_changed_sample_of_the_same_name_is_paired_with_nothing(dataset, codec_folder, tmp_path):
+    clusters = [write_shards(tmp_path / "clusters" / "0", [5, 6], captions=False)]
+    with pytest.raises(LatentError, match="sample '005' of .* has no latents"):
+        encode_and_divide(dataset, codec_folder, None, tmp_path, clusters)
+
+
+def test_latents_of_another_codec_are_refused(dataset, codec_folder, tmp_path, workspace):
+    folders = encode_and_divide(dataset, codec_folder, None, tmp_path, [dataset / "train"])
+    (codec_folder / "other.json").write_text("{}")
+    with pytest.raises(LatentError, match="another codec"):
+        encode_latents(folders, PixelCodec(image_shape=SHAPE), codec_folder, workspace)
+
+
+def test_stopped_encoding_continues_with_the_next_shard(dataset, codec_folder, text, tmp_path, monkeypatch):
+    encode_and_divide(dataset, codec_folder, text, tmp_path / "whole", [])
+    calls = []
+    monkeypatch.setattr(
+        encode, "identify_sample", lambda sample, known=encode.identify_sample: calls.append(sample) or known(sample)
+    )
+    workspace, out = Workspace.at(tmp_path / "work"), tmp_path / "latents"
+    arguments = (dataset, PixelCodec(image_shape=SHAPE), codec_folder, text, out)
+    for number in range(3):
+        stopping = iter([False] * (number + 1) + [True])
+        stopped = Workspace(workspace.scratch, workspace.attempt, stopping=lambda stopping=stopping: next(stopping))
+        with pytest.raises(Preempted, match="finished shards stay encoded"):
+            encode_dataset(*arguments, stopped)
+    encode_dataset(*arguments, workspace)
+    assert contents(out) == contents(tmp_path / "whole" / "latents")
+    assert len(calls) == 25, "no shard was encoded twice"
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from ddm_core.artifacts import Workspace
+from experts.codec import PixelCodec
+from experts.training.encode import encode_dataset
+root = Path(sys.argv[1])
+print("begin", flush=True)
+codec = PixelCodec(image_shape=(4, 4, 1))
+encode_dataset(root / "dataset", codec, root / "codec", None, root / "latents", Workspace.at(root / "work"))
+"""
+
+
+@pytest.mark.slow
+def test_killed_encoding_ends_with_the_same_bytes(dataset, codec_folder, tmp_path):
+    encode_and_divide(dataset, codec_folder, None, tmp_path / "whole", [])
+    parts = tmp_path / "work" / CACHE / "parts"
+    for finished in (0, 2, 5):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        while process.poll() is None and len(list(parts.glob("*/0*/latents.json"))) <= finished:
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for folder in (tmp_path / "latents").glob("*"):
+            os.rename(folder, tmp_path / f"half-{finished}-{folder.name}")
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, capture_output=True)
+    assert contents(tmp_path / "latents") == contents(tmp_path / "whole" / "latents")
