@@ -141,16 +141,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def create_file(path: Path, content: bytes, *, mode: int) -> None:
-    """Create a file and flush it to the disk; raises `FileExistsError` if there is one already, or a link."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    try:
-        os.write(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

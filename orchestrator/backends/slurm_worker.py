@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from ddm_core.artifacts import write_record
+from ddm_core.artifacts import with_checksum
+from ddm_core.exclusive_files import create_once
 from ddm_core.json_values import read_record
 from ddm_core.signals import sigterm_flag
 from orchestrator.run.backend import EXIT_CODES, AttemptOutcome, Job
@@ -22,19 +23,9 @@ from orchestrator.run.worker_lock import hold_worker_lock
 
 
 def claim(attempt: Path) -> bool:
-    """Claim the right to run or abandon an attempt; return True for exactly one process on all machines.
-
-    The trick: the claim is a hard link, which only one of several processes can create, also on NFS.
-    """
+    """Claim the right to run or abandon an attempt; return True for exactly one process on all machines."""
     candidate = attempt / f".claim.{this_process()['host']}.{os.getpid()}"
-    write_record(candidate, this_process())
-    try:
-        os.link(candidate, claim_file(attempt))
-    except FileExistsError:
-        return False
-    finally:
-        candidate.unlink()
-    return True
+    return create_once(claim_file(attempt), with_checksum(this_process()).encode(), candidate)
 
 
 def claim_file(attempt: Path) -> Path:

@@ -10,7 +10,6 @@ another container, it counts as dead only when its heartbeat is older than the l
 """
 
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -25,7 +24,8 @@ from typing import Annotated, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from ddm_core.artifacts import ArtifactError, UnfinishedArtifact, create_file, sync, with_checksum, write_record
+from ddm_core.artifacts import ArtifactError, UnfinishedArtifact, with_checksum, write_record
+from ddm_core.exclusive_files import create_once
 from ddm_core.json_values import read_record
 from orchestrator.errors import LeaseLost, RunFolderError, RunIsLocked
 from orchestrator.run.run_folder import RunFolder
@@ -41,9 +41,6 @@ GENERATION = re.compile(r"[0-9]{1,9}\.json")
 
 KEPT_GENERATIONS = 64
 """Lease files that stay behind the present one: more take-overs than a process can miss between two looks."""
-
-NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-"""Errors of a file system without hard links, such as a mounted bucket."""
 
 
 class ProcessRecord(TypedDict):
@@ -225,29 +222,8 @@ def _acquire(run: RunFolder) -> Lease:
 
 def _create(folder: Path, generation: int) -> bool:
     """Create a generation with this process in it; return False if another process has created it."""
-    target = _lease_file(folder, generation)
-    candidate = folder / f".{secrets.token_hex(8)}"
-    candidate.write_text(with_checksum(this_process()), encoding="utf-8")
-    sync(candidate)
-    try:
-        os.link(candidate, target)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
-            raise
-        return _create_exclusively(target)
-    finally:
-        candidate.unlink()
-    return True
-
-
-def _create_exclusively(target: Path) -> bool:
-    try:
-        create_file(target, with_checksum(this_process()).encode(), mode=0o644)
-    except FileExistsError:
-        return False
-    return True
+    content = with_checksum(this_process()).encode()
+    return create_once(_lease_file(folder, generation), content, folder / f".{secrets.token_hex(8)}")
 
 
 def _lease_file(folder: Path, generation: int) -> Path:

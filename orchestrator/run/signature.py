@@ -3,14 +3,14 @@
 The key is in the user's own folder, of mode 600, and never in a run folder. A copied or moved file keeps its signature.
 """
 
-import contextlib
 import hashlib
 import hmac
 import os
 import secrets
 from pathlib import Path
 
-from ddm_core.artifacts import CorruptArtifact, create_file, read_small_file, write_text
+from ddm_core.artifacts import CorruptArtifact, read_small_file, write_text
+from ddm_core.exclusive_files import create_once
 from ddm_core.url_queries import user_folder
 
 KEY_BYTES = 32
@@ -42,11 +42,5 @@ def _load_key(*, create: bool) -> bytes:
     if create and not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         candidate = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        create_file(candidate, secrets.token_bytes(KEY_BYTES), mode=0o600)
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.link(candidate, path)
-        except OSError:  # no hard links here: the last of two first commands wins, and both have only just begun
-            candidate.replace(path)
-        candidate.unlink(missing_ok=True)
+        create_once(path, secrets.token_bytes(KEY_BYTES), candidate, mode=0o600)
     return path.read_bytes() if path.is_file() else b""

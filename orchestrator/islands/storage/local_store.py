@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ddm_core.artifacts import sync
+from ddm_core.exclusive_files import create_once
 from orchestrator.islands.storage.errors import ErrorTypes
 from orchestrator.islands.storage.index import Entry
 from orchestrator.islands.storage.object_store import hash_stream
@@ -42,17 +43,13 @@ class LocalStore:
             _rename(temporary, path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a small object if there is none; only one process can create a hard link of that name."""
+        """Write a small object if there is none."""
         path = self.root / key
         with _temporary_file(path) as temporary:
-            temporary.write_bytes(data)
-            sync(temporary)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
+            is_new = create_once(path, data, temporary)
+        if is_new:
             sync(path.parent)
-            return True
+        return is_new
 
     def upload(self, key: str, file: BinaryIO, entry: Entry) -> bool:
         """Write the content of `file`; write nothing and return False if it no longer matches the entry."""
