@@ -100,6 +100,10 @@ bench-score-laws: install ## Damage real images in steps, and see which scores g
 	$(BIN)/python -m benchmarks.score_laws --count 500 --emoji $(EMOJI)
 	$(BIN)/python -m benchmarks.page
 
+bench-codecs: install ## Compare the codecs at equal numbers and CPU time (ten CPU minutes; EMOJI=archives: also at 64 pixels)
+	$(BIN)/python -m benchmarks.codecs --emoji $(EMOJI)
+	$(BIN)/python -m benchmarks.page
+
 bench-scale: install ## Measure the controller with up to 10,000 stages, and simulate 1,000 islands
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.page

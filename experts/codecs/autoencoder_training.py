@@ -44,7 +44,9 @@ def fit_autoencoder(config: CodecConfig, shards: Path, out: Path, workspace: Wor
     set_scale(codec, shards)
     codec.save(out)
     write_rows(out / "metrics.jsonl", trained.rows)
-    return training_flops(autoencoder_flops(config, image_shape), training.batch_size, training.steps)
+    with torch.device("meta"):
+        _, call = probe_autoencoder(config, image_shape)
+    return training_flops(forward_flops(call), training.batch_size, training.steps)
 
 
 def build_autoencoder(config: CodecConfig, channels: int) -> nn.Module:
@@ -143,10 +145,9 @@ def set_scale(codec: AutoencoderCodec, shards: Path) -> None:
     model.register_to_config(**settings)
 
 
-def autoencoder_flops(config: CodecConfig, image_shape: tuple[int, int, int]) -> float:
-    """Return the FLOPs of one image through encoder and decoder."""
+def probe_autoencoder(config: CodecConfig, image_shape: tuple[int, int, int]) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return a new autoencoder and its call on one image, which encodes and decodes."""
     height, width, channels = image_shape
-    with torch.device("meta"):
-        model: Any = build_autoencoder(config, channels)
-        image = torch.zeros(1, channels, height, width)
-    return forward_flops(lambda: model.decode(raw_latents(model, image)))
+    model: Any = build_autoencoder(config, channels)
+    image = torch.zeros(1, channels, height, width)
+    return model, lambda: model.decode(raw_latents(model, image), return_dict=False)[0]

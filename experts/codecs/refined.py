@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,16 @@ def fit_refined_codec(config: CodecConfig, shards: Path, out: Path, workspace: W
     trained = fit(decoder, loss, images, training, workspace)
     RefinedCodec(linear=linear, decoder=_check_decoder(trained.model)).save(out)
     write_rows(out / "metrics.jsonl", trained.rows)
-    return training_flops(refiner_flops(config, linear.image_shape), training.batch_size, training.steps)
+    return training_flops(
+        forward_flops(probe_decoder(config, linear.image_shape)[1]), training.batch_size, training.steps
+    )
 
 
-def refiner_flops(config: CodecConfig, image_shape: tuple[int, int, int]) -> float:
-    """Return the FLOPs of one image through the decoder."""
+def probe_decoder(config: CodecConfig, image_shape: tuple[int, int, int]) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return a new decoder and its call on one row."""
     decoder, (height, width, channels) = _build_decoder(config, image_shape), image_shape
     shape = (decoder.config.components,) if decoder.config.components else (channels, height, width)
-    return forward_flops(lambda: decoder(torch.zeros(1, *shape)))
+    return decoder, partial(decoder, torch.zeros(1, *shape))
 
 
 def load_refined_codec(folder: Path, metadata: dict[str, Any]) -> RefinedCodec:

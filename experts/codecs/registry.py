@@ -10,6 +10,7 @@ from typing import Any, NotRequired
 
 from pydantic import FiniteFloat, PositiveInt
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from data_partition.shards.shards import read_index
@@ -17,10 +18,10 @@ from ddm_core.artifacts import CorruptArtifact, Workspace, read_json
 from ddm_core.json_values import from_json
 from experts.codec import Codec, PixelCodec
 from experts.codecs.autoencoder import fit_published, load_autoencoder_codec
-from experts.codecs.autoencoder_training import autoencoder_flops, fit_autoencoder
+from experts.codecs.autoencoder_training import fit_autoencoder, probe_autoencoder
 from experts.codecs.patch_pca import fit_patch_pca_codec, load_patch_pca_codec
 from experts.codecs.pca import fit_pca_codec, load_pca_codec
-from experts.codecs.refined import fit_refined_codec, load_refined_codec, refiner_flops
+from experts.codecs.refined import fit_refined_codec, load_refined_codec, probe_decoder
 from experts.config import CodecConfig
 from experts.networks.latent_shapes import latent_shape_of
 
@@ -33,8 +34,8 @@ class CodecKind:
     """Maps (config, shards, out, workspace) to the counted FLOPs, and writes the codec to `out`."""
     load: Callable[[Path, dict[str, Any]], Codec]
     """Maps (folder, content of `codec.json`) to the codec."""
-    row_flops: Callable[[CodecConfig, tuple[int, int, int]], float] | None = None
-    """Maps (config, image shape) to the FLOPs of one image through the network that the fit trains."""
+    probe: Callable[[CodecConfig, tuple[int, int, int]], tuple[nn.Module, Callable[[], Tensor]]] | None = None
+    """Maps (config, image shape) to a new network of the kind that the fit trains, and its call on one row."""
 
 
 class _Metadata(TypedDict):
@@ -92,14 +93,14 @@ def _fit_patch_pca(config: CodecConfig, shards: Path, out: Path, workspace: Work
     return 0.0
 
 
-TRAINED_AUTOENCODER = CodecKind(fit=fit_autoencoder, load=load_autoencoder_codec, row_flops=autoencoder_flops)
+TRAINED_AUTOENCODER = CodecKind(fit=fit_autoencoder, load=load_autoencoder_codec, probe=probe_autoencoder)
 
 CODECS: dict[str, CodecKind] = {
     "pixels": CodecKind(fit=_fit_pixels, load=_load_pixels),
     "pca": CodecKind(fit=_fit_pca, load=load_pca_codec),
     "patch_pca": CodecKind(fit=_fit_patch_pca, load=load_patch_pca_codec),
-    "pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, row_flops=refiner_flops),
-    "patch_pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, row_flops=refiner_flops),
+    "pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, probe=probe_decoder),
+    "patch_pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, probe=probe_decoder),
     "autoencoder": CodecKind(fit=fit_published, load=load_autoencoder_codec),
     "autoencoder_tiny": TRAINED_AUTOENCODER,
     "autoencoder_kl": TRAINED_AUTOENCODER,

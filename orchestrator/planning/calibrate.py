@@ -28,7 +28,7 @@ from ddm_core.artifacts import to_jsonable, write_record
 from ddm_core.errors import DDMError
 from experts.codecs.registry import CODECS
 from experts.expert import expert_flops
-from experts.training.flops import training_flops
+from experts.training.flops import forward_flops, training_flops
 from experts.training.trainer import DeviceError
 from orchestrator.config.compute import CONTROLLER, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig, parse_config
@@ -220,9 +220,10 @@ def _row_flops_of_experts(config: RunConfig, dry: DryRun) -> dict[str, float]:
 
 
 def _decoder_flops(config: RunConfig) -> dict[str, float]:
-    count = CODECS[config.codec.kind].row_flops
-    side = config.data.image_size
-    return {} if count is None else {"decoder": count(config.codec, (side, side, config.data.channels))}
+    probe, side = CODECS[config.codec.kind].probe, config.data.image_size
+    if probe is None:
+        return {}
+    return {"decoder": forward_flops(probe(config.codec, (side, side, config.data.channels))[1])}
 
 
 def _artifact_bytes(

@@ -87,7 +87,7 @@ def dry_run(config: RunConfig, folder: Path) -> DryRun:
         for name, images in (("cold", count), ("warm", count), ("long", 2 * count))
     )
     speeds = {kind: _speed(kind, cold, warm, long) for kind in long.durations}
-    if CODECS[config.codec.kind].row_flops is not None:
+    if CODECS[config.codec.kind].probe is not None:
         speeds["decoder"] = _decoder_speed(config.codec, long)
     codec, dataset = long.folder / "codec", long.folder / "dataset" / "train"
     index = read_index(dataset)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from experts.codecs.registry import CODECS
 from experts.conditions.condition import Condition
 from experts.config import ExpertConfig, TrainingConfig
 from experts.networks.latent_shapes import latent_shape_of
@@ -39,12 +40,18 @@ class TrainingSize:
 
 
 def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: int) -> dict[str, TrainingSize]:
-    """Return the sizes of the experts, the monolith and the router by stage name; equal networks are built once."""
+    """Return the sizes of codec, experts, monolith and router by stage name; equal networks are built once."""
     shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
     sizes: dict[str, TrainingSize] = {}
     by_config: dict[str, TrainingSize] = {}
     for stage in graph:
-        if stage.kind == "router":
+        if stage.kind == "codec" and (probe := CODECS[config.codec.kind].probe) is not None:
+            side, training = config.data.image_size, config.codec.decoder_training
+            with torch.device("meta"):
+                network, call = probe(config.codec, (side, side, config.data.channels))
+            flops = training_flops(forward_flops(call), training.batch_size, training.steps)
+            sizes[stage.name] = _training_size(network, call, training, flops)
+        elif stage.kind == "router":
             sizes[stage.name] = _measure_router(config.router, shape, config.partition.num_experts, num_classes)
         elif isinstance(expert := getattr(stage.config, "expert", None), ExpertConfig):
             key = repr((expert.network, expert.training.batch_size, expert.training.steps))

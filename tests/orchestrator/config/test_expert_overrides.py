@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.config import ResidualMLPConfig, UNetConfig
+from experts.errors import CodecError
+from experts.networks.autoencoder_files import path_checksum
 from experts.networks.model_io import save_model
 from experts.networks.pretrained_files import init_checksum
 from orchestrator.config.expert_overrides import apply_overrides, parse_expert_ids
@@ -83,3 +86,17 @@ def test_parse_config_saved_needs_no_checkpoint(tmp_path):
     assert config.experts[2].init_checksum == config.expert.init_checksum == init_checksum(tmp_path / "model")
     (tmp_path / "model").rename(tmp_path / "moved")
     assert parse_config(to_jsonable(config)) == config
+
+
+def test_contents_of_an_autoencoder_are_recorded(tmp_path, monkeypatch):
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    codec = composed("codec=autoencoder", "codec.path=vae").codec
+    assert (codec.path, codec.path_checksum) == (str(tmp_path / "vae"), path_checksum(str(tmp_path / "vae")))
+    with pytest.raises(CodecError, match="must be a folder with a diffusers autoencoder"):
+        composed("codec=autoencoder", "codec.path=./nowhere")

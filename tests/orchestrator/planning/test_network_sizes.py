@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experts.codecs.registry import CODECS
 from experts.conditions.condition import Condition
 from experts.expert import expert_flops
 from experts.networks.registry import build_network, call_network
+from experts.training.flops import count_parameters, forward_flops, training_flops
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.pipeline.graph import build_graph
@@ -44,6 +46,16 @@ def test_sizes_equal_those_of_real_networks(overrides):
     assert size.flops == expert_flops(expert, shape, CLASSES)
     activations = (size.memory_bytes - 20 * parameters) / expert.training.batch_size
     assert 0 < kept <= activations <= 1.02 * kept  # this machine's fused attention keeps less
+
+
+@pytest.mark.parametrize("kind", ["patch_pca_conv", "pca_conv", "autoencoder_kl"])
+def test_codec_that_trains_has_a_size(kind):
+    config = build_config(f"codec={kind}", "codec.patch_size=2", "codec.latent_channels=4")
+    size = measure_trainings(build_graph(config), config, CLASSES)["codec"]
+    network, call = CODECS[kind].probe(config.codec, (8, 8, 1))
+    assert size.parameters == count_parameters(network) > 0
+    training = config.codec.decoder_training
+    assert size.flops == training_flops(forward_flops(call), training.batch_size, training.steps)
 
 
 def test_larger_batch_needs_more_memory_for_activations_alone():
