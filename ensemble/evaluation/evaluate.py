@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from ddm_core.artifacts import Workspace, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.evaluation.generate import generate
-from ensemble.evaluation.held_out_prompts import load_held_out_prompts
+from ensemble.evaluation.held_out_prompts import load_held_out_conditions
 from ensemble.evaluation.reference import PROBE
 from ensemble.evaluation.scores import Scores
 from ensemble.evaluation.scoring import Reference, compare_clusters
@@ -45,8 +45,8 @@ def evaluate(
     loaded = Reference.load(reference, config)
     config = loaded.config
     seeds = range(config.seed * config.num_samples, (config.seed + 1) * config.num_samples)
-    prompts = load_held_out_prompts(reference, config.num_samples, pipeline_folder) if config.conditional else None
-    generated = generate(pipeline_folder, seeds, prompts, sampling, workspace)
+    asked = load_held_out_conditions(reference, config.num_samples, pipeline_folder) if config.conditional else None
+    generated = generate(pipeline_folder, seeds, asked and asked.by_text(), sampling, workspace)
     features = loaded.extract(generated.images)
     classes = loaded.compare_classes(features.spaces[PROBE])
     clusters = compare_clusters(partition, generated.images)
@@ -67,8 +67,8 @@ def evaluate(
         calls_per_step=generated.calls.per_evaluation,
         flops_per_image=generated.flops / config.num_samples,
         flops=generated.flops + features.flops,
-        text=compare_prompts(reference, pipeline_folder, prompts, features.spaces[RANKED_SPACE])
-        if prompts is not None and RANKED_SPACE in features.spaces
+        text=compare_prompts(reference, pipeline_folder, asked, features.spaces[RANKED_SPACE])
+        if asked is not None and RANKED_SPACE in features.spaces
         else None,
     )
     _write_images(out, generated.images, seeds)

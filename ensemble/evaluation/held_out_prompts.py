@@ -11,7 +11,12 @@ from experts.conditions.text_encoder import read_text_config
 
 
 def load_held_out_prompts(reference: Path, count: int, pipeline_folder: Path) -> Prompts:
-    """Return `count` prompts with the shares of the held-out images: theirs in random order, repeated.
+    """Return what `count` samples are asked for: the captions of the held-out images, without one their classes."""
+    return load_held_out_conditions(reference, count, pipeline_folder).by_text()
+
+
+def load_held_out_conditions(reference: Path, count: int, pipeline_folder: Path) -> Prompts:
+    """Return the classes and captions of `count` held-out images, in random order, repeated.
 
     A pipeline without text gets no captions. Raises `EvaluationError` if no held-out image has a class or a caption.
     """

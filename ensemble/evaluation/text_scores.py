@@ -36,7 +36,9 @@ Features = Float[np.ndarray, "image feature"]
 
 
 def compare_prompts(reference: Path, pipeline_folder: Path, prompts: Prompts, features: Features) -> TextScores | None:
-    """Compare samples with their prompts; `features` are theirs in the space that ranks.
+    """Compare samples with the held-out images' classes and captions that they were generated for.
+
+    `features` are theirs in the space that ranks.
 
     Returns None without text, in the pipeline or the reference.
     """

@@ -40,6 +40,11 @@ class Prompts:
         """Return these rows."""
         return Prompts(self.class_ids[rows], self.captions[rows])
 
+    def by_text(self) -> "Prompts":
+        """Return the same requests without the class where there is a caption."""
+        class_ids = [NULL_CLASS if caption else k for k, caption in zip(self.class_ids, self.captions, strict=True)]
+        return Prompts(tuple(class_ids), self.captions)
+
     def __len__(self) -> int:
         return len(self.class_ids)
 

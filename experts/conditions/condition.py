@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from experts.conditions.text_embedding import TextEmbedding
@@ -50,6 +50,15 @@ class Condition:
         return Condition(
             self.class_id.masked_fill(mask, NULL_CLASS), None if self.text is None else self.text.drop(mask)
         )
+
+    def drop_one(self, uniforms: Float[Tensor, " batch"]) -> "Condition":
+        """Return the condition with one part dropped in half of the rows that have both, by numbers in [0, 1).
+
+        Below 1/4 the class, from 3/4 the text: a model of both then follows either of them alone.
+        """
+        has_both = (self.class_id >= 0) & ~self.has_null_text
+        class_id = self.class_id.masked_fill(has_both & (uniforms < 0.25), NULL_CLASS)
+        return Condition(class_id, None if self.text is None else self.text.drop(has_both & (uniforms >= 0.75)))
 
     def to(self, device: torch.device | str) -> "Condition":
         """Return the condition on another device."""

@@ -116,12 +116,14 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     t = torch.randn(len(batch_rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
     dropped = torch.rand(len(batch_rows), generator=generator) < config.condition_dropout
     uniforms = torch.rand(len(batch_rows), generator=generator) if dataset.captions is not None else None
-    condition = dataset.condition(rows, None if uniforms is None else uniforms[local_rows])
+    condition = dataset.condition(rows, None if uniforms is None else uniforms[local_rows]).drop(dropped[local_rows])
+    if dataset.captions is not None:
+        condition = condition.drop_one(torch.rand(len(batch_rows), generator=generator)[local_rows])
     return Batch(
         clean=dataset.clean.index_select(0, rows),
         noise=noise[local_rows],
         t=t[local_rows],
-        condition=condition.drop(dropped[local_rows]),
+        condition=condition,
         cluster_id=dataset.cluster_id.index_select(0, rows),
     )
 

@@ -79,9 +79,10 @@ def sample_student(expert: Expert, noise: Latents, condition: Condition, times: 
 
 
 def sample_conditions(dataset: LatentDataset, rows: int, dropout: float, generator: torch.Generator) -> Condition:
-    """Sample conditions as frequent as in the cluster, some of them dropped; the latents are not read."""
+    """Sample conditions as frequent as in the cluster, some of them dropped as in training; no latents are read."""
     index: Int[Tensor, " row"] = torch.randint(len(dataset), (rows,), generator=generator)
-    return dataset.condition(index).drop(torch.rand(rows, generator=generator) < dropout)
+    condition = dataset.condition(index).drop(torch.rand(rows, generator=generator) < dropout)
+    return condition if condition.text is None else condition.drop_one(torch.rand(rows, generator=generator))
 
 
 def _velocity_field(expert: Expert, condition: Condition) -> VelocityField:

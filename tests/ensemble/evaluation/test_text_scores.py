@@ -13,7 +13,7 @@ from ddm_core.artifacts import Workspace, read_json, save_arrays, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.feature_space import HeldOutSpace
-from ensemble.evaluation.held_out_prompts import load_held_out_prompts
+from ensemble.evaluation.held_out_prompts import load_held_out_conditions, load_held_out_prompts
 from ensemble.evaluation.reference import CAPTIONS, TRAINING_ROWS, build_reference
 from ensemble.evaluation.text_scores import RECALL_RANK, compare_prompts
 from ensemble.sampling.prompts import Prompts
@@ -100,13 +100,16 @@ def test_evaluation_samples_the_held_out_captions(root, tmp_path):
     )
     work = Workspace.at(tmp_path / "work")
     build_reference(tmp_path / "data", root / "codec", config, tmp_path / "reference", work)
-    prompts = load_held_out_prompts(tmp_path / "reference", 100, root / "pipeline")
+    prompts = load_held_out_conditions(tmp_path / "reference", 100, root / "pipeline")
     assert set(zip(prompts.class_ids, prompts.captions, strict=True)) == {
         (0, ""),
         (1, ""),
         (0, "a dark ankle boot"),
         (1, "a light shirt"),
     }
+    served = load_held_out_prompts(tmp_path / "reference", 100, root / "pipeline")
+    assert served.captions == prompts.captions
+    assert all((k < 0) == bool(caption) for k, caption in zip(served.class_ids, served.captions, strict=True))
     partition = PartitionConfig(num_experts=2, components=4)
     for name in ("features", "partition"):
         (tmp_path / name).mkdir()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -96,3 +98,19 @@ def test_a_network_of_the_data_reads_its_batches(rows):
     network = build_network(ResidualMLPConfig(width=16, depth=1), (4,), 0, dataset.null_text)
     batch = make_batch(dataset, TrainingConfig(batch_size=rows), 0)
     assert call_network(network, batch.clean, batch.t, batch.condition).shape == (rows, 4)
+
+
+def test_data_of_both_train_a_model_of_either():
+    dataset = make_dataset(make_captions([[1]] * 400))
+    dataset = replace(dataset, class_id=torch.zeros(400, dtype=torch.int64))
+    condition = make_batch(dataset, TrainingConfig(batch_size=400, condition_dropout=0.2), 0).condition
+    has_class, has_text = condition.class_id >= 0, ~condition.text.is_null
+    shares = [(has_class == first) & (has_text == second) for first in (True, False) for second in (True, False)]
+    expected = torch.tensor([0.4, 0.2, 0.2, 0.2])
+    torch.testing.assert_close(torch.stack(shares).float().mean(1), expected, atol=0.07, rtol=0)
+
+
+def test_captions_alone_are_dropped_as_asked():
+    dataset = make_dataset(make_captions([[1]] * 400))
+    condition = make_batch(dataset, TrainingConfig(batch_size=400, condition_dropout=0.2), 0).condition
+    assert abs(float(condition.text.is_null.float().mean()) - 0.2) < 0.07
