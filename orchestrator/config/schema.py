@@ -117,6 +117,11 @@ class RunConfig:
                 f"expert.training.batch_size is the global batch and must be divisible by "
                 f"partition.num_experts; got {batch} / {experts}; try {-(-batch // experts) * experts}"
             )
+        if self.text.kind != "none" and self.router.data == "samples":
+            raise ValueError(
+                f"router.data=samples draws no texts, and experts with text={self.text.kind} read some; set "
+                "router.data=real, or text=none"
+            )
         batches = {
             "expert": batch // experts,
             "monolith": batch,

@@ -109,6 +109,11 @@ def test_parse_config_indivisible_batch_suggests_size():
         parse_config({"partition": {"num_experts": 7}})
 
 
+def test_router_of_samples_with_text_is_an_error():
+    with pytest.raises(ConfigError, match="draws no texts.*router.data=real, or text=none"):
+        parse_config(compose(["experiment=digits", "text=minilm", "router.data=samples"]))
+
+
 def test_known_keys_of_nested_configuration():
     assert "lr" in known_keys(("expert", "training"))
     assert known_keys(("expert", "training", "lr")) == []
