@@ -121,7 +121,12 @@ class EvaluationConfig:
     neighbours: Annotated[int, Field(ge=1)] = 3
     """k of precision and recall."""
     conditional: bool = False
-    """Whether samples have the classes of the held-out images, or no condition."""
+    """Whether samples have the captions or the classes of the held-out images, or no condition."""
+    attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Words of captions that exclude each other, by the name of what they say, such as `tone: [dark, light]`: a probe
+    of real images tells whether conditional samples show the word of their prompt."""
+    new_combinations: tuple[str, ...] = ()
+    """Words that were never trained on together, as `data.held_out_captions` has them; scored on their own too."""
     seed: int = 0
     """0 uses the seeds 0, 1, 2 …; every other number uses seeds of its own."""
 

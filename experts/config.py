@@ -181,6 +181,9 @@ class TextConfig:
     length: Annotated[int, Field(ge=2, le=512)] = 16
     """Tokens of every text: shorter ones are padded, longer ones are cut."""
 
+    classes: bool = True
+    """Whether models read the classes beside the texts; if not, classes serve scores and partitions only."""
+
     device: str = "cpu"
     """Torch device of the encoder while a data set is encoded."""
 

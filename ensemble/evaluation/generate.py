@@ -52,9 +52,10 @@ def generate(
 ) -> GeneratedImages:
     """Generate one image per seed; batches that an earlier attempt finished are loaded, not sampled again.
 
-    Raises `Preempted` between two batches on a stop request.
+    A pipeline without classes gets the captions alone. Raises `Preempted` between two batches on a stop request.
     """
     pipeline = EnsemblePipeline.from_pretrained(folder)
+    prompts = prompts and (prompts if pipeline.num_classes else prompts.without_classes())
     if warning := missing_warning(pipeline.ensemble):
         log.warning(warning)
     weak = pipeline.load_weak(sampling)

@@ -1,6 +1,6 @@
 """Scores of one evaluation, the numbers of one table row; they depend on the inputs alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ensemble.evaluation.near_copies import NearNeighborRate
 
@@ -63,6 +63,17 @@ class ClusterScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttributeScores:
+    """Shares of images to which a probe of real images gives the word of an attribute that their caption has."""
+
+    samples: float
+    real: float
+    """Of the held-out images."""
+    new: float | None
+    """Of samples of combinations of words that were never trained on; None without such combinations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextScores:
     """How well samples follow their prompts."""
 
@@ -78,6 +89,10 @@ class TextScores:
     """Share of the samples that a probe of real images assigns to the class of their prompt; None without classes."""
     class_accuracy_real: float | None
     """The same for the held-out images."""
+    class_accuracy_new: float | None = None
+    """The same for samples of combinations of words that were never trained on; None without such combinations."""
+    attributes: dict[str, AttributeScores] = field(default_factory=dict)
+    """The same for each of `scores.attributes`, among the prompts that have one of its words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,14 +15,16 @@ from typing import Final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.numpy import load_file
 
+from data_partition.datasets.captions import has_held_out_words
 from ddm_core.artifacts import read_json
+from ensemble.config import EvaluationConfig
 from ensemble.evaluation.class_probe import fit_probe
 from ensemble.evaluation.feature_space import HeldOutSpace
 from ensemble.evaluation.reference import CAPTIONS, TRAINING_ROWS
-from ensemble.evaluation.scores import TextScores
+from ensemble.evaluation.scores import AttributeScores, TextScores
 from ensemble.evaluation.spaces import RANKED_SPACE
 from ensemble.sampling.prompts import Prompts
 from experts.conditions.text_encoder import TextEncoder
@@ -33,9 +35,12 @@ STRENGTHS: Final = tuple(10.0**power for power in range(7))
 """Regularization of the ridge, chosen by leaving one image out."""
 
 Features = Float[np.ndarray, "image feature"]
+Labels = Sequence[int] | Int[np.ndarray, "..."]
 
 
-def compare_prompts(reference: Path, pipeline_folder: Path, prompts: Prompts, features: Features) -> TextScores | None:
+def compare_prompts(
+    reference: Path, pipeline_folder: Path, prompts: Prompts, features: Features, config: EvaluationConfig
+) -> TextScores | None:
     """Compare samples with the held-out images' classes and captions that they were generated for.
 
     `features` are theirs in the space that ranks.
@@ -50,7 +55,20 @@ def compare_prompts(reference: Path, pipeline_folder: Path, prompts: Prompts, fe
     held_out = Prompts(tuple(np.load(reference / "labels.npy").tolist()), tuple(captions["held_out"]))
     candidates = [caption for caption in dict.fromkeys(held_out.captions) if caption]
     search = _CaptionSearch.fit(encoder, captions["training"], training["features"], candidates)
-    accuracies = [_class_accuracy(training, asked, shown) for asked, shown in ((prompts, features), (held_out, real))]
+    is_new = np.array([has_held_out_words(caption, config.new_combinations) for caption in prompts.captions])
+    images = ((prompts, features), (held_out, real), (prompts.select(is_new), features[is_new]))
+    accuracies = [
+        _accuracy(training["features"], training["labels"], asked.class_ids, shown) for asked, shown in images
+    ]
+    attributes = {}
+    for name, words in config.attributes.items():
+        known = np.array([_find_word(caption, words) for caption in captions["training"]])
+        shares = [
+            _accuracy(training["features"], known, [_find_word(caption, words) for caption in asked.captions], shown)
+            for asked, shown in images
+        ]
+        if shares[0] is not None and shares[1] is not None:
+            attributes[name] = AttributeScores(samples=shares[0], real=shares[1], new=shares[2])
     return TextScores(
         captions=len(candidates),
         recall=search.recall(prompts.captions, features),
@@ -58,6 +76,8 @@ def compare_prompts(reference: Path, pipeline_folder: Path, prompts: Prompts, fe
         recall_chance=min(1.0, RECALL_RANK / len(candidates)),
         class_accuracy=accuracies[0],
         class_accuracy_real=accuracies[1],
+        class_accuracy_new=accuracies[2],
+        attributes=attributes,
     )
 
 
@@ -105,11 +125,21 @@ def _encode(encoder: TextEncoder, captions: Sequence[str]) -> Float[np.ndarray, 
     return pooled
 
 
-def _class_accuracy(training: dict[str, np.ndarray], prompts: Prompts, features: Features) -> float | None:
-    """Return the accuracy of a probe of the training images, None if they or the prompts have no classes."""
-    has_class, asked = training["labels"] >= 0, np.array(prompts.class_ids)
-    if len(np.unique(training["labels"][has_class])) < 2 or not (asked >= 0).any():
+def _find_word(caption: str, words: Sequence[str]) -> int:
+    """Return the position of the first of these words that a caption has, -1 for none."""
+    has = set(caption.lower().split())
+    return next((number for number, word in enumerate(words) if word.lower() in has), -1)
+
+
+def _accuracy(
+    features: Float[np.ndarray, "training feature"], labels: Labels, asked: Labels, shown: Features
+) -> float | None:
+    """Return the accuracy of a probe, fitted to real features and labels, on images that were asked for.
+
+    Rows with -1 have no label. Returns None if there are fewer than two labels to tell apart, or none is asked for.
+    """
+    known, wanted = np.asarray(labels), np.asarray(asked)
+    if len(np.unique(known[known >= 0])) < 2 or not (wanted >= 0).any():
         return None
-    probe = fit_probe(training["features"][has_class], training["labels"][has_class])
-    predicted = probe.predict(features[asked >= 0])
-    return float((predicted == asked[asked >= 0]).mean())
+    probe = fit_probe(features[known >= 0], known[known >= 0])
+    return float((probe.predict(shown[wanted >= 0]) == wanted[wanted >= 0]).mean())

@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Bool
+
 from ddm_core.errors import DDMError
 from experts.conditions.condition import NULL_CLASS
 
@@ -35,6 +38,15 @@ class Prompts:
     def of_captions(cls, captions: Sequence[str], class_id: int = NULL_CLASS) -> "Prompts":
         """Return requests of one class."""
         return cls((class_id,) * len(captions), tuple(captions))
+
+    def select(self, keep: Bool[np.ndarray, " row"]) -> "Prompts":
+        """Return the rows where `keep` is true."""
+        rows = np.flatnonzero(keep).tolist()
+        return Prompts(tuple(self.class_ids[row] for row in rows), tuple(self.captions[row] for row in rows))
+
+    def without_classes(self) -> "Prompts":
+        """Return the captions alone."""
+        return Prompts.of_captions(self.captions)
 
     def rows(self, rows: slice) -> "Prompts":
         """Return these rows."""

@@ -22,6 +22,7 @@ from data_partition.shards.tar import Encoded
 from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files
 from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
+from experts.conditions.condition import NULL_CLASS
 from experts.conditions.text_encoder import TextEncoder
 from experts.training.distributed import DataParallelGroup
 from experts.training.latent_dataset import LatentDataset, LatentError
@@ -58,6 +59,11 @@ class _Encoding:
     done: list[int] = field(default_factory=list)
     num_cut: list[int] = field(default_factory=list)
 
+    @property
+    def reads_classes(self) -> bool:
+        """Return whether models read the classes of the samples."""
+        return self.text is None or self.text.config.classes
+
     def encode_shards(self, shards: Path, out: Path) -> list[Path]:
         """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`."""
         index = read_index(shards)
@@ -69,7 +75,8 @@ class _Encoding:
                 self.done.append(count)
             else:
                 samples = itertools.islice(read_encoded(shards, start), count)
-                with atomic_folder(part) as temporary, LatentWriter(temporary, index.class_names, origin) as writer:
+                class_names = index.class_names if self.reads_classes else ()
+                with atomic_folder(part) as temporary, LatentWriter(temporary, class_names, origin) as writer:
                     for block in _batches(samples, _batch_rows(index.image_shape)):
                         writer.add(self._encode(block, f"{shards}, shard {number}"))
             start += count
@@ -83,7 +90,7 @@ class _Encoding:
         batch = stack_samples([decode_sample(encoded, shard) for encoded in block])
         dataset = LatentDataset(
             clean=self.codec.encode(batch.images),
-            class_id=torch.from_numpy(batch.labels),
+            class_id=torch.from_numpy(batch.labels if self.reads_classes else np.full_like(batch.labels, NULL_CLASS)),
             cluster_id=torch.zeros(len(block), dtype=torch.int64),
             sample_id=identify(block),
             captions=None if self.text is None else self._encode_captions(self.text, batch.captions),
@@ -143,7 +150,7 @@ def divide_latents(parts: Path, clusters: Sequence[Path], out: Path) -> None:
     if (np.diff(ids[order]) == 0).any():
         raise LatentError(f"two samples of {parts} have the same key and content; give each sample a key of its own")
     for k, shards in enumerate(clusters):
-        with LatentWriter(out / str(k), read_index(shards).class_names, origin) as writer:
+        with LatentWriter(out / str(k), read_class_names(folders[0]), origin) as writer:
             writer.add(latents[0].select(torch.zeros(0, dtype=torch.int64)))
             for block in _batches(read_encoded(shards), MATCH_ROWS):
                 wanted = identify(block).numpy()

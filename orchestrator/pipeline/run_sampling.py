@@ -32,8 +32,8 @@ def run_ensemble(config: EnsembleStageConfig, inputs: Inputs, out: Path, workspa
         else experts_by_id(inputs)
     )
     missing = [k for k in config.expert_ids if k not in experts]
-    class_names = read_index(inputs["shards"]).class_names
     text = read_text_config(inputs["text"]) if "text" in inputs else None
+    class_names = read_index(inputs["shards"]).class_names if text is None or text.classes else ()
     assemble(experts, inputs.get("router"), inputs["codec"], out, missing, class_names, text)
     return 0.0
 

@@ -194,8 +194,10 @@ class DataCheck:
         if self.config.partition.by == "labels":
             self.mistakes.append("partition.by=labels needs data.labels=true; cluster by features")
             self.change("partition", by="features")
-        if self.config.scores.conditional:
-            self.mistakes.append("scores.conditional=true needs data.labels=true; score without a condition")
+        if self.config.scores.conditional and self.config.text.kind == "none":
+            self.mistakes.append(
+                "scores.conditional=true needs data.labels=true, or captions and a text encoder; score without it"
+            )
             self.change("scores", conditional=False)
 
     def check_held_out(self, survey: Survey) -> None:

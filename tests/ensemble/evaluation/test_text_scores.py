@@ -57,7 +57,7 @@ def with_class(features, labels):
 def test_perfect_samples_are_found_and_of_their_class(root, reference, encoded):
     labels = np.arange(80) % 2
     prompts = Prompts(tuple(labels.tolist()), tuple(CAPTIONS_USED))
-    scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels))
+    scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels), EvaluationConfig())
     assert (scores.recall, scores.recall_real, scores.class_accuracy, scores.class_accuracy_real) == (1, 1, 1, 1)
     assert (scores.captions, scores.recall_chance) == (80, RECALL_RANK / 80)
 
@@ -68,17 +68,35 @@ def test_samples_of_other_prompts_are_at_chance(root, reference, encoded):
     for shift in range(0, 80, 8):
         captions = CAPTIONS_USED[shift + 1 :] + CAPTIONS_USED[: shift + 1]
         prompts = Prompts(tuple((1 - labels).tolist()), tuple(captions))
-        scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels))
+        scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels), EvaluationConfig())
         recalls.append(scores.recall)
     assert np.mean(recalls) == pytest.approx(RECALL_RANK / 80, abs=0.05)
     assert scores.class_accuracy == 0
 
 
+def test_attributes_and_new_combinations_are_scored_apart(root, reference, encoded):
+    """The word of a caption is its second one, and the images of one word of the attribute are of the other."""
+    labels = np.arange(80) % 2
+    prompts = Prompts(tuple(labels.tolist()), tuple(CAPTIONS_USED))
+    first, second = (caption.split()[0] for caption in CAPTIONS_USED[:2])
+    words = (first, next(word for word in WORDS[:10] if word not in (first, second)))
+    config = EvaluationConfig(attributes={"word": words, "absent": ("nowhere", "never")}, new_combinations=(first,))
+    scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels), config)
+    assert list(scores.attributes) == ["word"]
+    assert scores.attributes["word"].samples == scores.attributes["word"].real > 0.85
+    assert scores.attributes["word"].new > 0.85
+    assert scores.class_accuracy_new == 1
+    shifted = np.roll(with_class(encoded, labels), 1, axis=0)
+    scores = compare_prompts(reference, root / "pipeline", prompts, shifted, config)
+    assert scores.class_accuracy_new == 0
+    assert scores.attributes["word"].samples < 0.8
+
+
 def test_no_text_means_no_scores_of_text(root, reference, tmp_path):
     prompts, features = Prompts.of_classes([0]), np.zeros((1, 14), np.float32)
-    assert compare_prompts(reference, tmp_path, prompts, features) is None
+    assert compare_prompts(reference, tmp_path, prompts, features, EvaluationConfig()) is None
     (reference / CAPTIONS).unlink()
-    assert compare_prompts(reference, root / "pipeline", prompts, features) is None
+    assert compare_prompts(reference, root / "pipeline", prompts, features, EvaluationConfig()) is None
 
 
 def write_captioned(folder, count, seed):

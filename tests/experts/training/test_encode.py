@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,14 @@ def test_changed_sample_of_the_same_name_is_paired_with_nothing(dataset, codec_f
     clusters = [write_shards(tmp_path / "clusters" / "0", [5, 6], captions=False)]
     with pytest.raises(LatentError, match="sample '005' of .* has no latents"):
         encode_and_divide(dataset, codec_folder, None, tmp_path, clusters)
+
+
+def test_classes_may_be_left_to_scores(dataset, codec_folder, text, tmp_path, workspace):
+    captions_only = replace(text, config=replace(text.config, classes=False))
+    encode_dataset(dataset, PixelCodec(image_shape=SHAPE), codec_folder, captions_only, tmp_path / "out", workspace)
+    part = tmp_path / "out" / "train" / "00000"
+    assert (read_latents(part).class_id == -1).all()
+    assert read_class_names(part) == ()
 
 
 def test_latents_of_another_codec_are_refused(dataset, codec_folder, tmp_path, workspace):
