@@ -49,7 +49,7 @@ COMMANDS = {
 
 AS_ANOTHER_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 PAGE = Path(__file__).parents[1] / "docs" / "fault_matrix.md"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,20 +239,22 @@ def execute(row: Row, command: str, fault: Fault, folder: Path, sources: dict[st
     except subprocess.TimeoutExpired:
         code, text = 124, f"no end after {TIMEOUT_S:g} s"
     after = os.times()
-    message = text[text.rfind("Error: ") :] if ended_badly(code, text) else (text.strip().splitlines() or [""])[-1]
     return replace(
         row,
         code=code,
         seconds=time.monotonic() - start,
         cpu_s=after.children_user + after.children_system - before.children_user - before.children_system,
-        message=re.sub(r"\s+", " ", message.replace(str(folder), "…")).strip()[:230],
+        message=re.sub(r"\s+", " ", find_message(code, text).replace(str(folder), "…")).strip()[:230],
         has_traceback="Traceback" in text,
     )
 
 
-def ended_badly(code: int, text: str) -> bool:
-    """Return whether the last message of a command is an error."""
-    return code != 0 and "Error: " in text
+def find_message(code: int, text: str) -> str:
+    """Return the error of a command, or its last line; the parser of the command line puts its errors into a box."""
+    if code != 0 and "Error: " in text:
+        return text[text.rfind("Error: ") :]
+    lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"]
+    return " ".join(lines[-2:] if code == 2 else lines[-1:])
 
 
 def to_page(rows: list[Row]) -> str:

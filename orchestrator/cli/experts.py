@@ -35,9 +35,10 @@ def remove(
     out: Out = None,
 ) -> None:
     """Write an ensemble without some experts; gates are renormalized, and the router is not trained again."""
+    base = _open_base(run, ensemble, out or run)
     from orchestrator.cli.membership import write_without_experts
 
-    _print_ensemble(run, write_without_experts(_open_base(run, ensemble), ids, out))
+    _print_ensemble(run, write_without_experts(base, ids, out))
 
 
 @app.command()
@@ -50,9 +51,9 @@ def add(
     out: Out = None,
 ) -> None:
     """Write an ensemble with one more expert: as a missing id (--place) or with a new router head (--shards)."""
+    base = _open_base(run, ensemble, out or run)
     from orchestrator.cli.membership import records_codec, write_with_new_expert, write_with_restored_expert
 
-    base = _open_base(run, ensemble)
     if place is not None and shards is None:
         folder = write_with_restored_expert(base, expert, place, out)
     elif shards is not None and place is None:
@@ -67,11 +68,15 @@ def add(
     _print_ensemble(run, folder)
 
 
-def _open_base(run: Path, ensemble: Path | None) -> Any:
+def _open_base(run: Path, ensemble: Path | None, output: Path | None = None) -> Any:
+    """Return an ensemble after its checksums are verified, if a folder can be written at `output`."""
+    from orchestrator.planning.checks.check import check_folder
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(run.expanduser())
     folder.load_config()
+    if output is not None:
+        check_folder(output.expanduser())
     from orchestrator.cli.membership import BaseEnsemble
 
     return BaseEnsemble.open(folder, ensemble and ensemble.expanduser())
