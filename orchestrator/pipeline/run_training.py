@@ -22,6 +22,7 @@ from orchestrator.pipeline.stage_configs import (
     MonolithStageConfig,
 )
 from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders, experts_by_id, with_init_checkpoint
+from orchestrator.run.attempts import FIRST_SAMPLES
 from router.config import RouterConfig
 from router.train import train_router
 
@@ -53,9 +54,17 @@ def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Work
 
 
 def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Train one expert on the latents of its cluster."""
+    """Train one expert on the latents of its cluster, and draw samples from it alone beside its log."""
     latents, expert = [inputs["latents"]], with_init_checkpoint(config.expert, inputs)
-    return train_expert(expert, latents, inputs["codec"], out, workspace, cluster_id=config.cluster_id).flops
+    summary = train_expert(expert, latents, inputs["codec"], out, workspace, cluster_id=config.cluster_id)
+    try:
+        from ensemble.sampling.first_samples import are_quick, write_first_samples
+
+        if are_quick(expert.training):
+            write_first_samples(out, inputs["codec"], expert.training, workspace.attempt / FIRST_SAMPLES)
+    except Exception:  # whatever is wrong with the picture, the expert is trained
+        log.warning("no samples of this expert alone", exc_info=True)
+    return summary.flops
 
 
 def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

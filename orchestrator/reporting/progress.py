@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.pipeline.stage import Stage
-from orchestrator.run.attempts import Progress, load_progress
+from orchestrator.run.attempts import FIRST_SAMPLES, Progress, load_progress
 from orchestrator.run.run_folder import RunFolder
 
 LOOK_EVERY_S, PRINT_EVERY_S = 2.0, 60.0
@@ -71,6 +71,7 @@ class RunDisplay:
     def __init__(self, run: RunFolder, console: Console) -> None:
         self.run, self.console = run, console
         self.running: list[Stage] = []
+        self._has_shown_samples = False
         self._ended = threading.Event()
         self._printed: dict[str, tuple[float, str]] = {}
         """When a line of each stage was printed last, and that line."""
@@ -106,6 +107,15 @@ class RunDisplay:
         self.console.print(line, style="dim" if event == "kept" else None, soft_wrap=True)
         if event in ("finished", "failed"):
             self._printed.pop(stage.name, None)
+        if event == "finished" and stage.kind == "expert" and not self._has_shown_samples:
+            self._show_samples(stage)
+
+    def _show_samples(self, stage: Stage) -> None:
+        """Print where the first samples are, those of the first expert; on an island they stay there."""
+        for attempt in self.run.attempts(stage)[-1:]:
+            if (samples := attempt / FIRST_SAMPLES).is_file():
+                self._has_shown_samples = True
+                self.console.print(Text(f"  first samples, of {stage.name} alone: {samples}"), soft_wrap=True)
 
     def _table(self) -> RenderableType:
         table = Table.grid(padding=(0, 1))
