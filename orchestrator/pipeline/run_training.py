@@ -15,6 +15,7 @@ from experts.networks.pretrained_files import check_unchanged, init_files
 from experts.training.encode import encode_dataset
 from experts.training.trainer import check_device
 from orchestrator.pipeline.flop_matching import flop_matched_config
+from orchestrator.pipeline.stage import FIRST_SAMPLES
 from orchestrator.pipeline.stage_configs import (
     DistilledMonolithStageConfig,
     ExpertStageConfig,
@@ -22,7 +23,6 @@ from orchestrator.pipeline.stage_configs import (
     MonolithStageConfig,
 )
 from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders, experts_by_id, with_init_checkpoint
-from orchestrator.run.attempts import FIRST_SAMPLES
 from router.config import RouterConfig
 from router.train import train_router
 

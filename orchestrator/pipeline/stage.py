@@ -12,6 +12,9 @@ from typing import Any
 from ddm_core.artifacts import fingerprint
 from orchestrator.config.compute import ResourcesConfig
 
+FIRST_SAMPLES = "samples.png"
+"""Picture in the folder of an attempt that has trained an expert."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Input:

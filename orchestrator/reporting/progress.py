@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.pipeline.stage import Stage
-from orchestrator.run.attempts import FIRST_SAMPLES, Progress, load_progress
+from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
+from orchestrator.run.attempts import Progress, load_progress
 from orchestrator.run.run_folder import RunFolder
 
 LOOK_EVERY_S, PRINT_EVERY_S = 2.0, 60.0

@@ -24,9 +24,6 @@ from orchestrator.run.run_folder import RunFolder, attempt_number
 
 T = TypeVar("T")
 
-FIRST_SAMPLES = "samples.png"
-"""Picture in the folder of an attempt that has trained an expert."""
-
 CONTINUED = re.compile(r"continuing from step ([0-9]{1,18})")
 """The log line of `experts/training/checkpoint.py` when a training resumes."""
 

@@ -10,7 +10,7 @@ from ensemble.sampling.first_samples import COUNT, STEPS, are_quick
 from experts.config import TrainingConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.run_training import run_expert
-from orchestrator.run.attempts import FIRST_SAMPLES
+from orchestrator.pipeline.stage import FIRST_SAMPLES
 from orchestrator.run.run_folder import RunFolder
 
 

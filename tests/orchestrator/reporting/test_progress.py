@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from ddm_core.artifacts import Workspace
+from orchestrator.pipeline.stage import FIRST_SAMPLES
 from orchestrator.reporting.progress import RunDisplay, format_clock, format_number, format_progress
-from orchestrator.run.attempts import FIRST_SAMPLES, load_progress
+from orchestrator.run.attempts import load_progress
 from tests.orchestrator.fakes import diamond, run_folder
 
 
