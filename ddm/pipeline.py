@@ -7,6 +7,7 @@ from typing import Any, Self, cast
 
 import torch
 
+from ddm.model_card import render_model_card
 from ensemble.config import SamplingConfig
 from ensemble.pipeline import INDEX, PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
@@ -22,45 +23,77 @@ class DDMPipeline(EnsembleDiffusionPipeline):
     Image i depends on its seed or generator alone, whatever the batch.
     """
 
+    run: RunFolder | None = None
+    """The run that it was loaded from."""
+
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913 - the arguments of diffusers' pipelines
         cls,
-        folder: str | os.PathLike[str],
+        name: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None = None,
         device_map: str | torch.device | None = None,
+        max_memory: int | str | None = None,
         scheduler: Any = None,
+        revision: str | None = None,
+        token: str | None = None,
     ) -> Self:
-        """Load a pipeline folder, or the ensemble of a finished run folder with the run's sampling settings.
+        """Load a pipeline folder, a finished run with its sampling settings, or a repository `owner/name` of the Hub.
 
-        `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. Files of a run are
-        compared with their checksums first. Raises `PipelineError`, `ArtifactError` or `RunFolderError` for a folder
-        that cannot be loaded; nothing in the folder is executed.
+        `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. `max_memory` is a
+        number of bytes, or text such as `"4GB"`: experts that do not fit into it together are loaded when they are
+        called. Files of a run are compared with their checksums first. Raises `PipelineError`, an `ArtifactError` or
+        `RunFolderError` for what cannot be loaded; nothing in a folder is executed.
         """
-        path = Path(folder).expanduser()
-        if (path / INDEX).is_file():
-            pipeline = super().from_pretrained(path, dtype=dtype, device_map=device_map, scheduler=scheduler)
-            return cast("Self", pipeline)
-        if not (path / "config.yaml").is_file():
+        path, sampling, run = Path(name).expanduser(), SamplingConfig(), None
+        if (path / "config.yaml").is_file():
+            run = RunFolder(path)
+            name, sampling = find_pipeline(run, monolith=False), sampling_of_run(run, run.load_config())
+            scheduler = scheduler or SOLVER_SCHEDULERS[sampling.solver]()
+        elif path.is_dir() and not (path / INDEX).is_file():
             raise PipelineError(f"{path} is neither a pipeline folder (no {INDEX}) nor a run folder (no config.yaml)")
-        run = RunFolder(path)
-        return cls.from_run(run, find_pipeline(run, monolith=False), dtype, device_map, scheduler)
+        pipeline = super().from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            max_memory=max_memory,
+            scheduler=scheduler,
+            revision=revision,
+            token=token,
+        )
+        pipeline.sampling, pipeline.run = sampling, run
+        return cast("Self", pipeline)
 
     @classmethod
-    def from_run(
-        cls,
-        run: RunFolder,
-        folder: Path,
-        dtype: torch.dtype | None = None,
-        device_map: str | torch.device | None = None,
-        scheduler: Any = None,
-    ) -> Self:
+    def from_run(cls, run: RunFolder, folder: Path) -> Self:
         """Load one of a run's pipeline folders with the run's sampling settings."""
         sampling = sampling_of_run(run, run.load_config())
-        scheduler = scheduler or SOLVER_SCHEDULERS[sampling.solver]()
-        pipeline = super().from_pretrained(folder, dtype=dtype, device_map=device_map, scheduler=scheduler)
-        pipeline.sampling = sampling
+        pipeline = super().from_pretrained(folder, scheduler=SOLVER_SCHEDULERS[sampling.solver]())
+        pipeline.sampling, pipeline.run = sampling, run
         return cast("Self", pipeline)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        license_name: str = "other",
+        commit_message: str = "Upload an ensemble",
+        private: bool | None = None,
+        token: str | None = None,
+        client: Any = None,
+    ) -> str:
+        """Upload the pipeline folder with its model card, and return the address of the commit.
+
+        The card of a run's pipeline has its data, clusters, FLOPs, scores, audit and `license_name`, an identifier of
+        the Hub; `card` is a text of your own. `client` is an `HfApi`. Raises `PipelineError` if the Hub refuses the
+        upload, and what reading the run raises.
+        """
+        if card is None and self.run is not None:
+            card = render_model_card(self.run, repo_id, license_name)
+        return super().push_to_hub(
+            repo_id, card=card, commit_message=commit_message, private=private, token=token, client=client
+        )
 
 
 def sampling_of_run(run: RunFolder, config: RunConfig) -> SamplingConfig:

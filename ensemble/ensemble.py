@@ -150,10 +150,8 @@ class Ensemble:
         """Return the marginal velocity; each expert is called at most once, on the rows where its gate is positive."""
         gates = self.gates(noised, t, condition, routing)
         outputs = []
-        for k, expert in sorted(self.experts.items()):
-            rows = gates[:, k].nonzero().squeeze(-1)
-            if not len(rows):
-                continue
+        for k in (gates > 0).any(0).nonzero().squeeze(-1).tolist():
+            expert, rows = self.experts[k], gates[:, k].nonzero().squeeze(-1)
             inputs = noised[rows], t[rows], condition.rows(rows), self.noise_schedule
             cache = routing.cache_for(k)
             if expert.needs_cache:

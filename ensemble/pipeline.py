@@ -13,7 +13,7 @@ scheduler/             a diffusers scheduler for tools that look for one; `Sampl
 import functools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -170,8 +170,10 @@ class EnsemblePipeline:
                 write_json(temporary / TEXT_SETTINGS, self.text)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "EnsemblePipeline":
-        """Load a pipeline's folder; experts that its index lists as missing are left out.
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], load: Callable[[Path], ExpertModel] = load_expert
+    ) -> "EnsemblePipeline":
+        """Load a pipeline's folder, each expert with `load`; experts that its index lists as missing are left out.
 
         Raises `PipelineError` for a folder with pickles, with an expert that is neither present nor listed as
         missing, or with parts that do not fit; an `ArtifactError` for broken files.
@@ -179,7 +181,7 @@ class EnsemblePipeline:
         folder = Path(folder)
         _refuse_pickles(folder)
         index = _Index.read(folder)
-        experts = _load_experts(folder, [k for k in index.expert_ids if k not in index.missing_ids])
+        experts = _load_experts(folder, [k for k in index.expert_ids if k not in index.missing_ids], load)
         codec = load_codec(folder / "codec")
         _check_shapes(experts, codec, index.num_classes)
         router = Router.load(folder / "router") if index.has_router else None
@@ -315,11 +317,13 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
-def _load_experts(folder: Path, expert_ids: Sequence[int]) -> dict[int, ExpertModel]:
+def _load_experts(
+    folder: Path, expert_ids: Sequence[int], load: Callable[[Path], ExpertModel]
+) -> dict[int, ExpertModel]:
     """Load these experts, and link them to the weights that they share; raise `PipelineError` if one is absent."""
     if is_cluster_conditioned(folder / CLUSTER_CONDITIONED):
         return _load_cluster_conditioned(folder / CLUSTER_CONDITIONED, expert_ids)
-    experts = {k: load_expert(_expert_folder(folder, k)) for k in expert_ids}
+    experts = {k: load(_expert_folder(folder, k)) for k in expert_ids}
     bases = load_bases(folder / SHARED) if (folder / SHARED).is_dir() else {}
     for expert in experts.values():
         for model in expert.networks():

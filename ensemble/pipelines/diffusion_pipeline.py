@@ -1,18 +1,16 @@
 """An ensemble as a `diffusers.DiffusionPipeline`: experts, router, codec and text encoder are its components."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ddm_core.artifacts import atomic_folder
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import PipelineError
+from ensemble.pipelines.adapter_methods import AdapterMethods
 from ensemble.pipelines.call import (
     ClassLabel,
     Noise,
@@ -28,11 +26,11 @@ from ensemble.pipelines.call import (
 )
 from ensemble.pipelines.components import as_expert, expert_ids, expert_name, owner_of, to_component, with_experts
 from ensemble.pipelines.denoising_loop import Request, sample_latents
+from ensemble.pipelines.folder_methods import FolderMethods
 from ensemble.pipelines.guided_field import Guidance
-from ensemble.pipelines.schedulers import load_scheduler
+from ensemble.pipelines.paging import ExpertPager, PagedExpert, Residency, choose_residency
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
-from experts.conditions.text_encoder import TextEncoder
 from experts.config import NoiseScheduleName
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert_model import ExpertModel
@@ -44,7 +42,7 @@ from router.config import SelectionConfig, SelectionName
 EXPERT_TYPES = (ExpertModel, nn.Module)
 
 
-class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
+class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline):  # type: ignore[misc, unused-ignore]
     """An ensemble of experts that samples like one model, with the methods of diffusers' pipelines.
 
     Image i depends on its seed or generator alone, whatever the batch.
@@ -80,6 +78,7 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
         components that do not fit together.
         """
         super().__init__()
+        self._paged: dict[int, PagedExpert] = {}
         for name, expert in experts.items():
             if not expert_ids([name]) or not isinstance(expert, EXPERT_TYPES):
                 raise PipelineError(
@@ -91,7 +90,9 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
             expert = owner_of(experts[expert_name(k)])
             if not isinstance(expert, ExpertModel):
                 expert = as_expert(expert, k, codec.latent_shape, null_text)
-            experts[expert_name(k)] = to_component(expert)
+            if isinstance(expert, PagedExpert):
+                self._paged[k] = expert
+            experts[expert_name(k)] = None if k in self._paged else to_component(expert)
         parts = {"codec": codec, "router": owner_of(router), "text_encoder": text_encoder}
         self.register_modules(
             scheduler=scheduler, **{name: to_component(part) for name, part in parts.items()}, **experts
@@ -101,70 +102,24 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
         """The settings of a call that gives none of its own."""
         self.ensemble  # noqa: B018 - components that do not fit fail here
 
-    @classmethod
-    def from_ensemble(
-        cls, pipeline: EnsemblePipeline, scheduler: Any = None, text_encoder: Any = None
-    ) -> "EnsembleDiffusionPipeline":
-        """Build the pipeline of a loaded ensemble; the default scheduler is flow matching's Euler.
-
-        Raises `TextError` if the text encoder of its experts is not there.
-        """
-        if text_encoder is None and pipeline.text is not None:
-            text_encoder = TextEncoder.from_config(pipeline.text)
-        experts: dict[str, Any] = {expert_name(k): expert for k, expert in pipeline.ensemble.experts.items()}
-        return cls(
-            scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
-            codec=pipeline.codec,
-            router=pipeline.ensemble.router,
-            text_encoder=text_encoder,
-            class_names=pipeline.class_names,
-            noise_schedule=pipeline.ensemble.noise_schedule.name,
-            **experts,
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device_map: str | torch.device | None = None,
-        scheduler: Any = None,
-    ) -> "EnsembleDiffusionPipeline":
-        """Load a pipeline folder; nothing in it is executed.
-
-        `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. Raises
-        `PipelineError` or an `ArtifactError` for a folder that cannot be loaded.
-        """
-        path = Path(folder).expanduser()
-        loaded = EnsemblePipeline.from_pretrained(path)
-        pipeline = cls.from_ensemble(loaded, scheduler or load_scheduler(path / "scheduler"))
-        if dtype is not None:
-            pipeline.to(dtype)
-        return pipeline if device_map is None else pipeline.to(device_map)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the pipeline folder; it appears complete or not at all, and replaces one that exists."""
-        path = Path(folder).expanduser()
-        with atomic_folder(path) as temporary:
-            self.to_ensemble_pipeline().save_pretrained(temporary)
-            self.scheduler.save_pretrained(temporary / "scheduler")
-
-    def to_ensemble_pipeline(self) -> EnsemblePipeline:
-        """Return the ensemble with its codec, without diffusers' parts."""
-        return EnsemblePipeline(
-            ensemble=self.ensemble,
-            codec=owner_of(self.codec),
-            num_classes=self.num_classes,
-            class_names=tuple(self.config.class_names),
-            text=getattr(owner_of(self.text_encoder), "config", None),
-        )
-
     @property
     def experts(self) -> dict[int, ExpertModel]:
         """The experts by id."""
         components = {k: getattr(self, expert_name(k)) for k in expert_ids(self.config)}
-        return {k: owner_of(component) for k, component in components.items() if component is not None}
+        loaded = {k: owner_of(component) for k, component in components.items() if component is not None}
+        return self._paged | loaded
+
+    @property
+    def pager(self) -> ExpertPager | None:
+        """What loads experts by need; None if all are loaded."""
+        return next((expert.pager for expert in self._paged.values()), None)
+
+    def residency(self, selection: SelectionName | SelectionConfig | None = None) -> tuple[Residency, str]:
+        """Return how the experts share the memory under a selection, and why."""
+        if self.pager is None:
+            return "all", "all experts are loaded"
+        folders = {k: expert.folder for k, expert in self._paged.items()}
+        return choose_residency(folders, self.pager.max_bytes, keeps_expert=self._selection(selection).name == "sticky")
 
     @property
     def ensemble(self) -> Ensemble:
@@ -289,6 +244,13 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
         parts = [codec.decode(part).float().cpu() for part in torch.split(latents.float(), self.sampling.batch_size)]
         return to_output(torch.cat(parts).clamp(0, 1), output_type)
 
+    def to(self, *args: Any, **kwargs: Any) -> "EnsembleDiffusionPipeline":
+        """Move or convert the networks in place, as `DiffusionPipeline.to` does, and those that are loaded later."""
+        super().to(*args, **kwargs)
+        if self.pager is not None:
+            self.pager.move(self.device, self.dtype)
+        return self
+
     def _selection(self, selection: SelectionName | SelectionConfig | None) -> SelectionConfig:
         if selection is None:
             return self.sampling.selection if self.router is not None else SelectionConfig(name="full")
@@ -333,6 +295,8 @@ class EnsembleDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc, unused
     def _count_tokens(self) -> int:
         """Return the number of tokens of one latent, on which a dynamic shift depends."""
         *_, height, width = (1, 1, *self.latent_shape)
-        network = next(network for expert in self.experts.values() for network in expert.networks())
+        expert = next(iter(self.experts.values()))
+        expert = expert.pager.get(expert) if isinstance(expert, PagedExpert) else expert
+        network: Any = next(expert.networks())
         patch = PACKED_SIDE if ADAPTERS[type(network).__name__].packs else getattr(network.config, "patch_size", 1)
         return height * width // int(patch or 1) ** 2

@@ -1,0 +1,76 @@
+"""The methods of a pipeline that load LoRA adapters into its experts, with the names of diffusers' pipelines."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ensemble.pipeline import PipelineError
+from ensemble.pipelines.adapters import adapter_names, add_lora, read_lora, remove_lora, set_weights
+from ensemble.pipelines.components import expert_ids, expert_name
+
+
+class AdapterMethods:
+    """LoRA on one, several or all experts of a pipeline."""
+
+    def load_lora_weights(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        experts: Sequence[int] | None = None,
+        adapter_name: str = "default",
+        weight: float = 1.0,
+    ) -> None:
+        """Add an adapter to these experts (default: all), beside those that they have.
+
+        `path` is a safetensors file of diffusers or peft, or a folder with one; `weight` multiplies its change. Raises
+        `AdapterError` for a file that is no LoRA or fits no layer, and `PipelineError` for experts that are not loaded.
+        """
+        networks = self._adaptable()
+        chosen = list(networks) if experts is None else list(experts)
+        if absent := sorted(set(chosen) - set(networks)):
+            raise PipelineError(f"there is no expert {absent[0]}; the experts are {', '.join(map(str, networks))}")
+        lora = read_lora(Path(path).expanduser())
+        for k in chosen:
+            add_lora(networks[k], lora, adapter_name, weight)
+
+    def set_adapters(self, adapter_names: Sequence[str], weights: Sequence[float] | None = None) -> None:
+        """Use these adapters, with these weights (default: 1), and no others; they stay loaded.
+
+        Raises `PipelineError` for an adapter that no expert has.
+        """
+        known = self.get_list_adapters()
+        loaded = {name for names in known.values() for name in names}
+        if absent := sorted(set(adapter_names) - loaded):
+            raise PipelineError(
+                f"no expert has an adapter {absent[0]!r}; loaded are {', '.join(sorted(loaded)) or 'none'}"
+            )
+        pairs = zip(adapter_names, weights or [1.0] * len(adapter_names), strict=True)
+        by_name = dict(pairs)
+        for network in self._adaptable().values():
+            set_weights(network, by_name)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return the names of the adapters of each expert that has some."""
+        found = {expert_name(k): adapter_names(network) for k, network in self._adaptable().items()}
+        return {name: names for name, names in found.items() if names}
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters; every expert has its own layers again, byte for byte."""
+        for network in self._adaptable().values():
+            remove_lora(network)
+
+    def fuse_lora(self) -> None:
+        """Refuse: fused weights are rounded, and cannot be separated again."""
+        raise PipelineError(
+            "fusing rounds an adapter into the weights, and unfusing leaves other bytes; sample with the adapter loaded"
+        )
+
+    def _adaptable(self) -> dict[int, nn.Module]:
+        """Return the experts' networks; raise `PipelineError` if they are loaded by need."""
+        pipeline: Any = self
+        if pipeline.pager is not None:
+            raise PipelineError("experts that are loaded by need take no adapters; leave max_memory out")
+        return {k: getattr(pipeline, expert_name(k)) for k in expert_ids(pipeline.config)}

@@ -1,0 +1,158 @@
+"""LoRA adapters in the networks of experts, by peft: loaded, weighted and removed without a change to the weights.
+
+Hu et al. 2021, arXiv:2106.09685. peft injects adapters into networks of every class; diffusers' own methods exist for
+some classes only.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ddm_core.artifacts import read_json
+from ddm_core.errors import DDMError
+
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names of the weights in a folder: diffusers' and peft's."""
+CONFIG, METADATA = "adapter_config.json", "lora_adapter_metadata"
+PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|unet\.)+")
+PART = re.compile(r"^(?P<module>.+)\.(?:lora_(?P<side>[AB])|(?:lora\.|lora_)(?P<old>down|up))(?:\.\w+)?\.weight$")
+OLD_SIDES = {"down": "A", "up": "B"}
+
+
+class AdapterError(DDMError, ValueError):
+    """An adapter cannot be read, or does not fit a network."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraLayerWeights:
+    """The two factors of one layer; its weight grows by alpha / rank * up @ down."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of the change."""
+        return self.down.shape[0]
+
+
+Lora = Mapping[str, LoraLayerWeights]
+"""By the name of the layer in its network."""
+
+
+def read_lora(path: Path) -> Lora:
+    """Read a safetensors file of diffusers or peft, or a folder with one; raise `AdapterError` for any other."""
+    file = next((path / name for name in FILES if (path / name).is_file()), path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise AdapterError(f"{path} must be a safetensors file, or a folder with {' or '.join(FILES)}; convert it")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
+            settings = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is not a readable adapter: {error}; copy it again") from error
+    if (file.parent / CONFIG).is_file():
+        settings |= read_json(file.parent / CONFIG)
+    settings = {PREFIX.sub("", str(key)): value for key, value in settings.items()}
+    if unsupported := sorted(key for key in ("use_dora", "use_rslora") if settings.get(key)):
+        raise AdapterError(f"{file} uses {unsupported[0]}, which is not supported; train a plain LoRA")
+    return _read_layers(file, tensors, settings)
+
+
+def _read_layers(file: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Lora:
+    sides: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    for key, tensor in tensors.items():
+        name = PREFIX.sub("", key)
+        if name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = float(tensor)
+        elif match := PART.match(name):
+            side = match["side"] or OLD_SIDES[match["old"]]
+            sides.setdefault(match["module"], {})[side] = tensor
+        else:
+            raise AdapterError(f"{file} has {key}, which is no factor of a LoRA; convert it to diffusers' names")
+    if not sides or any(len(pair) != 2 for pair in sides.values()):
+        raise AdapterError(f"{file} must hold lora_A and lora_B of every layer; save the adapter again")
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = settings.get("lora_alpha")
+    return {
+        module: LoraLayerWeights(
+            down=pair["A"],
+            up=pair["B"],
+            alpha=float(alphas.get(module, patterns.get(module, pair["A"].shape[0] if alpha is None else alpha))),
+        )
+        for module, pair in sides.items()
+    }
+
+
+def add_lora(network: nn.Module, lora: Lora, name: str, weight: float = 1.0) -> None:
+    """Inject an adapter, in place; raise `AdapterError`, with the network unchanged, if it does not fit."""
+    _check_fit(network, lora, name)
+    config = LoraConfig(
+        r=max(layer.rank for layer in lora.values()),
+        target_modules="|".join(re.escape(layer) for layer in lora),
+        rank_pattern={f"^{re.escape(layer)}": weights.rank for layer, weights in lora.items()},
+        alpha_pattern={f"^{re.escape(layer)}": weights.alpha for layer, weights in lora.items()},
+    )
+    vars(network).pop("peft_config", None)  # peft warns of adapters that it has already injected
+    inject_adapter_in_model(config, network, name)
+    for module_name, layer in _lora_layers(network).items():
+        if weights := lora.get(module_name):
+            layer.lora_A[name].weight.data.copy_(weights.down)
+            layer.lora_B[name].weight.data.copy_(weights.up)
+            layer.set_scale(name, weight)
+        layer.set_adapter(list(layer.lora_A))
+    network.requires_grad_(requires_grad=False)
+
+
+def _check_fit(network: nn.Module, lora: Lora, name: str) -> None:
+    if name in adapter_names(network):
+        raise AdapterError(f"the network has an adapter {name!r}; unload it, or choose another adapter_name")
+    layers = {path.replace(".base_layer", ""): module for path, module in network.named_modules()}
+    for path, weights in lora.items():
+        layer = layers.get(path)
+        layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            known = [path for path, module in layers.items() if isinstance(module, nn.Linear)]
+            raise AdapterError(
+                f"{path} of adapter {name!r} is no linear or convolutional layer of {type(network).__name__} "
+                f"(quantized layers take no adapter); it has {', '.join(known[:5])} ..."
+            )
+        shape = (weights.up.shape[0], *weights.down.shape[1:])
+        if tuple(layer.weight.shape) != shape:
+            raise AdapterError(f"{path} has weights of shape {tuple(layer.weight.shape)}, adapter {name!r} {shape}")
+
+
+def set_weights(network: nn.Module, weights: Mapping[str, float]) -> None:
+    """Activate adapters with these weights, which multiply alpha / rank, and no others."""
+    for layer in _lora_layers(network).values():
+        present = [name for name in weights if name in layer.lora_A]
+        layer.set_adapter(present)
+        for name in present:
+            layer.set_scale(name, weights[name])
+
+
+def adapter_names(network: nn.Module) -> list[str]:
+    """Return the names of the adapters in a network."""
+    return sorted({name for layer in _lora_layers(network).values() for name in layer.lora_A})
+
+
+def remove_lora(network: nn.Module) -> None:
+    """Remove all adapters, in place; the network has its own layers again."""
+    for name, layer in _lora_layers(network).items():
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    vars(network).pop("peft_config", None)
+
+
+def _lora_layers(network: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
