@@ -171,9 +171,11 @@ class EnsemblePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], load: Callable[[Path], ExpertModel] = load_expert
+        cls, folder: str | os.PathLike[str], load: Callable[[Path], ExpertModel] | None = None
     ) -> "EnsemblePipeline":
-        """Load a pipeline's folder, each expert with `load`; experts that its index lists as missing are left out.
+        """Load a pipeline's folder without the experts that its index lists as missing.
+
+        `load` is another function that loads an expert's folder.
 
         Raises `PipelineError` for a folder with pickles, with an expert that is neither present nor listed as
         missing, or with parts that do not fit; an `ArtifactError` for broken files.
@@ -181,7 +183,9 @@ class EnsemblePipeline:
         folder = Path(folder)
         _refuse_pickles(folder)
         index = _Index.read(folder)
-        experts = _load_experts(folder, [k for k in index.expert_ids if k not in index.missing_ids], load)
+        experts = _load_experts(
+            folder, [k for k in index.expert_ids if k not in index.missing_ids], load or load_expert
+        )
         codec = load_codec(folder / "codec")
         _check_shapes(experts, codec, index.num_classes)
         router = Router.load(folder / "router") if index.has_router else None

@@ -216,13 +216,13 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
         )
         ids, device = class_ids(class_labels, count, self.class_names, self.num_classes), self._execution_device
         condition = make_condition(ids, repeat_text(text, count), device, self.dtype)
-        none = torch.full_like(ids, -1)
+        negative = make_condition(torch.full_like(ids, -1), repeat_text(negative_text, count), device, self.dtype)
         request = Request(
             condition=condition,
-            negative=make_condition(none, repeat_text(negative_text, count), device, self.dtype),
+            negative=negative,
             noise=Noise.from_inputs(count, self.latent_shape, seeds, generator, latents),
             selection=self._selection(selection),
-            guidance=self._guidance(condition, guidance_scale, guidance_interval, guider, weak),
+            guidance=self._guidance(condition, negative, guidance_scale, guidance_interval, guider, weak),
             steps=self._steps(num_inference_steps),
             sigmas=sigmas,
             tokens=self._count_tokens(),
@@ -244,11 +244,27 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
         parts = [codec.decode(part).float().cpu() for part in torch.split(latents.float(), self.sampling.batch_size)]
         return to_output(torch.cat(parts).clamp(0, 1), output_type)
 
-    def to(self, *args: Any, **kwargs: Any) -> "EnsembleDiffusionPipeline":
-        """Move or convert the networks in place, as `DiffusionPipeline.to` does, and those that are loaded later."""
-        super().to(*args, **kwargs)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the experts' weights."""
         if self.pager is not None:
-            self.pager.move(self.device, self.dtype)
+            return self.pager.dtype or torch.float32
+        network: Any = next(network for expert in self.experts.values() for network in expert.networks())
+        parameter = next(iter(network.parameters()), torch.empty(0))
+        return parameter.dtype if parameter.is_floating_point() else torch.float32
+
+    def to(self, *args: Any, **kwargs: Any) -> "EnsembleDiffusionPipeline":
+        """Move or convert the networks in place, as `DiffusionPipeline.to` does, and those that are loaded later.
+
+        An autoencoder and a text encoder stay in float32, in which the latents and texts of the training were computed.
+        """
+        dtype = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), None)
+        super().to(*args, **kwargs)
+        for component in (self.codec, self.text_encoder):
+            if isinstance(component, nn.Module):
+                component.float()
+        if self.pager is not None:
+            self.pager.move(self.device, dtype or self.dtype)
         return self
 
     def _selection(self, selection: SelectionName | SelectionConfig | None) -> SelectionConfig:
@@ -268,6 +284,7 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
     def _guidance(
         self,
         condition: Condition,
+        negative: Condition,
         scale: float | None,
         interval: tuple[float, float],
         guider: Any,
@@ -279,6 +296,8 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
             raise PipelineError(
                 "guidance is part of these distilled students; leave guidance_scale, guider and weak out"
             )
+        if weak is not None and negative.text is not None:
+            raise PipelineError("guidance leads away from a weak model or a negative prompt; leave one of them out")
         if scale is not None and guider is not None:
             raise PipelineError("a guider has a scale of its own; leave guidance_scale out")
         if is_distilled or (weak is None and bool(condition.is_null.all())):

@@ -10,7 +10,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 
 from ddm_core.artifacts import atomic_folder
-from ensemble.expert_registry import load_expert
 from ensemble.pipeline import EnsemblePipeline, PipelineError
 from ensemble.pipelines.components import expert_name, owner_of
 from ensemble.pipelines.hub import MINIMAL_CARD, local_folder, upload
@@ -63,7 +62,7 @@ class FolderMethods:
         """
         path = local_folder(str(name), revision, token)
         check_files(path)
-        load = load_expert if max_memory is None else choose_loader(path, max_memory, dtype)
+        load = None if max_memory is None else choose_loader(path, max_memory, dtype)
         loaded = EnsemblePipeline.from_pretrained(path, load)
         pipeline = cls.from_ensemble(loaded, scheduler or load_scheduler(path / "scheduler"))
         if dtype is not None:

@@ -1,6 +1,5 @@
 """The velocity field of a pipeline's call: the ensemble's, guided away from a negative condition or a weak ensemble."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,12 +8,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ensemble.ensemble import Ensemble
+from ensemble.pipeline import PipelineError
 from ensemble.routing import RoutingState, TrajectoryState
 from experts.conditions.condition import Condition
 from experts.types import Latents
 
-Guide = Callable[[Latents, Latents], Latents]
-"""Maps the velocity of the condition, and the one to move away from, to the guided velocity."""
+GUIDERS = (
+    "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
+    "AdaptiveProjectedGuidance",
+    "TangentialClassifierFreeGuidance",
+    "MagnitudeAwareGuidance",
+    "FrequencyDecoupledGuidance",
+)
+"""Guiders of diffusers that combine two velocities; the others change the layers of one network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +37,17 @@ class Guidance:
     weak: Ensemble | None = None
     """The weak ensemble of autoguidance, which replaces the negative condition."""
 
+    def __post_init__(self) -> None:
+        """Raise `PipelineError` for a guider that changes layers, or an interval outside [0, 1]."""
+        if self.guider is not None and type(self.guider).__name__ not in GUIDERS:
+            raise PipelineError(
+                f"{type(self.guider).__name__} changes the layers of one network, and an ensemble has several; "
+                f"use one of {', '.join(GUIDERS)}, or weak= for autoguidance"
+            )
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise PipelineError(f"guidance_interval is the smallest and the largest t, from 0 to 1; got {low}, {high}")
+
     def is_active(self, t: float, step: int, steps: int) -> bool:
         """Return whether the velocity at this step is guided."""
         if self.guider is None:
@@ -42,7 +60,7 @@ class Guidance:
         """Return the guided velocity."""
         if self.guider is None:
             return other + self.scale * (conditional - other)
-        guided: Latents = self.guider(conditional, other).pred
+        guided: Latents = self.guider.forward(conditional, other).pred
         return guided
 
 
@@ -68,11 +86,13 @@ class GuidedField:
         has_negative = guidance.weak is None and (guidance.scale != 1 or guidance.guider is not None)
         weak = guidance.weak
         weak_routing = None if weak is None else weak.init_routing(routing.seeds, condition, routing.selection)
+        routing = routing.repeat(2) if has_negative else routing
+        routing.calls.weak = None if weak_routing is None else weak_routing.calls
         return cls(
             ensemble=ensemble,
             condition=condition,
             negative=negative,
-            routing=routing.repeat(2) if has_negative else routing,
+            routing=routing,
             guidance=guidance,
             weak_routing=weak_routing,
         )

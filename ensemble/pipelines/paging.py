@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ddm_core.artifacts import CorruptArtifact, read_json
 from ddm_core.json_values import from_json
-from ensemble.expert_registry import load_expert
 from ensemble.pipeline import PipelineError
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.compressed.quantization.shared_weight_io import SHARED
@@ -154,8 +153,10 @@ def choose_residency(folders: dict[int, Path], max_bytes: int, *, keeps_expert: 
     return "paged", f"{reason}, and images change experts: experts are loaded at every step; sticky avoids that"
 
 
-def choose_loader(folder: Path, max_memory: int | str, dtype: torch.dtype | None) -> Callable[[Path], ExpertModel]:
-    """Return the function that loads, or for experts that exceed a budget of memory opens, an expert's folder.
+def choose_loader(
+    folder: Path, max_memory: int | str, dtype: torch.dtype | None
+) -> Callable[[Path], ExpertModel] | None:
+    """Return the function that opens an expert's folder without loading it; None if all fit into a budget.
 
     `max_memory` is a number of bytes or text such as `4GB`. Raises `PipelineError` for an expert larger than it, and
     for experts that share weights.
@@ -165,7 +166,7 @@ def choose_loader(folder: Path, max_memory: int | str, dtype: torch.dtype | None
     mode, reason = choose_residency(folders, max_bytes, keeps_expert=True) if folders else ("all", "there are none")
     log.info("experts: %s, as %s", mode, reason)
     if mode == "all":
-        return load_expert
+        return None
     if (folder / SHARED).is_dir():
         raise PipelineError(f"the experts of {folder} share weights, and are not paged; leave max_memory out")
     pager = ExpertPager(max_bytes=max_bytes, dtype=dtype)

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.routing import CallCounts
+from ensemble.sampling.batches import Gates, plan_batches
 from ensemble.sampling.guidance import GuidedVelocity, guided_velocity, reflected_solver
 from ensemble.solvers import SOLVERS, TimeGrid, VelocityField, make_noise, sample_few_step, uniform_times
 from experts.codec import Codec
 from experts.compressed.quantization.int8_linear import Int8Linear
 from experts.conditions.condition import Condition
 from experts.expert_model import ExpertModel
+from experts.types import RowIds
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
@@ -63,12 +65,12 @@ def sample(
     ensemble, weak = ensemble.to(config.device), weak and weak.to(config.device)
     if config.compile:
         compile_networks(ensemble.experts.values())
-    for start in range(0, len(seeds), config.batch_size):
-        rows = slice(start, start + config.batch_size)
+    batches = plan_batches(len(seeds), config.batch_size, _kept_gates(ensemble, seeds, condition, config))
+    for number, rows in enumerate(batches):
         given = _device_rows(condition, rows, config), _device_rows(negative, rows, config)
-        report = _reporter(on_progress, start, len(seeds[rows]), len(seeds))
+        report = _reporter(on_progress, sum(map(len, batches[:number])), len(rows), len(seeds))
         with torch.inference_mode():
-            run = _start(ensemble, weak, codec, seeds[rows], *given, config, report)
+            run = _start(ensemble, weak, codec, [seeds[row] for row in rows.tolist()], *given, config, report)
             if (few_step := ensemble.few_step) is None:
                 clean = run.solver(run.velocity, run.initial, uniform_times(config.steps))
             else:
@@ -77,9 +79,10 @@ def sample(
         calls.add(run.calls)
         latents.append(clean.cpu())
         images.append(codec.decode(clean).float().cpu())
+    order = torch.cat(list(batches)).argsort()
     return SampleResult(
-        images=torch.cat(images),
-        latents=torch.cat(latents),
+        images=torch.cat(images)[order],
+        latents=torch.cat(latents)[order],
         calls=calls,
         calls_per_step=calls.per_evaluation,
         seconds=time.monotonic() - start_s,
@@ -134,7 +137,17 @@ def _start(
     )
 
 
-def _device_rows(condition: Condition | None, rows: slice, config: SamplingConfig) -> Condition | None:
+def _kept_gates(
+    ensemble: Ensemble, seeds: Sequence[int], condition: Condition | None, config: SamplingConfig
+) -> Gates | None:
+    """Return the gates that every image keeps from its first draw to its end; None if they change on the way."""
+    if config.selection.name != "sticky":
+        return None
+    given = Condition.null(len(seeds)) if condition is None else condition
+    return ensemble.init_routing(seeds, given.to(config.device), config.selection).gates
+
+
+def _device_rows(condition: Condition | None, rows: RowIds, config: SamplingConfig) -> Condition | None:
     return None if condition is None else condition.rows(rows).to(config.device)
 
 

@@ -127,7 +127,7 @@ def test_guidance_interval_calls_the_other_branch_inside_only(pipe):
     arguments = {"class_labels": "a", "seeds": [0, 1], "num_inference_steps": 8, "guidance_scale": 3.0}
     everywhere = pipe(**arguments).call_counts.experts.total()
     inside = pipe(**arguments, guidance_interval=(0.3, 0.8))
-    nowhere = pipe(**arguments, guidance_interval=(2.0, 3.0))
+    nowhere = pipe(**arguments, guidance_interval=(0.0, 0.0))
     plain = pipe(**arguments | {"guidance_scale": 1.0})
     assert (everywhere, plain.call_counts.experts.total()) == (32, 16)
     assert inside.call_counts.experts.total() == 16 + 2 * 4  # t = .75, .625, .5, .375
