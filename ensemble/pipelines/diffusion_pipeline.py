@@ -104,14 +104,14 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
 
     @property
     def experts(self) -> dict[int, ExpertModel]:
-        """The experts by id."""
+        """Return the experts by id."""
         components = {k: getattr(self, expert_name(k)) for k in expert_ids(self.config)}
         loaded = {k: owner_of(component) for k, component in components.items() if component is not None}
         return self._paged | loaded
 
     @property
     def pager(self) -> ExpertPager | None:
-        """What loads experts by need; None if all are loaded."""
+        """Return what loads experts by need; None if all are loaded."""
         return next((expert.pager for expert in self._paged.values()), None)
 
     def residency(self, selection: SelectionName | SelectionConfig | None = None) -> tuple[Residency, str]:
@@ -123,7 +123,7 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
 
     @property
     def ensemble(self) -> Ensemble:
-        """The experts, the router and their velocity field."""
+        """Return the experts, the router and their velocity field."""
         return Ensemble(
             experts=self.experts,
             noise_schedule=NOISE_SCHEDULES[self.config.noise_schedule],
@@ -132,28 +132,28 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the condition; 0 without labels."""
+        """Return the number of classes of the condition; 0 without labels."""
         return next(iter(self.experts.values())).num_classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; empty for an unconditional model."""
+        """Return the names of the classes; empty for an unconditional model."""
         return tuple(self.config.class_names)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent, without the batch."""
+        """Return the shape of one latent, without the batch."""
         shape: tuple[int, ...] = owner_of(self.codec).latent_shape
         return shape
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback stopped the call by setting `_interrupt`."""
+        """Return whether a callback stopped the call by setting `_interrupt`."""
         return bool(self._interrupt)
 
     @property
     def num_timesteps(self) -> int:
-        """Number of velocity evaluations of the latest call."""
+        """Return the number of velocity evaluations of the latest call."""
         return int(self._num_timesteps)
 
     @torch.no_grad()
@@ -246,7 +246,7 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the experts' weights."""
+        """Return the type of the experts' weights."""
         if self.pager is not None:
             return self.pager.dtype or torch.float32
         network: Any = next(network for expert in self.experts.values() for network in expert.networks())
