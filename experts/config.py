@@ -141,6 +141,9 @@ class CodecConfig:
     """Components of each patch of `patch_pca`, at most its values, which keep images exactly; channels of the latents
     of a trained autoencoder."""
 
+    device: str = field(default="cpu", metadata=UNHASHED_IF_DEFAULT)
+    """Torch device on which an autoencoder encodes the images, and a text encoder their captions."""
+
     path: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """Folder of the published `autoencoder`, or its name on the Hub: `owner/name`, or `owner/name/vae`."""
 
@@ -183,9 +186,6 @@ class TextConfig:
 
     classes: bool = True
     """Whether models read the classes beside the texts; if not, classes serve scores and partitions only."""
-
-    device: str = "cpu"
-    """Torch device of the encoder while a data set is encoded."""
 
     checksum: str = ""
     """Checksum of the encoder's files, recorded when it encodes; an encoder that has changed since is an error."""

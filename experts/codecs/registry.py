@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
 
+import torch
 from pydantic import FiniteFloat, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class CodecKind:
     """Maps (folder, content of `codec.json`) to the codec."""
     probe: Callable[[CodecConfig, tuple[int, int, int]], tuple[nn.Module, Callable[[], Tensor]]] | None = None
     """Maps (config, image shape) to a new network of the kind that the fit trains, and its call on one row."""
+    stored_type: torch.dtype = torch.float32
+    """Type of latents on the disk. An autoencoder loses more than the rounding to 16 bits does."""
 
 
 class _Metadata(TypedDict):
@@ -62,16 +65,26 @@ def fit_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace
 
 def load_codec(folder: Path) -> Codec:
     """Load a folder that `fit_codec` wrote; raise an `ArtifactError` if a file is missing or invalid."""
+    kind = _read_kind(folder)
+    try:
+        return CODECS[kind].load(folder, dict(from_json(_Metadata, read_json(folder / "codec.json"))))
+    except (KeyError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
+        raise CorruptArtifact(f"{folder} does not hold a valid codec ({error}); fit it again") from error
+
+
+def stored_type(folder: Path) -> torch.dtype:
+    """Return the type in which a codec's latents are stored; raise like `load_codec`."""
+    return CODECS[_read_kind(folder)].stored_type
+
+
+def _read_kind(folder: Path) -> str:
     metadata = read_json(folder / "codec.json")
     kind = metadata.get("kind") if isinstance(metadata, dict) else None
     if not isinstance(kind, str) or kind not in CODECS:
         raise CorruptArtifact(
             f"{folder / 'codec.json'} must have a kind of {', '.join(CODECS)}; got {kind!r}; fit the codec again"
         )
-    try:
-        return CODECS[kind].load(folder, dict(from_json(_Metadata, metadata)))
-    except (KeyError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
-        raise CorruptArtifact(f"{folder} does not hold a valid codec ({error}); fit it again") from error
+    return kind
 
 
 def _fit_pixels(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
@@ -93,7 +106,9 @@ def _fit_patch_pca(config: CodecConfig, shards: Path, out: Path, workspace: Work
     return 0.0
 
 
-TRAINED_AUTOENCODER = CodecKind(fit=fit_autoencoder, load=load_autoencoder_codec, probe=probe_autoencoder)
+TRAINED_AUTOENCODER = CodecKind(
+    fit=fit_autoencoder, load=load_autoencoder_codec, probe=probe_autoencoder, stored_type=torch.float16
+)
 
 CODECS: dict[str, CodecKind] = {
     "pixels": CodecKind(fit=_fit_pixels, load=_load_pixels),
@@ -101,7 +116,7 @@ CODECS: dict[str, CodecKind] = {
     "patch_pca": CodecKind(fit=_fit_patch_pca, load=load_patch_pca_codec),
     "pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, probe=probe_decoder),
     "patch_pca_conv": CodecKind(fit=fit_refined_codec, load=load_refined_codec, probe=probe_decoder),
-    "autoencoder": CodecKind(fit=fit_published, load=load_autoencoder_codec),
+    "autoencoder": CodecKind(fit=fit_published, load=load_autoencoder_codec, stored_type=torch.float16),
     "autoencoder_tiny": TRAINED_AUTOENCODER,
     "autoencoder_kl": TRAINED_AUTOENCODER,
     "autoencoder_dc": TRAINED_AUTOENCODER,

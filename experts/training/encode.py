@@ -5,13 +5,13 @@ A sample is known by a hash of its key and its files: latents of a renamed or ch
 """
 
 import itertools
-import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ from experts.training.latent_folder import (
     read_latents,
     read_record,
 )
-
-log = logging.getLogger(__name__)
+from experts.types import Images, Latents
 
 ENCODE_BATCH = 512
 MATCH_ROWS = 4096
@@ -47,12 +46,46 @@ TEXT = "text"
 """Folder that names the text encoder beside the latents of a data set."""
 
 
+@dataclass(frozen=True)
+class FrozenCodec:
+    """A codec, where it runs, and what it is known by."""
+
+    codec: Codec
+    checksums: dict[str, str]
+    """Of its files."""
+    device: torch.device | str = "cpu"
+    stored_type: torch.dtype = torch.float32
+    """Type of its latents on the disk."""
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        codec: Codec,
+        device: torch.device | str = "cpu",
+        stored_type: torch.dtype = torch.float32,
+    ) -> "FrozenCodec":
+        """Return the codec that was loaded from a folder."""
+        return cls(
+            codec, {str(path.relative_to(folder)): checksum(path) for path in list_files(folder)}, device, stored_type
+        )
+
+    def encode(self, images: Images) -> Latents:
+        """Return the latents of images as they are stored, in CPU memory."""
+        with torch.device(self.device):
+            return self.codec.encode(images).cpu().to(self.stored_type)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Return what latents of this codec record."""
+        return {"codec": self.checksums, "stored_type": str(self.stored_type)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Encoding:
     """A codec, a text encoder, and how many of how many samples they have encoded."""
 
-    codec: Codec
-    codec_checksums: dict[str, str]
+    codec: FrozenCodec
     text: TextEncoder | None
     workspace: Workspace
     total: int
@@ -70,7 +103,7 @@ class _Encoding:
         start, parts = 0, []
         for number, (count, digest) in enumerate(zip(index.shard_counts, index.checksums, strict=True)):
             part = out / f"{number:05d}"
-            origin = {"shard": digest, "codec": self.codec_checksums, "text": self.text and self.text.config}
+            origin = {"shard": digest, **self.codec.origin, "text": self.text and self.text.config}
             if is_reusable(part, origin):
                 self.done.append(count)
             else:
@@ -111,7 +144,7 @@ def identify(samples: Sequence[Encoded]) -> Int[torch.Tensor, " sample"]:
 
 
 def encode_dataset(
-    dataset: Path, codec: Codec, codec_folder: Path, text: TextEncoder | None, out: Path, workspace: Workspace
+    dataset: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace
 ) -> None:
     """Encode the training and the held-out samples of a data set into `out/train` and `out/holdout`.
 
@@ -119,9 +152,11 @@ def encode_dataset(
     next attempt continues with the first shard that is not finished.
     """
     total = sum(read_index(dataset / name).count for name in ("train", "holdout"))
-    encoding = _begin(codec, codec_folder, text, workspace, total)
-    kib = _sample_bytes(codec, text) / 1024
-    log.info("encoding %d samples: at most %.1f KiB each, %.1f MiB in all", total, kib, total * kib / 1024)
+    encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total)
+    size = _sample_bytes(codec, text)
+    workspace.notify(
+        f"{total:,} samples, at most {size / 2**10:.2f} KiB of latents each, {total * size / 2**20:.1f} MiB in all"
+    )
     for name in ("train", "holdout"):
         for part in encoding.encode_shards(dataset / name, workspace.scratch / CACHE / "parts" / name):
             shutil.copytree(part, out / name / part.name, copy_function=_link)
@@ -197,14 +232,15 @@ def _prepare(
 ) -> None:
     """Encode the folders of shards, check those of latents, and join all in `out`."""
     shards = [path for path in folders if not has_latents(path)]
-    encoding = _begin(codec, codec_folder, text, workspace, sum(read_index(path).count for path in shards))
+    total, frozen = sum(read_index(path).count for path in shards), FrozenCodec.open(codec_folder, codec)
+    encoding = _Encoding(codec=frozen, text=text, workspace=workspace, total=total)
     parts = []
     for number, path in enumerate(folders):
         if path in shards:
             parts.append(encoding.encode_shards(path, workspace.scratch / CACHE / "parts" / str(number)))
             continue
         check_latents(path)
-        if read_record(path)["origin"].get("codec") != encoding.codec_checksums:
+        if read_record(path)["origin"].get("codec") != frozen.checksums:
             raise LatentError(f"{path} has latents of another codec than {codec_folder}; encode its images again")
         parts.append([path])
     if not sum(len(read_latents(part)) for group in parts for part in group):
@@ -218,14 +254,9 @@ def _prepare(
                 writer.add(replace(block, cluster_id=torch.full_like(block.cluster_id, cluster_id)))
 
 
-def _begin(codec: Codec, folder: Path, text: TextEncoder | None, workspace: Workspace, total: int) -> _Encoding:
-    checksums = {str(path.relative_to(folder)): checksum(path) for path in list_files(folder)}
-    return _Encoding(codec=codec, codec_checksums=checksums, text=text, workspace=workspace, total=total)
-
-
-def _sample_bytes(codec: Codec, text: TextEncoder | None) -> int:
+def _sample_bytes(codec: FrozenCodec, text: TextEncoder | None) -> int:
     """Return the most bytes that one sample takes: latents, class, cluster, hash, and a text of full length."""
-    latents = 4 * math.prod(codec.latent_shape) + 24
+    latents = codec.stored_type.itemsize * math.prod(codec.codec.latent_shape) + 24
     if text is None:
         return latents
     length, width, pooled_width = text.null_text.shape

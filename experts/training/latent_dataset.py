@@ -30,6 +30,7 @@ class LatentDataset:
     """Latents with the class and the cluster of each; may be memory-mapped files."""
 
     clean: Latents
+    """Of 16 or 32 bits."""
     class_id: Int[Tensor, " batch"]
     """-1 for samples without a class."""
     cluster_id: Int[Tensor, " batch"]
@@ -120,7 +121,7 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     if dataset.captions is not None:
         condition = condition.drop_one(torch.rand(len(batch_rows), generator=generator)[local_rows])
     return Batch(
-        clean=dataset.clean.index_select(0, rows),
+        clean=dataset.clean.index_select(0, rows).float(),
         noise=noise[local_rows],
         t=t[local_rows],
         condition=condition,

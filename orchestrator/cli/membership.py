@@ -139,7 +139,7 @@ def _train_new_head(base: BaseEnsemble, shards: Path, scratch: Path) -> Router:
             "a new head needs the data on which the router was trained (router.data=real); got "
             f"router.data={config.router.data}: train the router again"
         )
-    reference = cluster_folders(run.artifact(_find_stage(run, "partition")) / "clusters")
+    reference = cluster_folders(run.artifact(_find_stage(run, "partition")) / "latents")
     codec = run.artifact(_find_stage(run, "codec"))
     folders = (base.folder / "router", shards, reference, codec)
     try:

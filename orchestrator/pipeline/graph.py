@@ -65,7 +65,7 @@ class _GraphBuilder:
         self.codec = Input(stage=self._add("codec", self.config.codec, {"shards": self.shards}))
         data_inputs = {"dataset": Input(stage=dataset)}
         self.features = Input(stage=self._add("features", self.stage_configs.features, data_inputs))
-        latents = self._add("latents", self.config.text, data_inputs | {"codec": self.codec})
+        latents = self._add("latents", self.stage_configs.latents, data_inputs | {"codec": self.codec})
         self.text = {} if self.config.text.kind == "none" else {"text": Input(stage=latents, part="text")}
         partition_inputs = data_inputs | {"features": self.features, "latents": Input(stage=latents)}
         self.partition = Input(stage=self._add("partition", self.config.partition, partition_inputs))

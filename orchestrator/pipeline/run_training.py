@@ -7,12 +7,12 @@ from pathlib import Path
 from ddm_core.artifacts import Workspace
 from experts.baselines.cluster_conditioned import train_cluster_conditioned
 from experts.baselines.distilled_monolith import train_distilled_monolith
-from experts.codecs.registry import fit_codec, load_codec
+from experts.codecs.registry import fit_codec, load_codec, stored_type
 from experts.conditions.text_encoder import TextEncoder
-from experts.config import CodecConfig, ExpertConfig, TextConfig
+from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
 from experts.networks.pretrained_files import check_unchanged, init_files
-from experts.training.encode import encode_dataset
+from experts.training.encode import FrozenCodec, encode_dataset
 from experts.training.trainer import check_device
 from orchestrator.pipeline.flop_matching import flop_matched_config
 from orchestrator.pipeline.stage import FIRST_SAMPLES
@@ -20,6 +20,7 @@ from orchestrator.pipeline.stage_configs import (
     DistilledMonolithStageConfig,
     ExpertStageConfig,
     InitStageConfig,
+    LatentsStageConfig,
     MonolithStageConfig,
 )
 from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders, experts_by_id, with_init_checkpoint
@@ -34,11 +35,11 @@ def run_codec(config: CodecConfig, inputs: Inputs, out: Path, workspace: Workspa
     return fit_codec(config, inputs["shards"], out, workspace)
 
 
-def run_latents(config: TextConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+def run_latents(config: LatentsStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Encode all images, and their captions if the models read text."""
-    text = TextEncoder.from_config(config)
-    text = None if text is None else text.to(check_device(config.device))
-    encode_dataset(inputs["dataset"], load_codec(inputs["codec"]), inputs["codec"], text, out, workspace)
+    text, device = TextEncoder.from_config(config.text), check_device(config.device)
+    codec = FrozenCodec.open(inputs["codec"], load_codec(inputs["codec"]), device, stored_type(inputs["codec"]))
+    encode_dataset(inputs["dataset"], codec, text and text.to(device), out, workspace)
     return 0.0
 
 

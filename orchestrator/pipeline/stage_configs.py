@@ -16,10 +16,20 @@ from data_partition.config import DataConfig, PartitionConfig
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
-from experts.config import ExpertConfig, TrainingConfig
+from experts.config import ExpertConfig, TextConfig, TrainingConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from router.config import AUTO, RouterConfig, SelectionConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LatentsStageConfig:
+    """The encoding of images and captions."""
+
+    text: TextConfig = TextConfig()
+    """The encoder of the captions."""
+    device: str = "cpu"
+    """Torch device of both encoders."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -112,6 +122,7 @@ class StageConfigs:
 
     dataset: DataConfig
     """With captions, if the models read text."""
+    latents: LatentsStageConfig
     features: PartitionConfig
     evaluation: EvaluationConfig
     """Shared by the reference, the scores and the selection search."""
@@ -135,6 +146,7 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
     is_labelled = config.expert.training.condition_dropout < 1
     return StageConfigs(
         dataset=dataset_config(config),
+        latents=LatentsStageConfig(text=config.text, device=config.codec.device),
         features=_features_config(config.partition),
         evaluation=evaluation,
         experts=experts,

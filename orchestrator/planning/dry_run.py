@@ -28,7 +28,7 @@ from experts.networks.latent_shapes import IMAGE_COMPONENTS
 from experts.types import Images
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import STAGE_KINDS
-from orchestrator.pipeline.stage_configs import dataset_config
+from orchestrator.pipeline.stage_configs import LatentsStageConfig, dataset_config
 from orchestrator.planning.calibration import StageSpeed
 from orchestrator.planning.microbenchmarks import ZERO_DURATION, Duration, duration_per_unit, measure
 from orchestrator.planning.transfers import folder_bytes
@@ -112,7 +112,11 @@ def _run_pass(config: RunConfig, folder: Path, images: int) -> _Pass:
     stages: list[tuple[str, Any, Mapping[str, Path]]] = [
         ("dataset", data, {}),
         ("codec", _with_decoder_steps(config.codec, DECODER_STEPS[0]), {"shards": folders["dataset"] / "train"}),
-        ("latents", config.text, {name: folders[name] for name in ("dataset", "codec")}),
+        (
+            "latents",
+            LatentsStageConfig(text=config.text, device=config.codec.device),
+            {name: folders[name] for name in ("dataset", "codec")},
+        ),
         ("features", partition, {"dataset": folders["dataset"]}),
         ("partition", partition, {name: folders[name] for name in ("dataset", "features", "latents")}),
         ("reference", scores, {"dataset": folders["dataset"], "codec": folders["codec"]}),

@@ -113,7 +113,7 @@ def measure_distance(
 ) -> float:
     """Return the unbiased squared MMD of samples, or of drafts alone, to latents of the cluster with equal classes."""
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[: config.rows]
-    real, condition = dataset.clean[rows].flatten(1), dataset.condition(rows)
+    real, condition = dataset.clean[rows].flatten(1).float(), dataset.condition(rows)
     seeds = range(config.seed, config.seed + len(rows))
 
     def noise(occasion: int) -> Latents:

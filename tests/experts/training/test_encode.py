@@ -17,7 +17,7 @@ from experts.codec import PixelCodec
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TextConfig, TrainingConfig
 from experts.training import encode
-from experts.training.encode import TEXT, divide_latents, encode_dataset, encode_latents, read_class_names
+from experts.training.encode import TEXT, FrozenCodec, divide_latents, encode_dataset, encode_latents, read_class_names
 from experts.training.latent_dataset import LatentError, make_batch
 from experts.training.latent_folder import iter_blocks, read_latents
 from tests.text_encoders import save_tiny_encoder
@@ -67,6 +67,10 @@ def codec_folder(tmp_path):
 def text(tmp_path_factory):
     folder = save_tiny_encoder(tmp_path_factory.mktemp("encoder"), "transformers")
     return TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder), length=5))
+
+
+def frozen(codec_folder, stored_type=torch.float32):
+    return FrozenCodec.open(codec_folder, PixelCodec(image_shape=SHAPE), stored_type=stored_type)
 
 
 def contents(folder):
@@ -121,7 +125,7 @@ def test_blocks_are_all_samples_in_order(shards, workspace, monkeypatch):
 
 def encode_and_divide(dataset, codec_folder, text, folder, clusters):
     workspace = Workspace.at(folder / "work")
-    encode_dataset(dataset, PixelCodec(image_shape=SHAPE), codec_folder, text, folder / "latents", workspace)
+    encode_dataset(dataset, frozen(codec_folder), text, folder / "latents", workspace)
     divide_latents(folder / "latents" / "train", clusters, folder / "divided")
     return [folder / "divided" / str(k) for k in range(len(clusters))]
 
@@ -144,6 +148,17 @@ def test_every_cluster_gets_its_own_samples_and_captions(dataset, codec_folder, 
     assert joined.cluster_id.tolist() == [0] * 5 + [1] * 3
     batch = make_batch(joined, TrainingConfig(batch_size=8, condition_dropout=0), 0)
     assert Counter(batch.condition.text.is_null.tolist()) == {True: 2, False: 6}
+
+
+def test_latents_of_16_bits_are_trained_on_as_numbers_of_32(dataset, codec_folder, tmp_path, workspace):
+    encode_dataset(dataset, frozen(codec_folder, torch.float16), None, tmp_path / "latents", workspace)
+    divide_latents(tmp_path / "latents" / "train", [dataset / "train"], tmp_path / "divided")
+    latents = encode_latents([tmp_path / "divided" / "0"], PixelCodec(image_shape=SHAPE), codec_folder, workspace)
+    exact = encode_latents([dataset / "train"], PixelCodec(image_shape=SHAPE), codec_folder, workspace)
+    assert latents.clean.dtype == torch.float16 and torch.equal(latents.clean, exact.clean.half())
+    batch = make_batch(latents, TrainingConfig(batch_size=8), 0)
+    assert batch.clean.dtype == torch.float32
+    assert [notice.split(",")[0] for notice in workspace.notices] == ["25 samples"]
 
 
 @pytest.mark.parametrize(("numbers", "prefix"), [([5, 6], "x"), ([5, 99], "")])
@@ -181,7 +196,7 @@ def test_stopped_encoding_continues_with_the_next_shard(dataset, codec_folder, t
         encode, "identify_sample", lambda sample, known=encode.identify_sample: calls.append(sample) or known(sample)
     )
     workspace, out = Workspace.at(tmp_path / "work"), tmp_path / "latents"
-    arguments = (dataset, PixelCodec(image_shape=SHAPE), codec_folder, text, out)
+    arguments = (dataset, frozen(codec_folder), text, out)
     for number in range(3):
         stopping = iter([False] * (number + 1) + [True])
         stopped = Workspace(workspace.scratch, workspace.attempt, stopping=lambda stopping=stopping: next(stopping))
@@ -197,11 +212,11 @@ import sys
 from pathlib import Path
 from ddm_core.artifacts import Workspace
 from experts.codec import PixelCodec
-from experts.training.encode import encode_dataset
+from experts.training.encode import FrozenCodec, encode_dataset
 root = Path(sys.argv[1])
 print("begin", flush=True)
-codec = PixelCodec(image_shape=(4, 4, 1))
-encode_dataset(root / "dataset", codec, root / "codec", None, root / "latents", Workspace.at(root / "work"))
+codec = FrozenCodec.open(root / "codec", PixelCodec(image_shape=(4, 4, 1)))
+encode_dataset(root / "dataset", codec, None, root / "latents", Workspace.at(root / "work"))
 """
 
 
