@@ -17,7 +17,7 @@ MAX_FEATURES = 8192
 class DataConfig:
     """The source of the images, their size, and the held-out share."""
 
-    source: Literal["fashion", "emoji", "fashion_full", "digits", "image_folder", "webdataset"] = "fashion"
+    source: Literal["fashion", "emoji", "fashion_full", "digits", "image_folder", "webdataset", "parquet"] = "fashion"
     """Origin of the images; `data_partition/datasets/sources.py` has one function for each."""
 
     path: str | None = None
@@ -40,10 +40,10 @@ class DataConfig:
     """Whether captions are read and stored; samples without one are counted.
     `emoji` and `fashion` have their own.
     `image_folder`: `x.txt` or `x.caption` beside `x.png`, or `metadata.jsonl|csv|parquet` with a column `file_name`.
-    `webdataset`: `.txt`, or a field of `.json`."""
+    `webdataset`: `.txt`, or a field of `.json`. `parquet`: a column."""
 
     caption_key: str | None = None
-    """Field of a table or of `.json` that holds the caption; None: `caption`, else `text`."""
+    """Column of a table or field of `.json` that holds the caption; None: `caption`, else `text`."""
 
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of samples held out from training as the reference for scores, chosen by a hash of their keys.
@@ -81,7 +81,7 @@ class DataConfig:
     @model_validator(mode="after")
     def _has_a_path(self) -> "DataConfig":
         """Check that a source outside the package has a path."""
-        if self.path is None and self.source in ("image_folder", "webdataset"):
+        if self.path is None and self.source in ("image_folder", "webdataset", "parquet"):
             raise ValueError(f"source {self.source} needs data.path=…, the folder or URL with the images")
         return self
 

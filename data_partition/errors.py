@@ -6,7 +6,7 @@ DataError
 ├── AccessDenied        a server or a disk refuses: an expired URL, missing credentials
 ├── DownloadFailed      a file could not be downloaded, or has another checksum
 ├── SourceUnreachable   a network or a disk failed; a retry may help
-├── ShardError          a tar is missing, truncated, corrupt, hostile or ambiguous
+├── ShardError          a tar or a Parquet file is missing, truncated, corrupt, hostile or ambiguous
 ├── UnprintableName     a class name with control characters
 ├── UnreadableImage     one image; counted, named and skipped up to a limit
 │   └── TooManyUnreadable   the limit is exceeded

@@ -15,6 +15,8 @@ from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import Preempted, Workspace, write_json
 from ddm_core.name_lists import join_names
 
+NO_CAPTION = "no caption, so the null text"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSummary:
@@ -75,7 +77,7 @@ class _Build:
         if writer is self.train:
             self.classes.counts[label] = self.classes.counts.get(label, 0) + 1
         self.num_captions += bool(sample.caption)
-        self.notices.remark(sample, () if sample.caption or not self.config.captions else ("no caption",))
+        self.notices.remark(sample, () if sample.caption or not self.config.captions else (NO_CAPTION,))
         self.smallest_share = min(self.smallest_share, holdout_share(sample.key))
         done = self.train.count + self.holdout.count
         self.workspace.report_progress(done, None, unit="images")

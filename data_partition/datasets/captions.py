@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from data_partition.errors import InvalidCaptions, MissingExtra
 from data_partition.shards.untrusted import is_printable
@@ -92,7 +93,8 @@ def read_table(folder: Path, key: str | None) -> dict[str, str]:
 
 def _read_rows(table: Path) -> Iterator[Mapping[str, object]]:
     if table.suffix == ".parquet":
-        yield from _read_parquet(table)
+        for batch in open_parquet(table).iter_batches():
+            yield from batch.to_pylist()
         return
     with table.open(encoding="utf-8", newline="") as file:
         yield from _read_json_lines(file) if table.suffix == ".jsonl" else csv.DictReader(file)
@@ -107,10 +109,10 @@ def _read_json_lines(lines: Iterable[str]) -> Iterator[Mapping[str, object]]:
             yield row
 
 
-def _read_parquet(table: Path) -> Iterator[Mapping[str, object]]:
+def open_parquet(table: Path) -> Any:
+    """Open a Parquet file; raises `MissingExtra` without pyarrow, and its `ValueError` or `OSError` for a bad file."""
     try:
         from pyarrow import parquet  # noqa: PLC0415 - a large library that only this format needs
     except ImportError as error:
-        raise MissingExtra(f"{table} needs pyarrow; pip install pyarrow, or write metadata.jsonl") from error
-    for batch in parquet.ParquetFile(table).iter_batches():
-        yield from batch.to_pylist()
+        raise MissingExtra(f"{table} needs pyarrow; pip install pyarrow") from error
+    return parquet.ParquetFile(table)

@@ -13,6 +13,7 @@ from data_partition.config import DataConfig
 from data_partition.datasets.fashion_mnist import CLASS_NAMES, HELD_OUT_ROWS, find_fashion, read_split
 from data_partition.datasets.image_folder import check_root, list_class_names, read_image_tree
 from data_partition.datasets.packaged import EMOJI_CATEGORIES, read_emoji, read_packaged_fashion
+from data_partition.datasets.parquet_source import read_class_list, read_parquet
 from data_partition.datasets.source import Source
 from data_partition.datasets.webdataset_source import read_urls
 from data_partition.shards.shards import Sample
@@ -65,6 +66,12 @@ def webdataset(config: DataConfig) -> Source:
     return Source(class_names=(), train=lambda: read_urls(config.path, config))
 
 
+def parquet(config: DataConfig) -> Source:
+    """Return the source of a Parquet file, or of all those in a folder, such as a saved Hugging Face data set."""
+    class_names = read_class_list(config.path) if config.labels else ()
+    return Source(class_names=class_names, train=lambda: read_parquet(config.path, config))
+
+
 def _digits() -> Iterator[Sample]:
     file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     rows = np.loadtxt(str(file), delimiter=",")  # `load_digits` reads the same, after seconds of imports
@@ -80,4 +87,5 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "digits": digits,
     "image_folder": image_folder,
     "webdataset": webdataset,
+    "parquet": parquet,
 }

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from data_partition.config import DataConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS, find_fashion
 from data_partition.datasets.image_folder import check_root, iter_image_files, list_class_names, make_key
+from data_partition.datasets.parquet_source import list_rows
 from data_partition.datasets.source import is_held_out
 from data_partition.datasets.webdataset_source import IMAGE_EXTENSIONS, list_urls, make_tar_key
 from data_partition.errors import NoSamples, SourceMissing
@@ -117,6 +118,10 @@ def _list_tar(number: int, url: str) -> Iterator[Listed]:
         extensions.add(extension.lower())
 
 
+def _list_parquet(config: DataConfig) -> tuple[tuple[str, ...], Iterator[Listed]]:
+    return (), iter(list_rows(config.path))
+
+
 def _describe_others(root: Path) -> str:
     """Return what a folder holds instead of images."""
     files = (name for _, _, names in os.walk(root) for name in names)
@@ -133,5 +138,6 @@ LISTINGS = {
     "digits": lambda config: ((), ((f"digits-{row:04d}", None) for row in range(1_797))),
     "image_folder": _list_image_folder,
     "webdataset": _list_webdataset,
+    "parquet": _list_parquet,
 }
 """Classes and samples of each source, in the order of `SOURCES`."""

@@ -11,6 +11,7 @@ from data_partition.clustering.kmeans import choose_num_fine, choose_training_ro
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS
 from data_partition.datasets.image_folder import check_root, iter_image_files
+from data_partition.datasets.parquet_source import list_rows
 from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
 from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.sid import sid_flops
@@ -89,6 +90,7 @@ SOURCE_COUNTS: dict[str, Callable[[DataConfig], int | None]] = {
     "digits": lambda config: 1797,
     "image_folder": lambda config: _count_files(check_root(config.path)),
     "webdataset": lambda config: None,
+    "parquet": lambda config: sum(1 for _ in list_rows(config.path)),
 }
 """Images of each source before any is held out."""
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_partition.config import DataConfig
-from data_partition.datasets.build import build_dataset
+from data_partition.datasets.build import NO_CAPTION, build_dataset
 from data_partition.datasets.source import is_held_out
 from data_partition.errors import (
     InvalidCaptions,
@@ -202,7 +202,7 @@ def test_captions_are_stored_and_missing_ones_counted(tmp_path: Path, workspace:
     for number in range(0, 40, 2):
         (tmp_path / "in" / "a" / f"{number}.txt").write_text(f" picture\n{number} ", encoding="utf-8")
     summary = build_dataset(config, tmp_path / "out", workspace)
-    assert summary.remarks == {"no caption": 20} and summary.skipped == ()
+    assert summary.remarks == {NO_CAPTION: 20} and summary.skipped == ()
     for batch in read_batches(tmp_path / "out" / "train", 7):
         for key, caption in zip(batch.keys, batch.captions, strict=True):
             number = int(key.split("/")[1].split("%")[0])
