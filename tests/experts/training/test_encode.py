@@ -174,7 +174,7 @@ def test_changed_sample_of_the_same_name_is_paired_with_nothing(dataset, codec_f
 
 def test_classes_may_be_left_to_scores(dataset, codec_folder, text, tmp_path, workspace):
     captions_only = replace(text, config=replace(text.config, classes=False))
-    encode_dataset(dataset, PixelCodec(image_shape=SHAPE), codec_folder, captions_only, tmp_path / "out", workspace)
+    encode_dataset(dataset, frozen(codec_folder), captions_only, tmp_path / "out", workspace)
     part = tmp_path / "out" / "train" / "00000"
     assert (read_latents(part).class_id == -1).all()
     assert read_class_names(part) == ()
