@@ -35,6 +35,11 @@ def test_shipped_configurations_pass(tmp_path, overrides):
     check(tmp_path, *overrides)
 
 
+def test_scores_may_ask_for_captions_without_classes(tmp_path):
+    data = empty_images(tmp_path / "data", a=300, b=300)
+    check(tmp_path / "run", *data, "data.labels=false", "text=minilm", "scores.conditional=true")
+
+
 @settings(max_examples=8, deadline=None)
 @example(
     counts=(0, 35), experts=1, expert="residual_mlp", components=2, holdout=0.0625, codec="pca", patch_size=1
