@@ -73,7 +73,7 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-scale chaos
+.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-scale bench-codecs bench-real-models chaos
 bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
@@ -102,6 +102,10 @@ bench-score-laws: install ## Damage real images in steps, and see which scores g
 
 bench-codecs: install ## Compare the codecs at equal numbers and CPU time (ten CPU minutes; EMOJI=archives: also at 64 pixels)
 	$(BIN)/python -m benchmarks.codecs --emoji $(EMOJI)
+	$(BIN)/python -m benchmarks.page
+
+bench-real-models: install ## Train the demo and the emoji with three seeds, and see what their captions do (two core-hours)
+	$(BIN)/python -m benchmarks.real_models
 	$(BIN)/python -m benchmarks.page
 
 bench-scale: install ## Measure the controller with up to 10,000 stages, and simulate 1,000 islands

@@ -1,0 +1,166 @@
+"""Text to image through the ensemble (`make bench-real-models`): demo and emoji, beside a FLOP-matched monolith.
+
+Both experiments run with every seed, or go on where an earlier call stopped. The claims read their scores: what samples
+of held-out captions show, by probes of real pictures, and how much the caption says about the expert.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.record import Claim, Listing, median_and_range, write_result
+from ddm_core.artifacts import read_json, to_json
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import parse_config
+from orchestrator.controller import run_pipeline
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.reporting.results import load_score_rows
+from orchestrator.run.run_folder import RunFolder
+
+EXPERIMENTS = ("demo", "emoji")
+OURS, MONOLITH = "sticky", "monolith"
+
+Scores = dict[str, dict[str, Any]]
+"""The scores of a run by model."""
+
+
+def main() -> None:
+    """Run what is missing, write docs/benchmarks/real_models.json and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/real_models"), help="of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    runs = {name: [run_experiment(name, seed, arguments.folder) for seed in arguments.seeds] for name in EXPERIMENTS}
+    scores = {name: [load_scores(run) for run in folders] for name, folders in runs.items()}
+    quality = [read_quality(run) for run in runs["emoji"]]
+    claims = [*demo_claims(scores["demo"]), *emoji_claims(scores["emoji"]), *prior_claims(quality)]
+    listings = [list_scores(name, scores[name]) for name in EXPERIMENTS]
+    notes = [f"Seeds of the runs: {', '.join(map(str, arguments.seeds))}. Sticky selection, the default guidance."]
+    print(to_json(write_result("real_models", time.monotonic() - started, claims, listings, notes)))
+
+
+def run_experiment(name: str, seed: int, root: Path) -> RunFolder:
+    """Run an experiment with the monolith in a folder of its own, or continue it."""
+    folder = root / f"{name}-{seed}"
+    overrides = [f"experiment={name}", f"folder={folder}", f"seed={seed}", "monolith=true", "wandb.mode=disabled"]
+    run_pipeline(parse_config(compose(overrides)), Console(stderr=True))
+    return RunFolder(folder)
+
+
+def load_scores(run: RunFolder) -> Scores:
+    """Return the scores of every model of a run."""
+    return {row.name: row.scores for row in load_score_rows(run, build_graph(run.load_config()))}
+
+
+def read_quality(run: RunFolder) -> dict[str, Any]:
+    """Return what the router's training measured."""
+    router = next(stage for stage in build_graph(run.load_config()) if stage.kind == "router")
+    return dict(read_json(run.artifact(router) / "quality.json"))
+
+
+def demo_claims(runs: Sequence[Scores]) -> list[Claim]:
+    """Return what the captions of the demo demand."""
+    kinds = [run[OURS]["text"]["class_accuracy"] for run in runs]
+    tones = [run[OURS]["text"]["attributes"]["tone"]["samples"] for run in runs]
+    new_kinds = [run[OURS]["text"]["class_accuracy_new"] / kind for run, kind in zip(runs, kinds, strict=True)]
+    new_tones = [run[OURS]["text"]["attributes"]["tone"]["new"] / tone for run, tone in zip(runs, tones, strict=True)]
+    return [
+        at_least("demo: the kind of the caption is right", 0.85, kinds),
+        at_least("demo: the tone of the caption is right", 0.9, tones),
+        at_least("demo: the kind on combinations never trained on, as a share of all", 0.8, new_kinds),
+        at_least("demo: the tone on combinations never trained on, as a share of all", 0.8, new_tones),
+        at_most("demo: Fréchet distance of the ensemble by the monolith's", 1.0, relative(runs, frechet_distance)),
+    ]
+
+
+def emoji_claims(runs: Sequence[Scores]) -> list[Claim]:
+    """Return what the held-out captions of the emoji demand."""
+    recalls = [run[OURS]["text"]["recall"] / run[OURS]["text"]["recall_chance"] for run in runs]
+    return [
+        at_least("emoji: the category of the caption is right", 0.28, [category(run[OURS]) for run in runs]),
+        at_least("emoji: the category, by the monolith's", 0.9, relative(runs, category)),
+        at_least("emoji: recall of the caption at 20, by chance", 2.2, recalls),
+        at_least("emoji: recall, by the monolith's", 0.9, relative(runs, recall)),
+        at_most("emoji: kernel distance by the monolith's", 1.0, relative(runs, kernel_distance)),
+    ]
+
+
+def prior_claims(qualities: Sequence[dict[str, Any]]) -> list[Claim]:
+    """Return what a caption says about the expert."""
+    gains = [quality["prior_entropy_null"] - quality["prior_entropy"] for quality in qualities]
+    return [at_least("emoji: nats that p(k given text) is below the entropy of p(k)", 0.3, gains)]
+
+
+def frechet_distance(scores: dict[str, Any]) -> float:
+    """Return the Fréchet distance in the features that rank."""
+    return float(scores["spaces"]["efficientnet_lite0"]["fd"])
+
+
+def kernel_distance(scores: dict[str, Any]) -> float:
+    """Return the kernel distance in the features that rank."""
+    return float(scores["spaces"]["efficientnet_lite0"]["kid"])
+
+
+def category(scores: dict[str, Any]) -> float:
+    """Return the share of samples of the class of their caption."""
+    return float(scores["text"]["class_accuracy"])
+
+
+def recall(scores: dict[str, Any]) -> float:
+    """Return the share of samples whose caption is found."""
+    return float(scores["text"]["recall"])
+
+
+def relative(runs: Sequence[Scores], score: Callable[[dict[str, Any]], float]) -> list[float]:
+    """Return a score of the ensemble by that of the monolith, for every run."""
+    return [score(run[OURS]) / score(run[MONOLITH]) for run in runs]
+
+
+def at_least(name: str, bar: float, values: Sequence[float]) -> Claim:
+    """Return the claim that the mean of the values reaches the bar."""
+    return Claim(name=name, bar=f"≥ {bar:g}", **_measured(values), holds=fmean(values) >= bar)
+
+
+def at_most(name: str, bar: float, values: Sequence[float]) -> Claim:
+    """Return the claim that the mean of the values does not exceed the bar."""
+    return Claim(name=name, bar=f"≤ {bar:g}", **_measured(values), holds=fmean(values) <= bar)
+
+
+def _measured(values: Sequence[float]) -> dict[str, str]:
+    return {"value": f"{fmean(values):.3f}", "spread": median_and_range(values)[1]}
+
+
+def list_scores(name: str, runs: Sequence[Scores]) -> Listing:
+    """Return the mean scores of every model of an experiment, and of real pictures."""
+    rows = []
+    for model in runs[0]:
+        values = [
+            fmean(score(run[model]) for run in runs) for score in (frechet_distance, kernel_distance, recall, category)
+        ]
+        copies = fmean(run[model]["copies"]["share"] for run in runs)
+        rows.append((model, f"{values[0]:.1f}", f"{values[1]:.3f}", *(f"{v:.3f}" for v in values[2:]), f"{copies:.3f}"))
+    real = [run[OURS] for run in runs]
+    space = [scores["spaces"]["efficientnet_lite0"]["floor"] for scores in real]
+    text = [scores["text"] for scores in real]
+    rows.append(
+        (
+            "real pictures",
+            f"{fmean(floor['fd'] for floor in space):.1f}",
+            f"{fmean(floor['kid'] for floor in space):.3f}",
+            f"{fmean(scores['recall_real'] for scores in text):.3f}",
+            f"{fmean(scores['class_accuracy_real'] for scores in text):.3f}",
+            "",
+        )
+    )
+    columns = ("model", "Fréchet distance", "kernel distance", "caption found", "class right", "near copies")
+    return Listing(title=f"{name}: samples of held-out captions", columns=columns, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
