@@ -22,6 +22,12 @@ class TextEmbedding:
     """Rows of the null text; their other values are 0, and `fill_null` replaces them."""
 
     @classmethod
+    def zeros(cls, length: int, width: int, pooled_width: int) -> "TextEmbedding":
+        """Return one null row of zeros, all of it tokens, in place of an encoded "" where only shapes matter."""
+        ones = torch.ones(1, length, dtype=torch.bool)
+        return cls(torch.zeros(1, length, width), ones, torch.zeros(1, pooled_width), ones[:, 0])
+
+    @classmethod
     def all_null(cls, batch: int, like: "TextEmbedding") -> "TextEmbedding":
         """Return `batch` null rows with the shapes, types and device of `like`."""
         return cls(

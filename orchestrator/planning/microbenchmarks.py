@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import STRICT, Workspace
 from experts.conditions.condition import Condition
+from experts.conditions.text_embedding import TextEmbedding
 from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.expert import Expert, network_flops
@@ -88,6 +89,8 @@ class NetworkProbe:
     """Shape of one latent."""
     num_classes: Annotated[int, Field(ge=0)]
     """0 is unconditional."""
+    text_shape: tuple[int, int, int] | None = None
+    """Tokens, features of a token, features of the pooled vector; None is no text."""
     cpus: dict[str, int]
     """Threads of an `expert`, the `router`, the `monolith` and a `score`."""
     sampling_rows: Annotated[int, Field(ge=1)]
@@ -114,9 +117,10 @@ Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 def build_networks(probe: NetworkProbe) -> Networks:
     """Build the networks on the CPU; raises `NetworkError` if they do not fit the latents."""
     shape = probe.latent_shape
-    expert = build_network(probe.expert.network, shape, probe.num_classes)
+    null_text = None if probe.text_shape is None else TextEmbedding.zeros(*probe.text_shape)
+    expert = build_network(probe.expert.network, shape, probe.num_classes, null_text)
     router = Router(
-        model=build_router(probe.router, shape, probe.num_experts, probe.num_classes),
+        model=build_router(probe.router, shape, probe.num_experts, probe.num_classes, null_text),
         noise_schedule=NOISE_SCHEDULES[probe.router.noise_schedule],
         prior_counts=torch.ones(probe.num_classes + 1, probe.num_experts),
     )

@@ -18,13 +18,15 @@ from typing import Any
 from data_partition.config import MAX_FEATURES
 from data_partition.datasets.survey import Survey, survey_source
 from data_partition.errors import EFFICIENTNET_REMEDY, DataError
-from ddm_core.artifacts import read_json
+from ddm_core.artifacts import ArtifactError, read_json
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
+from experts.conditions.text_files import TextError, read_text_shape
 from experts.errors import CodecError
 from experts.networks.class_settings import NetworkError
 from experts.networks.latent_shapes import (
     IMAGE_COMPONENTS,
+    check_condition,
     check_latent_shape,
     count_pca_values,
     latent_shape_of,
@@ -54,7 +56,7 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
     A finished data set is taken from the run, so its source may be gone; a finished ensemble is not checked again.
     """
     check_folder(run.root)
-    mistakes = list(check_machine(config))
+    mistakes = [*check_machine(config), *check_text(config)]
     mend, survey = "", None
     stages = {stage.name: stage for stage in build_graph(config)}
     if not run.is_finished(stages["ensemble"]):
@@ -104,6 +106,24 @@ def check_machine(config: RunConfig) -> Iterator[str]:
         for key, device in (devices | {"ensemble": config.ensemble.device}).items():
             if device.startswith("cuda") and version("torch").endswith("+cpu"):
                 yield f"{key}.device={device} needs torch with CUDA, and {version('torch')} is installed; set it to cpu"
+
+
+def check_text(config: RunConfig) -> Iterator[str]:
+    """Yield why experts cannot read the text, or the classes, of a configuration."""
+    try:
+        text_shape = read_text_shape(config.text)
+    except (TextError, ArtifactError) as error:
+        yield str(error)
+        return
+    has_classes = config.data.labels and (text_shape is None or config.text.classes)
+    mistakes = []
+    for expert in (config.expert, *config.experts.values()):
+        try:
+            if expert.init is None:
+                check_condition(expert.network, int(has_classes), text_shape)
+        except NetworkError as error:
+            mistakes.append(str(error))
+    yield from dict.fromkeys(mistakes)
 
 
 def _check_resources(compute: ComputeConfig) -> Iterator[str]:

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from experts.conditions.text_files import read_text_shape
+from experts.config import TextConfig
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.errors import ConfigError
 from orchestrator.planning.checks.check import check_run
 from orchestrator.run.run_folder import RunFolder
+from tests.text_encoders import save_tiny_encoder
 
 
 def check(folder: Path, *overrides: str) -> None:
@@ -120,3 +123,27 @@ def test_check_imports_neither_torch_nor_ray():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("text=minilm", "expert=unet"), "reads classes and no text; choose another network, or set text=none"),
+        (("text=t5", "text.path={folder}"), "it has no config.json"),
+        (("text=t5", "text.path={folder}/encoder"), "has no tokenizer"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused(tmp_path, overrides, message):
+    encoder = save_tiny_encoder(tmp_path / "encoder", "t5")
+    for path in encoder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path / "run", *(override.format(folder=tmp_path) for override in overrides))
+
+
+def test_text_of_a_known_shape_passes(tmp_path):
+    save_tiny_encoder(tmp_path / "encoder", "clip")
+    check(tmp_path / "run", "text=clip", f"text.path={tmp_path / 'encoder'}", "text.length=9")
+    assert read_text_shape(TextConfig(kind="clip", path=str(tmp_path / "encoder"), length=9)) == (9, 8, 8)
+    assert read_text_shape(TextConfig(kind="minilm")) == (16, 384, 384)
+    assert read_text_shape(TextConfig(kind="t5", path="google/t5-v1_1-xxl", length=120)) == (120, 4096, 4096)
