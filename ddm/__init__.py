@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ensemble.config import SamplingConfig
     from ensemble.ensemble import Ensemble, EnsembleError
     from ensemble.pipelines.call import PipelineOutput
+    from ensemble.pipelines.paris import import_paris
     from experts.conditions.condition import Condition
     from experts.config import CodecConfig, ExpertConfig, TrainingConfig
     from experts.diffusion.noise_schedule import NoiseSchedule
@@ -57,6 +58,7 @@ _MODULES = {
     "TrainingConfig": "experts.config",
     "compress": "ddm.commands",
     "evaluate": "ddm.commands",
+    "import_paris": "ensemble.pipelines.paris",
     "load_config": "ddm.commands",
     "plan": "ddm.commands",
     "run": "ddm.commands",
@@ -92,6 +94,7 @@ __all__ = [
     "TrainingConfig",
     "compress",
     "evaluate",
+    "import_paris",
     "load_config",
     "plan",
     "run",

@@ -35,6 +35,7 @@ class DDMPipeline(EnsembleDiffusionPipeline):
         device_map: str | torch.device | None = None,
         max_memory: int | str | None = None,
         scheduler: Any = None,
+        text_encoder: Any = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> Self:
@@ -42,8 +43,9 @@ class DDMPipeline(EnsembleDiffusionPipeline):
 
         `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. `max_memory` is a
         number of bytes, or text such as `"4GB"`: experts that do not fit into it together are loaded when they are
-        called. Files of a run are compared with their checksums first. Raises `PipelineError`, an `ArtifactError` or
-        `RunFolderError` for what cannot be loaded; nothing in a folder is executed.
+        called. `text_encoder` has `encode(captions)`; the default is that of the training. Files of a run
+        are compared with their checksums first. Raises `PipelineError`, an `ArtifactError` or `RunFolderError` for what
+        cannot be loaded; nothing in a folder is executed.
         """
         path, sampling, run = Path(name).expanduser(), SamplingConfig(), None
         if (path / "config.yaml").is_file():
@@ -58,6 +60,7 @@ class DDMPipeline(EnsembleDiffusionPipeline):
             device_map=device_map,
             max_memory=max_memory,
             scheduler=scheduler,
+            text_encoder=text_encoder,
             revision=revision,
             token=token,
         )

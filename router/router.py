@@ -15,13 +15,14 @@ from experts.networks.model_io import load_model, save_model
 from router.calibration.temperature import Temperatures, apply_temperature, unit_temperatures
 from router.calibration.text_prior import TextPrior
 from router.calibration.time_bins import BINS
-from router.models.registry import READS_TEXT, ROUTERS, call_router
+from router.models.registry import IMPORTED_ROUTERS, READS_TEXT, ROUTERS, call_router
 
 Latents = Float[Tensor, "batch *latent"]
 Times = Float[Tensor, " batch"]
 Logits = Float[Tensor, "batch expert"]
 
 SETTINGS, TEXT_PRIOR = "router.json", "text_prior.safetensors"
+NETWORKS = {str(name): network for name, network in ROUTERS.items()} | IMPORTED_ROUTERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class Router:
 
     def save(self, folder: Path) -> None:
         """Write the network in diffusers' format, and `router.json`."""
-        kind = next(name for name, network in ROUTERS.items() if isinstance(self.model, network))
+        kind = next(name for name, network in NETWORKS.items() if isinstance(self.model, network))
         save_model(self.model, folder)
         if self.text_prior is not None:
             self.text_prior.save(folder / TEXT_PRIOR)
@@ -103,7 +104,7 @@ class Router:
         """Read what `save` wrote; raises an `ArtifactError` if a file is missing, broken or of another version."""
         settings = read_json(folder / SETTINGS)
         try:
-            network, noise_schedule = ROUTERS[settings["kind"]], NOISE_SCHEDULES[settings["noise_schedule"]]
+            network, noise_schedule = NETWORKS[settings["kind"]], NOISE_SCHEDULES[settings["noise_schedule"]]
             counts = torch.tensor(settings["prior_counts"], dtype=torch.float64)
             if counts.ndim != 2:
                 raise ValueError(f"prior_counts of shape {tuple(counts.shape)}")

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from ddm_core.artifacts import atomic_folder
 from ensemble.pipeline import EnsemblePipeline, PipelineError
 from ensemble.pipelines.components import expert_name, owner_of
+from ensemble.pipelines.export import export_pipeline
 from ensemble.pipelines.hub import MINIMAL_CARD, local_folder, upload
 from ensemble.pipelines.paging import choose_loader
 from ensemble.pipelines.schedulers import load_scheduler
@@ -51,6 +52,7 @@ class FolderMethods:
         device_map: str | torch.device | None = None,
         max_memory: int | str | None = None,
         scheduler: Any = None,
+        text_encoder: Any = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> Any:
@@ -58,13 +60,14 @@ class FolderMethods:
 
         `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. `max_memory` is a
         number of bytes, or text such as `"4GB"`: experts that do not fit into it together are loaded when they are
-        called. Raises `PipelineError` or an `ArtifactError` for a folder that cannot be loaded.
+        called. `text_encoder` has `encode(captions)`; the default is that of the training. Raises `PipelineError` or
+        an `ArtifactError` for a folder that cannot be loaded.
         """
         path = local_folder(str(name), revision, token)
         check_files(path)
         load = None if max_memory is None else choose_loader(path, max_memory, dtype)
         loaded = EnsemblePipeline.from_pretrained(path, load)
-        pipeline = cls.from_ensemble(loaded, scheduler or load_scheduler(path / "scheduler"))
+        pipeline = cls.from_ensemble(loaded, scheduler or load_scheduler(path / "scheduler"), text_encoder)
         if dtype is not None:
             pipeline.to(dtype)
         return pipeline if device_map is None else pipeline.to(device_map)
@@ -82,6 +85,14 @@ class FolderMethods:
         with atomic_folder(Path(folder).expanduser()) as temporary:
             self.to_ensemble_pipeline().save_pretrained(temporary)
             pipeline.scheduler.save_pretrained(temporary / "scheduler")
+
+    def export_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the folder with a generated `pipeline.py`, for readers who have diffusers and not this package.
+
+        They load it with `trust_remote_code=True`; each image is sampled by one expert. Raises `PipelineError` for what
+        diffusers lacks: networks or codecs of ours, few-step experts, other schedulers than flow matching's Euler.
+        """
+        export_pipeline(self, folder)
 
     def push_to_hub(
         self,

@@ -21,6 +21,7 @@ from experts.conditions.null_text import get_null_text, set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from router.config import RouterConfig, RouterKind
 from router.models.density_ratio import DensityRatioRouter
+from router.models.dit import DiTRouter
 from router.models.mlp import Latents, Logits, MLPRouter, Times
 from router.models.nearest_centroid import NearestCentroidRouter
 from router.models.prior_table import PriorTableRouter
@@ -33,6 +34,9 @@ ROUTERS: Final[dict[RouterKind, type[nn.Module]]] = {
     "nearest_centroid": NearestCentroidRouter,
     "density_ratio": DensityRatioRouter,
 }
+
+IMPORTED_ROUTERS: Final[dict[str, type[nn.Module]]] = {"paris": DiTRouter}
+"""Networks of published ensembles, which are loaded and saved, and not trained here."""
 
 Builder = Callable[[RouterConfig, list[int], int, int, int], nn.Module]
 """(config, latent shape, experts, classes, features of the pooled text or 0) -> an untrained network."""
