@@ -145,9 +145,11 @@ def set_scale(codec: AutoencoderCodec, shards: Path) -> None:
     model.register_to_config(**settings)
 
 
-def probe_autoencoder(config: CodecConfig, image_shape: tuple[int, int, int]) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """Return a new autoencoder and its call on one image, which encodes and decodes."""
+def probe_autoencoder(
+    config: CodecConfig, image_shape: tuple[int, int, int], rows: int = 1
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return a new autoencoder and its call on one image or several, which encodes and decodes."""
     height, width, channels = image_shape
     model: Any = build_autoencoder(config, channels)
-    image = torch.zeros(1, channels, height, width)
+    image = torch.zeros(rows, channels, height, width)
     return model, lambda: model.decode(raw_latents(model, image), return_dict=False)[0]

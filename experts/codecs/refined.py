@@ -91,11 +91,13 @@ def fit_refined_codec(config: CodecConfig, shards: Path, out: Path, workspace: W
     )
 
 
-def probe_decoder(config: CodecConfig, image_shape: tuple[int, int, int]) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """Return a new decoder and its call on one row."""
+def probe_decoder(
+    config: CodecConfig, image_shape: tuple[int, int, int], rows: int = 1
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return a new decoder and its call on one row or several."""
     decoder, (height, width, channels) = _build_decoder(config, image_shape), image_shape
     shape = (decoder.config.components,) if decoder.config.components else (channels, height, width)
-    return decoder, partial(decoder, torch.zeros(1, *shape))
+    return decoder, partial(decoder, torch.zeros(rows, *shape))
 
 
 def load_refined_codec(folder: Path, metadata: dict[str, Any]) -> RefinedCodec:

@@ -35,8 +35,8 @@ class CodecKind:
     """Maps (config, shards, out, workspace) to the counted FLOPs, and writes the codec to `out`."""
     load: Callable[[Path, dict[str, Any]], Codec]
     """Maps (folder, content of `codec.json`) to the codec."""
-    probe: Callable[[CodecConfig, tuple[int, int, int]], tuple[nn.Module, Callable[[], Tensor]]] | None = None
-    """Maps (config, image shape) to a new network of the kind that the fit trains, and its call on one row."""
+    probe: Callable[..., tuple[nn.Module, Callable[[], Tensor]]] | None = None
+    """Maps (config, image shape, rows=1) to a new network of the kind that the fit trains, and its call on them."""
     stored_type: torch.dtype = torch.float32
     """Type of latents on the disk. An autoencoder loses more than the rounding to 16 bits does."""
 

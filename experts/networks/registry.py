@@ -106,15 +106,18 @@ def load_network(folder: Path) -> nn.Module:
     return set_null_text(_without_label_dropout(load_model((model_class,), folder)), load_null_text(folder))
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass, in place; raise `NetworkError` for a class that cannot."""
+def enable_gradient_checkpointing(model: nn.Module, function: Callable[..., Any] | None = None) -> None:
+    """Compute activations again in the backward pass, in place; raise `NetworkError` for a class that cannot.
+
+    `function` is called with (block, inputs …) in place of torch's checkpointing.
+    """
     name = type(model).__name__
     if fault := ADAPTERS[name].checkpointing_fault:
         raise NetworkError(
             f"{name} has no gradient checkpointing here: {fault}; set training.gradient_checkpointing=false"
         )
     checkpointed: Any = model
-    checkpointed.enable_gradient_checkpointing()
+    checkpointed.enable_gradient_checkpointing(function)
 
 
 def _without_label_dropout(model: nn.Module) -> nn.Module:

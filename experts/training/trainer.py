@@ -73,6 +73,7 @@ def fit(
                 log.write(_finish_row(state))
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
                 _save(checkpoints, state, group)
+    state.optimizer.state.clear()  # the copy of the parameters takes the place of their moments
     averaged = deepcopy(model)
     state.average.copy_to(averaged)
     return TrainingResult(model=averaged.to("cpu").eval(), rows=state.rows)

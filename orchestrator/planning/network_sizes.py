@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 from experts.codecs.registry import CODECS
 from experts.conditions.condition import Condition
-from experts.config import ExpertConfig, TrainingConfig
+from experts.conditions.text_embedding import TextEmbedding
+from experts.config import ExpertConfig
+from experts.networks.adapters.adapter import DataShape
+from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.latent_shapes import latent_shape_of
-from experts.networks.registry import build_network, call_network
+from experts.networks.model_io import SkipRandomInit
+from experts.networks.registry import build_network, enable_gradient_checkpointing, resolve_call
 from experts.training.flops import count_parameters, forward_flops, training_flops
+from experts.training.memory import FusedAttention, checkpoint_fused, peak_training_bytes
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Stage
 from router.config import RouterConfig
 from router.costs import training_cost
 from router.models.registry import build_router
-
-TRAINING_COPIES = 5
-"""float32 values per parameter in a training: weight, gradient, two moments of Adam, exponential moving average."""
-
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,77 +31,95 @@ class TrainingSize:
 
     parameters: int
     flops: float
-    """Of the whole training."""
+    """Of the whole training; gradient checkpointing computes each forward pass twice."""
     memory_bytes: int
-    """Of parameters, optimizer, average and the activations of one batch, at their peak.
-
-    Attention counts as plain matrix products; a fused kernel keeps less.
-    """
+    """On its device, at the peak of a step in float32: parameters, gradients, optimizer, average and activations."""
 
 
 def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: int) -> dict[str, TrainingSize]:
     """Return the sizes of codec, experts, monolith and router by stage name; equal networks are built once."""
     shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
+    data = DataShape(latent_shape=shape, num_classes=num_classes)
     sizes: dict[str, TrainingSize] = {}
     by_config: dict[str, TrainingSize] = {}
     for stage in graph:
         if stage.kind == "codec" and (probe := CODECS[config.codec.kind].probe) is not None:
-            side, training = config.data.image_size, config.codec.decoder_training
-            with torch.device("meta"):
-                network, call = probe(config.codec, (side, side, config.data.channels))
-            flops = training_flops(forward_flops(call), training.batch_size, training.steps)
-            sizes[stage.name] = _training_size(network, call, training, flops)
+            sizes[stage.name] = _measure_codec(probe, config)
         elif stage.kind == "router":
             sizes[stage.name] = _measure_router(config.router, shape, config.partition.num_experts, num_classes)
         elif isinstance(expert := getattr(stage.config, "expert", None), ExpertConfig):
-            key = repr((expert.network, expert.training.batch_size, expert.training.steps))
-            by_config[key] = by_config.get(key) or _measure_expert(expert, shape, num_classes)
+            training = expert.training
+            key = repr((expert.network, training.batch_size, training.steps, training.gradient_checkpointing))
+            by_config[key] = by_config.get(key) or measure_expert(expert, data)
             sizes[stage.name] = by_config[key]
     return sizes
 
 
-def _measure_expert(config: ExpertConfig, shape: tuple[int, ...], num_classes: int) -> TrainingSize:
+def measure_expert(config: ExpertConfig, data: DataShape) -> TrainingSize:
+    """Return the size of an expert's training; `training.batch_size` is its own batch."""
+    training = config.training
+    with torch.device("meta"), SkipRandomInit():
+        row = _inputs(1, data)
+        network = build_network(config.network, data.latent_shape, data.num_classes, row.condition.text).train()
+    has_lengths = ADAPTERS[type(network).__name__].reads_lengths
+
+    def call(rows: int) -> Callable[[], Tensor]:
+        with torch.device("meta"):
+            inputs = _inputs(rows, data, has_lengths=has_lengths)
+        function, t = resolve_call(network, inputs.noised, inputs.t)
+        return partial(function, network, inputs.noised, t, inputs.condition)
+
+    with FusedAttention():
+        forward = forward_flops(call(1))
+    flops = training_flops(forward, training.batch_size, training.steps)
+    if training.gradient_checkpointing:
+        enable_gradient_checkpointing(network, checkpoint_fused)
+        flops *= 4 / 3
+    memory = peak_training_bytes(network, call(training.batch_size))
+    return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
+
+
+def _measure_codec(probe: Callable[..., tuple[nn.Module, Callable[[], Tensor]]], config: RunConfig) -> TrainingSize:
+    training, side = config.codec.decoder_training, config.data.image_size
+    shape = (side, side, config.data.channels)
     with torch.device("meta"):
-        network, row = build_network(config.network, shape, num_classes), _Row(shape)
-    call = partial(call_network, network, row.noised, row.t, row.condition)
-    flops = training_flops(forward_flops(call), config.training.batch_size, config.training.steps)
-    return _training_size(network, call, config.training, flops)
+        flops = training_flops(forward_flops(probe(config.codec, shape)[1]), training.batch_size, training.steps)
+        network, call = probe(config.codec, shape, rows=training.batch_size)
+    memory = peak_training_bytes(network.train(), call)
+    return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
 
 
 def _measure_router(config: RouterConfig, shape: tuple[int, ...], num_experts: int, num_classes: int) -> TrainingSize:
+    data = DataShape(latent_shape=shape, num_classes=num_classes)
     with torch.device("meta"):
-        network, row = build_router(config, shape, num_experts, num_classes), _Row(shape)
-    call = partial(network, row.noised, row.t, row.condition.embedding_index(num_classes))
-    return _training_size(network, call, config.training, training_cost(config, forward_flops(call), num_experts))
+        network = build_router(config, shape, num_experts, num_classes).train()
+        row, batch = _inputs(1, data), _inputs(config.training.batch_size, data)
+    flops = training_cost(config, forward_flops(_router_call(network, row, num_classes)), num_experts)
+    memory = peak_training_bytes(network, _router_call(network, batch, num_classes))
+    return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
 
 
-class _Row:
-    """One row of inputs."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.noised, self.t = torch.zeros(1, *shape), torch.zeros(1)
-        self.condition = Condition.null(1, self.t.device)
-
-
-def _training_size(
-    network: nn.Module, call: Callable[[], Tensor], training: TrainingConfig, flops: float
-) -> TrainingSize:
-    parameters = count_parameters(network)
-    activations = training.batch_size * count_activation_bytes(network, call)
-    memory = TRAINING_COPIES * FLOAT_BYTES * parameters + activations
-    return TrainingSize(parameters=parameters, flops=flops, memory_bytes=memory)
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    noised: Tensor
+    t: Tensor
+    condition: Condition
 
 
-def count_activation_bytes(network: nn.Module, call: Callable[[], Tensor]) -> int:
-    """Return the bytes that a call of the network keeps for its backward pass, parameters excluded."""
-    weights = {id(parameter.untyped_storage()) for parameter in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+def _router_call(network: nn.Module, inputs: _Inputs, num_classes: int) -> Callable[[], Tensor]:
+    return partial(network, inputs.noised, inputs.t, inputs.condition.embedding_index(num_classes))
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[id(storage)] = storage
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+def _inputs(rows: int, data: DataShape, *, has_lengths: bool = False) -> _Inputs:
+    """Return inputs on the meta device, with the longest texts; their mask has values with `has_lengths`."""
+    text = None
+    if data.text_shape is not None:
+        tokens, width, pooled_width = data.text_shape
+        text = TextEmbedding(
+            torch.zeros(rows, tokens, width),
+            torch.ones(rows, tokens, dtype=torch.bool, device="cpu" if has_lengths else None),
+            torch.zeros(rows, pooled_width),
+            torch.zeros(rows, dtype=torch.bool),
+        )
+    class_id = torch.zeros(rows, dtype=torch.int64)
+    return _Inputs(torch.zeros(rows, *data.latent_shape), torch.zeros(rows), Condition(class_id, text))

@@ -94,6 +94,8 @@ class Adapter:
     """Whether it reads the sequence, and so needs a text."""
     reads_pooled: Callable[[Settings], bool] = never
     """Whether these settings need the pooled vector."""
+    reads_lengths: bool = False
+    """Whether a call reads the values of the mask, so that its work depends on the lengths of the texts."""
     reads_padding: bool = False
     """Whether padding changes its output: it ignores the text's mask."""
     is_square: bool = False

@@ -27,4 +27,5 @@ ADAPTER = Adapter(
     time="1 - t",
     sign=-1,
     reads_text=True,
+    reads_lengths=True,
 )

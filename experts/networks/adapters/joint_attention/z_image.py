@@ -30,6 +30,7 @@ ADAPTER = Adapter(
     time="1 - t",
     sign=-1,
     reads_text=True,
+    reads_lengths=True,
     side_multiple=lambda settings: int(settings["all_patch_size"][0]),
     has_attention_backends=True,
 )

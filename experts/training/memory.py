@@ -1,0 +1,95 @@
+"""Peak memory of a training step, from a forward and a backward pass on the meta device: nothing is allocated."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
+
+from experts.training.flops import FUSED_ATTENTION, count_parameters
+
+FLOAT_BYTES = 4
+KEPT_COPIES = 3
+"""float32 values per parameter that a training keeps besides the parameters: two moments of Adam, and the average."""
+
+
+def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Return the peak bytes of training steps in float32: parameters, gradients, optimizer, average and activations.
+
+    `network` and the inputs of `call` are on the meta device. Attention counts as a fused kernel.
+    """
+    live = _LiveBytes(network.parameters())
+    with live, FusedAttention():
+        torch.autograd.backward(call().square().mean())
+    kept = KEPT_COPIES * FLOAT_BYTES * count_parameters(network)
+    network.zero_grad(set_to_none=True)
+    return kept + live.peak
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of the tensors that are alive while the block lasts."""
+
+    def __init__(self, tensors: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+        for tensor in tensors:
+            self._add(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the operator, and count the memory of its results."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._add(value)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Counts attention on the meta device as a fused kernel, which keeps no matrix of all pairs of tokens."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call any function, with the fused operator of attention in place of the usual one."""
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        inputs = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+        return FUSED_ATTENTION(inputs["query"], inputs["key"], inputs["value"])[0]
+
+
+checkpoint_fused = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
+"""torch's checkpointing of a function, whose second forward pass counts attention as fused too."""
