@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from benchmarks.testbed.backbones import SHAPE, TINY, UNUSED, adapter_of, build, config_of, gradients, inputs, text
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig
@@ -13,142 +14,12 @@ from experts.networks.class_settings import NetworkError, default_settings
 from experts.networks.latent_shapes import check_condition, check_latent_shape
 from experts.networks.model_io import save_model
 from experts.networks.registry import (
-    build_network,
     call_network,
     enable_gradient_checkpointing,
     load_network,
     pack_latents,
     unpack_latents,
 )
-
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
-SINGLE = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1}
-LEVELS = {"block_out_channels": [16, 32], "norm_num_groups": 8}
-CROSS = {
-    **LEVELS,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "attention_head_dim": 4,
-}
-TINY = {
-    "UNet2DModel": {
-        **LEVELS,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-    },
-    "DiTTransformer2DModel": HEADS,
-    "UNet2DConditionModel": CROSS,
-    "UNet2DConditionModel/sdxl": {
-        **CROSS,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "use_linear_projection": True,
-    },
-    "PixArtTransformer2DModel": {**HEADS, "cross_attention_dim": 32},
-    "SanaTransformer2DModel": {
-        **HEADS,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 16,
-        "cross_attention_dim": 32,
-    },
-    "SD3Transformer2DModel": {**HEADS, "caption_projection_dim": 32, "qk_norm": "rms_norm"},
-    "FluxTransformer2DModel": {**SINGLE, "axes_dims_rope": [4, 6, 6]},
-    "Lumina2Transformer2DModel": {
-        "hidden_size": 48,
-        "num_layers": 2,
-        "num_refiner_layers": 1,
-        "num_attention_heads": 2,
-        "num_kv_heads": 1,
-        "multiple_of": 8,
-        "axes_dim_rope": [8, 8, 8],
-        "axes_lens": [64, 32, 32],
-    },
-    "PRXTransformer2DModel": {"hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "axes_dim": [8, 8]},
-    "PRXTransformer2DModel/pixels": {
-        "hidden_size": 32,
-        "mlp_ratio": 2.0,
-        "num_heads": 2,
-        "depth": 2,
-        "axes_dim": [8, 8],
-        "patch_size": 4,
-        "bottleneck_size": 8,
-    },
-    "QwenImageTransformer2DModel": {**HEADS, "axes_dims_rope": [4, 6, 6]},
-    "ZImageTransformer2DModel": {
-        "dim": 48,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "axes_dims": [8, 8, 8],
-        "axes_lens": [64, 32, 32],
-    },
-    "AuraFlowTransformer2DModel": {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_mmdit_layers": 1,
-        "num_single_dit_layers": 1,
-        "caption_projection_dim": 32,
-        "pos_embed_max_size": 64,
-    },
-    "ChromaTransformer2DModel": {
-        **SINGLE,
-        "axes_dims_rope": [4, 6, 6],
-        "approximator_num_channels": 16,
-        "approximator_hidden_dim": 32,
-        "approximator_layers": 1,
-    },
-    "CogView4Transformer2DModel": {**HEADS, "time_embed_dim": 16, "condition_dim": 8, "rope_axes_dim": [8, 8]},
-}
-SHAPE, TOKENS, WIDTH, POOLED = (4, 8, 8), 7, 24, 20
-
-
-def config_of(case):
-    return DiffusersConfig(class_name=case.partition("/")[0], settings=TINY[case])
-
-
-def text(rows, seed=1, tokens=TOKENS):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([tokens, 4, 1])[:rows]
-    return TextEmbedding(
-        torch.randn(rows, tokens, WIDTH, generator=generator),
-        torch.arange(tokens) < lengths[:, None],
-        torch.randn(rows, POOLED, generator=generator),
-        torch.zeros(rows, dtype=torch.bool),
-    )
-
-
-def reads_text(case):
-    return ADAPTERS[config_of(case).class_name].reads_text
-
-
-def build(case):
-    """Return a network without zero-initialized layers, so that every input matters."""
-    torch.manual_seed(0)
-    config = config_of(case)
-    classes = 0 if reads_text(case) else 3
-    model = build_network(config, SHAPE, classes, text(1, seed=5) if reads_text(case) else None)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
-
-
-def inputs(case, shape=SHAPE):
-    generator = torch.Generator().manual_seed(3)
-    with_text = Condition(torch.full((3,), -1), text(3))
-    condition = with_text if reads_text(case) else Condition(torch.tensor([0, 2, -1]))
-    return torch.randn(3, *shape, generator=generator), torch.tensor([0.1, 0.5, 0.9]), condition
-
-
-def gradients(model, case):
-    model.train()
-    torch.manual_seed(0)
-    call_network(model, *inputs(case)).square().mean().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
 
 each_case = pytest.mark.parametrize("case", TINY)
 
@@ -161,22 +32,6 @@ def test_every_class_has_a_tiny_size():
 def test_every_parameter_has_a_gradient(case):
     missing = {name for name, gradient in gradients(build(case), case).items() if gradient is None}
     assert missing == UNUSED.get(case, set())
-
-
-UNUSED = {
-    "QwenImageTransformer2DModel": {
-        f"transformer_blocks.1.{name}"
-        for name in (
-            "attn.to_add_out.weight",
-            "attn.to_add_out.bias",
-            "txt_mlp.net.0.proj.weight",
-            "txt_mlp.net.0.proj.bias",
-            "txt_mlp.net.2.weight",
-            "txt_mlp.net.2.bias",
-        )
-    }
-}
-"""The last block of QwenImage computes a text that nothing reads."""
 
 
 @each_case
@@ -213,7 +68,7 @@ def test_prediction_depends_on_t_and_condition(case):
 
 @each_case
 def test_padding_is_read_only_by_the_classes_that_admit_it(case):
-    if not reads_text(case):
+    if not adapter_of(case).reads_text:
         return
     model, (noised, t, condition) = build(case), inputs(case)
     padding = ~condition.text.mask[..., None]
@@ -222,7 +77,7 @@ def test_padding_is_read_only_by_the_classes_that_admit_it(case):
     with torch.no_grad():
         base = call_network(model, noised, t, condition)
         changed = call_network(model, noised, t, Condition(condition.class_id, junk))
-    assert torch.allclose(base, changed, atol=1e-6) is not ADAPTERS[config_of(case).class_name].reads_padding
+    assert torch.allclose(base, changed, atol=1e-6) is not adapter_of(case).reads_padding
 
 
 @each_case
@@ -235,7 +90,7 @@ def test_another_text_length_is_an_error(case):
 @each_case
 def test_checkpointing_equals_plain_or_is_refused(case):
     plain, checkpointed = build(case), build(case)
-    if ADAPTERS[config_of(case).class_name].checkpointing_fault:
+    if adapter_of(case).checkpointing_fault:
         with pytest.raises(NetworkError, match="ChromaTransformer2DModel .* drops the attention mask"):
             enable_gradient_checkpointing(checkpointed)
         return
@@ -247,7 +102,7 @@ def test_checkpointing_equals_plain_or_is_refused(case):
 
 @each_case
 def test_latents_may_have_any_sides_that_fit(case):
-    if ADAPTERS[config_of(case).class_name].is_square:
+    if adapter_of(case).is_square:
         return
     model, (noised, t, condition) = build(case), inputs(case, (4, 8, 12))
     with torch.no_grad():
@@ -256,7 +111,7 @@ def test_latents_may_have_any_sides_that_fit(case):
 
 @each_case
 def test_abilities_are_those_of_the_class(case):
-    model, adapter = build(case), ADAPTERS[config_of(case).class_name]
+    model, adapter = build(case), adapter_of(case)
     assert hasattr(model, "add_adapter") is adapter.has_lora
     processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
     assert any(hasattr(processor, "_attention_backend") for processor in processors) is adapter.has_attention_backends

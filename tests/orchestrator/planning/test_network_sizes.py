@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.testbed.backbones import PUBLISHED, count_published
 from experts.codecs.registry import CODECS
 from experts.conditions.condition import Condition
-from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig, ExpertConfig, TrainingConfig
 from experts.expert import expert_flops
 from experts.networks.adapters.adapter import DataShape
-from experts.networks.model_io import SkipRandomInit
 from experts.networks.registry import build_network, call_network
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.memory import peak_training_bytes
@@ -70,47 +69,13 @@ def test_larger_batch_needs_more_memory_for_activations_alone():
     assert small.parameters == large.parameters and small.memory_bytes < large.memory_bytes
 
 
-PUBLISHED = {
-    "dit_b_2": (147.4, 4, None),
-    "dit_xl_2": (749.8, 4, None),
-    "pixart_xl_2": (611, 4, (120, 4096, 0)),
-    "sd15": (859.5, 4, (77, 768, 0)),
-    "sdxl": (2567, 4, (77, 2048, 1280)),
-    "sd3_medium": (2028, 16, (154, 4096, 2048)),
-    "flux_3b": (3263, 16, (128, 2048, 2048)),
-    "flux_dev": (11901, 16, (512, 4096, 768)),
-    "sana_600m": (592, 32, (300, 2304, 0)),
-    "sana_1600m": (1605, 32, (300, 2304, 0)),
-    "prx_1b": (1171, 16, (256, 2304, 0)),
-    "lumina2": (2610, 16, (256, 2304, 0)),
-    "qwen_image": (20430, 16, (128, 3584, 0)),
-    "z_image": (6155, 16, (128, 2560, 0)),
-    "auraflow": (6833, 4, (256, 2048, 0)),
-    "chroma": (8900, 16, (512, 4096, 0)),
-    "cogview4": (6369, 16, (224, 4096, 0)),
-}
-"""Millions of parameters, channels of the latents, and shape of the text."""
-
-
 def published(name, side=32):
-    _, channels, text_shape = PUBLISHED[name]
-    classes = 0 if text_shape else 1000
-    data = DataShape(latent_shape=(channels, side, side), num_classes=classes, text_shape=text_shape)
-    return build_config(f"expert={name}").expert.network, data
+    return build_config(f"expert={name}").expert.network, PUBLISHED[name].data(side)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_their_parameters(name):
-    network, data = published(name)
-    with torch.device("meta"), SkipRandomInit():
-        text = None
-        if data.text_shape:
-            tokens, width, pooled = data.text_shape
-            text = TextEmbedding(
-                torch.zeros(1, tokens, width), torch.ones(1, tokens) > 0, torch.zeros(1, pooled), torch.ones(1) > 0
-            )
-        model = build_network(network, data.latent_shape, data.num_classes, text)
-    assert count_parameters(model) / 1e6 == pytest.approx(PUBLISHED[name][0], rel=0.01)
+    assert count_published(*published(name)) / 1e6 == pytest.approx(PUBLISHED[name].millions, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "side", "gigaflops"), [("sd15", 64, 803), ("flux_3b", 32, 1860), ("prx_1b", 32, 452)])
