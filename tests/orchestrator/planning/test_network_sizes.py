@@ -87,7 +87,7 @@ def test_published_sizes_have_their_flops(name, side, gigaflops):
     assert 19.9 <= size.memory_bytes / size.parameters < 30
 
 
-def test_work_that_depends_on_the_length_of_texts_counts_the_longest():
+def test_work_by_text_lengths_counts_the_longest():
     settings = {"dim": 48, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 8, 8]}
     training = TrainingConfig(batch_size=2)
     network = DiffusersConfig(class_name="ZImageTransformer2DModel", settings=settings)
