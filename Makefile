@@ -108,6 +108,10 @@ bench-real-models: install ## Train the demo and the emoji with three seeds, and
 	$(BIN)/python -m benchmarks.real_models
 	$(BIN)/python -m benchmarks.page
 
+bench-backbones: install ## Check every backbone at a tiny size, and the counted sizes against measured ones (ten minutes)
+	$(BIN)/python -m benchmarks.backbones
+	$(BIN)/python -m benchmarks.page
+
 bench-scale: install ## Measure the controller with up to 10,000 stages, and simulate 1,000 islands
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.page
