@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from experts.codecs.registry import CODECS
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
+from experts.conditions.text_files import read_text_shape
 from experts.config import ExpertConfig
 from experts.networks.adapters.adapter import DataShape
 from experts.networks.adapters.registry import ADAPTERS
@@ -17,12 +18,15 @@ from experts.networks.latent_shapes import latent_shape_of
 from experts.networks.model_io import SkipRandomInit
 from experts.networks.registry import build_network, enable_gradient_checkpointing, resolve_call
 from experts.training.flops import count_parameters, forward_flops, training_flops
-from experts.training.memory import FusedAttention, checkpoint_fused, peak_training_bytes
+from experts.training.memory import FLOAT_BYTES, KEPT_COPIES, FusedAttention, checkpoint_fused, peak_training_bytes
+from experts.training.trainer import DeviceError, check_device
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Stage
+from orchestrator.planning.microbenchmarks import measure
+from orchestrator.run.worker import limited_threads
 from router.config import RouterConfig
 from router.costs import training_cost
-from router.models.registry import build_router
+from router.models.registry import build_router, call_router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,18 +39,40 @@ class TrainingSize:
     memory_bytes: int
     """On its device, at the peak of a step in float32: parameters, gradients, optimizer, average and activations."""
 
+    def host_bytes(self, device: str) -> int:
+        """Return the memory beside that of the device: a checkpoint is gathered there. A CPU has no other."""
+        return 0 if device == "cpu" else (KEPT_COPIES + 1) * FLOAT_BYTES * self.parameters
+
+    def least_seconds(self, device: str, threads: int) -> float | None:
+        """Return the time of the training at the rate of matrix products here; None if the device is not here."""
+        rate = matrix_rate(device, threads)
+        return None if rate is None else self.flops / rate
+
+
+@cache
+def matrix_rate(device: str, threads: int) -> float | None:
+    """Measure the FLOPs a second of products of matrices in float32; None without the device."""
+    try:
+        side = 512 if check_device(device).type == "cpu" else 8192
+    except DeviceError:
+        return None
+    with limited_threads(threads):
+        matrix = torch.randn(side, side, device=device)
+        durations = [measure(lambda: (matrix @ matrix)[0, 0].item()).wall_s for _ in range(5)]
+    return 2 * side**3 / min(durations)
+
 
 def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: int) -> dict[str, TrainingSize]:
     """Return the sizes of codec, experts, monolith and router by stage name; equal networks are built once."""
     shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
-    data = DataShape(latent_shape=shape, num_classes=num_classes)
+    data = DataShape(latent_shape=shape, num_classes=num_classes, text_shape=read_text_shape(config.text))
     sizes: dict[str, TrainingSize] = {}
     by_config: dict[str, TrainingSize] = {}
     for stage in graph:
         if stage.kind == "codec" and (probe := CODECS[config.codec.kind].probe) is not None:
             sizes[stage.name] = _measure_codec(probe, config)
         elif stage.kind == "router":
-            sizes[stage.name] = _measure_router(config.router, shape, config.partition.num_experts, num_classes)
+            sizes[stage.name] = _measure_router(config.router, config.partition.num_experts, data)
         elif isinstance(expert := getattr(stage.config, "expert", None), ExpertConfig):
             training = expert.training
             key = repr((expert.network, training.batch_size, training.steps, training.gradient_checkpointing))
@@ -89,13 +115,16 @@ def _measure_codec(probe: Callable[..., tuple[nn.Module, Callable[[], Tensor]]],
     return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
 
 
-def _measure_router(config: RouterConfig, shape: tuple[int, ...], num_experts: int, num_classes: int) -> TrainingSize:
-    data = DataShape(latent_shape=shape, num_classes=num_classes)
+def _measure_router(config: RouterConfig, num_experts: int, data: DataShape) -> TrainingSize:
     with torch.device("meta"):
-        network = build_router(config, shape, num_experts, num_classes).train()
         row, batch = _inputs(1, data), _inputs(config.training.batch_size, data)
-    flops = training_cost(config, forward_flops(_router_call(network, row, num_classes)), num_experts)
-    memory = peak_training_bytes(network, _router_call(network, batch, num_classes))
+        network = build_router(config, data.latent_shape, num_experts, data.num_classes, row.condition.text).train()
+
+    def call(inputs: _Inputs) -> Callable[[], Tensor]:
+        return partial(call_router, network, inputs.noised, inputs.t, inputs.condition, data.num_classes)
+
+    flops = training_cost(config, forward_flops(call(row)), num_experts)
+    memory = peak_training_bytes(network, call(batch))
     return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
 
 
@@ -104,10 +133,6 @@ class _Inputs:
     noised: Tensor
     t: Tensor
     condition: Condition
-
-
-def _router_call(network: nn.Module, inputs: _Inputs, num_classes: int) -> Callable[[], Tensor]:
-    return partial(network, inputs.noised, inputs.t, inputs.condition.embedding_index(num_classes))
 
 
 def _inputs(rows: int, data: DataShape, *, has_lengths: bool = False) -> _Inputs:

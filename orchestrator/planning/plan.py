@@ -47,8 +47,12 @@ class PlannedStage:
     parameters: int | None = None
     """Of the network that it trains."""
     memory_bytes: int | None = None
-    """Of a training at its peak: parameters, optimizer, average and activations."""
+    """Of a training at its peak, on its device: parameters, gradients, optimizer, average and activations."""
+    host_bytes: int = 0
+    """Of a training on another device than the CPU, on its host."""
     flops: float | None = None
+    least_s: float | None = None
+    """Of a training, at this machine's rate of matrix products; None if its device is not here."""
     is_upper_bound: bool = False
     """Whether FLOPs and time are those of the worst case."""
     starts_s: float | None = None
@@ -181,7 +185,15 @@ def _plan_stage(
         return replace(row, place=manifest.island or CONTROLLER, flops=manifest.flops, estimate=measured)
     row = replace(row, state="would run", place=execution.place, movement=transfers[stage.name])
     if size is not None:
-        row = replace(row, parameters=size.parameters, memory_bytes=size.memory_bytes, flops=size.flops)
+        training = training_config(stage)
+        row = replace(
+            row,
+            parameters=size.parameters,
+            memory_bytes=size.memory_bytes,
+            flops=size.flops,
+            host_bytes=size.host_bytes(training.device) if training else 0,
+            least_s=size.least_seconds(training.device, resources.cpus * resources.workers) if training else None,
+        )
     if calibration is None:
         return row
     work = calibration.work[stage.name]

@@ -101,8 +101,14 @@ STAGES = (
     _Column("GPUs", lambda row: f"{row.gpus * row.workers:g}", lambda plan: any(row.gpus for row in plan.stages)),
     _Column("params", lambda row: format_metric(row.parameters) if row.parameters else "", _has_sizes),
     _Column("memory", lambda row: format_bytes(row.memory_bytes) if row.memory_bytes else "", _has_sizes),
+    _Column(
+        "host",
+        lambda row: format_bytes(row.host_bytes) if row.host_bytes else "",
+        lambda plan: any(row.host_bytes for row in plan.stages),
+    ),
     _Column("FLOPs", _format_flops),
     _Column("time", _format_time, _is_calibrated),
+    _Column("time ≥", lambda row: format_duration(row.least_s) if row.least_s else "", _has_sizes),
     _Column("from", lambda row: "" if row.starts_s is None else format_duration(row.starts_s), _is_calibrated),
 )
 

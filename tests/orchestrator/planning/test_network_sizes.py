@@ -17,7 +17,7 @@ from experts.training.memory import peak_training_bytes
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.planning.network_sizes import measure_expert, measure_trainings
+from orchestrator.planning.network_sizes import TrainingSize, measure_expert, measure_trainings
 
 CLASSES = 10
 
@@ -113,6 +113,21 @@ def test_checkpointing_needs_less_memory_and_more_flops():
     )
     assert checkpointed.memory_bytes < 0.4 * plain.memory_bytes
     assert checkpointed.flops == pytest.approx(4 / 3 * plain.flops)
+
+
+def test_time_is_that_of_the_flops_on_a_device_that_is_here():
+    size = TrainingSize(parameters=10, flops=1e9, memory_bytes=200)
+    seconds = size.least_seconds("cpu", 1)
+    assert seconds > 0
+    assert replace(size, flops=2e9).least_seconds("cpu", 1) == pytest.approx(2 * seconds)
+    assert size.least_seconds("nowhere", 1) is None
+    assert (size.host_bytes("cpu"), size.host_bytes("cuda")) == (0, 160)
+
+
+def test_text_is_read_by_experts_and_router():
+    configs = [build_config("data.labels=false", *overrides) for overrides in (["text=minilm"], [])]
+    with_text, without = (measure_trainings(build_graph(config), config, 0) for config in configs)
+    assert all(with_text[name].parameters > without[name].parameters for name in ("expert_0", "router"))
 
 
 def test_network_without_end_is_measured_without_memory():
