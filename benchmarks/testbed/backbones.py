@@ -204,11 +204,6 @@ def gradients(model: nn.Module, case: str) -> Mapping[str, Tensor | None]:
 
 def count_published(network: NetworkConfig, data: DataShape) -> int:
     """Return the parameters of a network, without allocating them."""
-    null_text = None
     with torch.device("meta"), SkipRandomInit():
-        if data.text_shape is not None:
-            tokens, width, pooled = data.text_shape
-            null_text = TextEmbedding(
-                torch.zeros(1, tokens, width), torch.ones(1, tokens) > 0, torch.zeros(1, pooled), torch.ones(1) > 0
-            )
+        null_text = None if data.text_shape is None else TextEmbedding.zeros(*data.text_shape)
         return count_parameters(build_network(network, data.latent_shape, data.num_classes, null_text))
