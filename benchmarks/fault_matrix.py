@@ -235,25 +235,26 @@ def execute(row: Row, command: str, fault: Fault, folder: Path, sources: dict[st
             stdin=subprocess.DEVNULL,
             env=environment,
         )
-        code, text = ended.returncode, ended.stdout + ended.stderr
+        code, output, error = ended.returncode, ended.stdout, ended.stderr
     except subprocess.TimeoutExpired:
-        code, text = 124, f"no end after {TIMEOUT_S:g} s"
+        code, output, error = 124, "", f"no end after {TIMEOUT_S:g} s"
     after = os.times()
     return replace(
         row,
         code=code,
         seconds=time.monotonic() - start,
         cpu_s=after.children_user + after.children_system - before.children_user - before.children_system,
-        message=re.sub(r"\s+", " ", find_message(code, text).replace(str(folder), "…")).strip()[:230],
-        has_traceback="Traceback" in text,
+        message=re.sub(r"\s+", " ", find_message(code, output, error).replace(str(folder), "…")).strip()[:230],
+        has_traceback="Traceback" in output + error,
     )
 
 
-def find_message(code: int, text: str) -> str:
+def find_message(code: int, output: str, error: str) -> str:
     """Return the error of a command, or its last line; the parser of the command line puts its errors into a box."""
-    if code != 0 and "Error: " in text:
-        return text[text.rfind("Error: ") :]
-    lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"]
+    if code != 0 and "Error: " in error:
+        return error[error.rfind("Error: ") :]
+    text = error if code else output
+    lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰└"]
     return " ".join(lines[-2:] if code == 2 else lines[-1:])
 
 

@@ -160,9 +160,10 @@ def _find_cheapest_move(
 
 
 def weighted_means(points: Points, weights: Weights, ids: Ids, num_clusters: int) -> Means:
-    """Compute the mean of each cluster."""
+    """Compute the mean of each cluster, NaN for an empty one."""
     members = (ids[None, :] == np.arange(num_clusters)[:, None]) * weights
-    means: Means = (members @ points) / members.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        means: Means = (members @ points) / members.sum(axis=1, keepdims=True)
     return means
 
 

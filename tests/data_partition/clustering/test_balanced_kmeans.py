@@ -77,3 +77,9 @@ def test_merge_centroids_is_deterministic_under_seed():
 def test_squared_distances_match_example():
     distances = squared_distances(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[0.0, 0.0], [3.0, 0.0]]))
     np.testing.assert_allclose(distances, [[0, 9], [25, 16]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_empty_cluster_does_not_count():
+    points, weights, ids = np.eye(3), np.ones(3), np.zeros(3, np.int64)
+    assert distortion(points, weights, ids, 2) == distortion(points, weights, ids, 1)
