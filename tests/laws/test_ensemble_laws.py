@@ -195,7 +195,7 @@ def test_image_does_not_depend_on_the_batch(name: str, guidance_scale: float) ->
             selection=SelectionConfig(name=name, draws=2),
             batch_size=batch_size,
         )
-        return sample(ensemble, IdentityCodec(), seeds[rows], config, classes[rows]).latents
+        return sample(ensemble, IdentityCodec(), seeds[rows], config, Condition.of_classes(classes[rows])).latents
 
     together = latents(slice(None), 5)
     torch.testing.assert_close(latents(slice(None), 2), together, atol=1e-5, rtol=0)
