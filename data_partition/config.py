@@ -1,12 +1,13 @@
 """Configuration of a data set and its partition; imports no torch."""
 
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from ddm_core.artifacts import STRICT
+from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from ddm_core.url_queries import hide_queries, without_secrets
 
 MAX_FEATURES = 8192
@@ -44,6 +45,10 @@ class DataConfig:
 
     caption_key: str | None = None
     """Column of a table or field of `.json` that holds the caption; None: `caption`, else `text`."""
+
+    more_captions: dict[str, Annotated[float, Field(gt=0)]] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Further columns or fields that hold a caption of the same sample, each with how often it is trained on for once
+    of the first caption, such as `{short: 0.5}`."""
 
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of samples held out from training as the reference for scores, chosen by a hash of their keys.

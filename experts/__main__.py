@@ -45,7 +45,13 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m experts", description=__doc__.splitlines()[0])
-    parser.add_argument("--shards", type=Path, required=True, action="append", help="folder of shards; may be repeated")
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        required=True,
+        action="append",
+        help="folder of shards, or of latents of a run; may be repeated",
+    )
     parser.add_argument("--codec", type=Path, required=True, help="codec folder; fitted there if it is missing")
     parser.add_argument("--out", type=Path, required=True, help="the expert's folder; checkpoints are in OUT.work")
     parser.add_argument("--config", type=Path, help="JSON of an ExpertConfig; missing keys have their defaults")

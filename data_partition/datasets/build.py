@@ -46,7 +46,8 @@ def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> Datase
     with build.train, build.holdout:
         for sample in build.notices.readable(source.train()):
             held_out = source.test is None and is_held_out(sample.key, config.holdout)
-            held_out = held_out or has_held_out_words(sample.caption, config.held_out_captions)
+            captions = (sample.caption, *(caption for caption, _ in sample.more_captions))
+            held_out = held_out or any(has_held_out_words(text, config.held_out_captions) for text in captions)
             build.add(sample, build.holdout if held_out else build.train)
             if build.train.count == config.limit:
                 break

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_partition.config import DataConfig
 from data_partition.errors import InvalidCaptions, MissingExtra
+from data_partition.shards.shards import MoreCaptions
 from data_partition.shards.untrusted import is_printable
 
 SIDECARS = (".txt", ".caption")
@@ -25,8 +27,8 @@ MAX_CAPTION = 10_000
 """A caption of more characters is an error."""
 
 
-def find_caption(path: Path, root: Path, key: str | None) -> str:
-    """Return the caption of an image file below `root`, empty if it has none.
+def find_captions(path: Path, root: Path, config: DataConfig) -> tuple[str, MoreCaptions]:
+    """Return the captions of an image file below `root`, empty if it has none.
 
     Raises `ValueError` if the caption cannot be used, and `InvalidCaptions` for a table that cannot be read.
     """
@@ -34,14 +36,14 @@ def find_caption(path: Path, root: Path, key: str | None) -> str:
         if os.path.isfile(sidecar):  # noqa: PTH113 - a name that is too long is no file
             if sidecar.stat().st_size > MAX_ANNOTATION_BYTES:
                 raise ValueError(f"its {sidecar.suffix} has more than {MAX_ANNOTATION_BYTES} bytes")
-            return normalize_caption(sidecar.read_text(encoding="utf-8"))
+            return normalize_caption(sidecar.read_text(encoding="utf-8")), ()
     for folder in path.parents:
-        caption = read_table(folder, key).get(path.relative_to(folder).as_posix())
-        if caption is not None:
-            return normalize_caption(caption)
+        fields = read_table(folder, config.caption_key).get(path.relative_to(folder).as_posix())
+        if fields is not None:
+            return pick_captions(fields, config)
         if folder == root:
             break
-    return ""
+    return "", ()
 
 
 def has_held_out_words(caption: str, held_out: Iterable[str]) -> bool:
@@ -60,6 +62,15 @@ def normalize_caption(text: str) -> str:
     return caption
 
 
+def pick_captions(fields: Mapping[str, object], config: DataConfig) -> tuple[str, MoreCaptions]:
+    """Return all captions among the fields of a sample; raises `ValueError` if one cannot be used."""
+    more = [
+        (normalize_caption(pick_caption(fields, name)), frequency)
+        for name, frequency in (config.more_captions or {}).items()
+    ]
+    return normalize_caption(pick_caption(fields, config.caption_key)), tuple(each for each in more if each[0])
+
+
 def pick_caption(fields: Mapping[str, object], key: str | None) -> str:
     """Return the caption among the fields of a sample, empty if it has none; raises `ValueError` if it is no text."""
     name = next((name for name in ([key] if key else KEYS) if fields.get(name) is not None), None)
@@ -71,12 +82,12 @@ def pick_caption(fields: Mapping[str, object], key: str | None) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def read_table(folder: Path, key: str | None) -> dict[str, str]:
-    """Return the captions of a folder's table by file name, empty without one; raises `InvalidCaptions`."""
+def read_table(folder: Path, key: str | None) -> dict[str, Mapping[str, object]]:
+    """Return the rows of a folder's table by file name, empty without one; raises `InvalidCaptions`."""
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if table is None:
         return {}
-    captions: dict[str, str] = {}
+    rows: dict[str, Mapping[str, object]] = {}
     try:
         for number, row in enumerate(_read_rows(table), start=1):
             name = row.get(FILE_NAME)
@@ -85,10 +96,11 @@ def read_table(folder: Path, key: str | None) -> dict[str, str]:
                     f"row {number} has the columns {', '.join(map(str, row))}, but needs {FILE_NAME} and "
                     f"{key or ' or '.join(KEYS)} (data.caption_key names another)"
                 )
-            captions[name] = pick_caption(row, key)
+            pick_caption(row, key)
+            rows[name] = row
     except (ValueError, OSError, RecursionError, csv.Error) as error:
         raise InvalidCaptions(f"{table} cannot be used: {error}; correct it, or set data.captions=false") from error
-    return captions
+    return rows
 
 
 def _read_rows(table: Path) -> Iterator[Mapping[str, object]]:

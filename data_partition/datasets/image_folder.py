@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_partition.config import DataConfig
-from data_partition.datasets.captions import SIDECARS, TABLES, find_caption
+from data_partition.datasets.captions import SIDECARS, TABLES, find_captions
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import SourceMissing, UnprintableName, UnreadableImage
 from data_partition.shards.images import SUFFIXES, decode_with_remarks
@@ -86,7 +86,7 @@ def read_sample(path: Path, root: Path, label: int, config: DataConfig | None) -
     try:
         data = read_image(path)
         decoded = decode_with_remarks(data)
-        caption = find_caption(path, root, config.caption_key) if config is not None and config.captions else ""
+        caption, more = find_captions(path, root, config) if config is not None and config.captions else ("", ())
     except (UnreadableImage, ValueError) as error:
         return Unreadable(key=key, reason=str(error), name=name)
     except UNREADABLE_FILES as error:
@@ -96,6 +96,7 @@ def read_sample(path: Path, root: Path, label: int, config: DataConfig | None) -
         image=decoded.pixels,
         label=label,
         caption=caption,
+        more_captions=more,
         name=name,
         remarks=decoded.remarks,
         source=(decoded.extension, data) if decoded.extension else None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_partition.config import DataConfig
-from data_partition.datasets.captions import normalize_caption, open_parquet, pick_caption
+from data_partition.datasets.captions import open_parquet, pick_captions
 from data_partition.datasets.source import Unreadable
 from data_partition.datasets.webdataset_source import read_class
 from data_partition.errors import ShardError, SourceMissing, UnreadableImage
@@ -92,7 +92,7 @@ def _read_row(key: str, name: str, fields: Mapping[str, Any], image: str, config
             )
         decoded = decode_with_remarks(data)
         label, class_name = read_class({}, dict(fields)) if config.labels else (-1, "")
-        caption = normalize_caption(pick_caption(fields, config.caption_key)) if config.captions else ""
+        caption, more = pick_captions(fields, config) if config.captions else ("", ())
     except (UnreadableImage, ValueError) as error:
         return Unreadable(key=key, reason=make_printable(str(error)), name=name)
     return Sample(
@@ -101,6 +101,7 @@ def _read_row(key: str, name: str, fields: Mapping[str, Any], image: str, config
         label=label,
         class_name=class_name,
         caption=caption,
+        more_captions=more,
         name=name,
         remarks=decoded.remarks,
         source=(decoded.extension, data) if decoded.extension else None,

@@ -11,11 +11,11 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from data_partition.config import DataConfig
-from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, normalize_caption, pick_caption
+from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, normalize_caption, pick_captions
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UnreadableImage
 from data_partition.shards.images import SUFFIXES, decode_with_remarks
-from data_partition.shards.shards import Sample
+from data_partition.shards.shards import MoreCaptions, Sample
 from data_partition.shards.tar import Encoded, expand_urls, quote_key, read_tar
 from data_partition.shards.untrusted import is_printable, make_printable
 from data_partition.shards.urls import check_url, open_url
@@ -97,7 +97,7 @@ def parse_sample(encoded: Encoded, number: int, url: str, config: DataConfig) ->
         decoded = decode_with_remarks(encoded.files[images[0]])
         fields = read_fields(encoded.files, config)
         label, class_name = read_class(encoded.files, fields) if config.labels else (-1, "")
-        caption = read_caption(encoded.files, fields, config.caption_key) if config.captions else ""
+        caption, more = read_captions(encoded.files, fields, config) if config.captions else ("", ())
     except (UnreadableImage, ValueError, RecursionError) as error:
         return Unreadable(key=key, reason=make_printable(str(error)), name=name)
     several = (f"several images in one sample, .{images[0]} is used",) if len(images) > 1 else ()
@@ -107,6 +107,7 @@ def parse_sample(encoded: Encoded, number: int, url: str, config: DataConfig) ->
         label=label,
         class_name=class_name,
         caption=caption,
+        more_captions=more,
         name=name,
         remarks=(*several, *decoded.remarks),
         source=(decoded.extension, encoded.files[images[0]]) if decoded.extension else None,
@@ -125,7 +126,9 @@ def make_tar_key(number: int, url: str, key: str) -> str:
 
 def read_fields(files: dict[str, bytes], config: DataConfig) -> dict[str, object]:
     """Return the object in `.json` if something in it is needed; raises `ValueError` if it cannot be used."""
-    if "json" not in files or not ((config.labels and "cls" not in files) or (config.captions and "txt" not in files)):
+    if "json" not in files or not (
+        (config.labels and "cls" not in files) or (config.captions and ("txt" not in files or config.more_captions))
+    ):
         return {}
     fields = json.loads(read_annotation(files, "json"))
     if not isinstance(fields, dict):
@@ -160,6 +163,7 @@ def read_class(files: dict[str, bytes], fields: dict[str, object]) -> tuple[int,
     return -1, word
 
 
-def read_caption(files: dict[str, bytes], fields: dict[str, object], key: str | None) -> str:
-    """Return the caption in `.txt`, else the one in `.json`; raises `ValueError` if it cannot be used."""
-    return normalize_caption(read_annotation(files, "txt") if "txt" in files else pick_caption(fields, key))
+def read_captions(files: dict[str, bytes], fields: dict[str, object], config: DataConfig) -> tuple[str, MoreCaptions]:
+    """Return the caption in `.txt`, else the one in `.json`, and more of it; raises `ValueError` if one is unusable."""
+    caption, more = pick_captions(fields, config)
+    return normalize_caption(read_annotation(files, "txt")) if "txt" in files else caption, more

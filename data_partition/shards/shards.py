@@ -1,7 +1,7 @@
 """Samples in shards: a folder of tars of images, and an `index.json` with their contents and checksums.
 
     folder/shard-00000.tar     <key>.png (or .jpg, .webp, .avif, the source's own file), with <key>.cls if it has a
-                               class and <key>.txt if it has a caption
+                               class and <key>.txt if it has a caption, <key>.json if it has more
     folder/index.json          sample count, image shape, class names, tars and their checksums
 
 The same samples always give the same bytes. A tar is verified against its checksum each time it is opened, and the
@@ -10,6 +10,7 @@ index carries its own checksum. So a changed bit anywhere is an error, also in a
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ from ddm_core.artifacts import (
 INDEX = "index.json"
 
 
+MoreCaptions = tuple[tuple[str, float], ...]
+"""Further captions of one sample, each with how often it is used for once of the first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One image with its class and caption."""
@@ -43,6 +48,7 @@ class Sample:
     class_name: str = ""
     """The class as a word, if its source has no numbers; never stored."""
     caption: str = ""
+    more_captions: MoreCaptions = ()
     name: str = ""
     """Its path as a person knows it; empty: the key. Never stored."""
     remarks: tuple[str, ...] = ()
@@ -59,6 +65,7 @@ class ImageBatch:
     images: UInt8[np.ndarray, "batch height width channel"]
     labels: Int64[np.ndarray, " batch"]
     captions: list[str]
+    more_captions: list[MoreCaptions]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +171,8 @@ def encode_sample(sample: Sample) -> Encoded:
         files["cls"] = str(sample.label).encode()
     if sample.caption:
         files["txt"] = sample.caption.encode()
+    if sample.more_captions:
+        files["json"] = json.dumps({"more_captions": sample.more_captions}).encode()
     return Encoded(key=sample.key, files=files)
 
 
@@ -173,11 +182,13 @@ def decode_sample(encoded: Encoded, shard: str) -> Sample:
         image = decode_image(next(encoded.files[name] for name in STORED if name in encoded.files))
         label = decode_label(encoded)
         caption = encoded.files.get("txt", b"").decode()
-    except (StopIteration, ValueError, UnreadableImage) as error:
+        more = json.loads(encoded.files.get("json", b"{}")).get("more_captions", [])
+        more_captions = tuple((str(text), float(frequency)) for text, frequency in more)
+    except (StopIteration, AttributeError, TypeError, ValueError, UnreadableImage) as error:
         raise ShardError(
             f"shard {shard}: sample {encoded.key!r} is corrupt ({error}); make the shards again"
         ) from error
-    return Sample(key=encoded.key, image=image, label=label, caption=caption)
+    return Sample(key=encoded.key, image=image, label=label, caption=caption, more_captions=more_captions)
 
 
 def identify_sample(encoded: Encoded) -> int:
@@ -247,6 +258,7 @@ def stack_samples(samples: list[Sample]) -> ImageBatch:
         images=np.stack([sample.image for sample in samples]),
         labels=np.array([sample.label for sample in samples], dtype=np.int64),
         captions=[sample.caption for sample in samples],
+        more_captions=[sample.more_captions for sample in samples],
     )
 
 

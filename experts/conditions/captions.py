@@ -29,15 +29,22 @@ class EncodedCaptions:
     """The encoded "", one row, padded to the length of every text."""
 
     @classmethod
-    def from_rows(cls, rows: TextEmbedding, null_text: TextEmbedding) -> "EncodedCaptions":
-        """Return one caption a sample, in numbers of 16 bits; a row of the null text is a sample without one."""
-        kept = rows.rows(~rows.is_null)
+    def from_rows(
+        cls,
+        rows: TextEmbedding,
+        null_text: TextEmbedding,
+        counts: Int[Tensor, " sample"],
+        weight: Float[Tensor, " row"],
+    ) -> "EncodedCaptions":
+        """Return the captions of samples, `counts` rows each, in numbers of 16 bits; rows of the null text are none."""
+        is_caption = ~rows.is_null
+        kept, sample = rows.rows(is_caption), torch.arange(len(counts)).repeat_interleave(counts)
         return cls(
             token_features=kept.sequence[kept.mask].half(),
             first_token=_offsets(kept.mask.sum(1)),
             pooled=kept.pooled.half(),
-            weight=torch.ones(len(kept)),
-            first_caption=_offsets((~rows.is_null).long()),
+            weight=weight[is_caption],
+            first_caption=_offsets(torch.bincount(sample[is_caption], minlength=len(counts))),
             null_text=null_text,
         )
 

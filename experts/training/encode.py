@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from data_partition.shards.shards import decode_sample, identify_sample, read_encoded, read_index, stack_samples
+from data_partition.shards.shards import (
+    ImageBatch,
+    decode_sample,
+    identify_sample,
+    read_encoded,
+    read_index,
+    stack_samples,
+)
 from data_partition.shards.tar import Encoded
 from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files
 from experts.codec import Codec
@@ -126,16 +133,20 @@ class _Encoding:
             class_id=torch.from_numpy(batch.labels if self.reads_classes else np.full_like(batch.labels, NULL_CLASS)),
             cluster_id=torch.zeros(len(block), dtype=torch.int64),
             sample_id=identify(block),
-            captions=None if self.text is None else self._encode_captions(self.text, batch.captions),
+            captions=None if self.text is None else self._encode_captions(self.text, batch),
         )
         self.done.append(len(block))
         self.workspace.report_progress(sum(self.done), self.total, unit="images encoded")
         return dataset
 
-    def _encode_captions(self, text: TextEncoder, captions: list[str]) -> EncodedCaptions:
-        rows, num_cut = text.encode_and_count(captions)
+    def _encode_captions(self, text: TextEncoder, batch: ImageBatch) -> EncodedCaptions:
+        """Encode all captions of every sample: the first one once, each other by its frequency."""
+        captions = [[(first, 1.0), *more] for first, more in zip(batch.captions, batch.more_captions, strict=True)]
+        flat = [caption for of_sample in captions for caption in of_sample]
+        rows, num_cut = text.encode_and_count([caption for caption, _ in flat])
         self.num_cut.append(num_cut)
-        return EncodedCaptions.from_rows(rows, text.null_text)
+        counts, weights = torch.tensor([len(of_sample) for of_sample in captions]), [weight for _, weight in flat]
+        return EncodedCaptions.from_rows(rows, text.null_text, counts, torch.tensor(weights))
 
 
 def identify(samples: Sequence[Encoded]) -> Int[torch.Tensor, " sample"]:

@@ -1,5 +1,6 @@
 """Captions beside images, in files of their own or in a table as Hugging Face's image folders have it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_partition.config import DataConfig
-from data_partition.datasets.captions import MAX_CAPTION, find_caption, normalize_caption, read_table
+from data_partition.datasets.captions import MAX_CAPTION, find_captions, normalize_caption, read_table
 from data_partition.datasets.image_folder import read_image_tree
 from data_partition.datasets.source import Unreadable
 from data_partition.errors import InvalidCaptions
@@ -59,13 +60,14 @@ def test_nearest_caption_is_used(tmp_path: Path):
     write_table(tmp_path, "jsonl", [{"file_name": f"a/{name}.png", "text": "far"} for name in "xyz"])
     write_table(tmp_path / "a", "jsonl", [{"file_name": f"{name}.png", "text": "near"} for name in "xy"])
     (tmp_path / "a" / "x.caption").write_text("beside")
-    found = [find_caption(tmp_path / "a" / f"{name}.png", tmp_path, None) for name in "xyz"]
+    found = [find_captions(tmp_path / "a" / f"{name}.png", tmp_path, CAPTIONED)[0] for name in "xyz"]
     assert found == ["beside", "near", "far"]
 
 
 def test_key_of_the_caption_is_configured(tmp_path: Path):
     write_table(tmp_path, "jsonl", [{"file_name": "x.png", "text": "long", "short": "brief"}])
-    assert find_caption(tmp_path / "x.png", tmp_path, "short") == "brief"
+    config = dataclasses.replace(CAPTIONED, caption_key="short", more_captions={"text": 0.5, "absent": 2})
+    assert find_captions(tmp_path / "x.png", tmp_path, config) == ("brief", (("long", 0.5),))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,26 @@ def test_every_cluster_gets_its_own_samples_and_captions(dataset, codec_folder, 
     assert joined.condition(torch.arange(8)).text.is_null.tolist() == [False] * 4 + [True] * 2 + [False] * 2
 
 
+def test_each_caption_of_a_sample_is_drawn_by_its_frequency(codec_folder, text, tmp_path, workspace):
+    for name in ("train", "holdout"):
+        writer = ShardWriter(tmp_path / "dataset" / name, 3, image_shape=SHAPE)
+        image, more = np.zeros(SHAPE, np.uint8), (("one two", 0.5), ("", 9.0), ("three", 1.5))
+        writer.add(Sample(key="a", image=image, caption="a boot", more_captions=more))
+        writer.add(Sample(key="b", image=image, more_captions=(("a shirt", 0.1),)))
+        writer.add(Sample(key="c", image=image))
+        writer.close()
+    folders = encode_and_divide(tmp_path / "dataset", codec_folder, text, tmp_path, [tmp_path / "dataset" / "train"])
+    latents, draws = read_latents(folders[0]), 2000
+    captions = ["a boot", "one two", "three", "a shirt"]
+    expected = text.encode(captions).pooled
+    condition = latents.condition(torch.arange(2).repeat(draws), (torch.arange(2 * draws) + 0.5) / (2 * draws))
+    found = (condition.text.pooled[:, None] - expected).abs().amax(-1).argmin(-1)
+    shares = torch.bincount(found[::2], minlength=4) / draws
+    torch.testing.assert_close(shares, torch.tensor([1.0, 0.5, 1.5, 0]) / 3, rtol=0, atol=0.01)
+    assert (found[1::2] == 3).all() and not condition.text.is_null.any()
+    assert latents.condition(torch.tensor([2])).text.is_null.all()
+
+
 def test_latents_of_16_bits_are_trained_on_as_numbers_of_32(dataset, codec_folder, tmp_path, workspace):
     encode_dataset(dataset, frozen(codec_folder, torch.float16), None, tmp_path / "latents", workspace)
     divide_latents(tmp_path / "latents" / "train", [dataset / "train"], tmp_path / "divided")
