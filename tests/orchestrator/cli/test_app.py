@@ -105,7 +105,7 @@ class TestFinishedRun:
 
     def test_status_finished_run_lists_every_stage(self, run):
         output = ddm("status", run)
-        assert output.count("finished") == 13 and "no controller" in output
+        assert output.count("finished") == 14 and "no controller" in output
 
     def test_sample_sixteen_seeds_writes_one_grid(self, run, tmp_path):
         output = ddm("sample", run, "--seeds", "0-15", "--selection", "top_k", "--out", tmp_path / "grid.png")

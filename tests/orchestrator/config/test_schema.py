@@ -15,6 +15,7 @@ GROUPS = [file for file in FILES if file.parent.name != "pool"]
 NEEDED = {
     "image_folder": ["data.path=pictures"],
     "webdataset": ["data.path=a.tar"],
+    "parquet": ["data.path=a.parquet"],
     "base_first": ["distill=sid"],
     "refine": ["distill=sid"],
 }
