@@ -73,8 +73,7 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale bench-codecs bench-real-models chaos
-bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
+.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale bench-codecs bench-real-models bench: ## Run every benchmark and write docs/benchmarks.md bench-pipeline chaos
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
 	$(BIN)/python -m benchmarks.first_minutes
@@ -98,6 +97,10 @@ bench-accelerate: install ## Compare caches, drafts and students with fewer step
 
 bench-score-laws: install ## Damage real images in steps, and see which scores get worse in order (EMOJI=archives: also on these)
 	$(BIN)/python -m benchmarks.score_laws --count 500 --emoji $(EMOJI)
+	$(BIN)/python -m benchmarks.page
+
+bench-pipeline: install ## Compare the pipeline with diffusers' own, its memory, schedulers and adapters (three CPU minutes)
+	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.page
 
 bench-codecs: install ## Compare the codecs at equal numbers and CPU time (ten CPU minutes; EMOJI=archives: also at 64 pixels)

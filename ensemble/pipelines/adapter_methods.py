@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ensemble.pipeline import PipelineError
-from ensemble.pipelines.adapters import adapter_names, add_lora, read_lora, remove_lora, set_weights
 from ensemble.pipelines.components import expert_ids, expert_name
+from experts.networks.lora import adapter_names, add_lora, read_lora, remove_lora, set_weights
 
 
 class AdapterMethods:
@@ -25,15 +25,17 @@ class AdapterMethods:
     ) -> None:
         """Add an adapter to these experts (default: all), beside those that they have.
 
-        `path` is a safetensors file of diffusers or peft, or a folder with one; `weight` multiplies its change. Raises
-        `AdapterError` for a file that is no LoRA or fits no layer, and `PipelineError` for experts that are not loaded.
+        `path` is a safetensors file of diffusers or peft, a folder with one, or a folder of `ddm finetune` with one for
+        each expert; `weight` multiplies its change. Raises `AdapterError` for a file that is no LoRA or fits no layer,
+        and `PipelineError` for experts that are not loaded.
         """
-        networks = self._adaptable()
-        chosen = list(networks) if experts is None else list(experts)
+        networks, folder = self._adaptable(), Path(path).expanduser()
+        own = {k: folder / expert_name(k) for k in networks if (folder / expert_name(k)).is_dir()}
+        chosen = list(own or networks) if experts is None else list(experts)
         if absent := sorted(set(chosen) - set(networks)):
             raise PipelineError(f"there is no expert {absent[0]}; the experts are {', '.join(map(str, networks))}")
-        lora = read_lora(Path(path).expanduser())
-        for k in chosen:
+        loras = {k: read_lora(own.get(k, folder)) for k in chosen}
+        for k, lora in loras.items():
             add_lora(networks[k], lora, adapter_name, weight)
 
     def set_adapters(self, adapter_names: Sequence[str], weights: Sequence[float] | None = None) -> None:

@@ -17,6 +17,7 @@ from ddm_core.errors import DDMError
 from orchestrator.cli.analyze import audit, classify
 from orchestrator.cli.exits import run_command
 from orchestrator.cli.experts import app as experts_app
+from orchestrator.cli.experts import finetune
 from orchestrator.cli.init import init
 from orchestrator.cli.islands import app as islands_app
 from orchestrator.cli.pools import app as pool_app
@@ -39,6 +40,7 @@ COMMANDS = (
     "classify",
     "compress",
     "experts",
+    "finetune",
     "verify",
     "submit",
     "islands",
@@ -63,6 +65,7 @@ app.add_typer(islands_app, name="islands")
 app.add_typer(pool_app, name="pool")
 app.command()(init)
 app.command()(audit)
+app.command()(finetune)
 app.command()(verify)
 app.command()(classify)
 console = open_console()

@@ -1,5 +1,6 @@
 """List, remove, restore or add the experts of a finished run's ensemble."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,43 @@ def add(
     if not records_codec(expert):
         console.print(f"Warning: {expert} does not record the codec with which it was trained")
     _print_ensemble(run, folder)
+
+
+def finetune(
+    run: RunArgument,
+    images: Annotated[Path, typer.Option(help="Folder of images, as data.source=image_folder reads it")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapters; what is finished in it is kept")],
+    experts: Annotated[str, typer.Option(help="all, ids such as 0,2, or routed: by each image's cluster")] = "routed",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each adapter")] = 500,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step")] = 16,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate")] = 1e-4,
+) -> None:
+    """Train a LoRA adapter of every chosen expert on images, each expert alone; the run stays as it is."""
+    from orchestrator.cli.sample import find_pipeline
+    from orchestrator.pipeline import run_finetune
+    from orchestrator.reporting.results import current_graph
+    from orchestrator.run.run_folder import RunFolder
+
+    folder, out = RunFolder(run.expanduser()), out.expanduser()
+    config, ensemble = folder.load_config(), find_pipeline(folder, monolith=False)
+    partition = next(stage for stage in current_graph(folder, config) if stage.name == "partition")
+    training = replace(
+        config.expert.training, steps=steps, batch_size=batch_size, lr=lr, warmup_steps=min(100, steps // 10)
+    )
+    request = run_finetune.FinetuneRequest(
+        config=config,
+        ensemble=ensemble,
+        partition=folder.artifact(partition),
+        images=images.expanduser(),
+        out=out,
+        experts=experts,
+        training=training,
+        rank=rank,
+    )
+    for k, summary in run_finetune.finetune(request):
+        console.print(f"expert {k}: {summary.images} images, {summary.steps} steps, loss {summary.final_loss:.4f}")
+    console.print(f'{out}: pipe.load_lora_weights("{out}")', soft_wrap=True, highlight=False, markup=False)
 
 
 def _open_base(run: Path, ensemble: Path | None, output: Path | None = None) -> Any:

@@ -5,15 +5,16 @@ some classes only.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddm_core.artifacts import read_json
@@ -25,6 +26,8 @@ CONFIG, METADATA = "adapter_config.json", "lora_adapter_metadata"
 PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|unet\.)+")
 PART = re.compile(r"^(?P<module>.+)\.(?:lora_(?P<side>[AB])|(?:lora\.|lora_)(?P<old>down|up))(?:\.\w+)?\.weight$")
 OLD_SIDES = {"down": "A", "up": "B"}
+NEW = "default"
+"""Name of an adapter that is trained."""
 
 
 class AdapterError(DDMError, ValueError):
@@ -96,15 +99,16 @@ def _read_layers(file: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
 
 def add_lora(network: nn.Module, lora: Lora, name: str, weight: float = 1.0) -> None:
     """Inject an adapter, in place; raise `AdapterError`, with the network unchanged, if it does not fit."""
+    peft = _import_peft()
     _check_fit(network, lora, name)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=max(layer.rank for layer in lora.values()),
         target_modules="|".join(re.escape(layer) for layer in lora),
         rank_pattern={f"^{re.escape(layer)}": weights.rank for layer, weights in lora.items()},
         alpha_pattern={f"^{re.escape(layer)}": weights.alpha for layer, weights in lora.items()},
     )
     vars(network).pop("peft_config", None)  # peft warns of adapters that it has already injected
-    inject_adapter_in_model(config, network, name)
+    peft.inject_adapter_in_model(config, network, name)
     for module_name, layer in _lora_layers(network).items():
         if weights := lora.get(module_name):
             layer.lora_A[name].weight.data.copy_(weights.down)
@@ -119,8 +123,8 @@ def _check_fit(network: nn.Module, lora: Lora, name: str) -> None:
         raise AdapterError(f"the network has an adapter {name!r}; unload it, or choose another adapter_name")
     layers = {path.replace(".base_layer", ""): module for path, module in network.named_modules()}
     for path, weights in lora.items():
-        layer = layers.get(path)
-        layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        layer: Any = layers.get(path)
+        layer = layer.get_base_layer() if _is_lora(layer) else layer
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             known = [path for path, module in layers.items() if isinstance(module, nn.Linear)]
             raise AdapterError(
@@ -154,5 +158,54 @@ def remove_lora(network: nn.Module) -> None:
     vars(network).pop("peft_config", None)
 
 
+def add_new_lora(network: nn.Module, layers: Sequence[str], rank: int) -> None:
+    """Inject an adapter to be trained into these linear layers, in place; it changes nothing yet.
+
+    Its parameters are the only ones with gradients, and come from torch's global generator.
+    """
+    lora = {}
+    for path in layers:
+        outputs, inputs = network.get_submodule(path).weight.shape
+        down = nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=math.sqrt(5))
+        lora[path] = LoraLayerWeights(down=down, up=torch.zeros(outputs, rank), alpha=float(rank))
+    add_lora(network, lora, NEW)
+    for layer in _lora_layers(network).values():
+        for part in (layer.lora_A, layer.lora_B):
+            part.requires_grad_(requires_grad=True)
+
+
+def extract_lora(network: nn.Module) -> Lora:
+    """Return the adapter of a network that `add_new_lora` made."""
+    return {
+        path: LoraLayerWeights(
+            down=layer.lora_A[NEW].weight.detach().clone(),
+            up=layer.lora_B[NEW].weight.detach().clone(),
+            alpha=float(layer.lora_alpha[NEW]),
+        )
+        for path, layer in _lora_layers(network).items()
+    }
+
+
+def save_lora(lora: Lora, folder: Path) -> None:
+    """Write an adapter whose alpha is its rank, as diffusers does."""
+    factors = {f"transformer.{path}.lora_A.weight": layer.down.contiguous() for path, layer in lora.items()}
+    factors |= {f"transformer.{path}.lora_B.weight": layer.up.contiguous() for path, layer in lora.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(factors, folder / FILES[0], {"format": "pt"})
+
+
 def _lora_layers(network: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    return {name: module for name, module in network.named_modules() if _is_lora(module)}
+
+
+def _is_lora(module: Any) -> bool:
+    """Return whether a module is one of peft's, which is not imported for a network without adapters."""
+    return hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
+
+
+def _import_peft() -> Any:
+    try:
+        import peft  # noqa: PLC0415 - most pipelines have no adapter
+    except ImportError as error:
+        raise AdapterError("adapters need the package peft; pip install 'decentralized-diffusion[lora]'") from error
+    return peft
