@@ -1,6 +1,7 @@
 """An ensemble as a `diffusers.DiffusionPipeline`: experts, router, codec and text encoder are its components."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -167,6 +168,8 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -187,9 +190,10 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
     ) -> PipelineOutput | tuple[Any]:
         """Sample one image per seed, generator, prompt or class label.
 
-        Noise comes from `seeds`, from one generator an image, or is `latents`. `guidance_scale` 1 means no guidance,
-        and `guidance_interval` is the smallest and largest t with it; `guider` is one of `diffusers.guiders` instead.
-        `weak` is the weak model of autoguidance. `sigmas` are the t of the steps, without 0. A callback gets `latents`,
+        `height` and `width` are in pixels; other sizes than that of the training need `sticky`, a codec on a grid and
+        networks that take any size. Noise comes from `seeds`, from one generator an image, or is `latents`.
+        `guidance_scale` 1 means no guidance, and `guidance_interval` is the smallest and largest t with it; `guider` is
+        one of `diffusers.guiders` instead. `weak` is the weak model of autoguidance. `sigmas` are the t of the steps, without 0. A callback gets `latents`,
         `prompt_embeds` and `gates` as requested, of the images of the current batch, and may return new ones.
 
         Settings that are not given are those of the run, or `SamplingConfig`'s defaults. Raises `PromptError` for an
@@ -214,33 +218,33 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
             negative_pooled_prompt_embeds,
             encoder,
         )
+        rule, codec = self._selection(selection), self._codec(height, width, selection)
         ids, device = class_ids(class_labels, count, self.class_names, self.num_classes), self._execution_device
         condition = make_condition(ids, repeat_text(text, count), device, self.dtype)
         negative = make_condition(torch.full_like(ids, -1), repeat_text(negative_text, count), device, self.dtype)
         request = Request(
             condition=condition,
             negative=negative,
-            noise=Noise.from_inputs(count, self.latent_shape, seeds, generator, latents),
-            selection=self._selection(selection),
+            noise=Noise.from_inputs(count, codec.latent_shape, seeds, generator, latents),
+            selection=rule,
             guidance=self._guidance(condition, negative, guidance_scale, guidance_interval, guider, weak),
             steps=self._steps(num_inference_steps),
             sigmas=sigmas,
-            tokens=self._count_tokens(),
+            tokens=self._count_tokens(codec.latent_shape),
             callback=callback_on_step_end,
             callback_inputs=getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs),
         )
         self._check_callback(request.callback_inputs)
         self._interrupt = False
         clean, calls = sample_latents(self, request)
-        images = clean if output_type == "latent" else self._decode(clean, output_type)
+        images = clean if output_type == "latent" else self._decode(codec, clean, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
         return PipelineOutput(images=images, latents=clean, call_counts=calls)
 
-    def _decode(self, latents: Latents, output_type: OutputType) -> Any:
+    def _decode(self, codec: Any, latents: Latents, output_type: OutputType) -> Any:
         """Decode latents in batches and convert the images."""
-        codec = owner_of(self.codec)
         parts = [codec.decode(part).float().cpu() for part in torch.split(latents.float(), self.sampling.batch_size)]
         return to_output(torch.cat(parts).clamp(0, 1), output_type)
 
@@ -311,11 +315,35 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
                 f"a callback can get {', '.join(self._callback_tensor_inputs)}; got {', '.join(unknown)}"
             )
 
-    def _count_tokens(self) -> int:
-        """Return the number of tokens of one latent, on which a dynamic shift depends."""
-        *_, height, width = (1, 1, *self.latent_shape)
+    def _codec(self, height: int | None, width: int | None, selection: SelectionName | SelectionConfig | None) -> Any:
+        """Return the codec of images of this size; raise `PipelineError` if codec, networks or router have one size."""
+        codec = owner_of(self.codec)
+        default = getattr(codec, "image_shape", (0, 0, 0))
+        size = (height or default[0], width or default[1])
+        if size == tuple(default[:2]):
+            return codec
+        adapter, needs_router = ADAPTERS[type(self._first_network()).__name__], self.router is not None
+        reason = (
+            "its codec has no grid"
+            if len(codec.latent_shape) != 3
+            else f"{adapter.class_name} takes one size"
+            if adapter.is_flat or adapter.is_square
+            else "the router takes one size, and only selection=sticky does without it"
+            if needs_router and self._selection(selection).name != "sticky"
+            else ""
+        )
+        if reason:
+            raise PipelineError(f"images must be {default[0]} x {default[1]}, not {size[0]} x {size[1]}: {reason}")
+        return replace(codec, image_shape=(*size, default[2]))
+
+    def _first_network(self) -> Any:
         expert = next(iter(self.experts.values()))
         expert = expert.pager.get(expert) if isinstance(expert, PagedExpert) else expert
-        network: Any = next(expert.networks())
+        return next(expert.networks())
+
+    def _count_tokens(self, latent_shape: tuple[int, ...]) -> int:
+        """Return the number of tokens of one latent, on which a dynamic shift depends."""
+        *_, height, width = (1, 1, *latent_shape)
+        network = self._first_network()
         patch = PACKED_SIDE if ADAPTERS[type(network).__name__].packs else getattr(network.config, "patch_size", 1)
         return height * width // int(patch or 1) ** 2

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import Workspace, write_json
-from experts.codecs.registry import load_codec
+from experts.codec import Codec
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TrainingConfig
 from experts.expert import Expert, ExpertSummary, check_classes, network_flops
@@ -25,7 +25,8 @@ ATTENTION = ".att"
 def train_lora(
     expert: Path,
     shards: Sequence[Path],
-    codec: Path,
+    codec: Codec,
+    codec_folder: Path,
     training: TrainingConfig,
     rank: int,
     out: Path,
@@ -38,7 +39,7 @@ def train_lora(
     the same workspace continues. Raises `LatentError`, `AdapterError`, `Preempted` and what `fit` raises.
     """
     trained = Expert.load(expert)
-    dataset = encode_latents(shards, load_codec(codec), codec, workspace, text)
+    dataset = encode_latents(shards, codec, codec_folder, workspace, text)
     check_classes(dataset, trained.num_classes)
     forward = network_flops(trained.model, dataset.latent_shape)
     with torch.random.fork_rng(devices=[]):

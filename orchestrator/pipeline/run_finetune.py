@@ -12,6 +12,7 @@ from data_partition.shards.images import fit_image
 from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import Workspace, read_json
 from ddm_core.json_values import from_json
+from experts.codecs.registry import load_codec
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TrainingConfig
 from experts.expert import ExpertSummary
@@ -56,7 +57,12 @@ def finetune(request: FinetuneRequest) -> Iterator[tuple[int, ExpertSummary]]:
         if (out / SUMMARY).is_file():
             yield k, from_json(ExpertSummary, read_json(out / SUMMARY))
             continue
-        yield k, train_lora(expert, [folder], codec, request.training, request.rank, out, workspace, text)
+        yield (
+            k,
+            train_lora(
+                expert, [folder], load_codec(codec), codec, request.training, request.rank, out, workspace, text
+            ),
+        )
 
 
 def _choose(request: FinetuneRequest) -> list[int]:

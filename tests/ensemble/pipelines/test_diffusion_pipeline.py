@@ -11,6 +11,10 @@ from ensemble.pipeline import PipelineError
 from ensemble.pipelines.components import expert_ids
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.sampling.prompts import Prompts
+from experts.codec import PixelCodec
+from experts.conditions.text_embedding import TextEmbedding
+from experts.config import DiffusersConfig
+from experts.networks.registry import build_network
 from router.config import SelectionConfig
 from tests.ensemble.pipelines.conftest import SHAPE, make_ensemble, make_expert
 
@@ -184,3 +188,18 @@ def test_unfit_inputs_are_refused_with_the_reason(pipe, arguments, reason):
 def test_components_of_other_kinds_are_refused(pipe):
     with pytest.raises(PipelineError, match="must be an expert or a network"):
         EnsembleDiffusionPipeline(scheduler=pipe.scheduler, codec=pipe.codec, expert_0="a path")
+
+
+def test_networks_of_any_size_sample_other_sizes(pipe):
+    text = TextEmbedding(torch.randn(1, 7, 24), torch.ones(1, 7).bool(), torch.randn(1, 20), torch.zeros(1).bool())
+    settings = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "caption_projection_dim": 32}
+    network = build_network(DiffusersConfig(class_name="SD3Transformer2DModel", settings=settings), (4, 8, 8), 0, text)
+    sized = EnsembleDiffusionPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), codec=PixelCodec(image_shape=(8, 8, 4)), expert_0=network
+    )
+    sized.set_progress_bar_config(disable=True)
+    output = sized(seeds=[1], height=16, width=12, num_inference_steps=2, output_type="np")
+    assert output.images.shape == (1, 16, 12, 4)
+    assert output.latents.shape == (1, 4, 16, 12)
+    with pytest.raises(PipelineError, match="must be 4 x 4, not 8 x 4: DiTTransformer2DModel takes one size"):
+        pipe(seeds=[1], height=8)
