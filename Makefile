@@ -73,7 +73,8 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale bench-codecs bench-real-models bench: ## Run every benchmark and write docs/benchmarks.md bench-pipeline chaos
+.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale bench-codecs bench-pipeline bench-real-models chaos
+bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
 	$(BIN)/python -m benchmarks.first_minutes

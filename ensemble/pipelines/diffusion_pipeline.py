@@ -193,8 +193,9 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
         `height` and `width` are in pixels; other sizes than that of the training need `sticky`, a codec on a grid and
         networks that take any size. Noise comes from `seeds`, from one generator an image, or is `latents`.
         `guidance_scale` 1 means no guidance, and `guidance_interval` is the smallest and largest t with it; `guider` is
-        one of `diffusers.guiders` instead. `weak` is the weak model of autoguidance. `sigmas` are the t of the steps, without 0. A callback gets `latents`,
-        `prompt_embeds` and `gates` as requested, of the images of the current batch, and may return new ones.
+        one of `diffusers.guiders` instead. `weak` is the weak model of autoguidance. `sigmas` are the t of the steps,
+        without 0. A callback gets `latents`, `prompt_embeds` and `gates` as requested, of the images of the current
+        batch, and may return new ones.
 
         Settings that are not given are those of the run, or `SamplingConfig`'s defaults. Raises `PromptError` for an
         unknown class or a prompt without text encoder, `PipelineError` for settings or a scheduler that the experts do
