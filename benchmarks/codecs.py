@@ -33,8 +33,8 @@ from experts.config import CodecConfig, TrainingConfig
 
 COMPONENTS, NEIGHBOURS = 64, 3
 PATCH = 4
-TRIAL_STEPS = (4, 16)
-"""Steps of the two short fits from which the CPU time of a step follows."""
+TRIAL_STEPS = 12
+"""Steps of the short fit from which the CPU time of a step follows."""
 TRAINING = TrainingConfig(batch_size=64, lr=2e-3, weight_decay=1e-3)
 MAX_RATIO = 3.0
 """Largest Fréchet distance through a default codec, over that of real pictures from others."""
@@ -75,7 +75,7 @@ class Row:
 def main() -> None:
     """Measure all codecs on all sets, write docs/benchmarks/codecs.json and print its claims."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds of a training")
+    parser.add_argument("--seconds", type=float, default=15.0, help="CPU seconds of a training")
     parser.add_argument(
         "--emoji", type=Path, nargs="*", default=[], help="archives with `image`, 64 pixels, same order"
     )
@@ -84,8 +84,8 @@ def main() -> None:
     started = time.monotonic()
     rows: list[Row] = []
     for pictures in load_sets(options.emoji):
-        for numbers in (4, 12) if pictures.name == "emoji, 32 px" else (12,):
-            rows += measure(pictures, numbers, options.seconds)
+        for channels in (4, 12) if pictures.name == "emoji, 32 px" else (12,):
+            rows += measure(pictures, channels, options.seconds)
     note = (
         f"One thread, {options.seconds:g} CPU seconds of training at batches of {TRAINING.batch_size}; components of "
         f"whole images end at {MAX_FEATURES:,} values. KID in thousandths, Fréchet distance (FD) in {COMPONENTS} "
@@ -162,17 +162,24 @@ def fit_for(config: CodecConfig, images: Images, seconds: float, folder: Path) -
     writer.close()
     steps = 1
     if CODECS[config.kind].probe is not None:
-        short, long = (_time_fit(config, count, folder, f"trial_{count}") for count in TRIAL_STEPS)
-        steps = max(TRIAL_STEPS[1], round(seconds * (TRIAL_STEPS[1] - TRIAL_STEPS[0]) / (long - short)))
-    return _time_fit(config, steps, folder, "codec")
+        ends = _fit(config, TRIAL_STEPS, folder, "trial")[-TRIAL_STEPS:]
+        steps = max(TRIAL_STEPS, round(seconds / float(np.median(np.diff(ends)))))
+    times = _fit(config, steps, folder, "codec")
+    return times[-1] - times[0]
 
 
-def _time_fit(config: CodecConfig, steps: int, folder: Path, name: str) -> float:
+def _fit(config: CodecConfig, steps: int, folder: Path, name: str) -> list[float]:
+    """Fit a codec; return the CPU times of start, of each step's start, and of the end."""
     training = replace(config.decoder_training, steps=steps, warmup_steps=min(50, steps // 8))
-    start = time.process_time()
-    workspace = Workspace.at(folder / f"work_{name}")
+    times = [time.process_time()]
+
+    def note_step() -> bool:  # a training asks before each step whether it shall stop
+        times.append(time.process_time())
+        return False
+
+    workspace = replace(Workspace.at(folder / f"work_{name}"), stopping=note_step)
     fit_codec(replace(config, decoder_training=training), folder / "shards", folder / name, workspace)
-    return time.process_time() - start
+    return [*times, time.process_time()]
 
 
 def peak_signal_to_noise(decoded: Images, real: Images) -> float:
