@@ -65,7 +65,9 @@ def matrix_rate(device: str, threads: int) -> float | None:
 def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: int) -> dict[str, TrainingSize]:
     """Return the sizes of codec, experts, monolith and router by stage name; equal networks are built once."""
     shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
-    data = DataShape(latent_shape=shape, num_classes=num_classes, text_shape=read_text_shape(config.text))
+    text_shape = read_text_shape(config.text)
+    classes_read = num_classes if text_shape is None or config.text.classes else 0
+    data = DataShape(latent_shape=shape, num_classes=classes_read, text_shape=text_shape)
     sizes: dict[str, TrainingSize] = {}
     by_config: dict[str, TrainingSize] = {}
     for stage in graph:

@@ -134,3 +134,9 @@ def test_network_without_end_is_measured_without_memory():
     config = build_config("expert.network.width=65536", "expert.network.depth=24")
     size = measure_trainings(build_graph(config), config, 0)["monolith"]
     assert size.parameters > 10**11 and size.flops > 10**16
+
+
+def test_classes_that_no_model_reads_are_not_counted():
+    config = build_config("text=minilm", "text.classes=false", "codec=pixels", "expert=pixart_small")
+    sizes = [measure_trainings(build_graph(config), config, classes) for classes in (CLASSES, 0)]
+    assert sizes[0] == sizes[1]
