@@ -89,7 +89,7 @@ def check_condition(config: AnyNetworkConfig, num_classes: int, text_shape: tupl
     network, name = class_settings(config), network_name(config)
     adapter, complete = network.adapter, complete_settings(network)
     if num_classes and not adapter.reads_classes:
-        raise NetworkError(f"{name} reads text and no classes; set data.labels=false, or choose another network")
+        raise NetworkError(f"{name} reads text and no classes; set text.classes=false, or choose another network")
     if text_shape is None and adapter.reads_text:
         raise NetworkError(f"{name} needs a text; choose a text encoder, or a network without text")
     if text_shape is not None and not (adapter.reads_text or "pooled_width" in complete):

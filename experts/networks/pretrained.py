@@ -132,7 +132,9 @@ def _fit_condition(model: nn.Module, folder: Path, data: DataShape, null_text: T
     """Give a checkpoint without a null text that of the data; raise `InitError` if it reads other texts or classes."""
     adapter, ours = ADAPTERS[type(model).__name__], get_null_text(model)
     if data.num_classes and not adapter.reads_classes:
-        raise InitError(f"init={folder} reads text and no classes; set data.labels=false, or choose another checkpoint")
+        raise InitError(
+            f"init={folder} reads text and no classes; set text.classes=false, or choose another checkpoint"
+        )
     if ours is None and null_text is not None and adapter.reads_text:
         set_null_text(model, null_text)
         return

@@ -1,31 +1,35 @@
 """Select the modules of a network whose outputs are cached, and the steps at which all of them are computed."""
 
 import re
+from typing import Any
 
 import numpy as np
-from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 from ensemble.compression.acceleration.config import CacheConfig
 from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import StageError
-from experts.architectures.residual_mlp import ResidualMLP
 from experts.compressed.pruning.layers import SkipLayer, ZeroLayer
 
-ATTENTION = re.compile(r"\.(attn1|attentions)(\.|$)")
+ATTENTION = re.compile(r"\.(attn1|attn2|attentions)(\.|$)")
 """In the paths of attention layers; the others (feed-forward, residual, whole blocks) take part in the union."""
-PATTERNS: dict[type[nn.Module], dict[str, re.Pattern[str]]] = {
-    DiTTransformer2DModel: {
+PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
+    "PixArtTransformer2DModel": {
+        "block": re.compile(r"transformer_blocks\.\d+"),
+        "layer": re.compile(r"transformer_blocks\.\d+\.(attn1|attn2|ff)"),
+        "unit": re.compile(r"transformer_blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0|2))"),
+    },
+    "DiTTransformer2DModel": {
         "block": re.compile(r"transformer_blocks\.\d+"),
         "layer": re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
         "unit": re.compile(r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0|2))"),
     },
-    UNet2DModel: {
+    "UNet2DModel": {
         "block": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"),
         "layer": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
         "unit": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+\.conv[12]"),
     },
-    ResidualMLP: {
+    "ResidualMLP": {
         "block": re.compile(r"blocks\.\d+"),
         "layer": re.compile(r"blocks\.\d+"),
         "unit": re.compile(r"blocks\.\d+\.(inner|outer)"),
@@ -38,7 +42,7 @@ def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
     """Return the paths of the modules to cache, in the network's order; raise `StageError` if there are none."""
     if config.policy == "deepcache":
         return modules_below_branch(model, config.branch)
-    pattern = PATTERNS.get(type(model), {}).get(config.level)
+    pattern = PATTERNS.get(type(model).__name__, {}).get(config.level)
     paths = [
         path
         for path, module in model.named_modules()
@@ -52,13 +56,13 @@ def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
     return paths
 
 
-def modules_below_branch(model: nn.Module, branch: int) -> list[str]:
+def modules_below_branch(model: Any, branch: int) -> list[str]:
     """Return the paths of a U-Net below a branch: without the outermost `branch` residual layers on each side.
 
     The last layer of the network is always computed too, one more than on the input side. Ma et al. 2024, DeepCache,
     arXiv:2312.00858, section 3.3. Raises `StageError` for another network, or if its first level has fewer layers.
     """
-    if not isinstance(model, UNet2DModel):
+    if type(model).__name__ != "UNet2DModel":
         raise StageError(f"deepcache needs a U-Net, not a {type(model).__name__}; set accelerate.policy=uniform")
     blocks: list[nn.Module] = list(model.up_blocks)
     depth = len(model.down_blocks[0].resnets)

@@ -83,6 +83,8 @@ def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, w
     row_flops, total = network_flops(model, expert.latent_shape), count_parameters(model)
     sizes = {frozenset(map(units.index, paths)): size for paths, size in layer_sizes(model).items()}
     target = round(config.ratio * total)
+    if not units:
+        raise StageError(f"prune=laptop removes no layers of a {type(model).__name__}; quantize it instead")
     if sum(sizes.values()) < target:
         raise StageError(
             f"prune.ratio is {config.ratio:.0%}, and the {len(units)} removable layers of expert {expert.cluster_id} "

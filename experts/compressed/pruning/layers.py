@@ -17,6 +17,7 @@ from experts.training.flops import count_parameters
 PATTERNS: dict[str, re.Pattern[str]] = {
     "UNet2DModel": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
     "DiTTransformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
+    "PixArtTransformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn1|attn2|ff)"),
     "ResidualMLP": re.compile(r"blocks\.\d+"),
 }
 """Paths of removable layers, by the class of the network; importing these takes longer than most stages need."""

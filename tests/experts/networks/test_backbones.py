@@ -152,7 +152,7 @@ def test_wrong_settings_are_refused(config, message):
     ("case", "classes", "text_shape", "message"),
     [
         ("SD3Transformer2DModel", 0, None, "needs a text"),
-        ("SD3Transformer2DModel", 3, (7, 24, 20), "no classes; set data.labels=false"),
+        ("SD3Transformer2DModel", 3, (7, 24, 20), "no classes; set text.classes=false"),
         ("FluxTransformer2DModel", 0, (7, 24, 0), "needs the pooled vector"),
         ("UNet2DConditionModel/sdxl", 0, (7, 24, 0), "needs the pooled vector"),
         ("DiTTransformer2DModel", 3, (7, 24, 20), "reads classes and no text"),

@@ -13,9 +13,10 @@ from experts.compressed.pruning.layers import (
     removed_layers,
 )
 from experts.conditions.condition import Condition
-from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
-from experts.networks.model_io import STRUCTURE, load_model, save_model
-from experts.networks.registry import build_network, call_network
+from experts.conditions.text_embedding import TextEmbedding
+from experts.config import DiffusersConfig, DiTConfig, ResidualMLPConfig, UNetConfig
+from experts.networks.model_io import STRUCTURE, save_model
+from experts.networks.registry import build_network, call_network, load_network
 from experts.training.flops import count_parameters
 
 SHAPE = (1, 8, 8)
@@ -23,12 +24,17 @@ NETWORKS = (
     ResidualMLPConfig(width=16, depth=3),
     UNetConfig(channels=(8, 16), layers_per_block=2),
     DiTConfig(patch_size=4, heads=2, head_width=8, depth=3),
+    DiffusersConfig(
+        class_name="PixArtTransformer2DModel",
+        settings={"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "cross_attention_dim": 16},
+    ),
 )
 
 
 def network(config):
     torch.manual_seed(0)
-    model = build_network(config, SHAPE, 3).eval()
+    text = TextEmbedding.zeros(4, 6, 6) if config.kind == "diffusers" else None
+    model = build_network(config, SHAPE, 3 if text is None else 0, text).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -57,11 +63,11 @@ def test_every_layer_can_be_removed_saved_and_loaded(config, tmp_path):
             remove_layers(small, [unit])
             assert torch.equal(predict(small), without_layer)
             save_model(small, tmp_path / str(number))
-            loaded = load_model((type(small),), tmp_path / str(number))
+            loaded = load_network(tmp_path / str(number))
             assert torch.equal(predict(loaded), without_layer) and removed_layers(loaded) == [unit]
     remove_layers(model, units)
     save_model(model, tmp_path / "all")
-    loaded = load_model((type(model),), tmp_path / "all")
+    loaded = load_network(tmp_path / "all")
     assert torch.equal(predict(loaded), predict(model)) and sorted(removed_layers(loaded)) == sorted(units)
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in network(config).parameters())
 
