@@ -142,11 +142,13 @@ def test_both_guidance_branches_have_their_own_cache(dit, tmp_path):
     guided = replace(SAMPLING, guidance_scale=2.0)
     cached = with_cache(dit, tmp_path, interval=1)
     ensembles = [Ensemble(experts={0: expert}, noise_schedule=RECTIFIED_FLOW) for expert in (cached, dit)]
-    cached_samples, plain = (sample(ensemble, CODEC, range(4), guided, [1, 2, 3, 4]) for ensemble in ensembles)
+    cached_samples, plain = (
+        sample(ensemble, CODEC, range(4), guided, Condition(torch.tensor([1, 2, 3, 4]))) for ensemble in ensembles
+    )
     assert torch.equal(cached_samples.latents, plain.latents)
     ensemble = Ensemble(experts={0: with_cache(dit, tmp_path, interval=2)}, noise_schedule=RECTIFIED_FLOW)
-    batch = sample(ensemble, CODEC, range(4), guided, [1, 2, 3, 4])
-    single = sample(ensemble, CODEC, [2], guided, [3])
+    batch = sample(ensemble, CODEC, range(4), guided, Condition(torch.tensor([1, 2, 3, 4])))
+    single = sample(ensemble, CODEC, [2], guided, Condition(torch.tensor([3])))
     torch.testing.assert_close(single.latents[0], batch.latents[2], atol=1e-5, rtol=1e-4)
 
 
