@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from ensemble.pipeline import PipelineError
@@ -54,15 +55,29 @@ def with_experts(pipeline_class: Any, names: tuple[str, ...]) -> Any:
     return type(pipeline_class.__name__, (pipeline_class,), members)
 
 
+class ExpertNetworks(nn.ModuleList):
+    """All networks of one expert, with the properties that diffusers reads of a component."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the first parameter."""
+        return next(self.parameters()).dtype
+
+
 def to_component(owner: Any) -> Any:
     """Return the network of an expert, a router or a text encoder, with a reference to it; all others unchanged.
 
-    Several networks of one expert become one `ModuleList`.
+    Several networks of one expert become one `ExpertNetworks`.
     """
     component: Any
     if isinstance(owner, ExpertModel):
         networks = list(owner.networks())
-        component = networks[0] if len(networks) == 1 else nn.ModuleList(networks)
+        component = networks[0] if len(networks) == 1 else ExpertNetworks(networks)
     else:
         component = getattr(owner, "model", None)
     if isinstance(owner, nn.Module) or not isinstance(component, nn.Module):

@@ -125,7 +125,9 @@ class PagedExpert(ExpertModel):
 
 
 def weight_bytes(folder: Path) -> int:
-    """Return the size of an expert's weights."""
+    """Return the size of an expert's weights, of all its networks; raise `CorruptArtifact` if they are missing."""
+    if not (folder / METADATA_FILE).is_file():
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     try:
         return sum(path.stat().st_size for path in weight_files(folder))
     except FileNotFoundError as error:

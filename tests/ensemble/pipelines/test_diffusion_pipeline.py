@@ -1,5 +1,7 @@
 """The ensemble as a diffusers pipeline: components, folders, noise, guidance, callbacks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 
 from ddm_core.artifacts import list_files
 from ensemble.config import SamplingConfig
+from ensemble.multi_network_experts import TimeSplitExpert
 from ensemble.pipeline import PipelineError
 from ensemble.pipelines.components import expert_ids
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
@@ -14,6 +17,7 @@ from ensemble.sampling.prompts import Prompts
 from experts.codec import PixelCodec
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig
+from experts.diffusion.few_step import FewStepSchedule
 from experts.networks.registry import build_network
 from router.config import SelectionConfig
 from tests.ensemble.pipelines.conftest import SHAPE, make_ensemble, make_expert
@@ -203,3 +207,29 @@ def test_networks_of_any_size_sample_other_sizes(pipe):
     assert output.latents.shape == (1, 4, 16, 12)
     with pytest.raises(PipelineError, match="must be 4 x 4, not 8 x 4: DiTTransformer2DModel takes one size"):
         pipe(seeds=[1], height=8)
+
+
+def test_experts_of_several_networks_are_one_component(tmp_path):
+    ours = make_ensemble()
+    few_step = FewStepSchedule.uniform(2, "renoise", is_distilled=True)
+    split = {
+        k: TimeSplitExpert(experts=[make_expert(k), make_expert(k + 3)], bounds=[0.5], few_step=few_step)
+        for k in range(3)
+    }
+    pipeline = replace(ours, ensemble=replace(ours.ensemble, experts=split))
+    expected = pipeline(SEEDS, SamplingConfig(), Prompts.of_classes([0, 1, 0, 1, -1, 0])).latents
+    pipe = EnsembleDiffusionPipeline.from_ensemble(pipeline).to("cpu")
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"seeds": SEEDS, "class_labels": [0, 1, 0, 1, -1, 0]}
+    assert (pipe(**arguments).latents - expected).abs().max() < 1e-5
+    pipe.save_pretrained(tmp_path / "split")
+    again = EnsembleDiffusionPipeline.from_pretrained(tmp_path / "split")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(**arguments).latents, pipe(**arguments).latents)
+    with pytest.raises(PipelineError, match="leave it out"):
+        pipe(**arguments, num_inference_steps=3)
+    with pytest.raises(PipelineError, match="guidance is part"):
+        pipe(**arguments, guidance_scale=3.0)
+    size = sum(file.stat().st_size for file in (tmp_path / "split" / "expert_0").rglob("*.safetensors"))
+    with pytest.raises(PipelineError, match="several networks, which are not paged"):
+        EnsembleDiffusionPipeline.from_pretrained(tmp_path / "split", max_memory=2 * size)
