@@ -80,6 +80,32 @@ def test_padding_is_read_only_by_the_classes_that_admit_it(case):
     assert torch.allclose(base, changed, atol=1e-6) is not adapter_of(case).reads_padding
 
 
+TIMES = {
+    "FluxTransformer2DModel": (0.25, 1),
+    "Lumina2Transformer2DModel": (0.75, -1),
+    "PRXTransformer2DModel": (0.25, 1),
+    "QwenImageTransformer2DModel": (0.25, 1),
+    "ZImageTransformer2DModel": (0.75, -1),
+    "AuraFlowTransformer2DModel": (0.25, 1),
+    "ChromaTransformer2DModel": (0.25, 1),
+}
+"""The timestep that diffusers' pipelines give at t = 0.25, and the sign of the velocity; the others take (250, 1)."""
+
+
+@each_case
+def test_t_and_sign_are_those_of_diffusers_pipelines(case):
+    model, (noised, _, condition) = build(case), inputs(case)
+    calls = []
+    model.register_forward_hook(lambda _, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True)
+    with torch.no_grad():
+        predicted = call_network(model, noised, torch.tensor(0.25), condition)
+    ((arguments, output),) = calls
+    timestep, sign = TIMES.get(case.partition("/")[0], (250, 1))
+    assert arguments.get("timestep", arguments.get("t")).tolist() == [timestep] * 3
+    output = torch.stack(output).squeeze(2) if isinstance(output, list) else output
+    assert torch.equal(predicted, sign * (unpack_latents(output, (4, 4)) if output.ndim == 3 else output))
+
+
 @each_case
 def test_another_text_length_is_an_error(case):
     model, (noised, t, condition) = build(case), inputs(case)
