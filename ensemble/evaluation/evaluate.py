@@ -67,7 +67,7 @@ def evaluate(
         calls_per_step=generated.calls.per_evaluation,
         flops_per_image=generated.flops / config.num_samples,
         flops=generated.flops + features.flops,
-        text=compare_prompts(reference, pipeline_folder, asked, features.spaces[RANKED_SPACE], config)
+        text=compare_prompts(reference, pipeline_folder, asked, features.spaces, config)
         if asked is not None and RANKED_SPACE in features.spaces
         else None,
     )

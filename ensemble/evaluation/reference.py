@@ -251,9 +251,11 @@ def _write_probe(training: RealImages, held_out: RealImages, classes: int, out: 
 
 def _write_captions(training: RealImages, held_out: RealImages, out: Path) -> None:
     """Write what the scores of text need: see `text_scores.py`."""
-    features = training.features[RANKED_SPACE]
-    save_arrays(out / TRAINING_ROWS, {"features": features, "labels": training.labels[: len(features)]})
-    captions = {"training": training.captions[: len(features)], "held_out": held_out.captions}
+    features, pixels = training.features[RANKED_SPACE], training.features[PROBE]
+    count = min(len(features), len(pixels))
+    rows = {"features": features[:count], "pixels": pixels[:count], "labels": training.labels[:count]}
+    save_arrays(out / TRAINING_ROWS, rows | {"held_out_pixels": held_out.features[PROBE]})
+    captions = {"training": training.captions[:count], "held_out": held_out.captions}
     write_json(out / CAPTIONS, captions)
 
 

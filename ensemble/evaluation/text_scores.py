@@ -1,29 +1,29 @@
 """Do samples follow their prompts? Two scores, each beside that of real held-out images.
 
-    real training images: features ──ridge──► pooled captions         prompt recall: is the true caption among the best?
-                          features ──logistic regression──► classes   class accuracy: is it the class of the prompt?
-    samples, held-out images: features ──────────┘
+    real images: features ──ridge──► pooled captions                prompt recall: is the true caption among the best?
+                 features ──logistic regression──► class, words     accuracy: does it show what the prompt says?
+    samples: features ────────────┘
 
-Both maps see EfficientNet features of real images alone, so a sample that only looks like its class to a network that
-was trained on samples gains nothing.
+All maps see features of real images alone, so a sample that only looks right to a network that was trained on samples
+gains nothing. Captions are searched in EfficientNet features; classes and words are read from these and from pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from safetensors.numpy import load_file
 
 from data_partition.datasets.captions import has_held_out_words
 from ddm_core.artifacts import read_json
 from ensemble.config import EvaluationConfig
-from ensemble.evaluation.class_probe import fit_probe
+from ensemble.evaluation.class_probe import ClassProbe, fit_probe
 from ensemble.evaluation.feature_space import HeldOutSpace
-from ensemble.evaluation.reference import CAPTIONS, TRAINING_ROWS
+from ensemble.evaluation.reference import CAPTIONS, PROBE, TRAINING_ROWS
 from ensemble.evaluation.scores import AttributeScores, TextScores
 from ensemble.evaluation.spaces import RANKED_SPACE
 from ensemble.sampling.prompts import Prompts
@@ -35,50 +35,108 @@ STRENGTHS: Final = tuple(10.0**power for power in range(7))
 """Regularization of the ridge, chosen by leaving one image out."""
 
 Features = Float[np.ndarray, "image feature"]
-Labels = Sequence[int] | Int[np.ndarray, "..."]
 
 
 def compare_prompts(
-    reference: Path, pipeline_folder: Path, prompts: Prompts, features: Features, config: EvaluationConfig
+    reference: Path,
+    pipeline_folder: Path,
+    prompts: Prompts,
+    features: Mapping[str, Float[np.ndarray, "sample _"]],
+    config: EvaluationConfig,
 ) -> TextScores | None:
     """Compare samples with the held-out images' classes and captions that they were generated for.
 
-    `features` are theirs in the space that ranks.
-
-    Returns None without text, in the pipeline or the reference.
+    `features` are theirs in the space that ranks and in the probe's. Returns None without text, in the pipeline or the
+    reference.
     """
     encoder = TextEncoder.load(pipeline_folder)
     if encoder is None or not (reference / CAPTIONS).is_file():
         return None
     captions, training = read_json(reference / CAPTIONS), load_file(reference / TRAINING_ROWS)
     real = HeldOutSpace.load(reference / f"{RANKED_SPACE}.safetensors").features
-    held_out = Prompts(tuple(np.load(reference / "labels.npy").tolist()), tuple(captions["held_out"]))
-    candidates = [caption for caption in dict.fromkeys(held_out.captions) if caption]
+    candidates = [caption for caption in dict.fromkeys(captions["held_out"]) if caption]
     search = _CaptionSearch.fit(encoder, captions["training"], training["features"], candidates)
+    judge = _Judge.fit(training, real)
+    samples = judge.join(features[RANKED_SPACE], features[PROBE])
     is_new = np.array([has_held_out_words(caption, config.new_combinations) for caption in prompts.captions])
-    images = ((prompts, features), (held_out, real), (prompts.select(is_new), features[is_new]))
-    accuracies = [
-        _accuracy(training["features"], training["labels"], asked.class_ids, shown) for asked, shown in images
-    ]
+    real_labels = np.concatenate([training["labels"], np.load(reference / "labels.npy", allow_pickle=False)])
+    kinds = judge.compare(real_labels, np.array(prompts.class_ids), samples, is_new)
     attributes = {}
     for name, words in config.attributes.items():
-        known = np.array([_find_word(caption, words) for caption in captions["training"]])
-        shares = [
-            _accuracy(training["features"], known, [_find_word(caption, words) for caption in asked.captions], shown)
-            for asked, shown in images
-        ]
-        if shares[0] is not None and shares[1] is not None:
-            attributes[name] = AttributeScores(samples=shares[0], real=shares[1], new=shares[2])
+        known = [_find_word(caption, words) for caption in (*captions["training"], *captions["held_out"])]
+        asked = [_find_word(caption, words) for caption in prompts.captions]
+        shares = judge.compare(np.array(known), np.array(asked), samples, is_new)
+        if shares is not None:
+            attributes[name] = shares
     return TextScores(
         captions=len(candidates),
-        recall=search.recall(prompts.captions, features),
-        recall_real=search.recall(held_out.captions, real),
+        recall=search.recall(prompts.captions, features[RANKED_SPACE]),
+        recall_real=search.recall(captions["held_out"], real),
         recall_chance=min(1.0, RECALL_RANK / len(candidates)),
-        class_accuracy=accuracies[0],
-        class_accuracy_real=accuracies[1],
-        class_accuracy_new=accuracies[2],
+        class_accuracy=None if kinds is None else kinds.samples,
+        class_accuracy_real=None if kinds is None else kinds.real,
+        class_accuracy_new=None if kinds is None else kinds.new,
         attributes=attributes,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judge:
+    """Features of real images, training ones first, to which probes of their words and classes are fitted."""
+
+    features: Float[np.ndarray, "image joined"]
+    is_held_out: Bool[np.ndarray, " image"]
+    scales: tuple[float, float]
+    """Divisors of the features that rank and of those of pixels: both get the same spread."""
+
+    @classmethod
+    def fit(cls, training: Mapping[str, np.ndarray], held_out: np.ndarray) -> "_Judge":
+        """Join the features of training and held-out images."""
+        scales = (float(training["features"].std()), float(training["pixels"].std()))
+        first, second = (
+            np.concatenate([ours, theirs]) / scale
+            for ours, theirs, scale in zip(
+                (training["features"], training["pixels"]),
+                (held_out, training["held_out_pixels"]),
+                scales,
+                strict=True,
+            )
+        )
+        is_held_out = np.arange(len(first)) >= len(training["features"])
+        return cls(features=np.concatenate([first, second], axis=1), is_held_out=is_held_out, scales=scales)
+
+    def join(self, ranked: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        """Return the features of other images as probes read them."""
+        return np.concatenate([ranked / self.scales[0], pixels / self.scales[1]], axis=1)
+
+    def compare(
+        self, labels: np.ndarray, asked: np.ndarray, samples: np.ndarray, is_new: np.ndarray
+    ) -> AttributeScores | None:
+        """Return the shares of samples and of held-out images that a probe gives their label; -1 has none.
+
+        The probe of samples knows all real images, also those of new combinations. Each half of the held-out images
+        is judged by a probe that knows the others. Returns None unless there are two labels, asked for and held out.
+        """
+        has_label = labels >= 0
+        if not (asked >= 0).any() or len(np.unique(labels[has_label & self.is_held_out])) < 2:
+            return None
+        half = np.arange(len(labels)) % 2
+        folds = [self.is_held_out & has_label & (half == number) for number in (0, 1)]
+        is_right = np.concatenate(
+            [self._probe(labels, ~fold).predict(self.features[fold]) == labels[fold] for fold in folds]
+        )
+        right = self._probe(labels, np.ones(len(labels), bool)).predict(samples) == asked
+        new = right[is_new & (asked >= 0)]
+        return AttributeScores(
+            samples=float(right[asked >= 0].mean()),
+            real=float(is_right.mean()),
+            new=float(new.mean()) if len(new) else None,
+        )
+
+    def _probe(self, labels: np.ndarray, rows: np.ndarray) -> ClassProbe:
+        """Fit a probe to the labelled images among `rows`."""
+        known = rows & (labels >= 0)
+        return fit_probe(self.features[known], labels[known])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,17 +187,3 @@ def _find_word(caption: str, words: Sequence[str]) -> int:
     """Return the position of the first of these words that a caption has, -1 for none."""
     has = set(caption.lower().split())
     return next((number for number, word in enumerate(words) if word.lower() in has), -1)
-
-
-def _accuracy(
-    features: Float[np.ndarray, "training feature"], labels: Labels, asked: Labels, shown: Features
-) -> float | None:
-    """Return the accuracy of a probe, fitted to real features and labels, on images that were asked for.
-
-    Rows with -1 have no label. Returns None if there are fewer than two labels to tell apart, or none is asked for.
-    """
-    known, wanted = np.asarray(labels), np.asarray(asked)
-    if len(np.unique(known[known >= 0])) < 2 or not (wanted >= 0).any():
-        return None
-    probe = fit_probe(features[known >= 0], known[known >= 0])
-    return float((probe.predict(shown[wanted >= 0]) == wanted[wanted >= 0]).mean())

@@ -14,7 +14,8 @@ from ensemble.config import EvaluationConfig, SamplingConfig
 from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.feature_space import HeldOutSpace
 from ensemble.evaluation.held_out_prompts import load_held_out_conditions, load_held_out_prompts
-from ensemble.evaluation.reference import CAPTIONS, TRAINING_ROWS, build_reference
+from ensemble.evaluation.reference import CAPTIONS, PROBE, TRAINING_ROWS, build_reference
+from ensemble.evaluation.spaces import RANKED_SPACE
 from ensemble.evaluation.text_scores import RECALL_RANK, compare_prompts
 from ensemble.sampling.prompts import Prompts
 from experts.conditions.text_encoder import TextEncoder
@@ -43,7 +44,8 @@ def encoded(root):
 def reference(root, encoded, tmp_path):
     """Write the files that the scores read: every caption is in both parts, the class is that of its first word."""
     labels = np.arange(80) % 2
-    save_arrays(tmp_path / TRAINING_ROWS, {"features": with_class(encoded, labels), "labels": labels})
+    rows = {"features": with_class(encoded, labels), "labels": labels, "pixels": encoded, "held_out_pixels": encoded}
+    save_arrays(tmp_path / TRAINING_ROWS, rows)
     HeldOutSpace(features=with_class(encoded, labels)).save(tmp_path / "efficientnet_lite0.safetensors")
     np.save(tmp_path / "labels.npy", labels)
     write_json(tmp_path / CAPTIONS, {"training": CAPTIONS_USED, "held_out": CAPTIONS_USED})
@@ -54,10 +56,14 @@ def with_class(features, labels):
     return np.concatenate([features, 5 * np.eye(2, dtype=np.float32)[labels]], axis=1)
 
 
+def spaces(encoded, labels):
+    return {RANKED_SPACE: with_class(encoded, labels), PROBE: encoded}
+
+
 def test_perfect_samples_are_found_and_of_their_class(root, reference, encoded):
     labels = np.arange(80) % 2
     prompts = Prompts(tuple(labels.tolist()), tuple(CAPTIONS_USED))
-    scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels), EvaluationConfig())
+    scores = compare_prompts(reference, root / "pipeline", prompts, spaces(encoded, labels), EvaluationConfig())
     assert (scores.recall, scores.recall_real, scores.class_accuracy, scores.class_accuracy_real) == (1, 1, 1, 1)
     assert (scores.captions, scores.recall_chance) == (80, RECALL_RANK / 80)
 
@@ -68,7 +74,7 @@ def test_samples_of_other_prompts_are_at_chance(root, reference, encoded):
     for shift in range(0, 80, 8):
         captions = CAPTIONS_USED[shift + 1 :] + CAPTIONS_USED[: shift + 1]
         prompts = Prompts(tuple((1 - labels).tolist()), tuple(captions))
-        scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels), EvaluationConfig())
+        scores = compare_prompts(reference, root / "pipeline", prompts, spaces(encoded, labels), EvaluationConfig())
         recalls.append(scores.recall)
     assert np.mean(recalls) == pytest.approx(RECALL_RANK / 80, abs=0.05)
     assert scores.class_accuracy == 0
@@ -81,19 +87,19 @@ def test_attributes_and_new_combinations_are_scored_apart(root, reference, encod
     first, second = (caption.split()[0] for caption in CAPTIONS_USED[:2])
     words = (first, next(word for word in WORDS[:10] if word not in (first, second)))
     config = EvaluationConfig(attributes={"word": words, "absent": ("nowhere", "never")}, new_combinations=(first,))
-    scores = compare_prompts(reference, root / "pipeline", prompts, with_class(encoded, labels), config)
+    scores = compare_prompts(reference, root / "pipeline", prompts, spaces(encoded, labels), config)
     assert list(scores.attributes) == ["word"]
     assert scores.attributes["word"].samples == scores.attributes["word"].real > 0.85
     assert scores.attributes["word"].new > 0.85
     assert scores.class_accuracy_new == 1
-    shifted = np.roll(with_class(encoded, labels), 1, axis=0)
+    shifted = {name: np.roll(values, 1, axis=0) for name, values in spaces(encoded, labels).items()}
     scores = compare_prompts(reference, root / "pipeline", prompts, shifted, config)
     assert scores.class_accuracy_new == 0
     assert scores.attributes["word"].samples < 0.8
 
 
 def test_no_text_means_no_scores_of_text(root, reference, tmp_path):
-    prompts, features = Prompts.of_classes([0]), np.zeros((1, 14), np.float32)
+    prompts, features = Prompts.of_classes([0]), spaces(np.zeros((1, 12), np.float32), np.zeros(1, int))
     assert compare_prompts(reference, tmp_path, prompts, features, EvaluationConfig()) is None
     (reference / CAPTIONS).unlink()
     assert compare_prompts(reference, root / "pipeline", prompts, features, EvaluationConfig()) is None
