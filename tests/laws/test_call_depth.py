@@ -58,13 +58,13 @@ def test_loss_is_at_most_12_calls_below_run(tmp_path: Path, monkeypatch: pytest.
         assert len(chain[1:]) - 1 <= 12, " ".join(chain)
 
 
-def test_network_is_at_most_9_calls_below_sample(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_is_at_most_10_calls_below_sample(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with recorded_chains(inner_code(ResidualMLP.forward)) as chains:
         run_ddm(monkeypatch, "sample", str(own_run), "--seeds", "0-3", "--out", str(own_run / "grid.png"))
     assert chains
     for chain in chains:
         assert chain[:3] == ["main", "run_command", "sample"] and chain[-1] == "ResidualMLP.forward"
-        assert len(chain[2:]) - 1 <= 8, " ".join(chain)
+        assert len(chain[2:]) - 1 <= 9, " ".join(chain)
 
 
 def inner_code(function: object) -> CodeType:
