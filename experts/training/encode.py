@@ -126,7 +126,8 @@ class _Encoding:
     def _encode(self, block: list[Encoded], shard: str) -> LatentDataset:
         """Encode some samples; raises `Preempted` before them if the workspace requests a stop."""
         if self.workspace.stop_requested():
-            raise Preempted(f"stopped after {sum(self.done)} of {self.total} images; finished shards stay encoded")
+            done = f"{sum(self.done)} of {self.total}"
+            raise Preempted(f"stopped after {done} images; run the same command again to continue")
         batch = stack_samples([decode_sample(encoded, shard) for encoded in block])
         dataset = LatentDataset(
             clean=self.codec.encode(batch.images),

@@ -218,7 +218,7 @@ def test_stopped_encoding_continues_with_the_next_shard(dataset, codec_folder, t
     for number in range(3):
         stopping = iter([False] * (number + 1) + [True])
         stopped = Workspace(workspace.scratch, workspace.attempt, stopping=lambda stopping=stopping: next(stopping))
-        with pytest.raises(Preempted, match="finished shards stay encoded"):
+        with pytest.raises(Preempted, match="run the same command again"):
             encode_dataset(*arguments, stopped)
     encode_dataset(*arguments, workspace)
     assert contents(out) == contents(tmp_path / "whole" / "latents")
