@@ -193,6 +193,6 @@ def test_run_starts_from_a_pretrained_checkpoint(tmp_path):
         expert = Expert.load(artifacts[name])
         assert (expert.prediction, expert.noise_schedule.name, expert.model.config.width) == (
             "noise",
-            "linear_beta",
+            "ddpm_linear",
             24,
         )
