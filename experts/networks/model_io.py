@@ -81,14 +81,9 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     return model.eval()
 
 
-MAX_NAMES = 20
-"""Names of missing or unknown tensors in one message."""
-
-
 def _list_names(what: str, names: Collection[str]) -> list[str]:
-    """Return a clause with the first names and the number of the others; none without names."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return [f"{what} {', '.join(sorted(names)[:MAX_NAMES])}{more}"] if names else []
+    """Return a clause with every name; none without names."""
+    return [f"{what} {', '.join(sorted(names))}"] if names else []
 
 
 class SkipRandomInit(TorchFunctionMode):

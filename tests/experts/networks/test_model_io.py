@@ -151,7 +151,7 @@ def test_every_missing_and_unknown_tensor_is_named(kind, tmp_path):
     with pytest.raises(CorruptArtifact, match=rf"has no {', '.join(missing)} and has the unknown extra\.bias;"):
         load_network(tmp_path)
     save_file({"extra.bias": torch.ones(1000)}, tmp_path / WEIGHTS, {"format": "pt"})
-    with pytest.raises(CorruptArtifact, match=rf"and {len(tensors) - 20} more and has the unknown"):
+    with pytest.raises(CorruptArtifact, match=rf"has no {', '.join(sorted(tensors))} and has the unknown"):
         load_network(tmp_path)
 
 

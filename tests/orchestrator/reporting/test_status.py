@@ -49,8 +49,8 @@ def test_status_keeps_within_the_terminal(run, width):
 
 
 def test_logs_show_settings_losses_and_time_left(run):
-    stage = next(stage for stage in build_graph(run.load_config()) if stage.name == "expert_4")
-    text = describe_stage(run, "expert_4", run.attempts(stage)[-1])
+    stage = next(stage for stage in build_graph(run.load_config()) if stage.name == "expert_3")
+    text = describe_stage(run, "expert_3", run.attempts(stage)[-1])
     assert f"steps: {10 * ROWS}" in text and f"step {10 * ROWS}  " in text and "loss" in text and "1:00 left" in text
 
 
