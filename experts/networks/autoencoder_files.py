@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm_core.artifacts import ArtifactError, read_json
+from ddm_core.hub_files import HubError, download_snapshot
 from experts.config import CodecConfig
 from experts.errors import CodecError
 from experts.networks.pretrained_files import WEIGHTS, WEIGHTS_INDEX, InitError, init_checksum
@@ -128,15 +129,12 @@ def _download(path: str, commit: str, files: Sequence[str]) -> Path:
             f"codec.path={path} must be a folder with a diffusers autoencoder, or its name on the Hub, such as "
             "owner/name or owner/name/vae"
         )
-    from huggingface_hub import snapshot_download  # takes as long to import as torch
-
     owner, name, *parts = path.split("/")
     patterns = ["/".join([*parts, file]) for file in files]
     try:
-        return Path(snapshot_download(f"{owner}/{name}", revision=commit or None, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        return download_snapshot(f"{owner}/{name}", patterns, revision=commit or None)
+    except HubError as error:
         raise CodecError(
-            f"codec.path={path} is no folder here, and the Hub does not give it ({reason}); check the name and the "
+            f"codec.path={path} is no folder here, and the Hub does not give it ({error}); check the name and the "
             "network, or download it and name its folder"
         ) from error
