@@ -9,10 +9,10 @@ from rich.text import Text
 from data_partition.datasets.inspect_folder import FolderFacts, inspect_folder
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.planning.checks.suggest import Suggestion, suggest, to_overrides
+from orchestrator.planning.checks.suggest import Suggestion, split_overrides, suggest, to_overrides
 from orchestrator.run.run_folder import RunFolder
 
-NOT_FITTED = ("name", "data", "data.path")
+NOT_FITTED = ("name", "data", "data.path", "budget_minutes")
 """Suggestions that only a file of its own needs."""
 
 
@@ -21,7 +21,7 @@ def fit_overrides(overrides: Sequence[str], console: Console) -> list[str]:
 
     Nothing is added for other data, beside an experiment, or with `budget_minutes=0`.
     """
-    chosen = dict(text.split("=", 1) for text in overrides if "=" in text)
+    chosen = split_overrides(overrides)
     is_fitted = chosen.get("data") == "image_folder" and "data.path" in chosen and "experiment" not in chosen
     minutes = _read_minutes(chosen.get("budget_minutes"))
     if not is_fitted or minutes == 0:
@@ -30,7 +30,6 @@ def fit_overrides(overrides: Sequence[str], console: Console) -> list[str]:
     facts = inspect_folder(str(path))
     steps = _earlier_steps(Path(chosen.get("folder", f"runs/{chosen.get('name', 'run')}")), path, minutes)
     fitted = [item for item in suggest(facts, path, minutes, overrides, steps) if item.key not in NOT_FITTED]
-    fitted = [item for item in fitted if item.key != "budget_minutes"]
     for line in describe(facts, fitted, minutes):
         console.print(Text(line), soft_wrap=True)
     return [*to_overrides(fitted), *overrides]

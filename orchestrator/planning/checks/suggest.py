@@ -67,7 +67,7 @@ def suggest(
 
     What `overrides` sets is left out. `steps` are those of an earlier suggestion; None measures this machine.
     """
-    chosen = dict(text.split("=", 1) for text in overrides if "=" in text)
+    chosen = split_overrides(overrides)
     has_labels = len(facts.class_counts) > 1 and not facts.loose and all(facts.class_counts.values())
     experts = int(chosen.get("partition.num_experts", max(1, min(facts.images // CLUSTER_IMAGES, MAX_EXPERTS))))
     colours = 1 if facts.grey_share == 1 else 3
@@ -170,10 +170,15 @@ def _mend(suggestions: list[Suggestion], overrides: Sequence[str]) -> list[Sugge
     config = parse_config(compose([*to_overrides(suggestions), *overrides]))
     check = DataCheck(config, survey_source(config.data))
     check.run()
-    chosen = {text.split("=")[0] for text in overrides}
+    chosen = split_overrides(overrides)
     advice: Mapping[str, Any] = {key: value for key, value in check.advice.items() if key not in chosen}
     changed = {key: Suggestion(key=key, value=value, reason="as the data allow") for key, value in advice.items()}
     return list(({item.key: item for item in suggestions} | changed).values())
+
+
+def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the keys that overrides set, with their values as text."""
+    return dict(text.split("=", 1) for text in overrides if "=" in text)
 
 
 def to_overrides(suggestions: Sequence[Suggestion]) -> list[str]:
