@@ -87,7 +87,11 @@ def _list_names(what: str, names: Collection[str]) -> list[str]:
 
 
 class SkipRandomInit(TorchFunctionMode):
-    """Leaves new parameters without random numbers while the block lasts: memory that nothing has touched is free."""
+    """Leaves new parameters without random numbers while the block lasts: memory that nothing has touched is free.
+
+    A call below `torch.nn.init` fills with one number, the mean or the lower bound. `trunc_normal_` draws again until
+    every number lies within its bounds, and what memory happens to hold may never do so.
+    """
 
     def __torch_function__(
         self,
@@ -97,9 +101,13 @@ class SkipRandomInit(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call any function but those that fill a tensor with random numbers."""
-        if getattr(func, "__module__", "") == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (Tensor.normal_, Tensor.uniform_):
+            lowest = kwargs.get("mean" if func is Tensor.normal_ else "from", 0.0)
+            return args[0].fill_(args[1] if len(args) > 1 else lowest)
+        return func(*args, **kwargs)
 
 
 def read_class_name(folder: Path, known: Collection[str]) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.architectures.residual_mlp import ResidualMLP
@@ -17,7 +18,7 @@ from experts.compressed.pruning.layers import removable_layers, remove_layers
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
 from experts.config import DiTConfig, UNetConfig
-from experts.networks.model_io import save_model
+from experts.networks.model_io import SkipRandomInit, save_model
 from experts.networks.pretrained_files import WEIGHTS, WEIGHTS_INDEX
 from experts.networks.registry import build_network, load_network
 
@@ -195,3 +196,15 @@ def test_loading_allocates_the_parameters_once(tmp_path):
         [sys.executable, "-c", WATCH_LOADING, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert 0.9 * size < int(process.stdout) < 1.25 * size
+
+
+@pytest.mark.parametrize(("mean", "low"), [(0.0, -2.0), (1.0, 0.5), (3.0, 0.0)])
+def test_initialization_without_random_numbers_stays_within_bounds(mean, low):
+    def what_memory_held():
+        return torch.full((64, 64), 9.0)
+
+    with SkipRandomInit():
+        assert torch.equal(what_memory_held().normal_(mean, 0.1), torch.full((64, 64), mean))
+        assert torch.equal(what_memory_held().uniform_(low, 7), torch.full((64, 64), low))
+        drawn = nn.init.trunc_normal_(what_memory_held(), mean=mean, a=low, b=low + 2)
+    assert drawn.min() >= low and drawn.max() <= low + 2
