@@ -133,7 +133,7 @@ class WandbTracker:
 
             self.run.tracking.mkdir(exist_ok=True)
             os.environ.setdefault("WANDB_SILENT", "true")
-            self._runs[stage.name] = wandb.init(
+            tracked = self._runs[stage.name] = wandb.init(
                 project=self.config.project,
                 group=self.group,
                 name=stage.name,
@@ -144,6 +144,8 @@ class WandbTracker:
                 resume="allow" if self.config.mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=True),
             )
+            # It leads out of the run folder, and a copy of a folder with such a link is not trusted.
+            Path(tracked.settings.log_internal).with_name("debug-core.log").unlink(missing_ok=True)
         return self._runs[stage.name]
 
     def _last_logged_step(self, stage: Stage) -> int:

@@ -108,6 +108,8 @@ def test_offline_run_with_any_name_is_logged_once(tmp_path):
             pass
     (record,) = run.root.glob("wandb/offline-run-*expert_0*/*.wandb")
     assert b"loss" in record.read_bytes() and not warnings
+    links = [path for path in run.root.rglob("*") if path.is_symlink()]
+    assert all(path.resolve().is_relative_to(run.root.resolve()) for path in links)
 
 
 def test_failed_block_leaves_no_tracker_and_no_warning(tmp_path):
