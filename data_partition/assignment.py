@@ -71,7 +71,7 @@ def count_ids(ids: Integer[np.ndarray, " sample"], num: int, block_rows: int) ->
     return sum((np.bincount(block, minlength=num) for block in blocks), np.zeros(num, dtype=np.int64))
 
 
-OPEN_CLUSTERS = 64
+OPEN_TARS = 64
 """Tars open for writing at the same time; with more clusters, the shards are read several times."""
 
 
@@ -87,24 +87,25 @@ def write_clusters(
     `on_sample` is called once for each sample, in order, before it is copied.
     """
     indices: list[ShardIndex] = []
-    for first in range(0, num_clusters, OPEN_CLUSTERS):
-        writers = _open_writers(shards, range(first, min(first + OPEN_CLUSTERS, num_clusters)), out)
+    index = read_index(shards)
+    step = -(-OPEN_TARS // len(index.image_shapes))
+    for first in range(0, num_clusters, step):
+        writers = _open_writers(index, range(first, min(first + step, num_clusters)), out)
         with contextlib.ExitStack() as stack:
             for writer in writers.values():
                 stack.enter_context(writer)
-            for row, encoded in enumerate(read_encoded(shards)):
+            for row, (encoded, shape) in enumerate(zip(read_encoded(shards), index.row_shapes, strict=True)):
                 if first == 0:
                     on_sample(row, encoded)
                 if cluster_of(row) in writers:
-                    writers[cluster_of(row)].add_encoded(encoded)
+                    writers[cluster_of(row)].add_encoded(encoded, shape)
             indices += [writer.close() for writer in writers.values()]
     return indices
 
 
-def _open_writers(shards: Path, cluster_ids: range, out: Path) -> dict[int, ShardWriter]:
-    index = read_index(shards)
+def _open_writers(index: ShardIndex, cluster_ids: range, out: Path) -> dict[int, ShardWriter]:
     largest = max(index.shard_counts, default=1)
     return {
-        cluster_id: ShardWriter(out / str(cluster_id), largest, index.class_names, index.image_shape)
+        cluster_id: ShardWriter(out / str(cluster_id), largest, index.class_names, index.image_shape, index.buckets)
         for cluster_id in cluster_ids
     }

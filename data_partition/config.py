@@ -13,6 +13,9 @@ from ddm_core.url_queries import hide_queries, without_secrets
 MAX_FEATURES = 8192
 """Most features of a principal component analysis: a covariance takes half a gigabyte, its eigenvectors minutes."""
 
+MIN_SIDE = 4
+"""Fewest pixels of a side."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
@@ -25,14 +28,21 @@ class DataConfig:
     """Folder of images, or a brace-expanded URL of tars; only some sources need one.
     The query of a URL, where a signature is, stays in a file of this user (`ddm_core/url_queries.py`)."""
 
-    image_size: Annotated[int, Field(ge=4, le=2048)] = 28
+    image_size: Annotated[int, Field(ge=MIN_SIDE, le=2048)] = 28
     """Side of the square images in pixels."""
 
     channels: Literal[1, 3] = 1
     """1 is grey, 3 is RGB; images are converted."""
 
-    fit: Literal["exact", "crop"] = "exact"
-    """`exact`: an image of another size is an error. `crop`: scale the shorter side, cut out the middle."""
+    fit: Literal["exact", "crop", "pad"] = "exact"
+    """`exact`: an image of another size is an error. `crop`: scale the shorter side, cut out the middle. `pad`: scale
+    the longer side, fill the rest with white."""
+
+    aspect_buckets: tuple[Annotated[str, Field(pattern=r"^[1-9]\d{0,3}x[1-9]\d{0,3}$")], ...] = field(
+        default=(), metadata=UNHASHED_IF_DEFAULT
+    )
+    """Sizes beside the square, as width x height, such as `[48x32,32x48]`: every image gets the one of the nearest
+    aspect ratio, and every batch of a training is of one size. Clustering and scores see the middle square."""
 
     labels: bool = True
     """Whether every sample must carry a class; without labels the models are unconditional, and no class is read."""
@@ -71,6 +81,12 @@ class DataConfig:
     """Any text; change it when the files at `path` have changed, so that the data are read again."""
 
     @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the (height, width) of the square and of all buckets."""
+        buckets = ((int(height), int(width)) for width, height in (size.split("x") for size in self.aspect_buckets))
+        return (self.image_size, self.image_size), *buckets
+
+    @property
     def shown_path(self) -> str:
         """Return the path for a person, without the queries of URLs."""
         return without_secrets(str(self.path)) if "://" in str(self.path) else str(self.path)
@@ -88,6 +104,18 @@ class DataConfig:
         """Check that a source outside the package has a path."""
         if self.path is None and self.source in ("image_folder", "webdataset", "parquet"):
             raise ValueError(f"source {self.source} needs data.path=…, the folder or URL with the images")
+        return self
+
+    @model_validator(mode="after")
+    def _has_different_buckets(self) -> "DataConfig":
+        """Check that images may be brought to the sizes of the buckets, each a size of its own."""
+        if self.aspect_buckets and self.fit == "exact":
+            raise ValueError("data.aspect_buckets needs data.fit=crop or data.fit=pad, since images are scaled to them")
+        if len(set(self.sizes)) < len(self.sizes) or min(map(min, self.sizes)) < MIN_SIDE:
+            raise ValueError(
+                f"data.aspect_buckets must be different sizes beside {self.image_size}x{self.image_size}, of sides of "
+                f"{MIN_SIDE} pixels or more; got {', '.join(self.aspect_buckets)}"
+            )
         return self
 
     @model_validator(mode="after")

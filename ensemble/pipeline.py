@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from torch import nn
+
 from ddm_core.artifacts import (
     MANIFEST,
     ArtifactError,
@@ -45,8 +47,10 @@ from experts.conditions.text_encoder import SETTINGS as TEXT_SETTINGS
 from experts.conditions.text_encoder import TextEncoder, read_text_config
 from experts.config import NoiseScheduleName, TextConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
+from experts.errors import CodecError
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
+from experts.networks.adapters.registry import ADAPTERS
 from router.router import Router
 
 INDEX = "model_index.json"
@@ -80,15 +84,21 @@ class EnsemblePipeline:
         on_progress: Progress | None = None,
         weak: Ensemble | None = None,
         negative: Prompts | None = None,
+        size: tuple[int, int] | None = None,
     ) -> SampleResult:
-        """Sample one image per seed; without `prompts` unconditionally.
+        """Sample one image per seed; without `prompts` unconditionally; `size` is another height and width.
 
         `negative` is what the unconditional branch of guidance is asked for, in place of nothing. If `weak` is None and
         the configuration reflects, the weak ensemble is loaded for this call. Raises like `condition` and `sample`.
         """
         weak = weak or self.load_weak(config)
         condition, negated = (None if part is None else self.condition(part) for part in (prompts, negative))
-        return sample(self.ensemble, self.codec, seeds, config, condition, on_progress, weak, negated)
+        codec = self.codec
+        if size is not None:
+            network = next(next(iter(self.ensemble.experts.values())).networks())
+            needs_router = self.ensemble.router is not None and config.selection.name != "sticky"
+            codec = size_codec(codec, network, size, needs_router=needs_router)
+        return sample(self.ensemble, codec, seeds, config, condition, on_progress, weak, negated)
 
     def condition(self, prompts: Prompts) -> Condition:
         """Encode prompts; raise `PromptError` for a class or a caption that the experts were not trained on.
@@ -202,6 +212,33 @@ class EnsemblePipeline:
             class_names=index.class_names,
             text=read_text_config(folder),
         )
+
+
+def size_codec(codec: Codec, network: nn.Module, size: tuple[int | None, int | None], *, needs_router: bool) -> Codec:
+    """Return the codec of images of this height and width, None for its own.
+
+    Raises `PipelineError` if codec, network or router have one size, or the codec's grid does not divide it.
+    """
+    default = codec.image_shape
+    height, width = size[0] or default[0], size[1] or default[1]
+    if (height, width) == default[:2]:
+        return codec
+    adapter = ADAPTERS[type(network).__name__]
+    reason = (
+        "its codec has no grid"
+        if len(codec.latent_shape) != 3
+        else f"{adapter.class_name} takes one size"
+        if adapter.is_flat or adapter.is_square
+        else "the router takes one size, and only selection=sticky does without it"
+        if needs_router
+        else ""
+    )
+    if reason:
+        raise PipelineError(f"images must be {default[0]} x {default[1]}, not {height} x {width}: {reason}")
+    try:
+        return codec.with_size(height, width)
+    except CodecError as error:
+        raise PipelineError(f"images must be {default[0]} x {default[1]}, not {height} x {width}: {error}") from error
 
 
 def assemble(

@@ -3,7 +3,7 @@
 No other module depends on pixels. `codecs/registry.py` lists the codecs and explains how to add one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +18,10 @@ class Codec(Protocol):
     """Encodes images in storage as latents of unit scale, and decodes them."""
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return height, width and channels of an image."""
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Return the shape of one latent."""
 
@@ -26,6 +30,9 @@ class Codec(Protocol):
 
     def decode(self, latents: Latents) -> DecodedImages:
         """Return the images of latents, clipped to [0, 1]; a network decodes on the device of the latents."""
+
+    def with_size(self, height: int, width: int) -> "Codec":
+        """Return the codec for images of this size; raise `CodecError` if it has only one."""
 
     def save(self, folder: Path) -> None:
         """Write all files that `load_codec` reads."""
@@ -52,6 +59,10 @@ class PixelCodec:
     def decode(self, latents: Latents) -> DecodedImages:
         """Return the images of latents, clipped to [0, 1]."""
         return latents.float().cpu().permute(0, 2, 3, 1).add(1).div(2).clamp(0, 1)
+
+    def with_size(self, height: int, width: int) -> "PixelCodec":
+        """Return the codec for images of this size."""
+        return replace(self, image_shape=(height, width, self.image_shape[2]))
 
     def save(self, folder: Path) -> None:
         """Write `codec.json`."""

@@ -1,6 +1,7 @@
 """From a source to shards: resize every image, hold some out, and say what was left out or converted."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from data_partition.datasets.notices import Notices
 from data_partition.datasets.source import Source, Unreadable, holdout_share, is_held_out
 from data_partition.datasets.sources import SOURCES
 from data_partition.errors import InvalidCaptions, MissingLabels, MixedLabels, NoSamples, OneClass, TooManyUnreadable
-from data_partition.shards.images import fit_image
-from data_partition.shards.shards import Sample, ShardWriter
+from data_partition.shards.images import fit_image, is_enlarged
+from data_partition.shards.shards import Sample, ShardWriter, read_index
 from ddm_core.artifacts import Preempted, Workspace, write_json
 from ddm_core.name_lists import join_names
 
 NO_CAPTION = "no caption, so the null text"
+ENLARGED = "enlarged, which makes no detail; a smaller data.image_size is as good"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +63,11 @@ class _Build:
 
     def __init__(self, config: DataConfig, source: Source, out: Path, workspace: Workspace) -> None:
         self.config, self.source, self.out, self.workspace = config, source, out, workspace
-        shape = (config.image_size, config.image_size, config.channels)
-        self.train = ShardWriter(out / "train", config.shard_samples, image_shape=shape)
-        self.holdout = ShardWriter(out / "holdout", config.shard_samples, image_shape=shape)
+        shape, *buckets = [(*size, config.channels) for size in config.sizes]
+        self.train, self.holdout = (
+            ShardWriter(out / name, config.shard_samples, image_shape=shape, buckets=tuple(buckets))
+            for name in ("train", "holdout")
+        )
         self.notices = Notices()
         self.classes = _Classes()
         self.num_captions = 0
@@ -78,7 +82,9 @@ class _Build:
         if writer is self.train:
             self.classes.counts[label] = self.classes.counts.get(label, 0) + 1
         self.num_captions += bool(sample.caption)
-        self.notices.remark(sample, () if sample.caption or not self.config.captions else (NO_CAPTION,))
+        lacks_caption = self.config.captions and not sample.caption
+        remarks = (NO_CAPTION,) * lacks_caption + (ENLARGED,) * is_enlarged(sample.image, image, self.config)
+        self.notices.remark(sample, remarks)
         self.smallest_share = min(self.smallest_share, holdout_share(sample.key))
         done = self.train.count + self.holdout.count
         self.workspace.report_progress(done, None, unit="images")
@@ -106,9 +112,18 @@ class _Build:
         write_json(self.out / "dataset.json", summary)
         done = summary.count + summary.holdout_count
         self.workspace.report_progress(done, done, unit="images")
-        for notice in (*self.notices.texts(), *_empty_classes(summary)):
+        for notice in (*self.notices.texts(), *_empty_classes(summary), *self._bucket_counts()):
             self.workspace.notify(notice)
         return summary
+
+    def _bucket_counts(self) -> list[str]:
+        """Return a sentence with the number of training images of every size, if there are several."""
+        if not self.config.aspect_buckets:
+            return []
+        index = read_index(self.out / "train")
+        counts = Counter(index.row_shapes)
+        sizes = (f"{counts[shape]:,} of {shape[1]}x{shape[0]}" for shape in index.image_shapes)
+        return [f"training images: {', '.join(sizes)}"]
 
     def _check(self) -> None:
         """Raise `TooManyUnreadable`, `NoSamples`, `OneClass` or `InvalidCaptions`."""

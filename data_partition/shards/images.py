@@ -15,6 +15,7 @@ from data_partition.shards.color import to_gray_or_rgb
 from data_partition.shards.untrusted import make_printable
 
 Pixels = UInt8[np.ndarray, "height width channel"]
+Fitted = UInt8[np.ndarray, "new_height new_width depth"]
 
 FORMATS = {
     "PNG": (".png", ".apng"),
@@ -138,17 +139,36 @@ def tile_pixels(
     return canvas[: len(canvas) - gap, : canvas.shape[1] - gap]
 
 
-def fit_image(pixels: Pixels, config: DataConfig, key: str) -> UInt8[np.ndarray, "side side depth"]:
-    """Convert an image to the configured size and channels; raises `MixedSizes` if scaling is not allowed."""
-    side, height, width = config.image_size, *pixels.shape[:2]
-    if (height, width) == (side, side) and pixels.shape[2] == config.channels:
+def fit_image(pixels: Pixels, config: DataConfig, key: str) -> Fitted:
+    """Convert an image to the configured channels and to the size of the nearest aspect ratio.
+
+    Raises `MixedSizes` if scaling is not allowed.
+    """
+    ratio = math.log(pixels.shape[1] / pixels.shape[0])
+    height, width = min(config.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
+    if pixels.shape == (height, width, config.channels):
         return pixels
+    if pixels.shape[:2] != (height, width) and config.fit == "exact":
+        raise MixedSizes(
+            f"{key} is {pixels.shape[1]}x{pixels.shape[0]}, but with data.fit=exact every image must be "
+            f"{width}x{height}; set data.fit=crop, or data.image_size to the common size of all images"
+        )
     image = to_image(pixels)
-    if (height, width) != (side, side):
-        if config.fit == "exact":
-            raise MixedSizes(
-                f"{key} is {width}x{height}, but with data.fit=exact every image must be {side}x{side}; "
-                f"set data.fit=crop, or data.image_size to the common size of all images"
-            )
-        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    if image.size != (width, height) and config.fit == "pad":
+        image = ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
+    elif image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return to_pixels(image.convert("L" if config.channels == 1 else "RGB"))
+
+
+def is_enlarged(pixels: Pixels, fitted: Fitted, config: DataConfig) -> bool:
+    """Return whether an image was scaled up to the size that it was fitted to."""
+    scales = [float(new / old) for new, old in zip(fitted.shape[:2], pixels.shape[:2], strict=True)]
+    return (min(scales) if config.fit == "pad" else max(scales)) > 1
+
+
+def crop_to(pixels: Pixels, height: int, width: int) -> Fitted:
+    """Return the middle of an image at another size."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return to_pixels(ImageOps.fit(to_image(pixels), (width, height), Image.Resampling.LANCZOS))

@@ -4,6 +4,9 @@
                                class and <key>.txt if it has a caption, <key>.json if it has more
     folder/index.json          sample count, image shape, class names, tars and their checksums
 
+The images of a tar have one shape. A folder of several shapes is read as images of the first one, the square, except by
+`read_encoded`.
+
 The same samples always give the same bytes. A tar is verified against its checksum each time it is opened, and the
 index carries its own checksum. So a changed bit anywhere is an error, also in a copy of the folder.
 """
@@ -12,26 +15,31 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
 from data_partition.errors import ShardError, UnreadableImage
-from data_partition.shards.images import STORED, decode_image, encode_png
+from data_partition.shards.images import STORED, crop_to, decode_image, encode_png
 from data_partition.shards.tar import Encoded, TarWriter, read_tar
 from ddm_core.artifacts import (
     CorruptArtifact,
     UnfinishedArtifact,
     checksum,
     read_with_checksum,
+    to_jsonable,
     write_record,
 )
 
 INDEX = "index.json"
 
+
+Shape = tuple[int, int, int]
+"""Height, width, channels."""
 
 MoreCaptions = tuple[tuple[str, float], ...]
 """Further captions of one sample, each with how often it is used for once of the first."""
@@ -73,8 +81,8 @@ class ShardIndex:
     """Contents of a folder of shards."""
 
     count: int
-    image_shape: tuple[int, int, int]
-    """Height, width, channels; zeros in an empty folder without a configured shape."""
+    image_shape: Shape
+    """Zeros in an empty folder without a configured shape."""
     class_names: tuple[str, ...]
     """Empty: the samples have no classes."""
     shards: tuple[str, ...]
@@ -82,6 +90,25 @@ class ShardIndex:
     """Samples in each shard."""
     checksums: tuple[str, ...]
     """SHA-256 of each shard."""
+    buckets: tuple[Shape, ...] = ()
+    """Further shapes that images may have."""
+    shard_buckets: tuple[int, ...] = ()
+    """Position of each shard's shape in `image_shapes`; empty: all have `image_shape`."""
+
+    @property
+    def image_shapes(self) -> tuple[Shape, ...]:
+        """Return all shapes, the square first."""
+        return self.image_shape, *self.buckets
+
+    @property
+    def row_shapes(self) -> Iterator[Shape]:
+        """Yield the image shape of every sample."""
+        for number, count in enumerate(self.shard_counts):
+            yield from [self.image_shapes[self.bucket_of(number)]] * count
+
+    def bucket_of(self, shard: int) -> int:
+        """Return the position of a shard's shape in `image_shapes`."""
+        return self.shard_buckets[shard] if self.shard_buckets else 0
 
 
 class ShardWriter:
@@ -95,15 +122,19 @@ class ShardWriter:
         folder: Path,
         samples_per_shard: int = 2048,
         class_names: tuple[str, ...] = (),
-        image_shape: tuple[int, int, int] = (0, 0, 0),
+        image_shape: Shape = (0, 0, 0),
+        buckets: tuple[Shape, ...] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.samples_per_shard = samples_per_shard
         self.class_names = class_names
         self.image_shape = image_shape
+        self.buckets = buckets
         self.shard_counts: list[int] = []
-        self._tar: TarWriter | None = None
+        self.shard_buckets: list[int] = []
+        self._tars: dict[int, tuple[int, TarWriter]] = {}
+        """Number and file of the shard that images of each shape go into."""
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -113,7 +144,7 @@ class ShardWriter:
     ) -> None:
         if error is not None:
             with contextlib.suppress(OSError):
-                self._close_tar()
+                self._close_tars()
 
     @property
     def count(self) -> int:
@@ -121,26 +152,33 @@ class ShardWriter:
         return sum(self.shard_counts)
 
     def add(self, sample: Sample) -> None:
-        """Append one sample; raises `ValueError` if its image has another shape than the previous ones."""
+        """Append one sample; raises `ValueError` if its image has a shape that the shards have not."""
         shape = sample.image.shape
         if self.image_shape == (0, 0, 0):
             self.image_shape = (shape[0], shape[1], shape[2])
-        if shape != self.image_shape:
-            raise ValueError(f"{sample.key} has shape {shape}, the shards have {self.image_shape}; resize it first")
-        self.add_encoded(encode_sample(sample))
+        if shape not in (self.image_shape, *self.buckets):
+            shapes = " or ".join(map(str, (self.image_shape, *self.buckets)))
+            raise ValueError(f"{sample.key} has shape {shape}, the shards have {shapes}; resize it first")
+        self.add_encoded(encode_sample(sample), shape)
 
-    def add_encoded(self, sample: Encoded) -> None:
-        """Append a sample from `read_encoded`; the shape of its image is not checked."""
-        if self._tar is None or self.shard_counts[-1] == self.samples_per_shard:
-            self._close_tar()
-            self._tar = TarWriter(self.folder / shard_name(len(self.shard_counts)))
+    def add_encoded(self, sample: Encoded, shape: tuple[int, ...] | None = None) -> None:
+        """Append a sample from `read_encoded`; the shape of its image, None for the first one, is not checked."""
+        bucket = 0 if shape is None else (self.image_shape, *self.buckets).index(shape)
+        number, tar = self._tars.get(bucket, (-1, None))
+        if tar is None or self.shard_counts[number] == self.samples_per_shard:
+            if tar is not None:
+                tar.close()
+            number = len(self.shard_counts)
+            tar = TarWriter(self.folder / shard_name(number))
+            self._tars[bucket] = number, tar
             self.shard_counts.append(0)
-        self._tar.add(sample)
-        self.shard_counts[-1] += 1
+            self.shard_buckets.append(bucket)
+        tar.add(sample)
+        self.shard_counts[number] += 1
 
     def close(self) -> ShardIndex:
-        """Finish the last shard and write the index."""
-        self._close_tar()
+        """Finish the last shards and write the index."""
+        self._close_tars()
         shards = tuple(shard_name(number) for number in range(len(self.shard_counts)))
         index = ShardIndex(
             count=self.count,
@@ -149,14 +187,21 @@ class ShardWriter:
             shards=shards,
             shard_counts=tuple(self.shard_counts),
             checksums=tuple(checksum(self.folder / name) for name in shards),
+            buckets=self.buckets,
+            shard_buckets=tuple(self.shard_buckets) if self.buckets else (),
         )
-        write_record(self.folder / INDEX, index)
+        content = to_jsonable(index)
+        write_record(self.folder / INDEX, content if self.buckets else _without_buckets(content))
         return index
 
-    def _close_tar(self) -> None:
-        tar, self._tar = self._tar, None
-        if tar is not None:
+    def _close_tars(self) -> None:
+        tars, self._tars = self._tars, {}
+        for _, tar in tars.values():
             tar.close()
+
+
+def _without_buckets(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if not name.endswith("buckets")}
 
 
 def shard_name(number: int) -> str:
@@ -216,11 +261,15 @@ def read_index(folder: Path) -> ShardIndex:
             shards=tuple(content["shards"]),
             shard_counts=tuple(content["shard_counts"]),
             checksums=tuple(content["checksums"]),
+            buckets=tuple((height, width, channels) for height, width, channels in content.get("buckets", ())),
+            shard_buckets=tuple(content.get("shard_buckets", ())),
         )
     except (UnfinishedArtifact, CorruptArtifact, KeyError, TypeError, ValueError) as error:
         raise ShardError(f"{folder} is not a folder of shards: {error}; make the shards again") from error
     if index.shards != tuple(shard_name(number) for number in range(len(index.shard_counts))):
         raise ShardError(f"{folder / INDEX} names other files than its shards: {index.shards[:3]}; make them again")
+    if len(index.shard_buckets) != (len(index.shards) if index.buckets else 0):
+        raise ShardError(f"{folder / INDEX} has not one shape for each shard; make the shards again")
     return index
 
 
@@ -234,9 +283,12 @@ def read_encoded(folder: Path, start: int = 0) -> Iterator[Encoded]:
 
 
 def read_samples(folder: Path, start: int = 0) -> Iterator[Sample]:
-    """Yield samples `start`, `start` + 1, … in the order of writing; raises `ShardError`."""
+    """Yield samples `start`, `start` + 1, … in their order, with images of the first shape; raises `ShardError`."""
+    index = read_index(folder)
+    height, width, _ = index.image_shape
     for shard, encoded in _read_shards(folder, start):
-        yield decode_sample(encoded, shard)
+        sample = decode_sample(encoded, shard)
+        yield replace(sample, image=crop_to(sample.image, height, width)) if index.buckets else sample
 
 
 def read_batches(folder: Path, batch_size: int, start: int = 0) -> Iterator[ImageBatch]:

@@ -4,14 +4,15 @@ Memory grows with the queries, not with the training set.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
 from data_partition.clustering.kmeans import assign_nearest
-from data_partition.shards.shards import Sample, decode_sample, read_batches, read_encoded
+from data_partition.shards.images import crop_to
+from data_partition.shards.shards import Sample, decode_sample, read_batches, read_encoded, read_index
 
 CHUNK = 2048
 """Training images per comparison with all queries."""
@@ -71,9 +72,11 @@ def extract_features(space: Space, images: Images) -> Features:
 def read_rows(shards: Path, rows: Int64[np.ndarray, " wanted"]) -> list[Sample]:
     """Read the samples at these positions of the shards, in this order; decode no others."""
     wanted = set(rows.tolist())
-    samples = {
-        row: decode_sample(encoded, str(shards)) for row, encoded in enumerate(read_encoded(shards)) if row in wanted
-    }
+    samples, (height, width, _) = {}, read_index(shards).image_shape
+    for row, encoded in enumerate(read_encoded(shards)):
+        if row in wanted:
+            sample = decode_sample(encoded, str(shards))
+            samples[row] = replace(sample, image=crop_to(sample.image, height, width))
     return [samples[row] for row in rows.tolist()]
 
 

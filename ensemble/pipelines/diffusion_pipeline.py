@@ -1,7 +1,6 @@
 """An ensemble as a `diffusers.DiffusionPipeline`: experts, router, codec and text encoder are its components."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline import PipelineError, size_codec
 from ensemble.pipelines.adapter_methods import AdapterMethods
 from ensemble.pipelines.call import (
     ClassLabel,
@@ -318,24 +317,8 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
 
     def _codec(self, height: int | None, width: int | None, selection: SelectionName | SelectionConfig | None) -> Any:
         """Return the codec of images of this size; raise `PipelineError` if codec, networks or router have one size."""
-        codec = owner_of(self.codec)
-        default = getattr(codec, "image_shape", (0, 0, 0))
-        size = (height or default[0], width or default[1])
-        if size == tuple(default[:2]):
-            return codec
-        adapter, needs_router = ADAPTERS[type(self._first_network()).__name__], self.router is not None
-        reason = (
-            "its codec has no grid"
-            if len(codec.latent_shape) != 3
-            else f"{adapter.class_name} takes one size"
-            if adapter.is_flat or adapter.is_square
-            else "the router takes one size, and only selection=sticky does without it"
-            if needs_router and self._selection(selection).name != "sticky"
-            else ""
-        )
-        if reason:
-            raise PipelineError(f"images must be {default[0]} x {default[1]}, not {size[0]} x {size[1]}: {reason}")
-        return replace(codec, image_shape=(*size, default[2]))
+        needs_router = self.router is not None and self._selection(selection).name != "sticky"
+        return size_codec(owner_of(self.codec), self._first_network(), (height, width), needs_router=needs_router)
 
     def _first_network(self) -> Any:
         expert = next(iter(self.experts.values()))

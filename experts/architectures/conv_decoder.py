@@ -68,9 +68,10 @@ class ConvDecoder(ModelMixin, ConfigMixin):
         if self.spread is not None:
             images: Tensor = self.layers(self.spread(coarse).unflatten(1, self.seed_shape))
             return images[:, :, : self.height, : self.width]
-        padded = functional.pad(coarse, (0, -self.width % 4, 0, -self.height % 4), mode="replicate")
+        height, width = coarse.shape[2:]
+        padded = functional.pad(coarse, (0, -width % 4, 0, -height % 4), mode="replicate")
         correction: Tensor = self.layers(functional.pixel_unshuffle(padded, 4))
-        return coarse + correction[:, :, : self.height, : self.width]
+        return coarse + correction[:, :, :height, :width]
 
 
 def decoder_loss(decoded: ImageTensor, images: ImageTensor) -> Float[Tensor, ""]:

@@ -9,7 +9,7 @@ All of them run in float32, since the half precision of some (`force_upcast`) ov
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,12 @@ class AutoencoderCodec:
         if self.image_shape[2] == 1:
             images = images.mean(dim=1, keepdim=True)
         return PixelCodec(image_shape=self.image_shape).decode(images)
+
+    def with_size(self, height: int, width: int) -> "AutoencoderCodec":
+        """Return the codec for images of this size; raise `CodecError` if the model does not take it."""
+        resized = replace(self, image_shape=(height, width, self.image_shape[2]))
+        self.grid.shape(resized.image_shape)
+        return resized
 
     def save(self, folder: Path) -> None:
         """Write `codec.json` and, below `autoencoder/`, the model."""

@@ -1,6 +1,6 @@
 """Principal components of square patches as latents with a height and a width, fitted in one pass over the images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ddm_core.artifacts import write_json
 from experts.codec import check_shape
 from experts.codecs.pca import FIT_BATCH, PCACodec, flatten_images, load_pca_codec
 from experts.config import CodecConfig
+from experts.errors import CodecError
 from experts.types import DecodedImages, Images, Latents
 
 
@@ -42,6 +43,13 @@ class PatchPCACodec:
         patches = self.patches.decode(latents.permute(0, 2, 3, 1).flatten(0, 2))
         grid = patches.reshape(len(latents), *self.latent_shape[1:], *self.patches.image_shape)
         return grid.transpose(2, 3).reshape(len(latents), *self.image_shape)
+
+    def with_size(self, height: int, width: int) -> "PatchPCACodec":
+        """Return the codec for images of this size; raise `CodecError` if its patches do not divide them."""
+        side = self.patches.image_shape[0]
+        if height % side or width % side:
+            raise CodecError(f"patches of side {side} do not divide images of {width}x{height}; choose a multiple")
+        return replace(self, image_shape=(height, width, self.image_shape[2]))
 
     def save(self, folder: Path) -> None:
         """Write the codec of the patches, and `codec.json`."""

@@ -15,6 +15,7 @@ from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import write_json
 from experts.codec import check_shape
 from experts.config import CodecConfig
+from experts.errors import CodecError
 from experts.types import DecodedImages, Images, Latents
 
 FIT_BATCH = 512
@@ -51,6 +52,15 @@ class PCACodec:
         """Return the images of latents, clipped to [0, 1]."""
         flat = self.pca.decode(latents.float().cpu().mul(self.scale).numpy())
         return torch.from_numpy(flat.astype(np.float32)).reshape(-1, *self.image_shape).clamp_(0, 1)
+
+    def with_size(self, height: int, width: int) -> "PCACodec":
+        """Return this codec for its own size; raise `CodecError` for another, of which it has no components."""
+        if (height, width) != self.image_shape[:2]:
+            raise CodecError(
+                f"principal components of whole images have one size, {self.image_shape[1]}x{self.image_shape[0]}, not "
+                f"{width}x{height}; use codec=patch_pca, pixels or an autoencoder"
+            )
+        return self
 
     def save(self, folder: Path) -> None:
         """Write `codec.json`, and the components as safetensors."""

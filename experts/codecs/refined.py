@@ -1,7 +1,7 @@
 """Principal components as latents, with a small convolutional network as decoder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ class RefinedCodec:
     decoder: ConvDecoder
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return height, width and channels of an image."""
+        return self.linear.image_shape
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Return the shape of a latent of the linear codec."""
         return self.linear.latent_shape
@@ -59,6 +64,10 @@ class RefinedCodec:
             decoder(_decoder_input(self.linear, decoder, rows)) for rows in torch.split(latents.float(), DECODE_BATCH)
         ]
         return PixelCodec(image_shape=self.linear.image_shape).decode(torch.cat(images))
+
+    def with_size(self, height: int, width: int) -> "RefinedCodec":
+        """Return the codec for images of this size; raises like the linear codec."""
+        return replace(self, linear=self.linear.with_size(height, width))
 
     def save(self, folder: Path) -> None:
         """Write the linear codec and, below `decoder/`, the network."""
@@ -79,9 +88,10 @@ def fit_refined_codec(config: CodecConfig, shards: Path, out: Path, workspace: W
         decoder = _build_decoder(config, linear.image_shape)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        latents = linear.encode(pixels.decode(batch.clean).mul(255).round().byte().numpy())
+        sized = linear.with_size(*batch.clean.shape[2:])
+        latents = sized.encode(pixels.decode(batch.clean).mul(255).round().byte().numpy())
         noised = (latents + config.decoder_noise * torch.randn_like(latents)).to(batch.clean.device)
-        return {"loss": decoder_loss(model(_decoder_input(linear, decoder, noised)), batch.clean)}
+        return {"loss": decoder_loss(model(_decoder_input(sized, decoder, noised)), batch.clean)}
 
     trained = fit(decoder, loss, images, training, workspace)
     RefinedCodec(linear=linear, decoder=_check_decoder(trained.model)).save(out)

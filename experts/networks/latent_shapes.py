@@ -65,10 +65,18 @@ def count_pca_values(config: CodecConfig, image_size: int, channels: int) -> int
     return config.patch_size**2 * channels if config.kind.startswith("patch_pca") else 0
 
 
-def check_latent_shape(config: AnyNetworkConfig, latent_shape: tuple[int, ...]) -> None:
-    """Raise `NetworkError` if a network cannot have such latents, or its class no such settings."""
+def check_latent_shape(config: AnyNetworkConfig, latent_shape: tuple[int, ...], *, many_shapes: bool = False) -> None:
+    """Raise `NetworkError` if a network cannot have such latents, or its class no such settings.
+
+    With `many_shapes` it must also take latents of other shapes.
+    """
     network = class_settings(config)
     complete = complete_settings(network)
+    if many_shapes and (network.adapter.is_flat or network.adapter.is_square):
+        raise NetworkError(
+            f"{network_name(config)} takes latents of one shape; choose expert=unet or a transformer of another class, "
+            "such as expert=pixart_small, or leave data.aspect_buckets out"
+        )
     if network.adapter.is_flat:
         return
     is_image = len(latent_shape) == 3 and (latent_shape[1] == latent_shape[2] or not network.adapter.is_square)

@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from data_partition.shards.shards import (
     ImageBatch,
+    ShardIndex,
     decode_sample,
     identify_sample,
     read_encoded,
@@ -78,9 +79,14 @@ class FrozenCodec:
         )
 
     def encode(self, images: Images) -> Latents:
-        """Return the latents of images as they are stored, in CPU memory."""
+        """Return the latents of images of one size as they are stored, in CPU memory."""
         with torch.device(self.device):
-            return self.codec.encode(images).cpu().to(self.stored_type)
+            return self.codec.with_size(*images.shape[1:3]).encode(images).cpu().to(self.stored_type)
+
+    def shapes(self, index: ShardIndex) -> list[tuple[int, ...]]:
+        """Return the shapes of latents of shards with buckets, the square first; empty without buckets."""
+        sizes = [(height, width) for height, width, _ in index.image_shapes] if index.buckets else []
+        return [self.codec.with_size(*size).latent_shape for size in sizes]
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -107,7 +113,7 @@ class _Encoding:
     def encode_shards(self, shards: Path, out: Path) -> list[Path]:
         """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`."""
         index = read_index(shards)
-        start, parts = 0, []
+        start, parts, shapes = 0, [], self.codec.shapes(index)
         for number, (count, digest) in enumerate(zip(index.shard_counts, index.checksums, strict=True)):
             part = out / f"{number:05d}"
             origin = {"shard": digest, **self.codec.origin, "text": self.text and self.text.config}
@@ -118,7 +124,8 @@ class _Encoding:
                 class_names = index.class_names if self.reads_classes else ()
                 with atomic_folder(part) as temporary, LatentWriter(temporary, class_names, origin) as writer:
                     for block in _batches(samples, _batch_rows(index.image_shape)):
-                        writer.add(self._encode(block, f"{shards}, shard {number}"))
+                        encoded = self._encode(block, f"{shards}, shard {number}")
+                        writer.add(encoded.in_bucket(index.bucket_of(number), shapes) if shapes else encoded)
             start += count
             parts.append(part)
         return parts

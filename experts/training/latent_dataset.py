@@ -4,13 +4,17 @@
 t and dropped conditions need no state and survive any interruption.
 """
 
+import bisect
 import functools
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddm_core.errors import DDMError
 from ddm_core.random_bits import Stream
@@ -30,7 +34,7 @@ class LatentDataset:
     """Latents with the class and the cluster of each; may be memory-mapped files."""
 
     clean: Latents
-    """Of 16 or 32 bits."""
+    """Of 16 or 32 bits. With buckets, the numbers of each latent in a row, and zeros after those of a smaller one."""
     class_id: Int[Tensor, " batch"]
     """-1 for samples without a class."""
     cluster_id: Int[Tensor, " batch"]
@@ -40,10 +44,43 @@ class LatentDataset:
     sample_id: Int[Tensor, " batch"] | None = None
     """Hash of the key and the content of every sample; None for latents of no images."""
 
+    bucket_id: Int[Tensor, " batch"] | None = None
+    """Position of the shape of every latent in `shapes`; None for latents of one shape."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the latents, that of the square images first; empty: all have one shape."""
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Return the shape of one latent."""
-        return tuple(self.clean.shape[1:])
+        """Return the shape of one latent, with buckets that of a square image."""
+        return self.shapes[0] if self.shapes else tuple(self.clean.shape[1:])
+
+    def in_bucket(self, bucket: int, shapes: Sequence[tuple[int, ...]]) -> "LatentDataset":
+        """Return these latents of one shape as those of a bucket."""
+        flat = self.clean.flatten(1)
+        padding = max(map(math.prod, shapes)) - flat.shape[1]
+        return replace(
+            self,
+            clean=nn.functional.pad(flat, (0, padding)),
+            bucket_id=torch.full_like(self.class_id, bucket),
+            shapes=tuple(shapes),
+        )
+
+    def clean_rows(self, rows: RowIds) -> Latents:
+        """Return latents in float32; with buckets, all of them of the bucket of the first."""
+        clean = self.clean.index_select(0, rows).float()
+        if self.bucket_id is None:
+            return clean
+        shape = self.shapes[int(self.bucket_id[rows[0]])]
+        return clean[:, : math.prod(shape)].reshape(-1, *shape)
+
+    def batch_indices(self, batch_size: int, seed: int, step: int) -> RowIds:
+        """Return the samples of a step, all of one bucket: see `sample_indices` and `bucket_batch`."""
+        if self.bucket_id is None:
+            return sample_indices(len(self), batch_size, seed, step)
+        counts = torch.bincount(self.bucket_id, minlength=len(self.shapes)).tolist()
+        bucket, number = bucket_batch(counts, batch_size, seed, step)
+        members = (self.bucket_id == bucket).nonzero().squeeze(-1)
+        return members[sample_indices(len(members), batch_size, seed, number)]
 
     def __len__(self) -> int:
         return self.clean.shape[0]
@@ -74,6 +111,8 @@ class LatentDataset:
             cluster_id=self.cluster_id.index_select(0, rows),
             captions=None if self.captions is None else self.captions.select(rows),
             sample_id=None if self.sample_id is None else self.sample_id.index_select(0, rows),
+            bucket_id=None if self.bucket_id is None else self.bucket_id.index_select(0, rows),
+            shapes=self.shapes,
         )
 
     def without_conditions(self) -> "LatentDataset":
@@ -110,10 +149,11 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     Every sample occurs once an epoch; a batch may span two epochs. t = sigmoid(mean + std * normal)
     (Esser et al. 2024, arXiv:2403.03206, section 3.1). `local_rows` selects the rows of one worker.
     """
-    batch_rows = sample_indices(len(dataset), config.batch_size, config.seed, step)
+    batch_rows = dataset.batch_indices(config.batch_size, config.seed, step)
     rows = batch_rows[local_rows]
+    clean = dataset.clean_rows(rows)
     generator = torch.Generator().manual_seed(derive_seed(Stream.TRAINING_NOISE, config.seed, step))
-    noise = torch.randn(len(batch_rows), *dataset.latent_shape, generator=generator)
+    noise = torch.randn(len(batch_rows), *clean.shape[1:], generator=generator)
     t = torch.randn(len(batch_rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
     dropped = torch.rand(len(batch_rows), generator=generator) < config.condition_dropout
     uniforms = torch.rand(len(batch_rows), generator=generator) if dataset.captions is not None else None
@@ -121,7 +161,7 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     if dataset.captions is not None:
         condition = condition.drop_one(torch.rand(len(batch_rows), generator=generator)[local_rows])
     return Batch(
-        clean=dataset.clean.index_select(0, rows).float(),
+        clean=clean,
         noise=noise[local_rows],
         t=t[local_rows],
         condition=condition,
@@ -139,6 +179,27 @@ def sample_indices(count: int, batch_size: int, seed: int, step: int) -> Int[Ten
         parts.append(epoch_order(count, seed, epoch)[offset : offset + size])
         position += size
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def bucket_batch(counts: Sequence[int], batch_size: int, seed: int, step: int) -> tuple[int, int]:
+    """Return the bucket of a step, and which of its batches it gets, counted from 0.
+
+    `counts` are the samples of each bucket. Its batches cut the sequence of its shuffled epochs, so that every sample
+    occurs once an epoch. An epoch of the whole has the batches that end in it, in an order from (seed, epoch) alone.
+    """
+
+    def ended(epoch: int) -> list[int]:
+        return [count * epoch // batch_size for count in counts]
+
+    epoch = step * batch_size // sum(counts)
+    while sum(ended(epoch + 1)) <= step:
+        epoch += 1
+    first, sizes = ended(epoch), [after - before for before, after in zip(ended(epoch), ended(epoch + 1), strict=True)]
+    generator = torch.Generator().manual_seed(derive_seed(Stream.BUCKET_ORDER, seed, epoch))
+    number = int(torch.randperm(sum(sizes), generator=generator)[step - sum(first)])
+    ends = list(itertools.accumulate(sizes))
+    bucket = bisect.bisect_right(ends, number)
+    return bucket, first[bucket] + number - (ends[bucket] - sizes[bucket])
 
 
 @functools.lru_cache(maxsize=4)

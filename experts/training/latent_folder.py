@@ -19,14 +19,14 @@ from torch import Tensor
 from ddm_core.artifacts import ArtifactError, CorruptArtifact, checksum, read_with_checksum, to_jsonable, write_record
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.text_embedding import TextEmbedding
-from experts.training.latent_dataset import LatentDataset
+from experts.training.latent_dataset import LatentDataset, LatentError
 
 log = logging.getLogger(__name__)
 
 RECORD = "latents.json"
 TYPES = ("float16", "float32", "int64", "bool")
 BLOCK_BYTES = 2**26
-_SAMPLES = ("clean", "class_id", "cluster_id", "sample_id")
+_SAMPLES = ("clean", "class_id", "cluster_id", "sample_id", "bucket_id")
 _CAPTIONS = ("token_features", "pooled", "weight", "caption_tokens", "sample_captions")
 _NULL = ("sequence", "mask", "pooled")
 
@@ -40,6 +40,7 @@ class LatentWriter:
         self._files: dict[str, BinaryIO] = {}
         self._digests: dict[str, Any] = {}
         self._arrays: dict[str, dict[str, Any]] = {}
+        self._shapes: tuple[tuple[int, ...], ...] = ()
 
     def __enter__(self) -> "LatentWriter":
         return self
@@ -54,10 +55,20 @@ class LatentWriter:
                 name: entry | {"checksum": self._digests[name].hexdigest()} for name, entry in self._arrays.items()
             }
             record = {"class_names": self.class_names, "origin": self.origin, "arrays": arrays}
-            write_record(self.folder / RECORD, record)
+            write_record(self.folder / RECORD, record | ({"shapes": self._shapes} if self._shapes else {}))
 
     def add(self, dataset: LatentDataset) -> None:
-        """Append samples; the first call, which may have none, gives the types and shapes of all."""
+        """Append samples; the first call, which may have none, gives the types and shapes of all.
+
+        Raises `LatentError` for latents of other shapes.
+        """
+        if not self._files:
+            self._shapes = dataset.shapes
+        if dataset.shapes != self._shapes:
+            raise LatentError(
+                f"latents of shapes {dataset.shapes} and {self._shapes} cannot be joined; encode both with the same "
+                "data.image_size and data.aspect_buckets"
+            )
         arrays = {name: getattr(dataset, name) for name in _SAMPLES if getattr(dataset, name) is not None}
         if (captions := dataset.captions) is not None:
             lengths = (captions.first_token.diff(), captions.first_caption.diff())
@@ -81,11 +92,12 @@ class LatentWriter:
 
 def read_latents(folder: Path) -> LatentDataset:
     """Open latents as memory maps; raises an `ArtifactError` if the record is missing, or does not fit its files."""
-    arrays = {name: _open(folder / f"{name}.bin", entry) for name, entry in read_record(folder)["arrays"].items()}
+    record = read_record(folder)
+    arrays = {name: _open(folder / f"{name}.bin", entry) for name, entry in record["arrays"].items()}
     try:
         samples = {name: arrays[name] for name in _SAMPLES if name in arrays}
         captions = _read_captions(arrays) if "token_features" in arrays else None
-        return LatentDataset(**samples, captions=captions)
+        return LatentDataset(**samples, captions=captions, shapes=tuple(map(tuple, record.get("shapes", ()))))
     except (KeyError, TypeError) as error:
         raise CorruptArtifact(f"{folder} lacks an array of latents ({error}); encode the images again") from error
 

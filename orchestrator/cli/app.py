@@ -216,6 +216,7 @@ def sample(  # noqa: PLR0913 - one for each option
     guidance_scale: Annotated[float | None, typer.Option(help="1 means none; empty uses the run's", min=0)] = None,
     monolith: Annotated[bool, typer.Option("--monolith", help="Sample from the monolith baseline")] = False,
     ensemble: Annotated[Path | None, typer.Option(help="Sample from an ensemble that `ddm experts` wrote")] = None,
+    size: Annotated[str, typer.Option(help="Width x height, such as 48x32, for networks that take any size")] = "",
 ) -> None:
     """Sample images from a finished run and write them as one grid."""
     from orchestrator.cli.sample import SamplingOptions, prepare_sampling, save_grid
@@ -234,6 +235,7 @@ def sample(  # noqa: PLR0913 - one for each option
         guidance_scale=guidance_scale,
         monolith=monolith,
         ensemble=ensemble,
+        size=size,
     )
     request = prepare_sampling(folder, out, options)
     console.print(save_grid(request, request.sample(seed_list), out), soft_wrap=True)

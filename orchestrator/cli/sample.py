@@ -124,6 +124,8 @@ class SamplingRequest:
     prompts: tuple[str, ...] = ("",)
     """Rows of the grid."""
     negative_prompt: str = ""
+    size: tuple[int, int] | None = None
+    """Height and width; None is that of the training."""
 
     def sample(self, seeds: Sequence[int]) -> "SampleResult":
         """Sample one image for each prompt and seed."""
@@ -135,7 +137,7 @@ class SamplingRequest:
             negative = Prompts.of_captions([self.negative_prompt] * len(captions))
         is_null = self.class_id < 0 and not any(captions) and negative is None
         seeds = [*seeds] * len(self.prompts)
-        return self.pipeline(seeds, self.config, None if is_null else prompts, negative=negative)
+        return self.pipeline(seeds, self.config, None if is_null else prompts, negative=negative, size=self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +153,8 @@ class SamplingOptions:
     monolith: bool = False
     ensemble: Path | None = None
     """Folder of an ensemble that `ddm experts` wrote."""
+    size: str = ""
+    """Width and height, such as 48x32; empty is that of the training."""
 
 
 def prepare_sampling(run: RunFolder, out: Path, options: SamplingOptions) -> SamplingRequest:
@@ -196,7 +200,16 @@ def prepare_sampling(run: RunFolder, out: Path, options: SamplingOptions) -> Sam
         class_id=find_class(options.label, pipeline.class_names) if options.label else -1,
         prompts=options.prompts or ("",),
         negative_prompt=options.negative_prompt,
+        size=_parse_size(options.size),
     )
+
+
+def _parse_size(text: str) -> tuple[int, int] | None:
+    """Return the height and width of `48x32`, None for an empty text; raise `ConfigError`."""
+    width, _, height = text.partition("x")
+    if text and not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ConfigError(f"--size must be width x height in pixels, such as 48x32; got {text!r}")
+    return (int(height), int(width)) if text else None
 
 
 def _check_writable(out: Path) -> None:

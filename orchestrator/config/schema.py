@@ -141,11 +141,28 @@ class RunConfig:
                 f"router.noise_schedule={self.router.noise_schedule} and "
                 f"expert.noise_schedule={self.expert.noise_schedule}"
             )
+        check_buckets(self)
         check_experts(self)
         check_auto_selection(self)
         stages = {kind: getattr(self, kind) for kind in COMPRESSION_KINDS}
         check_order(stages, reflects=self.ensemble.reflection is not None)
         return self
+
+
+def check_buckets(config: RunConfig) -> None:
+    """Raise `ValueError` for parts of a run that take images of one size only, beside aspect-ratio buckets."""
+    if not config.data.aspect_buckets:
+        return
+    if config.partition.num_experts > 1 and config.router.kind != "prior_table":
+        raise ValueError(
+            f"data.aspect_buckets makes latents of several shapes, and router.kind={config.router.kind} reads one; set "
+            "router=prior_table, which the selection sticky needs alone, or leave the buckets out"
+        )
+    if compressions := [kind for kind in COMPRESSION_KINDS if getattr(config, kind) is not None]:
+        raise ValueError(
+            f"{', '.join(compressions)} cannot compress experts of data.aspect_buckets: compressions are measured "
+            "at one size; leave one of them out"
+        )
 
 
 def check_experts(config: RunConfig) -> None:

@@ -72,7 +72,7 @@ def test_clusters_written_in_groups_are_identical(
     workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(clusters, "OPEN_CLUSTERS", 2)
+    monkeypatch.setattr(clusters, "OPEN_TARS", 2)
     make_partition(CONFIG, digits, features, tmp_path / "out", workspace)
     assert read_files(tmp_path / "out") == read_files(partition_folder)
 

@@ -172,6 +172,7 @@ class DataCheck:
             self.check_held_out(self.survey)
         self.check_codec()
         self.check_networks()
+        self.check_buckets()
         self.check_pixels()
         if self.survey is not None and self.survey.is_complete:
             self.check_components(self.survey.train)
@@ -270,6 +271,28 @@ class DataCheck:
                 if len(shape) == 1:
                     self.config = replace(self.config, codec=replace(self.config.codec, kind="pixels"))
                     self.advice["codec"] = "pixels"
+
+    def check_buckets(self) -> None:
+        """Check that codec and networks accept images of all sizes."""
+        data, codec = self.config.data, self.config.codec
+        if not data.aspect_buckets:
+            return
+        if codec.kind in IMAGE_COMPONENTS:
+            self.mistakes.append(
+                f"codec.kind={codec.kind} takes images of one size, and data.aspect_buckets makes several; use "
+                "codec=patch_pca, pixels or an autoencoder, or leave the buckets out"
+            )
+            self.is_mendable = False
+            return
+        networks = [expert.network for expert in (self.config.expert, *self.config.experts.values())]
+        try:
+            for size in data.sizes:
+                channels, height, width = (latent_shape_of(codec, side, data.channels) for side in (size[0], *size))
+                for network in networks:
+                    check_latent_shape(network, (channels[0], height[1], width[2]), many_shapes=True)
+        except (CodecError, NetworkError) as error:
+            self.mistakes.append(f"data.aspect_buckets: {error}")
+            self.is_mendable = False
 
     def check_pixels(self) -> None:
         """Check that a codec of principal components can take all values of an image."""

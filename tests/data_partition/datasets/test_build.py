@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from data_partition.assignment import write_clusters
 from data_partition.config import DataConfig
-from data_partition.datasets.build import NO_CAPTION, build_dataset
+from data_partition.datasets.build import ENLARGED, NO_CAPTION, build_dataset
 from data_partition.datasets.source import is_held_out
 from data_partition.errors import (
     InvalidCaptions,
@@ -23,7 +25,7 @@ from data_partition.errors import (
     TooManyUnreadable,
 )
 from data_partition.shards.images import decode_image
-from data_partition.shards.shards import read_batches, read_encoded, read_index, read_samples
+from data_partition.shards.shards import decode_sample, read_batches, read_encoded, read_index, read_samples
 from ddm_core.artifacts import Preempted, Workspace
 from tests.data_partition.conftest import read_files
 from tests.data_partition.datasets.test_image_folder import write
@@ -241,3 +243,39 @@ def test_file_of_an_image_that_need_not_change_is_kept(
             assert (path.read_bytes() in stored.files.values()) == is_same
             if size == 8:
                 np.testing.assert_array_equal(sample.image, decode_image(path.read_bytes()))
+
+
+def test_buckets_have_shards_of_their_own_that_clusters_keep(tmp_path: Path, workspace: Workspace):
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        size = ((8, 8), (16, 8), (8, 16))[number % 3]
+        Image.new("L", size, number).save(tmp_path / "in" / f"{number:02d}.png")
+    config = DataConfig(
+        source="image_folder",
+        path=str(tmp_path / "in"),
+        image_size=8,
+        labels=False,
+        fit="crop",
+        aspect_buckets=("8x4", "4x8"),
+        shard_samples=8,
+        holdout=0.2,
+    )
+    build_dataset(config, tmp_path / "out", workspace)
+    index = read_index(tmp_path / "out" / "train")
+    assert index.image_shapes == ((8, 8, 1), (4, 8, 1), (8, 4, 1))
+    assert set(index.shard_buckets) == {0, 1, 2}
+    clusters = write_clusters(
+        tmp_path / "out" / "train", 2, tmp_path / "clusters", lambda row: row % 2, lambda row, sample: None
+    )
+    assert sum(cluster.count for cluster in clusters) == index.count
+    for folder in (tmp_path / "out" / "train", tmp_path / "clusters" / "1"):
+        encoded = list(read_encoded(folder))
+        assert [decode_sample(each, "").image.shape for each in encoded] == list(read_index(folder).row_shapes)
+        assert {sample.image.shape for sample in read_samples(folder)} == {(8, 8, 1)}, "all others read squares"
+    assert any("8x4" in notice and "4x8" in notice for notice in workspace.notices)
+
+
+def test_enlarged_images_are_counted(tmp_path: Path, workspace: Workspace):
+    config = dataclasses.replace(write_tree(tmp_path / "in"), image_size=64, fit="crop")
+    summary = build_dataset(config, tmp_path / "out", workspace)
+    assert summary.remarks[ENLARGED] == summary.count + summary.holdout_count

@@ -1,4 +1,5 @@
 import io
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from data_partition.config import DataConfig
 from data_partition.errors import MixedSizes, UnreadableImage
 from data_partition.shards import images
-from data_partition.shards.images import decode_image, encode_png, fit_image
+from data_partition.shards.images import decode_image, encode_png, fit_image, is_enlarged
 
 
 def encode_file(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -75,3 +76,32 @@ def test_channels_are_converted():
     color = fit_image(gray, DataConfig(image_size=4, channels=3), "k")
     np.testing.assert_array_equal(color, np.full((4, 4, 3), 7))
     np.testing.assert_array_equal(fit_image(color, DataConfig(image_size=4), "k"), gray)
+
+
+def test_padding_keeps_the_whole_image_on_white():
+    dark = np.zeros((4, 8, 3), dtype=np.uint8)
+    padded = fit_image(dark, DataConfig(image_size=8, channels=3, fit="pad"), "k")
+    np.testing.assert_array_equal(padded[2:6], np.zeros((4, 8, 3)))
+    np.testing.assert_array_equal(padded[[0, 1, 6, 7]], np.full((4, 8, 3), 255))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((8, 8), (8, 8)), ((9, 8), (8, 8)), ((30, 60), (4, 8)), ((9, 5), (8, 4))]
+)
+def test_an_image_gets_the_size_of_the_nearest_aspect_ratio(shape: tuple[int, int], expected: tuple[int, int]):
+    config = DataConfig(image_size=8, fit="crop", aspect_buckets=("8x4", "4x8"))
+    assert fit_image(np.zeros((*shape, 1), np.uint8), config, "k").shape[:2] == expected
+
+
+@pytest.mark.parametrize(("fit", "enlarged"), [("crop", True), ("pad", False)])
+def test_images_that_are_scaled_up_are_known(fit: Literal["crop", "pad"], enlarged: bool):
+    config, pixels = DataConfig(image_size=8, fit=fit), np.zeros((6, 16, 1), np.uint8)
+    assert is_enlarged(pixels, fit_image(pixels, config, "k"), config) == enlarged
+
+
+def test_buckets_are_sizes_of_their_own_and_need_scaling():
+    with pytest.raises(ValueError, match="needs data.fit=crop or data.fit=pad"):
+        DataConfig(image_size=8, aspect_buckets=("8x4",))
+    for buckets in (("8x8",), ("8x4", "8x4"), ("8x2",)):
+        with pytest.raises(ValueError, match="different sizes beside 8x8, of sides of 4"):
+            DataConfig(image_size=8, fit="crop", aspect_buckets=buckets)

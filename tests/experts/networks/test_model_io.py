@@ -199,7 +199,7 @@ def test_loading_allocates_the_parameters_once(tmp_path):
 
 
 @pytest.mark.parametrize(("mean", "low"), [(0.0, -2.0), (1.0, 0.5), (3.0, 0.0)])
-def test_initialization_without_random_numbers_stays_within_bounds(mean, low):
+def test_initialization_without_random_numbers_is_in_bounds(mean, low):
     def what_memory_held():
         return torch.full((64, 64), 9.0)
 

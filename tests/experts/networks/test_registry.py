@@ -106,7 +106,7 @@ def test_residual_mlp_starts_at_zero_for_any_shape():
     [
         (UNetConfig(), (96,), "residual_mlp"),
         (DiTConfig(), (96,), "residual_mlp"),
-        (UNetConfig(), (1, 8, 12), "side, side"),
+        (DiTConfig(), (1, 8, 12), "side, side"),
         (UNetConfig(channels=(8, 8, 8)), (1, 14, 14), "at most 2 entries"),
         (UNetConfig(channels=(8, 12)), (1, 8, 8), "multiple of 8"),
         (DiTConfig(patch_size=3), (1, 28, 28), "does not divide 28"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from experts.config import TrainingConfig
 from experts.training.distributed import DataParallelGroup
-from experts.training.latent_dataset import LatentDataset, make_batch, sample_indices
+from experts.training.latent_dataset import LatentDataset, bucket_batch, make_batch, sample_indices
 
 
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(-5, 5), epochs=st.integers(1, 4))
@@ -72,3 +72,50 @@ def test_conditions_are_dropped_at_the_configured_rate(make_dataset, share):
     batch = make_batch(make_dataset(), TrainingConfig(batch_size=10_000, condition_dropout=share), 0)
     null = (batch.condition.class_id == -1).float().mean().item()
     assert null == pytest.approx(share, abs=0.0 if share in (0, 1) else 0.02)
+
+
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=2, max_size=4).filter(sum),
+    batch_size=st.integers(1, 12),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=50, deadline=None)
+def test_every_bucket_gets_its_batches_in_its_epochs(counts, batch_size, seed):
+    epochs = batch_size  # then the batches end with the epoch
+    steps = sum(counts) * epochs // batch_size
+    drawn = [bucket_batch(counts, batch_size, seed, step) for step in range(steps)]
+    for bucket, count in enumerate(counts):
+        numbers = sorted(number for other, number in drawn if other == bucket)
+        assert numbers == list(range(count * epochs // batch_size)), "each batch once, so each sample once an epoch"
+    for epoch in range(1, epochs):
+        ended = sum(count * epoch // batch_size for count in counts)
+        before = Counter(bucket for bucket, _ in drawn[:ended])
+        assert all(before[bucket] == count * epoch // batch_size for bucket, count in enumerate(counts))
+
+
+def test_a_batch_has_one_shape_and_its_own_samples():
+    shapes, numbers = ((1, 4, 4), (1, 2, 6)), torch.arange(40).float()
+    parts = [
+        LatentDataset(
+            clean=rows[:, None, None, None].expand(-1, *shape),
+            class_id=rows.long(),
+            cluster_id=torch.zeros(len(rows), dtype=torch.int64),
+        ).in_bucket(bucket, shapes)
+        for bucket, (rows, shape) in enumerate(zip((numbers[:25], numbers[25:]), shapes, strict=True))
+    ]
+    dataset = LatentDataset(
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("clean", "class_id", "bucket_id")},
+        cluster_id=torch.zeros(40, dtype=torch.int64),
+        shapes=shapes,
+    )
+    config, seen = TrainingConfig(batch_size=5, condition_dropout=0), []
+    for step in range(8):
+        batch = make_batch(dataset, config, step)
+        assert batch.clean.shape == batch.noise.shape
+        assert tuple(batch.clean.shape[1:]) == shapes[int(batch.condition.class_id[0] >= 25)]
+        assert (batch.clean.flatten(1) == batch.condition.class_id[:, None]).all()
+        seen += batch.condition.class_id.tolist()
+    assert sorted(seen) == list(range(40))
+    orders = [[bucket_batch([25, 15], 5, seed, step)[0] for step in range(16)] for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    assert orders[0][:8] != orders[0][8:], "a new order each epoch"

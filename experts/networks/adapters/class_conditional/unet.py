@@ -35,7 +35,6 @@ ADAPTER = Adapter(
     data_settings=_data_settings,
     arguments=_arguments,
     reads_classes=True,
-    is_square=True,
     side_multiple=count_halvings,
     has_lora=False,
 )
