@@ -100,7 +100,7 @@ bench-score-laws: install ## Damage real images in steps, and see which scores g
 	$(BIN)/python -m benchmarks.score_laws --count 500 --emoji $(EMOJI)
 	$(BIN)/python -m benchmarks.page
 
-bench-pipeline: install ## Compare the pipeline with diffusers' own, its memory, schedulers and adapters (three CPU minutes)
+bench-pipeline: install ## Compare the pipeline with diffusers' own, its memory, schedulers, adapters and folders (four CPU minutes)
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.page
 

@@ -1,4 +1,4 @@
-"""Does an ensemble behave as any model of diffusers? (`make bench-pipeline`) Equality, memory, adapters, import.
+"""Does an ensemble behave as any model of diffusers? (`make bench-pipeline`) Equality, memory, adapters, folders.
 
 Networks are random; the memory is measured with SD3's class at 143 MB an expert, in processes of their own.
 """
@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.arms.diffusers_pipelines import CASES, sample_both
+from benchmarks.arms.diffusers_pipelines import CASES, build_ensemble, sample_both
+from benchmarks.arms.pipeline_folders import measure_folders, measure_hostile, measure_paris, measure_without_us
 from benchmarks.record import Claim, Listing, write_result
 from ddm_core.artifacts import to_jsonable
 from ensemble.ensemble import Ensemble
@@ -77,7 +78,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     started, claims, listings = time.monotonic(), [], []
-    for measure in (measure_equality, measure_schedulers, measure_memory, measure_lora):
+    for measure in (
+        measure_equality,
+        measure_folders,
+        measure_schedulers,
+        measure_memory,
+        measure_lora,
+        measure_lora_of_one,
+        measure_paris,
+        measure_without_us,
+        measure_hostile,
+    ):
         found, listing = measure()
         claims += found
         listings.append(listing)
@@ -293,6 +304,44 @@ def measure_lora() -> tuple[list[Claim], Listing]:
         rows=[(name, f"{error:.1e}") for name, error, _ in rows],
     )
     return claims, listing
+
+
+def measure_lora_of_one() -> tuple[list[Claim], Listing]:
+    """Count the samples that an adapter of one expert changes, among those routed there and the others."""
+    rows = []
+    for name in CASES:
+        pipeline, text = build_ensemble(name, 3)
+        inputs = {key: value.repeat(IMAGES, *[1] * (value.ndim - 1)) for key, value in text.items()}
+        gates: list[Tensor] = []
+
+        def keep(_pipeline: Any, _step: int, _t: Tensor, tensors: dict[str, Any], found: Any = gates) -> dict[str, Any]:
+            found.append(tensors["gates"].argmax(1))
+            return {}
+
+        sample: Any = pipeline
+        arguments = {"seeds": range(IMAGES), "num_inference_steps": 2, "output_type": "latent", **inputs}
+        keeping = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["gates"]}
+        plain = sample(**arguments, **keeping).images
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(_random_lora(pipeline.expert_2), Path(folder) / "lora.safetensors")
+            pipeline.load_lora_weights(Path(folder) / "lora.safetensors", experts=[2])
+        is_changed = (sample(**arguments).images != plain).flatten(1).any(1)
+        is_routed = gates[0] == 2
+        rows.append(
+            (name, int(is_routed.sum()), int((is_changed & is_routed).sum()), int((is_changed & ~is_routed).sum()))
+        )
+    routed, inside, outside = (sum(row[column] for row in rows) for column in (1, 2, 3))
+    claim = Claim(
+        name="an adapter of one expert changes the samples routed to it, and no others",
+        bar=f"{routed} of {routed}, 0 of {len(rows) * IMAGES - routed}",
+        value=f"{inside} of {routed}, {outside} of {len(rows) * IMAGES - routed}",
+        spread=f"{len(rows)} classes, {IMAGES} seeds, 3 experts",
+        holds=inside == routed > 0 and outside == 0,
+    )
+    columns = ("network", "routed to the expert", "of these changed", "others changed")
+    return [claim], Listing(
+        title="LoRA on one of three experts", columns=columns, rows=[(row[0], *map(str, row[1:])) for row in rows]
+    )
 
 
 def _random_lora(network: nn.Module) -> dict[str, Tensor]:

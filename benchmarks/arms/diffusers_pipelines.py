@@ -12,7 +12,11 @@ from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from experts.codec import PixelCodec
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.networks.registry import build_network, unpack_latents
+from router.config import RouterConfig
+from router.models.registry import build_router
+from router.router import Router
 
 STEPS, SCALE, SIDE, CHANNELS, TOKENS, WIDTH, POOLED = 4, 3.0, 8, 4, 7, 24, 20
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -121,6 +125,26 @@ def sample_both(name: str) -> tuple[Tensor, Tensor]:
     return latents[0], unpack_latents(latents[1], grid) if latents[1].ndim == 3 else latents[1]
 
 
+def build_ensemble(name: str, experts: int) -> tuple[EnsembleDiffusionPipeline, dict[str, Tensor]]:
+    """Return an ensemble of random networks of one class with a prior as router, and the text of one prompt."""
+    case = CASES[name]
+    text = _text(case, 1).rows(slice(1))
+    networks: dict[str, Any] = {f"expert_{k}": _random_network(name, text, k) for k in range(experts)}
+    router = Router(
+        model=build_router(RouterConfig(kind="prior_table"), (CHANNELS, SIDE, SIDE), experts, 0, text),
+        noise_schedule=RECTIFIED_FLOW,
+        prior_counts=torch.ones(1, experts, dtype=torch.float64),
+    )
+    pipeline = EnsembleDiffusionPipeline(
+        scheduler=EULER(shift=3.0), codec=PixelCodec(image_shape=(SIDE, SIDE, CHANNELS)), router=router, **networks
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = {"prompt_embeds": text.sequence}
+    if case.is_pooled:
+        return pipeline, inputs | {"pooled_prompt_embeds": text.pooled}
+    return pipeline, inputs | {"prompt_attention_mask": text.mask}
+
+
 def _sample(pipeline: Any, arguments: Mapping[str, Any], rows: int) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
@@ -140,8 +164,8 @@ def _their_sigmas(name: str, case: PipelineCase) -> dict[str, Any]:
     return {"sigmas": [1 - step / STEPS for step in range(STEPS)]} if takes_sigmas else {}
 
 
-def _random_network(name: str, text: TextEmbedding) -> torch.nn.Module:
-    torch.manual_seed(0)
+def _random_network(name: str, text: TextEmbedding, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
     null = text.rows(slice(1)).drop(torch.ones(1).bool())
     network = build_network(
         DiffusersConfig(class_name=name, settings=dict(CASES[name].settings)), (CHANNELS, SIDE, SIDE), 0, null
