@@ -9,6 +9,7 @@ from torch import nn
 
 from ensemble.pipeline import PipelineError
 from ensemble.pipelines.components import expert_ids, expert_name
+from ensemble.pipelines.paging import PagedExpert
 from experts.networks.lora import adapter_names, add_lora, read_lora, remove_lora, set_weights
 
 
@@ -25,18 +26,24 @@ class AdapterMethods:
     ) -> None:
         """Add an adapter to these experts (default: all), beside those that they have.
 
+        Experts that are loaded by need are loaded once, and get it again whenever they are loaded.
+
         `path` is a safetensors file of diffusers or peft, a folder with one, or a folder of `ddm finetune` with one for
         each expert; `weight` multiplies its change. Raises `AdapterError` for a file that is no LoRA or fits no layer,
-        and `PipelineError` for experts that are not loaded.
+        and `PipelineError` for experts that are not there.
         """
-        networks, folder = self._adaptable(), Path(path).expanduser()
-        own = {k: folder / expert_name(k) for k in networks if (folder / expert_name(k)).is_dir()}
-        chosen = list(own or networks) if experts is None else list(experts)
-        if absent := sorted(set(chosen) - set(networks)):
-            raise PipelineError(f"there is no expert {absent[0]}; the experts are {', '.join(map(str, networks))}")
+        experts_by_id, folder = self._adaptable(), Path(path).expanduser()
+        own = {k: folder / expert_name(k) for k in experts_by_id if (folder / expert_name(k)).is_dir()}
+        chosen = list(own or experts_by_id) if experts is None else list(experts)
+        if absent := sorted(set(chosen) - set(experts_by_id)):
+            raise PipelineError(f"there is no expert {absent[0]}; the experts are {', '.join(map(str, experts_by_id))}")
         loras = {k: read_lora(own.get(k, folder)) for k in chosen}
         for k, lora in loras.items():
-            add_lora(networks[k], lora, adapter_name, weight)
+            expert = experts_by_id[k]
+            if isinstance(expert, PagedExpert):
+                expert.add_lora(lora, adapter_name, weight)
+            else:
+                add_lora(expert, lora, adapter_name, weight)
 
     def set_adapters(self, adapter_names: Sequence[str], weights: Sequence[float] | None = None) -> None:
         """Use these adapters, with these weights (default: 1), and no others; they stay loaded.
@@ -51,18 +58,27 @@ class AdapterMethods:
             )
         pairs = zip(adapter_names, weights or [1.0] * len(adapter_names), strict=True)
         by_name = dict(pairs)
-        for network in self._adaptable().values():
-            set_weights(network, by_name)
+        for expert in self._adaptable().values():
+            if isinstance(expert, PagedExpert):
+                expert.set_adapters(by_name)
+            else:
+                set_weights(expert, by_name)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Return the names of the adapters of each expert that has some."""
-        found = {expert_name(k): adapter_names(network) for k, network in self._adaptable().items()}
+        found = {
+            expert_name(k): expert.adapter_names if isinstance(expert, PagedExpert) else adapter_names(expert)
+            for k, expert in self._adaptable().items()
+        }
         return {name: names for name, names in found.items() if names}
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters; every expert has its own layers again, byte for byte."""
-        for network in self._adaptable().values():
-            remove_lora(network)
+        for expert in self._adaptable().values():
+            if isinstance(expert, PagedExpert):
+                expert.remove_adapters()
+            else:
+                remove_lora(expert)
 
     def fuse_lora(self) -> None:
         """Refuse: fused weights are rounded, and cannot be separated again."""
@@ -70,9 +86,7 @@ class AdapterMethods:
             "fusing rounds an adapter into the weights, and unfusing leaves other bytes; sample with the adapter loaded"
         )
 
-    def _adaptable(self) -> dict[int, nn.Module]:
-        """Return the experts' networks; raise `PipelineError` if they are loaded by need."""
+    def _adaptable(self) -> dict[int, nn.Module | PagedExpert]:
+        """Return the experts' networks; of experts that are loaded by need, the experts."""
         pipeline: Any = self
-        if pipeline.pager is not None:
-            raise PipelineError("experts that are loaded by need take no adapters; leave max_memory out")
-        return {k: getattr(pipeline, expert_name(k)) for k in expert_ids(pipeline.config)}
+        return {k: pipeline._paged.get(k) or getattr(pipeline, expert_name(k)) for k in expert_ids(pipeline.config)}

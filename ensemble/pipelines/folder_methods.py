@@ -78,7 +78,7 @@ class FolderMethods:
         Raises `PipelineError` while experts have adapters.
         """
         pipeline: Any = self
-        if pipeline.pager is None and (adapters := pipeline.get_list_adapters()):
+        if adapters := pipeline.get_list_adapters():
             raise PipelineError(
                 f"{next(iter(adapters))} has adapters, which are not saved; call unload_lora_weights first"
             )

@@ -1,8 +1,11 @@
-"""Experts that are loaded when they are called, so that the loaded ones stay within a budget of memory."""
+"""Experts that are loaded when they are called, so that the loaded ones stay within a budget of memory.
+
+Adapters are small, stay in memory, and are injected again into an expert that is loaded again.
+"""
 
 import logging
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +14,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json
 from ddm_core.json_values import from_json
@@ -23,6 +26,7 @@ from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert import CACHE_FILE, METADATA_FILE, Expert, ExpertMetadata
 from experts.expert_model import ExpertModel
+from experts.networks.lora import Lora, add_lora, remove_lora, set_weights
 from experts.networks.pretrained_files import weight_files
 from experts.types import Latents
 
@@ -30,6 +34,23 @@ log = logging.getLogger(__name__)
 
 Residency = Literal["all", "grouped", "paged"]
 """`all`: every expert is loaded. `grouped`: one expert after the other, for whole trajectories. `paged`: by need."""
+
+
+@dataclass(slots=True)
+class PagedAdapters:
+    """The adapters of one expert, loaded or not."""
+
+    loras: dict[str, tuple[Lora, float]] = field(default_factory=dict)
+    """The factors and the weight of each, by name."""
+    active: dict[str, float] | None = None
+    """The weights of those in use; None is all."""
+
+    def inject(self, network: nn.Module) -> None:
+        """Add them to a network that was loaded without."""
+        for name, (lora, weight) in self.loras.items():
+            add_lora(network, lora, name, weight)
+        if self.active is not None:
+            set_weights(network, self.active)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,23 +64,34 @@ class ExpertPager:
     loads: int = 0
     """Number of loads so far."""
     loaded: OrderedDict[Path, Expert] = field(default_factory=OrderedDict)
+    adapters: dict[Path, PagedAdapters] = field(default_factory=lambda: defaultdict(PagedAdapters))
+    on_change: Callable[[Path, Expert | None], None] = lambda _folder, _expert: None
+    """Called with every expert that is loaded, and with None after it is dropped."""
 
     def get(self, expert: "PagedExpert") -> Expert:
         """Return the loaded expert; others are dropped before it is loaded."""
         if expert.folder not in self.loaded:
             while self.loaded and self.loaded_bytes + expert.size_bytes > self.max_bytes:
-                self.loaded.popitem(last=False)
+                self.drop(next(iter(self.loaded)))
             self.loads += 1
             loaded = Expert.load(expert.folder)
             loaded.model.to(self.device, self.dtype)
+            self.adapters[expert.folder].inject(loaded.model)
             self.loaded[expert.folder] = loaded
+            self.on_change(expert.folder, loaded)
         self.loaded.move_to_end(expert.folder)
         return self.loaded[expert.folder]
+
+    def drop(self, folder: Path) -> None:
+        """Free the memory of an expert, if it is loaded."""
+        if self.loaded.pop(folder, None) is not None:
+            self.on_change(folder, None)
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load experts to this device and type from now on."""
         self.device, self.dtype = device, dtype
-        self.loaded.clear()
+        for folder in list(self.loaded):
+            self.drop(folder)
 
     @property
     def loaded_bytes(self) -> int:
@@ -113,6 +145,29 @@ class PagedExpert(ExpertModel):
     ) -> Latents:
         """Return the velocity of these rows of a trajectory, with the cached features of earlier steps."""
         return self.pager.get(self).cached_velocity(noised, t, condition, noise_schedule, rows, cache)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Return the names of its adapters."""
+        return sorted(self.pager.adapters[self.folder].loras)
+
+    def add_lora(self, lora: Lora, name: str, weight: float) -> None:
+        """Load the expert and add an adapter, which it has again whenever it is loaded; raises like `add_lora`."""
+        add_lora(self.pager.get(self).model, lora, name, weight)
+        adapters = self.pager.adapters[self.folder]
+        adapters.loras[name], adapters.active = (lora, weight), None
+
+    def set_adapters(self, weights: dict[str, float]) -> None:
+        """Activate adapters with these weights, and no others."""
+        self.pager.adapters[self.folder].active = weights
+        if loaded := self.pager.loaded.get(self.folder):
+            set_weights(loaded.model, weights)
+
+    def remove_adapters(self) -> None:
+        """Remove all adapters."""
+        self.pager.adapters.pop(self.folder, None)
+        if loaded := self.pager.loaded.get(self.folder):
+            remove_lora(loaded.model)
 
     def to(self, device: torch.device | str) -> "PagedExpert":
         """Load experts to this device from now on."""

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ensemble.pipeline import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.paging import weight_bytes
+from tests.ensemble.pipelines.test_lora import LAYERS, lora_of
 
 ARGUMENTS = {"seeds": range(10), "class_labels": ["a", "b"] * 5, "num_inference_steps": 4, "guidance_scale": 2.0}
 
@@ -52,10 +54,30 @@ def test_expert_larger_than_the_budget_is_refused(folder):
         EnsembleDiffusionPipeline.from_pretrained(folder, max_memory=1000)
 
 
-def test_paged_pipeline_saves_and_refuses_adapters(folder, tmp_path):
+def test_paged_pipeline_saves_its_experts(folder, tmp_path):
     pipe = load(folder, 1)
     pipe.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     assert torch.equal(again(**ARGUMENTS).latents, load(folder)(**ARGUMENTS).latents)
-    with pytest.raises(PipelineError, match="leave max_memory out"):
-        pipe.load_lora_weights(tmp_path)
+
+
+def test_adapters_follow_experts_that_are_paged(folder, tmp_path):
+    whole, pipe = load(folder), load(folder, 1)
+    plain = whole(**ARGUMENTS).latents
+    for seed, experts, name in ((0, None, "first"), (1, [1], "second")):
+        save_file(lora_of(whole.expert_0, LAYERS, seed=seed), tmp_path / f"{name}.safetensors")
+        for each in (whole, pipe):
+            each.load_lora_weights(tmp_path / f"{name}.safetensors", experts=experts, adapter_name=name, weight=0.5)
+    assert pipe.get_list_adapters() == whole.get_list_adapters()
+    full = {**ARGUMENTS, "selection": "full"}
+    for change in (lambda _: None, lambda each: each.set_adapters(["second"], [0.25])):
+        change(whole)
+        change(pipe)
+        assert (pipe(**full).latents - whole(**full).latents).abs().max() < 1e-6
+        assert (pipe(**ARGUMENTS).latents - whole(**ARGUMENTS).latents).abs().max() < 1e-6
+        assert (whole(**ARGUMENTS).latents - plain).abs().max() > 0.01
+    with pytest.raises(PipelineError, match="unload_lora_weights"):
+        pipe.save_pretrained(tmp_path / "out")
+    pipe.unload_lora_weights()
+    assert (pipe(**ARGUMENTS).latents - plain).abs().max() < 1e-6
+    assert pipe.get_list_adapters() == {}
