@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ensemble.config import SamplingConfig
     from ensemble.ensemble import Ensemble, EnsembleError
     from ensemble.pipelines.call import PipelineOutput
+    from ensemble.pipelines.modular import DDMModularPipeline
     from ensemble.pipelines.paris import import_paris
     from experts.conditions.condition import Condition
     from experts.config import CodecConfig, ExpertConfig, TrainingConfig
@@ -38,6 +39,7 @@ _MODULES = {
     "Condition": "experts.conditions.condition",
     "ConfigError": "orchestrator.errors",
     "DDMError": "ddm_core.errors",
+    "DDMModularPipeline": "ensemble.pipelines.modular",
     "DDMPipeline": "ddm.pipeline",
     "DataError": "data_partition.errors",
     "Ensemble": "ensemble.ensemble",
@@ -74,6 +76,7 @@ __all__ = [
     "Condition",
     "ConfigError",
     "DDMError",
+    "DDMModularPipeline",
     "DDMPipeline",
     "DataError",
     "Ensemble",
