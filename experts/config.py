@@ -176,7 +176,8 @@ class TextConfig:
 
     kind: Literal["none", "minilm", "clip", "t5", "transformers"] = "none"
     """`none`: models read no text. `minilm`: sentence embeddings from a small package. `clip`, `t5`: encoders of
-    published image models. `transformers`: any other encoder of that library."""
+    published image models; networks read the padding of `clip` like tokens, as Stable Diffusion does.
+    `transformers`: any other encoder of that library."""
 
     path: str | None = None
     """Folder of the encoder and its tokenizer, or its id on the Hugging Face Hub; None: the package of `minilm`."""

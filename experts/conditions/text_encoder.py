@@ -106,12 +106,14 @@ class TextEncoder:
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.config.length, return_tensors="pt"
         )
-        mask = tokens["attention_mask"].bool()
+        mask, is_clip = tokens["attention_mask"].bool(), self.config.kind == "clip"
         mask[:, 0] |= ~mask.any(1)
         device = self.model.device
-        output = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask.long().to(device))
+        attention_mask = None if is_clip else mask.long().to(device)
+        output = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=attention_mask)
+        if is_clip:  # Stable Diffusion attends to the padding of CLIP, which is encoded like a token
+            mask = torch.ones_like(mask)
         sequence = output.last_hidden_state.float().cpu() * mask[:, :, None]
-        is_clip = self.config.kind == "clip"
         pooled = output.pooler_output.float().cpu() if is_clip else sequence.sum(1) / mask.sum(1, keepdim=True)
         is_null = torch.zeros(len(texts), dtype=torch.bool)
         # Rounded as they are stored for training, so that a prompt is encoded as its caption was.

@@ -4,12 +4,15 @@ import json
 import logging
 import shutil
 
+import diffusers
 import pytest
 import torch
 
+from experts.conditions.condition import Condition
 from experts.conditions.text_encoder import ROWS, TextEncoder
 from experts.conditions.text_files import TextError
-from experts.config import TextConfig
+from experts.config import DiffusersConfig, TextConfig
+from experts.networks.registry import build_network, call_network
 from tests.text_encoders import save_tiny_encoder
 
 CAPTIONS = ["a dark ankle boot", "", "a shirt", "a dark ankle boot", "one two three four five six seven eight"]
@@ -50,6 +53,39 @@ def test_minilm_encodes_rows_of_one_length(minilm):
 
 def test_any_encoder_encodes_rows_of_one_length(tiny):
     check_encoder(tiny)
+
+
+def test_clip_and_unet_equal_stable_diffusions_own_pipeline(tmp_path):
+    folder = save_tiny_encoder(tmp_path, "clip")
+    encoder = TextEncoder.from_config(TextConfig(kind="clip", path=str(folder), length=32))
+    settings = {"block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+    settings |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1, "attention_head_dim": 8}
+    torch.manual_seed(0)
+    config = DiffusersConfig(class_name="UNet2DConditionModel", settings=settings)
+    unet = build_network(config, (4, 8, 8), 0, encoder.null_text).eval()
+    encoder.tokenizer.model_max_length = 32
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=None,
+        text_encoder=encoder.model,
+        tokenizer=encoder.tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    prompts, latents = ["a dark ankle boot", "a shirt"], torch.randn(3, 4, 8, 8)
+    theirs, negative = pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=True)
+    text = encoder.encode([*prompts, ""])
+    expected = torch.cat([theirs, negative[:1]])
+    filled = Condition(torch.full((3,), -1), text).filled(encoder.null_text).text
+    torch.testing.assert_close(filled.sequence, expected.half().float(), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        ours = call_network(unet, latents, torch.full((3,), 0.4), Condition(torch.full((3,), -1), text))
+        own = unet(latents, 400, encoder_hidden_states=expected.half().float(), return_dict=False)[0]
+        unpadded = unet(latents, 400, expected.half().float()[:, :7], return_dict=False)[0]
+    torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)
+    assert (own - unpadded).abs().max() > 1e-3, "padding is read"
 
 
 def test_minilm_knows_what_is_alike(minilm):
