@@ -188,6 +188,10 @@ class TextConfig:
     classes: bool = True
     """Whether models read the classes beside the texts; if not, classes serve scores and partitions only."""
 
+    stored_as: Literal["encodings", "captions"] = field(default="encodings", metadata=UNHASHED_IF_DEFAULT)
+    """What is kept and sent to islands: encoded captions, or the captions, a hundredth of the bytes, which every stage
+    that reads them then encodes, with the encoder on its own machine."""
+
     checksum: str = ""
     """Checksum of the encoder's files, recorded when it encodes; an encoder that has changed since is an error."""
 

@@ -1,9 +1,14 @@
-"""Encoded captions of a data set: several a sample, stored without padding, gathered as rows of one length."""
+"""Captions of a data set: several a sample, encoded and stored without padding, gathered as rows of one length.
 
+Captions that are not encoded yet are stored the same way, with the bytes of their text as tokens.
+"""
+
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from experts.conditions.text_embedding import TextEmbedding
@@ -16,8 +21,8 @@ class EncodedCaptions:
     All tensors may be memory-mapped files.
     """
 
-    token_features: Float[Tensor, "token width"]
-    """Tokens of all captions, one caption after the other."""
+    token_features: Float[Tensor, "token width"] | UInt8[Tensor, "token 1"]
+    """Tokens of all captions, one caption after the other; or bytes in UTF-8 of those that are not encoded."""
     first_token: Int[Tensor, " caption_end"]
     """Position of the first token of every caption in `token_features`; the last entry is the number of tokens."""
     pooled: Float[Tensor, "caption pooled_width"]
@@ -47,6 +52,38 @@ class EncodedCaptions:
             first_caption=_offsets(torch.bincount(sample[is_caption], minlength=len(counts))),
             null_text=null_text,
         )
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Sequence[str],
+        null_text: TextEmbedding,
+        counts: Int[Tensor, " sample"],
+        weight: Float[Tensor, " text"],
+    ) -> "EncodedCaptions":
+        """Return the captions of samples, `counts` texts each, without encoding them; blank texts are none."""
+        is_caption = torch.tensor([bool(text.strip()) for text in texts], dtype=torch.bool)
+        kept, sample = [text.encode() for text in texts if text.strip()], torch.arange(len(counts))
+        return cls(
+            token_features=torch.frombuffer(bytearray(b"".join(kept)), dtype=torch.uint8)[:, None]
+            if kept
+            else torch.zeros(0, 1, dtype=torch.uint8),
+            first_token=_offsets(torch.tensor([len(text) for text in kept], dtype=torch.int64)),
+            pooled=torch.zeros(len(kept), 0),
+            weight=weight[is_caption],
+            first_caption=_offsets(torch.bincount(sample.repeat_interleave(counts)[is_caption], minlength=len(counts))),
+            null_text=null_text,
+        )
+
+    @property
+    def are_texts(self) -> bool:
+        """Return whether the captions are not encoded."""
+        return self.token_features.dtype == torch.uint8
+
+    def texts(self) -> list[str]:
+        """Return the captions that are not encoded."""
+        content, ends = self.token_features.numpy().tobytes(), self.first_token.tolist()
+        return [content[start:end].decode() for start, end in itertools.pairwise(ends)]
 
     def choose(
         self, samples: Int[Tensor, " row"], uniforms: Float[Tensor, " row"]

@@ -90,11 +90,14 @@ class TextEncoder:
             return TextEmbedding.all_null(0, self.null_text), 0
         unique = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         texts, index = list(unique), torch.tensor([unique[caption] for caption in captions])
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
-        is_cut = torch.tensor([length > self.config.length for length in lengths])
+        is_cut = torch.tensor([count > self.config.length for count in self.count_tokens(texts)])
         parts = [self._encode_rows(texts[start : start + ROWS]) for start in range(0, len(texts), ROWS)]
         rows = TextEmbedding.concatenate(parts).drop(torch.tensor([not text.strip() for text in texts]))
         return rows.rows(index), int(is_cut[index].sum())
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return the number of tokens of every caption, before it is cut."""
+        return [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]] if captions else []
 
     @cached_property
     def null_text(self) -> TextEmbedding:

@@ -28,10 +28,12 @@ from data_partition.shards.shards import (
 )
 from data_partition.shards.tar import Encoded
 from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files
+from ddm_core.json_values import from_json
 from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import NULL_CLASS
 from experts.conditions.text_encoder import TextEncoder
+from experts.config import TextConfig
 from experts.training.distributed import DataParallelGroup
 from experts.training.latent_dataset import LatentDataset, LatentError
 from experts.training.latent_folder import (
@@ -41,6 +43,7 @@ from experts.training.latent_folder import (
     has_latents,
     is_reusable,
     iter_blocks,
+    keeps_texts,
     read_latents,
     read_record,
 )
@@ -104,6 +107,8 @@ class _Encoding:
     total: int
     done: list[int] = field(default_factory=list)
     num_cut: list[int] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    """Bytes that captions take less than their encodings."""
 
     @property
     def reads_classes(self) -> bool:
@@ -148,13 +153,20 @@ class _Encoding:
         return dataset
 
     def _encode_captions(self, text: TextEncoder, batch: ImageBatch) -> EncodedCaptions:
-        """Encode all captions of every sample: the first one once, each other by its frequency."""
+        """Encode or keep all captions of every sample: the first one is used once, each other by its frequency."""
         captions = [[(first, 1.0), *more] for first, more in zip(batch.captions, batch.more_captions, strict=True)]
         flat = [caption for of_sample in captions for caption in of_sample]
-        rows, num_cut = text.encode_and_count([caption for caption, _ in flat])
+        texts, weights = [caption for caption, _ in flat], torch.tensor([weight for _, weight in flat])
+        counts = torch.tensor([len(of_sample) for of_sample in captions])
+        if text.config.stored_as == "captions":
+            kept = EncodedCaptions.from_texts(texts, text.null_text, counts, weights)
+            tokens = text.count_tokens(kept.texts())
+            self.num_cut.append(sum(count > text.config.length for count in tokens))
+            self.saved.append(_encoded_bytes(text, tokens) - len(kept.token_features))
+            return kept
+        rows, num_cut = text.encode_and_count(texts)
         self.num_cut.append(num_cut)
-        counts, weights = torch.tensor([len(of_sample) for of_sample in captions]), [weight for _, weight in flat]
-        return EncodedCaptions.from_rows(rows, text.null_text, counts, torch.tensor(weights))
+        return EncodedCaptions.from_rows(rows, text.null_text, counts, weights)
 
 
 def identify(samples: Sequence[Encoded]) -> Int[torch.Tensor, " sample"]:
@@ -186,6 +198,11 @@ def encode_dataset(
         workspace.notify(
             f"{num_cut:,} of {total:,} captions are longer than text.length={text and text.config.length} tokens, "
             "and were cut"
+        )
+    if encoding.saved:
+        workspace.notify(
+            f"captions are kept as text, which saves {sum(encoding.saved) / total / 2**10:.2f} KiB a sample; every "
+            "stage that trains on them encodes them"
         )
 
 
@@ -231,7 +248,8 @@ def encode_latents(
     Later attempts reuse what lies in the scratch folder, if it still has its checksums. Raises `LatentError` if there
     are no samples or latents of another codec, and `Preempted`. In a group only rank 0 encodes.
     """
-    folder = folders[0] if len(folders) == 1 and has_latents(folders[0]) else workspace.scratch / CACHE / "latents"
+    is_ready = len(folders) == 1 and has_latents(folders[0]) and not keeps_texts(folders[0])
+    folder = folders[0] if is_ready else workspace.scratch / CACHE / "latents"
     DataParallelGroup.join().run_on_main(lambda: _prepare(folders, codec, codec_folder, workspace, text, folder))
     return read_latents(folder)
 
@@ -269,8 +287,23 @@ def _prepare(
         return
     with atomic_folder(out) as temporary, LatentWriter(temporary, read_class_names(folders[0]), origin) as writer:
         for cluster_id, group in enumerate(parts):
-            for block in itertools.chain.from_iterable(iter_blocks(read_latents(part)) for part in group):
+            for block in itertools.chain.from_iterable(map(_iter_encoded, group)):
                 writer.add(replace(block, cluster_id=torch.full_like(block.cluster_id, cluster_id)))
+
+
+def _iter_encoded(folder: Path) -> Iterator[LatentDataset]:
+    """Yield the latents of a folder in blocks, with their captions encoded; raises `TextError`."""
+    latents = read_latents(folder)
+    if latents.captions is None or not latents.captions.are_texts:
+        yield from iter_blocks(latents)
+        return
+    text = TextEncoder.from_config(from_json(TextConfig, read_record(folder)["origin"]["text"]))
+    for block in iter_blocks(latents, ENCODE_BATCH):
+        if text is not None and (captions := block.captions) is not None:
+            rows, _ = text.encode_and_count(captions.texts())
+            counts = captions.first_caption.diff()
+            encoded = EncodedCaptions.from_rows(rows, captions.null_text, counts, captions.weight)
+            yield replace(block, captions=encoded)
 
 
 def _sample_bytes(codec: FrozenCodec, text: TextEncoder | None) -> int:
@@ -278,8 +311,15 @@ def _sample_bytes(codec: FrozenCodec, text: TextEncoder | None) -> int:
     latents = codec.stored_type.itemsize * math.prod(codec.codec.latent_shape) + 24
     if text is None:
         return latents
+    if text.config.stored_as == "captions":
+        return latents
+    return latents + _encoded_bytes(text, [text.config.length]) + 20
+
+
+def _encoded_bytes(text: TextEncoder, token_counts: Sequence[int]) -> int:
+    """Return the bytes of encoded captions of so many tokens, which are cut at the encoder's length."""
     length, width, pooled_width = text.null_text.shape
-    return latents + 2 * (length * width + pooled_width) + 20
+    return sum(2 * (min(count, length) * width + pooled_width) for count in token_counts)
 
 
 def _batch_rows(image_shape: tuple[int, int, int]) -> int:

@@ -24,7 +24,7 @@ from experts.training.latent_dataset import LatentDataset, LatentError
 log = logging.getLogger(__name__)
 
 RECORD = "latents.json"
-TYPES = ("float16", "float32", "int64", "bool")
+TYPES = ("float16", "float32", "int64", "bool", "uint8")
 BLOCK_BYTES = 2**26
 _SAMPLES = ("clean", "class_id", "cluster_id", "sample_id", "bucket_id")
 _CAPTIONS = ("token_features", "pooled", "weight", "caption_tokens", "sample_captions")
@@ -115,6 +115,11 @@ def has_latents(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
+def keeps_texts(folder: Path) -> bool:
+    """Return whether the captions of a folder of latents are not encoded."""
+    return bool(read_record(folder)["arrays"].get("token_features", {}).get("dtype") == "uint8")
+
+
 def check_latents(folder: Path) -> None:
     """Raise an `ArtifactError` if an array differs from its checksum."""
     for name, entry in read_record(folder)["arrays"].items():
@@ -136,9 +141,10 @@ def is_reusable(folder: Path, origin: Mapping[str, Any]) -> bool:
     return True
 
 
-def iter_blocks(dataset: LatentDataset) -> Iterator[LatentDataset]:
+def iter_blocks(dataset: LatentDataset, max_rows: int | None = None) -> Iterator[LatentDataset]:
     """Yield the samples in blocks of `BLOCK_BYTES` of latents; one block without samples if there are none."""
     rows = max(1, BLOCK_BYTES // (4 * math.prod(dataset.latent_shape)))
+    rows = min(rows, max_rows or rows)
     for start in range(0, max(len(dataset), 1), rows):
         yield dataset.select(torch.arange(start, min(start + rows, len(dataset))))
 

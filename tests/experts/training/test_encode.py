@@ -14,6 +14,7 @@ from data_partition.shards.shards import Sample, ShardWriter, read_samples
 from ddm_core.artifacts import CACHE, Preempted, Workspace, checksum, list_files
 from experts.codec import PixelCodec
 from experts.conditions.text_encoder import TextEncoder
+from experts.conditions.text_files import TextError
 from experts.config import TextConfig, TrainingConfig
 from experts.training import encode
 from experts.training.encode import TEXT, FrozenCodec, divide_latents, encode_dataset, encode_latents, read_class_names
@@ -190,6 +191,48 @@ def test_changed_sample_of_the_same_name_is_paired_with_nothing(dataset, codec_f
     clusters = [write_shards(tmp_path / "clusters" / "0", [5, 6], captions=False)]
     with pytest.raises(LatentError, match="sample '005' of .* has no latents"):
         encode_and_divide(dataset, codec_folder, None, tmp_path, clusters)
+
+
+def test_captions_may_be_kept_and_encoded_where_they_are_read(dataset, codec_folder, text, tmp_path, workspace):
+    kept = replace(text, config=replace(text.config, stored_as="captions"))
+    groups = [[17, 2, 3, 11, 4], [0, 1, 19]]
+    clusters = [write_shards(tmp_path / "clusters" / str(k), group, captions=True) for k, group in enumerate(groups)]
+    encoded = encode_and_divide(dataset, codec_folder, text, tmp_path / "encoded", clusters)
+    folders = encode_and_divide(dataset, codec_folder, kept, tmp_path / "kept", clusters)
+    assert read_latents(folders[0]).captions.texts() == [
+        caption for sample in read_samples(clusters[0]) if (caption := sample.caption)
+    ]
+    for chosen in (slice(1), slice(2)):
+        expected, found = (
+            encode_latents(paths[chosen], PixelCodec(image_shape=SHAPE), codec_folder, Workspace.at(tmp_path / name))
+            for name, paths in (("a", encoded), ("b", folders))
+        )
+        rows = torch.arange(len(expected))
+        assert torch.equal(expected.clean, found.clean) and torch.equal(expected.cluster_id, found.cluster_id)
+        ours, theirs = expected.condition(rows).text, found.condition(rows).text
+        torch.testing.assert_close(ours.sequence, theirs.sequence, rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(ours.pooled, theirs.pooled, rtol=2e-3, atol=1e-3)
+        assert torch.equal(ours.mask, theirs.mask) and torch.equal(ours.is_null, theirs.is_null)
+        torch.testing.assert_close(expected.null_text.sequence, found.null_text.sequence)
+    encode_dataset(dataset, frozen(codec_folder), kept, tmp_path / "again", workspace)
+    saved = 2 * sum(min(count, 5) * 8 + 8 for count in text.count_tokens(captions_of(dataset))) - len(
+        "".join(captions_of(dataset))
+    )
+    assert f"saves {saved / 25 / 1024:.2f} KiB a sample" in workspace.notices[-1]
+
+
+def captions_of(dataset):
+    samples = [sample for name in ("train", "holdout") for sample in read_samples(dataset / name)]
+    return [sample.caption for sample in samples if sample.caption]
+
+
+def test_kept_captions_need_the_encoder_of_their_latents(dataset, codec_folder, tmp_path):
+    folder = save_tiny_encoder(tmp_path / "encoder", "transformers")
+    text = TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder), length=5, stored_as="captions"))
+    latents = encode_and_divide(dataset, codec_folder, text, tmp_path, [dataset / "train"])
+    save_tiny_encoder(folder, "clip")
+    with pytest.raises(TextError, match="not the one of the training"):
+        encode_latents(latents, PixelCodec(image_shape=SHAPE), codec_folder, Workspace.at(tmp_path / "island"))
 
 
 def test_classes_may_be_left_to_scores(dataset, codec_folder, text, tmp_path, workspace):
