@@ -10,6 +10,7 @@ from dataclasses import replace
 from ensemble.ensemble import Ensemble, RouterModel
 from ensemble.pipeline import EnsemblePipeline, PipelineError
 from experts.conditions.condition import Condition
+from experts.conditions.null_text import get_null_text
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
 
@@ -60,6 +61,13 @@ def _check_fit(pipeline: EnsemblePipeline, expert: Expert) -> None:
         raise PipelineError(
             f"an expert must have the ensemble's latents and classes, {required}; this one has {shapes}: train it with "
             "this run's codec and its number of classes"
+        )
+    network = next(next(iter(pipeline.ensemble.experts.values())).networks())
+    texts = [text and text.shape for text in map(get_null_text, (network, expert.model))]
+    if texts[0] != texts[1]:
+        raise PipelineError(
+            f"an expert must read the ensemble's texts, of (tokens, features, pooled features) {texts[0]}; this one "
+            f"has {texts[1]}: train it with --text and the folder of the ensemble"
         )
 
 

@@ -17,6 +17,7 @@ from ddm_core.artifacts import Preempted, Workspace, checksum, fingerprint, list
 from ddm_core.errors import DDMError
 from ddm_core.signals import sigterm_flag
 from experts.codecs.registry import fit_codec
+from experts.conditions.text_encoder import SETTINGS, TextEncoder
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
 from experts.networks.pretrained_files import init_checksum
@@ -55,6 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--codec", type=Path, required=True, help="codec folder; fitted there if it is missing")
     parser.add_argument("--out", type=Path, required=True, help="the expert's folder; checkpoints are in OUT.work")
     parser.add_argument("--config", type=Path, help="JSON of an ExpertConfig; missing keys have their defaults")
+    parser.add_argument(
+        "--text", type=Path, help="folder with a text_encoder.json, such as an ensemble's; reads the shards' captions"
+    )
     parser.add_argument("--cluster-id", type=int, default=0, help="cluster id of the shards")
     parser.add_argument("--num-classes", type=int, help="classes of the whole data set; default: those of the shards")
     return parser.parse_args()
@@ -76,6 +80,10 @@ def train(arguments: argparse.Namespace, config: ExpertConfig, stopping: Callabl
     if not (arguments.codec / "codec.json").exists():
         fit_codec(CodecConfig(), arguments.shards[0], arguments.codec, workspace)
 
+    text = None if arguments.text is None else TextEncoder.load(arguments.text)
+    if arguments.text is not None and text is None:
+        raise ValueError(f"--text {arguments.text} has no text_encoder.json; name the folder of an ensemble with text")
+
     def fill(folder: Path) -> float:
         summary = train_expert(
             config,
@@ -85,6 +93,7 @@ def train(arguments: argparse.Namespace, config: ExpertConfig, stopping: Callabl
             workspace,
             num_classes=arguments.num_classes,
             cluster_id=arguments.cluster_id,
+            text=text,
         )
         return summary.flops
 
@@ -105,6 +114,8 @@ def input_fingerprints(arguments: argparse.Namespace) -> dict[str, str]:
         role: fingerprint(role, {str(file.relative_to(path)): checksum(file) for file in list_files(path)}, {})
         for role, path in folders.items()
     }
+    if arguments.text is not None:
+        fingerprints["text"] = checksum(arguments.text / SETTINGS)
     return fingerprints | {"cluster_id": str(arguments.cluster_id), "num_classes": str(arguments.num_classes)}
 
 

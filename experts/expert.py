@@ -16,6 +16,7 @@ from experts.compressed.caching.plan import CacheSchedule
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text
 from experts.conditions.text_embedding import TextEmbedding
+from experts.conditions.text_encoder import TextEncoder
 from experts.config import ExpertConfig, NoiseScheduleName, Prediction, TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule, to_schedule
@@ -196,12 +197,14 @@ def train_expert(
     workspace: Workspace,
     num_classes: int | None = None,
     cluster_id: int = 0,
+    text: TextEncoder | None = None,
 ) -> ExpertSummary:
     """Train one expert on the samples of the shard folders and write it to `out`, with metrics and a summary.
 
     `config.training.batch_size` is the batch of this expert alone; `num_classes` defaults to the classes of the shards.
+    `text` encodes the captions of shards; latents have their own.
     """
-    dataset = encode_latents(shards, load_codec(codec), codec, workspace)
+    dataset = encode_latents(shards, load_codec(codec), codec, workspace, text)
     if num_classes is None:
         num_classes = len(read_class_names(shards[0]))
     check_classes(dataset, num_classes)

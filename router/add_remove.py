@@ -13,6 +13,7 @@ from ddm_core.errors import DDMError
 from experts.codecs.registry import load_codec
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text, set_null_text
+from experts.conditions.text_encoder import TextEncoder
 from experts.config import TrainingConfig
 from experts.expert import check_classes
 from experts.training.checkpoint import MetricsRow
@@ -20,6 +21,7 @@ from experts.training.encode import encode_latents
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import LatentDataset
 from experts.training.trainer import write_rows
+from router.calibration.text_prior import fit_text_prior
 from router.models.density_ratio import DensityRatioRouter, divide_batch, make_seeded_head, train_head
 from router.router import Router, count_priors
 
@@ -43,14 +45,11 @@ def add_head(
     """Return the router with one more expert, of id K, whose data are `cluster`.
 
     `reference` must be the data of the router's first training: all clusters of that time, without later additions.
-    Every head has its density in the denominator. Temperatures do not change.
+    Every head has its density in the denominator. Temperatures do not change; p(k | text) is fitted again, so a
+    router with text takes one expert.
     """
     model = _check_density_ratio(router)
-    if router.text_prior is not None:
-        raise RouterChangeError(
-            "a router with text cannot add an expert: its p(k | text) is fitted to all clusters together; "
-            "train the router again"
-        )
+    _check_captions(router, cluster, reference)
     head, head_training = make_seeded_head(model, training.seed), divide_batch(training, router.num_experts)
     row, t, null = torch.zeros(1, *cluster.latent_shape), torch.full((1,), 0.5), Condition.null(1).embedding_index(0)
     flops = training_flops(forward_flops(lambda: head(row, t, null)), head_training.batch_size, head_training.steps)
@@ -58,9 +57,9 @@ def add_head(
     ids = torch.zeros(len(cluster), dtype=torch.int64)
     column = count_priors(ids, cluster.class_id, 1, router.num_classes).to(router.prior_counts)
     counts = torch.cat([router.prior_counts, column], dim=1)
-    return ExtendedRouter(
-        router=_replace_heads(router, [*model.heads, fitted.model], counts), rows=fitted.rows, flops=flops
-    )
+    extended = _replace_heads(router, [*model.heads, fitted.model], counts)
+    prior = fit_text_prior(reference, counts.shape[1], router.num_classes, cluster)
+    return ExtendedRouter(router=replace(extended, text_prior=prior), rows=fitted.rows, flops=flops)
 
 
 def remove_head(router: Router, expert_id: int) -> Router:
@@ -82,15 +81,17 @@ def add_expert(
     training: TrainingConfig,
     out: Path,
     workspace: Workspace,
+    text: TextEncoder | None = None,
 ) -> float:
     """Write the router of `folder` to `out` with one more expert, for the samples of `shards`; return its FLOPs.
 
-    `reference` are the clusters of the router's first training. Raises like `train_router`, and `RouterChangeError`.
+    `reference` are the clusters of the router's first training, `text` the encoder of their captions. Raises like
+    `train_router`, and `RouterChangeError`.
     """
     router, loaded = Router.load(folder), load_codec(codec)
     _check_density_ratio(router)
     reference_workspace = replace(workspace, scratch=workspace.scratch / "reference")
-    cluster = encode_latents([shards], loaded, codec, workspace)
+    cluster = encode_latents([shards], loaded, codec, workspace, text)
     all_clusters = encode_latents(reference, loaded, codec, reference_workspace)
     check_classes(cluster, router.num_classes)
     extended = add_head(router, cluster, all_clusters, training, workspace)
@@ -113,6 +114,22 @@ def _check_density_ratio(router: Router) -> DensityRatioRouter:
         )
     model: DensityRatioRouter = router.model
     return model
+
+
+def _check_captions(router: Router, cluster: LatentDataset, reference: LatentDataset) -> None:
+    """Raise `RouterChangeError` if captions are missing of which p(k | text) is fitted, or those of a cluster."""
+    if router.text_prior is None:
+        return
+    if cluster.captions is None or not len(cluster.captions.weight):
+        raise RouterChangeError(
+            "the router of this ensemble reads text, and none of the new samples has a caption; put one beside each "
+            "image, and make the shards with data.captions=true"
+        )
+    if router.num_experts > (count := int(reference.cluster_id.max()) + 1):
+        raise RouterChangeError(
+            f"p(k | text) is fitted to all clusters together, and those of experts {count} … {router.num_experts - 1} "
+            "are not part of the run; train the router again"
+        )
 
 
 def _replace_heads(router: Router, heads: Sequence[nn.Module], counts: Float[Tensor, "condition expert"]) -> Router:

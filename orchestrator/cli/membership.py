@@ -20,6 +20,7 @@ from ddm_core.artifacts import (
 )
 from ensemble import membership
 from ensemble.pipeline import INDEX, EnsemblePipeline
+from experts.conditions.text_encoder import TextEncoder
 from experts.expert import Expert
 from orchestrator.cli.sample import find_pipeline, verify_pipeline
 from orchestrator.config.schema import RunConfig
@@ -81,8 +82,9 @@ def write_with_new_expert(base: BaseEnsemble, folder: Path, shards: Path, out: P
         raise RunFolderError(
             f"{base.folder} has no router, so it cannot weight a second expert; use an ensemble with a router"
         )
+    text = None if pipeline.text is None else TextEncoder.from_config(pipeline.text)
     with tempfile.TemporaryDirectory() as scratch:
-        router = _train_new_head(base, shards, Path(scratch))
+        router = _train_new_head(base, shards, text, Path(scratch))
     changed = membership.add_expert(pipeline, expert, router)
     facts = {"place": place, "expert": content_fingerprint(folder), "shards": content_fingerprint(shards)}
     return _publish_ensemble(base, f"ensemble_with_{place}", facts, changed, out)
@@ -131,7 +133,7 @@ def _load_expert(run: RunFolder, folder: Path) -> Expert:
     return Expert.load(folder)
 
 
-def _train_new_head(base: BaseEnsemble, shards: Path, scratch: Path) -> Router:
+def _train_new_head(base: BaseEnsemble, shards: Path, text: TextEncoder | None, scratch: Path) -> Router:
     """Return the router with a new head for the samples in `shards`, trained against the run's clusters."""
     run, config = base.run, base.run.load_config()
     if config.router.data != "real":
@@ -143,7 +145,7 @@ def _train_new_head(base: BaseEnsemble, shards: Path, scratch: Path) -> Router:
     codec = run.artifact(_find_stage(run, "codec"))
     folders = (base.folder / "router", shards, reference, codec)
     try:
-        train_new_head(*folders, config.router.training, scratch / "router", Workspace.at(scratch / "work"))
+        train_new_head(*folders, config.router.training, scratch / "router", Workspace.at(scratch / "work"), text)
     except RouterChangeError as error:
         raise RunFolderError(f"{error}; or replace a missing expert with --place") from error
     return Router.load(scratch / "router")

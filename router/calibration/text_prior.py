@@ -68,15 +68,27 @@ class TextPrior:
         return prior
 
 
-def fit_text_prior(dataset: LatentDataset, num_experts: int, num_classes: int) -> TextPrior | None:
-    """Fit the prior to the captions of a data set; return None for one without captions. Deterministic."""
+def fit_text_prior(
+    dataset: LatentDataset, num_experts: int, num_classes: int, added: LatentDataset | None = None
+) -> TextPrior | None:
+    """Fit the prior to the captions of a data set; return None for one without captions. Deterministic.
+
+    `added` are the samples of the last cluster, if they are not part of the data set.
+    """
     if dataset.captions is None:
         return None
     generator = torch.Generator().manual_seed(SEED)
-    rows = torch.arange(0, len(dataset), -(-len(dataset) // MAX_CAPTIONS))
-    condition = dataset.condition(rows, torch.rand(len(rows), generator=generator))
+    parts = [(dataset, dataset.cluster_id)]
+    if added is not None:
+        parts.append((added, torch.full_like(added.cluster_id, num_experts - 1)))
+    stride, conditions, ids = -(-sum(len(part) for part, _ in parts) // MAX_CAPTIONS), [], []
+    for part, cluster_ids in parts:
+        rows = torch.arange(0, len(part), stride)
+        conditions.append(part.condition(rows, torch.rand(len(rows), generator=generator)))
+        ids.append(cluster_ids[rows])
+    condition, cluster_id = Condition.concatenate(conditions), torch.cat(ids)
     has_text = ~condition.has_null_text
-    condition, cluster_id = condition.rows(has_text), dataset.cluster_id[rows][has_text]
+    condition, cluster_id = condition.rows(has_text), cluster_id[has_text]
     if not len(condition):
         return None
     if num_classes:

@@ -7,6 +7,8 @@ from ensemble.config import SamplingConfig
 from ensemble.membership import add_expert, remove_experts, restore_expert
 from ensemble.pipeline import EnsemblePipeline, PipelineError
 from experts.conditions.condition import Condition
+from experts.conditions.null_text import set_null_text
+from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from router.config import RouterConfig, SelectionConfig
@@ -61,6 +63,13 @@ def test_add_expert_with_old_router_raises(parts):
     original = put_together(parts)
     with pytest.raises(PipelineError, match="have the 3 experts and the new one; it has 3"):
         add_expert(original, Expert.load(parts / "trained_0"), original.ensemble.router)
+
+
+def test_expert_of_other_texts_is_refused(parts):
+    expert, text = Expert.load(parts / "trained_0"), TextEmbedding.zeros(4, 6, 6)
+    set_null_text(expert.model, text)
+    with pytest.raises(PipelineError, match=r"must read the ensemble's texts.* None; this one has \(4, 6, 6\)"):
+        restore_expert(remove_experts(put_together(parts), [0]), expert, 0)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core import artifacts
 from ddm_core.artifacts import list_files, read_manifest, write_json
 from experts.__main__ import main
+from experts.conditions.null_text import get_null_text
+from experts.conditions.text_encoder import TextEncoder
+from experts.config import TextConfig
+from experts.expert import Expert
+from tests.text_encoders import save_tiny_encoder
 
 CONFIG = {
     "network": {"kind": "residual_mlp", "width": 64, "depth": 2},
@@ -181,3 +188,24 @@ def test_compiled_network_reaches_the_same_loss(shards, tmp_path, pixels):
         assert run_process(command(shards, tmp_path, out, config))[0] == 0
         losses.append(json.loads((out / "training.json").read_text())["final_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_captions_of_shards_are_read_with_a_text_encoder(pixels, tmp_path):
+    writer, encoder = ShardWriter(tmp_path / "shards", 16), save_tiny_encoder(tmp_path / "encoder", "transformers")
+    for number in range(20):
+        image = np.full((4, 4, 1), 12 * number, np.uint8)
+        writer.add(Sample(key=str(number), image=image, caption=f"a {('dark', 'light')[number > 9]} boot"))
+    writer.close()
+    text = TextEncoder.from_config(TextConfig(kind="transformers", path=str(encoder), length=5))
+    (tmp_path / "ensemble").mkdir()
+    text.save(tmp_path / "ensemble")
+    config = CONFIG | {"training": {"steps": 4, "batch_size": 4}}
+    arguments = command(tmp_path / "shards", tmp_path, tmp_path / "expert", config)
+    assert run_process([*arguments, "--text", str(tmp_path / "shards")]) == (
+        1,
+        f"--text {tmp_path / 'shards'} has no text_encoder.json; name the folder of an ensemble with text\n",
+    )
+    assert run_process([*arguments, "--text", str(tmp_path / "ensemble")])[0] == 0
+    assert get_null_text(Expert.load(tmp_path / "expert").model).shape == (5, 8, 8)
+    assert "holds an expert of another configuration" in run_process(arguments)[1]

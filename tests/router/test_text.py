@@ -12,6 +12,7 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.config import TrainingConfig
 from experts.training.latent_dataset import LatentDataset
 from router.add_remove import RouterChangeError, add_head, remove_head
+from router.calibration.text_prior import fit_text_prior
 from router.config import RouterConfig
 from router.models.registry import ROUTERS
 from router.router import Router, count_priors
@@ -100,7 +101,33 @@ def test_texts_of_another_encoder_raise(tmp_path: Path) -> None:
             call(condition)
 
 
-def test_experts_can_be_removed_but_not_added(tmp_path: Path) -> None:
+def test_added_expert_has_the_texts_of_its_captions(tmp_path: Path) -> None:
+    dataset, is_new = make_clusters(), torch.tensor([2])
+    old = dataset.select((dataset.cluster_id != is_new).nonzero().squeeze(-1))
+    cluster = dataset.select((dataset.cluster_id == is_new).nonzero().squeeze(-1))
+    config = RouterConfig(kind="density_ratio", width=16, depth=1, training=TRAINING)
+    counts = count_priors(old.cluster_id, old.class_id, 2, 0)
+    fit_router(config, old, old, tmp_path / "router", Workspace.at(tmp_path / "work"), counts)
+    router = Router.load(tmp_path / "router")
+    extended = add_head(router, cluster, old, TRAINING, Workspace.at(tmp_path / "more")).router
+    assert (extended.prior_logits(text_condition([0, 1, 2])).softmax(-1).diagonal() > 0.8).all()
+    noised, t = torch.randn(3, 2), torch.full((3,), 0.9)
+    assert (extended.logits(noised, t, text_condition([0, 1, 2])).softmax(-1).diagonal() > 0.6).all()
+    together = fit_text_prior(dataset, 3, 0)
+    assert together is not None and extended.text_prior is not None
+    torch.testing.assert_close(
+        extended.text_prior.logits(text_condition([0, 1, 2])).softmax(-1),
+        together.logits(text_condition([0, 1, 2])).softmax(-1),
+        rtol=0,
+        atol=0.05,
+    )
+    with pytest.raises(RouterChangeError, match="none of the new samples has a caption"):
+        add_head(router, replace(cluster, captions=None), old, TRAINING, Workspace.at(tmp_path / "none"))
+    with pytest.raises(RouterChangeError, match="those of experts 2 … 2 are not part of the run"):
+        add_head(extended, cluster, old, TRAINING, Workspace.at(tmp_path / "third"))
+
+
+def test_experts_can_be_removed(tmp_path: Path) -> None:
     dataset = make_clusters(60)
     router = train("density_ratio", dataset, tmp_path / "router")
     reduced, condition = remove_head(router, 1), text_condition([0, 2])
@@ -110,5 +137,3 @@ def test_experts_can_be_removed_but_not_added(tmp_path: Path) -> None:
         (router.logits(noised, t, condition), reduced.logits(noised, t, condition)),
     ):
         torch.testing.assert_close(after.softmax(-1), before[:, [0, 2]].softmax(-1))
-    with pytest.raises(RouterChangeError, match="train the router again"):
-        add_head(router, dataset, dataset, TRAINING, Workspace.at(tmp_path / "more"))
