@@ -12,7 +12,7 @@ from typing import Any
 from data_partition.config import DataConfig
 from data_partition.errors import InvalidCaptions, MissingExtra
 from data_partition.shards.shards import MoreCaptions
-from data_partition.shards.untrusted import is_printable
+from data_partition.shards.untrusted import CONTROL_CHARACTERS
 
 SIDECARS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -36,7 +36,7 @@ def find_captions(path: Path, root: Path, config: DataConfig) -> tuple[str, More
         if os.path.isfile(sidecar):  # noqa: PTH113 - a name that is too long is no file
             if sidecar.stat().st_size > MAX_ANNOTATION_BYTES:
                 raise ValueError(f"its {sidecar.suffix} has more than {MAX_ANNOTATION_BYTES} bytes")
-            return normalize_caption(sidecar.read_text(encoding="utf-8")), ()
+            return split_captions(sidecar.read_text(encoding="utf-8-sig"))
     for folder in path.parents:
         fields = read_table(folder, config.caption_key).get(path.relative_to(folder).as_posix())
         if fields is not None:
@@ -52,11 +52,16 @@ def has_held_out_words(caption: str, held_out: Iterable[str]) -> bool:
     return any(words.issuperset(entry.lower().split()) for entry in held_out)
 
 
+def split_captions(text: str) -> tuple[str, MoreCaptions]:
+    """Return a caption a line of the file beside an image, each as likely as the others."""
+    captions = [caption for line in re.split(r"[\r\n]+", text) if (caption := normalize_caption(line))]
+    return (captions[0] if captions else ""), tuple((caption, 1.0) for caption in captions[1:])
+
+
 def normalize_caption(text: str) -> str:
-    """Put the caption on one line; raises `ValueError` if it is too long or has characters that are not text."""
-    caption = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
-    if not is_printable(caption):
-        raise ValueError(f"its caption {caption[:50]!r} has control characters or halves of characters")
+    """Put the caption on one line, without control characters; raises `ValueError` if it is too long."""
+    encodable = text.encode("utf-8", "replace").decode()
+    caption = re.sub(r" {2,}", " ", CONTROL_CHARACTERS.sub(" ", encodable)).strip(" ")
     if len(caption) > MAX_CAPTION:
         raise ValueError(f"its caption has {len(caption)} characters, at most {MAX_CAPTION} are read")
     return caption

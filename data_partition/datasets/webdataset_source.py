@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from data_partition.config import DataConfig
-from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, normalize_caption, pick_captions
+from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, pick_captions, split_captions
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UnreadableImage
 from data_partition.shards.images import SUFFIXES, decode_with_remarks
@@ -164,6 +164,9 @@ def read_class(files: dict[str, bytes], fields: dict[str, object]) -> tuple[int,
 
 
 def read_captions(files: dict[str, bytes], fields: dict[str, object], config: DataConfig) -> tuple[str, MoreCaptions]:
-    """Return the caption in `.txt`, else the one in `.json`, and more of it; raises `ValueError` if one is unusable."""
+    """Return the captions in `.txt`, else in `.json`, and more of it; raises `ValueError` if one is unusable."""
     caption, more = pick_captions(fields, config)
-    return normalize_caption(read_annotation(files, "txt")) if "txt" in files else caption, more
+    if "txt" not in files:
+        return caption, more
+    first, others = split_captions(read_annotation(files, "txt"))
+    return first, (*others, *more)

@@ -43,7 +43,7 @@ def write(path: Path, files: dict[str, bytes]) -> None:
         ({"x.cls": b"2"}, 2, ""),
         ({"x.json": b'{"label": 5, "caption": "a cat"}'}, 5, "a cat"),
         ({"x.json": b'{"cls": "7"}'}, 7, ""),
-        ({"x.txt": b" a dog\n"}, -1, "a dog"),
+        ({"x.txt": b" a dog\na hound\n"}, -1, "a dog"),
         ({"x.cls": b"1", "x.txt": b"hat", "x.json": b'{"label": 9}'}, 1, "hat"),
     ],
 )
