@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ def split_captions(text: str) -> tuple[str, MoreCaptions]:
     """Return a caption a line of the file beside an image, each as likely as the others."""
     captions = [caption for line in re.split(r"[\r\n]+", text) if (caption := normalize_caption(line))]
     return (captions[0] if captions else ""), tuple((caption, 1.0) for caption in captions[1:])
+
+
+def find_word(caption: str, words: Sequence[str]) -> int:
+    """Return the position of the first of these words that a caption has, -1 for none; case is ignored."""
+    has = set(caption.lower().split())
+    return next((number for number, word in enumerate(words) if word.lower() in has), -1)
 
 
 def normalize_caption(text: str) -> str:

@@ -11,7 +11,7 @@ networks; a lossless codec has that of the floor.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from data_partition.datasets.captions import find_word
 from data_partition.features.extract import FeatureExtractor, fit_extractor, save_extractor
 from data_partition.features.pixels import flatten_pixels
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import Preempted, Workspace, save_arrays, write_json
 from ddm_core.errors import DDMError
 from ensemble.config import MIN_HELD_OUT, EvaluationConfig
-from ensemble.evaluation.class_probe import fit_probe
+from ensemble.evaluation.class_probe import WordProbes, fit_probe
 from ensemble.evaluation.feature_space import HeldOutSpace, scale_features
 from ensemble.evaluation.nearest_neighbors import nearest_distances
 from ensemble.evaluation.scores import Distances
@@ -98,8 +99,11 @@ def extract_rows(extractor: FeatureExtractor | None, images: Images) -> Float[np
     return flatten_pixels(images) if extractor is None else scale_features(extractor(images))
 
 
-CAPTIONS, TRAINING_ROWS = "captions.json", "training.safetensors"
-"""Captions of the training and the held-out images; features and classes of the former, in the space that ranks."""
+CAPTIONS, TRAINING_ROWS, WORD_PROBES = "captions.json", "training.safetensors", "word_probes.safetensors"
+"""Captions of the training and the held-out images; features of the former, in the space that ranks; what reads classes
+and words from images."""
+CLASS = "class"
+"""Name of the probe of classes."""
 PROBE = "probe"
 """Principal components of the pixels, from which the class probe predicts."""
 MAX_HELD_OUT = 5_000
@@ -158,7 +162,7 @@ def build_reference(
     np.save(out / "held_out_distances.npy", nearest_distances(decoded_rows, neighbours), allow_pickle=False)
     np.save(out / "labels.npy", held_out.labels, allow_pickle=False)
     if any(training.captions) and RANKED_SPACE in config.spaces:
-        _write_captions(training, held_out, out)
+        _write_captions(training, held_out, config.attributes, out)
     classes = len(read_index(dataset / "train").class_names)
     probe = _write_probe(training, held_out, classes, out) if classes > 1 else None
     summary = ReferenceSummary(
@@ -249,14 +253,26 @@ def _write_probe(training: RealImages, held_out: RealImages, classes: int, out: 
     }
 
 
-def _write_captions(training: RealImages, held_out: RealImages, out: Path) -> None:
+def _write_captions(
+    training: RealImages, held_out: RealImages, attributes: Mapping[str, Sequence[str]], out: Path
+) -> None:
     """Write what the scores of text need: see `text_scores.py`."""
-    features, pixels = training.features[RANKED_SPACE], training.features[PROBE]
-    count = min(len(features), len(pixels))
-    rows = {"features": features[:count], "pixels": pixels[:count], "labels": training.labels[:count]}
-    save_arrays(out / TRAINING_ROWS, rows | {"held_out_pixels": held_out.features[PROBE]})
+    count = min(len(training.features[RANKED_SPACE]), len(training.features[PROBE]))
+    save_arrays(out / TRAINING_ROWS, {"features": training.features[RANKED_SPACE][:count]})
     captions = {"training": training.captions[:count], "held_out": held_out.captions}
     write_json(out / CAPTIONS, captions)
+    labels = {CLASS: np.concatenate([training.labels[:count], held_out.labels])}
+    for name, words in attributes.items():
+        labels[attribute_probe(name)] = np.array(
+            [find_word(caption, words) for caption in (*captions["training"], *captions["held_out"])]
+        )
+    spaces = [(images.features[RANKED_SPACE], images.features[PROBE]) for images in (training, held_out)]
+    WordProbes.fit((spaces[0][0][:count], spaces[0][1][:count]), spaces[1], labels).save(out / WORD_PROBES)
+
+
+def attribute_probe(name: str) -> str:
+    """Return the name of the probe of an attribute."""
+    return f"attribute {name}"
 
 
 def fit_config_to(config: EvaluationConfig, training: int, held_out: int) -> EvaluationConfig:

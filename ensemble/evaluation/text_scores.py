@@ -5,7 +5,8 @@
     samples: features ────────────┘
 
 All maps see features of real images alone, so a sample that only looks right to a network that was trained on samples
-gains nothing. Captions are searched in EfficientNet features; classes and words are read from these and from pixels.
+gains nothing. Captions are searched in EfficientNet features; classes and words are read from these and from pixels, by
+probes of the reference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,15 @@ from typing import Final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
-from data_partition.datasets.captions import has_held_out_words
+from data_partition.datasets.captions import find_word, has_held_out_words
 from ddm_core.artifacts import read_json
 from ensemble.config import EvaluationConfig
-from ensemble.evaluation.class_probe import ClassProbe, fit_probe
+from ensemble.evaluation.class_probe import WordProbes
 from ensemble.evaluation.feature_space import HeldOutSpace
-from ensemble.evaluation.reference import CAPTIONS, PROBE, TRAINING_ROWS
+from ensemble.evaluation.reference import CAPTIONS, CLASS, PROBE, TRAINING_ROWS, WORD_PROBES, attribute_probe
 from ensemble.evaluation.scores import AttributeScores, TextScores
 from ensemble.evaluation.spaces import RANKED_SPACE
 from ensemble.sampling.prompts import Prompts
@@ -56,18 +57,20 @@ def compare_prompts(
     real = HeldOutSpace.load(reference / f"{RANKED_SPACE}.safetensors").features
     candidates = [caption for caption in dict.fromkeys(captions["held_out"]) if caption]
     search = _CaptionSearch.fit(encoder, captions["training"], training["features"], candidates)
-    judge = _Judge.fit(training, real)
-    samples = judge.join(features[RANKED_SPACE], features[PROBE])
+    probes, samples = WordProbes.load(reference / WORD_PROBES), (features[RANKED_SPACE], features[PROBE])
     is_new = np.array([has_held_out_words(caption, config.new_combinations) for caption in prompts.captions])
-    real_labels = np.concatenate([training["labels"], np.load(reference / "labels.npy", allow_pickle=False)])
-    kinds = judge.compare(real_labels, np.array(prompts.class_ids), samples, is_new)
-    attributes = {}
-    for name, words in config.attributes.items():
-        known = [_find_word(caption, words) for caption in (*captions["training"], *captions["held_out"])]
-        asked = [_find_word(caption, words) for caption in prompts.captions]
-        shares = judge.compare(np.array(known), np.array(asked), samples, is_new)
-        if shares is not None:
-            attributes[name] = shares
+
+    def compare(name: str, asked: Sequence[int]) -> AttributeScores | None:
+        labels = np.array(asked)
+        if name not in probes.probes or (labels < 0).all():
+            return None
+        return _compare_labels(probes.predict(name, samples), labels, is_new, probes.accuracies[name])
+
+    kinds = compare(CLASS, prompts.class_ids)
+    attributes = {
+        name: compare(attribute_probe(name), [find_word(caption, words) for caption in prompts.captions])
+        for name, words in config.attributes.items()
+    }
     return TextScores(
         captions=len(candidates),
         recall=search.recall(prompts.captions, features[RANKED_SPACE]),
@@ -76,67 +79,22 @@ def compare_prompts(
         class_accuracy=None if kinds is None else kinds.samples,
         class_accuracy_real=None if kinds is None else kinds.real,
         class_accuracy_new=None if kinds is None else kinds.new,
-        attributes=attributes,
+        attributes={name: shares for name, shares in attributes.items() if shares is not None},
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Judge:
-    """Features of real images, training ones first, to which probes of their words and classes are fitted."""
-
-    features: Float[np.ndarray, "image joined"]
-    is_held_out: Bool[np.ndarray, " image"]
-    scales: tuple[float, float]
-    """Divisors of the features that rank and of those of pixels: both get the same spread."""
-
-    @classmethod
-    def fit(cls, training: Mapping[str, np.ndarray], held_out: np.ndarray) -> "_Judge":
-        """Join the features of training and held-out images."""
-        scales = (float(training["features"].std()), float(training["pixels"].std()))
-        first, second = (
-            np.concatenate([ours, theirs]) / scale
-            for ours, theirs, scale in zip(
-                (training["features"], training["pixels"]),
-                (held_out, training["held_out_pixels"]),
-                scales,
-                strict=True,
-            )
-        )
-        is_held_out = np.arange(len(first)) >= len(training["features"])
-        return cls(features=np.concatenate([first, second], axis=1), is_held_out=is_held_out, scales=scales)
-
-    def join(self, ranked: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """Return the features of other images as probes read them."""
-        return np.concatenate([ranked / self.scales[0], pixels / self.scales[1]], axis=1)
-
-    def compare(
-        self, labels: np.ndarray, asked: np.ndarray, samples: np.ndarray, is_new: np.ndarray
-    ) -> AttributeScores | None:
-        """Return the shares of samples and of held-out images that a probe gives their label; -1 has none.
-
-        The probe of samples knows all real images, also those of new combinations. Each half of the held-out images
-        is judged by a probe that knows the others. Returns None unless there are two labels, asked for and held out.
-        """
-        has_label = labels >= 0
-        if not (asked >= 0).any() or len(np.unique(labels[has_label & self.is_held_out])) < 2:
-            return None
-        half = np.arange(len(labels)) % 2
-        folds = [self.is_held_out & has_label & (half == number) for number in (0, 1)]
-        is_right = np.concatenate(
-            [self._probe(labels, ~fold).predict(self.features[fold]) == labels[fold] for fold in folds]
-        )
-        right = self._probe(labels, np.ones(len(labels), bool)).predict(samples) == asked
-        new = right[is_new & (asked >= 0)]
-        return AttributeScores(
-            samples=float(right[asked >= 0].mean()),
-            real=float(is_right.mean()),
-            new=float(new.mean()) if len(new) else None,
-        )
-
-    def _probe(self, labels: np.ndarray, rows: np.ndarray) -> ClassProbe:
-        """Fit a probe to the labelled images among `rows`."""
-        known = rows & (labels >= 0)
-        return fit_probe(self.features[known], labels[known])
+def _compare_labels(
+    predicted: Int[np.ndarray, " sample"],
+    asked: Int[np.ndarray, " sample"],
+    is_new: Bool[np.ndarray, " sample"],
+    real: float,
+) -> AttributeScores:
+    """Return the share of the samples, asked for a label, that show it, beside that of real images."""
+    is_right, is_asked = predicted == asked, asked >= 0
+    new = is_right[is_new & is_asked]
+    return AttributeScores(
+        samples=float(is_right[is_asked].mean()), real=real, new=float(new.mean()) if len(new) else None
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,16 +112,14 @@ class _CaptionSearch:
         cls, encoder: TextEncoder, captions: Sequence[str], features: Features, candidates: Sequence[str]
     ) -> "_CaptionSearch":
         """Fit the map to the training images that have a caption."""
-        from sklearn.linear_model import RidgeCV  # seconds to import, and only runs with text need it
-
         rows = [row for row, caption in enumerate(captions) if caption]
         pooled = _encode(encoder, [captions[row] for row in rows])
         mean = pooled.mean(0)
-        ridge = RidgeCV(alphas=STRENGTHS).fit(features[rows].astype(np.float64), pooled - mean)
+        slopes, offsets = fit_ridge(features[rows].astype(np.float64), pooled - mean)
         directions = _encode(encoder, candidates) - mean
         return cls(
-            slopes=ridge.coef_,
-            offsets=ridge.intercept_,
+            slopes=slopes,
+            offsets=offsets,
             candidates=candidates,
             directions=directions / np.linalg.norm(directions, axis=1, keepdims=True),
         )
@@ -183,7 +139,23 @@ def _encode(encoder: TextEncoder, captions: Sequence[str]) -> Float[np.ndarray, 
     return pooled
 
 
-def _find_word(caption: str, words: Sequence[str]) -> int:
-    """Return the position of the first of these words that a caption has, -1 for none."""
-    has = set(caption.lower().split())
-    return next((number for number, word in enumerate(words) if word.lower() in has), -1)
+def fit_ridge(
+    features: Float[np.ndarray, "image feature"], targets: Float[np.ndarray, "image target"]
+) -> tuple[Float[np.ndarray, "target feature"], Float[np.ndarray, " target"]]:
+    """Return slopes and offsets of the ridge whose strength has the least squared error on an image that is left out.
+
+    The error without an image is its residual / (1 - its leverage), so no fit is repeated.
+    """
+    centers, means = features.mean(0), targets.mean(0)
+    centered = features - centers
+    values, vectors = np.linalg.eigh(centered.T @ centered)
+    rotated = centered @ vectors
+    moments = rotated.T @ (targets - means)
+
+    def error(strength: float) -> float:
+        leverages = rotated**2 @ (1 / (values + strength)) + 1 / len(features)
+        residuals = targets - means - (rotated / (values + strength)) @ moments
+        return float(((residuals / (1 - leverages)[:, None]) ** 2).mean())
+
+    slopes = moments.T / (values + min(STRENGTHS, key=error)) @ vectors.T
+    return slopes, means - slopes @ centers

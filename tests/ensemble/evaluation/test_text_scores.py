@@ -4,19 +4,30 @@ import itertools
 
 import numpy as np
 import pytest
+from sklearn.linear_model import RidgeCV
 
 from data_partition.config import PartitionConfig
+from data_partition.datasets.captions import find_word
 from data_partition.features.extract import extract_features
 from data_partition.partition import make_partition
 from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import Workspace, read_json, save_arrays, write_json
 from ensemble.config import EvaluationConfig, SamplingConfig
+from ensemble.evaluation.class_probe import WordProbes
 from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.feature_space import HeldOutSpace
 from ensemble.evaluation.held_out_prompts import load_held_out_conditions, load_held_out_prompts
-from ensemble.evaluation.reference import CAPTIONS, PROBE, TRAINING_ROWS, build_reference
+from ensemble.evaluation.reference import (
+    CAPTIONS,
+    CLASS,
+    PROBE,
+    TRAINING_ROWS,
+    WORD_PROBES,
+    attribute_probe,
+    build_reference,
+)
 from ensemble.evaluation.spaces import RANKED_SPACE
-from ensemble.evaluation.text_scores import RECALL_RANK, compare_prompts
+from ensemble.evaluation.text_scores import RECALL_RANK, STRENGTHS, compare_prompts, fit_ridge
 from ensemble.sampling.prompts import Prompts
 from experts.conditions.text_encoder import TextEncoder
 from tests.ensemble.text_pipeline import assemble_text_pipeline
@@ -24,6 +35,8 @@ from tests.text_encoders import WORDS
 
 ALL_CAPTIONS = [" ".join(words) for words in itertools.permutations(WORDS[:10], 2)]
 CAPTIONS_USED = np.random.default_rng(0).permutation(ALL_CAPTIONS).tolist()[:80]
+FIRST, SECOND = (caption.split()[0] for caption in CAPTIONS_USED[:2])
+ATTRIBUTE = (FIRST, next(word for word in WORDS[:10] if word not in (FIRST, SECOND)))
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +57,11 @@ def encoded(root):
 def reference(root, encoded, tmp_path):
     """Write the files that the scores read: every caption is in both parts, the class is that of its first word."""
     labels = np.arange(80) % 2
-    rows = {"features": with_class(encoded, labels), "labels": labels, "pixels": encoded, "held_out_pixels": encoded}
-    save_arrays(tmp_path / TRAINING_ROWS, rows)
+    save_arrays(tmp_path / TRAINING_ROWS, {"features": with_class(encoded, labels)})
+    words = np.array([find_word(caption, ATTRIBUTE) for caption in CAPTIONS_USED])
+    kinds = {CLASS: labels, attribute_probe("word"): words, attribute_probe("absent"): np.full(80, -1)}
+    real = with_class(encoded, labels), encoded
+    WordProbes.fit(real, real, {name: np.tile(each, 2) for name, each in kinds.items()}).save(tmp_path / WORD_PROBES)
     HeldOutSpace(features=with_class(encoded, labels)).save(tmp_path / "efficientnet_lite0.safetensors")
     np.save(tmp_path / "labels.npy", labels)
     write_json(tmp_path / CAPTIONS, {"training": CAPTIONS_USED, "held_out": CAPTIONS_USED})
@@ -84,9 +100,8 @@ def test_attributes_and_new_combinations_are_scored_apart(root, reference, encod
     """The word of a caption is its second one, and the images of one word of the attribute are of the other."""
     labels = np.arange(80) % 2
     prompts = Prompts(tuple(labels.tolist()), tuple(CAPTIONS_USED))
-    first, second = (caption.split()[0] for caption in CAPTIONS_USED[:2])
-    words = (first, next(word for word in WORDS[:10] if word not in (first, second)))
-    config = EvaluationConfig(attributes={"word": words, "absent": ("nowhere", "never")}, new_combinations=(first,))
+    attributes = {"word": ATTRIBUTE, "absent": ("nowhere", "never")}
+    config = EvaluationConfig(attributes=attributes, new_combinations=(FIRST,))
     scores = compare_prompts(reference, root / "pipeline", prompts, spaces(encoded, labels), config)
     assert list(scores.attributes) == ["word"]
     assert scores.attributes["word"].samples == scores.attributes["word"].real > 0.85
@@ -103,6 +118,18 @@ def test_no_text_means_no_scores_of_text(root, reference, tmp_path):
     assert compare_prompts(reference, tmp_path, prompts, features, EvaluationConfig()) is None
     (reference / CAPTIONS).unlink()
     assert compare_prompts(reference, root / "pipeline", prompts, features, EvaluationConfig()) is None
+
+
+@pytest.mark.parametrize(("images", "noise"), [(60, 0.1), (60, 5.0), (12, 1.0)])
+def test_ridge_is_that_of_scikit_learn(images, noise):
+    """Also with fewer images than features."""
+    random = np.random.default_rng(images)
+    features = random.normal(3, 2, (images, 20))
+    targets = features[:, :5] @ random.normal(size=(5, 3)) + noise * random.normal(size=(images, 3))
+    expected = RidgeCV(alphas=STRENGTHS).fit(features, targets)
+    slopes, offsets = fit_ridge(features, targets)
+    np.testing.assert_allclose(slopes, expected.coef_, atol=1e-9)
+    np.testing.assert_allclose(offsets, expected.intercept_, atol=1e-9)
 
 
 def write_captioned(folder, count, seed):
