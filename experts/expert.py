@@ -1,6 +1,6 @@
 """Experts: a network, its prediction type and its noise schedule; trained from shards and a configuration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -198,11 +198,13 @@ def train_expert(
     num_classes: int | None = None,
     cluster_id: int = 0,
     text: TextEncoder | None = None,
+    on_checkpoint: Callable[[Callable[[], Expert]], None] | None = None,
 ) -> ExpertSummary:
     """Train one expert on the samples of the shard folders and write it to `out`, with metrics and a summary.
 
     `config.training.batch_size` is the batch of this expert alone; `num_classes` defaults to the classes of the shards.
     `text` encodes the captions of shards; latents have their own.
+    `on_checkpoint` is called after every checkpoint, with a function that copies the expert as it is by then.
     """
     dataset = encode_latents(shards, load_codec(codec), codec, workspace, text)
     if num_classes is None:
@@ -211,7 +213,9 @@ def train_expert(
     check_unchanged(config)
     initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     loss = _create_loss(config, initial_model)
-    return train_network(config.training, dataset, initial_model, loss, out, workspace, num_classes, cluster_id)
+    return train_network(
+        config.training, dataset, initial_model, loss, out, workspace, num_classes, cluster_id, on_checkpoint
+    )
 
 
 def _create_loss(config: ExpertConfig, initial_model: InitialModel) -> LossFn:
@@ -232,18 +236,27 @@ def train_network(
     workspace: Workspace,
     num_classes: int,
     cluster_id: int = 0,
+    on_checkpoint: Callable[[Callable[[], Expert]], None] | None = None,
 ) -> ExpertSummary:
     """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary."""
+
+    def as_expert(model: nn.Module) -> Expert:
+        return Expert(
+            model=model,
+            prediction=initial_model.prediction,
+            noise_schedule=initial_model.noise_schedule,
+            latent_shape=dataset.latent_shape,
+            num_classes=num_classes,
+            cluster_id=cluster_id,
+        )
+
+    def report_checkpoint(copy_model: Callable[[], nn.Module]) -> None:
+        if on_checkpoint is not None:
+            on_checkpoint(lambda: as_expert(copy_model()))
+
     forward = network_flops(initial_model.model, dataset.latent_shape)
-    trained = fit(initial_model.model, loss, dataset, training, workspace)
-    Expert(
-        model=trained.model,
-        prediction=initial_model.prediction,
-        noise_schedule=initial_model.noise_schedule,
-        latent_shape=dataset.latent_shape,
-        num_classes=num_classes,
-        cluster_id=cluster_id,
-    ).save(out)
+    trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint)
+    as_expert(trained.model).save(out)
     summary = ExpertSummary(
         flops=training_flops(forward, training.batch_size, training.steps),
         steps=training.steps,

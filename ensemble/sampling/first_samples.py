@@ -1,4 +1,4 @@
-"""Samples of one expert alone, as soon as it is trained."""
+"""Samples of one expert alone, as soon as it has a checkpoint."""
 
 from math import isqrt
 from pathlib import Path
@@ -23,10 +23,9 @@ def are_quick(training: TrainingConfig) -> bool:
     return MAX_SHARE * 3 * training.steps * training.batch_size >= COUNT * STEPS
 
 
-def write_first_samples(expert: Path, codec: Path, training: TrainingConfig, out: Path) -> None:
-    """Sample from the expert in a folder without a condition, and write one picture to `out`."""
-    loaded = Expert.load(expert)
-    ensemble = Ensemble(experts={0: loaded}, noise_schedule=loaded.noise_schedule)
+def write_first_samples(expert: Expert, codec: Path, training: TrainingConfig, out: Path) -> None:
+    """Sample from an expert without a condition, and write one picture to `out`."""
+    ensemble = Ensemble(experts={0: expert}, noise_schedule=expert.noise_schedule)
     pipeline = EnsemblePipeline(ensemble=ensemble, codec=load_codec(codec))
     selection = SelectionConfig(name="full")
     sampling = SamplingConfig(solver="euler", steps=STEPS, selection=selection, device=training.device)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,10 +47,16 @@ class TrainingResult:
 
 
 def fit(
-    model: nn.Module, loss: LossFn, dataset: LatentDataset, config: TrainingConfig, workspace: Workspace
+    model: nn.Module,
+    loss: LossFn,
+    dataset: LatentDataset,
+    config: TrainingConfig,
+    workspace: Workspace,
+    on_checkpoint: Callable[[Callable[[], nn.Module]], None] | None = None,
 ) -> TrainingResult:
     """Train `model` in place, from the newest checkpoint in the scratch folder if there is one.
 
+    `on_checkpoint` is called after every checkpoint, with a function that copies the model with averaged parameters.
     A resumed training is bit-identical to an uninterrupted one. Raises `Preempted` (after saving),
     `TrainingDiverged`, `CheckpointError` or `DeviceError`. Every worker of a group calls it; it then also raises
     `GroupError` or `WorkerLost`.
@@ -73,10 +80,17 @@ def fit(
                 log.write(_finish_row(state))
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
                 _save(checkpoints, state, group)
+                if on_checkpoint is not None:
+                    group.run_on_main(partial(on_checkpoint, partial(_copy_averaged, state)))
     state.optimizer.state.clear()  # the copy of the parameters takes the place of their moments
-    averaged = deepcopy(model)
+    return TrainingResult(model=_copy_averaged(state).to("cpu"), rows=state.rows)
+
+
+def _copy_averaged(state: TrainingState) -> nn.Module:
+    """Return a copy of the model with averaged parameters, in evaluation mode."""
+    averaged = deepcopy(state.model)
     state.average.copy_to(averaged)
-    return TrainingResult(model=averaged.to("cpu").eval(), rows=state.rows)
+    return averaged.eval()
 
 
 def check_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from ddm_core.artifacts import Workspace
@@ -10,7 +11,7 @@ from experts.baselines.distilled_monolith import train_distilled_monolith
 from experts.codecs.registry import fit_codec, load_codec, stored_type
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import CodecConfig, ExpertConfig
-from experts.expert import train_expert
+from experts.expert import Expert, train_expert
 from experts.networks.pretrained_files import check_unchanged, init_files
 from experts.training.encode import FrozenCodec, encode_dataset
 from experts.training.trainer import check_device
@@ -55,16 +56,25 @@ def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Work
 
 
 def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Train one expert on the latents of its cluster, and draw samples from it alone beside its log."""
-    latents, expert = [inputs["latents"]], with_init_checkpoint(config.expert, inputs)
-    summary = train_expert(expert, latents, inputs["codec"], out, workspace, cluster_id=config.cluster_id)
-    try:
-        from ensemble.sampling.first_samples import are_quick, write_first_samples
+    """Train one expert on the latents of its cluster; draw from it alone at its first checkpoint, beside its log."""
+    expert, is_drawn = with_init_checkpoint(config.expert, inputs), False
 
-        if are_quick(expert.training):
-            write_first_samples(out, inputs["codec"], expert.training, workspace.attempt / FIRST_SAMPLES)
-    except Exception:  # whatever is wrong with the picture, the expert is trained
-        log.warning("no samples of this expert alone", exc_info=True)
+    def draw(load: Callable[[], Expert]) -> None:
+        nonlocal is_drawn
+        if is_drawn:
+            return
+        is_drawn = True
+        try:
+            from ensemble.sampling.first_samples import are_quick, write_first_samples
+
+            if are_quick(expert.training):
+                write_first_samples(load(), inputs["codec"], expert.training, workspace.attempt / FIRST_SAMPLES)
+        except Exception:  # whatever is wrong with the picture, the expert is trained
+            log.warning("no samples of this expert alone", exc_info=True)
+
+    shards, cluster_id = [inputs["latents"]], config.cluster_id
+    summary = train_expert(expert, shards, inputs["codec"], out, workspace, cluster_id=cluster_id, on_checkpoint=draw)
+    draw(lambda: Expert.load(out))
     return summary.flops
 
 

@@ -13,7 +13,7 @@ from ddm_core.artifacts import fingerprint
 from orchestrator.config.compute import ResourcesConfig
 
 FIRST_SAMPLES = "samples.png"
-"""Picture in the folder of an attempt that has trained an expert."""
+"""Picture in the folder of an attempt at an expert, drawn at its first checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

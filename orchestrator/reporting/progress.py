@@ -71,7 +71,7 @@ class RunDisplay:
     def __init__(self, run: RunFolder, console: Console) -> None:
         self.run, self.console = run, console
         self.running: list[Stage] = []
-        self._has_shown_samples = False
+        self._has_shown_samples, self._next_look = False, 0.0
         self._ended = threading.Event()
         self._printed: dict[str, tuple[float, str]] = {}
         """When a line of each stage was printed last, and that line."""
@@ -95,8 +95,12 @@ class RunDisplay:
             self._printer.join()
 
     def tick(self, running: Sequence[Stage]) -> None:
-        """Set the stages that are running now."""
+        """Set the stages that are running now, and name the first samples once an expert has drawn them."""
         self.running = list(running)
+        if not self._has_shown_samples and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_EVERY_S
+            for stage in self.running:
+                self._show_samples(stage)
 
     def event(self, event: str, stage: Stage, text: str) -> None:
         """Print an event of a stage."""
@@ -107,11 +111,13 @@ class RunDisplay:
         self.console.print(line, style="dim" if event == "kept" else None, soft_wrap=True)
         if event in ("finished", "failed"):
             self._printed.pop(stage.name, None)
-        if event == "finished" and stage.kind == "expert" and not self._has_shown_samples:
+        if event == "finished":
             self._show_samples(stage)
 
     def _show_samples(self, stage: Stage) -> None:
         """Print where the first samples are, those of the first expert; on an island they stay there."""
+        if self._has_shown_samples or stage.kind != "expert":
+            return
         for attempt in self.run.attempts(stage)[-1:]:
             if (samples := attempt / FIRST_SAMPLES).is_file():
                 self._has_shown_samples = True

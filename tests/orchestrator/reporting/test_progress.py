@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ddm_core.artifacts import Workspace
 from orchestrator.pipeline.stage import FIRST_SAMPLES
+from orchestrator.reporting import progress
 from orchestrator.reporting.progress import RunDisplay, format_clock, format_number, format_progress
 from orchestrator.run.attempts import load_progress
 from tests.orchestrator.fakes import diamond, run_folder
@@ -70,14 +71,19 @@ def test_log_has_a_line_a_minute_and_none_of_a_complete_stage(tmp_path, monkeypa
     assert [line.split()[:2] for line in lines] == [["expert_1", "0%"]]
 
 
-def test_samples_of_the_first_expert_are_named_once(tmp_path):
+@pytest.mark.parametrize("is_running", [True, False])
+def test_samples_of_the_first_expert_are_named_once(tmp_path, monkeypatch, is_running):
+    monkeypatch.setattr(progress, "LOOK_EVERY_S", 1e-3)
     run, (_, first, second, *_) = run_folder(tmp_path), diamond()
     console = Console(file=io.StringIO(), width=120)
     with RunDisplay(run, console) as display:
         for stage in (second, first):
-            display.event("finished", stage, "in 1 s")
+            display.tick([stage] if is_running else [])
             run.attempt(stage, 1).mkdir(parents=True)
             (run.attempt(stage, 1) / FIRST_SAMPLES).touch()
+            time.sleep(2e-3)
+            display.tick([stage] if is_running else [])
+            assert ("samples" in console.file.getvalue()) == (is_running or stage is first)
             display.event("finished", stage, "in 1 s")
     named = [line for line in console.file.getvalue().splitlines() if "samples" in line]
     assert len(named) == 1 and named[0].endswith(str(run.attempt(second, 1) / FIRST_SAMPLES))
