@@ -370,35 +370,42 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _sweep(overrides: list[str]) -> None:
-    """Run every combination, one after the other in this process, or in parallel with a launcher of this project."""
+    """Run every combination, one after the other in this process, or in parallel with a launcher of this project.
+
+    Runs that cannot succeed end before the first one starts; if none can, for one reason, that is the error.
+    """
     from orchestrator.controller import run_pipeline
+    from orchestrator.planning.checks.check import check_run
+    from orchestrator.run.run_folder import RunFolder
     from orchestrator.sweeps.hydra_entry import run_sweep
     from orchestrator.sweeps.trial import SweepStopped, label_trial, parse_trial_config
 
-    failures: dict[str, str] = {}
-    stopped: list[str] = []
-
-    def job(composed: dict[str, Any], parameters: dict[str, str]) -> None:
-        if stopped:
-            return  # Hydra calls this for every trial, also after a stop
-        label = label_trial(parameters)
-        console.rule(label)
-        try:
-            config = parse_trial_config(composed, label)
-            _report_result(config, run_pipeline(config, console))
-        except typer.Exit:
-            stopped.append(label)
-        except DDMError as error:
-            console.print(str(error), style="red", highlight=False, soft_wrap=True)
-            failures[label] = str(error)
-
     try:
-        run_sweep(overrides, job)
+        combinations = run_sweep(overrides)
     except SweepStopped as notice:
         console.print(str(notice), soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
-    if stopped:
-        raise typer.Exit(130)
+    configs, failures = {}, {}
+    for composed, parameters in combinations:
+        label = label_trial(parameters)
+        try:
+            config = parse_trial_config(composed, label)
+            check_run(config, RunFolder(Path(config.folder).expanduser()))
+            configs[label] = config
+        except DDMError as error:
+            failures[label] = str(error)
+    if not configs and len({*failures.values()}) == 1:
+        raise ConfigError(failures.popitem()[1])
+    for label, message in failures.items():
+        console.rule(label)
+        console.print(message, style="red", highlight=False, soft_wrap=True)
+    for label, config in configs.items():
+        console.rule(label)
+        try:
+            _report_result(config, run_pipeline(config, console))
+        except DDMError as error:
+            console.print(str(error), style="red", highlight=False, soft_wrap=True)
+            failures[label] = str(error)
     if failures:
         lines = "".join(f"\n  {label}: {error}" for label, error in failures.items())
         raise RunFailed(f"{len(failures)} run(s) of the sweep failed; run the same command to retry them{lines}")

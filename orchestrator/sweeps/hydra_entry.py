@@ -1,9 +1,9 @@
-"""`ddm run -m`: run Hydra's multirun, which calls back for every combination."""
+"""`ddm run -m`: Hydra's multirun composes every combination; a launcher of ours runs them, too."""
 
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hydra
@@ -32,10 +32,11 @@ from orchestrator.sweeps.trial import swept_parameters
 OUR_LAUNCHER, OUR_SWEEPER = "hydra/launcher=ddm_ray", "hydra/sweeper=ddm_optuna"
 
 
-def run_sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str, str]], None]) -> None:
-    """Run all combinations through Hydra's sweeper and launcher.
+def run_sweep(overrides: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Pass all combinations to Hydra's sweeper and launcher.
 
-    Hydra's own launcher calls `job(configuration, swept values)` sequentially; ours runs the trials in parallel.
+    Our launcher runs the trials in parallel. With Hydra's own, nothing is run: returns the configuration and the swept
+    values of each combination.
     """
     check_words(overrides)
     check_overrides(overrides)
@@ -47,17 +48,20 @@ def run_sweep(overrides: Sequence[str], job: Callable[[dict[str, Any], dict[str,
     except HydraException as error:
         raise ConfigError(explain_error(str(error), overrides)) from None
 
-    def run_combination(composed: DictConfig) -> None:
+    combinations = []
+
+    def collect(composed: DictConfig) -> None:
         settings = HydraConfig.get()
         swept = swept_keys(arguments) | set(settings.sweeper.get("params") or ())
-        job(to_dictionary(composed), swept_parameters(settings.overrides.task, swept))
+        combinations.append((to_dictionary(composed), swept_parameters(settings.overrides.task, swept)))
 
     sys.argv = ["ddm", "--multirun", *arguments]
     try:
         with _plain_errors():
-            hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run_combination)()
+            hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(collect)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_error(str(error), overrides)) from None
+    return combinations
 
 
 def _with_our_launcher(arguments: list[str]) -> list[str]:

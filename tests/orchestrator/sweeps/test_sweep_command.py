@@ -88,17 +88,21 @@ def test_mistake_is_one_error_and_runs_nothing(tmp_path, arguments, message):
     assert not list(tmp_path.glob("*/journal.jsonl"))
 
 
-@pytest.mark.parametrize("sweeper", [(), ("hydra/sweeper=ddm_optuna", "hydra.sweeper.n_trials=3")])
+@pytest.mark.parametrize(
+    "sweeper",
+    [(), ("hydra/launcher=ddm_ray",), ("hydra/sweeper=ddm_optuna", "hydra.sweeper.n_trials=3")],
+)
 def test_sweep_that_cannot_succeed_starts_nothing(tmp_path, sweeper):
-    data = ("data=image_folder", f"data.path={tmp_path / 'nowhere'}", "hydra/launcher=ddm_ray")
+    data = ("data=image_folder", f"data.path={tmp_path / 'nowhere'}")
     output = sweep(f"folder={tmp_path / 'sweep'}", *data, "seed=1,2", *sweeper, code=1)
     assert output.count("nowhere is not a folder") == 1
     assert not list(tmp_path.glob("sweep/seed*"))
 
 
-def test_trials_that_cannot_succeed_end_first(tmp_path):
+@pytest.mark.parametrize("launcher", [(), ("hydra/launcher=ddm_ray",)])
+def test_trials_that_cannot_succeed_end_first(tmp_path, launcher):
     """Two of three numbers of experts are too large for the data."""
-    running = start(f"folder={tmp_path}", "hydra/launcher=ddm_ray", "partition.num_experts=1,30,40")
+    running = start(f"folder={tmp_path}", *launcher, "partition.num_experts=1,30,40")
     try:
         wait_until(lambda: list(tmp_path.glob("*=1/journal.jsonl")), "the start of the first trial", limit_s=120)
         assert not list(tmp_path.glob("*0"))
