@@ -1,6 +1,7 @@
 """`ddm sample` and `ddm evaluate`: sample a finished run as one grid of images, or score one more selection."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ensemble.sampling.sample import SampleResult
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".webp")
+
+MIN_FREE_BYTES = 2**20
+"""Space for a grid."""
 
 READABLE_WIDTH = 800
 """Grids of small images are enlarged to about this width, in pixels."""
@@ -217,6 +221,10 @@ def _check_writable(out: Path) -> None:
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK) or (existing.is_dir() if existing == out else not existing.is_dir()):
         raise ConfigError(f"--out {out} cannot be written, because of {existing}; choose another file")
+    if (free := shutil.disk_usage(existing).free) < MIN_FREE_BYTES:
+        raise ConfigError(
+            f"--out {out} needs a disk with 1 MB free, and {existing} has {free / 1e6:.1f}; choose another file"
+        )
 
 
 def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> str:

@@ -18,7 +18,8 @@ import pytest
 from safetensors import SafetensorError
 
 from ddm_core.artifacts import list_files, read_manifest, save_arrays, verify, write_json
-from orchestrator.errors import OrchestratorError, RunFolderError
+from orchestrator.cli.sample import SamplingOptions, prepare_sampling
+from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.disk_errors import explain_disk_error
 from orchestrator.run.run_folder import RunFolder
@@ -65,6 +66,13 @@ def leftovers(out: Path) -> list[str]:
     """Return the artifacts, and the incomplete files in all folders."""
     hidden = [str(path) for path in out.rglob(".*")]
     return hidden + [path.name for path in out.iterdir() if path.name != "work"]
+
+
+def test_grid_on_a_full_disk_is_refused_before_anything_is_loaded(disk):
+    disk.fill(100 * 1024)
+    with pytest.raises(ConfigError, match=r"needs a disk with 1 MB free, and .*disk has 0\.1; choose another file"):
+        prepare_sampling(RunFolder(disk.path / "no run"), disk.path / "new" / "grid.png", SamplingOptions())
+    assert not (disk.path / "new").exists()
 
 
 @pytest.mark.integration
