@@ -37,12 +37,12 @@ from orchestrator.config.stage_kinds import STAGE_KINDS
 for kind in {kinds!r}:
     STAGE_KINDS[kind].run
 if {late!r}:
-    import sklearn.linear_model, torch._dynamo
+    import scipy.optimize, torch._dynamo
     from diffusers import FlowMatchEulerDiscreteScheduler
 after = os.times()
 print(after.user + after.system - before.user - before.system, len(sys.modules))
 """
-"""`late` adds what functions import: scikit-learn for the class probe, `torch._dynamo` for optimizers, a scheduler."""
+"""`late` adds what functions import: `scipy.optimize` for the class probe, `torch._dynamo` for optimizers, a scheduler."""
 
 BACKENDS = ("inline", "ray_local")
 """Where the digits run: in the process of the command, which is their default, and on workers of Ray."""
