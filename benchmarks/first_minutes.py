@@ -38,11 +38,10 @@ for kind in {kinds!r}:
     STAGE_KINDS[kind].run
 if {late!r}:
     import scipy.optimize, torch._dynamo
-    from diffusers import FlowMatchEulerDiscreteScheduler
 after = os.times()
 print(after.user + after.system - before.user - before.system, len(sys.modules))
 """
-"""`late` adds what functions import: `scipy.optimize` for the class probe, `torch._dynamo` for optimizers, a scheduler."""
+"""`late` adds what functions import: `scipy.optimize` for the class probe, `torch._dynamo` for optimizers."""
 
 BACKENDS = ("inline", "ray_local")
 """Where the digits run: in the process of the command, which is their default, and on workers of Ray."""

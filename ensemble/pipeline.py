@@ -56,6 +56,8 @@ from router.router import Router
 INDEX = "model_index.json"
 CLASS_NAME = "DDMPipeline"
 """The class of the index, as diffusers writes it."""
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+"""Written with its defaults, by name: its module imports scipy.stats."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 NOT_COPIED = (MANIFEST, "metrics.jsonl")
 
@@ -296,13 +298,13 @@ class _Index:
 
     def write(self, folder: Path) -> None:
         """Write the index and the scheduler's folder."""
-        from diffusers import FlowMatchEulerDiscreteScheduler  # imports scipy.stats
-
-        FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+        origin = {"_diffusers_version": version("diffusers")}
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": SCHEDULER, **origin})
         index = {
             "_class_name": CLASS_NAME,
-            "_diffusers_version": version("diffusers"),
-            "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
+            **origin,
+            "scheduler": ["diffusers", SCHEDULER],
             "noise_schedule": self.noise_schedule,
             "experts": self.expert_ids,
             "missing": self.missing_ids,

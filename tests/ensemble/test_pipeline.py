@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ddm_core.artifacts import CorruptArtifact, list_files, read_json, write_json
 from ensemble.config import SamplingConfig
@@ -91,7 +92,8 @@ def test_folder_is_a_diffusers_pipeline_folder(parts: Path) -> None:
     index = read_json(parts / "pipeline" / "model_index.json")
     assert index["_class_name"] == "DDMPipeline"
     assert index["experts"] == [0, 1, 2]
-    assert (parts / "pipeline" / "scheduler" / "scheduler_config.json").is_file()
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(parts / "pipeline" / "scheduler")
+    assert scheduler.config.items() >= FlowMatchEulerDiscreteScheduler().config.items()
     copied = {file.name for file in list_files(parts / "pipeline")}
     assert "metrics.jsonl" not in copied
     assert "manifest.json" not in copied

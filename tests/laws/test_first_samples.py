@@ -55,7 +55,7 @@ def test_expert_is_drawn_from_at_its_first_checkpoint(train, tmp_path):
     assert continued == without_picture
 
 
-def test_expert_without_a_checkpoint_is_drawn_from_when_it_is_trained(train):
+def test_expert_without_a_checkpoint_is_drawn_from_at_its_end(train):
     picture, _ = train("only", 10_000)
     assert picture.is_file()
 

@@ -68,7 +68,7 @@ def leftovers(out: Path) -> list[str]:
     return hidden + [path.name for path in out.iterdir() if path.name != "work"]
 
 
-def test_grid_on_a_full_disk_is_refused_before_anything_is_loaded(disk):
+def test_grid_on_a_full_disk_is_refused_first(disk):
     disk.fill(100 * 1024)
     with pytest.raises(ConfigError, match=r"needs a disk with 1 MB free, and .*disk has 0\.1; choose another file"):
         prepare_sampling(RunFolder(disk.path / "no run"), disk.path / "new" / "grid.png", SamplingOptions())

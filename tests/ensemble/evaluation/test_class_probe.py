@@ -52,7 +52,7 @@ def test_word_probes_read_what_they_saved(tmp_path):
         assert (loaded.predict(name, held_out) == labels[80:]).mean() > 0.7
 
 
-def test_held_out_images_are_judged_by_probes_that_do_not_know_them():
+def test_held_out_images_are_judged_by_other_probes():
     """Labels that no feature tells are known to the probe of samples, and unknown to those of held-out images."""
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(400, 150)).astype(np.float32), random.integers(0, 2, 400)

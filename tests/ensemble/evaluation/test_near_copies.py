@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import betabinom, binomtest
 
 from ensemble.evaluation.near_copies import compare_distances, near_neighbor_rate
 
@@ -22,6 +23,18 @@ def test_rate_without_copies_is_calibrated():
     assert np.mean([rate.share for rate in rates]) == pytest.approx(0.05, abs=0.006) == rates[0].expected
     assert np.mean([rate.share > rate.usual for rate in rates]) < 0.06
     assert np.mean([rate.p_value < 0.05 for rate in rates]) == pytest.approx(0.045, abs=0.03)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0, 1), st.floats(0.01, 0.5))
+def test_figures_are_those_of_scipy_stats(count, num_held_out, near_share, quantile):
+    nearer = round(near_share * count)
+    held_out, samples = 1 + np.arange(num_held_out), np.where(np.arange(count) < nearer, 0, 2 + num_held_out)
+    rate = near_neighbor_rate(samples.astype(float), held_out.astype(float), quantile)
+    interval, rank = binomtest(nearer, count).proportion_ci(0.95), round(rate.expected * (num_held_out + 1))
+    expected = betabinom(count, rank, num_held_out + 1 - rank)
+    assert (rate.low, rate.high) == pytest.approx((interval.low, interval.high), abs=1e-9)
+    assert rate.usual == expected.ppf(0.975) / count
+    assert rate.p_value == pytest.approx(expected.sf(nearer - 1), rel=1e-6)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0.001, 0.5), st.integers(0, 99))
