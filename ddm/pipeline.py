@@ -34,6 +34,7 @@ class DDMPipeline(EnsembleDiffusionPipeline):
         dtype: torch.dtype | None = None,
         device_map: str | torch.device | None = None,
         max_memory: int | str | None = None,
+        quantization_config: Any = None,
         scheduler: Any = None,
         text_encoder: Any = None,
         revision: str | None = None,
@@ -43,8 +44,9 @@ class DDMPipeline(EnsembleDiffusionPipeline):
 
         `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. `max_memory` is a
         number of bytes, or text such as `"4GB"`: experts that do not fit into it together are loaded when they are
-        called. `text_encoder` has `encode(captions)`; the default is that of the training. Files of a run
-        are compared with their checksums first. Raises `PipelineError`, an `ArtifactError` or `RunFolderError` for what
+        called. `quantization_config` is a `PipelineQuantizationConfig` of diffusers that names experts. `text_encoder`
+        has `encode(captions)`; the default is that of the training. Files of a run are compared with their checksums
+        first. Raises `PipelineError`, an `ArtifactError` or `RunFolderError` for what
         cannot be loaded; nothing in a folder is executed.
         """
         path, sampling, run = Path(name).expanduser(), SamplingConfig(), None
@@ -59,6 +61,7 @@ class DDMPipeline(EnsembleDiffusionPipeline):
             dtype=dtype,
             device_map=device_map,
             max_memory=max_memory,
+            quantization_config=quantization_config,
             scheduler=scheduler,
             text_encoder=text_encoder,
             revision=revision,

@@ -183,11 +183,11 @@ class EnsemblePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], load: Callable[[Path], ExpertModel] | None = None
+        cls, folder: str | os.PathLike[str], load: Callable[[Path], ExpertModel | None] | None = None
     ) -> "EnsemblePipeline":
         """Load a pipeline's folder without the experts that its index lists as missing.
 
-        `load` is another function that loads an expert's folder.
+        `load` is another function that loads an expert's folder, or returns None for one that is loaded as usual.
 
         Raises `PipelineError` for a folder with pickles, with an expert that is neither present nor listed as
         missing, or with parts that do not fit; an `ArtifactError` for broken files.
@@ -195,9 +195,7 @@ class EnsemblePipeline:
         folder = Path(folder)
         _refuse_pickles(folder)
         index = _Index.read(folder)
-        experts = _load_experts(
-            folder, [k for k in index.expert_ids if k not in index.missing_ids], load or load_expert
-        )
+        experts = _load_experts(folder, [k for k in index.expert_ids if k not in index.missing_ids], load)
         codec = load_codec(folder / "codec")
         _check_shapes(experts, codec, index.num_classes)
         router = Router.load(folder / "router") if index.has_router else None
@@ -361,12 +359,13 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _load_experts(
-    folder: Path, expert_ids: Sequence[int], load: Callable[[Path], ExpertModel]
+    folder: Path, expert_ids: Sequence[int], load: Callable[[Path], ExpertModel | None] | None
 ) -> dict[int, ExpertModel]:
     """Load these experts, and link them to the weights that they share; raise `PipelineError` if one is absent."""
     if is_cluster_conditioned(folder / CLUSTER_CONDITIONED):
         return _load_cluster_conditioned(folder / CLUSTER_CONDITIONED, expert_ids)
-    experts = {k: load(_expert_folder(folder, k)) for k in expert_ids}
+    folders = {k: _expert_folder(folder, k) for k in expert_ids}
+    experts = {k: (load and load(path)) or load_expert(path) for k, path in folders.items()}
     bases = load_bases(folder / SHARED) if (folder / SHARED).is_dir() else {}
     for expert in experts.values():
         for model in expert.networks():

@@ -10,6 +10,7 @@ from torch import Tensor
 from ensemble.ensemble import Ensemble
 from ensemble.pipelines.call import Noise, StepCallback
 from ensemble.pipelines.guided_field import Guidance, GuidedField
+from ensemble.pipelines.optimizations import with_caches
 from ensemble.pipelines.schedulers import check_scheduler, set_times
 from ensemble.routing import CallCounts, RoutingState
 from ensemble.sampling.batches import plan_batches
@@ -56,18 +57,19 @@ def sample_latents(pipeline: Any, request: Request) -> tuple[Latents, CallCounts
 
 def _denoise(pipeline: Any, ensemble: Ensemble, request: Request, rows: RowIds, calls: CallCounts, bar: Any) -> Latents:
     """Integrate the trajectories of one batch from noise to clean latents."""
-    device, dtype = pipeline._execution_device, pipeline.dtype
-    field, routing = _start_field(ensemble, request, rows, device)
+    device, dtype, few_step = pipeline._execution_device, pipeline.dtype, ensemble.few_step
 
     def noise(index: int) -> Latents:
         return request.noise.draw(rows, index).to(device, dtype)
 
-    latents, few_step = ensemble.initial_latents(noise, field.condition, routing), ensemble.few_step
     if few_step is None:
         times = set_times(pipeline.scheduler, request.steps, request.tokens, device, request.sigmas).tolist()
         timesteps = pipeline.scheduler.timesteps
     else:
         times, timesteps = list(few_step.times), TIMESTEPS * torch.tensor(few_step.times)
+    ensemble = with_caches(ensemble, pipeline.cache_hooks, times)
+    field, routing = _start_field(ensemble, request, rows, device)
+    latents = ensemble.initial_latents(noise, field.condition, routing)
     field.steps = pipeline._num_timesteps = len(times)
     for step, t in enumerate(times):
         if pipeline.interrupt:

@@ -28,7 +28,9 @@ from ensemble.pipelines.components import as_expert, expert_ids, expert_name, ow
 from ensemble.pipelines.denoising_loop import Request, sample_latents
 from ensemble.pipelines.folder_methods import FolderMethods
 from ensemble.pipelines.guided_field import Guidance
+from ensemble.pipelines.optimizations import OptimizationMethods
 from ensemble.pipelines.paging import ExpertPager, PagedExpert, Residency, choose_residency
+from experts.compressed.caching.diffusers_hooks import CacheHook
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import NoiseScheduleName
@@ -42,7 +44,7 @@ from router.config import SelectionConfig, SelectionName
 EXPERT_TYPES = (ExpertModel, nn.Module)
 
 
-class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline):  # type: ignore[misc, unused-ignore]
+class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, OptimizationMethods, DiffusionPipeline):  # type: ignore[misc, unused-ignore]
     """An ensemble of experts that samples like one model, with the methods of diffusers' pipelines.
 
     Image i depends on its seed or generator alone, whatever the batch.
@@ -79,6 +81,8 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, DiffusionPipeline
         """
         super().__init__()
         self._paged: dict[int, PagedExpert] = {}
+        self.cache_hooks: dict[int, CacheHook] = {}
+        """The caches of experts by their ids, which `enable_cache` sets."""
         for name, expert in experts.items():
             if not expert_ids([name]) or not isinstance(expert, EXPERT_TYPES):
                 raise PipelineError(

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from ensemble.pipeline import EnsemblePipeline, PipelineError
 from ensemble.pipelines.components import expert_name, owner_of
 from ensemble.pipelines.export import export_pipeline
 from ensemble.pipelines.hub import MINIMAL_CARD, local_folder, upload
+from ensemble.pipelines.optimizations import is_quantized, quantizing_loader
 from ensemble.pipelines.paging import choose_loader
 from ensemble.pipelines.schedulers import load_scheduler
 from ensemble.pipelines.trusted_files import check_files
 from experts.conditions.text_encoder import TextEncoder
+from experts.expert_model import ExpertModel
 
 
 class FolderMethods:
@@ -51,6 +54,7 @@ class FolderMethods:
         dtype: torch.dtype | None = None,
         device_map: str | torch.device | None = None,
         max_memory: int | str | None = None,
+        quantization_config: Any = None,
         scheduler: Any = None,
         text_encoder: Any = None,
         revision: str | None = None,
@@ -60,12 +64,18 @@ class FolderMethods:
 
         `dtype` is that of the networks (default: as saved), `device_map` the device of all of them. `max_memory` is a
         number of bytes, or text such as `"4GB"`: experts that do not fit into it together are loaded when they are
-        called. `text_encoder` has `encode(captions)`; the default is that of the training. Raises `PipelineError` or
-        an `ArtifactError` for a folder that cannot be loaded.
+        called. `quantization_config` is a `PipelineQuantizationConfig` of diffusers that names experts (default: all);
+        it needs its library, and memory for one plain expert. `text_encoder` has `encode(captions)`; the default is
+        that of the training. Raises `PipelineError` or an `ArtifactError` for a folder that cannot be loaded.
         """
         path = local_folder(str(name), revision, token)
         check_files(path)
+        load: Callable[[Path], ExpertModel | None] | None
         load = None if max_memory is None else choose_loader(path, max_memory, dtype)
+        if quantization_config is not None:
+            if load is not None:
+                raise PipelineError("experts that are loaded by need are not quantized; leave max_memory out")
+            load = quantizing_loader(quantization_config, sorted(each.name for each in path.glob("expert_*")))
         loaded = EnsemblePipeline.from_pretrained(path, load)
         pipeline = cls.from_ensemble(loaded, scheduler or load_scheduler(path / "scheduler"), text_encoder)
         if dtype is not None:
@@ -75,9 +85,14 @@ class FolderMethods:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the pipeline folder; it appears complete or not at all, and replaces one that exists.
 
-        Raises `PipelineError` while experts have adapters.
+        Raises `PipelineError` while experts have adapters, or are quantized by diffusers.
         """
         pipeline: Any = self
+        if quantized := [k for k, expert in pipeline.experts.items() if any(map(is_quantized, expert.networks()))]:
+            raise PipelineError(
+                f"expert {quantized[0]} was quantized when it was loaded, which is not saved; save the original, or "
+                "compress it: ddm compress RUN quantize=int8_weight_only"
+            )
         if adapters := pipeline.get_list_adapters():
             raise PipelineError(
                 f"{next(iter(adapters))} has adapters, which are not saved; call unload_lora_weights first"

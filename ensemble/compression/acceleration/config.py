@@ -50,11 +50,11 @@ class HookConfig:
     """Caches features of a transformer with a hook of diffusers; needs a solver with one evaluation per step."""
 
     method: Literal["hook"] = "hook"
-    hook: Literal["taylorseer", "first_block", "mag", "pyramid"] = "taylorseer"
-    """The hook: TaylorSeer, first-block cache, MagCache or pyramid attention broadcast."""
+    hook: Literal["taylorseer", "first_block", "mag", "pyramid", "faster"] = "taylorseer"
+    """The hook: TaylorSeer, first-block cache, MagCache, pyramid attention broadcast or FasterCache's attention."""
     interval: Annotated[int, Field(ge=1)] = 3
-    """`taylorseer`, `pyramid`: steps from one computation of a layer to the next. `mag`: one more than the maximum
-    number of steps skipped in a row."""
+    """`taylorseer`, `pyramid`, `faster`: steps from one computation of a layer to the next. `mag`: one more than the
+    maximum number of steps skipped in a row."""
     order: Annotated[int, Field(ge=0, le=3)] = 1
     """`taylorseer`: order of the Taylor series that extrapolates cached outputs."""
     threshold: Annotated[float, Field(gt=0)] = 0.1

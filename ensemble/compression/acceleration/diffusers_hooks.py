@@ -1,7 +1,8 @@
 """Caching with diffusers' own hooks: attach one to every expert, calibrated and counted along its own trajectories.
 
 TaylorSeer (Liu et al. 2025, arXiv:2503.06923), first-block cache (from TeaCache, Liu et al. 2024, arXiv:2411.19108),
-MagCache (Ma et al. 2025, arXiv:2506.09045), pyramid attention broadcast (Zhao et al. 2024, arXiv:2408.12588).
+MagCache (Ma et al. 2025, arXiv:2506.09045), pyramid attention broadcast (Zhao et al. 2024, arXiv:2408.12588),
+FasterCache (Lv et al. 2024, arXiv:2410.19355).
 """
 
 import contextlib

@@ -19,9 +19,9 @@ from experts.types import RowIds
 if TYPE_CHECKING:  # its import takes as long as that of torch, and few ensembles have a hook
     from diffusers.hooks import HookRegistry
 
-HookKind = Literal["taylorseer", "first_block", "mag", "pyramid"]
+HookKind = Literal["taylorseer", "first_block", "mag", "pyramid", "faster"]
 
-LAYERS = [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"]
+LAYERS = [r"transformer_blocks\.\d+\.attn1?", r"transformer_blocks\.\d+\.ff"]
 """The layers that TaylorSeer caches; its default patterns match no layer of a DiT."""
 
 
@@ -31,8 +31,8 @@ class CacheHook:
 
     kind: HookKind
     interval: int = 3
-    """`taylorseer` and `pyramid` compute a layer on one step in this many; `mag` skips at most this many less one in a
-    row."""
+    """`taylorseer`, `pyramid` and `faster` compute a layer on one step in this many; `mag` skips at most this many less
+    one in a row."""
     order: int = 1
     """`taylorseer`: order of the extrapolation."""
     threshold: float = 0.1
@@ -44,15 +44,15 @@ class CacheHook:
 
 
 class FirstTimestepRecorder:
-    """Records the timestep that a network is called with, which `pyramid` reads."""
+    """Records the timestep that a network is called with, which `pyramid` reads, and counts the calls."""
 
     def __init__(self) -> None:
-        self.timestep = 0.0
+        self.timestep, self.calls = 0.0, 0
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the timestep of the first row, the network's second argument."""
         t = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.timestep = float(t[0])
+        self.timestep, self.calls = float(t[0]), self.calls + 1
 
 
 def apply_cache_hook(model: nn.Module, hook: CacheHook, *, calibrate: int = 0) -> nn.Module:
@@ -130,11 +130,34 @@ def _pyramid(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
     apply_pyramid_attention_broadcast(model, config)
 
 
+def _faster(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
+    """Extrapolate attention from its latest two outputs; the branches of guidance are rows, and both are computed."""
+    from diffusers.hooks import FasterCacheConfig, apply_faster_cache
+
+    recorder = FirstTimestepRecorder()
+    model.register_forward_pre_hook(recorder, with_kwargs=True)
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=hook.interval,
+        spatial_attention_timestep_skip_range=(-1, 1),
+        current_timestep_callback=lambda: 0 if recorder.calls > EXTRAPOLATED else 1,
+        attention_weight_callback=lambda _module: 0.5,
+        tensor_format="BCHW",
+        is_guidance_distilled=True,
+    )
+    apply_faster_cache(model, config)
+    if len(_registries(model)) < 2:  # the one of the network alone caches nothing
+        raise ValueError(f"diffusers' hook faster must match a layer of attention; a {type(model).__name__} has none")
+
+
+EXTRAPOLATED = 2
+"""Outputs that `faster` extrapolates from: so many first steps are computed."""
+
 _APPLY: dict[HookKind, Callable[[nn.Module, CacheHook, int], None]] = {
     "taylorseer": _taylorseer,
     "first_block": _first_block,
     "mag": _mag,
     "pyramid": _pyramid,
+    "faster": _faster,
 }
 
 

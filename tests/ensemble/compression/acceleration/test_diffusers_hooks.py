@@ -25,7 +25,7 @@ from tests.ensemble.compression.trained import trained
 
 TIMES = tuple(1 - index / STEPS for index in range(STEPS))
 CONFIG = HookConfig(rows=2)
-KINDS = ("taylorseer", "first_block", "mag", "pyramid")
+KINDS = ("taylorseer", "first_block", "mag", "pyramid", "faster")
 
 
 @pytest.fixture(scope="module")
