@@ -206,6 +206,15 @@ def encode_dataset(
         )
 
 
+def encode_folder(shards: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace) -> int:
+    """Encode a folder of shards into folders below `out`, and return the number of samples; raises `Preempted`."""
+    total = read_index(shards).count
+    encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total)
+    for part in encoding.encode_shards(shards, workspace.scratch / CACHE / "parts" / out.name):
+        shutil.copytree(part, out / part.name, copy_function=_link)
+    return total
+
+
 def divide_latents(parts: Path, clusters: Sequence[Path], out: Path) -> None:
     """Write the latents of cluster k's shards, in their order, to `out/<k>`; `parts` has those of all samples.
 

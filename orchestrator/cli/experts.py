@@ -1,5 +1,6 @@
 """List, remove, restore or add the experts of a finished run's ensemble."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ from orchestrator.reporting.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = open_console()
+
+ALL, ROUTED = "all", "routed"
 
 RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Ensemble = Annotated[Path | None, typer.Option(help="Ensemble of an earlier change; empty is the run's own")]
@@ -72,38 +75,86 @@ def add(
 def finetune(
     run: RunArgument,
     images: Annotated[Path, typer.Option(help="Folder of images, as data.source=image_folder reads it")],
-    out: Annotated[Path, typer.Option(help="Folder of the adapters; what is finished in it is kept")],
+    out: Annotated[Path, typer.Option(help="Folder that the adapters are copied to")],
     experts: Annotated[str, typer.Option(help="all, ids such as 0,2, or routed: by each image's cluster")] = "routed",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each adapter")] = 500,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step")] = 16,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate")] = 1e-4,
+    trust: Annotated[bool, typer.Option("--trust", help="Use the settings of a run that someone else wrote")] = False,
 ) -> None:
-    """Train a LoRA adapter of every chosen expert on images, each expert alone; the run stays as it is."""
+    """Train a LoRA adapter of every chosen expert on images, each alone, as stages of the run; its experts stay."""
     from orchestrator.cli.sample import find_pipeline
-    from orchestrator.pipeline import run_finetune
-    from orchestrator.reporting.results import current_graph
+    from orchestrator.config.finetune import FinetuneConfig
+    from orchestrator.controller import run_pipeline
+    from orchestrator.errors import RunFailed
+    from orchestrator.planning.checks.check import check_folder
     from orchestrator.run.run_folder import RunFolder
+    from orchestrator.run.trust import require_trust
 
     folder, out = RunFolder(run.expanduser()), out.expanduser()
-    config, ensemble = folder.load_config(), find_pipeline(folder, monolith=False)
-    partition = next(stage for stage in current_graph(folder, config) if stage.name == "partition")
-    training = replace(
-        config.expert.training, steps=steps, batch_size=batch_size, lr=lr, warmup_steps=min(100, steps // 10)
-    )
-    request = run_finetune.FinetuneRequest(
-        config=config,
-        ensemble=ensemble,
-        partition=folder.artifact(partition),
-        images=images.expanduser(),
-        out=out,
-        experts=experts,
-        training=training,
+    config = folder.load_config()
+    require_trust(folder, config, trust=trust)
+    check_folder(out)
+    finetune = FinetuneConfig(
+        images=str(images.expanduser().absolute()),
+        content=_fingerprint_images(images.expanduser()),
+        experts=_choose_experts(find_pipeline(folder, monolith=False), experts),
+        is_routed=experts == ROUTED,
         rank=rank,
+        training=replace(
+            config.expert.training, steps=steps, batch_size=batch_size, lr=lr, warmup_steps=min(100, steps // 10)
+        ),
     )
-    for k, summary in run_finetune.finetune(request):
-        console.print(f"expert {k}: {summary.images} images, {summary.steps} steps, loss {summary.final_loss:.4f}")
+    config = replace(config, folder=str(folder.root), finetune=finetune)
+    if run_pipeline(config, console).stopped:
+        raise RunFailed("stopped; run the same command to continue")
+    _copy_adapters(folder, config, out)
     console.print(f'{out}: pipe.load_lora_weights("{out}")', soft_wrap=True, highlight=False, markup=False)
+
+
+def _fingerprint_images(images: Path) -> str:
+    """Return one fingerprint of all files in a folder; raise `NoSamples` if it is none."""
+    from data_partition.errors import NoSamples
+    from ddm_core.artifacts import checksum, fingerprint
+
+    if not images.is_dir():
+        raise NoSamples(f"--images must be a folder of images; got {images}")
+    files = {str(path.relative_to(images)): checksum(path) for path in images.rglob("*") if path.is_file()}
+    return fingerprint("images", files, {})
+
+
+def _choose_experts(ensemble: Path, experts: str) -> tuple[int, ...]:
+    """Return the ids that an option names; raise `ConfigError` for one that the ensemble lacks."""
+    present = sorted(int(path.name.removeprefix("expert_")) for path in ensemble.glob("expert_*"))
+    if experts in (ALL, ROUTED):
+        return tuple(present)
+    ids = [part.strip() for part in experts.split(",")]
+    if unknown := [part for part in ids if not part.isdigit() or int(part) not in present]:
+        known = ", ".join(map(str, present))
+        raise ConfigError(f"--experts must be {ALL}, {ROUTED}, or ids among {known}; got {unknown[0]!r}")
+    return tuple(sorted({int(part) for part in ids}))
+
+
+def _copy_adapters(run: Any, config: Any, out: Path) -> None:
+    """Copy the adapters that are trained to `out/expert_<k>`, and print how."""
+    from ddm_core.artifacts import MANIFEST, atomic_folder, read_json, verify
+    from orchestrator.pipeline.graph import build_graph
+
+    for stage in build_graph(config):
+        if stage.kind != "adapter" or not run.is_finished(stage):
+            continue
+        artifact, k = run.artifact(stage), stage.name.removeprefix("adapter_")
+        verify(artifact)
+        summary = read_json(artifact / "training.json")
+        if not summary["images"]:
+            console.print(f"expert {k}: no image lies in its cluster, so it has no adapter")
+            continue
+        with atomic_folder(out / f"expert_{k}") as temporary:
+            shutil.copytree(artifact, temporary, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        console.print(
+            f"expert {k}: {summary['images']} images, {summary['steps']} steps, loss {summary['final_loss']:.4f}"
+        )
 
 
 def _open_base(run: Path, ensemble: Path | None, output: Path | None = None) -> Any:

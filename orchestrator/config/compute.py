@@ -83,6 +83,10 @@ class StagesConfig:
     """Quantizing the ensemble's weights."""
     stitch: ResourcesConfig = ResourcesConfig()
     """Joining the compressed and the original ensemble."""
+    adapter_images: ResourcesConfig = ResourcesConfig()
+    """Encoding the images of `ddm finetune`."""
+    adapter: ResourcesConfig = ResourcesConfig()
+    """Training of one expert's adapter."""
     timing: ResourcesConfig = ResourcesConfig()
     """Measuring the CPU time per image."""
     score: ResourcesConfig = ResourcesConfig()

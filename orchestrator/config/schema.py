@@ -27,6 +27,7 @@ from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig, TextConfig
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.expert_overrides import complete_expert_overrides
+from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.injection_guard import check_printable
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError
@@ -101,6 +102,8 @@ class RunConfig:
     """Quantization of weights, or of weights and activations."""
     stitch: StitchConfig | None = None
     """The original ensemble on one side of a t, the compressed one on the other."""
+    finetune: FinetuneConfig | None = None
+    """Adapters of the experts, trained on images of their own; set by `ddm finetune`."""
     scores: ScoresConfig = ScoresConfig()
     """The scoring of samples."""
     compute: ComputeConfig = ComputeConfig()
@@ -128,7 +131,7 @@ class RunConfig:
             "cluster_conditioned": batch,
             "distilled_monolith": self.distilled_monolith.batch_size or batch,
             "router": self.router.training.batch_size,
-        }
+        } | ({} if self.finetune is None else {"adapter": self.finetune.training.batch_size})
         for kind, rows in batches.items():
             if rows % (workers := getattr(self.compute.stages, kind).workers):
                 raise ValueError(

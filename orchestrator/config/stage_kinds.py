@@ -119,6 +119,16 @@ STAGE_KINDS: dict[str, StageKind] = {
     "prune": StageKind(_COMPRESSION, "run_compression:run_compression", "estimate_compression", is_compression=True),
     "quantize": StageKind(_COMPRESSION, "run_compression:run_compression", "estimate_compression", is_compression=True),
     "stitch": StageKind(_COMPRESSION, "run_compression:run_compression", "estimate_compression", is_compression=True),
+    "adapter_images": StageKind(
+        "orchestrator.config.finetune:AdapterImagesStageConfig", "run_finetune:run_adapter_images", "estimate_nothing"
+    ),
+    "adapter": StageKind(
+        "orchestrator.config.finetune:AdapterStageConfig",
+        "run_finetune:run_adapter",
+        "estimate_adapter",
+        is_training=True,
+        trained_as="expert",
+    ),
     "timing": StageKind("ensemble.compression.config:TimingConfig", "run_compression:run_timing", "estimate_timing"),
     "score": StageKind(f"{_CONFIGS}:ScoreStageConfig", "run_sampling:run_score", "estimate_score"),
     "nothing": StageKind(f"{_CONFIGS}:NothingConfig", "run_data:run_nothing", "estimate_nothing"),

@@ -8,7 +8,8 @@ dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 �
 compressed ensemble with its own score and timing.
 The baselines `cluster_conditioned` and `distilled_monolith` are built like the monolith. The second one also reads the
 experts. A router with `data=samples` reads `expert_samples`, which the experts generate. The selection `auto` adds a
-`selection_search` between the ensemble and its score.
+`selection_search` between the ensemble and its score. `ddm finetune` adds `adapter_images`, and an `adapter_<k>` for
+each chosen expert.
 """
 
 from collections import deque
@@ -19,6 +20,7 @@ from types import MappingProxyType
 from ensemble.compression.config import compression_label
 from experts.config import ExpertConfig
 from orchestrator.config.compute import ResourcesConfig
+from orchestrator.config.finetune import ALL_IMAGES, AdapterStageConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.pipeline.stage_configs import (
@@ -72,6 +74,7 @@ class _GraphBuilder:
         reference_inputs = data_inputs | {"codec": self.codec}
         self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, reference_inputs))
         trained = self._add_ensemble()
+        self._add_adapters(trained)
         if self.config.monolith or "monolith" in self.config.baselines:
             self._add_baseline("monolith", self._add_monolith("monolith"))
         if "cluster_conditioned" in self.config.baselines:
@@ -140,6 +143,22 @@ class _GraphBuilder:
             self._add_score("_".join(labels), compressed, self.config.ensemble.selection, search_inputs)
             timing_inputs = {"ensemble": Input(stage=compressed), "original": Input(stage=original)}
             self._add("timing", self.stage_configs.timing, timing_inputs, "_".join(["timing", *labels[1:]]))
+
+    def _add_adapters(self, trained: Mapping[str, Input]) -> None:
+        """Add the adapters of `ddm finetune`; each reads its own images and expert alone."""
+        finetune, config = self.config.finetune, self.stage_configs.adapter_images
+        if finetune is None or config is None:
+            return
+        partition = {"partition": self.partition} if finetune.is_routed else {}
+        images = self._add("adapter_images", config, {"codec": self.codec} | partition)
+        for k in finetune.experts:
+            inputs = {
+                "expert": trained[f"expert_{k}"],
+                "codec": self.codec,
+                "images": Input(stage=images, part=str(k) if finetune.is_routed else ALL_IMAGES),
+            }
+            adapter = AdapterStageConfig(rank=finetune.rank, training=finetune.training)
+            self._add("adapter", adapter, inputs, f"adapter_{k}", optional=len(finetune.experts) > 1)
 
     def _add_selection_search(self, ensemble: Stage) -> Input:
         inputs = {"ensemble": Input(stage=ensemble), "reference": self.reference}

@@ -17,6 +17,7 @@ from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
 from experts.config import ExpertConfig, TextConfig, TrainingConfig
+from orchestrator.config.finetune import AdapterImagesStageConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from router.config import AUTO, RouterConfig, SelectionConfig
@@ -135,6 +136,8 @@ class StageConfigs:
     compressions: Mapping[str, CompressionConfig]
     """By kind, in the order in which they are applied; empty if the run has none."""
     timing: TimingConfig
+    adapter_images: AdapterImagesStageConfig | None
+    """None without `finetune`."""
 
 
 def build_stage_configs(config: RunConfig) -> StageConfigs:
@@ -164,6 +167,31 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
             for kind, method in compression_configs(config).items()
         },
         timing=TimingConfig(sampling=sampling),
+        adapter_images=_adapter_images_config(config),
+    )
+
+
+def _adapter_images_config(config: RunConfig) -> AdapterImagesStageConfig | None:
+    """Return what is read of a folder of images: cropped to the run's size, without classes, which may be others."""
+    finetune = config.finetune
+    if finetune is None:
+        return None
+    data = replace(
+        dataset_config(config),
+        source="image_folder",
+        path=finetune.images,
+        fit="crop",
+        aspect_buckets=(),
+        labels=False,
+        held_out_captions=(),
+        limit=None,
+    )
+    return AdapterImagesStageConfig(
+        data=data,
+        content=finetune.content,
+        experts=finetune.experts if finetune.is_routed else (),
+        text=config.text,
+        device=config.codec.device,
     )
 
 

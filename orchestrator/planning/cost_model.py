@@ -19,6 +19,7 @@ from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfi
 from ensemble.evaluation.reference import MAX_HELD_OUT, MAX_PROBE_IMAGES, PROBE
 from experts.config import CodecConfig
 from experts.training.flops import training_flops
+from orchestrator.config.finetune import AdapterStageConfig
 from orchestrator.config.stage_kinds import STAGE_KINDS
 from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.pipeline.stage_configs import (
@@ -169,6 +170,16 @@ def estimate_expert(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> 
     row = facts.row_flops.get(stage.name, measured_row)
     flops = training_flops(row, training.batch_size, training.steps)
     units = round(training.batch_size * training.steps * row / measured_row)
+    return Work(flops=flops, parts=(Part(speed="expert", count=units),))
+
+
+def estimate_adapter(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the training as that of the expert, whose gradients pass through all layers."""
+    config: AdapterStageConfig = stage.config
+    row = facts.row_flops.get(stage.inputs["expert"].stage.name, facts.row_flops["expert"])
+    rows = config.training.batch_size * config.training.steps
+    units = round(rows * row / facts.row_flops["expert"])
+    flops = training_flops(row, config.training.batch_size, config.training.steps)
     return Work(flops=flops, parts=(Part(speed="expert", count=units),))
 
 

@@ -80,6 +80,7 @@ def describe_access(config: RunConfig) -> list[str]:
         config.text.path,
         config.expert.init,
         *(expert.init for expert in config.experts.values()),
+        config.finetune and config.finetune.images,
     )
     lines += [f"read {path!r}" for path in dict.fromkeys(path for path in reads if path)]
     if config.wandb.mode != "disabled":

@@ -35,6 +35,7 @@ from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import Stage
 from orchestrator.run.disk_errors import explain_disk_error
 from orchestrator.run.run_folder import RunFolder
 
@@ -56,9 +57,9 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
     A finished data set is taken from the run, so its source may be gone; a finished ensemble is not checked again.
     """
     check_folder(run.root)
-    mistakes = [*check_machine(config), *check_text(config)]
-    mend, survey = "", None
     stages = {stage.name: stage for stage in build_graph(config)}
+    mistakes = [*check_machine(config), *check_text(config), *check_own_images(run, stages.get("adapter_images"))]
+    mend, survey = "", None
     if not run.is_finished(stages["ensemble"]):
         try:
             dataset = stages["dataset"]
@@ -106,6 +107,15 @@ def check_machine(config: RunConfig) -> Iterator[str]:
         for key, device in (devices | {"ensemble": config.ensemble.device}).items():
             if device.startswith("cuda") and version("torch").endswith("+cpu"):
                 yield f"{key}.device={device} needs torch with CUDA, and {version('torch')} is installed; set it to cpu"
+
+
+def check_own_images(run: RunFolder, stage: Stage | None) -> Iterator[str]:
+    """Yield why the images of adapters cannot be read; finished ones are taken from the run."""
+    if stage is not None and not run.is_finished(stage):
+        try:
+            survey_source(stage.config.data)
+        except DataError as error:
+            yield str(error)
 
 
 def check_text(config: RunConfig) -> Iterator[str]:

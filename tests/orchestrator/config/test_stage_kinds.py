@@ -18,6 +18,7 @@ from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.config import SamplingConfig
 from experts.config import ExpertConfig, TrainingConfig
 from orchestrator.config.compute import ComputeConfig, ResourcesConfig, StagesConfig
+from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.hydra_compose import OPTIONAL
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS, OUR_KINDS, STAGE_KINDS, TRAINING_KINDS
@@ -40,7 +41,10 @@ CONFIGS = {
         ensemble=AUTO,
     ),
     "stitched": RunConfig(
-        quantize=DynamicInt8Config(), stitch=StitchConfig(), experts={1: ExpertConfig(init="/a", init_checksum="x")}
+        quantize=DynamicInt8Config(),
+        stitch=StitchConfig(),
+        experts={1: ExpertConfig(init="/a", init_checksum="x")},
+        finetune=FinetuneConfig(images="/images", content="x", experts=(0, 1)),
     ),
 }
 

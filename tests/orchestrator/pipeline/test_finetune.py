@@ -1,15 +1,25 @@
 """`ddm finetune`: adapters of a run's experts, trained on a folder of images, and loaded into its pipeline."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import ddm
 from ddm_core.artifacts import list_files, read_json
 from orchestrator.cli.app import app
-from tests.laws.conftest import tiny_run  # noqa: F401 - a fixture
+from orchestrator.config.finetune import FinetuneConfig
+from orchestrator.config.schema import RunConfig
+from orchestrator.config.stage_kinds import TRAINING_KINDS
+from orchestrator.controller import run_pipeline
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.run.run_folder import RunFolder
+from tests.laws.conftest import own_run, tiny_run  # noqa: F401 - fixtures
 
 OPTIONS = ("--steps", "3", "--rank", "2", "--batch-size", "4")
 SAMPLE = {"seeds": range(6), "num_inference_steps": 2, "output_type": "latent"}
@@ -30,14 +40,18 @@ def invoke(*words):
 
 
 @pytest.mark.slow
-def test_adapters_change_the_samples_of_their_experts(tiny_run, images, tmp_path):  # noqa: F811 - the fixture
-    before = {file: file.read_bytes() for file in list_files(tiny_run)}
-    result = invoke(tiny_run, "--images", images, "--out", tmp_path / "lora", "--experts", "1", *OPTIONS)
+def test_adapters_change_the_samples_of_their_experts(own_run, images, tmp_path):  # noqa: F811 - the fixture
+    before = {file: file.read_bytes() for file in list_files(own_run / "artifacts")}
+    result = invoke(own_run, "--images", images, "--out", tmp_path / "lora", "--experts", "1", *OPTIONS)
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "lora" / "expert_0").exists()
     assert read_json(tmp_path / "lora" / "expert_1" / "training.json")["images"] == 12
-    assert before == {file: file.read_bytes() for file in list_files(tiny_run)}
-    pipe = ddm.DDMPipeline.from_pretrained(tiny_run)
+    assert before == {file: file.read_bytes() for file in before}
+    assert {path.name.rpartition("-")[0] for path in own_run.glob("artifacts/adapter*")} == {
+        "adapter_images",
+        "adapter_1",
+    }
+    pipe = ddm.DDMPipeline.from_pretrained(own_run)
     pipe.set_progress_bar_config(disable=True)
     gates = []
     plain = pipe(
@@ -54,14 +68,47 @@ def test_adapters_change_the_samples_of_their_experts(tiny_run, images, tmp_path
 
 
 @pytest.mark.slow
-def test_images_are_routed_and_finished_adapters_kept(tiny_run, images, tmp_path):  # noqa: F811 - the fixture
-    words = (tiny_run, "--images", images, "--out", tmp_path / "lora", *OPTIONS)
+def test_images_are_routed_and_finished_adapters_kept(own_run, images, tmp_path):  # noqa: F811 - the fixture
+    words = (own_run, "--images", images, "--out", tmp_path / "lora", *OPTIONS)
     assert invoke(*words).exit_code == 0
     summaries = {path: read_json(path) for path in (tmp_path / "lora").glob("expert_*/training.json")}
     assert sum(summary["images"] for summary in summaries.values()) == 12
-    assert invoke(*words).exit_code == 0
-    assert summaries == {path: read_json(path) for path in summaries}
+    artifacts = {path: path.stat().st_mtime_ns for path in own_run.glob("artifacts/adapter*/manifest.json")}
+    shutil.rmtree(images)
+    images.mkdir()
+    config = RunFolder(own_run).load_config()
+    assert run_pipeline(config, Console(quiet=True)).submitted == 0, "finished images are taken from the run"
+    assert artifacts == {path: path.stat().st_mtime_ns for path in artifacts}
     result = invoke(*words[:-6], "--experts", "0,9")
-    assert result.exit_code != 0
-    (tmp_path / "empty").mkdir()
-    assert invoke(tiny_run, "--images", tmp_path / "empty", "--out", tmp_path / "x").exit_code != 0
+    assert result.exit_code != 0 and "'9'" in str(result.exception)
+    result = invoke(*words)
+    assert result.exit_code != 0 and "image" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_killed_adapter_continues_to_the_same_bytes(own_run, images, tmp_path):  # noqa: F811 - the fixture
+    words = (own_run, "--images", images, "--out", tmp_path / "lora", "--experts", "all", *OPTIONS)
+    assert invoke(*words).exit_code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "lora").rglob("*.safetensors")}
+    for folder in own_run.glob("artifacts/adapter_[01]-*"):
+        shutil.rmtree(folder)
+    assert run_pipeline(RunFolder(own_run).load_config(), Console(quiet=True)).submitted == 2
+    assert invoke(*words).exit_code == 0
+    assert len(before) == 2 and before == {path: path.read_bytes() for path in before}
+
+
+def test_adapter_reads_its_own_images_and_expert_alone():
+    finetune = FinetuneConfig(images="/images", content="x", experts=(0, 2))
+    stages = {stage.name: stage for stage in build_graph(RunConfig(finetune=finetune))}
+    adapter = stages["adapter_2"]
+    assert {role: (source.stage.name, source.part) for role, source in adapter.inputs.items()} == {
+        "expert": ("expert_2", ""),
+        "codec": ("codec", ""),
+        "images": ("adapter_images", "2"),
+    }
+    together = {stage.name: stage for stage in build_graph(RunConfig(finetune=replace(finetune, is_routed=False)))}
+    assert together["adapter_0"].inputs["images"].part == "all"
+    assert "partition" not in together["adapter_images"].inputs
+    assert adapter.kind in TRAINING_KINDS, "trainings run on islands"
+    without = {stage.name: stage.fingerprint for stage in build_graph(RunConfig())}
+    assert without.items() <= {stage.name: stage.fingerprint for stage in stages.values()}.items()
