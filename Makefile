@@ -73,7 +73,7 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale bench-codecs bench-pipeline bench-real-models chaos
+.PHONY: bench bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models chaos
 bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
@@ -102,6 +102,10 @@ bench-score-laws: install ## Damage real images in steps, and see which scores g
 
 bench-pipeline: install ## Compare the pipeline with diffusers' own, its memory, schedulers, adapters and folders (four CPU minutes)
 	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.page
+
+bench-guidance: install ## Compare ways to guide at equal calls, three sampling seeds (trains the demo; half an hour)
+	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.page
 
 bench-codecs: install ## Compare the codecs at equal numbers and CPU time (ten CPU minutes; EMOJI=archives: also at 64 pixels)
