@@ -26,11 +26,12 @@ from benchmarks.testbed.paris_layout import (
     ParisReference,
     expert_weights,
     router_weights,
+    write_paris,
 )
 from ddm_core.artifacts import ArtifactError
 from ensemble.pipeline import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
-from ensemble.pipelines.paris import convert_expert, convert_router
+from ensemble.pipelines.paris import convert_expert, convert_router, import_paris
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import set_null_text
 from experts.conditions.text_embedding import TextEmbedding
@@ -206,6 +207,24 @@ def measure_paris() -> tuple[list[Claim], Listing]:
             holds=all(map(_is_refused, positions)),
         ),
     ]
+    with tempfile.TemporaryDirectory() as parent:
+        imported: Any = import_paris(write_paris(Path(parent) / "paris"))
+        imported.set_progress_bar_config(disable=True)
+        imported.save_pretrained(Path(parent) / "saved")
+        shutil.rmtree(Path(parent) / "paris")
+        arguments = {"seeds": SEEDS, "num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "latent"}
+        samples = [
+            pipeline(["a"] * len(SEEDS), **arguments).images for pipeline in (imported, _load(Path(parent) / "saved"))
+        ]
+    claims.append(
+        Claim(
+            name="the same, imported, saved, loaded without the published folder: samples of a prompt",
+            bar="same bytes",
+            value="same bytes" if torch.equal(*samples) else f"{float((samples[0] - samples[1]).abs().max()):.1e}",
+            spread=f"{len(SEEDS)} seeds",
+            holds=torch.equal(*samples),
+        )
+    )
     rows = [(name, f"{value:.1e}") for name, value in differences.items()]
     return claims, Listing(title="Paris", columns=("network", "largest difference"), rows=rows)
 

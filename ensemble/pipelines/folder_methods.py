@@ -20,6 +20,7 @@ from ensemble.pipelines.paging import choose_loader
 from ensemble.pipelines.schedulers import load_scheduler
 from ensemble.pipelines.trusted_files import check_files
 from experts.conditions.text_encoder import TextEncoder
+from experts.conditions.unmasked_text_encoder import UnmaskedTextEncoder
 from experts.expert_model import ExpertModel
 
 
@@ -66,7 +67,8 @@ class FolderMethods:
         number of bytes, or text such as `"4GB"`: experts that do not fit into it together are loaded when they are
         called. `quantization_config` is a `PipelineQuantizationConfig` of diffusers that names experts (default: all);
         it needs its library, and memory for one plain expert. `text_encoder` has `encode(captions)`; the default is
-        that of the training. Raises `PipelineError` or an `ArtifactError` for a folder that cannot be loaded.
+        that in the folder, or of the training. Raises `PipelineError` or an `ArtifactError` for a folder that cannot
+        be loaded.
         """
         path = local_folder(str(name), revision, token)
         check_files(path)
@@ -77,6 +79,7 @@ class FolderMethods:
                 raise PipelineError("experts that are loaded by need are not quantized; leave max_memory out")
             load = quantizing_loader(quantization_config, sorted(each.name for each in path.glob("expert_*")))
         loaded = EnsemblePipeline.from_pretrained(path, load)
+        text_encoder = text_encoder or UnmaskedTextEncoder.find(path)
         pipeline = cls.from_ensemble(loaded, scheduler or load_scheduler(path / "scheduler"), text_encoder)
         if dtype is not None:
             pipeline.to(dtype)
@@ -100,6 +103,8 @@ class FolderMethods:
         with atomic_folder(Path(folder).expanduser()) as temporary:
             self.to_ensemble_pipeline().save_pretrained(temporary)
             pipeline.scheduler.save_pretrained(temporary / "scheduler")
+            if isinstance(encoder := owner_of(pipeline.text_encoder), UnmaskedTextEncoder):
+                encoder.save(temporary)
 
     def export_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the folder with a generated `pipeline.py`, for readers who have diffusers and not this package.

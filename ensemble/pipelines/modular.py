@@ -21,6 +21,7 @@ from ensemble.pipelines.paging import ExpertPager, PagedExpert, choose_residency
 from ensemble.pipelines.schedulers import load_scheduler
 from ensemble.pipelines.trusted_files import check_files
 from experts.compressed.quantization.shared_weight_io import SHARED
+from experts.conditions.unmasked_text_encoder import UnmaskedTextEncoder
 from experts.expert import Expert
 
 INPUTS = {
@@ -113,7 +114,7 @@ class DDMModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
             choose_residency(experts, self.pager.max_bytes, keeps_expert=True)
         loaded = EnsemblePipeline.from_pretrained(folder, partial(PagedExpert.open, pager=self.pager))
         self.ensemble_pipeline: Any = EnsembleDiffusionPipeline.from_ensemble(
-            loaded, load_scheduler(folder / "scheduler"), text_encoder
+            loaded, load_scheduler(folder / "scheduler"), text_encoder or UnmaskedTextEncoder.find(folder)
         )
         parts = {
             part: getattr(self.ensemble_pipeline, part) for part in ("scheduler", "codec", "router", "text_encoder")

@@ -7,14 +7,12 @@ vae/, text_encoder/, tokenizer/
 Experts predict the velocity of rectified flow. Their projection of the text is a linear layer before the keys and
 values of cross-attention, and is multiplied into them. CLIP's encoding is read with its padding.
 
-diffusers' class has an epsilon of 1e-6 in its last norm where Paris has 1e-5. The imported networks have Paris' value;
-a saved pipeline does not keep it, and its velocities deviate by about 3e-5.
+diffusers' class has an epsilon of 1e-6 in its last norm where Paris has 1e-5. The imported networks have Paris' value,
+and saved ones record it, for us: in plain diffusers their velocities deviate by about 3e-5.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,9 @@ from ensemble.pipelines.trusted_files import check_files
 from ensemble.solvers import make_noise
 from experts.codecs.autoencoder import AutoencoderCodec, load_autoencoder
 from experts.conditions.null_text import set_null_text
-from experts.conditions.text_embedding import TextEmbedding
+from experts.conditions.unmasked_text_encoder import UnmaskedTextEncoder
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from experts.networks.model_io import set_last_epsilon
 from experts.networks.pretrained_files import WEIGHTS
 from router.models.dit import DiTRouter
 from router.router import Router
@@ -101,7 +100,7 @@ def convert_expert(tensors: Tensors, heads: int) -> PixArtTransformer2DModel:
         network.load_state_dict(converted, strict=True)
     except (KeyError, RuntimeError) as error:
         raise PipelineError(f"these are not the tensors of an expert of Paris: {error}") from error
-    network.norm_out.eps = EPSILON
+    set_last_epsilon(network, EPSILON)
     return network.eval()
 
 
@@ -181,47 +180,6 @@ def convert_router(tensors: Tensors, heads: int) -> Router:
         logits = model.eval()(noise, torch.ones(len(noise)), torch.zeros(len(noise), dtype=torch.int64))
     prior = logits.double().softmax(-1).mean(0, keepdim=True)
     return Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=prior)
-
-
-@dataclass(frozen=True)
-class UnmaskedTextEncoder:
-    """CLIP as Paris reads it: all positions of the last layer, those of the padding too."""
-
-    tokenizer: Any
-    model: Any
-
-    @classmethod
-    def load(cls, folder: Path) -> "UnmaskedTextEncoder":
-        """Load `tokenizer` and `text_encoder` of a folder; raise `PipelineError` if that fails."""
-        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: PLC0415 - seconds of imports
-
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            model = CLIPTextModel.from_pretrained(
-                folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise PipelineError(f"{folder} has no CLIP in text_encoder and tokenizer: {error}") from error
-        return cls(tokenizer, model.eval().requires_grad_(requires_grad=False))
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> TextEmbedding:
-        """Return a row for each caption."""
-        tokens = self.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=self.model.config.max_position_embeddings,
-            return_tensors="pt",
-        ).input_ids
-        sequence = self.model(tokens.to(self.model.device)).last_hidden_state.float().cpu()
-        mask, is_null = torch.ones(tokens.shape, dtype=torch.bool), torch.zeros(len(captions), dtype=torch.bool)
-        return TextEmbedding(sequence, mask, sequence.new_zeros(len(captions), 0), is_null)
-
-    @cached_property
-    def null_text(self) -> TextEmbedding:
-        """Return the encoded "", one row."""
-        return self.encode([""])
 
 
 def _read(path: Path) -> dict[str, Tensor]:

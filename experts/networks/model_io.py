@@ -47,6 +47,16 @@ def save_model(model: nn.Module, folder: Path) -> None:
         write_json(folder / "config.json", read_json(folder / "config.json") | {DIFFUSERS_CONFIG: COMPRESSED})
 
 
+LAST_EPSILON = "_norm_out_eps"
+"""Key of `config.json` that diffusers ignores: epsilon of a network's last norm, where it is not that of its class."""
+
+
+def set_last_epsilon(model: Any, epsilon: float) -> None:
+    """Give the last norm of a network another epsilon, in place, which its folder keeps."""
+    model.norm_out.eps = epsilon
+    model.register_to_config(**{LAST_EPSILON: epsilon})
+
+
 DERIVED = {"AutoencoderTiny": ("block_out_channels",)}
 """Settings that a class adds to its config itself, and does not take."""
 
@@ -56,7 +66,8 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     by_name: dict[str, Any] = {candidate.__name__: candidate for candidate in classes}
     name = read_class_name(folder, by_name)
     model_class = by_name[name]
-    settings = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    config = read_json(folder / "config.json")
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if settings.get(DIFFUSERS_CONFIG) == COMPRESSED:
         del settings[DIFFUSERS_CONFIG]
     for key in DERIVED.get(name, ()):
@@ -71,6 +82,8 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
             from_json(Structure, read_json(folder / STRUCTURE)).apply(model)
         if (folder / QUANTIZATION_CONFIG).exists():
             replace_modules(model, read_json(folder / QUANTIZATION_CONFIG))
+        if LAST_EPSILON in config:
+            set_last_epsilon(model, float(config[LAST_EPSILON]))
         found = _copy_tensors(model, folder)
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
