@@ -100,7 +100,7 @@ def test_parse_config_reports_all_mistakes():
         parse_config(wrong)
     text = str(caught.value)
     assert text.startswith("3 mistake(s)")
-    assert "data.image_sise: unknown key; known here: caption" in text
+    assert "data.image_sise: unknown key; known here: aspect_buckets, caption" in text
     assert "expert.network.unet.width: unknown key; known here: attention, channels" in text
     assert "seed:" in text and "'x'" in text
 
