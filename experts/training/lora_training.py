@@ -9,7 +9,6 @@ from torch import nn
 
 from ddm_core.artifacts import Workspace, write_json
 from experts.codec import Codec
-from experts.conditions.text_encoder import TextEncoder
 from experts.config import TrainingConfig
 from experts.expert import Expert, ExpertSummary, check_classes, network_flops
 from experts.networks.lora import add_new_lora, extract_lora, save_lora
@@ -24,22 +23,21 @@ ATTENTION = ".att"
 
 def train_lora(
     expert: Path,
-    shards: Sequence[Path],
+    folders: Sequence[Path],
     codec: Codec,
     codec_folder: Path,
     training: TrainingConfig,
     rank: int,
     out: Path,
     workspace: Workspace,
-    text: TextEncoder | None = None,
 ) -> ExpertSummary:
-    """Train an adapter of this rank on the samples of the shard folders, and write it to `out` with metrics.
+    """Train an adapter of this rank on the samples of folders of shards or latents; write it to `out` with metrics.
 
     It changes the linear layers of attention, or all linear layers of a network without attention. A later call with
     the same workspace continues. Raises `LatentError`, `AdapterError`, `Preempted` and what `fit` raises.
     """
     trained = Expert.load(expert)
-    dataset = encode_latents(shards, codec, codec_folder, workspace, text)
+    dataset = encode_latents(folders, codec, codec_folder, workspace)
     check_classes(dataset, trained.num_classes)
     forward = network_flops(trained.model, dataset.latent_shape)
     with torch.random.fork_rng(devices=[]):

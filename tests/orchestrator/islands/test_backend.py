@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ddm_core.artifacts import read_json, read_manifest
 from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import IslandError
@@ -130,3 +132,30 @@ def test_manifest_of_expert_has_its_island(islands, tmp_path):
     assert start_controller(tmp_path).wait(timeout=240) == 0
     names = {read_manifest(run.artifact(stage)).island for stage in build_graph(config) if stage.kind == "expert"}
     assert names <= set(config.compute.islands)
+
+
+@pytest.mark.integration
+def test_adapters_train_on_islands_with_their_own_inputs(islands, tmp_path):
+    config = small_config(tmp_path / "run", islands, steps=2)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(12):
+        Image.new("L", (28, 28), 20 * number).save(images / f"{number}.png")
+    training = replace(config.expert.training, steps=2, batch_size=4)
+    config = replace(
+        config, finetune=FinetuneConfig(images=str(images), content="x", experts=(0, 1), rank=2, training=training)
+    )
+    run = RunFolder(tmp_path / "run")
+    run.save_config(config)
+    assert start_controller(tmp_path / "run").wait(timeout=400) == 0
+    stages = {stage.name: stage for stage in build_graph(config)}
+    assert read_manifest(run.artifact(stages["adapter_images"])).island not in config.compute.islands
+    for k in range(2):
+        adapter = run.artifact(stages[f"adapter_{k}"])
+        assert read_manifest(adapter).island in config.compute.islands
+        assert (adapter / "training.json").is_file()
+    places = {k: read_manifest(run.artifact(stages[f"adapter_{k}"])).island for k in range(2)}
+    for name, island in config.compute.islands.items():
+        storage = Path(island.storage) / run.run_id()
+        uploaded = {path.parent.name for path in storage.glob("artifacts/adapter_images-*/*/.tree.json")}
+        assert uploaded == {str(k) for k, place in places.items() if place == name}
