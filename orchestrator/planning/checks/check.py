@@ -115,7 +115,7 @@ def check_own_images(run: RunFolder, stage: Stage | None) -> Iterator[str]:
         try:
             survey_source(stage.config.data)
         except DataError as error:
-            yield str(error)
+            yield f"adapters need images (ddm finetune --images): {error}"
 
 
 def check_text(config: RunConfig) -> Iterator[str]:

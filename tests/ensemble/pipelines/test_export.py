@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from benchmarks.arms.diffusers_pipelines import CASES, build_ensemble
 from ensemble.pipeline import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.export import export_pipeline
@@ -115,3 +116,17 @@ def test_what_diffusers_lacks_is_not_exported(pipe, tmp_path):
     with pytest.raises(PipelineError, match="ResidualMLP is no class of diffusers"):
         export_pipeline(single, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_network_of_an_expert_is_traced_by_torch_export(name):
+    pipeline, text = build_ensemble(name, 1)
+    expert, network = pipeline.experts[0], pipeline.expert_0
+    calls = []
+    handle = network.register_forward_pre_hook(lambda _module, _args, kwargs: calls.append(kwargs), with_kwargs=True)
+    pipeline(seeds=[1, 2], **{key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in text.items()})
+    handle.remove()
+    traced = torch.export.export(network, (), calls[0], strict=False).module()
+    assert torch.equal(traced(**calls[-1])[0], network(**calls[-1])[0])
+    assert expert.model is network

@@ -86,7 +86,7 @@ def test_images_are_routed_and_finished_adapters_kept(own_run, images, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_adapter_continues_to_the_same_bytes(own_run, images, tmp_path):  # noqa: F811 - the fixture
+def test_lost_adapters_are_trained_to_the_same_bytes(own_run, images, tmp_path):  # noqa: F811 - the fixture
     words = (own_run, "--images", images, "--out", tmp_path / "lora", "--experts", "all", *OPTIONS)
     assert invoke(*words).exit_code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "lora").rglob("*.safetensors")}
