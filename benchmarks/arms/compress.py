@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from benchmarks.arms.finished_run import SPACES, FinishedRun, Scores
 from ddm_core.artifacts import Workspace, read_json
-from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
+from ensemble.compression.config import BATCH_SIZES, CompressionConfig, MethodConfig, TimingConfig
 from ensemble.compression.measurement import Timing, time_both
 from ensemble.compression.report import REPORT_FILE, TIMING_FILE
-from ensemble.compression.run import run_stage
+from ensemble.compression.run import open_clusters, run_stage
 from ensemble.evaluation.evaluate import evaluate
 from experts.config import TrainingConfig
 from orchestrator.pipeline.stage_configs import evaluation_config
@@ -142,7 +144,7 @@ class Arm(FinishedRun):
         """Return a score over the original ensemble's."""
         return float(self.load_scores(pipeline)[space][key]) / float(self.load_scores(self.original)[space][key])
 
-    def time_cpu(self, pipeline: Path, *, compile: bool = False, images: int = TimingConfig.num_images) -> Timing:
+    def time_cpu(self, pipeline: Path, *, compile: bool = False, images: int = BATCH_SIZES[-1]) -> Timing:
         """Measure the processor time of an image against the original's, with both compiled or neither.
 
         A finished measurement is reused.
@@ -152,8 +154,10 @@ class Arm(FinishedRun):
             out.mkdir(parents=True, exist_ok=True)
             workspace = Workspace.at(self.run_folder.root / "work" / out.name)
             sampling = replace(self.config.ensemble, compile=compile)
-            time_both(TimingConfig(sampling=sampling, num_images=images), pipeline, self.original, out, workspace)
-        return Timing(**read_json(out / TIMING_FILE))
+            data = open_clusters([], self.original, labeled=False)
+            config = TimingConfig(sampling=sampling, batch_sizes=(images,))
+            time_both(config, pipeline, self.original, data, out, workspace)
+        return TypeAdapter(Timing).validate_python(read_json(out / TIMING_FILE))
 
     def extra_folder(self, name: str) -> Path:
         """Return a folder outside the run's artifacts, unique to the number of experts and the seed."""

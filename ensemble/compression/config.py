@@ -125,6 +125,10 @@ def compression_label(method: MethodConfig) -> str:
     return method.method
 
 
+BATCH_SIZES = (1, 16, 64)
+BatchSizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CompressionConfig:
     """One compression stage, and how its samples are compared with the original's."""
@@ -136,7 +140,9 @@ class CompressionConfig:
     labelled: bool = field(default=True, metadata=UNHASHED_IF_DEFAULT)
     """Condition calibration and training data on their classes; False for experts that were trained without classes."""
     num_samples: Annotated[int, Field(ge=1)] = 64
-    """Images compared."""
+    """Images compared; as many have their FLOPs counted."""
+    batch_sizes: BatchSizes = BATCH_SIZES
+    """Requests whose FLOPs and memory are measured, in images."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -145,7 +151,9 @@ class TimingConfig:
 
     sampling: SamplingConfig
     """How images are sampled."""
-    num_images: Annotated[int, Field(ge=1)] = 64
-    """Images per round."""
+    labelled: bool = field(default=True, metadata=UNHASHED_IF_DEFAULT)
+    """Sample with the conditions of the data; False for experts that were trained without classes."""
+    batch_sizes: BatchSizes = BATCH_SIZES
+    """Requests that are timed, in images; the largest gives the ratio that tables show."""
     turns: Annotated[int, Field(ge=2)] = 5
     """Rounds; each times both ensembles, one after the other."""

@@ -85,14 +85,7 @@ def run_stage(
 
     `clusters` are the experts' own shards, in the order of their ids. Raises what the methods raise.
     """
-    is_single_network = len(clusters) > 1 and not (ensemble / "router").is_dir()
-    data = Clusters(
-        folders=clusters,
-        codec=ensemble / "codec",
-        labeled=config.labelled,
-        reads_text=read_text_config(ensemble) is not None,
-        is_single_network=is_single_network,
-    )
+    data = open_clusters(clusters, ensemble, labeled=config.labelled)
     context = CompressionContext(
         ensemble=ensemble, original=original, data=data, sampling=config.sampling, workspace=workspace
     )
@@ -101,9 +94,20 @@ def run_stage(
     else:
         modules, flops = _compress_experts(config.method, context, out)
     stages = (*read_stages(ensemble), compression_label(config.method))
-    report = compare(stages, modules, original, out, config.sampling, config.num_samples, workspace)
+    report = compare(stages, modules, (original, out), data, config, workspace)
     write_json(out / REPORT_FILE, report)
-    return flops + (report.flops_before + report.flops_after) * report.num_samples
+    return flops + sum((cost.flops_before + cost.flops_after) * cost.batch_size for cost in report.served)
+
+
+def open_clusters(folders: Sequence[Path], ensemble: Path, *, labeled: bool) -> Clusters:
+    """Return the access to the latents of the clusters of a pipeline's experts."""
+    return Clusters(
+        folders=folders,
+        codec=ensemble / "codec",
+        labeled=labeled,
+        reads_text=read_text_config(ensemble) is not None,
+        is_single_network=len(folders) > 1 and not (ensemble / "router").is_dir(),
+    )
 
 
 def _compress_experts(method: Any, context: CompressionContext, out: Path) -> tuple[int, float]:

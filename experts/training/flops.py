@@ -28,10 +28,15 @@ def forward_flops(call: Callable[[], object]) -> float:
 
     Attention runs as plain matrix products, the only implementation that is counted on every device.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={FUSED_ATTENTION: _attention_flops})
+    counter = flop_counter()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         call()
     return float(counter.get_total_flops())
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return a counter of the FLOPs within its block; of attention it knows the plain and the fused operators."""
+    return FlopCounterMode(display=False, custom_mapping={FUSED_ATTENTION: _attention_flops})
 
 
 def training_flops(forward: float, batch_size: int, steps: int) -> float:

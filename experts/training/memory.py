@@ -1,7 +1,7 @@
 """Peak memory of a training step, from a forward and a backward pass on the meta device: nothing is allocated."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor]) -> int:
 
     `network` and the inputs of `call` are on the meta device. Attention counts as a fused kernel.
     """
-    live = _LiveBytes(network.parameters())
+    live = LiveBytes(network.parameters())
     with live, FusedAttention():
         torch.autograd.backward(call().square().mean())
     kept = KEPT_COPIES * FLOAT_BYTES * count_parameters(network)
@@ -34,10 +34,14 @@ def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor]) -> int:
     return kept + live.peak
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of the tensors that are alive while the block lasts."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of the tensors that are alive while the block lasts; `peak` is their largest sum.
 
-    def __init__(self, tensors: Any) -> None:
+    What an operator allocates and frees inside itself is not counted.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """Count `tensors`, which exist already, from the start."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: set[int] = set()
@@ -59,14 +63,16 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        # The layouts of oneDNN have no storage.
+        is_opaque = tensor.layout == torch._mkldnn  # type: ignore[attr-defined]
+        owner = tensor if is_opaque else tensor.untyped_storage()
+        key, size = owner._cdata, tensor.nbytes if is_opaque else tensor.untyped_storage().nbytes()
         if key in self._known:
             return
         self._known.add(key)
-        self.live += storage.nbytes()
+        self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._remove, key, storage.nbytes())
+        weakref.finalize(owner, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)

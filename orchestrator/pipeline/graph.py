@@ -141,7 +141,7 @@ class _GraphBuilder:
             compressed = self._add(kind, config, inputs)
             labels.append(compression_label(config.method))
             self._add_score("_".join(labels), compressed, self.config.ensemble.selection, search_inputs)
-            timing_inputs = {"ensemble": Input(stage=compressed), "original": Input(stage=original)}
+            timing_inputs = inputs | {"ensemble": Input(stage=compressed)}
             self._add("timing", self.stage_configs.timing, timing_inputs, "_".join(["timing", *labels[1:]]))
 
     def _add_adapters(self, trained: Mapping[str, Input]) -> None:

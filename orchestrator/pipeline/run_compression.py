@@ -5,7 +5,7 @@ from pathlib import Path
 from ddm_core.artifacts import Workspace
 from ensemble.compression.config import CompressionConfig, TimingConfig
 from ensemble.compression.measurement import time_both
-from ensemble.compression.run import run_stage
+from ensemble.compression.run import open_clusters, run_stage
 from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders
 
 
@@ -17,4 +17,6 @@ def run_compression(config: CompressionConfig, inputs: Inputs, out: Path, worksp
 
 def run_timing(config: TimingConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Measure the CPU time per image of the compressed and the original ensemble."""
-    return time_both(config, inputs["ensemble"], inputs["original"], out, workspace)
+    compressed, original = inputs["ensemble"], inputs["original"]
+    data = open_clusters(cluster_folders(inputs["clusters"]), original, labeled=config.labelled)
+    return time_both(config, compressed, original, data, out, workspace)

@@ -166,7 +166,7 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
             kind: CompressionConfig(method=method, sampling=sampling, labelled=is_labelled)
             for kind, method in compression_configs(config).items()
         },
-        timing=TimingConfig(sampling=sampling),
+        timing=TimingConfig(sampling=sampling, labelled=is_labelled),
         adapter_images=_adapter_images_config(config),
     )
 

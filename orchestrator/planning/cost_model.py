@@ -12,6 +12,7 @@ from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS
 from data_partition.datasets.image_folder import check_root, iter_image_files
 from data_partition.datasets.parquet_source import list_rows
+from ensemble.compression.config import CompressionConfig
 from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
 from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.sid import sid_flops
@@ -265,7 +266,9 @@ def estimate_selection_search(stage: Stage, facts: DatasetFacts, earlier: Earlie
 
 def estimate_compression(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
     """Count the comparison's images of the ensemble before and after; a method's own training is not counted."""
-    return _comparison_work(stage, facts, 2 * stage.config.num_samples)
+    config: CompressionConfig = stage.config
+    sizes = {min(size, config.num_samples) for size in (*config.batch_sizes, config.num_samples)}
+    return _comparison_work(stage, facts, 2 * sum(sizes))
 
 
 def estimate_distill(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
@@ -302,7 +305,7 @@ def _distillation_flops(
 
 def estimate_timing(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
     """Count the timed rounds of both ensembles, and one round of warm-up."""
-    return _comparison_work(stage, facts, 2 * (stage.config.turns + 1) * stage.config.num_images)
+    return _comparison_work(stage, facts, 2 * (stage.config.turns + 1) * sum(stage.config.batch_sizes))
 
 
 def assembly_stage(stage: Stage) -> Stage:
@@ -318,7 +321,7 @@ def _comparison_work(stage: Stage, facts: DatasetFacts, images: int) -> Work:
         stage.config.sampling,
         len(ensemble.config.expert_ids),
         has_router="router" in ensemble.inputs,
-        is_conditional=False,
+        is_conditional=stage.config.labelled,
     )
     flops, parts = _image_calls(stage, images, calls, facts)
     return Work(flops=flops, parts=parts, is_upper_bound=calls.is_upper_bound)

@@ -13,7 +13,7 @@ from ensemble.compression.report import REPORT_FILE, TIMING_FILE, CompressionRep
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
-MEASURES = ("bytes", "flops", "cpu", "kid", "fd", "l2")
+MEASURES = ("bytes", "flops", "memory", "cpu", "kid", "fd", "l2")
 """Quantities that a budget may limit; all but the relative L2 distance are ratios to the original ensemble."""
 
 MAX_KID_RATIO = 1.2
@@ -31,6 +31,8 @@ class CompressionPoint:
     """On disk, relative to the original ensemble."""
     flops: float
     """Per image, relative to the original ensemble."""
+    memory: float
+    """Peak bytes of tensors in the largest request, relative to the original ensemble's."""
     l2: float
     """Relative L2 distance to the original ensemble's images from the same noise."""
     cpu: float | None
@@ -83,10 +85,10 @@ def select_good(points: Sequence[CompressionPoint]) -> list[CompressionPoint]:
 def pareto_table(points: Sequence[CompressionPoint]) -> Table:
     """Return a table for a terminal; what `select_good` selects is bold."""
     table, good = Table(title="Compressed ensembles, as ratios to the original"), select_good(points)
-    for heading in ("", "bytes", "FLOPs", "CPU time", "KID", "FD", "relative L2"):
+    for heading in ("", "bytes", "FLOPs", "memory", "CPU time", "KID", "FD", "relative L2"):
         table.add_column(heading, justify="right" if heading else "left")
     for point in points:
-        values = (point.bytes, point.flops, point.cpu, point.kid, point.fd, point.l2)
+        values = (point.bytes, point.flops, point.memory, point.cpu, point.kid, point.fd, point.l2)
         cells = ["–" if value is None else f"{value:.3f}" for value in values]
         table.add_row(Text(point.name), *cells, style="bold" if point in good else None)
     return table
@@ -113,6 +115,7 @@ def _load_point(
         folder=folder,
         bytes=report.bytes_after / report.bytes_before,
         flops=report.flops_after / report.flops_before,
+        memory=report.memory_ratio,
         l2=report.relative_l2,
         cpu=timings[-1]["ratio"] if timings else None,
         kid=_largest_ratio(scores, baseline, "kid"),

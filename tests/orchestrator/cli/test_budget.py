@@ -23,7 +23,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.reporting.pareto import CompressionPoint, pareto_front
 from orchestrator.run.run_folder import RunFolder
 
-POINT = CompressionPoint(name="x", folder=Path("x"), bytes=1.0, flops=1.0, l2=0.0, cpu=1.0, kid=1.0, fd=1.0)
+POINT = CompressionPoint(name="x", folder=Path("x"), bytes=1.0, flops=1.0, memory=1.0, l2=0.0, cpu=1.0, kid=1.0, fd=1.0)
 
 
 @pytest.mark.parametrize("text", ["", "bytes", "bytes<0.2", "weight<=1", "bytes<=1.2.3", "bytes<=0.2;kid<=1"])

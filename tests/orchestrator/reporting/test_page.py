@@ -104,7 +104,15 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
     )
     costs = [replace(cost, price=1.5, unpriced_s=10.0, bytes_out=1000, gpu_seconds=60.0)]
     point = CompressionPoint(
-        name="int8", folder=folder, bytes=0.3, flops=1.0, l2=0.1, cpu=None if with_monolith else 0.5, kid=1.1, fd=1.0
+        name="int8",
+        folder=folder,
+        bytes=0.3,
+        flops=1.0,
+        memory=1.0,
+        l2=0.1,
+        cpu=None if with_monolith else 0.5,
+        kid=1.1,
+        fd=1.0,
     )
     curves = {name: [(10.0, 2.0), (20.0, 1.0)] for name in ["expert_0", "expert_1"]}
     bars = [("expert_0 #1", "expert_0", 0.0, 5.0, "lost"), ("expert_0 #2", "expert_0", 6.0, 9.0, "finished")]
@@ -233,7 +241,9 @@ def test_sentences_are_separated_by_spaces(page):
 
 @pytest.mark.parametrize(("kid", "is_good"), [(0.9, True), (MAX_KID_RATIO, True), (1.6, False), (None, False)])
 def test_compression_is_highlighted_if_its_kid_is_low(tmp_path, kid, is_good):
-    point = CompressionPoint(name="int8", folder=tmp_path, bytes=0.3, flops=1.0, l2=0.1, cpu=1.0, kid=kid, fd=1.0)
+    point = CompressionPoint(
+        name="int8", folder=tmp_path, bytes=0.3, flops=1.0, memory=1.0, l2=0.1, cpu=1.0, kid=kid, fd=1.0
+    )
     assert select_good([point]) == ([point] if is_good else [])
 
 

@@ -21,7 +21,7 @@ SAMPLING = SamplingConfig(steps=3, selection=SelectionConfig(name="full"))
 
 def stage(kind=WeightOnlyConfig, **settings) -> CompressionConfig:
     method = kind(**({"group_size": 8, "min_elements": 64} | settings))
-    return CompressionConfig(method=method, sampling=SAMPLING, num_samples=8)
+    return CompressionConfig(method=method, sampling=SAMPLING, labelled=False, num_samples=8)
 
 
 def quantize(config, original, out, workspace):
