@@ -15,6 +15,7 @@ from torch import Tensor
 from ddm_core.errors import DDMError
 from ensemble.routing import RoutingState
 from ensemble.solvers import scale_initial_noise
+from experts.compressed.quantization.shared_weight import shared_weights
 from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NoiseSchedule, expand
@@ -123,6 +124,12 @@ class Ensemble:
     def missing(self) -> tuple[int, ...]:
         """Return the ids of the missing experts."""
         return tuple(k for k in range(self.num_experts) if k not in self.experts)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Return whether a call of another expert rebuilds weights, so that each batch should have one expert."""
+        models = (model for expert in self.experts.values() for model in expert.networks())
+        return any(True for model in models for _ in shared_weights(model))
 
     def to(self, device: torch.device | str) -> "Ensemble":
         """Return the ensemble with its networks moved to a device, in place."""

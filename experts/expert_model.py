@@ -108,9 +108,12 @@ class ExpertModel(ABC):
             yield from part.networks(with_cache=with_cache)
 
     def call_flops(self, noise_schedule: NoiseSchedule) -> CallFlops:
-        """Count the FLOPs of its networks on one row on the CPU."""
+        """Count the FLOPs of its networks on one row on the CPU, without those of rebuilding shared weights."""
         row, t = torch.zeros(1, *self.latent_shape), torch.full((1,), 0.5)
-        flops = forward_flops(partial(self.velocity, row, t, Condition.null(1), noise_schedule))
+        velocity = partial(self.velocity, row, t, Condition.null(1), noise_schedule)
+        with torch.no_grad():
+            velocity()  # shared weights are kept from here on
+        flops = forward_flops(velocity)
         return CallFlops(networks={"": flops}, mean=flops)
 
     @abstractmethod

@@ -94,7 +94,8 @@ def sample_latents(
     ensemble, weak = ensemble.to(config.device), weak and weak.to(config.device)
     if config.compile:
         compile_networks(ensemble.experts.values())
-    batches = plan_batches(len(seeds), config.batch_size, _kept_gates(ensemble, seeds, condition, config))
+    gates = _kept_gates(ensemble, seeds, condition, config)
+    batches = plan_batches(len(seeds), config.batch_size, gates, one_expert=ensemble.shares_weights)
     for number, rows in enumerate(batches):
         given = _device_rows(condition, rows, config), _device_rows(negative, rows, config)
         report = _reporter(on_progress, sum(map(len, batches[:number])), len(rows), len(seeds))

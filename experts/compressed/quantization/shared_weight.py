@@ -4,10 +4,14 @@
     W_k = base + q(W_k - base)                   packed
     W_k = U^T diag(s_k) V + left_k^T right_k     tailors: U, V are shared; s_k, left_k and right_k are the expert's
 
+Without gradients the weight that was built last is kept in the base: one expert's weights are in memory, besides the
+base and the differences, and they are rebuilt when another expert is called.
+
 Shared singular directions and an expert's own ones are the learngenes and tailors of DivControl (Xie et al. 2025,
 arXiv:2507.23620), here of finished experts instead of conditions.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -96,6 +100,8 @@ class SharedBase:
             raise ValueError(f"a base is {FULL}, or {LEFT} and {RIGHT}; got {sorted(parts)}")
         self.parts = nn.ModuleDict(parts)
         self._devices: dict[torch.device, nn.ModuleDict] = {}
+        self.built: tuple[weakref.ref[SharedWeight], Weight] | None = None
+        """The weight that was built last, and whose it is."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedBase":
         return self
@@ -223,8 +229,18 @@ class SharedWeight(nn.Module):
             raise RuntimeError(
                 "this expert shares weights with others and was loaded without them; load the ensemble's whole folder"
             )
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._build(self.base, original.device)
+        built = self.base.built
+        if built is None or built[0]() is not self or built[1].device != original.device:
+            self.base.built = built = None  # frees the other expert's weight first
+            self.base.built = built = weakref.ref(self), self._build(self.base, original.device)
+        return built[1]
+
+    def _build(self, base: SharedBase, device: torch.device) -> Weight:
+        """Return base plus delta."""
         coefficients: Tensor | None = self.get_buffer("coefficients") if self.config.directions else None
-        weight = self.base.weight(original.device, coefficients).reshape(self.config.shape)
+        weight = base.weight(device, coefficients).reshape(self.config.shape)
         return weight + self.compute_delta().reshape(self.config.shape)
 
     def compute_delta(self) -> Weight:

@@ -7,14 +7,19 @@ import pytest
 import torch
 
 from ddm_core.artifacts import Preempted, Workspace, list_files
+from ensemble.compression.config import CompressionConfig
+from ensemble.compression.measurement import compare
 from ensemble.compression.method import StageError
 from ensemble.compression.quantization.config import SharedBaseConfig
 from ensemble.compression.quantization.shared_base import share_base
+from ensemble.compression.run import open_clusters
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
+from ensemble.evaluation.generate import RowFlops
 from ensemble.pipeline import EnsemblePipeline
+from ensemble.sampling.prompts import Prompts
 from experts.codec import PixelCodec
-from experts.compressed.quantization.shared_weight import shared_weights
+from experts.compressed.quantization.shared_weight import SharedWeight, shared_weights
 from experts.conditions.condition import Condition
 from experts.config import DiTConfig, ResidualMLPConfig, UNetConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
@@ -160,17 +165,64 @@ def test_a_stop_request_preempts_the_stage(workspace):
         share_base(make_experts(), SharedBaseConfig(min_elements=64), replace(workspace, stopping=lambda: True))
 
 
+def make_pipeline(experts):
+    torch.manual_seed(7)
+    model = build_router(RouterConfig(width=8, depth=1), SHAPE, 3, 2)
+    router = Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=torch.ones(3, 3, dtype=torch.float64))
+    ensemble = Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=router)
+    return EnsemblePipeline(ensemble=ensemble, codec=PixelCodec(image_shape=(8, 8, 1)), num_classes=2)
+
+
+@pytest.mark.parametrize("difference", ["low_rank", "packed", "tailors"])
+def test_weights_are_rebuilt_once_for_each_expert(difference, workspace, monkeypatch):
+    shared = dict(share_base(make_experts(), SharedBaseConfig(delta=difference, min_elements=64), workspace).experts)
+    pipeline, sampling = make_pipeline(shared), SamplingConfig(solver="euler", steps=4, guidance_scale=2)
+    prompts, rebuilt = Prompts.of_classes([0, 1] * 8), []
+    with torch.enable_grad():
+        expected = {k: velocity_with_gradients(expert) for k, expert in shared.items()}
+    build = SharedWeight.compute_delta
+    monkeypatch.setattr(SharedWeight, "compute_delta", lambda weight: rebuilt.append(id(weight)) or build(weight))
+    result = pipeline(range(16), sampling, prompts)
+    weights = [weight for expert in shared.values() for _, weight in shared_weights(expert.model)]
+    assert len(result.calls.experts) == 3 and sorted(rebuilt) == sorted(map(id, weights))
+    kept = {id(weight.base): weight.base.built[1].nbytes for weight in weights}
+    assert sum(kept.values()) == sum(4 * torch.Size(weight.config.shape).numel() for weight in weights) / 3
+    assert all(torch.equal(velocity(expert), expected[k]) for k, expert in shared.items())
+
+
+def velocity_with_gradients(expert):
+    generator = torch.Generator().manual_seed(0)
+    noised, t = torch.randn(6, *SHAPE, generator=generator), torch.rand(6, generator=generator)
+    return expert.velocity(noised, t, Condition(torch.tensor([0, 1, -1] * 2))).detach()
+
+
+@pytest.mark.parametrize("kind", ["residual_mlp", "dit"])
+def test_flops_are_those_of_the_rows_that_are_called(kind, workspace, tmp_path):
+    """Counted on one row with its weights, an MLP of shared weights seemed to cost a hundred times as much."""
+    experts = make_experts(kind)
+    pipelines = {"original": make_pipeline(experts)}
+    config = SharedBaseConfig(delta="low_rank", min_elements=256)
+    pipelines["small"] = make_pipeline(dict(share_base(experts, config, workspace).experts))
+    for name, pipeline in pipelines.items():
+        pipeline.save_pretrained(tmp_path / name)
+    costs = [RowFlops.measure(pipeline).experts for pipeline in pipelines.values()]
+    assert costs[0] == costs[1]
+    compression = CompressionConfig(
+        method=config, sampling=SamplingConfig(steps=10), labelled=False, num_samples=64, batch_sizes=(16, 64)
+    )
+    folders, data = (tmp_path / "original", tmp_path / "small"), open_clusters([], tmp_path, labeled=False)
+    report = compare(("shared_base",), 1, folders, data, compression, workspace)
+    ratios = [cost.flops_after / cost.flops_before for cost in report.served]
+    assert 1 < ratios[1] < ratios[0] < (1.1 if kind == "dit" else 2)
+
+
 @pytest.mark.parametrize("difference", ["low_rank", "packed", "tailors"])
 def test_a_pipeline_stores_the_base_once_and_loads_exactly(difference, workspace, tmp_path):
     experts = make_experts()
     result = share_base(experts, SharedBaseConfig(delta=difference, min_elements=64), workspace)
-    torch.manual_seed(7)
-    model = build_router(RouterConfig(width=8, depth=1), SHAPE, 3, 2)
-    router = Router(model=model, noise_schedule=RECTIFIED_FLOW, prior_counts=torch.ones(3, 3, dtype=torch.float64))
     sizes = {}
     for name, members in {"original": experts, "small": dict(result.experts)}.items():
-        ensemble = Ensemble(experts=members, noise_schedule=RECTIFIED_FLOW, router=router)
-        pipeline = EnsemblePipeline(ensemble=ensemble, codec=PixelCodec(image_shape=(8, 8, 1)), num_classes=2)
+        pipeline = make_pipeline(members)
         pipeline.save_pretrained(tmp_path / name)
         sizes[name] = sum(file.stat().st_size for file in list_files(tmp_path / name))
     assert sizes["small"] < 0.6 * sizes["original"]
