@@ -140,6 +140,10 @@ class IdentityCodec:
     """Latents of two numbers, shown as an image of 1 x 2 grey pixels."""
 
     latent_shape: tuple[int, ...] = (2,)
+    image_shape: tuple[int, int, int] = (1, 2, 1)
+
+    def with_size(self, height: int, width: int) -> "IdentityCodec":
+        return self
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.reshape(len(latents), 1, 2, 1)

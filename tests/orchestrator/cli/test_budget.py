@@ -28,7 +28,7 @@ POINT = CompressionPoint(name="x", folder=Path("x"), bytes=1.0, flops=1.0, memor
 
 @pytest.mark.parametrize("text", ["", "bytes", "bytes<0.2", "weight<=1", "bytes<=1.2.3", "bytes<=0.2;kid<=1"])
 def test_budget_invalid_text_lists_measures(text):
-    with pytest.raises(ConfigError, match=r"bytes<=0\.25,kid<=1\.05, with bytes, flops, cpu, kid, fd, l2"):
+    with pytest.raises(ConfigError, match=r"bytes<=0\.25,kid<=1\.05, with bytes, flops, memory, cpu, kid, fd, l2"):
         CompressionBudget.parse(text)
 
 
