@@ -24,7 +24,7 @@ from ensemble.compression.report import TIMING_FILE, CompressionReport, ServedCo
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.pipeline import EnsemblePipeline
-from ensemble.sampling.sample import sample, sample_latents
+from ensemble.sampling.sample import sample
 from experts.compressed.quantization.shared_weight_io import collect_bases
 from experts.conditions.condition import NULL_CLASS, Condition
 from experts.training.flops import flop_counter
@@ -68,11 +68,11 @@ class _Server:
     def request(self, condition: Condition | None, count: int) -> tuple[Latents, float, int]:
         """Return `count` latents sampled as one request, the FLOPs of all its calls, and the peak bytes of tensors."""
         given = None if condition is None else condition.rows(slice(count))
-        ensemble, shape = self.pipeline.ensemble, self.pipeline.codec.latent_shape
+        ensemble, codec = self.pipeline.ensemble, self.pipeline.codec
         self._memory.peak, flops = self._memory.live, flop_counter()
         with torch.inference_mode(), self._memory, flops:
-            order, batches, _ = sample_latents(ensemble, shape, range(count), self.sampling, given)
-            return torch.cat(batches)[order], float(flops.get_total_flops()), self._memory.peak
+            latents = sample(ensemble, codec, range(count), self.sampling, given, decode=False).latents
+            return latents, float(flops.get_total_flops()), self._memory.peak
 
 
 def _network_tensors(ensemble: Ensemble) -> Iterator[Tensor]:

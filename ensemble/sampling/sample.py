@@ -53,44 +53,17 @@ def sample(
     on_progress: Progress | None = None,
     weak: Ensemble | None = None,
     negative: Condition | None = None,
+    *,
+    decode: bool = True,
 ) -> SampleResult:
-    """Sample one image per seed; without a `condition`, the null condition, and no guidance.
+    """Sample one image per seed; without a `condition`, the null condition, and no guidance; without `decode` latents.
 
     A few-step schedule replaces `config`'s solver and steps; a distilled one includes guidance. `weak` is the ensemble
     of `config.reflection`, `negative` the condition of the unconditional branch of guidance. Raises `ValueError`
     without seeds, for unpaired conditions, for a `negative` without guidance, and to reflect few-step experts.
     """
-    start_s = time.monotonic()
-    order, batches, calls = sample_latents(
-        ensemble, codec.latent_shape, seeds, config, condition, on_progress, weak, negative
-    )
-    with torch.inference_mode():
-        images = [codec.decode(clean.to(config.device)).float().cpu() for clean in batches]
-    return SampleResult(
-        images=torch.cat(images)[order],
-        latents=torch.cat(batches)[order],
-        calls=calls,
-        calls_per_step=calls.per_evaluation,
-        seconds=time.monotonic() - start_s,
-    )
-
-
-def sample_latents(
-    ensemble: Ensemble,
-    latent_shape: Sequence[int],
-    seeds: Sequence[int],
-    config: SamplingConfig,
-    condition: Condition | None = None,
-    on_progress: Progress | None = None,
-    weak: Ensemble | None = None,
-    negative: Condition | None = None,
-) -> tuple[RowIds, list[Latents], CallCounts]:
-    """Sample latents as `sample` does; return the row of each seed in the joined batches, the batches, and the calls.
-
-    The batches are on the CPU.
-    """
     _check_request(ensemble, weak, seeds, condition, negative, config)
-    calls, latents = CallCounts(), []
+    start_s, calls, latents, images = time.monotonic(), CallCounts(), [], []
     ensemble, weak = ensemble.to(config.device), weak and weak.to(config.device)
     if config.compile:
         compile_networks(ensemble.experts.values())
@@ -100,7 +73,7 @@ def sample_latents(
         given = _device_rows(condition, rows, config), _device_rows(negative, rows, config)
         report = _reporter(on_progress, sum(map(len, batches[:number])), len(rows), len(seeds))
         with torch.inference_mode():
-            run = _start(ensemble, weak, latent_shape, [seeds[row] for row in rows.tolist()], *given, config, report)
+            run = _start(ensemble, weak, codec, [seeds[row] for row in rows.tolist()], *given, config, report)
             if (few_step := ensemble.few_step) is None:
                 clean = run.solver(run.velocity, run.initial, uniform_times(config.steps))
             else:
@@ -108,7 +81,16 @@ def sample_latents(
         report(0.0)
         calls.add(run.calls)
         latents.append(clean.cpu())
-    return torch.cat(list(batches)).argsort(), latents, calls
+        if decode:
+            images.append(codec.decode(clean).float().cpu())
+    order = torch.cat(list(batches)).argsort()
+    return SampleResult(
+        images=torch.cat(images)[order] if decode else torch.empty(len(seeds), 0, 0, 0),
+        latents=torch.cat(latents)[order],
+        calls=calls,
+        calls_per_step=calls.per_evaluation,
+        seconds=time.monotonic() - start_s,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +108,7 @@ class _Trajectories:
 def _start(
     ensemble: Ensemble,
     weak: Ensemble | None,
-    latent_shape: Sequence[int],
+    codec: Codec,
     seeds: Sequence[int],
     condition: Condition | None,
     negative: Condition | None,
@@ -144,7 +126,7 @@ def _start(
         routing.calls.evaluations += len(noised)
 
     def noise(index: int) -> Latents:
-        return make_noise(seeds, latent_shape, index).to(config.device)
+        return make_noise(seeds, codec.latent_shape, index).to(config.device)
 
     velocity = guided_velocity(ensemble, condition, routing, guidance_scale, on_evaluation, negative)
     initial = ensemble.initial_latents(noise, condition, routing)
