@@ -57,14 +57,15 @@ FeatureSpace = Literal["pixels", "random_conv", "efficientnet_lite0"]
 class ReflectionConfig:
     """Weak-to-strong reflection: the weak ensemble and the reflected steps."""
 
-    weak: Literal["expert", "folder"] = "expert"
-    """`expert`: one expert of the ensemble. `folder`: the ensemble or the expert in `path`."""
+    weak: Literal["early", "monolith", "expert", "folder"] = "early"
+    """`early`: the earlier checkpoint of each sample's own expert (`expert.training.early_checkpoint`). `monolith`:
+    that of the run. `expert`: one expert of the ensemble. `folder`: the ensemble or the expert in `path`."""
     expert_id: Annotated[int, Field(ge=0)] = 0
     """Id of the weak expert."""
     path: str = ""
     """Folder of a pipeline (with fewer experts, trained for less long) or of a single expert."""
-    steps: Annotated[int, Field(ge=1)] = 5
-    """Number of reflected steps, from the first; the last step is never reflected."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Number of reflected steps, from the first; empty reflects all but the last, which never is."""
 
     @model_validator(mode="after")
     def _check_path(self) -> "ReflectionConfig":
@@ -94,7 +95,8 @@ class SamplingConfig:
     device: str = "cpu"
     """Torch device of the sampling."""
     reflection: ReflectionConfig | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
-    """Weak-to-strong reflection of the first steps; needs the solver `euler` or `heun`."""
+    """Weak-to-strong reflection; needs the solver `euler` or `heun`. With selection `auto` it stays only if the search
+    finds that it helps."""
 
     compile: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
     """Whether to compile networks with `torch.compile`, which takes half a minute and a C++ compiler on a CPU. Networks

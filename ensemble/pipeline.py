@@ -48,7 +48,7 @@ from experts.conditions.text_encoder import TextEncoder, read_text_config
 from experts.config import NoiseScheduleName, TextConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.errors import CodecError
-from experts.expert import Expert
+from experts.expert import EARLY, Expert
 from experts.expert_model import ExpertModel
 from experts.networks.adapters.registry import ADAPTERS
 from router.router import Router
@@ -77,6 +77,8 @@ class EnsemblePipeline:
     class_names: tuple[str, ...] = ()
     text: TextConfig | None = None
     """The encoder of captions; None for experts without text."""
+    folder: Path | None = None
+    """Where it was loaded from; an early checkpoint of its experts is found there."""
 
     def __call__(
         self,
@@ -132,12 +134,37 @@ class EnsemblePipeline:
             return None
         if reflection.weak == "folder":
             return self._load_weak_folder(Path(reflection.path).expanduser())
+        if reflection.weak == "early":
+            return self._load_early()
+        if reflection.weak == "monolith":
+            raise PipelineError(
+                "reflection.weak=monolith is that of a run, and this call has none; set weak=folder and path to the "
+                "monolith's folder"
+            )
         if reflection.expert_id not in present:
             raise PipelineError(
                 f"reflection.expert_id must be one of {sorted(present)}, the experts of this ensemble; "
                 f"got {reflection.expert_id}; choose one of them"
             )
         return Ensemble(experts={0: present[reflection.expert_id]}, noise_schedule=self.ensemble.noise_schedule)
+
+    def _load_early(self) -> Ensemble:
+        """Load the earlier checkpoint of every expert, in an ensemble of the same router."""
+        if absent := [k for k in self.ensemble.experts if not self.has_early(k)]:
+            raise PipelineError(
+                f"reflection.weak=early needs the earlier checkpoint of every expert, and experts {absent} of "
+                f"{self.folder or 'this ensemble'} have none; train with expert.training.early_checkpoint=0.5, or "
+                "set reflection.weak=monolith"
+            )
+        experts = {k: Expert.load(self._early_folder(k)) for k in self.ensemble.experts}
+        return replace(self.ensemble, experts=experts)
+
+    def has_early(self, k: int) -> bool:
+        """Return whether an earlier checkpoint of an expert was kept."""
+        return self.folder is not None and self._early_folder(k).is_dir()
+
+    def _early_folder(self, k: int) -> Path:
+        return _expert_folder(self.folder or Path(), k) / EARLY
 
     def _load_weak_folder(self, folder: Path) -> Ensemble:
         """Load the ensemble of a pipeline's folder, or an expert's folder as an ensemble of one."""
@@ -211,6 +238,7 @@ class EnsemblePipeline:
             num_classes=index.num_classes,
             class_names=index.class_names,
             text=read_text_config(folder),
+            folder=folder,
         )
 
 
@@ -280,7 +308,8 @@ def assemble(
         index.write(temporary)
         if text is not None:
             write_json(temporary / TEXT_SETTINGS, text)
-        return EnsemblePipeline.from_pretrained(temporary)
+        pipeline = EnsemblePipeline.from_pretrained(temporary)
+    return replace(pipeline, folder=out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

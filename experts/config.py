@@ -103,6 +103,8 @@ class TrainingConfig:
     """Torch device of the training."""
     log_every: Annotated[int, Field(ge=1)] = 25
     """Steps between two rows of `metrics.jsonl`."""
+    early_checkpoint: Annotated[float, Field(gt=0, lt=1)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Share of an expert's steps after which a copy of it is kept in `early/`, as the weak model of a reflection."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between two checkpoints."""
     seed: int = 0

@@ -34,6 +34,8 @@ from experts.training.trainer import LossFn, fit, write_rows
 from experts.types import Latents, RowIds, Times
 
 METADATA_FILE, CACHE_FILE = "expert.json", "cache.json"
+EARLY = "early"
+"""Folder within an expert's own, of its earlier checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +259,8 @@ def train_network(
     forward = network_flops(initial_model.model, dataset.latent_shape)
     trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint)
     as_expert(trained.model).save(out)
+    if trained.early is not None:
+        as_expert(trained.early).save(out / EARLY)
     summary = ExpertSummary(
         flops=training_flops(forward, training.batch_size, training.steps),
         steps=training.steps,

@@ -27,6 +27,7 @@ from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.sample import sample
 from experts.compressed.quantization.shared_weight_io import collect_bases
 from experts.conditions.condition import NULL_CLASS, Condition
+from experts.expert import EARLY
 from experts.training.flops import flop_counter
 from experts.training.memory import LiveBytes
 from experts.types import Latents
@@ -39,7 +40,8 @@ RECORDS = ("outcome.json", "training.json", "quality.json", "metrics.jsonl", "di
 def model_bytes(folder: Path) -> int:
     """Return the bytes of all files that a pipeline's experts and router are loaded from."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in ("codec", "scheduler")]
-    return sum(file.stat().st_size for part in parts for file in list_files(part) if file.name not in RECORDS)
+    files = (file.relative_to(folder) for part in parts for file in list_files(part))
+    return sum((folder / file).stat().st_size for file in files if file.name not in RECORDS and EARLY not in file.parts)
 
 
 def load_served_condition(

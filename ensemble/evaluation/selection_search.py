@@ -66,6 +66,8 @@ class SelectionChoice:
     name: str
     why: str
     candidates: tuple[Candidate, ...]
+    reflects: bool = False
+    """Whether the configured reflection is clearly better than the selection without it."""
 
 
 def search_selection(
@@ -79,30 +81,40 @@ def search_selection(
 ) -> float:
     """Score every candidate without reflection, write `out/selection_choice.json`, and return the FLOPs.
 
-    Raises `EvaluationError` if the reference was built for another evaluation, if it lacks a space, or if
-    every candidate makes more than `config.max_calls` calls.
+    If `sampling` reflects, the best candidate is tried with and without it too, in the steps of the scores.
+
+    Raises `EvaluationError` if the reference was built for another evaluation, if it lacks a space, or if every
+    candidate makes more than `config.max_calls` calls.
     """
     loaded = Reference.load(reference, evaluation)
     seeds = [FIRST_SEED + evaluation.seed * config.num_samples + number for number in range(config.num_samples)]
     conditional = evaluation.conditional
     prompts = load_held_out_prompts(reference, config.num_samples, pipeline_folder) if conditional else None
     branches = 2 if prompts is not None and sampling.guidance_scale != 1 else 1
-    trials, flops = [], 0.0
-    for selection in dict.fromkeys(config.candidates):
-        short = replace(sampling, selection=selection, steps=config.steps, reflection=None)
-        generated = generate(pipeline_folder, seeds, prompts, short, workspace)
+    flops = 0.0
+
+    def attempt(tried: SamplingConfig) -> SelectionTrial:
+        nonlocal flops
+        generated = generate(pipeline_folder, seeds, prompts, tried, workspace)
         features = loaded.extract(generated.images)
         scores = {name: loaded.compare_space(name, features.spaces[name]) for name in loaded.config.spaces}
-        trial = SelectionTrial(
-            selection=selection,
+        flops += generated.flops + features.flops
+        return SelectionTrial(
+            selection=tried.selection,
             fd={name: score.fd for name, score in scores.items()},
             fd_std={name: score.fd_std for name, score in scores.items() if score.fd_std is not None},
             kid={name: score.kid for name, score in scores.items() if score.kid is not None},
             calls=generated.calls.per_evaluation / branches,
         )
-        trials.append(trial)
-        flops += generated.flops + features.flops
-    write_json(out / CHOICE_FILE, best_candidate(trials, config.max_calls, loaded.statistics["summary"]["held_out"]))
+
+    plain, held_out = replace(sampling, reflection=None), loaded.statistics["summary"]["held_out"]
+    short = replace(plain, steps=config.steps)
+    trials = [attempt(replace(short, selection=selection)) for selection in dict.fromkeys(config.candidates)]
+    choice = best_candidate(trials, config.max_calls, held_out)
+    if sampling.reflection is not None:
+        with_it, without = (attempt(replace(tried, selection=choice.selection)) for tried in (sampling, plain))
+        choice = replace(choice, reflects=_is_better(with_it, without, held_out))
+    write_json(out / CHOICE_FILE, choice)
     return flops
 
 

@@ -83,16 +83,18 @@ def reflection_step(strong: VelocityField, weak: VelocityField, noised: Latents,
 
 
 def reflected_solver(
-    solver: Solver, strong: VelocityField, weak: VelocityField, steps: int
+    solver: Solver, strong: VelocityField, weak: VelocityField, steps: int | None
 ) -> Callable[[VelocityField, Latents, TimeGrid], Latents]:
-    """Return the solver with its first `steps` steps reflected, but never the last: the velocity may not exist at 0.
+    """Return the solver with its first `steps` steps reflected, None for all.
+
+    The last step never is: the velocity may not exist at 0.
 
     `strong` and the velocity that the solver is called with are the same field; they may count calls separately.
     """
     solver_step = STEPS[solver]
 
     def solve(velocity: VelocityField, noise: Latents, times: TimeGrid) -> Latents:
-        reflected = min(steps, len(times) - 2)
+        reflected = min(len(times) - 2 if steps is None else steps, len(times) - 2)
         noised = noise
         for t, t_next in pairwise(times[: reflected + 1].tolist()):
             noised = solver_step(velocity, reflection_step(strong, weak, noised, t, t_next), t, t_next)

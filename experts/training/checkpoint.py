@@ -59,6 +59,8 @@ class TrainingState:
     rows: list[MetricsRow] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Sums of the metrics over the steps since the last row, on the device."""
+    early: dict[str, Tensor] = field(default_factory=dict)
+    """The average at `config.early_checkpoint`, on the CPU; empty before."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState) -> None:
@@ -134,13 +136,14 @@ def _collect_tensors(state: TrainingState) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in state.average.average.items()}
     tensors |= {f"sums.{name}": value for name, value in state.sums.items()}
+    tensors |= {f"early.{name}": value for name, value in state.early.items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{kind}.{names[index]}": value for kind, value in moments.items()}
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
 def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "sums": {}, "optimizer": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "sums": {}, "early": {}, "optimizer": {}}
     for name, value in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = value
@@ -150,6 +153,7 @@ def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
             average.copy_(groups["average"][name])
     device = next(state.model.parameters()).device
     state.sums = {name: value.to(device) for name, value in groups["sums"].items()}
+    state.early = groups["early"]
     index_of = {name: index for index, (name, _) in enumerate(state.model.named_parameters())}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in groups["optimizer"].items():

@@ -44,6 +44,8 @@ class TrainingResult:
     """The moving average of the parameters; on the CPU, in evaluation mode."""
     rows: list[MetricsRow]
     """Means over `log_every` steps each: step, lr, grad_norm, loss and the other scalars of the loss."""
+    early: nn.Module | None = None
+    """The moving average at `early_checkpoint`; None without one."""
 
 
 def fit(
@@ -76,6 +78,8 @@ def fit(
                     f"stopped at step {state.step} of {config.steps}; run the same command again to continue"
                 )
             _train_step(state, compute_loss, make_batch(dataset, config, state.step, local_rows).to(device), group)
+            if state.step == early_step(config):
+                state.early = {name: value.cpu().clone() for name, value in state.average.average.items()}
             if state.step % config.log_every == 0 or state.step == config.steps:
                 log.write(_finish_row(state))
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
@@ -83,7 +87,16 @@ def fit(
                 if on_checkpoint is not None:
                     group.run_on_main(partial(on_checkpoint, partial(_copy_averaged, state)))
     state.optimizer.state.clear()  # the copy of the parameters takes the place of their moments
-    return TrainingResult(model=_copy_averaged(state).to("cpu"), rows=state.rows)
+    averaged, early = _copy_averaged(state).to("cpu"), None
+    if state.early:
+        early = deepcopy(averaged)
+        early.load_state_dict(state.early, strict=False)  # buffers are those of the model
+    return TrainingResult(model=averaged, rows=state.rows, early=early)
+
+
+def early_step(config: TrainingConfig) -> int:
+    """Return the step after which the early checkpoint is taken; 0 for none."""
+    return 0 if config.early_checkpoint is None else max(1, round(config.early_checkpoint * config.steps))
 
 
 def _copy_averaged(state: TrainingState) -> nn.Module:

@@ -216,6 +216,9 @@ def sample(  # noqa: PLR0913 - one for each option
     guidance_scale: Annotated[float | None, typer.Option(help="1 means none; empty uses the run's", min=0)] = None,
     monolith: Annotated[bool, typer.Option("--monolith", help="Sample from the monolith baseline")] = False,
     ensemble: Annotated[Path | None, typer.Option(help="Sample from an ensemble that `ddm experts` wrote")] = None,
+    reflect: Annotated[
+        int | None, typer.Option(help="Solver steps to reflect from weak to strong; more than there are: all", min=1)
+    ] = None,
     size: Annotated[str, typer.Option(help="Width x height, such as 48x32, for networks that take any size")] = "",
 ) -> None:
     """Sample images from a finished run and write them as one grid."""
@@ -224,6 +227,8 @@ def sample(  # noqa: PLR0913 - one for each option
     folder, seed_list = _open_run(run), parse_seeds(seeds)
     if monolith and selection:
         raise ConfigError("--monolith is one model, so there is nothing to select: leave out --selection")
+    if monolith and reflect:
+        raise ConfigError("--reflect uses the monolith as the weak model of the ensemble: leave out one of the two")
     if monolith and ensemble:
         raise ConfigError(f"--monolith and --ensemble {ensemble} are two models: leave out one")
     options = SamplingOptions(
@@ -236,6 +241,7 @@ def sample(  # noqa: PLR0913 - one for each option
         monolith=monolith,
         ensemble=ensemble,
         size=size,
+        reflect=reflect,
     )
     request = prepare_sampling(folder, out, options)
     console.print(save_grid(request, request.sample(seed_list), out), soft_wrap=True)

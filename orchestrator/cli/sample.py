@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ddm_core.artifacts import is_finished, verify
-from ensemble.config import SamplingConfig
+from ensemble.config import ReflectionConfig, SamplingConfig
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
@@ -159,6 +159,8 @@ class SamplingOptions:
     """Folder of an ensemble that `ddm experts` wrote."""
     size: str = ""
     """Width and height, such as 48x32; empty is that of the training."""
+    reflect: int | None = None
+    """Reflected solver steps; None leaves the run's reflection as it is."""
 
 
 def prepare_sampling(run: RunFolder, out: Path, options: SamplingOptions) -> SamplingRequest:
@@ -196,6 +198,8 @@ def prepare_sampling(run: RunFolder, out: Path, options: SamplingOptions) -> Sam
             f"--guidance-scale applies only to experts without distilled guidance; the students in {folder} have it: "
             "leave --guidance-scale out"
         )
+    if options.reflect is not None:
+        config = replace(config, reflection=find_reflection(run, pipeline, options.reflect))
     if options.negative_prompt and guidance_scale_of(pipeline.ensemble, config) == 1:
         raise ConfigError("--negative-prompt is a branch of guidance, which is off here; set --guidance-scale above 1")
     return SamplingRequest(
@@ -214,6 +218,28 @@ def _parse_size(text: str) -> tuple[int, int] | None:
     if text and not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise ConfigError(f"--size must be width x height in pixels, such as 48x32; got {text!r}")
     return (int(height), int(width)) if text else None
+
+
+def find_reflection(run: RunFolder, pipeline: "EnsemblePipeline", steps: int) -> ReflectionConfig:
+    """Return a reflection of so many steps by the run's weak model, the experts' early checkpoints, or the monolith.
+
+    Raises `ConfigError` if there is none, or for experts with a few-step schedule.
+    """
+    if pipeline.ensemble.few_step is not None:
+        raise ConfigError("--reflect works between solver steps, and few-step experts have none: leave it out")
+    configured = run.load_config().ensemble.reflection
+    if configured is not None and configured.weak != "monolith":
+        return replace(configured, steps=steps)
+    if configured is None and all(pipeline.has_early(k) for k in pipeline.ensemble.experts):
+        return ReflectionConfig(steps=steps)
+    try:
+        monolith = find_pipeline(run, monolith=True)
+    except RunFolderError as error:
+        raise ConfigError(
+            f"--reflect needs a weak model: {run.root} has no monolith, and its experts kept no earlier checkpoint; "
+            "train with expert.training.early_checkpoint=0.5 or monolith=true"
+        ) from error
+    return ReflectionConfig(weak="folder", path=str(monolith), steps=steps)
 
 
 def _check_writable(out: Path) -> None:

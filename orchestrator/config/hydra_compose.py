@@ -92,11 +92,15 @@ def quote_override(override: str, *, is_sweep: bool = False) -> str:
     """Return the override with its value quoted where Hydra's grammar would reject or change it.
 
     A path may have braces, a comma or a tilde, and the value of a text may look like a number. In a sweep, commas
-    separate several values. Keys below `experts` and below optional groups get the prefix `++`, since Hydra may not
-    know them; `parse_config` checks them.
+    separate several values. Keys below `experts`, `ensemble.reflection` and optional groups get the prefix `++`,
+    since Hydra may not know them; `parse_config` checks them.
     """
     key, assigned, value = override.partition("=")
-    if key.split(".")[0] == "experts" or ("." in key and key.split(".")[0] in OPTIONAL):
+    if (
+        key.split(".")[0] == "experts"
+        or key.startswith("ensemble.reflection.")
+        or ("." in key and key.split(".")[0] in OPTIONAL)
+    ):
         return quote_override(f"++{override}", is_sweep=is_sweep)
     if not assigned:
         return override

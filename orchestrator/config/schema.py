@@ -147,6 +147,7 @@ class RunConfig:
         check_buckets(self)
         check_experts(self)
         check_auto_selection(self)
+        check_reflection(self)
         stages = {kind: getattr(self, kind) for kind in COMPRESSION_KINDS}
         check_order(stages, reflects=self.ensemble.reflection is not None)
         return self
@@ -199,6 +200,19 @@ def check_auto_selection(config: RunConfig) -> None:
         raise ValueError(
             f"selection auto needs {RANKED_SPACE} and another feature space, since a gain in only one does not count; "
             f"got only {', '.join(sorted(spaces))} in scores.spaces: add one, or name a selection"
+        )
+
+
+def check_reflection(config: RunConfig) -> None:
+    """Raise `ValueError` if the run would not have the weak model of its reflection."""
+    reflection = config.ensemble.reflection
+    weak = None if reflection is None else reflection.weak
+    if weak == "monolith" and not (config.monolith or "monolith" in config.baselines):
+        raise ValueError("ensemble.reflection.weak=monolith needs the monolith of the run; set monolith=true")
+    if weak == "early" and config.expert.training.early_checkpoint is None:
+        raise ValueError(
+            "ensemble.reflection.weak=early needs an earlier checkpoint of each expert; set "
+            "expert.training.early_checkpoint=0.5, or ensemble.reflection.weak=monolith with monolith=true"
         )
 
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ensemble.compression.config import compression_label
+from ensemble.config import SamplingConfig
 from experts.config import ExpertConfig
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.config.finetune import ALL_IMAGES, AdapterStageConfig
@@ -73,9 +74,14 @@ class _GraphBuilder:
         self.partition = Input(stage=self._add("partition", self.config.partition, partition_inputs))
         reference_inputs = data_inputs | {"codec": self.codec}
         self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, reference_inputs))
+        self.weak: dict[str, Input] = {}
+        reflection = self.config.ensemble.reflection
+        is_weak = reflection is not None and reflection.weak == "monolith"
+        if is_weak:
+            self.weak = {"weak": Input(stage=self._add_baseline("monolith", self._add_monolith("monolith")))}
         trained = self._add_ensemble()
         self._add_adapters(trained)
-        if self.config.monolith or "monolith" in self.config.baselines:
+        if (self.config.monolith or "monolith" in self.config.baselines) and not is_weak:
             self._add_baseline("monolith", self._add_monolith("monolith"))
         if "cluster_conditioned" in self.config.baselines:
             self._add_baseline("cluster_conditioned", self._add_monolith("cluster_conditioned"), trained["router"])
@@ -161,7 +167,7 @@ class _GraphBuilder:
             self._add("adapter", adapter, inputs, f"adapter_{k}", optional=len(finetune.experts) > 1)
 
     def _add_selection_search(self, ensemble: Stage) -> Input:
-        inputs = {"ensemble": Input(stage=ensemble), "reference": self.reference}
+        inputs = {"ensemble": Input(stage=ensemble), "reference": self.reference} | self.weak
         return Input(stage=self._add("selection_search", self.stage_configs.selection_search, inputs))
 
     def _add_router(self, role: str, data: Input) -> Input:
@@ -193,15 +199,22 @@ class _GraphBuilder:
         inputs = {"codec": self.codec, "partition": self.partition} | teachers | init
         return self._add("distilled_monolith", replace(config, expert=expert), inputs)
 
-    def _add_baseline(self, name: str, trained: Stage, router: Input | None = None) -> None:
-        """Assemble a baseline as an ensemble and score it; with a router, each sample's cluster is chosen once."""
+    def _add_baseline(self, name: str, trained: Stage, router: Input | None = None) -> Stage:
+        """Assemble a baseline as an ensemble and score it; with a router, each sample's cluster is chosen once.
+
+        Return the stage that assembles it. Baselines are scored without reflection.
+        """
         models, count = {"expert_0": Input(stage=trained)}, 1
         if router is not None:
             models, count = {name: Input(stage=trained), "router": router}, self.num_experts
         inputs = {"codec": self.codec, "shards": self.shards} | self.text | models
         config = EnsembleStageConfig(expert_ids=tuple(range(count)))
         ensemble = self._add("ensemble", config, inputs, f"{name}_ensemble")
-        self._add_score(f"score_{name}", ensemble, SelectionConfig(name="sticky" if router else "full"))
+        sampling = replace(
+            self.config.ensemble, selection=SelectionConfig(name="sticky" if router else "full"), reflection=None
+        )
+        self._add_score_of(f"score_{name}", ensemble, sampling)
+        return ensemble
 
     def _add_score(
         self,
@@ -212,9 +225,19 @@ class _GraphBuilder:
     ) -> None:
         """Score an ensemble; the selection `auto` needs the search."""
         sampling = replace(self.config.ensemble, selection=selection)
+        extra = self.weak | (dict(search_inputs) if selection.name == AUTO else {})
+        self._add_score_of(name, ensemble, sampling, extra)
+
+    def _add_score_of(
+        self,
+        name: str,
+        ensemble: Stage,
+        sampling: SamplingConfig,
+        extra_inputs: Mapping[str, Input] = MappingProxyType({}),
+    ) -> None:
         inputs = {"ensemble": Input(stage=ensemble), "reference": self.reference, "partition": self.partition}
         config = ScoreStageConfig(evaluation=self.stage_configs.evaluation, sampling=sampling)
-        self._add("score", config, inputs | (dict(search_inputs) if selection.name == AUTO else {}), name)
+        self._add("score", config, inputs | dict(extra_inputs), name)
 
     def _split_init(self, expert: ExpertConfig) -> tuple[ExpertConfig, dict[str, Input]]:
         """Return the configuration without its checkpoint's path, and the checkpoint's copy as an input."""

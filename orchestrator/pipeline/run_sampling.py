@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace
-from ensemble.config import EvaluationConfig, ExpertSamplesConfig
+from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig
 from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.reference import build_reference
 from ensemble.evaluation.selection_search import read_choice, search_selection
@@ -47,11 +47,22 @@ def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Wo
     """Sample the ensemble and score the samples; a selection search replaces the selection."""
     folders, sampling = (inputs["ensemble"], inputs["reference"], inputs["partition"]), config.sampling
     if "selection_search" in inputs:
-        sampling = replace(sampling, selection=read_choice(inputs["selection_search"]).selection)
+        choice = read_choice(inputs["selection_search"])
+        reflection = sampling.reflection if choice.reflects else None
+        sampling = replace(sampling, selection=choice.selection, reflection=reflection)
+    sampling = with_weak_folder(sampling, inputs.get("weak"))
     return evaluate(*folders, config.evaluation, sampling, out, workspace).flops
 
 
 def run_selection_search(config: SelectionSearchStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Try the candidate selections and choose one."""
     folders = (inputs["ensemble"], inputs["reference"])
-    return search_selection(*folders, config.search, config.evaluation, config.sampling, out, workspace)
+    sampling = with_weak_folder(config.sampling, inputs.get("weak"))
+    return search_selection(*folders, config.search, config.evaluation, sampling, out, workspace)
+
+
+def with_weak_folder(sampling: SamplingConfig, monolith: Path | None) -> SamplingConfig:
+    """Return the sampling with the folder of the run's monolith, if that is the weak model of its reflection."""
+    if monolith is None or sampling.reflection is None:
+        return sampling
+    return replace(sampling, reflection=replace(sampling.reflection, weak="folder", path=str(monolith)))

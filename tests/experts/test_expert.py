@@ -1,15 +1,24 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ddm_core.artifacts import CorruptArtifact, UnfinishedArtifact, Workspace, list_files, read_json, write_json
+from ddm_core.artifacts import (
+    CorruptArtifact,
+    Preempted,
+    UnfinishedArtifact,
+    Workspace,
+    list_files,
+    read_json,
+    write_json,
+)
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.codecs.registry import fit_codec, load_codec
 from experts.conditions.condition import Condition
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
-from experts.expert import Expert, train_expert
+from experts.expert import EARLY, Expert, train_expert
 from experts.networks.class_settings import NetworkError
 from experts.networks.registry import call_network
 from experts.training.latent_dataset import LatentError
@@ -90,6 +99,24 @@ def test_trained_expert_folder_is_complete(shards, codec, tmp_path, workspace):
     assert summary.final_loss == rows[-1]["loss"]
     linear = 64 * 128 + 128 * 128 + 128 * 48 + 8 * 16 + 2 * 16 * 16 + 16 * 8
     assert summary.flops == 3 * 2 * linear * 100 * 12
+
+
+def test_early_checkpoint_is_the_average_at_its_step(shards, codec, tmp_path):
+    """Kept through an interruption, and without any influence on the expert itself."""
+    early = replace(CONFIG, training=replace(TRAINING, early_checkpoint=0.5, checkpoint_every=4))
+    folders = {name: tmp_path / name for name in ("plain", "whole", "stopped")}
+    train_expert(CONFIG, [shards], codec, folders["plain"], Workspace.at(tmp_path / "work_plain"))
+    train_expert(early, [shards], codec, folders["whole"], Workspace.at(tmp_path / "work_whole"))
+    workspace, asked = Workspace.at(tmp_path / "work_stopped"), iter([False] * 9 + [True])
+    with pytest.raises(Preempted):
+        train_expert(early, [shards], codec, folders["stopped"], replace(workspace, stopping=lambda: next(asked)))
+    train_expert(early, [shards], codec, folders["stopped"], workspace)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (folders["plain"] / name).read_bytes() == (folders["whole"] / name).read_bytes()
+    for path in list_files(folders["whole"]):
+        assert path.read_bytes() == (folders["stopped"] / path.relative_to(folders["whole"])).read_bytes()
+    models = [Expert.load(folder).model for folder in (folders["whole"], folders["whole"] / EARLY)]
+    assert any(not torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
 def test_training_is_byte_identical_in_another_folder(shards, codec, tmp_path):

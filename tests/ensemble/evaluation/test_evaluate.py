@@ -16,7 +16,8 @@ from data_partition.partition import make_partition
 from data_partition.shards.shards import ShardWriter, read_index, read_samples
 from ddm_core.artifacts import Preempted, Workspace, checksum, list_files, read_json, write_json
 from ensemble.analysis.memorization import AuditedSamples, audit_samples
-from ensemble.config import AuditConfig, EvaluationConfig, SamplingConfig
+from ensemble.config import AuditConfig, EvaluationConfig, ReflectionConfig, SamplingConfig, SelectionSearchConfig
+from ensemble.evaluation import selection_search
 from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.feature_space import HeldOutSpace
 from ensemble.evaluation.generate import generate
@@ -286,6 +287,18 @@ def test_evaluate_writes_scores_images_seeds_and_grid(pipeline, reference, parti
     assert (images.shape, images.dtype) == ((150, 8, 8, 1), np.uint8)
     assert np.load(tmp_path / "seeds.npy", allow_pickle=False).tolist() == list(range(150))
     assert Image.open(tmp_path / "grid.png").size == (71, 71)
+
+
+def test_reflection_in_itself_is_not_kept(pipeline, reference, tmp_path, monkeypatch):
+    """Weak = strong changes little, so the search decides against the cost."""
+    monkeypatch.setattr(selection_search, "MIN_RANKED_HELD_OUT", 10)
+    search = SelectionSearchConfig(candidates=(SelectionConfig(),), num_samples=150, steps=4)
+    reflection = ReflectionConfig(weak="folder", path=str(pipeline))
+    sampling = replace(SAMPLING, solver="euler", steps=8, reflection=reflection)
+    work = Workspace.at(tmp_path / "work")
+    selection_search.search_selection(pipeline, reference, search, CONFIG, sampling, tmp_path, work)
+    choice = selection_search.read_choice(tmp_path)
+    assert choice.selection.name == "sticky" and not choice.reflects
 
 
 def test_calls_and_flops_follow_the_selection(pipeline, tmp_path):

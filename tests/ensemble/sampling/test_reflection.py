@@ -1,5 +1,6 @@
 """Weak-to-strong reflection: first-order effect, cost, refusals."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ddm_core.artifacts import Workspace
+from ensemble.compression.measurement import model_bytes
 from ensemble.config import ReflectionConfig, SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.evaluation.generate import RowFlops, generate
@@ -123,6 +125,38 @@ def test_reflection_moves_samples_to_the_missing_component():
     assert MIXTURE.nearest(reflected_samples.latents)[0] > MIXTURE.nearest(plain.latents)[0] + 50
 
 
+def mixture(share: float) -> Ensemble:
+    """Two exact components in full selection, the first with this share."""
+    model = MixtureOfGaussians((share, 1 - share))
+    return Ensemble(experts=model.experts(), noise_schedule=RECTIFIED_FLOW, router=model.router())
+
+
+def share_of_first(strong: Ensemble, weak: Ensemble | None, steps: int, reflected: int | None = None) -> float:
+    config = SamplingConfig(
+        solver="euler",
+        steps=steps,
+        selection=SelectionConfig(name="full"),
+        batch_size=4000,
+        reflection=None if weak is None else ReflectionConfig(steps=reflected),
+    )
+    samples = sample(strong, IdentityCodec(), range(4000), config, weak=weak)
+    return MixtureOfGaussians((0.5, 0.5)).nearest(samples.latents)[0] / 4000
+
+
+@pytest.mark.parametrize("steps", [20, 40, 80])
+def test_reflection_of_all_steps_reaches_the_true_shares(steps):
+    """W2SD, section 3: the gap from weak to strong stands for that from strong to real.
+
+    The true share is .50. The strong ensemble has .35, with log odds of -.62; the weak one .225, with twice those.
+    """
+    strong, weak = mixture(0.35), mixture(0.225)
+    reached = share_of_first(strong, weak, steps)
+    assert reached == pytest.approx(0.5, abs=0.03)
+    assert share_of_first(strong, weak, steps, reflected=5) < reached
+    assert share_of_first(strong, strong, steps) == pytest.approx(share_of_first(strong, None, steps), abs=0.02)
+    assert share_of_first(weak, strong, steps) < 0.225 - 0.1
+
+
 def test_reflection_and_weak_ensemble_must_be_given_together():
     weak = Ensemble(experts={0: MIXTURE.experts()[0]}, noise_schedule=RECTIFIED_FLOW)
     for reflection, weak_ensemble in ((ReflectionConfig(), None), (None, weak)):
@@ -142,7 +176,7 @@ def test_reflection_with_stateful_scheduler_raises():
 
 
 class TestPipelineReflection:
-    REFLECTED = ReflectionConfig(expert_id=1, steps=2)
+    REFLECTED = ReflectionConfig(weak="expert", expert_id=1, steps=2)
     CONFIG = SamplingConfig(steps=3, selection=SelectionConfig(name="full"), reflection=REFLECTED)
 
     def test_weak_expert_equals_its_folder(self, parts):
@@ -162,8 +196,28 @@ class TestPipelineReflection:
         assert set(result.calls.weak.experts) == {1} and result.calls.weak.router == 4
 
     def test_weak_expert_that_is_missing_raises(self, parts):
-        config = replace(self.CONFIG, reflection=ReflectionConfig(expert_id=7))
+        config = replace(self.CONFIG, reflection=ReflectionConfig(weak="expert", expert_id=7))
         with pytest.raises(PipelineError, match=r"one of \[0, 1, 2\].*got 7"):
+            put_together(parts)([1], config)
+
+    def test_early_checkpoints_reflect_each_sample_s_own_expert(self, parts):
+        config = replace(self.CONFIG, selection=SelectionConfig(), reflection=ReflectionConfig())
+        with pytest.raises(PipelineError, match=r"experts \[0, 1, 2\].*early_checkpoint=0\.5"):
+            put_together(parts)([1], config)
+        for k in range(3):
+            make_expert(parts / f"trained_{k}" / "early", 10 + k)
+        pipeline = put_together(parts)
+        result = pipeline(range(12), config)
+        assert result.calls.weak.experts.keys() == result.calls.experts.keys() and len(result.calls.experts) == 3
+        again = EnsemblePipeline.from_pretrained(parts / "pipeline")(range(12), config)
+        assert torch.equal(again.latents, result.latents)
+        size = model_bytes(parts / "pipeline")
+        shutil.rmtree(parts / "pipeline" / "expert_0" / "early")
+        assert model_bytes(parts / "pipeline") == size
+
+    def test_monolith_of_no_run_is_refused(self, parts):
+        config = replace(self.CONFIG, reflection=ReflectionConfig(weak="monolith"))
+        with pytest.raises(PipelineError, match="set weak=folder"):
             put_together(parts)([1], config)
 
     def test_weak_ensemble_of_other_classes_raises(self, parts):

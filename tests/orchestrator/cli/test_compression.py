@@ -32,6 +32,9 @@ TINY = (
 )
 
 
+REFLECTED = ("ensemble.reflection.steps=2", "expert.training.early_checkpoint=0.5")
+
+
 def test_graph_with_quantize_only_adds_stages():
     original, compressed = (
         {stage.name: stage.fingerprint for stage in build_graph(parse_config(compose(overrides)))}
@@ -84,7 +87,7 @@ def test_with_compression_invalid_override_names_remedy(overrides, message):
 
 
 def test_with_compression_students_reject_reflection():
-    reflected = parse_config(compose(["experiment=digits", "+ensemble.reflection.steps=2"]))
+    reflected = parse_config(compose(["experiment=digits", *REFLECTED]))
     with pytest.raises(ValueError, match=r"remove ensemble\.reflection"):
         with_compression(reflected, ["distill=sid"])
 

@@ -118,3 +118,27 @@ def test_router_of_samples_with_text_is_an_error():
 def test_known_keys_of_nested_configuration():
     assert "lr" in known_keys(("expert", "training"))
     assert known_keys(("expert", "training", "lr")) == []
+
+
+REFLECTED = ("experiment=digits", "ensemble.reflection.steps=8")
+
+
+def test_reflection_is_set_without_a_plus_and_has_its_weak_model():
+    with pytest.raises(ConfigError, match=r"set expert\.training\.early_checkpoint=0\.5, or"):
+        parse_config(compose(REFLECTED))
+    with pytest.raises(ConfigError, match="set monolith=true"):
+        parse_config(compose([*REFLECTED, "ensemble.reflection.weak=monolith", "monolith=false"]))
+    reflection = parse_config(compose([*REFLECTED, "expert.training.early_checkpoint=0.5"])).ensemble.reflection
+    assert reflection is not None and (reflection.weak, reflection.steps) == ("early", 8)
+    with pytest.raises(ConfigError, match=r"reflection\.step: unknown key; known here: expert_id, path, steps, weak"):
+        parse_config(compose(["experiment=digits", "ensemble.reflection.step=8"]))
+
+
+def test_monolith_as_weak_model_is_an_input_of_scores_and_search():
+    config = ["ensemble.reflection.weak=monolith", "monolith=true", "ensemble=auto"]
+    stages = {stage.name: stage for stage in build_graph(parse_config(compose([*REFLECTED, *config])))}
+    for name in ("score_auto", "selection_search"):
+        assert stages[name].inputs["weak"].stage is stages["monolith_ensemble"]
+    assert stages["score_monolith"].config.sampling.reflection is None
+    plain = {stage.name for stage in build_graph(parse_config(compose(["experiment=digits", *config[1:]])))}
+    assert plain == stages.keys()
