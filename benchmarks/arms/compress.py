@@ -114,7 +114,8 @@ class Arm(FinishedRun):
             clusters = cluster_folders(self.artifact_folder("partition") / "clusters")
             config = CompressionConfig(method=method, sampling=self.config.ensemble, labelled=False)
             workspace = Workspace.at(self.run_folder.root / "work" / f"{out.name}")
-            run_stage(config, ensemble or self.original, self.original, clusters, out, workspace)
+            held_out = cluster_folders(self.artifact_folder("partition") / "holdout_latents")
+            run_stage(config, ensemble or self.original, self.original, clusters, out, workspace, held_out)
             shutil.rmtree(workspace.scratch)
         return out
 

@@ -54,6 +54,8 @@ class Clusters:
     folders: Sequence[Path]
     codec: Path
     labeled: bool
+    held_out: Sequence[Path] = ()
+    """Folders of the held-out latents of each cluster."""
     reads_text: bool = False
     """Whether the experts were trained on captions."""
     is_single_network: bool = False
@@ -62,6 +64,14 @@ class Clusters:
     def load_latents(self, k: int, workspace: Workspace) -> LatentDataset:
         """Return the latents of the cluster of expert `k`."""
         return self._encode(self.folders if self.is_single_network else [self.folders[k]], workspace)
+
+    def load_held_out(self, k: int, workspace: Workspace) -> LatentDataset:
+        """Return the held-out latents of the cluster of expert `k`; raise `StageError` if there are fewer than two."""
+        folders = self.held_out if self.is_single_network else self.held_out[k : k + 1]
+        latents = self._encode(folders, workspace) if folders else None
+        if latents is None or len(latents) < 2:
+            raise StageError(f"this stage is scored on held-out images, and cluster {k} has too few; hold out more")
+        return latents
 
     def load_all_latents(self, workspace: Workspace) -> LatentDataset:
         """Return the latents of all clusters."""
@@ -106,9 +116,10 @@ class CompressionContext:
             experts[k] = expert
         return experts
 
-    def load_latents(self, ids: Sequence[int]) -> dict[int, LatentDataset]:
-        """Return the latents of the clusters of these experts."""
-        return {k: self.data.load_latents(k, self.workspace.part(f"cluster_{k}")) for k in ids}
+    def load_latents(self, ids: Sequence[int], *, held_out: bool = False) -> dict[int, LatentDataset]:
+        """Return the latents of the clusters of these experts, or those held out of them."""
+        load = self.data.load_held_out if held_out else self.data.load_latents
+        return {k: load(k, self.workspace.part(f"{'held_out' if held_out else 'cluster'}_{k}")) for k in ids}
 
     def check_noise_schedules(self, method: str) -> None:
         """Raise `StageError` if the noise schedule of an expert differs from that of the ensemble."""
@@ -134,6 +145,8 @@ class EnsembleResult:
     """Measurements to write as JSON."""
     keeps_router: bool = True
     """False if one network replaces all experts."""
+    notes: tuple[str, ...] = ()
+    """Lines for the terminal: what was tried, and what was chosen."""
 
 
 EnsembleMethod = Callable[[Any, CompressionContext], EnsembleResult]

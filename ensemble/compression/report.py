@@ -42,6 +42,8 @@ class CompressionReport:
     """1 for samples without conditions or guidance."""
     served: tuple[ServedCost, ...]
     """By the size of the request, the smallest first."""
+    notes: tuple[str, ...] = ()
+    """What the last stage tried and chose, as lines for the terminal."""
 
     @property
     def memory_ratio(self) -> float:
@@ -53,7 +55,7 @@ class CompressionReport:
         """Load a report from its JSON file."""
         fields = read_json(path)
         served = tuple(ServedCost(**cost) for cost in fields["served"])
-        return cls(**fields | {"stages": tuple(fields["stages"]), "served": served})
+        return cls(**fields | {"stages": tuple(fields["stages"]), "served": served, "notes": tuple(fields["notes"])})
 
 
 def describe(report: CompressionReport) -> str:
@@ -62,9 +64,10 @@ def describe(report: CompressionReport) -> str:
     stages = " + ".join(report.stages)
     flops = "/".join(f"{cost.flops_after / cost.flops_before:.2f}" for cost in report.served)
     sizes = "/".join(str(cost.batch_size) for cost in report.served)
-    return (
+    summary = (
         f"{stages}: {report.modules} changed, {report.bytes_before:,} to {report.bytes_after:,} bytes "
         f"({bytes_ratio:.2f} x), {flops} x the FLOPs of an image in requests of {sizes}, {report.memory_ratio:.2f} x "
         f"the peak memory, relative L2 {report.relative_l2:.4f} on {report.num_samples} images at guidance "
         f"{report.guidance_scale:g}"
     )
+    return "\n    ".join((summary, *report.notes))

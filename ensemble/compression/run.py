@@ -79,22 +79,29 @@ ENSEMBLE_METHODS: dict[str, EnsembleMethod] = {
 
 
 def run_stage(
-    config: CompressionConfig, ensemble: Path, original: Path, clusters: Sequence[Path], out: Path, workspace: Workspace
+    config: CompressionConfig,
+    ensemble: Path,
+    original: Path,
+    clusters: Sequence[Path],
+    out: Path,
+    workspace: Workspace,
+    held_out: Sequence[Path] = (),
 ) -> float:
     """Write the compressed ensemble and `compression.json` to `out`; return the FLOPs of compressing and comparing.
 
-    `clusters` are the experts' own shards, in the order of their ids. Raises what the methods raise.
+    `clusters` are the experts' own shards, `held_out` their held-out latents, by their ids. Raises what the methods
+    raise.
     """
-    data = open_clusters(clusters, ensemble, labeled=config.labelled)
+    data = replace(open_clusters(clusters, ensemble, labeled=config.labelled), held_out=held_out)
     context = CompressionContext(
         ensemble=ensemble, original=original, data=data, sampling=config.sampling, workspace=workspace
     )
     if config.method.method in ENSEMBLE_METHODS or trains_shared_student(config.method):
-        modules, flops = _compress_ensemble(config.method, context, out)
+        modules, flops, notes = _compress_ensemble(config.method, context, out)
     else:
-        modules, flops = _compress_experts(config.method, context, out)
+        modules, flops, notes = *_compress_experts(config.method, context, out), ()
     stages = (*read_stages(ensemble), compression_label(config.method))
-    report = compare(stages, modules, (original, out), data, config, workspace)
+    report = replace(compare(stages, modules, (original, out), data, config, workspace), notes=notes)
     write_json(out / REPORT_FILE, report)
     return flops + sum((cost.flops_before + cost.flops_after) * cost.batch_size for cost in report.served)
 
@@ -131,8 +138,10 @@ def _compress_experts(method: Any, context: CompressionContext, out: Path) -> tu
     return sum(record.modules for record in records), warmup_flops + sum(record.flops for record in records)
 
 
-def _compress_ensemble(method: MethodConfig, context: CompressionContext, out: Path) -> tuple[int, float]:
-    """Compress all experts at once; return the number of changed modules, and the FLOPs."""
+def _compress_ensemble(
+    method: MethodConfig, context: CompressionContext, out: Path
+) -> tuple[int, float, tuple[str, ...]]:
+    """Compress all experts at once; return the number of changed modules, the FLOPs, and the notes."""
     result: EnsembleResult = (
         distill_shared_student(method, context)
         if trains_shared_student(method)
@@ -149,7 +158,7 @@ def _compress_ensemble(method: MethodConfig, context: CompressionContext, out: P
     write_json(
         out / RESULT_FILE, {"modules": result.modules, "flops": result.flops, "details": to_jsonable(result.details)}
     )
-    return result.modules, result.flops
+    return result.modules, result.flops, result.notes
 
 
 def trains_shared_student(method: MethodConfig) -> TypeGuard[DistillConfig]:

@@ -144,7 +144,10 @@ class _GraphBuilder:
                 "original": Input(stage=original),
                 "clusters": self._partition_part("latents"),
             }
-            compressed = self._add(kind, config, inputs)
+            held_out = (
+                {"held_out": self._partition_part("holdout_latents")} if config.method.method == "truncate" else {}
+            )
+            compressed = self._add(kind, config, inputs | held_out)
             labels.append(compression_label(config.method))
             self._add_score("_".join(labels), compressed, self.config.ensemble.selection, search_inputs)
             timing_inputs = inputs | {"ensemble": Input(stage=compressed)}

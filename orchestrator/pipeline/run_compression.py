@@ -12,7 +12,8 @@ from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders
 def run_compression(config: CompressionConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Compress the ensemble, each expert with the data of its own cluster."""
     clusters = cluster_folders(inputs["clusters"])
-    return run_stage(config, inputs["ensemble"], inputs["original"], clusters, out, workspace)
+    held_out = cluster_folders(inputs["held_out"]) if "held_out" in inputs else []
+    return run_stage(config, inputs["ensemble"], inputs["original"], clusters, out, workspace, held_out)
 
 
 def run_timing(config: TimingConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -68,6 +68,7 @@ class HookConfig:
 DRAFT_TRAINING = TrainingConfig(steps=1000, batch_size=128, lr=2e-3, warmup_steps=50)
 
 Start = Annotated[float, Field(gt=0, lt=1)]
+GridStart = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -83,10 +84,11 @@ class TruncateConfig:
     """Euler steps in which the expert refines the draft."""
     t_start: Start | None = None
     """Time to which drafts are noised; empty searches `start_time_grid` for the best."""
-    start_time_grid: Annotated[tuple[Start, ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    """Start times to try; each is scored by the MMD between samples and the cluster's latents."""
+    start_time_grid: Annotated[tuple[GridStart, ...], Field(min_length=1)] = tuple(n / 10 for n in range(11))
+    """Start times to try besides 0, the unrefined draft, and 1, the expert's steps from noise. Each is scored by the
+    MMD between samples and held-out latents of the cluster."""
     rows: Annotated[int, Field(ge=16)] = 512
-    """Samples per score."""
+    """Samples per score, at least."""
     draft_steps: Annotated[int, Field(ge=1)] = 2
     """`expert`: Euler steps of the draft."""
     anchors: Annotated[int, Field(ge=1)] = 64

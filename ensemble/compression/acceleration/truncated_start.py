@@ -1,12 +1,13 @@
 """Truncated sampling: start below t = 1 from a noised draft, which the expert refines in a few steps.
 
-    x = alpha(t) draft + sigma(t) noise, then a few Euler steps;    t minimizes the MMD to the cluster's own latents
+    x = alpha(t) draft + sigma(t) noise, then a few Euler steps;    t minimizes the MMD to held-out latents
 
 A small t keeps the errors of the draft; a large t leaves too much work to the few steps. CAT-DM (Zeng
 et al. 2024, arXiv:2311.18405), DiffusionDrive (Liao et al. 2024, arXiv:2411.15139) and Trajectory Diffuser (Huang et
 al. 2024, arXiv:2407.16142) differ in their drafts.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,14 +37,17 @@ KMEANS_ROUNDS = 20
 
 
 def truncate(config: TruncateConfig, context: CompressionContext) -> EnsembleResult:
-    """Give every original expert its own draft generator, and all the start time of the best mean score.
+    """Give every original expert its own draft generator, and all the start time of the best mean held-out score.
 
-    Raises `StageError` if drafts need a student and there is none, or if an expert is not a single network.
+    If t = 0 is best, drafts that are experts stay unrefined; if t = 1 is best, the experts start from noise.
+
+    Raises `StageError` if drafts need a student and there is none, if an expert is not a single network, or if no
+    refinement improves drafts that are not experts.
     """
     context.check_noise_schedules("truncate")
     students, experts = context.load_experts(), context.load_experts(original=True)
-    latents = context.load_latents(sorted(experts))
-    num_samples = sum(map(len, latents.values()))
+    latents, held_out = (context.load_latents(sorted(experts), held_out=part) for part in (False, True))
+    grid = sorted({0.0, 1.0, *(config.start_time_grid if config.t_start is None else (config.t_start,))})
     truncated, flops, scores = {}, 0.0, dict[int, dict[float, float]]()
     for number, (k, expert) in enumerate(sorted(experts.items())):
         context.workspace.report_progress(number, len(experts), unit="experts")
@@ -58,35 +62,63 @@ def truncate(config: TruncateConfig, context: CompressionContext) -> EnsembleRes
         )
         flops += draft_flops + forward_flops(
             lambda expert=truncated[k], k=k: scores.update(
-                {k: score_start_times(expert, latents[k], config, context.workspace)}
+                {k: score_start_times(expert, held_out[k], grid, config, context.workspace)}
             )
         )
-    mean_scores = {
-        t: sum(scores[k][t] * len(latents[k]) / num_samples for k in scores) for t in next(iter(scores.values()))
-    }
+    sizes = {k: len(held_out[k]) for k in scores}
+    mean_scores = {t: sum(scores[k][t] * sizes[k] for k in scores) / sum(sizes.values()) for t in grid}
     best = config.t_start or min(mean_scores, key=lambda t: mean_scores[t])
-    draft_scores = {
-        k: measure_distance(expert, latents[k], config, drafts_only=True) for k, expert in truncated.items()
-    }
     details = {"t_start": best, "squared_mmd": {str(t): value for t, value in mean_scores.items()}}
     return EnsembleResult(
-        experts={k: with_start_time(best, expert) for k, expert in truncated.items()},
+        experts={k: start_at(best, expert) for k, expert in truncated.items()},
         modules=len(truncated),
         flops=flops,
-        details=details | {"squared_mmd_of_drafts": {str(k): value for k, value in draft_scores.items()}},
+        details=details | {"squared_mmd_of_experts": {str(k): scores[k] for k in scores}},
+        notes=(describe_scores(mean_scores, best, is_chosen=config.t_start is None),),
     )
 
 
+def describe_scores(scores: Mapping[float, float], start: float, *, is_chosen: bool) -> str:
+    """Return the table of start times and the choice as one line, with a warning if the draft alone is better."""
+    table = ", ".join(f"{t:g} {value:.4f}" for t, value in scores.items())
+    warning = ""
+    if start and scores[0.0] < scores[start]:
+        warning = f"; warning: the unrefined draft is better, {scores[0.0]:.4f}"
+    verb = "chosen" if is_chosen else "given"
+    return f"held-out MMD by start t (0 is the draft, 1 is noise): {table}; {verb}: {start:g}{warning}"
+
+
 def score_start_times(
-    expert: TruncatedExpert, dataset: LatentDataset, config: TruncateConfig, workspace: Workspace
+    expert: TruncatedExpert,
+    held_out: LatentDataset,
+    grid: Sequence[float],
+    config: TruncateConfig,
+    workspace: Workspace,
 ) -> dict[float, float]:
-    """Return the squared MMD of samples for each start time of the grid; empty if `t_start` is configured."""
+    """Return the squared MMD to held-out latents of samples for each start time, 0 and 1 included if in the grid."""
     scores = {}
-    for t in config.start_time_grid if config.t_start is None else ():
+    for t in grid:
         if workspace.stop_requested():
             raise Preempted("stopped while start times were scored; scoring restarts")
-        scores[t] = measure_distance(with_start_time(t, expert), dataset, config)
+        scores[t] = measure_distance(expert, held_out, config, start=t)
     return scores
+
+
+def start_at(t: float, expert: TruncatedExpert) -> ExpertModel:
+    """Return the expert that starts at t: for 0 its draft, for 1 its refiner from noise.
+
+    Raises `StageError` for t = 0 and a draft that is not an expert.
+    """
+    if 0 < t < 1:
+        return with_start_time(t, expert)
+    if t:
+        return with_start_time(t, expert).refiner
+    if isinstance(expert.draft, Expert):
+        return expert.draft
+    raise StageError(
+        "on held-out latents the drafts are better unrefined, so nothing would be sampled from the experts; train "
+        "the experts longer, or remove accelerate"
+    )
 
 
 def sample_truncated(expert: TruncatedExpert, noise: NoiseSource, condition: Condition) -> Latents:
@@ -108,24 +140,30 @@ def with_start_time(t: float, expert: TruncatedExpert) -> TruncatedExpert:
 
 
 @torch.inference_mode()
-def measure_distance(
-    expert: TruncatedExpert, dataset: LatentDataset, config: TruncateConfig, *, drafts_only: bool = False
-) -> float:
-    """Return the unbiased squared MMD of samples, or of drafts alone, to latents of the cluster with equal classes."""
+def measure_distance(expert: TruncatedExpert, dataset: LatentDataset, config: TruncateConfig, *, start: float) -> float:
+    """Return the unbiased squared MMD of samples from this start time to latents of equal classes.
+
+    0 scores the drafts alone, 1 the refiner from noise. Few latents are paired with several samples each.
+    """
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[: config.rows]
     real, condition = dataset.clean[rows].flatten(1).float(), dataset.condition(rows)
-    seeds = range(config.seed, config.seed + len(rows))
+    kernel, conditions = median_kernel("rbf", real, FINE), (condition.class_id, condition.class_id)
+    distances = []
+    for repeat in range(-(-config.rows // len(rows))):
+        seeds = [config.seed + repeat * len(rows) + number for number in range(len(rows))]
 
-    def noise(occasion: int) -> Latents:
-        return make_noise(seeds, expert.latent_shape, occasion)
+        def noise(occasion: int, seeds: Sequence[int] = seeds) -> Latents:
+            return make_noise(seeds, expert.latent_shape, occasion)
 
-    samples = (
-        expert.sample_draft(noise, condition, ExpertCache(name=""))
-        if drafts_only
-        else sample_truncated(expert, noise, condition)
-    )
-    conditions = (condition.class_id, condition.class_id)
-    return float(squared_mmd(samples.flatten(1), real, median_kernel("rbf", real, FINE), conditions))
+        samples = _sample_from(start, expert, noise, condition)
+        distances.append(float(squared_mmd(samples.flatten(1), real, kernel, conditions)))
+    return sum(distances) / len(distances)
+
+
+def _sample_from(start: float, expert: TruncatedExpert, noise: NoiseSource, condition: Condition) -> Latents:
+    if start == 0:
+        return expert.sample_draft(noise, condition, ExpertCache(name=""))
+    return sample_truncated(with_start_time(start, expert), noise, condition)
 
 
 def fit_draft(

@@ -8,12 +8,13 @@ import torch
 from ddm_core.artifacts import Workspace
 from ensemble.compression.acceleration.config import BaseFirstConfig, TruncateConfig
 from ensemble.compression.acceleration.truncated_start import (
+    describe_scores,
     fit_anchors,
     fit_draft,
     measure_distance,
     sample_truncated,
     score_start_times,
-    with_start_time,
+    start_at,
 )
 from ensemble.compression.distillation.mmd import FINE, median_kernel, squared_mmd
 from ensemble.compression.handover import split_by_time
@@ -68,15 +69,50 @@ def from_noise(expert, steps):
     return float(squared_mmd(samples, real, median_kernel("rbf", real, FINE)))
 
 
+def halves():
+    """Latents to fit drafts on, and others to score them on."""
+    order = torch.randperm(len(digits()), generator=torch.Generator().manual_seed(0))
+    data = digits().without_conditions()
+    return data.select(order[::2]), data.select(order[1::2])
+
+
 def test_the_best_start_time_beats_drafts_and_plain_sampling(expert, tmp_path):
-    data, workspace = digits().without_conditions(), Workspace.at(tmp_path)
+    (data, held_out), workspace = halves(), Workspace.at(tmp_path)
     truncated = with_draft(expert, fit_draft(expert, expert, data, CONFIG, workspace)[0], 0.5)
-    scores = score_start_times(truncated, data, CONFIG, workspace)
+    grid = TruncateConfig().start_time_grid
+    scores = score_start_times(truncated, held_out, grid, CONFIG, workspace)
     best = min(scores, key=lambda t: scores[t])
-    assert 0.1 < best < 0.9 and scores[best] < 0.8 * min(scores[0.1], scores[0.9])
-    assert scores[best] == measure_distance(with_start_time(best, truncated), data, CONFIG)
-    assert scores[best] < 0.8 * measure_distance(truncated, data, CONFIG, drafts_only=True)
-    assert scores[best] < 0.8 * from_noise(expert, 2)
+    assert list(scores) == [n / 10 for n in range(11)] and 0.1 < best < 0.9
+    assert scores[best] < 0.8 * min(scores[0.1], scores[0.9], scores[0.0], scores[1.0])
+    assert scores[1.0] == pytest.approx(from_noise(expert, 2), rel=0.2)
+    assert isinstance(start_at(best, truncated), TruncatedExpert)
+    note = describe_scores(scores, best, is_chosen=True)
+    assert f"chosen: {best:g}" in note and "warning" not in note
+    assert "the unrefined draft is better" in describe_scores({0.0: 0.1, 0.9: 0.2}, 0.9, is_chosen=False)
+
+
+def test_a_draft_that_no_refinement_improves_stays_as_it_is(expert, tmp_path):
+    """The draft is the expert itself in many steps: two more steps from anywhere make it worse."""
+    config = replace(CONFIG, draft="expert", draft_steps=40, rows=512)
+    _, held_out = halves()
+    draft, _ = fit_draft(expert, expert, held_out, config, Workspace.at(tmp_path))
+    scores = score_start_times(
+        with_draft(expert, draft, 0.5), held_out, (0.0, 0.5, 0.9, 1.0), config, Workspace.at(tmp_path)
+    )
+    assert min(scores, key=lambda t: scores[t]) == 0.0
+    assert start_at(0.0, with_draft(expert, draft, 0.5)) is draft
+    plain = start_at(1.0, with_draft(expert, draft, 0.5))
+    assert torch.equal(generate(plain).latents, generate(replace(expert, few_step=plain.few_step)).latents)
+    anchors = with_draft(expert, fit_anchors(digits(), 10, CONFIG), 0.5)
+    with pytest.raises(StageError, match="drafts are better unrefined"):
+        start_at(0.0, anchors)
+
+
+def test_few_held_out_latents_are_scored_with_several_samples_each(expert):
+    few = halves()[1].select(torch.arange(40))
+    anchors = with_draft(expert, fit_anchors(digits(), 10, CONFIG), 0.5)
+    scores = [measure_distance(anchors, few, replace(CONFIG, rows=rows), start=0.5) for rows in (40, 41, 80)]
+    assert scores[0] != scores[1] == scores[2]
 
 
 @pytest.mark.slow
@@ -84,7 +120,8 @@ def test_the_best_start_time_beats_drafts_and_plain_sampling(expert, tmp_path):
 def test_other_drafts_beat_one_step_from_noise(draft, expert, tmp_path):
     config, data = replace(CONFIG, draft=draft), digits().without_conditions()
     generator, flops = fit_draft(expert, expert, data, config, Workspace.at(tmp_path))
-    assert measure_distance(with_draft(expert, generator, 0.2), data, config) < from_noise(expert, 1)
+    distance = measure_distance(with_draft(expert, generator, 0.2), data, config, start=0.2)
+    assert distance < from_noise(expert, 1)
     assert (flops > 0) == (draft == "autoregressive")
 
 
