@@ -177,6 +177,9 @@ class ClassifierConfig:
     """Held-out images in total, equally from every cluster."""
     noises_per_image: Annotated[int, Field(ge=1)] = 16
     """Pairs of t and noise that an error is averaged over; equal for all classes."""
+    elimination: Annotated[float, Field(gt=0)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Standard errors by which a class must be worse than the best one to be left out of all further pairs; empty
+    evaluates every class on every pair."""
     weighting: Weighting = "velocity"
     """`velocity`: uniform over t, as in Li et al. `likelihood`: the weights of the likelihood bound."""
     batch_size: Annotated[int, Field(ge=1)] = 4096

@@ -2,6 +2,9 @@
 
     class of x = argmin_c  E_{t, noise} w(t) || v(x_t, t | c) - v* ||^2        v* = alpha' x + sigma' noise
 
+All classes of an image see the same t and noise (section 4 of the paper: the difference of two errors then varies
+little), so a class that is clearly worse after a few pairs need not be evaluated on the others.
+
 The ensemble's accuracy measures what all experts represent together, the accuracy of a single expert what it represents
 of images that it was not trained on. The prior over classes is uniform.
 """
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data_partition.shards.shards import Sample, read_index
@@ -50,6 +53,58 @@ def denoising_errors(
         errors = [_errors(models, clean[part], noise[part], t[part], num_classes, noise_schedule) for part in rows]
         total = total + torch.cat(errors, dim=1) * WEIGHTINGS[config.weighting](t, noise_schedule)[:, None]
     return total / config.noises_per_image
+
+
+MIN_PAIRS = 4
+"""Pairs of t and noise on which every class is evaluated, before one may be eliminated."""
+
+
+@torch.inference_mode()
+def eliminate_classes(
+    models: VelocityModels, clean: Latents, num_classes: int, noise_schedule: NoiseSchedule, config: ClassifierConfig
+) -> tuple[Errors, int]:
+    """Compute denoising errors, infinite for classes that are eliminated early, and the number of evaluated rows.
+
+    A class of an image is eliminated when for every model its error exceeds that of the model's best class by
+    `config.elimination` standard errors of their paired difference.
+    """
+    generator, count = torch.Generator().manual_seed(config.seed), config.noises_per_image
+    # The order of the strata of t is random: the first few pairs cover all of [0, 1].
+    strata, limit = torch.randperm(count, generator=generator), config.elimination or torch.inf
+    is_active = torch.ones(len(clean), num_classes, dtype=torch.bool)
+    history, evaluated = [], 0
+    for number, stratum in enumerate(strata.tolist(), start=1):
+        t = ((stratum + torch.rand(len(clean), generator=generator)) / count).to(clean)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        images, classes = (is_active & (is_active.sum(1, keepdim=True) > 1)).nonzero(as_tuple=True)
+        if not len(images):
+            break
+        noised, target = noise_schedule.add_noise(clean, noise, t), noise_schedule.velocity(clean, noise, t)
+        parts = []
+        for rows, class_id in zip(*(torch.split(part, config.batch_size) for part in (images, classes)), strict=True):
+            velocity = models(noised[rows], t[rows], Condition(class_id))
+            parts.append((velocity - target[rows]).double().square().flatten(2).mean(2))
+        errors = torch.full((len(parts[0]), len(clean), num_classes), torch.inf, dtype=torch.float64)
+        errors[:, images, classes] = torch.cat(parts, 1)
+        weights = WEIGHTINGS[config.weighting](t, noise_schedule)
+        history.append(errors * weights[:, None])
+        evaluated += len(images)
+        if number >= MIN_PAIRS:
+            is_active &= ~_is_clearly_worse(torch.stack(history), is_active, limit)
+    means = torch.stack(history).where(torch.stack(history).isfinite(), torch.nan).nanmean(0)
+    return means.masked_fill(~is_active, torch.inf), evaluated
+
+
+def _is_clearly_worse(
+    history: Float[Tensor, "pair model image class"], is_active: Bool[Tensor, "image class"], limit: float
+) -> Bool[Tensor, "image class"]:
+    """Return the classes whose paired difference to the best active one is significant for every model."""
+    means = history.mean(0).masked_fill(~is_active, torch.inf)
+    best = means.argmin(2, keepdim=True)
+    differences = history - history.gather(3, best.expand(len(history), *best.shape))
+    error = differences.std(0) / len(history) ** 0.5
+    is_worse: Tensor = ((differences.mean(0) > limit * error) & is_active).all(0)
+    return is_worse
 
 
 def _errors(
@@ -189,7 +244,11 @@ def classify(
     ensemble = pipeline.ensemble
     rows = config.noises_per_image * len(samples) * pipeline.num_classes
     models = _count_rows(create_models(ensemble), lambda done: on_progress(done, rows))
-    errors = denoising_errors(models, clean, pipeline.num_classes, ensemble.noise_schedule, config)
+    inputs = models, clean, pipeline.num_classes, ensemble.noise_schedule, config
+    if config.elimination is None:
+        errors = denoising_errors(*inputs)
+    else:
+        errors, rows = eliminate_classes(*inputs)
     accuracy: ExpertAccuracy = expert_accuracy(
         errors,
         torch.tensor([sample.label for sample in samples]),

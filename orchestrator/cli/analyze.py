@@ -46,6 +46,9 @@ def classify(
     draws: Annotated[
         int, typer.Option(help="Pairs of t and noise per image over which the error is averaged", min=1)
     ] = 16,
+    eliminate: Annotated[
+        float | None, typer.Option(help="Drop a class early that is worse by so many standard errors, such as 3", min=0)
+    ] = None,
     ensemble: Ensemble = None,
 ) -> None:
     """Classify held-out images by their denoising error, with the ensemble and with each expert alone."""
@@ -59,7 +62,7 @@ def classify(
 
         config = with_ensemble(folder, config, ensemble)
     with _progress("Denoising under every class") as on_progress:
-        stage = run_classify(folder, config, images, draws, on_progress)
+        stage = run_classify(folder, config, images, draws, on_progress, eliminate or None)
     console.print(accuracy_table(load_result(folder, stage, "classify.json")))
     console.print(str(folder.artifact(stage) / "classify.json"), soft_wrap=True, highlight=False, markup=False)
 

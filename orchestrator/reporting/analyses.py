@@ -69,7 +69,12 @@ def run_audit(run: RunFolder, row: str, on_progress: ProgressCallback) -> Stage:
 
 
 def run_classify(
-    run: RunFolder, config: RunConfig, images: int, noises_per_image: int, on_progress: ProgressCallback
+    run: RunFolder,
+    config: RunConfig,
+    images: int,
+    noises_per_image: int,
+    on_progress: ProgressCallback,
+    elimination: float | None = None,
 ) -> Stage:
     """Classify held-out images with the configuration's ensemble and with each expert alone; return the finished stage.
 
@@ -85,7 +90,7 @@ def run_classify(
     stage = Stage(
         name="classify",
         kind="classify",
-        config=ClassifierConfig(images=images, noises_per_image=noises_per_image),
+        config=ClassifierConfig(images=images, noises_per_image=noises_per_image, elimination=elimination),
         inputs=needed,
     )
 

@@ -1,5 +1,7 @@
 """A pipeline as a classifier: output and errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,13 @@ def test_classify_uses_equal_images_of_every_cluster(parts, tmp_path):
     rows, costs = 12 * 2 * CONFIG.noises_per_image, RowFlops.measure(pipeline)
     assert reports[-1] == (rows, rows)
     assert flops == rows * (sum(costs.experts.values()) + costs.router)
+
+
+def test_classify_with_elimination_evaluates_fewer_rows(parts, tmp_path):
+    pipeline, partition = put_together(parts), write_holdouts(tmp_path / "partition", labels=True)
+    config = replace(CONFIG, noises_per_image=16)
+    full = classify(pipeline, partition, config, tmp_path)
+    assert classify(pipeline, partition, replace(config, elimination=0.01), tmp_path) < full
 
 
 def test_classify_with_unconditional_experts_raises(parts, tmp_path):

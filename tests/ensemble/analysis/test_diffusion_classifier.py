@@ -1,12 +1,17 @@
 """The Diffusion Classifier against the Bayes classifier, on Gaussians."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from ensemble.analysis.diffusion_classifier import create_models, denoising_errors, expert_accuracy
+from ensemble.analysis.diffusion_classifier import (
+    create_models,
+    denoising_errors,
+    eliminate_classes,
+    expert_accuracy,
+)
 from ensemble.config import ClassifierConfig
 from ensemble.ensemble import Ensemble
 from experts.conditions.condition import Condition
@@ -105,3 +110,31 @@ def test_cluster_without_images_has_no_accuracy():
     errors = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64)
     result = expert_accuracy(errors, torch.tensor([0]), torch.tensor([0]), (5, 0), (0,))
     assert result.accuracy[0] == (1.0, None) and result.floor == (1.0, None) and result.other_clusters is None
+
+
+def test_elimination_keeps_the_accuracy_at_a_third_of_the_calls():
+    """Li et al. 2023, section 4, on ten Gaussians: paired noise decides most images after a few pairs."""
+    generator = torch.Generator().manual_seed(0)
+    means = 0.8 * torch.randn(10, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(10, (200,), generator=generator)
+    images = means[labels] + 0.7 * torch.randn(200, 8, generator=generator, dtype=torch.float64)
+
+    def models(noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return gaussian_velocity(noised, t, means[condition.class_id], 0.7, RECTIFIED_FLOW)[None]
+
+    config = ClassifierConfig(noises_per_image=32)
+    full = denoising_errors(models, images, 10, RECTIFIED_FLOW, config)[0].argmin(1)
+    errors, rows = eliminate_classes(models, images, 10, RECTIFIED_FLOW, replace(config, elimination=3))
+    right, right_in_full = ((guess == labels).double().mean() for guess in (errors[0].argmin(1), full))
+    assert right >= right_in_full - 0.005 and rows <= 0.3 * 200 * 10 * 32
+    unpaired = [denoising_errors(models, images, 10, RECTIFIED_FLOW, replace(config, seed=k))[0] for k in range(10)]
+    independent = torch.stack([errors[:, k] for k, errors in enumerate(unpaired)], 1).argmin(1)
+    assert (independent == labels).double().mean() < right_in_full
+
+
+def test_elimination_of_nothing_gives_the_same_classes():
+    classes, config = ClassGaussians((0.7, 0.7, 0.7)), ClassifierConfig(noises_per_image=64)
+    errors, rows = eliminate_classes(classes.models, IMAGES, 3, RECTIFIED_FLOW, replace(config, elimination=1e9))
+    assert rows == 300 * 3 * 64 and errors.isfinite().all()
+    full = denoising_errors(classes.models, IMAGES, 3, RECTIFIED_FLOW, config)
+    assert (errors.argmin(2) == full.argmin(2)).double().mean() > 0.9

@@ -141,7 +141,7 @@ DISTILLED = (
 DRAFTED = (
     "accelerate=truncate",
     "accelerate.rows=32",
-    "accelerate.start_time_grid=[0.2,0.5]",
+    "accelerate.t_start=0.5",
     "quantize=int4_weight_only",
 )
 DENSE = ("distill=consistency", "distill.students=shared", "distill.teacher=true", "distill.training.steps=4")
