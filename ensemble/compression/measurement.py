@@ -47,7 +47,7 @@ def model_bytes(folder: Path) -> int:
 def load_served_condition(
     data: Clusters, pipeline: EnsemblePipeline, count: int, workspace: Workspace
 ) -> Condition | None:
-    """Return the conditions of `count` samples of all clusters, as users ask: a caption, or a class without one.
+    """Return the conditions of `count` samples of all clusters, as users request them (a caption, else a class).
 
     None for experts that read neither.
     """
