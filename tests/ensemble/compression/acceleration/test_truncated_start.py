@@ -108,7 +108,7 @@ def test_a_draft_that_no_refinement_improves_stays_as_it_is(expert, tmp_path):
         start_at(0.0, anchors)
 
 
-def test_few_held_out_latents_are_scored_with_several_samples_each(expert):
+def test_few_held_out_latents_have_several_samples_each(expert):
     few = halves()[1].select(torch.arange(40))
     anchors = with_draft(expert, fit_anchors(digits(), 10, CONFIG), 0.5)
     scores = [measure_distance(anchors, few, replace(CONFIG, rows=rows), start=0.5) for rows in (40, 41, 80)]
