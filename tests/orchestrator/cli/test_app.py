@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CHECKSUM_KEY, read_json, with_checksum, write_text
 from ensemble.pipeline import EnsemblePipeline
+from ensemble.sampling.prompts import PromptError
 from orchestrator.cli.app import COMMANDS, app, parse_seeds
 from orchestrator.controller import BACKENDS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
@@ -113,14 +114,15 @@ class TestFinishedRun:
         assert 400 < Image.open(tmp_path / "grid.png").width <= 800
 
     def test_sample_same_seed_gives_same_image_in_any_batch(self, run, tmp_path):
-        ddm("sample", run, "--seeds", "7", "--label", "3", "--out", tmp_path / "one.png")
-        ddm("sample", run, "--seeds", "7,8,9,10", "--label", "3", "--out", tmp_path / "four.png")
+        in_process("sample", run, "--seeds", "7", "--label", "3", "--out", tmp_path / "one.png")
+        in_process("sample", run, "--seeds", "7,8,9,10", "--label", "3", "--out", tmp_path / "four.png")
         one, four = (Image.open(tmp_path / name) for name in ("one.png", "four.png"))
         one, four = one.resize((8, 8), 0), four.resize((17, 17), 0).crop((0, 0, 8, 8))
         assert np.abs(np.asarray(one).astype(int) - np.asarray(four)).max() <= 1
 
     def test_sample_unknown_label_lists_classes(self, run, tmp_path):
-        assert "known: 0 " in ddm("sample", run, "--label", "cat", "--out", tmp_path / "x.png", code=1)
+        with pytest.raises(PromptError, match="known: 0 "):
+            in_process("sample", run, "--label", "cat", "--out", tmp_path / "x.png")
 
     def test_sample_unknown_selection_lists_known_ones(self, run, tmp_path):
         assert "sticky" in ddm("sample", run, "--selection", "best", "--out", tmp_path / "x.png", code=1)
@@ -134,7 +136,7 @@ class TestFinishedRun:
         assert "nothing is running" in ddm("stop", run, code=1)
 
     def test_evaluate_new_selection_adds_one_row(self, run):
-        output = ddm("evaluate", run, "--selection", "full")
+        output = in_process("evaluate", run, "--selection", "full")
         assert "full" in output and "score_full" in output
         assert "expert_0" not in output.replace("✔ expert_0               finished before", "")
 
