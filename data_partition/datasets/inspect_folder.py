@@ -12,7 +12,7 @@ import numpy as np
 
 from data_partition.datasets.captions import SIDECARS
 from data_partition.datasets.image_folder import check_root, iter_image_files, list_class_names, read_image
-from data_partition.datasets.survey import MAX_LISTED
+from data_partition.datasets.survey import MAX_LISTED, describe_others
 from data_partition.errors import SourceMissing, UnreadableImage
 from data_partition.shards.images import SUFFIXES, Pixels, decode_image
 
@@ -53,7 +53,7 @@ def inspect_folder(path: str) -> FolderFacts:
     root = check_root(path)
     paths = [image.relative_to(root) for image in islice(iter_image_files(root, root.resolve()), MAX_LISTED)]
     if not paths:
-        raise SourceMissing(f"{root} has no image below it; name the folder of the images")
+        raise SourceMissing(f"{root} has no image below it; {describe_others(root)}")
     counts = Counter(image.parts[0] if len(image.parts) > 1 else "" for image in paths)
     others, captions = _other_files(root, {str(image.with_suffix("")) for image in paths})
     sizes, greys, bad, digests = [], 0, {}, dict[str, list[str]]()

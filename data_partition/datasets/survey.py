@@ -56,7 +56,7 @@ def survey_source(config: DataConfig) -> Survey | None:
     except OSError as error:
         raise SourceMissing(f"data.path={config.path} cannot be read: {error.strerror}: {error.filename!r}") from error
     if survey.train + survey.held_out == 0:
-        raise NoSamples(f"data.path={config.path} has no image; {_describe_others(Path(str(config.path)))}")
+        raise NoSamples(f"data.path={config.path} has no image; {describe_others(Path(str(config.path)))}")
     return survey
 
 
@@ -122,14 +122,14 @@ def _list_parquet(config: DataConfig) -> tuple[tuple[str, ...], Iterator[Listed]
     return (), iter(list_rows(config.path))
 
 
-def _describe_others(root: Path) -> str:
-    """Return what a folder holds instead of images."""
+def describe_others(root: Path) -> str:
+    """Return what a folder holds instead of images, and what to do."""
     files = (name for _, _, names in os.walk(root) for name in names)
     suffixes = Counter(Path(name).suffix or "no suffix" for name in islice(files, MAX_LISTED))
     if not suffixes:
-        return "it holds no file at all; correct data.path"
+        return "it holds no file at all; correct the path"
     found = ", ".join(f"{count} with {suffix}" for suffix, count in suffixes.most_common(MAX_SHOWN))
-    return f"it holds other files: {found}; correct data.path, or convert them"
+    return f"it holds other files: {found}; correct the path, or convert them"
 
 
 LISTINGS = {

@@ -1,6 +1,7 @@
 """`ddm init`: look at a folder of images, and write a configuration for it."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,7 +49,7 @@ def init(
     for item in suggestions:
         table.add_row(item.key, str(item.value), item.reason)
     console.print(table)
-    console.print(f"Start it with: ddm run --config {target}", soft_wrap=True, highlight=False)
+    console.print(f"Start it with: ddm run --config {shlex.quote(str(target))}", soft_wrap=True, highlight=False)
 
 
 def describe(facts: "FolderFacts") -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def to_overrides(suggestions: Sequence[Suggestion]) -> list[str]:
 
 def to_yaml(suggestions: list[Suggestion], name: str) -> str:
     """Return a commented YAML file for `ddm run --config`."""
-    lines = [f"# ddm run --config {name}    (written by ddm init; keys as on the command line)"]
+    lines = [f"# ddm run --config {shlex.quote(name)}    (written by ddm init; keys as on the command line)"]
     return "\n".join([*lines, *(f"{item.key}: {_to_scalar(item.value)}  # {item.reason}" for item in suggestions), ""])
 
 

@@ -1,6 +1,7 @@
 """`ddm init` describes a folder as it is, and writes a configuration that passes the checks of `ddm run`."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from data_partition.errors import SourceMissing
 from orchestrator.cli.app import app
 from orchestrator.config.config_file import read_overrides
 from orchestrator.config.hydra_compose import compose
@@ -56,6 +58,19 @@ def test_init_writes_what_run_takes(photos, tmp_path):
     check_run(config, RunFolder(tmp_path / "run"))
     with pytest.raises(ConfigError, match="exists"):
         init(photos, "--out", target)
+
+
+def test_init_names_its_file_as_a_shell_reads_it(photos, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    printed = CliRunner().invoke(app, ["init", str(photos)], catch_exceptions=False).output
+    assert shlex.split(printed.splitlines()[-1])[-1] == "my photos, 2024.yaml"
+
+
+def test_init_without_images_says_what_is_there_instead(tmp_path):
+    for name in ("a.psd", "b.psd", "c"):
+        (tmp_path / name).touch()
+    with pytest.raises(SourceMissing, match="no image below it; it holds other files: 2 with .psd, 1 with no suffix;"):
+        CliRunner().invoke(app, ["init", str(tmp_path)], catch_exceptions=False)
 
 
 def test_more_minutes_give_more_steps():
