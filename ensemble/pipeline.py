@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ddm_core.artifacts import (
@@ -51,6 +52,7 @@ from experts.errors import CodecError
 from experts.expert import EARLY, Expert
 from experts.expert_model import ExpertModel
 from experts.networks.adapters.registry import ADAPTERS
+from experts.training.flops import forward_flops
 from router.router import Router
 
 INDEX = "model_index.json"
@@ -126,6 +128,15 @@ class EnsemblePipeline:
                 "text=minilm on data with captions (data.captions=true)"
             )
         return replace(Condition.of_classes(prompts.class_ids), text=encoder.encode(prompts.captions))
+
+    def text_flops(self) -> float:
+        """Return the FLOPs of encoding a caption, and of p(k | text); 0 without text."""
+        encoder = None if self.text is None else _load_text_encoder(self.text)
+        if encoder is None:
+            return 0.0
+        text, router = replace(encoder.null_text, is_null=torch.zeros(1, dtype=torch.bool)), self.ensemble.router
+        condition = replace(Condition.null(1), text=text)
+        return encoder.row_flops + (forward_flops(lambda: router.prior_logits(condition)) if router else 0.0)
 
     def load_weak(self, config: SamplingConfig) -> Ensemble | None:
         """Load the weak ensemble of a reflection, or return None; raise `PipelineError` if it is absent or unfit."""

@@ -26,7 +26,7 @@ from experts.networks.model_io import save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
-from experts.training.encode import encode_latents, read_class_names
+from experts.training.encode import encode_latents, read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.latent_dataset import LatentDataset, LatentError
 from experts.training.loss import converted_loss, expert_loss
@@ -216,7 +216,16 @@ def train_expert(
     initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     loss = _create_loss(config, initial_model)
     return train_network(
-        config.training, dataset, initial_model, loss, out, workspace, num_classes, cluster_id, on_checkpoint
+        config.training,
+        dataset,
+        initial_model,
+        loss,
+        out,
+        workspace,
+        num_classes,
+        cluster_id,
+        on_checkpoint,
+        text_flops(shards),
     )
 
 
@@ -239,8 +248,12 @@ def train_network(
     num_classes: int,
     cluster_id: int = 0,
     on_checkpoint: Callable[[Callable[[], Expert]], None] | None = None,
+    extra_flops: float = 0.0,
 ) -> ExpertSummary:
-    """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary."""
+    """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary.
+
+    `extra_flops` are those of the preparation of the latents.
+    """
 
     def as_expert(model: nn.Module) -> Expert:
         return Expert(
@@ -262,7 +275,7 @@ def train_network(
     if trained.early is not None:
         as_expert(trained.early).save(out / EARLY)
     summary = ExpertSummary(
-        flops=training_flops(forward, training.batch_size, training.steps),
+        flops=training_flops(forward, training.batch_size, training.steps) + extra_flops,
         steps=training.steps,
         epochs=training.steps * training.batch_size / len(dataset),
         images=len(dataset),

@@ -5,6 +5,7 @@ from typing import Final
 
 from experts.training.flops import training_flops
 from router.calibration.temperature import ROWS_PER_BIN
+from router.calibration.text_prior import MAX_CAPTIONS, MAX_EVALUATIONS, STRENGTHS
 from router.calibration.time_bins import BINS
 from router.config import RouterConfig, RouterKind
 from router.models.density_ratio import divide_batch
@@ -46,6 +47,16 @@ def count_forward_rows(config: RouterConfig) -> int:
     """Return the number of rows for temperatures, scales and moments; a covariance row counts as one, at most."""
     calibration = 2 * BINS * ROWS_PER_BIN if is_calibrated(config) else 0
     return calibration + (MOMENT_ROWS + BINS * ROWS_PER_BIN if config.kind == "nearest_centroid" else 0)
+
+
+def text_prior_cost(samples: int, pooled_width: int, num_classes: int, num_experts: int) -> float:
+    """Return the most FLOPs of the fit of p(k | text) to the captions of samples; 0 without a pooled vector.
+
+    Every evaluation of the loss and its gradient costs three products of features and slopes.
+    """
+    rows = min(samples, MAX_CAPTIONS) * (2 if num_classes else 1)
+    product = 2.0 * rows * (pooled_width + num_classes) * num_experts
+    return 3 * product * MAX_EVALUATIONS * (len(STRENGTHS) + 1) if pooled_width else 0.0
 
 
 def training_cost(config: RouterConfig, row_flops: float, num_experts: int) -> float:

@@ -17,14 +17,14 @@ from experts.conditions.null_text import set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert import check_classes
-from experts.training.encode import encode_latents, read_class_names
+from experts.training.encode import encode_latents, read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
 from router.calibration.text_prior import fit_text_prior
 from router.config import RouterConfig, RouterKind
-from router.costs import count_gradient_rows, is_calibrated, training_cost
+from router.costs import count_gradient_rows, is_calibrated, text_prior_cost, training_cost
 from router.expert_samples import ExpertSamples
 from router.models.density_ratio import fit_density_ratio
 from router.models.nearest_centroid import fit_nearest_centroid
@@ -97,7 +97,8 @@ def train_router(
     counts = count_priors(dataset.cluster_id, dataset.class_id, len(holdouts), num_classes)
     if samples is not None:
         config, counts = replace(config, data="samples"), samples.prior_counts
-    return fit_router(config, dataset, holdout, out, workspace, counts)
+    extra_flops = text_flops([*clusters, *holdouts])
+    return fit_router(config, dataset, holdout, out, workspace, counts, extra_flops)
 
 
 def fit_network(
@@ -131,8 +132,12 @@ def fit_router(
     out: Path,
     workspace: Workspace,
     counts: Float[Tensor, "condition expert"],
+    extra_flops: float = 0.0,
 ) -> RouterSummary:
-    """Train on latents, `counts` laid out as `Router.prior_counts`; write the router's folder, metrics and quality."""
+    """Train on latents, `counts` laid out as `Router.prior_counts`; write the router's folder, metrics and quality.
+
+    `extra_flops` are those of the preparation of the latents.
+    """
     fitted = FIT_FUNCTIONS[config.kind](config, dataset, counts, workspace)
     router = Router(
         model=set_null_text(fitted.model, dataset.null_text),
@@ -146,8 +151,10 @@ def fit_router(
         router = replace(router, temperatures=temperatures)
     router.save(out)
     num_experts = counts.shape[1]
+    prior_flops = _prior_flops(len(dataset), dataset.null_text, len(counts) - 1, num_experts)
+    training = training_cost(config, _row_flops(router, dataset.latent_shape), num_experts)
     summary = RouterSummary(
-        flops=training_cost(config, _row_flops(router, dataset.latent_shape), num_experts),
+        flops=training + prior_flops + extra_flops,
         steps=config.training.steps if fitted.rows else 0,
         epochs=count_gradient_rows(config, num_experts) / len(dataset),
         images=len(dataset),
@@ -167,15 +174,21 @@ def router_flops(
     num_classes: int,
     num_experts: int,
     null_text: TextEmbedding | None = None,
+    samples: int = 0,
 ) -> float:
-    """Return the FLOPs of a complete training with this configuration, without running it."""
+    """Return the FLOPs of a complete training on so many samples with this configuration, without running it."""
     model = build_router(config, latent_shape, num_experts, num_classes, null_text)
     router = Router(
         model=model,
         noise_schedule=NOISE_SCHEDULES[config.noise_schedule],
         prior_counts=torch.ones(num_classes + 1, num_experts),
     )
-    return training_cost(config, _row_flops(router, latent_shape), num_experts)
+    prior_flops = _prior_flops(samples, null_text, num_classes, num_experts)
+    return training_cost(config, _row_flops(router, latent_shape), num_experts) + prior_flops
+
+
+def _prior_flops(samples: int, null_text: TextEmbedding | None, num_classes: int, num_experts: int) -> float:
+    return text_prior_cost(samples, 0 if null_text is None else null_text.shape[2], num_classes, num_experts)
 
 
 def _row_flops(router: Router, latent_shape: Sequence[int]) -> float:

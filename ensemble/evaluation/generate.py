@@ -40,7 +40,7 @@ class GeneratedImages:
     images: UInt8[np.ndarray, "batch height width channel"]
     calls: CallCounts
     flops: float
-    """Of all expert and router calls."""
+    """Of all expert and router calls, and of the texts."""
 
 
 def generate(
@@ -76,6 +76,7 @@ def generate(
         calls.add(_calls_from_arrays(arrays))
     workspace.report_progress(len(seeds), len(seeds), unit="images")
     flops = costs.times(calls) + (weak_costs.times(calls.weak) if weak_costs and calls.weak else 0.0)
+    flops += costs.text * sum(map(bool, prompts.captions if prompts else ()))
     return GeneratedImages(images=np.concatenate(images), calls=calls, flops=flops)
 
 
@@ -88,6 +89,8 @@ class RowFlops:
     networks: dict[str, float]
     """Of each of their networks, by its name in `CallCounts.full_calls`."""
     router: float
+    text: float
+    """Of encoding a caption, and of p(k | text)."""
 
     @classmethod
     def measure(cls, pipeline: EnsemblePipeline) -> "RowFlops":
@@ -99,6 +102,7 @@ class RowFlops:
             experts={k: flops.mean for k, flops in experts.items()},
             networks={f"{k}{name}": cost for k, flops in experts.items() for name, cost in flops.networks.items()},
             router=forward_flops(partial(router.logits, row, t, Condition.null(1))) if router else 0.0,
+            text=pipeline.text_flops(),
         )
 
     def times(self, calls: CallCounts) -> float:

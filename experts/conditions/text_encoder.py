@@ -19,6 +19,7 @@ from ddm_core.json_values import from_json
 from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_files import TextError, encoder_checksum, find_encoder, find_tokenizer
 from experts.config import TextConfig
+from experts.training.flops import forward_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +104,11 @@ class TextEncoder:
     def null_text(self) -> TextEmbedding:
         """Return the encoded "", one row with at least one token."""
         return replace(self._encode_rows([""]), is_null=torch.ones(1).bool())
+
+    @cached_property
+    def row_flops(self) -> float:
+        """Return the FLOPs of encoding one caption, which every caption of the fixed length costs."""
+        return forward_flops(lambda: self._encode_rows([""]))
 
     @torch.inference_mode()
     def _encode_rows(self, texts: list[str]) -> TextEmbedding:

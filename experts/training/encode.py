@@ -176,11 +176,12 @@ def identify(samples: Sequence[Encoded]) -> Int[torch.Tensor, " sample"]:
 
 def encode_dataset(
     dataset: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace
-) -> None:
+) -> float:
     """Encode the training and the held-out samples of a data set into `out/train` and `out/holdout`.
 
-    Says before it starts how much they will take, and afterwards how many captions were cut. Raises `Preempted`; the
-    next attempt continues with the first shard that is not finished.
+    Returns the FLOPs of the text encoder, in all attempts. Says before it starts how much they will take, and
+    afterwards how many captions were cut. Raises `Preempted`; the next attempt continues with the first shard that is
+    not finished.
     """
     total = sum(read_index(dataset / name).count for name in ("train", "holdout"))
     encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total)
@@ -204,6 +205,22 @@ def encode_dataset(
             f"captions are kept as text, which saves {sum(encoding.saved) / total / 2**10:.2f} KiB a sample; every "
             "stage that trains on them encodes them"
         )
+    parts = [folder for name in ("train", "holdout") for folder in (out / name).iterdir()]
+    return sum(text.row_flops * count_captions(part, as_text=False) for part in parts) if text is not None else 0.0
+
+
+def count_captions(folder: Path, *, as_text: bool) -> int:
+    """Return the captions of latents that are encoded, or those that are kept as text."""
+    captions = read_latents(folder).captions
+    return len(captions.weight) if captions is not None and captions.are_texts == as_text else 0
+
+
+def text_flops(folders: Sequence[Path]) -> float:
+    """Return the FLOPs of encoding the captions that latents keep as text, which `encode_latents` does."""
+    counts = {folder: count_captions(folder, as_text=True) for folder in folders if has_latents(folder)}
+    folder = next((folder for folder, count in counts.items() if count), None)
+    encoder = None if folder is None else TextEncoder.from_config(_text_config(folder))
+    return 0.0 if encoder is None else encoder.row_flops * sum(counts.values())
 
 
 def encode_folder(shards: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace) -> int:
@@ -306,13 +323,17 @@ def _iter_encoded(folder: Path) -> Iterator[LatentDataset]:
     if latents.captions is None or not latents.captions.are_texts:
         yield from iter_blocks(latents)
         return
-    text = TextEncoder.from_config(from_json(TextConfig, read_record(folder)["origin"]["text"]))
+    text = TextEncoder.from_config(_text_config(folder))
     for block in iter_blocks(latents, ENCODE_BATCH):
         if text is not None and (captions := block.captions) is not None:
             rows, _ = text.encode_and_count(captions.texts())
             counts = captions.first_caption.diff()
             encoded = EncodedCaptions.from_rows(rows, captions.null_text, counts, captions.weight)
             yield replace(block, captions=encoded)
+
+
+def _text_config(folder: Path) -> TextConfig:
+    return from_json(TextConfig, read_record(folder)["origin"]["text"])
 
 
 def _sample_bytes(codec: FrozenCodec, text: TextEncoder | None) -> int:

@@ -29,7 +29,8 @@ def flop_matched_config(config: MonolithStageConfig, inputs: Inputs) -> ExpertCo
     flops_of_experts = [expert_flops(expert, latent_shape, num_classes, null_text) for expert in experts]
     extra = read_manifest(inputs["features"]).flops + read_manifest(inputs["partition"]).flops
     if config.router is not None:
-        extra += router_flops(config.router, latent_shape, num_classes, config.num_experts, null_text)
+        samples = int(proportional_counts(inputs["partition"])[-1].sum())
+        extra += router_flops(config.router, latent_shape, num_classes, config.num_experts, null_text, samples)
         if config.router.data == "samples":
             costs = (
                 list(zip(experts, flops_of_experts, strict=True)) or [(monolith, monolith_flops)] * config.num_experts

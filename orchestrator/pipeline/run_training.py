@@ -37,11 +37,10 @@ def run_codec(config: CodecConfig, inputs: Inputs, out: Path, workspace: Workspa
 
 
 def run_latents(config: LatentsStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Encode all images, and their captions if the models read text."""
+    """Encode all images, and their captions if the models read text; the text encoder's FLOPs are counted."""
     text, device = TextEncoder.from_config(config.text), check_device(config.device)
     codec = FrozenCodec.open(inputs["codec"], load_codec(inputs["codec"]), device, stored_type(inputs["codec"]))
-    encode_dataset(inputs["dataset"], codec, text and text.to(device), out, workspace)
-    return 0.0
+    return encode_dataset(inputs["dataset"], codec, text and text.to(device), out, workspace)
 
 
 def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

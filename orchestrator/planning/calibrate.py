@@ -28,6 +28,7 @@ from ddm_core.artifacts import to_jsonable, write_record
 from ddm_core.errors import DDMError
 from experts.codecs.registry import CODECS
 from experts.conditions.text_embedding import TextEmbedding
+from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import read_text_shape
 from experts.expert import expert_flops
 from experts.training.flops import forward_flops, training_flops
@@ -203,10 +204,16 @@ def _dataset_facts(
     dataset = next(stage for stage in graph if stage.kind == "dataset")
     if run.is_finished(dataset):
         images, held_out = (read_index(run.artifact(dataset) / part).count for part in ("train", "holdout"))
+    text, text_shape = TextEncoder.from_config(config.text), read_text_shape(config.text)
+    others = _decoder_flops(config)
+    if text is not None:
+        others["text"] = text.row_flops
     return DatasetFacts(
         images=images,
         held_out=held_out,
-        row_flops=networks.row_flops | _decoder_flops(config) | _row_flops_of_experts(config, dry),
+        row_flops=networks.row_flops | others | _row_flops_of_experts(config, dry),
+        pooled_width=0 if text_shape is None else text_shape[2],
+        num_classes=dry.num_classes,
         extractors=dry.extractors,
         num_experts=config.partition.num_experts,
         partition=config.partition,

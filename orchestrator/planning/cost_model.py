@@ -26,6 +26,7 @@ from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.pipeline.stage_configs import (
     DistilledMonolithStageConfig,
     ExpertStageConfig,
+    LatentsStageConfig,
     MonolithStageConfig,
     ScoreStageConfig,
     SelectionSearchStageConfig,
@@ -35,7 +36,7 @@ from orchestrator.planning.dry_run import ExtractorCost
 from orchestrator.planning.sampling_calls import CallsPerImage, calls_per_image, most_expensive
 from router.calibration.time_bins import BINS
 from router.config import RouterConfig
-from router.costs import count_forward_rows, count_gradient_rows, training_cost
+from router.costs import count_forward_rows, count_gradient_rows, text_prior_cost, training_cost
 from router.quality import MAX_IMAGES, NOISES_PER_IMAGE
 
 UNKNOWN = Work(flops=None, parts=None)
@@ -49,11 +50,16 @@ class DatasetFacts:
     """Training images; None if only reading the source reveals their number."""
     held_out: int | None
     row_flops: Mapping[str, float]
-    """FLOPs of one row through an `expert`, the `router`, the codec's `decoder`, and each expert that differs."""
+    """FLOPs of one row through an `expert`, the `router`, the codec's `decoder`, each expert that differs, and the
+    `text` encoder."""
     extractors: Mapping[str, ExtractorCost]
     """Of the `partition`, and of each feature space of the scores as `score/<name>`."""
     num_experts: int
     partition: PartitionConfig
+    pooled_width: int = 0
+    """Features of a text's pooled vector; 0 is no text."""
+    num_classes: int = 0
+    """Classes that models read."""
 
 
 EarlierWork = Mapping[str, Work]
@@ -123,10 +129,13 @@ def estimate_codec(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> W
 
 
 def estimate_latents(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
-    """Count the images that are encoded; a codec's and a text encoder's FLOPs are not counted."""
+    """Count the images that are encoded, and the FLOPs of the text encoder on one caption each, not of a codec."""
+    config: LatentsStageConfig = stage.config
+    row = facts.row_flops.get("text", 0.0) if config.text.stored_as == "encodings" else 0.0
     if facts.images is None or facts.held_out is None:
-        return Work(flops=0.0, parts=None)
-    return Work(flops=0.0, parts=(Part(speed="latents", count=facts.images + facts.held_out),))
+        return UNKNOWN if row else Work(flops=0.0, parts=None)
+    count = facts.images + facts.held_out
+    return Work(flops=count * row, parts=(Part(speed="latents", count=count),))
 
 
 def estimate_features(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
@@ -187,7 +196,7 @@ def estimate_adapter(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) ->
 def estimate_router(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
     """Count the training, the temperatures, and the measurement of its quality with and without the class."""
     config: RouterConfig = stage.config
-    flops = training_cost(config, facts.row_flops["router"], facts.num_experts)
+    flops = _router_flops(config, facts)
     rows, calibration_rows = count_gradient_rows(config, facts.num_experts), count_forward_rows(config)
     training = Part(speed="router", count=rows)
     if facts.held_out is None:
@@ -196,13 +205,18 @@ def estimate_router(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> 
     return Work(flops=flops, parts=(training, Part(speed="router_row", count=calibration_rows + quality_rows)))
 
 
+def _router_flops(config: RouterConfig, facts: DatasetFacts) -> float:
+    prior = text_prior_cost(facts.images or 0, facts.pooled_width, facts.num_classes, facts.num_experts)
+    return training_cost(config, facts.row_flops["router"], facts.num_experts) + prior
+
+
 def estimate_monolith(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
     """Count the training with the extra steps of `orchestrator/pipeline/flop_matching.py`."""
     config: MonolithStageConfig = stage.config
     training, row = config.expert.training, facts.row_flops["expert"]
     extra = [earlier[name].flops for name in ("features", "partition")]
     if config.router is not None:
-        extra.append(training_cost(config.router, facts.row_flops["router"], config.num_experts))
+        extra.append(_router_flops(config.router, facts))
         if config.router.data == "samples":
             samples = config.router.samples_per_expert * config.num_experts
             extra.append(samples * (2 * config.router.sample_steps - 1) * row)
@@ -331,6 +345,8 @@ def _sampling_work(stage: Stage, images: int, calls: CallsPerImage, facts: Datas
     """Return the work of sampling `images` and of extracting their features for the score."""
     flops, parts = _image_calls(stage, images, calls, facts)
     feature_flops = images * sum(extractor.flops for _, extractor in _score_extractors(facts))
+    if stage.config.evaluation.conditional:
+        feature_flops += images * facts.row_flops.get("text", 0.0)
     return Work(
         flops=flops + feature_flops,
         parts=(*parts, Part(speed="score", count=images)),

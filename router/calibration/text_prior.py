@@ -25,6 +25,8 @@ STRENGTHS: Final = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 """Weights of the squared slopes, from the strongest."""
 HELD_OUT_SHARE: Final = 0.2
 MAX_ITERATIONS: Final = 100
+MAX_EVALUATIONS: Final = 125
+"""Of the loss and its gradient in one fit."""
 SEED: Final = 20_060_815
 
 Logits = Float[Tensor, "batch expert"]
@@ -132,7 +134,9 @@ def _fit(texts: Features, counts: Counts, strength: float) -> TextPrior:
     """Minimize the cross-entropy plus `strength` / 2 times the squared slopes."""
     slopes = torch.zeros(counts.shape[1], texts.shape[1], dtype=texts.dtype, requires_grad=True)
     offsets = torch.zeros(counts.shape[1], dtype=texts.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([slopes, offsets], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [slopes, offsets], max_iter=MAX_ITERATIONS, max_eval=MAX_EVALUATIONS, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ from ensemble.config import SamplingConfig
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.images import to_bytes
 from ensemble.sampling.prompts import PromptError, Prompts
+from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import TextError
 from orchestrator.cli.sample import SamplingRequest, save_grid
 from router.config import SelectionConfig
@@ -116,3 +117,10 @@ def test_grid_has_one_row_a_prompt(pipeline, tmp_path):
         alone = pipeline([3, 4, 5], SAMPLING, Prompts.of_captions([prompt] * 3)).latents
         torch.testing.assert_close(samples.latents[3 * row : 3 * row + 3], alone, atol=1e-5, rtol=1e-4)
     assert "6 images" in save_grid(request, samples, tmp_path / "grid.png")
+
+
+def test_flops_of_a_prompt_are_those_of_encoder_and_prior(tmp_path):
+    pipeline = assemble_text_pipeline(tmp_path)
+    encoder = TextEncoder.from_config(pipeline.text)
+    features = encoder.null_text.shape[2] + pipeline.num_classes
+    assert pipeline.text_flops() == encoder.row_flops + 2 * features * 2

@@ -12,11 +12,13 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.config import TrainingConfig
 from experts.training.latent_dataset import LatentDataset
 from router.add_remove import RouterChangeError, add_head, remove_head
+from router.calibration import text_prior
 from router.calibration.text_prior import fit_text_prior
 from router.config import RouterConfig
+from router.costs import text_prior_cost
 from router.models.registry import ROUTERS
 from router.router import Router, count_priors
-from router.train import fit_router
+from router.train import fit_router, router_flops
 from tests.router.captioned import WIDTH, make_dataset
 
 TRAINING = TrainingConfig(steps=100, batch_size=64, lr=1e-2, warmup_steps=5, condition_dropout=0.5)
@@ -88,6 +90,18 @@ def test_quality_reports_the_prior_of_texts(tmp_path: Path) -> None:
     assert quality.prior_entropy == pytest.approx(quality.prior_cross_entropy, abs=0.05)
     assert quality.bins[-1].cross_entropy == pytest.approx(quality.prior_cross_entropy, abs=1e-3)
     assert quality.bins[-1].cross_entropy_null == pytest.approx(quality.prior_entropy_null, abs=0.1)
+
+
+def test_flops_of_the_prior_are_counted_and_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations, cross_entropy = [], text_prior._cross_entropy
+    monkeypatch.setattr(text_prior, "_cross_entropy", lambda *args: evaluations.append(1) or cross_entropy(*args))
+    dataset, config = make_clusters(), RouterConfig(kind="mlp", width=16, depth=1, training=TRAINING)
+    counts = count_priors(dataset.cluster_id, dataset.class_id, 3, 0)
+    summary = fit_router(config, dataset, make_clusters(60), tmp_path / "out", Workspace.at(tmp_path), counts)
+    prior = text_prior_cost(300, WIDTH, 0, 3)
+    assert 3 * 2 * 300 * WIDTH * 3 * len(evaluations) <= prior
+    without = router_flops(config, (2,), 0, 3, dataset.null_text)
+    assert summary.flops == router_flops(config, (2,), 0, 3, dataset.null_text, 300) == without + prior
 
 
 def test_texts_of_another_encoder_raise(tmp_path: Path) -> None:

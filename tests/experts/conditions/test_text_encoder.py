@@ -88,6 +88,13 @@ def test_clip_and_unet_equal_stable_diffusions_own_pipeline(tmp_path):
     assert (own - unpadded).abs().max() > 1e-3, "padding is read"
 
 
+def test_flops_of_a_caption_are_those_of_its_padded_length(tmp_path):
+    folder, length, width = save_tiny_encoder(tmp_path, "transformers"), 8, 8
+    encoder = TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder), length=length))
+    projections, hidden, attention = 4 * 2 * width**2, 2 * 2 * width * 16, 2 * 2 * length * width
+    assert encoder.row_flops == length * (projections + hidden + attention) + 2 * width**2  # the last is a pooler's
+
+
 def test_minilm_knows_what_is_alike(minilm):
     boot, shoe, dog = minilm.encode(["a dark ankle boot", "a black shoe", "the dog barks"]).pooled
     assert torch.cosine_similarity(boot, shoe, 0) > torch.cosine_similarity(boot, dog, 0) + 0.2

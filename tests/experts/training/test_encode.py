@@ -17,7 +17,15 @@ from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import TextError
 from experts.config import TextConfig, TrainingConfig
 from experts.training import encode
-from experts.training.encode import TEXT, FrozenCodec, divide_latents, encode_dataset, encode_latents, read_class_names
+from experts.training.encode import (
+    TEXT,
+    FrozenCodec,
+    divide_latents,
+    encode_dataset,
+    encode_latents,
+    read_class_names,
+    text_flops,
+)
 from experts.training.latent_dataset import LatentError, make_batch
 from experts.training.latent_folder import iter_blocks, read_latents
 from tests.text_encoders import save_tiny_encoder
@@ -214,7 +222,11 @@ def test_captions_may_be_kept_and_encoded_where_they_are_read(dataset, codec_fol
         torch.testing.assert_close(ours.pooled, theirs.pooled, rtol=2e-3, atol=1e-3)
         assert torch.equal(ours.mask, theirs.mask) and torch.equal(ours.is_null, theirs.is_null)
         torch.testing.assert_close(expected.null_text.sequence, found.null_text.sequence)
-    encode_dataset(dataset, frozen(codec_folder), kept, tmp_path / "again", workspace)
+    total = len(captions_of(dataset))
+    assert encode_dataset(dataset, frozen(codec_folder), text, tmp_path / "once", workspace) == total * text.row_flops
+    assert encode_dataset(dataset, frozen(codec_folder), kept, tmp_path / "again", workspace) == 0
+    count = sum(len(read_latents(folder).captions.weight) for folder in folders)
+    assert text_flops(folders) == count * text.row_flops and text_flops(encoded) == 0
     saved = 2 * sum(min(count, 5) * 8 + 8 for count in text.count_tokens(captions_of(dataset))) - len(
         "".join(captions_of(dataset))
     )
