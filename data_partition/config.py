@@ -80,6 +80,10 @@ class DataConfig:
     version: str = ""
     """Any text; change it when the files at `path` have changed, so that the data are read again."""
 
+    flip: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
+    """Whether half of the training images are mirrored, others in every epoch: with few images, for things that may
+    face either way. Not for text, digits or captions of left and right."""
+
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Return the (height, width) of the square and of all buckets."""

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     """Noise and t of consistency training; indexed by step."""
     BUCKET_ORDER = 9
     """The order of the batches of images of different sizes; indexed by epoch."""
+    FLIP = 10
+    """Which samples are mirrored; indexed by epoch."""
     EXPERT_SAMPLES = 1000
     """Initial noise of the latents that expert k generates for the router is stream `EXPERT_SAMPLES + k`; indexed by
     row. It is the last id, so that the streams of any number of experts collide with no other."""

@@ -115,13 +115,17 @@ class _Encoding:
         """Return whether models read the classes of the samples."""
         return self.text is None or self.text.config.classes
 
-    def encode_shards(self, shards: Path, out: Path) -> list[Path]:
-        """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`."""
+    def encode_shards(self, shards: Path, out: Path, *, flip: bool = False) -> list[Path]:
+        """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`.
+
+        With `flip` the mirrored images are encoded too.
+        """
         index = read_index(shards)
         start, parts, shapes = 0, [], self.codec.shapes(index)
         for number, (count, digest) in enumerate(zip(index.shard_counts, index.checksums, strict=True)):
             part = out / f"{number:05d}"
             origin = {"shard": digest, **self.codec.origin, "text": self.text and self.text.config}
+            origin |= {"flip": True} if flip else {}
             if is_reusable(part, origin):
                 self.done.append(count)
             else:
@@ -129,13 +133,13 @@ class _Encoding:
                 class_names = index.class_names if self.reads_classes else ()
                 with atomic_folder(part) as temporary, LatentWriter(temporary, class_names, origin) as writer:
                     for block in _batches(samples, _batch_rows(index.image_shape)):
-                        encoded = self._encode(block, f"{shards}, shard {number}")
+                        encoded = self._encode(block, f"{shards}, shard {number}", flip=flip)
                         writer.add(encoded.in_bucket(index.bucket_of(number), shapes) if shapes else encoded)
             start += count
             parts.append(part)
         return parts
 
-    def _encode(self, block: list[Encoded], shard: str) -> LatentDataset:
+    def _encode(self, block: list[Encoded], shard: str, *, flip: bool) -> LatentDataset:
         """Encode some samples; raises `Preempted` before them if the workspace requests a stop."""
         if self.workspace.stop_requested():
             done = f"{sum(self.done)} of {self.total}"
@@ -147,6 +151,7 @@ class _Encoding:
             cluster_id=torch.zeros(len(block), dtype=torch.int64),
             sample_id=identify(block),
             captions=None if self.text is None else self._encode_captions(self.text, batch),
+            flipped=self.codec.encode(np.ascontiguousarray(batch.images[:, :, ::-1])) if flip else None,
         )
         self.done.append(len(block))
         self.workspace.report_progress(sum(self.done), self.total, unit="images encoded")
@@ -175,22 +180,23 @@ def identify(samples: Sequence[Encoded]) -> Int[torch.Tensor, " sample"]:
 
 
 def encode_dataset(
-    dataset: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace
+    dataset: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace, *, flip: bool = False
 ) -> float:
     """Encode the training and the held-out samples of a data set into `out/train` and `out/holdout`.
 
-    Returns the FLOPs of the text encoder, in all attempts. Says before it starts how much they will take, and
-    afterwards how many captions were cut. Raises `Preempted`; the next attempt continues with the first shard that is
-    not finished.
+    With `flip` the training samples are encoded mirrored too. Returns the FLOPs of the text encoder, in all attempts.
+    Says before it starts how much they will take, and afterwards how many captions were cut. Raises `Preempted`; the
+    next attempt continues with the first shard that is not finished.
     """
     total = sum(read_index(dataset / name).count for name in ("train", "holdout"))
     encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total)
-    size = _sample_bytes(codec, text)
+    size = _sample_bytes(codec, text, copies=1 + flip)
     workspace.notify(
         f"{total:,} samples, at most {size / 2**10:.2f} KiB of latents each, {total * size / 2**20:.1f} MiB in all"
     )
     for name in ("train", "holdout"):
-        for part in encoding.encode_shards(dataset / name, workspace.scratch / CACHE / "parts" / name):
+        parts = workspace.scratch / CACHE / "parts" / name
+        for part in encoding.encode_shards(dataset / name, parts, flip=flip and name == "train"):
             shutil.copytree(part, out / name / part.name, copy_function=_link)
     if text is not None:
         (out / TEXT).mkdir()
@@ -205,8 +211,8 @@ def encode_dataset(
             f"captions are kept as text, which saves {sum(encoding.saved) / total / 2**10:.2f} KiB a sample; every "
             "stage that trains on them encodes them"
         )
-    parts = [folder for name in ("train", "holdout") for folder in (out / name).iterdir()]
-    return sum(text.row_flops * count_captions(part, as_text=False) for part in parts) if text is not None else 0.0
+    folders = [folder for name in ("train", "holdout") for folder in (out / name).iterdir()]
+    return text.row_flops * sum(count_captions(folder, as_text=False) for folder in folders) if text else 0.0
 
 
 def count_captions(folder: Path, *, as_text: bool) -> int:
@@ -336,9 +342,9 @@ def _text_config(folder: Path) -> TextConfig:
     return from_json(TextConfig, read_record(folder)["origin"]["text"])
 
 
-def _sample_bytes(codec: FrozenCodec, text: TextEncoder | None) -> int:
+def _sample_bytes(codec: FrozenCodec, text: TextEncoder | None, copies: int) -> int:
     """Return the most bytes that one sample takes: latents, class, cluster, hash, and a text of full length."""
-    latents = codec.stored_type.itemsize * math.prod(codec.codec.latent_shape) + 24
+    latents = copies * codec.stored_type.itemsize * math.prod(codec.codec.latent_shape) + 24
     if text is None:
         return latents
     if text.config.stored_as == "captions":

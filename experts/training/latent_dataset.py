@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ddm_core.errors import DDMError
-from ddm_core.random_bits import Stream
+from ddm_core.random_bits import Stream, splitmix64_finalize
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
@@ -44,6 +44,8 @@ class LatentDataset:
     sample_id: Int[Tensor, " batch"] | None = None
     """Hash of the key and the content of every sample; None for latents of no images."""
 
+    flipped: Latents | None = None
+    """Of the mirrored images, like `clean`; None: none is mirrored."""
     bucket_id: Int[Tensor, " batch"] | None = None
     """Position of the shape of every latent in `shapes`; None for latents of one shape."""
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -56,31 +58,41 @@ class LatentDataset:
 
     def in_bucket(self, bucket: int, shapes: Sequence[tuple[int, ...]]) -> "LatentDataset":
         """Return these latents of one shape as those of a bucket."""
-        flat = self.clean.flatten(1)
-        padding = max(map(math.prod, shapes)) - flat.shape[1]
+        width = max(map(math.prod, shapes))
+
+        def pad(latents: Latents) -> Tensor:
+            return nn.functional.pad(latents.flatten(1), (0, width - math.prod(latents.shape[1:])))
+
         return replace(
             self,
-            clean=nn.functional.pad(flat, (0, padding)),
+            clean=pad(self.clean),
+            flipped=None if self.flipped is None else pad(self.flipped),
             bucket_id=torch.full_like(self.class_id, bucket),
             shapes=tuple(shapes),
         )
 
-    def clean_rows(self, rows: RowIds) -> Latents:
-        """Return latents in float32; with buckets, all of them of the bucket of the first."""
+    def clean_rows(self, rows: RowIds, is_flipped: Bool[Tensor, " row"] | None = None) -> Latents:
+        """Return latents in float32, of mirrored images where `is_flipped`; with buckets, all of the first's."""
         clean = self.clean.index_select(0, rows).float()
+        if is_flipped is not None and self.flipped is not None:
+            clean[is_flipped] = self.flipped.index_select(0, rows[is_flipped]).float()
         if self.bucket_id is None:
             return clean
         shape = self.shapes[int(self.bucket_id[rows[0]])]
         return clean[:, : math.prod(shape)].reshape(-1, *shape)
 
-    def batch_indices(self, batch_size: int, seed: int, step: int) -> RowIds:
-        """Return the samples of a step, all of one bucket: see `sample_indices` and `bucket_batch`."""
+    def batch_indices(self, batch_size: int, seed: int, step: int) -> tuple[RowIds, RowIds]:
+        """Return the samples of a step, all of one bucket, and the epoch of each.
+
+        See `sample_indices` and `bucket_batch`.
+        """
         if self.bucket_id is None:
-            return sample_indices(len(self), batch_size, seed, step)
+            return sample_indices(len(self), batch_size, seed, step), batch_epochs(len(self), batch_size, step)
         counts = torch.bincount(self.bucket_id, minlength=len(self.shapes)).tolist()
         bucket, number = bucket_batch(counts, batch_size, seed, step)
         members = (self.bucket_id == bucket).nonzero().squeeze(-1)
-        return members[sample_indices(len(members), batch_size, seed, number)]
+        indices = members[sample_indices(len(members), batch_size, seed, number)]
+        return indices, batch_epochs(len(members), batch_size, number)
 
     def __len__(self) -> int:
         return self.clean.shape[0]
@@ -111,6 +123,7 @@ class LatentDataset:
             cluster_id=self.cluster_id.index_select(0, rows),
             captions=None if self.captions is None else self.captions.select(rows),
             sample_id=None if self.sample_id is None else self.sample_id.index_select(0, rows),
+            flipped=None if self.flipped is None else self.flipped.index_select(0, rows),
             bucket_id=None if self.bucket_id is None else self.bucket_id.index_select(0, rows),
             shapes=self.shapes,
         )
@@ -149,9 +162,10 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     Every sample occurs once an epoch; a batch may span two epochs. t = sigmoid(mean + std * normal)
     (Esser et al. 2024, arXiv:2403.03206, section 3.1). `local_rows` selects the rows of one worker.
     """
-    batch_rows = dataset.batch_indices(config.batch_size, config.seed, step)
+    batch_rows, epochs = dataset.batch_indices(config.batch_size, config.seed, step)
     rows = batch_rows[local_rows]
-    clean = dataset.clean_rows(rows)
+    is_flipped = None if dataset.flipped is None else draw_flips(rows, epochs[local_rows], config.seed)
+    clean = dataset.clean_rows(rows, is_flipped)
     generator = torch.Generator().manual_seed(derive_seed(Stream.TRAINING_NOISE, config.seed, step))
     noise = torch.randn(len(batch_rows), *clean.shape[1:], generator=generator)
     t = torch.randn(len(batch_rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
@@ -179,6 +193,19 @@ def sample_indices(count: int, batch_size: int, seed: int, step: int) -> Int[Ten
         parts.append(epoch_order(count, seed, epoch)[offset : offset + size])
         position += size
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def batch_epochs(count: int, batch_size: int, step: int) -> RowIds:
+    """Return the epoch of each sample of `sample_indices`."""
+    return torch.arange(step * batch_size, (step + 1) * batch_size) // count
+
+
+def draw_flips(samples: RowIds, epochs: RowIds, seed: int) -> Bool[Tensor, " row"]:
+    """Return which samples are mirrored: half of them, by a hash of (seed, epoch, sample)."""
+    keys = {epoch: derive_seed(Stream.FLIP, seed, epoch) for epoch in set(epochs.tolist())}
+    key = np.array([keys[epoch] for epoch in epochs.tolist()], np.uint64)
+    bits = splitmix64_finalize((key << np.uint64(32)) ^ samples.numpy().astype(np.uint64))
+    return torch.from_numpy((bits & np.uint64(1)).astype(bool))
 
 
 def bucket_batch(counts: Sequence[int], batch_size: int, seed: int, step: int) -> tuple[int, int]:

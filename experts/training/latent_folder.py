@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 RECORD = "latents.json"
 TYPES = ("float16", "float32", "int64", "bool", "uint8")
 BLOCK_BYTES = 2**26
-_SAMPLES = ("clean", "class_id", "cluster_id", "sample_id", "bucket_id")
+_SAMPLES = ("clean", "class_id", "cluster_id", "sample_id", "bucket_id", "flipped")
 _CAPTIONS = ("token_features", "pooled", "weight", "caption_tokens", "sample_captions")
 _NULL = ("sequence", "mask", "pooled")
 

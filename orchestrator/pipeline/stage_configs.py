@@ -31,6 +31,8 @@ class LatentsStageConfig:
     """The encoder of the captions."""
     device: str = "cpu"
     """Torch device of both encoders."""
+    flip: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
+    """Whether the mirrored training images are encoded too."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -149,7 +151,7 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
     is_labelled = config.expert.training.condition_dropout < 1
     return StageConfigs(
         dataset=dataset_config(config),
-        latents=LatentsStageConfig(text=config.text, device=config.codec.device),
+        latents=LatentsStageConfig(text=config.text, device=config.codec.device, flip=config.data.flip),
         features=_features_config(config.partition),
         evaluation=evaluation,
         experts=experts,
@@ -196,8 +198,8 @@ def _adapter_images_config(config: RunConfig) -> AdapterImagesStageConfig | None
 
 
 def dataset_config(config: RunConfig) -> DataConfig:
-    """Return the configuration of the data set; a text encoder needs its captions."""
-    return replace(config.data, captions=config.data.captions or config.text.kind != "none")
+    """Return the configuration of the data set; a text encoder needs its captions, only latents are mirrored."""
+    return replace(config.data, captions=config.data.captions or config.text.kind != "none", flip=False)
 
 
 def evaluation_config(config: RunConfig) -> EvaluationConfig:

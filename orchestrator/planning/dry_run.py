@@ -115,7 +115,7 @@ def _run_pass(config: RunConfig, folder: Path, images: int) -> _Pass:
         ("codec", _with_decoder_steps(config.codec, DECODER_STEPS[0]), {"shards": folders["dataset"] / "train"}),
         (
             "latents",
-            LatentsStageConfig(text=config.text, device=config.codec.device),
+            LatentsStageConfig(text=config.text, device=config.codec.device, flip=config.data.flip),
             {name: folders[name] for name in ("dataset", "codec")},
         ),
         ("features", partition, {"dataset": folders["dataset"]}),

@@ -12,6 +12,9 @@ from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.planning.checks.suggest import Suggestion, split_overrides, suggest, to_overrides
 from orchestrator.run.run_folder import RunFolder
 
+FEW_IMAGES = 1000
+FLIP_HINT = " data.flip=true mirrors half of so few pictures; it is off, since text and digits have a direction."
+
 NOT_FITTED = ("name", "data", "data.path", "budget_minutes")
 """Suggestions that only a file of its own needs."""
 
@@ -46,7 +49,8 @@ def describe(facts: FolderFacts, fitted: Sequence[Suggestion], minutes: float) -
     return [
         f"Found {', '.join(found)}.",
         f"Chosen for about {minutes:g} minutes here: {' '.join(to_overrides(fitted)) or 'nothing, all is set'}",
-        "Any key on the command line wins; budget_minutes=60 takes longer, budget_minutes=0 keeps the plain defaults.",
+        "Any key on the command line wins; budget_minutes=60 takes longer, budget_minutes=0 keeps the plain defaults."
+        + FLIP_HINT * (facts.images < FEW_IMAGES),
     ]
 
 

@@ -26,7 +26,7 @@ from experts.training.encode import (
     read_class_names,
     text_flops,
 )
-from experts.training.latent_dataset import LatentError, make_batch
+from experts.training.latent_dataset import LatentError, draw_flips, make_batch
 from experts.training.latent_folder import iter_blocks, read_latents
 from tests.text_encoders import save_tiny_encoder
 
@@ -308,3 +308,35 @@ def test_killed_encoding_ends_with_the_same_bytes(dataset, codec_folder, tmp_pat
             os.rename(folder, tmp_path / f"half-{finished}-{folder.name}")
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, capture_output=True)
     assert contents(tmp_path / "latents") == contents(tmp_path / "whole" / "latents")
+
+
+def test_mirrored_images_are_encoded_for_training_only(codec_folder, tmp_path, workspace):
+    images = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), dtype=np.uint8)
+    for name in ("train", "holdout"):
+        writer = ShardWriter(tmp_path / "dataset" / name, 5, image_shape=SHAPE)
+        for number, image in enumerate(images):
+            writer.add(Sample(key=f"{number:03d}", image=image))
+        writer.close()
+    clusters = [tmp_path / "dataset" / "train"]
+    encode_dataset(tmp_path / "dataset", frozen(codec_folder), None, tmp_path / "latents", workspace, flip=True)
+    assert read_latents(tmp_path / "latents" / "holdout" / "00000").flipped is None
+    divide_latents(tmp_path / "latents" / "train", clusters, tmp_path / "divided")
+    latents = encode_latents([tmp_path / "divided" / "0"], PixelCodec(image_shape=SHAPE), codec_folder, workspace)
+    assert torch.equal(latents.flipped, latents.clean.flip(-1))
+    config = TrainingConfig(batch_size=7, seed=2)
+    seen: dict[int, list[bool]] = {number: [] for number in range(12)}
+    for step in range(48):  # 28 epochs
+        for row in make_batch(latents, config, step).clean:
+            number, is_flipped = (
+                ((row == torch.stack([latents.clean, latents.flipped])).flatten(2).all(-1))
+                .nonzero()[0]
+                .flip(0)
+                .tolist()
+            )
+            seen[number].append(bool(is_flipped))
+    flips = torch.tensor(list(seen.values())).float()
+    assert flips.shape == (12, 28) and 0.4 < flips.mean() < 0.6
+    assert ((flips.mean(1) > 0) & (flips.mean(1) < 1)).all(), "each sample faces both ways"
+    assert flips.mean(0).std() < 0.3 and torch.equal(
+        draw_flips(torch.arange(12), torch.zeros(12).long(), 2), flips[:, 0].bool()
+    )
