@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,10 +106,11 @@ class _Encoding:
     text: TextEncoder | None
     workspace: Workspace
     total: int
+    group: DataParallelGroup = DataParallelGroup()
+    """Workers that encode together, each its share of the shards."""
     done: list[int] = field(default_factory=list)
-    num_cut: list[int] = field(default_factory=list)
-    saved: list[int] = field(default_factory=list)
-    """Bytes that captions take less than their encodings."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Of the current shard: captions that were `cut`, and bytes that captions take less than their encodings."""
 
     @property
     def reads_classes(self) -> bool:
@@ -118,7 +120,7 @@ class _Encoding:
     def encode_shards(self, shards: Path, out: Path, *, flip: bool = False) -> list[Path]:
         """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`.
 
-        With `flip` the mirrored images are encoded too.
+        With `flip` the mirrored images are encoded too. A worker of a group leaves the shards of the others to them.
         """
         index = read_index(shards)
         start, parts, shapes = 0, [], self.codec.shapes(index)
@@ -126,15 +128,18 @@ class _Encoding:
             part = out / f"{number:05d}"
             origin = {"shard": digest, **self.codec.origin, "text": self.text and self.text.config}
             origin |= {"flip": True} if flip else {}
-            if is_reusable(part, origin):
+            is_ours = number % self.group.size == self.group.rank
+            if is_ours and is_reusable(part, origin):
                 self.done.append(count)
-            else:
+            elif is_ours:
                 samples = itertools.islice(read_encoded(shards, start), count)
                 class_names = index.class_names if self.reads_classes else ()
                 with atomic_folder(part) as temporary, LatentWriter(temporary, class_names, origin) as writer:
                     for block in _batches(samples, _batch_rows(index.image_shape)):
                         encoded = self._encode(block, f"{shards}, shard {number}", flip=flip)
                         writer.add(encoded.in_bucket(index.bucket_of(number), shapes) if shapes else encoded)
+                    writer.counts.update(self.counts)
+                    self.counts.clear()
             start += count
             parts.append(part)
         return parts
@@ -154,7 +159,8 @@ class _Encoding:
             flipped=self.codec.encode(np.ascontiguousarray(batch.images[:, :, ::-1])) if flip else None,
         )
         self.done.append(len(block))
-        self.workspace.report_progress(sum(self.done), self.total, unit="images encoded")
+        all_done = min(sum(self.done) * self.group.size, self.total)
+        self.workspace.report_progress(all_done, self.total, unit="images encoded")
         return dataset
 
     def _encode_captions(self, text: TextEncoder, batch: ImageBatch) -> EncodedCaptions:
@@ -166,11 +172,11 @@ class _Encoding:
         if text.config.stored_as == "captions":
             kept = EncodedCaptions.from_texts(texts, text.null_text, counts, weights)
             tokens = text.count_tokens(kept.texts())
-            self.num_cut.append(sum(count > text.config.length for count in tokens))
-            self.saved.append(_encoded_bytes(text, tokens) - len(kept.token_features))
+            self.counts["cut"] += sum(count > text.config.length for count in tokens)
+            self.counts["saved"] += _encoded_bytes(text, tokens) - len(kept.token_features)
             return kept
         rows, num_cut = text.encode_and_count(texts)
-        self.num_cut.append(num_cut)
+        self.counts["cut"] += num_cut
         return EncodedCaptions.from_rows(rows, text.null_text, counts, weights)
 
 
@@ -186,33 +192,51 @@ def encode_dataset(
 
     With `flip` the training samples are encoded mirrored too. Returns the FLOPs of the text encoder, in all attempts.
     Says before it starts how much they will take, and afterwards how many captions were cut. Raises `Preempted`; the
-    next attempt continues with the first shard that is not finished.
+    next attempt continues with the shards that are not finished. Workers of a group divide the shards, and rank 0
+    writes `out`.
     """
-    total = sum(read_index(dataset / name).count for name in ("train", "holdout"))
-    encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total)
+    total, group = sum(read_index(dataset / name).count for name in ("train", "holdout")), DataParallelGroup.join()
+    encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total, group=group)
     size = _sample_bytes(codec, text, copies=1 + flip)
-    workspace.notify(
-        f"{total:,} samples, at most {size / 2**10:.2f} KiB of latents each, {total * size / 2**20:.1f} MiB in all"
-    )
-    for name in ("train", "holdout"):
-        parts = workspace.scratch / CACHE / "parts" / name
-        for part in encoding.encode_shards(dataset / name, parts, flip=flip and name == "train"):
-            shutil.copytree(part, out / name / part.name, copy_function=_link)
+    if group.is_main:
+        workspace.notify(
+            f"{total:,} samples, at most {size / 2**10:.2f} KiB of latents each, {total * size / 2**20:.1f} MiB in all"
+        )
+    with group.worker_loss_as_error():
+        parts = _encode_both(encoding, dataset, flip=flip)
+    if not group.is_main:
+        return 0.0
+    for part in parts:
+        shutil.copytree(part, out / part.parent.name / part.name, copy_function=_link)
     if text is not None:
         (out / TEXT).mkdir()
         text.save(out / TEXT)
-    if num_cut := sum(encoding.num_cut):
+    counts = sum((Counter(read_record(part).get("counts", {})) for part in parts), Counter[str]())
+    if num_cut := counts["cut"]:
         workspace.notify(
             f"{num_cut:,} of {total:,} captions are longer than text.length={text and text.config.length} tokens, "
             "and were cut"
         )
-    if encoding.saved:
+    if saved := counts["saved"]:
         workspace.notify(
-            f"captions are kept as text, which saves {sum(encoding.saved) / total / 2**10:.2f} KiB a sample; every "
+            f"captions are kept as text, which saves {saved / total / 2**10:.2f} KiB a sample; every "
             "stage that trains on them encodes them"
         )
-    folders = [folder for name in ("train", "holdout") for folder in (out / name).iterdir()]
-    return text.row_flops * sum(count_captions(folder, as_text=False) for folder in folders) if text else 0.0
+    return text.row_flops * sum(count_captions(part, as_text=False) for part in parts) if text else 0.0
+
+
+def _encode_both(encoding: _Encoding, dataset: Path, *, flip: bool) -> list[Path]:
+    """Encode training and held-out samples, wait for the other workers of the group, and return all folders."""
+    parts, notice = [], None
+    try:
+        for name in ("train", "holdout"):
+            folder = encoding.workspace.scratch / CACHE / "parts" / name
+            parts += encoding.encode_shards(dataset / name, folder, flip=flip and name == "train")
+    except Preempted as error:
+        notice = error
+    if encoding.group.any_rank(notice is not None):
+        raise notice or Preempted("another worker was stopped; run the same command again to continue")
+    return parts
 
 
 def count_captions(folder: Path, *, as_text: bool) -> int:

@@ -7,6 +7,7 @@ folder/clean.bin …      the arrays, appended to block by block, read as memory
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,8 @@ class LatentWriter:
         self._digests: dict[str, Any] = {}
         self._arrays: dict[str, dict[str, Any]] = {}
         self._shapes: tuple[tuple[int, ...], ...] = ()
+        self.counts: Counter[str] = Counter()
+        """Further numbers for the record."""
 
     def __enter__(self) -> "LatentWriter":
         return self
@@ -55,7 +58,8 @@ class LatentWriter:
                 name: entry | {"checksum": self._digests[name].hexdigest()} for name, entry in self._arrays.items()
             }
             record = {"class_names": self.class_names, "origin": self.origin, "arrays": arrays}
-            write_record(self.folder / RECORD, record | ({"shapes": self._shapes} if self._shapes else {}))
+            optional = {"shapes": self._shapes, "counts": dict(self.counts)}
+            write_record(self.folder / RECORD, record | {name: value for name, value in optional.items() if value})
 
     def add(self, dataset: LatentDataset) -> None:
         """Append samples; the first call, which may have none, gives the types and shapes of all.

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
-from orchestrator.config.stage_kinds import TRAINING_KINDS
+from orchestrator.config.stage_kinds import PARALLEL_KINDS
 
 CONTROLLER = "controller"
 """Name of the controller's own place; stages there run on an embedded Ray cluster."""
@@ -34,7 +34,8 @@ class ResourcesConfig:
     memory_gb: Annotated[float, Field(ge=0)] = 0.0
     """Free memory that the node must have, in GB; 0 requires none."""
     workers: Annotated[int, Field(ge=1)] = 1
-    """Workers that train together inside one island (Ray Train, DDP); each gets the CPUs and GPUs above."""
+    """Workers that train together inside one island (Ray Train, DDP), or divide the shards of the stage `latents`;
+    each gets the CPUs and GPUs above."""
     islands: tuple[str, ...] = ()
     """Names of islands that may run it; `controller` is one. Empty: trainings on any island, other stages there."""
 
@@ -192,9 +193,9 @@ class ComputeConfig:
                 f"got backend={self.backend} and {len(self.islands)} island(s)"
             )
         parallel = sorted(kind for kind, resources in vars(self.stages).items() if resources.workers > 1)
-        if set(parallel) - set(TRAINING_KINDS) or (parallel and self.backend in ("inline", "slurm")):
+        if set(parallel) - set(PARALLEL_KINDS) or (parallel and self.backend in ("inline", "slurm")):
             raise ValueError(
-                f"several workers need a training ({', '.join(TRAINING_KINDS)}) and backend=ray or backend=islands; "
+                f"several workers need one of {', '.join(PARALLEL_KINDS)}, and backend=ray or backend=islands; "
                 f"got stages.{', '.join(parallel)} with backend={self.backend}"
             )
         if CONTROLLER in self.islands:

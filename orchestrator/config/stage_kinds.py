@@ -134,6 +134,9 @@ STAGE_KINDS: dict[str, StageKind] = {
     "nothing": StageKind(f"{_CONFIGS}:NothingConfig", "run_data:run_nothing", "estimate_nothing"),
 }
 
+PARALLEL_KINDS = ("latents", *(name for name, kind in STAGE_KINDS.items() if kind.is_training))
+"""Kinds that may have several workers."""
+
 TRAINING_KINDS = tuple(name for name, kind in STAGE_KINDS.items() if kind.is_training)
 
 COMPRESSION_KINDS = tuple(name for name, kind in STAGE_KINDS.items() if kind.is_compression)

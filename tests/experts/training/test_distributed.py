@@ -11,17 +11,19 @@ import torch
 from torch import distributed
 
 from data_partition.shards.shards import Sample, ShardWriter
-from ddm_core.artifacts import Preempted, Workspace
+from ddm_core.artifacts import Preempted, Workspace, list_files
 from experts.codec import PixelCodec
 from experts.conditions.condition import Condition
-from experts.config import TrainingConfig
+from experts.conditions.text_encoder import TextEncoder
+from experts.config import TextConfig, TrainingConfig
 from experts.networks.registry import build_network, call_network
 from experts.training.checkpoint import CheckpointError
 from experts.training.distributed import DataParallelGroup, GroupError, WorkerLost
-from experts.training.encode import encode_latents
+from experts.training.encode import FrozenCodec, encode_dataset, encode_latents
 from experts.training.latent_dataset import LatentDataset
 from experts.training.trainer import TrainingDiverged, fit
 from tests.experts.training.test_trainer import NETWORKS, Killed, killed_at, stopping_at, velocity_loss
+from tests.text_encoders import save_tiny_encoder
 
 SIZE = 3
 TRAINING = TrainingConfig(steps=15, batch_size=9, warmup_steps=3, log_every=4, checkpoint_every=5)
@@ -131,6 +133,39 @@ def encode_on_rank_zero(rank, folder):
     return float(latents.clean.double().sum())
 
 
+def write_dataset(folder):
+    for name, count in (("train", 30), ("holdout", 7)):
+        writer = ShardWriter(folder / name, 4)
+        for number in range(count):
+            pixels = torch.full((4, 4, 1), number).byte().numpy()
+            writer.add(Sample(key=f"{number}", image=pixels, caption=f"one two number {number} one two"))
+        writer.close()
+
+
+def encode_divided(folder, workspace, stored_as="encodings"):
+    """Encode `folder/dataset` with a text encoder into `workspace.scratch/out`, and return the notices."""
+    codec = FrozenCodec.open(folder / "codec", PixelCodec(image_shape=(4, 4, 1)))
+    config = TextConfig(kind="transformers", path=str(folder / "text"), length=5, stored_as=stored_as)
+    encode_dataset(
+        folder / "dataset", codec, TextEncoder.from_config(config), workspace.scratch / "out", workspace, flip=True
+    )
+    return workspace.notices
+
+
+def divide_shards(rank, folder):
+    """Encode in all workers: once stopped in the last worker, once killed in all, and then to the end."""
+    if rank == 0:
+        write_dataset(folder / "dataset")
+        PixelCodec(image_shape=(4, 4, 1)).save(folder / "codec")
+        save_tiny_encoder(folder / "text", "transformers")
+    distributed.barrier()
+    halting = worker_workspace(folder / "divided", rank, stopping=lambda: rank == SIZE - 1)
+    outcome = outcome_of(lambda: encode_divided(folder, halting))
+    notices = encode_divided(folder, worker_workspace(folder / "divided", rank))
+    kept = encode_divided(folder, worker_workspace(folder / "kept", rank), "captions")
+    return {"outcome": outcome, "notices": list(notices), "kept": list(kept)}
+
+
 def stop_while_encoding(rank, folder):
     """Stop rank 0 while it encodes; the other ranks do not encode."""
     workspace = worker_workspace(folder / "halted", rank, stopping=lambda: rank == 0)
@@ -162,6 +197,7 @@ SCENARIOS = {
     "drawing": random_loss,
     "indivisible": indivisible_batch,
     "encoded": encode_on_rank_zero,
+    "divided": divide_shards,
     "halted": stop_while_encoding,
     "gone": lose_last_worker,
 }
@@ -253,6 +289,20 @@ def test_three_workers_resume_bit_for_bit_after_a_kill(folder):
     assert [result["outcome"] for result in read_results(folder, "killed")] == ["Killed: "] * SIZE
     assert [result["rows"] for result in read_results(folder, "killed")] == read_results(folder, "unet")
     assert are_equal(tensors_of(folder, "killed")[0], tensors_of(folder, "unet")[0])
+
+
+@pytest.mark.slow
+def test_workers_divide_the_shards_and_write_what_one_does(folder, tmp_path):
+    first, *others = read_results(folder, "divided")
+    assert first["outcome"].startswith("Preempted: another worker") and "37 images" in others[-1]["outcome"]
+    for result, stored_as, name in (("notices", "encodings", "divided"), ("kept", "captions", "kept")):
+        workspace = Workspace.at(tmp_path / name)
+        alone = encode_divided(folder, workspace, stored_as)
+        assert first[result] == list(alone) and not any(other[result] for other in others)
+        written = {path.relative_to(folder / name / "out"): path for path in list_files(folder / name / "out")}
+        expected = {path.relative_to(workspace.scratch / "out"): path for path in list_files(workspace.scratch / "out")}
+        assert written.keys() == expected.keys()
+        assert all(path.read_bytes() == expected[place].read_bytes() for place, path in written.items())
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ def test_inline_with_two_workers_is_an_error(tmp_path):
             ["compute=inline", "compute.stages.expert.workers=2"],
             "backend=ray or backend=islands; got stages.expert with backend=inline",
         ),
-        (["compute.stages.dataset.workers=2"], "several workers need a training"),
+        (["compute.stages.dataset.workers=2"], "several workers need one of latents, expert"),
         (["compute.stages.router.workers=7"], "7 workers of router"),
         (["compute.stages.expert.workers=7"], "7 workers of expert"),
     ],
