@@ -52,6 +52,7 @@ from experts.errors import CodecError
 from experts.expert import EARLY, Expert
 from experts.expert_model import ExpertModel
 from experts.networks.adapters.registry import ADAPTERS
+from experts.training.encode import caption_flops
 from experts.training.flops import forward_flops
 from router.router import Router
 
@@ -136,7 +137,7 @@ class EnsemblePipeline:
             return 0.0
         text, router = replace(encoder.null_text, is_null=torch.zeros(1, dtype=torch.bool)), self.ensemble.router
         condition = replace(Condition.null(1), text=text)
-        return encoder.row_flops + (forward_flops(lambda: router.prior_logits(condition)) if router else 0.0)
+        return caption_flops(encoder) + (forward_flops(lambda: router.prior_logits(condition)) if router else 0.0)
 
     def load_weak(self, config: SamplingConfig) -> Ensemble | None:
         """Load the weak ensemble of a reflection, or return None; raise `PipelineError` if it is absent or unfit."""

@@ -19,7 +19,6 @@ from ddm_core.json_values import from_json
 from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_files import TextError, encoder_checksum, find_encoder, find_tokenizer
 from experts.config import TextConfig
-from experts.training.flops import forward_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +91,7 @@ class TextEncoder:
         unique = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         texts, index = list(unique), torch.tensor([unique[caption] for caption in captions])
         is_cut = torch.tensor([count > self.config.length for count in self.count_tokens(texts)])
-        parts = [self._encode_rows(texts[start : start + ROWS]) for start in range(0, len(texts), ROWS)]
+        parts = [self.encode_padded(texts[start : start + ROWS]) for start in range(0, len(texts), ROWS)]
         rows = TextEmbedding.concatenate(parts).drop(torch.tensor([not text.strip() for text in texts]))
         return rows.rows(index), int(is_cut[index].sum())
 
@@ -103,15 +102,11 @@ class TextEncoder:
     @cached_property
     def null_text(self) -> TextEmbedding:
         """Return the encoded "", one row with at least one token."""
-        return replace(self._encode_rows([""]), is_null=torch.ones(1).bool())
-
-    @cached_property
-    def row_flops(self) -> float:
-        """Return the FLOPs of encoding one caption, which every caption of the fixed length costs."""
-        return forward_flops(lambda: self._encode_rows([""]))
+        return replace(self.encode_padded([""]), is_null=torch.ones(1).bool())
 
     @torch.inference_mode()
-    def _encode_rows(self, texts: list[str]) -> TextEmbedding:
+    def encode_padded(self, texts: list[str]) -> TextEmbedding:
+        """Return a row of the fixed length for each text, also for an empty one; cuts without a message."""
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.config.length, return_tensors="pt"
         )

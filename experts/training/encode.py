@@ -36,6 +36,7 @@ from experts.conditions.condition import NULL_CLASS
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TextConfig
 from experts.training.distributed import DataParallelGroup
+from experts.training.flops import forward_flops
 from experts.training.latent_dataset import LatentDataset, LatentError
 from experts.training.latent_folder import (
     RECORD,
@@ -222,7 +223,7 @@ def encode_dataset(
             f"captions are kept as text, which saves {saved / total / 2**10:.2f} KiB a sample; every "
             "stage that trains on them encodes them"
         )
-    return text.row_flops * sum(count_captions(part, as_text=False) for part in parts) if text else 0.0
+    return caption_flops(text) * sum(count_captions(part, as_text=False) for part in parts) if text else 0.0
 
 
 def _encode_both(encoding: _Encoding, dataset: Path, *, flip: bool) -> list[Path]:
@@ -245,12 +246,17 @@ def count_captions(folder: Path, *, as_text: bool) -> int:
     return len(captions.weight) if captions is not None and captions.are_texts == as_text else 0
 
 
+def caption_flops(text: TextEncoder) -> float:
+    """Return the FLOPs of encoding one caption, which each costs alike, since all have one length."""
+    return forward_flops(lambda: text.encode_padded([""]))
+
+
 def text_flops(folders: Sequence[Path]) -> float:
     """Return the FLOPs of encoding the captions that latents keep as text, which `encode_latents` does."""
     counts = {folder: count_captions(folder, as_text=True) for folder in folders if has_latents(folder)}
     folder = next((folder for folder, count in counts.items() if count), None)
     encoder = None if folder is None else TextEncoder.from_config(_text_config(folder))
-    return 0.0 if encoder is None else encoder.row_flops * sum(counts.values())
+    return 0.0 if encoder is None else caption_flops(encoder) * sum(counts.values())
 
 
 def encode_folder(shards: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace) -> int:

@@ -31,6 +31,7 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import read_text_shape
 from experts.expert import expert_flops
+from experts.training.encode import caption_flops
 from experts.training.flops import forward_flops, training_flops
 from experts.training.trainer import DeviceError
 from orchestrator.config.compute import CONTROLLER, IslandConfig, ResourcesConfig
@@ -207,7 +208,7 @@ def _dataset_facts(
     text, text_shape = TextEncoder.from_config(config.text), read_text_shape(config.text)
     others = _decoder_flops(config)
     if text is not None:
-        others["text"] = text.row_flops
+        others["text"] = caption_flops(text)
     return DatasetFacts(
         images=images,
         held_out=held_out,

@@ -13,6 +13,7 @@ from ensemble.sampling.images import to_bytes
 from ensemble.sampling.prompts import PromptError, Prompts
 from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import TextError
+from experts.training.encode import caption_flops
 from orchestrator.cli.sample import SamplingRequest, save_grid
 from router.config import SelectionConfig
 from tests.ensemble.test_pipeline import parts, put_together  # noqa: F401 - a fixture
@@ -123,4 +124,4 @@ def test_flops_of_a_prompt_are_those_of_encoder_and_prior(tmp_path):
     pipeline = assemble_text_pipeline(tmp_path)
     encoder = TextEncoder.from_config(pipeline.text)
     features = encoder.null_text.shape[2] + pipeline.num_classes
-    assert pipeline.text_flops() == encoder.row_flops + 2 * features * 2
+    assert pipeline.text_flops() == caption_flops(encoder) + 2 * features * 2

@@ -13,6 +13,7 @@ from experts.conditions.text_encoder import ROWS, TextEncoder
 from experts.conditions.text_files import TextError
 from experts.config import DiffusersConfig, TextConfig
 from experts.networks.registry import build_network, call_network
+from experts.training.encode import caption_flops
 from tests.text_encoders import save_tiny_encoder
 
 CAPTIONS = ["a dark ankle boot", "", "a shirt", "a dark ankle boot", "one two three four five six seven eight"]
@@ -92,7 +93,9 @@ def test_flops_of_a_caption_are_those_of_its_padded_length(tmp_path):
     folder, length, width = save_tiny_encoder(tmp_path, "transformers"), 8, 8
     encoder = TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder), length=length))
     projections, hidden, attention = 4 * 2 * width**2, 2 * 2 * width * 16, 2 * 2 * length * width
-    assert encoder.row_flops == length * (projections + hidden + attention) + 2 * width**2  # the last is a pooler's
+    assert (
+        caption_flops(encoder) == length * (projections + hidden + attention) + 2 * width**2
+    )  # the last is a pooler's
 
 
 def test_minilm_knows_what_is_alike(minilm):

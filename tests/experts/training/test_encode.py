@@ -20,6 +20,7 @@ from experts.training import encode
 from experts.training.encode import (
     TEXT,
     FrozenCodec,
+    caption_flops,
     divide_latents,
     encode_dataset,
     encode_latents,
@@ -223,10 +224,12 @@ def test_captions_may_be_kept_and_encoded_where_they_are_read(dataset, codec_fol
         assert torch.equal(ours.mask, theirs.mask) and torch.equal(ours.is_null, theirs.is_null)
         torch.testing.assert_close(expected.null_text.sequence, found.null_text.sequence)
     total = len(captions_of(dataset))
-    assert encode_dataset(dataset, frozen(codec_folder), text, tmp_path / "once", workspace) == total * text.row_flops
+    assert encode_dataset(dataset, frozen(codec_folder), text, tmp_path / "once", workspace) == total * caption_flops(
+        text
+    )
     assert encode_dataset(dataset, frozen(codec_folder), kept, tmp_path / "again", workspace) == 0
     count = sum(len(read_latents(folder).captions.weight) for folder in folders)
-    assert text_flops(folders) == count * text.row_flops and text_flops(encoded) == 0
+    assert text_flops(folders) == count * caption_flops(text) and text_flops(encoded) == 0
     saved = 2 * sum(min(count, 5) * 8 + 8 for count in text.count_tokens(captions_of(dataset))) - len(
         "".join(captions_of(dataset))
     )
