@@ -29,9 +29,11 @@ def list_parquet(path: str | None) -> list[Path]:
 
 
 def list_rows(path: str | None) -> Iterator[tuple[str, None]]:
-    """Yield the key of every row; its class is not known without reading it."""
+    """Yield the key of every row; its class is not known without reading it. Raises like `read_parquet`."""
     for number, file in enumerate(list_parquet(path)):
-        yield from ((make_row_key(number, file, row), None) for row in range(_open(file).metadata.num_rows))
+        table = _open(file)
+        _find_image_column(file, table.schema_arrow)
+        yield from ((make_row_key(number, file, row), None) for row in range(table.metadata.num_rows))
 
 
 def make_row_key(number: int, file: Path, row: int) -> str:

@@ -38,9 +38,11 @@ class LatentGrid:
         """
         height, width, channels = image_shape
         if channels not in (1, self.image_channels):
+            can_convert = self.image_channels in (1, 3)
+            remedy = f"set data.channels={self.image_channels}, or " if can_convert else "images have 1 or 3, so "
             raise CodecError(
-                f"the autoencoder takes images of {self.image_channels} channels, not {channels}; "
-                f"set data.channels={self.image_channels}, or choose another codec"
+                f"the autoencoder takes images of {self.image_channels} channels, not {channels}; {remedy}choose "
+                "another codec"
             )
         if height % self.factor or width % self.factor or self.image_size not in (None, height):
             sides = f"a multiple of {self.factor}" if self.image_size is None else str(self.image_size)

@@ -65,7 +65,7 @@ def _from_checkpoint(
     try:
         model = load_network(folder)
     except ArtifactError as error:
-        raise InitError(f"init={folder}: {error}") from error
+        raise InitError(f"expert.init: {error}") from error
     _drop_learned_variance(model)
     text_shape = None if null_text is None else null_text.shape
     data = DataShape(latent_shape=latent_shape, num_classes=num_classes, text_shape=text_shape)

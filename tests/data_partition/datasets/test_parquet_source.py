@@ -68,8 +68,9 @@ def test_words_are_classes_and_any_column_is_a_caption(tmp_path):
 
 def test_file_without_image_bytes_is_one_error(tmp_path):
     parquet.write_table(pa.table({"url": ["http://x"], "text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(SourceMissing, match=r"no column with the bytes of images; it has url \(string\), text"):
-        build(config_of(tmp_path), tmp_path)
+    for read in (survey_source, lambda config: build(config, tmp_path)):
+        with pytest.raises(SourceMissing, match=r"no column with the bytes of images; it has url \(string\), text"):
+            read(config_of(tmp_path))
 
 
 def test_paths_instead_of_bytes_are_named(tmp_path):

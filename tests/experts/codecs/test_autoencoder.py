@@ -16,7 +16,7 @@ from experts.codecs.autoencoder import AutoencoderCodec, model_grid, raw_latents
 from experts.codecs.registry import CODECS, fit_codec, load_codec
 from experts.config import CodecConfig, TrainingConfig
 from experts.errors import CodecError
-from experts.networks.autoencoder_files import path_checksum
+from experts.networks.autoencoder_files import LatentGrid, path_checksum
 from experts.networks.latent_shapes import latent_shape_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -167,6 +167,11 @@ def test_gray_images_are_repeated_and_averaged_back(published, tmp_path, workspa
     assert torch.equal(latents, color.encode(gray.repeat(3, axis=3)))
     expected = to_images(codec.model, latents).mean(1).add(1).div(2).clamp(0, 1)
     torch.testing.assert_close(codec.decode(latents)[..., 0], expected.detach())
+
+
+def test_autoencoder_of_channels_that_no_image_has_is_refused():
+    with pytest.raises(CodecError, match="of 4 channels, not 3; images have 1 or 3, so choose another codec"):
+        LatentGrid(image_channels=4, channels=4, factor=8).shape((16, 16, 3))
 
 
 @pytest.mark.parametrize(
