@@ -215,18 +215,13 @@ def train_expert(
     check_unchanged(config)
     initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     loss = _create_loss(config, initial_model)
-    return train_network(
-        config.training,
-        dataset,
-        initial_model,
-        loss,
-        out,
-        workspace,
-        num_classes,
-        cluster_id,
-        on_checkpoint,
-        text_flops(shards),
+    summary = train_network(
+        config.training, dataset, initial_model, loss, out, workspace, num_classes, cluster_id, on_checkpoint
     )
+    if flops := text_flops(shards):
+        summary = replace(summary, flops=summary.flops + flops)
+        write_json(out / "training.json", summary)
+    return summary
 
 
 def _create_loss(config: ExpertConfig, initial_model: InitialModel) -> LossFn:
@@ -248,12 +243,8 @@ def train_network(
     num_classes: int,
     cluster_id: int = 0,
     on_checkpoint: Callable[[Callable[[], Expert]], None] | None = None,
-    extra_flops: float = 0.0,
 ) -> ExpertSummary:
-    """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary.
-
-    `extra_flops` are those of the preparation of the latents.
-    """
+    """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary."""
 
     def as_expert(model: nn.Module) -> Expert:
         return Expert(
@@ -275,7 +266,7 @@ def train_network(
     if trained.early is not None:
         as_expert(trained.early).save(out / EARLY)
     summary = ExpertSummary(
-        flops=training_flops(forward, training.batch_size, training.steps) + extra_flops,
+        flops=training_flops(forward, training.batch_size, training.steps),
         steps=training.steps,
         epochs=training.steps * training.batch_size / len(dataset),
         images=len(dataset),
