@@ -106,6 +106,8 @@ bench-pipeline: install ## Compare the pipeline with diffusers' own, its memory,
 
 bench-guidance: install ## Compare ways to guide at equal calls, three sampling seeds (trains the demo; half an hour)
 	$(BIN)/python -m benchmarks.guidance
+	$(BIN)/python -m benchmarks.page
+
 bench-latents: install ## Measure two workers of the latents stage against one, and kill it at random instants (five minutes)
 	$(BIN)/python -m benchmarks.latents
 	$(BIN)/python -m benchmarks.page
