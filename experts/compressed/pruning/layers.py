@@ -1,7 +1,8 @@
 """Layer removal: a removed layer passes on its input.
 
 Removable are the layers that add to their input: residual and attention layers of diffusers' U-Net, attention and
-feed-forward layers of its transformer, and blocks of our residual MLP.
+feed-forward layers of its transformers (of a block for images and texts together: the joint attention and both
+feed-forward layers), and blocks of our residual MLP.
 """
 
 import re
@@ -18,6 +19,7 @@ PATTERNS: dict[str, re.Pattern[str]] = {
     "UNet2DModel": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
     "DiTTransformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
     "PixArtTransformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn1|attn2|ff)"),
+    "SD3Transformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn|ff|ff_context)"),
     "ResidualMLP": re.compile(r"blocks\.\d+"),
 }
 """Paths of removable layers, by the class of the network; importing these takes longer than most stages need."""
@@ -44,6 +46,18 @@ class ZeroLayer(nn.Module):
         return x.new_zeros(()).expand_as(x)
 
 
+class ZeroJointAttention(nn.Module):
+    """Replaces an attention over image and text, whose two outputs its parent adds: returns zeros."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        """Return zeros in the shapes of both inputs."""
+        image, text = (part.new_zeros(()).expand_as(part) for part in (hidden_states, encoder_hidden_states))
+        return image, text
+
+
+REPLACEMENTS = (SkipLayer, ZeroLayer, ZeroJointAttention)
+
+
 def removable_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers that can still be removed, in the network's order."""
     pattern = PATTERNS.get(type(model).__name__)
@@ -56,7 +70,7 @@ def removed_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers that have been removed."""
     removed = []
     for path, module in model.named_modules():
-        if isinstance(module, SkipLayer | ZeroLayer):
+        if isinstance(module, REPLACEMENTS):
             is_block = _is_transformer(model) and isinstance(module, SkipLayer)
             removed += [f"{path}.attn1", f"{path}.ff"] if is_block else [path]
     return removed
@@ -115,7 +129,7 @@ def _drops_block(model: nn.Module, path: str) -> bool:
 
 def _is_removable(path: str, module: nn.Module) -> bool:
     """Return whether the layer's input has the shape of its output."""
-    if isinstance(module, SkipLayer | ZeroLayer):
+    if isinstance(module, REPLACEMENTS):
         return False
     if isinstance(module, ResnetBlock2D):
         keeps_side = not (module.up or module.down)
@@ -126,4 +140,6 @@ def _is_removable(path: str, module: nn.Module) -> bool:
 def _replacement(path: str, module: nn.Module) -> nn.Module:
     if isinstance(module, ResnetBlock2D):
         return SkipLayer(module.out_channels if module.in_channels != module.out_channels else None)
+    if path.endswith(".attn"):
+        return ZeroJointAttention()
     return ZeroLayer() if path.startswith("transformer_blocks") else SkipLayer()

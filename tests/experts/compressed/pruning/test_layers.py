@@ -28,6 +28,10 @@ NETWORKS = (
         class_name="PixArtTransformer2DModel",
         settings={"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "cross_attention_dim": 16},
     ),
+    DiffusersConfig(
+        class_name="SD3Transformer2DModel",
+        settings={"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "caption_projection_dim": 16},
+    ),
 )
 
 
