@@ -30,8 +30,9 @@ class ConsistencyConfig:
     """Distance per element above which the robust losses grow more slowly, at the coarsest discretization."""
     adaptive_c: bool = True
     """Lower `c` as the discretization becomes finer, as distances do."""
-    coupling: bool = False
-    """Assign noise to the samples of a batch by optimal transport; harmful for latents of few elements."""
+    coupling: bool = True
+    """Assign noise to the samples of a batch by optimal transport; turn it off for latents of a few elements, where
+    the assigned noise would no longer be that of the sampler's steps."""
     t_choice: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of t."""
     coarsest_intervals: Annotated[int, Field(ge=1)] = 10
@@ -43,8 +44,8 @@ class ConsistencyConfig:
     early: Annotated[float, Field(ge=0, le=1)] = 0.25
     """The largest t at which it is added."""
     fixed_scales: bool | None = None
-    """Freeze the scales of layer and group norms, so that they cannot amplify outliers; empty freezes those that the
-    network has, and true fails if it has none."""
+    """Freeze the scales of layer, group and root-mean-square norms, so that they cannot amplify outliers; empty freezes
+    those that the network has, and true fails if it has none."""
 
     @model_validator(mode="after")
     def _check_intervals(self) -> "ConsistencyConfig":

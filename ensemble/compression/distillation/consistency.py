@@ -153,8 +153,11 @@ def loss_threshold(config: ConsistencyConfig, count: int, elements: int) -> floa
 
 
 def freeze_scales(model: nn.Module) -> int:
-    """Freeze the scales of all layer and group norms, in place; return their number."""
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+    """Freeze the scales of all layer, group and root-mean-square norms, in place; return their number."""
+    from diffusers.models.normalization import RMSNorm  # takes longer to import than most stages need
+
+    types = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm)
+    norms = [module for module in model.modules() if isinstance(module, types)]
     scales = [norm.weight for norm in norms if isinstance(norm.weight, nn.Parameter)]
     for scale in scales:
         scale.requires_grad_(False)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -97,6 +98,7 @@ def test_only_scales_of_layer_norms_are_frozen(tmp_path):
     assert freeze_scales(network) == 1
     assert not network[1].weight.requires_grad and network[1].bias.requires_grad
     assert freeze_scales(torch.nn.GroupNorm(1, 4)) == 1
+    assert freeze_scales(torch.nn.RMSNorm(4)) == freeze_scales(RMSNorm(4, 1e-6)) == 1
     assert freeze_scales(torch.nn.LayerNorm(2, elementwise_affine=False)) == 0
 
 
