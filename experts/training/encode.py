@@ -215,8 +215,8 @@ def encode_dataset(
     counts = sum((Counter(read_record(part).get("counts", {})) for part in parts), Counter[str]())
     if num_cut := counts["cut"]:
         workspace.notify(
-            f"{num_cut:,} of {total:,} captions are longer than text.length={text and text.config.length} tokens, "
-            "and were cut"
+            f"{num_cut:,} captions, in {total:,} samples, are longer than text.length={text and text.config.length} "
+            "tokens, and were cut"
         )
     if saved := counts["saved"]:
         workspace.notify(

@@ -37,6 +37,7 @@ def test_the_choice_is_said_in_three_lines_and_composes(pictures):
     assert (config.codec.kind, config.partition.num_experts, config.monolith) == ("pca", 1, False)
     assert "120 pictures, most of them 40x30" in text and "data.image_size=28" in text
     assert len(text.strip().splitlines()) == 3
+    assert "data.flip=true mirrors half of so few pictures" in text and not config.data.flip
 
 
 @pytest.mark.parametrize("chosen", ["data.image_size=16", "expert.training.steps=7", "partition.num_experts=2"])
