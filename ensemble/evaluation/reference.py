@@ -163,6 +163,8 @@ def build_reference(
     np.save(out / "labels.npy", held_out.labels, allow_pickle=False)
     if any(training.captions) and RANKED_SPACE in config.spaces:
         _write_captions(training, held_out, config.attributes, out)
+    elif any(held_out.captions):
+        write_json(out / CAPTIONS, {"training": [], "held_out": held_out.captions})
     classes = len(read_index(dataset / "train").class_names)
     probe = _write_probe(training, held_out, classes, out) if classes > 1 else None
     summary = ReferenceSummary(

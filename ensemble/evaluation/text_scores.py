@@ -48,10 +48,10 @@ def compare_prompts(
     """Compare samples with the held-out images' classes and captions that they were generated for.
 
     `features` are theirs in the space that ranks and in the probe's. Returns None without text, in the pipeline or the
-    reference.
+    reference, and for a reference without the space that ranks.
     """
     encoder = TextEncoder.load(pipeline_folder)
-    if encoder is None or not (reference / CAPTIONS).is_file():
+    if encoder is None or not all((reference / name).is_file() for name in (CAPTIONS, TRAINING_ROWS)):
         return None
     captions, training = read_json(reference / CAPTIONS), load_file(reference / TRAINING_ROWS)
     real = HeldOutSpace.load(reference / f"{RANKED_SPACE}.safetensors").features

@@ -143,6 +143,17 @@ def write_captioned(folder, count, seed):
     writer.close()
 
 
+def test_captions_are_prompts_also_without_the_space_that_ranks(root, tmp_path):
+    write_captioned(tmp_path / "data" / "train", 80, 0)
+    write_captioned(tmp_path / "data" / "holdout", 40, 1)
+    config = EvaluationConfig(num_samples=48, components=4, spaces=("pixels",), neighbours=2, conditional=True)
+    work, reference = Workspace.at(tmp_path / "work"), tmp_path / "reference"
+    build_reference(tmp_path / "data", root / "codec", config, reference, work)
+    prompts = load_held_out_prompts(reference, 100, root / "pipeline")
+    assert set(prompts.captions) == {"", "a dark ankle boot", "a light shirt"}
+    assert compare_prompts(reference, root / "pipeline", prompts, {}, config) is None
+
+
 def test_evaluation_samples_the_held_out_captions(root, tmp_path):
     write_captioned(tmp_path / "data" / "train", 80, 0)
     write_captioned(tmp_path / "data" / "holdout", 40, 1)
