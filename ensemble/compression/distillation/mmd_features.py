@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ensemble.compression.common.calibration_data import record_calls
-from ensemble.compression.common.network_stages import STAGE
+from ensemble.compression.common.network_stages import STAGE, image_features
 from ensemble.compression.distillation.config import FeatureKind
 from ensemble.compression.method import StageError
 from experts.conditions.condition import Condition
@@ -51,17 +50,13 @@ def _expert_features(expert: Expert, device: str) -> LatentFeatures:
 
     def compute(latents: Latents) -> Rows:
         outputs: list[Tensor] = []
-        with record_calls(model, [middle], lambda _, inputs, output: outputs.append(_hidden_states(output))):
+        stage = model.get_submodule(middle)
+        with record_calls(model, [middle], lambda _, inputs, output: outputs.append(image_features(stage, output))):
             t = latents.new_full((len(latents),), NEARLY_CLEAN)
             frozen.velocity(latents, t, Condition.null(len(latents), latents.device))
         return outputs[0].flatten(1).float()
 
     return compute
-
-
-def _hidden_states(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """Return the hidden states of a stage; down blocks of a U-Net also return their skip connections."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _filter_features(latent_shape: tuple[int, ...], seed: int) -> LatentFeatures:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ensemble.compression.common.calibration_data import at_few_step_times
-from ensemble.compression.common.network_stages import STAGE
+from ensemble.compression.common.network_stages import STAGE, image_features
 from ensemble.compression.pruning.config import LaptopConfig
 from experts.config import TrainingConfig
 from experts.diffusion.predictions import training_target
@@ -39,7 +39,7 @@ def run_with_features(
     features: dict[str, Tensor] = {}
 
     def recorder(path: str) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
-        return lambda _, inputs, output: features.update({path: output if isinstance(output, Tensor) else output[0]})
+        return lambda stage, inputs, output: features.update({path: image_features(stage, output)})
 
     handles = [model.get_submodule(path).register_forward_hook(recorder(path)) for path in paths]
     try:

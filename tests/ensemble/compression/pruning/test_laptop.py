@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention import JointTransformerBlock
 
 from ddm_core.artifacts import Workspace
+from ensemble.compression.common.network_stages import image_features
 from ensemble.compression.method import StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import stages_behind
@@ -76,3 +78,15 @@ def test_additive_costs_have_rank_correlation_one():
     assert exact.spearman == pytest.approx(1) and exact.ratio == pytest.approx(1)
     contrary = measure_additivity(costs, lambda chosen: 1 / sum(costs[index] for index in chosen), 20, 0)
     assert contrary.spearman < -0.9
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_features_of_a_joint_block_are_those_of_its_images(is_last):
+    """The last block returns no text, so the first output is nothing to distil from."""
+    torch.manual_seed(0)
+    block = JointTransformerBlock(dim=8, num_attention_heads=2, attention_head_dim=4, context_pre_only=is_last)
+    texts = torch.ones(1, 3, 8)
+    text, image = block(hidden_states=torch.ones(1, 4, 8), encoder_hidden_states=texts, temb=torch.ones(1, 8))
+    assert (text is None) == is_last and image_features(block, (text, image)) is image
+    assert image_features(torch.nn.Identity(), image) is image
+    assert image_features(torch.nn.Identity(), (image, (image,))) is image
