@@ -73,8 +73,8 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models chaos
-bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
+.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models chaos
+bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
 	$(BIN)/python -m benchmarks.first_minutes
@@ -98,6 +98,10 @@ bench-accelerate: install ## Compare caches, drafts and students with fewer step
 
 bench-score-laws: install ## Damage real images in steps, and see which scores get worse in order (EMOJI=archives: also on these)
 	$(BIN)/python -m benchmarks.score_laws --count 500 --emoji $(EMOJI)
+	$(BIN)/python -m benchmarks.page
+
+bench-papers: install ## Measure what papers say on small networks, each with a control (docs/papers.md; eight CPU minutes)
+	$(BIN)/python -m benchmarks.papers
 	$(BIN)/python -m benchmarks.page
 
 bench-pipeline: install ## Compare the pipeline with diffusers' own, its memory, schedulers, adapters and folders (four CPU minutes)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from benchmarks.arms.paper_networks import ring_of_gaussians, squared_mmd_of
 from ddm_core.artifacts import Workspace
 from ensemble.compression.distillation.config import ConsistencyConfig
 from ensemble.compression.distillation.consistency import (
@@ -135,3 +136,16 @@ def test_one_student_step_beats_one_plain_step(has_teacher, teacher, tmp_path):
     result = train_consistency(teacher, digits(), config, Workspace.at(tmp_path))
     assert distance(generate(result.network)) < 0.6 * distance(generate(teacher))
     assert result.network.few_step.step_types == ("renoise",) and result.network.few_step.is_distilled
+
+
+@pytest.mark.integration
+def test_cauchy_loss_is_robust_to_outliers(tmp_path):
+    """sLCT, section 3.2: outliers hardly move a student with the Cauchy loss; the others must be worse."""
+    training = TrainingConfig(steps=500, batch_size=128, lr=1e-3, warmup_steps=20)
+    distances = {}
+    for loss in LOSSES:
+        expert, dataset, real = ring_of_gaussians(outliers=0.05)
+        config = ConsistencyConfig(loss=loss, steps=1, coupling=False, training=training)
+        student = train_consistency(expert, dataset, config, Workspace.at(tmp_path / loss)).network
+        distances[loss] = squared_mmd_of(student, real)
+    assert distances["cauchy"] <= 0.7 * min(distances["pseudo_huber"], distances["l2"])

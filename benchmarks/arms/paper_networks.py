@@ -1,0 +1,153 @@
+"""Small trained networks and exact mixtures for `benchmarks.papers`."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from ddm_core.artifacts import Workspace
+from ensemble.compression.distillation.mmd import FINE, median_kernel, squared_mmd
+from ensemble.sampling.guidance import reflected_solver
+from ensemble.solvers import euler as solve_euler
+from ensemble.solvers import make_noise, sample_few_step, uniform_times
+from experts.conditions.captions import EncodedCaptions
+from experts.conditions.condition import Condition
+from experts.conditions.text_embedding import TextEmbedding
+from experts.config import DiffusersConfig, DiTConfig, NetworkConfig, ResidualMLPConfig, TrainingConfig
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from experts.expert import Expert
+from experts.networks.registry import build_network
+from experts.training.latent_dataset import LatentDataset
+from experts.training.loss import expert_loss
+from experts.training.trainer import fit
+
+COUNT = 4000
+"""Samples of a mixture."""
+CLASSES = 10
+NETWORKS: dict[str, NetworkConfig] = {
+    "dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=5),
+    "mmdit": DiffusersConfig(
+        class_name="SD3Transformer2DModel",
+        settings={"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 5, "caption_projection_dim": 64},
+    ),
+}
+TRAINING = TrainingConfig(steps=600, batch_size=64, lr=2e-3, warmup_steps=30, checkpoint_every=10**6)
+
+
+@functools.cache
+def train_digits(kind: str, folder: Path) -> tuple[Expert, LatentDataset]:
+    """Train a network on scikit-learn's digits, by class, or for an MMDiT by a text of one token for each class."""
+    data, null_text = load_digits(), TextEmbedding.zeros(1, CLASSES, CLASSES)
+    has_text, count = kind == "mmdit", len(data.target)
+    class_id = torch.tensor(data.target)
+    token = torch.nn.functional.one_hot(class_id, CLASSES).float()
+    captions = EncodedCaptions(
+        token_features=token,
+        first_token=torch.arange(count + 1),
+        pooled=token,
+        weight=torch.ones(count),
+        first_caption=torch.arange(count + 1),
+        null_text=null_text,
+    )
+    dataset = LatentDataset(
+        clean=torch.tensor(data.images).float().div(8).sub(1)[:, None],
+        class_id=torch.full((count,), -1) if has_text else class_id,
+        cluster_id=torch.zeros(count, dtype=torch.int64),
+        captions=captions if has_text else None,
+    )
+    num_classes = 0 if has_text else CLASSES
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_network(NETWORKS[kind], (1, 8, 8), num_classes, null_text if has_text else None)
+    expert = _fit(model, dataset, num_classes, TRAINING, folder / kind)
+    return expert, dataset
+
+
+def _fit(
+    model: torch.nn.Module, dataset: LatentDataset, num_classes: int, training: TrainingConfig, folder: Path
+) -> Expert:
+    def loss(network: torch.nn.Module, batch: object) -> dict[str, Tensor]:
+        return {"loss": expert_loss(network, batch, "velocity", RECTIFIED_FLOW)}  # type: ignore[arg-type]
+
+    trained = fit(model, loss, dataset, training, Workspace.at(folder)).model
+    return Expert(
+        model=trained,
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=dataset.latent_shape,
+        num_classes=num_classes,
+        cluster_id=0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Two Gaussians at -2 and 2 of deviation 1/4, whose velocity is exact; `share` is that of the first."""
+
+    share: float
+
+    def velocity(self, noised: Tensor, t: Tensor) -> Tensor:
+        """Return E[noise - clean | noised] at t of noised = (1 - t) clean + t noise."""
+        t, means, deviation = t[:, None], torch.tensor([-2.0, 2.0], dtype=noised.dtype), 0.25
+        variance = (1 - t) ** 2 * deviation**2 + t**2
+        residual = noised[:, :1] - (1 - t) * means
+        shares = torch.tensor([self.share, 1 - self.share], dtype=noised.dtype)
+        posterior = (shares.log() - residual**2 / (2 * variance)).softmax(1)
+        clean, noise = means + (1 - t) * deviation**2 / variance * residual, t / variance * residual
+        return (posterior * (noise - clean)).sum(1, keepdim=True)
+
+
+def two_gaussians(strong: float, weak: float | None, steps: int, reflected: int | None = None) -> float:
+    """Return the share of samples at the first Gaussian, in Euler steps of which some are reflected (None: all)."""
+    noise = make_noise(range(COUNT), (1,)).double()
+    velocity, times = Mixture(strong).velocity, uniform_times(steps)
+    if weak is None:
+        samples = solve_euler(velocity, noise, times)
+    else:
+        samples = reflected_solver("euler", velocity, Mixture(weak).velocity, reflected)(velocity, noise, times)
+    return float((samples < 0).double().mean())
+
+
+def ring_of_gaussians(outliers: float) -> tuple[Expert, LatentDataset, Tensor]:
+    """Return an untrained MLP, latents on a ring of eight Gaussians with a share of outliers, and clean latents."""
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.randint(8, (2 * COUNT,), generator=generator) * (math.pi / 4)
+    rows = torch.stack([angles.cos(), angles.sin()], 1) + 0.08 * torch.randn(2 * COUNT, 2, generator=generator)
+    clean, real = rows[:COUNT].clone(), rows[COUNT:]
+    wrong = torch.rand(COUNT, generator=generator) < outliers
+    clean[wrong] += 8 * torch.randn(int(wrong.sum()), 2, generator=generator)
+    nothing = torch.full((COUNT,), -1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_network(ResidualMLPConfig(width=128, depth=3), (2,), 0)
+    expert = Expert(
+        model=model,
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=(2,),
+        num_classes=0,
+        cluster_id=0,
+    )
+    return expert, LatentDataset(clean=clean, class_id=nothing, cluster_id=0 * nothing), real
+
+
+@torch.inference_mode()
+def squared_mmd_of(student: Expert, real: Tensor) -> float:
+    """Return the squared MMD of a student's samples to real latents."""
+    seeds: Sequence[int] = range(2000)
+    if student.few_step is None:
+        raise ValueError("a student has a few-step schedule; this expert has none")
+    condition = Condition.null(len(seeds))
+    samples = sample_few_step(
+        lambda noised, t: student.velocity(noised, t, condition),
+        make_noise(seeds, (2,)),
+        student.few_step,
+        RECTIFIED_FLOW,
+        lambda step: make_noise(seeds, (2,), 1 + step),
+    )
+    return float(squared_mmd(samples, real[:2000], median_kernel("rbf", real[:2000], FINE)))
