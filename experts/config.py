@@ -11,6 +11,9 @@ from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 
 Prediction = Literal["velocity", "noise", "clean"]
 NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta", "ddpm_linear", "scaled_linear"]
+OptimizerName = Literal["adamw", "muon"]
+LRScheduleName = Literal["linear", "constant", "cosine", "warmup_stable_decay"]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -78,11 +81,22 @@ class TrainingConfig:
     batch_size: Annotated[int, Field(ge=1)] = 240
     """Samples a step. For experts this is the *global* batch: each of K experts gets 1 / K of it."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of AdamW; it decays linearly to zero after the warm-up."""
+    """Peak learning rate; `lr_schedule` says how it falls after the warm-up."""
+    optimizer: OptimizerName = field(default="adamw", metadata=UNHASHED_IF_DEFAULT)
+    """`adamw`: AdamW. `muon`: Muon for the matrices of linear layers inside blocks, AdamW for the other parameters."""
+    betas: tuple[Momentum, Momentum] = field(default=(0.9, 0.999), metadata=UNHASHED_IF_DEFAULT)
+    """Decay a step of both moments of AdamW."""
+    momentum: Momentum = field(default=0.95, metadata=UNHASHED_IF_DEFAULT)
+    """Decay a step of the momentum of `muon`."""
+    lr_schedule: LRScheduleName = field(default="linear", metadata=UNHASHED_IF_DEFAULT)
+    """After the warm-up, `linear` and `cosine` fall to zero, `constant` stays, `warmup_stable_decay` stays and then
+    falls linearly to zero."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = field(default=0.2, metadata=UNHASHED_IF_DEFAULT)
+    """Share of all steps over which `warmup_stable_decay` falls."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Maximum global norm of the gradients."""
     ema_width: Annotated[float, Field(gt=0, lt=0.28)] = 0.1

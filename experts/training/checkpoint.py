@@ -94,7 +94,7 @@ def restore_checkpoint(folder: Path, state: TrainingState) -> bool:
     remedy = f"delete {folder} to restart this training"
     content = _read_checkpoint(newest)
     try:
-        if content["config"] != _identity(state.config):
+        if _identity(TrainingConfig()) | content["config"] != _identity(state.config):  # fields added since: default
             raise CheckpointError(f"{newest} has another training configuration; restore that one, or {remedy}")
         _restore(state, load_file(newest / TENSORS))
         state.step, state.rows = content["step"], content["rows"]
@@ -132,13 +132,13 @@ def _identity(config: TrainingConfig) -> dict[str, object]:
 
 
 def _collect_tensors(state: TrainingState) -> dict[str, Tensor]:
-    names = [name for name, _ in state.model.named_parameters()]
+    names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in state.average.average.items()}
     tensors |= {f"sums.{name}": value for name, value in state.sums.items()}
     tensors |= {f"early.{name}": value for name, value in state.early.items()}
-    for index, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{kind}.{names[index]}": value for kind, value in moments.items()}
+    for parameter, moments in state.optimizer.state.items():
+        tensors |= {f"optimizer.{kind}.{names[parameter]}": value for kind, value in moments.items()}
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
@@ -154,9 +154,7 @@ def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     device = next(state.model.parameters()).device
     state.sums = {name: value.to(device) for name, value in groups["sums"].items()}
     state.early = groups["early"]
-    index_of = {name: index for index, (name, _) in enumerate(state.model.named_parameters())}
-    moments: dict[int, dict[str, Tensor]] = {}
+    parameters = dict(state.model.named_parameters())
     for name, value in groups["optimizer"].items():
         kind, _, parameter = name.partition(".")
-        moments.setdefault(index_of[parameter], {})[kind] = value.clone()
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+        state.optimizer.state[parameters[parameter]][kind] = value.to(device, copy=True)

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
+from experts.config import OptimizerName
 from experts.training.flops import FUSED_ATTENTION, count_parameters
+from experts.training.optimizers.registry import OPTIMIZERS
 
 FLOAT_BYTES = 4
-KEPT_COPIES = 3
-"""float32 values per parameter that a training keeps besides the parameters: two moments of Adam, and the average."""
 
 
-def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor]) -> int:
+def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor], optimizer: OptimizerName = "adamw") -> int:
     """Return the peak bytes of training steps in float32: parameters, gradients, optimizer, average and activations.
 
     `network` and the inputs of `call` are on the meta device. Attention counts as a fused kernel.
@@ -29,9 +29,13 @@ def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor]) -> int:
     live = LiveBytes(network.parameters())
     with live, FusedAttention():
         torch.autograd.backward(call().square().mean())
-    kept = KEPT_COPIES * FLOAT_BYTES * count_parameters(network)
     network.zero_grad(set_to_none=True)
-    return kept + live.peak
+    return kept_bytes(network, optimizer) + live.peak
+
+
+def kept_bytes(network: nn.Module, optimizer: OptimizerName) -> int:
+    """Return the bytes that a training keeps besides the parameters: the optimizer's state, and the average."""
+    return FLOAT_BYTES * (OPTIMIZERS[optimizer].count_values(network) + count_parameters(network))
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

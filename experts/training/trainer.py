@@ -1,4 +1,4 @@
-"""The training loop of experts and router: AdamW, warm-up, clipping, moving average, checkpoints."""
+"""The training loop of experts and router: optimizer, clipping, moving average, checkpoints."""
 
 import json
 import logging
@@ -20,6 +20,8 @@ from experts.training.checkpoint import MetricsRow, TrainingState, restore_check
 from experts.training.distributed import DataParallelGroup
 from experts.training.ema import MovingAverage
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
+from experts.training.lr_schedules import learning_rate
+from experts.training.optimizers.registry import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +117,6 @@ def check_device(name: str) -> torch.device:
         raise DeviceError(f"device {name!r} is not available ({reason}); set training.device=cpu") from error
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Return the learning rate of a step, counted from 0: a linear warm-up, then a linear decay to zero."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    return config.lr * (config.steps - step) / (config.steps - config.warmup_steps)
-
-
 def write_rows(path: Path, rows: list[MetricsRow]) -> None:
     """Write metrics rows as JSON Lines."""
     write_text(path, "".join(_to_json_line(row) for row in rows))
@@ -132,10 +127,8 @@ def _to_json_line(row: MetricsRow) -> str:
     return json.dumps(row, sort_keys=True) + "\n"
 
 
-def init_training_state(
-    model: nn.Module, config: TrainingConfig, betas: tuple[float, float] = (0.9, 0.999)
-) -> TrainingState:
-    """Return the state before the first step, with AdamW of these betas."""
+def init_training_state(model: nn.Module, config: TrainingConfig) -> TrainingState:
+    """Return the state before the first step."""
     model.train()
     if config.compile:
         model.compile()
@@ -143,9 +136,7 @@ def init_training_state(
         config=config,
         model=model,
         average=MovingAverage(model, config.ema_width),
-        optimizer=torch.optim.AdamW(
-            model.parameters(), config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
-        ),
+        optimizer=OPTIMIZERS[config.optimizer].build(model, config),
         scaler=torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.autocast == "float16"),
     )
 

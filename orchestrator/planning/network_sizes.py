@@ -1,7 +1,7 @@
 """Parameters, FLOPs and memory of every training, counted on the meta device: no weight is allocated."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -11,14 +11,14 @@ from experts.codecs.registry import CODECS
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_files import read_text_shape
-from experts.config import ExpertConfig
+from experts.config import ExpertConfig, TrainingConfig
 from experts.networks.adapters.adapter import DataShape
 from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.latent_shapes import latent_shape_of
 from experts.networks.model_io import SkipRandomInit
 from experts.networks.registry import build_network, enable_gradient_checkpointing, resolve_call
 from experts.training.flops import count_parameters, forward_flops, training_flops
-from experts.training.memory import FLOAT_BYTES, KEPT_COPIES, FusedAttention, checkpoint_fused, peak_training_bytes
+from experts.training.memory import FLOAT_BYTES, FusedAttention, checkpoint_fused, kept_bytes, peak_training_bytes
 from experts.training.trainer import DeviceError, check_device
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Stage
@@ -38,10 +38,12 @@ class TrainingSize:
     """Of the whole training; gradient checkpointing computes each forward pass twice."""
     memory_bytes: int
     """On its device, at the peak of a step in float32: parameters, gradients, optimizer, average and activations."""
+    checkpoint_bytes: int
+    """Of parameters, average and the optimizer's state."""
 
     def host_bytes(self, device: str) -> int:
         """Return the memory beside that of the device: a checkpoint is gathered there. A CPU has no other."""
-        return 0 if device == "cpu" else (KEPT_COPIES + 1) * FLOAT_BYTES * self.parameters
+        return 0 if device == "cpu" else self.checkpoint_bytes
 
     def least_seconds(self, device: str, threads: int) -> float | None:
         """Return the time of the training at the rate of matrix products here; None if the device is not here."""
@@ -77,7 +79,7 @@ def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: in
             sizes[stage.name] = _measure_router(config.router, config.partition.num_experts, data)
         elif isinstance(expert := getattr(stage.config, "expert", None), ExpertConfig):
             training = expert.training
-            key = repr((expert.network, training.batch_size, training.steps, training.gradient_checkpointing))
+            key = repr((expert.network, replace(training, seed=0)))
             by_config[key] = by_config.get(key) or measure_expert(expert, data)
             sizes[stage.name] = by_config[key]
     return sizes
@@ -103,8 +105,18 @@ def measure_expert(config: ExpertConfig, data: DataShape) -> TrainingSize:
     if training.gradient_checkpointing:
         enable_gradient_checkpointing(network, checkpoint_fused)
         flops *= 4 / 3
-    memory = peak_training_bytes(network, call(training.batch_size))
-    return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
+    return _size_of(network, call(training.batch_size), training, flops)
+
+
+def _size_of(network: nn.Module, call: Callable[[], Tensor], training: TrainingConfig, flops: float) -> TrainingSize:
+    """Return the size of the training of a network on the meta device, with `call` as the forward pass of a step."""
+    parameters = count_parameters(network)
+    return TrainingSize(
+        parameters=parameters,
+        flops=flops,
+        memory_bytes=peak_training_bytes(network, call, training.optimizer),
+        checkpoint_bytes=FLOAT_BYTES * parameters + kept_bytes(network, training.optimizer),
+    )
 
 
 def _measure_codec(probe: Callable[..., tuple[nn.Module, Callable[[], Tensor]]], config: RunConfig) -> TrainingSize:
@@ -113,8 +125,7 @@ def _measure_codec(probe: Callable[..., tuple[nn.Module, Callable[[], Tensor]]],
     with torch.device("meta"):
         flops = training_flops(forward_flops(probe(config.codec, shape)[1]), training.batch_size, training.steps)
         network, call = probe(config.codec, shape, rows=training.batch_size)
-    memory = peak_training_bytes(network.train(), call)
-    return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
+    return _size_of(network.train(), call, training, flops)
 
 
 def _measure_router(config: RouterConfig, num_experts: int, data: DataShape) -> TrainingSize:
@@ -126,8 +137,7 @@ def _measure_router(config: RouterConfig, num_experts: int, data: DataShape) -> 
         return partial(call_router, network, inputs.noised, inputs.t, inputs.condition, data.num_classes)
 
     flops = training_cost(config, forward_flops(call(row)), num_experts)
-    memory = peak_training_bytes(network, call(batch))
-    return TrainingSize(parameters=count_parameters(network), flops=flops, memory_bytes=memory)
+    return _size_of(network, call(batch), config.training, flops)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,12 +26,12 @@ from experts.training.checkpoint import (
     save_checkpoint,
 )
 from experts.training.latent_dataset import step_seed
+from experts.training.lr_schedules import learning_rate
 from experts.training.trainer import (
     PRECISIONS,
     TrainingDiverged,
     check_device,
     init_training_state,
-    learning_rate,
     write_rows,
 )
 
@@ -56,7 +56,6 @@ def train_alternating(
     update_step: UpdateStep,
     config: TrainingConfig,
     workspace: Workspace,
-    betas: tuple[float, float] = (0.9, 0.999),
 ) -> TrainedModels:
     """Train the networks in place; continue from the newest checkpoint in the scratch folder if there is one.
 
@@ -64,7 +63,7 @@ def train_alternating(
     """
     folder, device = workspace.scratch / "checkpoints", check_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        states = {name: init_training_state(model.to(device), config, betas) for name, model in models.items()}
+        states = {name: init_training_state(model.to(device), config) for name, model in models.items()}
         first = next(iter(states.values()))
         _restore(folder, states)
         while first.step < config.steps:

@@ -110,7 +110,7 @@ class SiDConfig:
     weighting: Literal["signal", "one"] = "signal"
     """Weight of a time in the student's loss: `signal` is the share of signal in a noised sample, `one` is constant."""
     training: TrainingConfig = SID_TRAINING
-    """Training of student and fake score, including the distribution of t."""
+    """Training of student and fake score, including the distribution of t; `betas` are always (0, 0.999)."""
     fake_score_updates: Annotated[int, Field(ge=1)] = 1
     """Updates of the fake score before each update of the student."""
     teacher_guidance: float = 1.0

@@ -73,9 +73,8 @@ def distill_sid_student(
     _check_guidance(expert, dataset, config)
     initial = {"student": expert.model, "fake": fake}
     networks = {name: deepcopy(model).requires_grad_(True) for name, model in initial.items()}
-    trained = train_alternating(
-        networks, make_update_step(expert, teacher, dataset, config), config.training, workspace, BETAS
-    )
+    training = replace(config.training, betas=BETAS)
+    trained = train_alternating(networks, make_update_step(expert, teacher, dataset, config), training, workspace)
     return ExpertResult(
         expert=replace(expert, model=trained.models["student"], few_step=build_few_step_schedule(config), cache=None),
         modules=1,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddm_core.artifacts import read_with_checksum, write_record
 from experts.architectures.residual_mlp import ResidualMLP
 from experts.config import TrainingConfig
 from experts.training.checkpoint import (
@@ -115,6 +116,16 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     save_checkpoint(tmp_path, create_trained_state())
     with pytest.raises(CheckpointError, match="another training configuration"):
         restore_checkpoint(tmp_path, create_state(lr=2e-3))
+
+
+def test_checkpoint_from_before_a_field_has_its_default(tmp_path):
+    save_checkpoint(tmp_path, create_trained_state())
+    path = tmp_path / "step-00000003" / "state.json"
+    content = read_with_checksum(path)
+    for name in ("optimizer", "betas", "momentum", "lr_schedule", "decay_share"):
+        del content["config"][name]
+    write_record(path, content)
+    assert restore_checkpoint(tmp_path, create_state())
 
 
 def test_training_can_resume_on_another_device(tmp_path):

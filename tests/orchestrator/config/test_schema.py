@@ -52,6 +52,9 @@ def test_compose_seed_reaches_every_part():
         ("nonsense=1", ["known here", "partition"]),
         ("data=nonsense", ["data/nonsense", "groups"]),
         ("expert.training.lr=", ["expert.training.lr"]),
+        ("expert.training.optimizer=mun", ["expert.training.optimizer", "'adamw'", "'muon'"]),
+        ("expert.training.lr_schedule=cosin", ["expert.training.lr_schedule", "'cosine'", "'warmup_stable_decay'"]),
+        ("expert.training.betas=[0.9,1]", ["expert.training.betas", "less than 1"]),
     ],
 )
 def test_compose_unknown_key_lists_known_keys(override, messages):

@@ -116,7 +116,7 @@ def test_checkpointing_needs_less_memory_and_more_flops():
 
 
 def test_time_is_that_of_the_flops_on_a_device_that_is_here():
-    size = TrainingSize(parameters=10, flops=1e9, memory_bytes=200)
+    size = TrainingSize(parameters=10, flops=1e9, memory_bytes=200, checkpoint_bytes=160)
     seconds = size.least_seconds("cpu", 1)
     assert seconds > 0
     assert replace(size, flops=2e9).least_seconds("cpu", 1) == pytest.approx(2 * seconds)

@@ -1,0 +1,1 @@
+"""Optimizers of a training, by their name in the configuration."""
