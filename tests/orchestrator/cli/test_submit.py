@@ -200,7 +200,7 @@ def test_submit_stopped_controller_can_be_resubmitted(tmp_path, capsys):
         assert sum(b"gcs_server" in command.split(b"\0")[0] for command in commands) == 1  # its stages run on it, too
         (worker,) = folder.glob("work/expert_0-*/attempt_1/worker.json")
         assert read_json(worker)["pid"] in islands.list_processes("island_1")
-        assert "controlled by process" in ddm("status", str(folder))
+        assert "controlled by process" in " ".join(ddm("status", str(folder)).split())
         ddm("stop", str(folder))
         _, client = resolve_submission(config(folder), island.address, island.token_file)
         wait_until(lambda: client.list_states()[first].has_ended)
