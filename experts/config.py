@@ -80,6 +80,9 @@ class TrainingConfig:
     """Optimizer steps."""
     batch_size: Annotated[int, Field(ge=1)] = 240
     """Samples a step. For experts this is the *global* batch: each of K experts gets 1 / K of it."""
+    accumulate: Annotated[int, Field(ge=1)] = field(default=1, metadata=UNHASHED_IF_DEFAULT)
+    """Parts of a batch whose gradients are added up, one after the other, for less memory; each has at least one
+    sample. The sum differs from the gradient of the whole batch by rounding, and by other bits of dropout."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate; `lr_schedule` says how it falls after the warm-up."""
     optimizer: OptimizerName = field(default="adamw", metadata=UNHASHED_IF_DEFAULT)

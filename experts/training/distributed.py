@@ -129,6 +129,15 @@ class DataParallelGroup:
             raise
 
 
+def defer_sync(
+    compute_loss: Callable[[BatchT], Tensor | dict[str, Tensor]], *, defer: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context of forward passes whose gradients are added up, not averaged over the workers, if `defer`."""
+    if defer and isinstance(compute_loss, DistributedDataParallel):
+        return compute_loss.no_sync()
+    return contextlib.nullcontext()
+
+
 class _LossModule(nn.Module, Generic[BatchT]):
     """The loss as a module, which DistributedDataParallel can wrap without changing the network."""
 

@@ -143,6 +143,23 @@ class Batch:
     condition: Condition
     cluster_id: Int[Tensor, " batch"]
 
+    def divide(self, parts: int) -> list["Batch"]:
+        """Return `parts` batches of consecutive rows, or one for every row if there are fewer; sizes differ by 1."""
+        count = len(self.t)
+        parts = min(parts, count)
+        ends = [count * part // parts for part in range(parts + 1)]
+        return [self.rows(slice(*pair)) for pair in itertools.pairwise(ends)] if parts > 1 else [self]
+
+    def rows(self, index: slice) -> "Batch":
+        """Return these rows."""
+        return Batch(
+            clean=self.clean[index],
+            noise=self.noise[index],
+            t=self.t[index],
+            condition=self.condition.rows(index),
+            cluster_id=self.cluster_id[index],
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on another device."""
         if device.type == "cpu":

@@ -14,23 +14,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
-from experts.config import OptimizerName
+from experts.config import OptimizerName, TrainingConfig
 from experts.training.flops import FUSED_ATTENTION, count_parameters
 from experts.training.optimizers.registry import OPTIMIZERS
 
 FLOAT_BYTES = 4
 
 
-def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor], optimizer: OptimizerName = "adamw") -> int:
+def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor], training: TrainingConfig) -> int:
     """Return the peak bytes of training steps in float32: parameters, gradients, optimizer, average and activations.
 
-    `network` and the inputs of `call` are on the meta device. Attention counts as a fused kernel.
+    `network` and the inputs of `call`, of `part_rows(training)` rows, are on the meta device. Attention counts as a
+    fused kernel.
     """
     live = LiveBytes(network.parameters())
     with live, FusedAttention():
-        torch.autograd.backward(call().square().mean())
+        for _ in range(min(2, training.accumulate)):  # from the second part on, gradients exist before
+            torch.autograd.backward(call().square().mean())
     network.zero_grad(set_to_none=True)
-    return kept_bytes(network, optimizer) + live.peak
+    return kept_bytes(network, training.optimizer) + live.peak
+
+
+def part_rows(training: TrainingConfig) -> int:
+    """Return the rows of the largest part of a batch."""
+    return -(-training.batch_size // training.accumulate)
 
 
 def kept_bytes(network: nn.Module, optimizer: OptimizerName) -> int:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from ddm_core.artifacts import Preempted, Workspace, write_text
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
 from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
-from experts.training.distributed import DataParallelGroup
+from experts.training.distributed import DataParallelGroup, defer_sync
 from experts.training.ema import MovingAverage
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
 from experts.training.lr_schedules import learning_rate
@@ -150,20 +150,40 @@ def _train_step(
     for parameters in state.optimizer.param_groups:
         parameters["lr"] = learning_rate(state.step, config)
     state.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch.t.device.type, PRECISIONS[config.autocast], enabled=config.autocast != "none"):
-        terms = compute_loss(batch)
-    values = {"loss": terms} if isinstance(terms, Tensor) else terms
-    torch.autograd.backward(state.scaler.scale(values["loss"]))
-    values = group.mean(values)
+    values = group.mean(_accumulate_gradients(state, compute_loss, batch))
     state.scaler.unscale_(state.optimizer)
     values["grad_norm"] = nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
     state.average.update(state.step)
+    _add_up(state.sums, values)
+
+
+def _accumulate_gradients(
+    state: TrainingState, compute_loss: Callable[[Batch], LossValue], batch: Batch
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over all rows, one part of the batch after the other; return the means.
+
+    A part's loss is weighted by its share of the rows. Workers average their gradients once, with the last part.
+    """
+    config, parts, means = state.config, batch.divide(state.config.accumulate), dict[str, Tensor]()
+    for part in parts:
+        share = len(part.t) / len(batch.t)
+        with (
+            defer_sync(compute_loss, defer=part is not parts[-1]),
+            torch.autocast(batch.t.device.type, PRECISIONS[config.autocast], enabled=config.autocast != "none"),
+        ):
+            terms = compute_loss(part)
+        values = {"loss": terms} if isinstance(terms, Tensor) else terms
+        torch.autograd.backward(state.scaler.scale(values["loss"] * share))
+        _add_up(means, {name: value * share for name, value in values.items()})
+    return means
+
+
+def _add_up(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
-        value = value.detach()
-        state.sums[name] = state.sums[name] + value if name in state.sums else value
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
 
 
 def _seed(seed: int, device: torch.device) -> None:

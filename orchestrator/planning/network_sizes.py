@@ -18,7 +18,14 @@ from experts.networks.latent_shapes import latent_shape_of
 from experts.networks.model_io import SkipRandomInit
 from experts.networks.registry import build_network, enable_gradient_checkpointing, resolve_call
 from experts.training.flops import count_parameters, forward_flops, training_flops
-from experts.training.memory import FLOAT_BYTES, FusedAttention, checkpoint_fused, kept_bytes, peak_training_bytes
+from experts.training.memory import (
+    FLOAT_BYTES,
+    FusedAttention,
+    checkpoint_fused,
+    kept_bytes,
+    part_rows,
+    peak_training_bytes,
+)
 from experts.training.trainer import DeviceError, check_device
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Stage
@@ -105,16 +112,16 @@ def measure_expert(config: ExpertConfig, data: DataShape) -> TrainingSize:
     if training.gradient_checkpointing:
         enable_gradient_checkpointing(network, checkpoint_fused)
         flops *= 4 / 3
-    return _size_of(network, call(training.batch_size), training, flops)
+    return _size_of(network, call(part_rows(training)), training, flops)
 
 
 def _size_of(network: nn.Module, call: Callable[[], Tensor], training: TrainingConfig, flops: float) -> TrainingSize:
-    """Return the size of the training of a network on the meta device, with `call` as the forward pass of a step."""
+    """Return the size of a training; `call` is the forward pass of a part of a batch, on the meta device."""
     parameters = count_parameters(network)
     return TrainingSize(
         parameters=parameters,
         flops=flops,
-        memory_bytes=peak_training_bytes(network, call, training.optimizer),
+        memory_bytes=peak_training_bytes(network, call, training),
         checkpoint_bytes=FLOAT_BYTES * parameters + kept_bytes(network, training.optimizer),
     )
 
@@ -124,13 +131,13 @@ def _measure_codec(probe: Callable[..., tuple[nn.Module, Callable[[], Tensor]]],
     shape = (side, side, config.data.channels)
     with torch.device("meta"):
         flops = training_flops(forward_flops(probe(config.codec, shape)[1]), training.batch_size, training.steps)
-        network, call = probe(config.codec, shape, rows=training.batch_size)
+        network, call = probe(config.codec, shape, rows=part_rows(training))
     return _size_of(network.train(), call, training, flops)
 
 
 def _measure_router(config: RouterConfig, num_experts: int, data: DataShape) -> TrainingSize:
     with torch.device("meta"):
-        row, batch = _inputs(1, data), _inputs(config.training.batch_size, data)
+        row, batch = _inputs(1, data), _inputs(part_rows(config.training), data)
         network = build_router(config, data.latent_shape, num_experts, data.num_classes, row.condition.text).train()
 
     def call(inputs: _Inputs) -> Callable[[], Tensor]:

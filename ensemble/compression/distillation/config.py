@@ -2,12 +2,22 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
 from experts.config import TrainingConfig
 
+
+def _check_whole_batch(training: TrainingConfig) -> TrainingConfig:
+    if training.accumulate > 1:
+        raise ValueError(
+            f"a distillation's losses need the whole batch at once; got accumulate={training.accumulate}; set it to 1"
+        )
+    return training
+
+
+WholeBatchTraining = Annotated[TrainingConfig, AfterValidator(_check_whole_batch)]
 CONSISTENCY_TRAINING = TrainingConfig(steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, checkpoint_every=200)
 
 
@@ -20,7 +30,7 @@ class ConsistencyConfig:
     """`per_expert`: one student per expert, trained on its cluster. `shared`: one for all, without router."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Sampling steps of the student, with fresh noise in between."""
-    training: TrainingConfig = CONSISTENCY_TRAINING
+    training: WholeBatchTraining = CONSISTENCY_TRAINING
     """Training of the student; its distribution of t applies only to t_choice=logit_normal."""
     teacher: bool = False
     """Compute the neighboring point with a step of the expert (distillation) instead of the same noise (training)."""
@@ -79,7 +89,7 @@ class MMDConfig:
     `random_conv`: features of fixed random convolutions."""
     across: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Kernel weight of pairs with different conditions; 1 ignores conditions."""
-    training: TrainingConfig = MMD_TRAINING
+    training: WholeBatchTraining = MMD_TRAINING
     """Training of the student; each batch compares as many samples as latents of the cluster."""
     seed: int = 0
     """Seed of the random convolutions."""
@@ -109,7 +119,7 @@ class SiDConfig:
     """Weight of the squared distance between the two scores that the loss subtracts; 1.0 to 1.2."""
     weighting: Literal["signal", "one"] = "signal"
     """Weight of a time in the student's loss: `signal` is the share of signal in a noised sample, `one` is constant."""
-    training: TrainingConfig = SID_TRAINING
+    training: WholeBatchTraining = SID_TRAINING
     """Training of student and fake score, including the distribution of t; `betas` are always (0, 0.999)."""
     fake_score_updates: Annotated[int, Field(ge=1)] = 1
     """Updates of the fake score before each update of the student."""

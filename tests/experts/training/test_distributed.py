@@ -70,6 +70,14 @@ def train_network(rank, folder, kind):
     return rows
 
 
+def accumulate_gradients(rank, folder):
+    """Divide the rows of every worker into two parts."""
+    config = replace(TRAINING, accumulate=2)
+    tensors, rows = trained("residual_mlp", worker_workspace(folder / "accumulated", rank), config)
+    torch.save(tensors, folder / f"accumulated_{rank}.pt")
+    return rows
+
+
 def stop_last_worker(rank, folder):
     """Stop the last worker before step 6; then resume on all."""
     stopping = stopping_at(6, folder / "stopped") if rank == SIZE - 1 else Workspace.at(folder / "stopped")
@@ -190,6 +198,7 @@ SCENARIOS = {
     "residual_mlp": lambda rank, folder: train_network(rank, folder, "residual_mlp"),
     "unet": lambda rank, folder: train_network(rank, folder, "unet"),
     "dit": lambda rank, folder: train_network(rank, folder, "dit"),
+    "accumulated": accumulate_gradients,
     "stopped": stop_last_worker,
     "killed": kill_all_workers,
     "diverged": diverge_on_last_worker,
@@ -257,6 +266,14 @@ def test_three_workers_match_one_worker_up_to_rounding(kind, folder, tmp_path):
     if kind == "residual_mlp":
         for name, value in alone.items():
             torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_parts_of_three_workers_add_up_to_the_batch(folder):
+    first, *others = tensors_of(folder, "accumulated")
+    assert all(are_equal(first, other) for other in others), "all workers hold the same bits"
+    for name, value in tensors_of(folder, "residual_mlp")[0].items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
 
 
 def predictions(kind, tensors):

@@ -199,6 +199,41 @@ def test_gradients_are_clipped(make_dataset, workspace):
     assert trained.rows[0]["grad_norm"] > 0.01, "the norm before clipping is what is logged"
 
 
+@pytest.mark.parametrize("kind", ["residual_mlp", "dit"])
+@pytest.mark.parametrize("parts", [2, 3, 100])
+def test_accumulated_gradients_are_those_of_the_whole_batch(kind, parts, make_dataset, tmp_path):
+    whole, divided = (
+        gradients_of_first_step(kind, make_dataset, accumulate, tmp_path / f"{accumulate}") for accumulate in (1, parts)
+    )
+    assert divided[1] == pytest.approx(whole[1], rel=1e-5), "metrics are means over the rows of all parts"
+    largest = max(gradient.abs().max() for gradient in whole[0].values())
+    for name, gradient in whole[0].items():
+        assert (divided[0][name] - gradient).abs().max() <= 1e-5 * largest, name
+
+
+def gradients_of_first_step(kind, make_dataset, accumulate, folder):
+    """Return the gradients of the first step, by parameter, and its metrics."""
+    model = create_network(kind)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    config = replace(SHORT, steps=1, accumulate=accumulate, clip_norm=1e9)
+    trained = fit(model, velocity_loss, make_dataset(shape=NETWORKS[kind][1]), config, Workspace.at(folder))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return gradients, trained.rows[0]
+
+
+def test_training_in_parts_resumes_bit_for_bit(make_dataset, tmp_path):
+    def noisy_loss(model, batch):
+        return {"loss": velocity_loss(model, batch)["loss"] * torch.rand(())}
+
+    config = replace(SHORT, accumulate=3)
+    expected = train_and_save("residual_mlp", make_dataset, Workspace.at(tmp_path / "whole"), config, noisy_loss)
+    with pytest.raises(Preempted):
+        train_and_save("residual_mlp", make_dataset, stopping_at(8, tmp_path / "other"), config, noisy_loss)
+    again = train_and_save("residual_mlp", make_dataset, Workspace.at(tmp_path / "other"), config, noisy_loss)
+    assert again == expected
+
+
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
 def test_lower_precision_trains_and_resumes(autocast, make_dataset, tmp_path):
     config = TrainingConfig(steps=12, batch_size=7, warmup_steps=3, log_every=4, checkpoint_every=5, autocast=autocast)

@@ -8,7 +8,7 @@ import torch
 from benchmarks.testbed.backbones import PUBLISHED, count_published
 from experts.codecs.registry import CODECS
 from experts.conditions.condition import Condition
-from experts.config import DiffusersConfig, ExpertConfig, TrainingConfig
+from experts.config import DiffusersConfig, DiTConfig, ExpertConfig, TrainingConfig
 from experts.expert import expert_flops
 from experts.networks.adapters.adapter import DataShape
 from experts.networks.registry import build_network, call_network
@@ -45,7 +45,7 @@ def test_sizes_equal_those_of_real_networks(overrides):
     network = build_network(expert.network, shape, CLASSES)
     rows = expert.training.batch_size
     inputs = torch.zeros(rows, *shape), torch.zeros(rows), Condition(torch.zeros(rows, dtype=torch.int64))
-    memory = peak_training_bytes(network.train(), lambda: call_network(network, *inputs))
+    memory = peak_training_bytes(network.train(), lambda: call_network(network, *inputs), expert.training)
     assert size.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert size.flops == expert_flops(expert, shape, CLASSES)
     assert size.memory_bytes == pytest.approx(memory, rel=0.01)
@@ -113,6 +113,27 @@ def test_checkpointing_needs_less_memory_and_more_flops():
     )
     assert checkpointed.memory_bytes < 0.4 * plain.memory_bytes
     assert checkpointed.flops == pytest.approx(4 / 3 * plain.flops)
+
+
+def test_parts_of_a_batch_need_less_memory():
+    network = DiTConfig(depth=2)
+    data = DataShape(latent_shape=(4, 16, 16))
+    whole, divided, small = (
+        measure_expert(ExpertConfig(network=network, training=TrainingConfig(batch_size=rows, accumulate=parts)), data)
+        for rows, parts in ((64, 1), (64, 4), (16, 1))
+    )
+    assert divided.flops == whole.flops and divided.memory_bytes < 0.5 * whole.memory_bytes
+    assert 0 <= divided.memory_bytes - small.memory_bytes <= 4 * small.parameters, "the gradients of earlier parts"
+
+
+def test_plan_counts_the_state_of_the_optimizer():
+    adamw, muon = (
+        measure_expert(ExpertConfig(training=TrainingConfig(optimizer=name)), DataShape(latent_shape=(96,)))
+        for name in ("adamw", "muon")
+    )
+    matrices = 2 * 4 * 448 * 448
+    assert adamw.checkpoint_bytes == 16 * adamw.parameters
+    assert adamw.checkpoint_bytes - muon.checkpoint_bytes == adamw.memory_bytes - muon.memory_bytes == 4 * matrices
 
 
 def test_time_is_that_of_the_flops_on_a_device_that_is_here():
