@@ -19,6 +19,7 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import ExpertConfig, NoiseScheduleName, Prediction, TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
+from experts.diffusion.loss_weights import build_loss_weight
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule, to_schedule
 from experts.diffusion.predictions import clamp_noise_level, clean_and_noise_at
 from experts.expert_model import ExpertModel
@@ -227,10 +228,10 @@ def train_expert(
 def _create_loss(config: ExpertConfig, initial_model: InitialModel) -> LossFn:
     """Return the loss on the network's own prediction, or for `init_loss=converted` on the configured one."""
     source = (initial_model.prediction, initial_model.noise_schedule)
-    target = (config.prediction, NOISE_SCHEDULES[config.noise_schedule])
+    target, weight = (config.prediction, NOISE_SCHEDULES[config.noise_schedule]), build_loss_weight(config)
     if config.init is not None and config.init_loss == "converted":
-        return partial(converted_loss, source=source, target=target)
-    return partial(expert_loss, prediction=initial_model.prediction, noise_schedule=initial_model.noise_schedule)
+        return partial(converted_loss, source=source, target=target, weight=weight)
+    return partial(expert_loss, prediction=source[0], noise_schedule=source[1], weight=weight)
 
 
 def train_network(

@@ -16,6 +16,7 @@ from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
 from experts.conditions.condition import Condition
 from experts.config import ExpertConfig
+from experts.diffusion.loss_weights import build_loss_weight
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert import Expert, ExpertSummary, check_classes, train_network
 from experts.expert_model import ExpertModel
@@ -118,7 +119,11 @@ def train_cluster_conditioned(
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         pairs = with_cluster(batch.condition, batch.cluster_id, num_classes, num_clusters)
         conditioned = replace(batch, condition=pairs)
-        return {"loss": expert_loss(model, conditioned, initial_model.prediction, initial_model.noise_schedule)}
+        return {
+            "loss": expert_loss(
+                model, conditioned, initial_model.prediction, initial_model.noise_schedule, build_loss_weight(config)
+            )
+        }
 
     summary = train_network(config.training, dataset, initial_model, loss, out, workspace, num_pairs)
     write_json(out / SETTINGS, {"num_clusters": num_clusters})

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ddm_core.artifacts import Workspace, read_json, write_json
 from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig, Prediction
+from experts.diffusion.loss_weights import LossWeight, build_loss_weight
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.diffusion.predictions import from_velocity, training_target
 from experts.expert import Expert, ExpertSummary, check_classes, network_flops, train_network
@@ -23,6 +23,7 @@ from experts.networks.pretrained import build_initial_model
 from experts.networks.registry import call_network
 from experts.training.encode import encode_latents, read_class_names
 from experts.training.latent_dataset import Batch
+from experts.training.loss import mean_squared_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,8 @@ def train_distilled_monolith(
         expert.to(config.training.device)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        return {"loss": student_loss(model, batch, experts, initial_model.prediction, initial_model.noise_schedule)}
+        prediction, noise_schedule = initial_model.prediction, initial_model.noise_schedule
+        return {"loss": student_loss(model, batch, experts, prediction, noise_schedule, build_loss_weight(config))}
 
     trained = train_network(config.training, dataset, initial_model, loss, out, workspace, num_classes)
     shares = torch.bincount(dataset.cluster_id, minlength=len(clusters)).double() / len(dataset)
@@ -78,8 +80,9 @@ def student_loss(
     teachers: Mapping[int, Expert],
     prediction: Prediction,
     noise_schedule: NoiseSchedule,
+    weight: LossWeight | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean squared distance between the student and the expert of each sample's cluster."""
+    """Return the mean squared distance between the student and the expert of each sample's cluster, with a weight."""
     # E || v_student(x, t, c) - v_k(x, t, c) ||^2, x = alpha clean + sigma noise, clean in cluster k.
     noised = noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
     target = training_target(prediction, batch.clean, batch.noise, batch.t, noise_schedule)
@@ -91,7 +94,7 @@ def student_loss(
                 teacher_prediction = from_velocity(prediction, velocity, noised[rows], batch.t[rows], noise_schedule)
                 target = target.index_copy(0, rows, teacher_prediction.to(target.dtype))
     predicted = call_network(model, noised, batch.t, batch.condition)
-    return functional.mse_loss(predicted.float(), target)
+    return mean_squared_error(predicted.float(), target, batch.t, (prediction, noise_schedule), weight)
 
 
 def _summary(

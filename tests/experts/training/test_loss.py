@@ -29,6 +29,17 @@ def test_zero_prediction_loses_the_mean_square_target(prediction, expected):
     assert expert_loss(model, batch(), prediction, NOISE_SCHEDULES["rectified_flow"]).item() == pytest.approx(expected)
 
 
+def test_weight_of_t_multiplies_the_error_of_a_row():
+    model = ResidualMLP(latent_shape=[2], width=8, depth=1)
+    schedule = NOISE_SCHEDULES["rectified_flow"]
+    loss = expert_loss(model, batch(), "clean", schedule, lambda prediction, t, schedule: 8 * t)
+    assert loss.item() == pytest.approx((2 * (1 + 4) + 4 * (0 + 1)) / 4)
+    converted = converted_loss(
+        model, batch(), ("clean", schedule), ("clean", schedule), lambda *_: torch.tensor([2.0, 4])
+    )
+    assert converted.item() == pytest.approx(loss.item())
+
+
 @pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "clean"])
 def test_loss_converted_to_itself_is_unchanged(prediction, name):
