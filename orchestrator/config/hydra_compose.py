@@ -162,10 +162,19 @@ def explain_error(message: str, overrides: Sequence[str]) -> str:
     first = " ".join(message.partition("Config search path")[0].split())
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        *parents, leaf = key.split(".")
-        known = known_keys(tuple(parents))
-        if "/" not in key and f"'{key}'" in message and leaf not in known:
+        if "/" not in key and f"'{key}'" in message and (unknown := _find_unknown(key.split("."))):
+            parents, leaf = unknown
+            known = known_keys(parents)
             close = difflib.get_close_matches(leaf, known, n=1)
             hint = f"; did you mean {'.'.join([*parents, close[0]])}?" if close else ""
-            return f"{key}: unknown key{hint}\n  known here: {', '.join(known) or 'nothing'}"
+            return f"{'.'.join([*parents, leaf])}: unknown key{hint}\n  known here: {', '.join(known)}"
     return f"{first}\n  got {' '.join(overrides)}\n  the groups and their files are in {config_folder()}"
+
+
+def _find_unknown(parts: list[str]) -> tuple[tuple[str, ...], str] | None:
+    """Return the first part of a key that the configuration lacks, with its parents; None if every part is known."""
+    for depth, part in enumerate(parts):
+        known = known_keys(tuple(parts[:depth]))
+        if known and part not in known:
+            return tuple(parts[:depth]), part
+    return None
