@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from data_partition.datasets.build import NO_CAPTION
 from data_partition.datasets.notices import Notices
 from data_partition.datasets.sources import SOURCES
 from data_partition.errors import NoSamples
@@ -50,6 +51,7 @@ def _write_shards(config: AdapterImagesStageConfig, inputs: Inputs, workspace: W
         fitted: Sample = replace(sample, label=-1, image=fit_image(sample.image, data, sample.name), source=None)
         name = ALL_IMAGES if partition is None else str(int(partition.assign_images(fitted.image[None])[0]))
         if name in writers:
+            notices.remark(sample, (NO_CAPTION,) * (data.captions and not sample.caption))
             writers[name].add(fitted)
     counts = {name: writer.close().count for name, writer in writers.items()}
     for text in notices.texts():

@@ -11,13 +11,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import ddm
-from ddm_core.artifacts import list_files, read_json
+from ddm_core.artifacts import Workspace, list_files, read_json
 from orchestrator.cli.app import app
 from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import TRAINING_KINDS
 from orchestrator.controller import run_pipeline
 from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.run_finetune import run_adapter_images
 from orchestrator.run.run_folder import RunFolder
 from tests.laws.conftest import own_run, tiny_run  # noqa: F401 - fixtures
 
@@ -95,6 +96,18 @@ def test_lost_adapters_are_trained_to_the_same_bytes(own_run, images, tmp_path):
     assert run_pipeline(RunFolder(own_run).load_config(), Console(quiet=True)).submitted == 2
     assert invoke(*words).exit_code == 0
     assert len(before) == 2 and before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.slow
+def test_images_without_captions_are_counted(tiny_run, images, tmp_path):  # noqa: F811 - the fixture
+    (images / "0.txt").write_text("a picture")
+    finetune = FinetuneConfig(images=str(images), content="x", experts=(0,), is_routed=False)
+    stages = build_graph(replace(RunFolder(tiny_run).load_config(), finetune=finetune))
+    config = next(stage.config for stage in stages if stage.name == "adapter_images")
+    config = replace(config, data=replace(config.data, captions=True))
+    (codec,) = tiny_run.glob("artifacts/codec-*")
+    run_adapter_images(config, {"codec": codec}, tmp_path / "out", workspace := Workspace.at(tmp_path / "work"))
+    assert any("11 read: no caption, so the null text" in notice for notice in workspace.notices)
 
 
 def test_adapter_reads_its_own_images_and_expert_alone():
