@@ -13,7 +13,7 @@ from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, ModularPipelin
 from diffusers.modular_pipelines import ComponentSpec, InputParam, ModularPipelineBlocks, OutputParam
 from torch import nn
 
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import INDEX, EnsemblePipeline, PipelineError
 from ensemble.pipelines.components import expert_name, to_component
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.hub import local_folder
@@ -104,6 +104,8 @@ class DDMModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
         `PipelineError` or an `ArtifactError` for a folder that cannot be loaded.
         """
         folder = local_folder(str(name), revision, token)
+        if not (folder / INDEX).is_file():
+            raise PipelineError(f"{folder} is no ensemble's folder: no {INDEX}; a run has one in artifacts/ensemble-…")
         check_files(folder)
         if (folder / SHARED).is_dir():
             raise PipelineError(f"the experts of {folder} share weights, and are loaded together: use DDMPipeline")

@@ -45,6 +45,8 @@ def test_call_loads_what_it_needs(folder, in_memory, selection):
 
 
 def test_unknown_components_and_broken_folders_are_refused(folder):
+    with pytest.raises(PipelineError, match=r"no model_index\.json; a run has one in artifacts/ensemble"):
+        DDMModularPipeline.from_pretrained(folder.parent)
     (folder / "pipeline.py").touch()
     with pytest.raises(PipelineError, match="code of a folder is never run"):
         DDMModularPipeline.from_pretrained(folder)
