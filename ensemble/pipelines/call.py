@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.utils import BaseOutput
@@ -83,7 +83,7 @@ class Noise:
 def count_images(per_prompt: int = 1, **inputs: Any) -> int:
     """Return the number of images: the common length of all inputs that are sequences, times `per_prompt`.
 
-    Raises `ValueError` for inputs of different lengths.
+    Raises `ValueError` for inputs of different lengths, and for no image.
     """
     lengths = {
         name: len(value) * (1 if name in ("seeds", "generator", "latents") else per_prompt)
@@ -92,7 +92,10 @@ def count_images(per_prompt: int = 1, **inputs: Any) -> int:
     }
     if len(set(lengths.values())) > 1:
         raise ValueError(f"every image needs one of each; got for so many images: {lengths}")
-    return next(iter(lengths.values()), per_prompt)
+    count = next(iter(lengths.values()), per_prompt)
+    if count < 1:
+        raise ValueError(f"a call samples at least one image; got {lengths or {'num_images_per_prompt': per_prompt}}")
+    return count
 
 
 def class_ids(labels: ClassLabel | Sequence[ClassLabel], count: int, names: Sequence[str], classes: int) -> Tensor:
@@ -150,6 +153,12 @@ def repeat_text(text: TextEmbedding | None, count: int) -> TextEmbedding | None:
     if text is None or len(text) == count:
         return text
     return text.rows(torch.arange(len(text)).repeat_interleave(count // len(text)))
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise `ValueError` for a type that images cannot be returned as."""
+    if output_type not in get_args(OutputType):
+        raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}; got {output_type}")
 
 
 def to_output(images: Tensor, output_type: OutputType) -> Any:

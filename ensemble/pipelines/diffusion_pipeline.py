@@ -17,6 +17,7 @@ from ensemble.pipelines.call import (
     OutputType,
     PipelineOutput,
     StepCallback,
+    check_output_type,
     class_ids,
     count_images,
     embed_prompts,
@@ -202,8 +203,9 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, OptimizationMetho
 
         Settings that are not given are those of the run, or `SamplingConfig`'s defaults. Raises `PromptError` for an
         unknown class or a prompt without text encoder, `PipelineError` for settings or a scheduler that the experts do
-        not support, and `ValueError` for inputs that do not pair.
+        not support, and `ValueError` for inputs that do not pair, no image, no step or an unknown type.
         """
+        check_output_type(output_type)
         count = count_images(
             num_images_per_prompt,
             prompt=prompt,
@@ -287,6 +289,8 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, OptimizationMetho
                 f"num_inference_steps is for experts that accept any t; these have {len(few_step.times)} steps: "
                 "leave it out"
             )
+        if steps is not None and steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1; got {steps}")
         return self.sampling.steps if steps is None else steps
 
     def _guidance(

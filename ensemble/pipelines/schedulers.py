@@ -5,6 +5,7 @@ table of betas, and return wrong samples.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,13 @@ def set_times(
     """Set a scheduler to its first step, and return the t at which it evaluates the velocity.
 
     `sigmas` are the t of the steps without the last one, 0, before the scheduler's shift. The default are equal steps,
-    and for multistep schedulers their own. `tokens` is the number of tokens that a dynamic shift depends on.
+    and for multistep schedulers their own. `tokens` is the number of tokens that a dynamic shift depends on. Raises
+    `PipelineError` for `sigmas` that do not fall from at most 1 to above 0, or that the scheduler does not take.
     """
     shift = {"mu": dynamic_shift(scheduler.config, tokens)} if scheduler.config.get("use_dynamic_shifting") else {}
     grid = [1 - step / steps for step in range(steps)] if sigmas is None else list(sigmas)
+    if not grid or any(t <= after for t, after in pairwise([1 + 1e-6, *grid, 0])):
+        raise PipelineError(f"sigmas must fall from at most 1 to above 0; got {grid}")
     if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
         _set_heun_times(scheduler, np.array(grid), device)
     elif isinstance(scheduler, ODE_SCHEDULERS) or (

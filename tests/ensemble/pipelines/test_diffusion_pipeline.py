@@ -11,6 +11,7 @@ from ddm_core.artifacts import list_files
 from ensemble.config import SamplingConfig
 from ensemble.multi_network_experts import TimeSplitExpert
 from ensemble.pipeline import PipelineError
+from ensemble.pipelines.call import check_output_type
 from ensemble.pipelines.components import expert_ids
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.sampling.prompts import Prompts
@@ -182,11 +183,19 @@ def test_callback_can_interrupt(pipe):
         ({"prompt": "a cat"}, "no text encoder"),
         ({"prompt_embeds": torch.zeros(1, 2, 3)}, "without text"),
         ({"seeds": [1, 2], "class_labels": [0]}, "one of each"),
+        ({"seeds": []}, r"at least one image; got {'seeds': 0}"),
+        ({"num_images_per_prompt": 0}, "at least one image"),
+        ({"num_inference_steps": 0}, "must be at least 1; got 0"),
     ],
 )
 def test_unfit_inputs_are_refused_with_the_reason(pipe, arguments, reason):
     with pytest.raises(ValueError, match=reason):
         pipe(**{"num_inference_steps": 1} | arguments)
+
+
+def test_unknown_output_type_is_refused():
+    with pytest.raises(ValueError, match="must be one of pil, np, pt, latent; got jpeg"):
+        check_output_type("jpeg")
 
 
 def test_components_of_other_kinds_are_refused(pipe):

@@ -96,6 +96,12 @@ def test_sigmas_are_the_times_before_the_shift():
         set_times(ALLOWED["dpm++"], 2, 1, torch.device("cpu"), [1.0, 0.5])
 
 
+@pytest.mark.parametrize("sigmas", [[], [1.0, 0.5, 0.6], [0.5, 0.5], [1.2, 0.5], [1.0, 0.0]])
+def test_sigmas_that_do_not_fall_to_above_zero_are_refused(sigmas):
+    with pytest.raises(PipelineError, match="sigmas must fall from at most 1 to above 0"):
+        set_times(ALLOWED["euler"], 2, 1, torch.device("cpu"), sigmas)
+
+
 def test_dynamic_shift_is_linear_in_the_tokens():
     config = diffusers.FlowMatchEulerDiscreteScheduler().config
     assert [dynamic_shift(config, tokens) for tokens in (256, 4096)] == pytest.approx([0.5, 1.15])
