@@ -23,7 +23,8 @@ from benchmarks.arms.pipeline_folders import measure_folders, measure_hostile, m
 from benchmarks.record import Claim, Listing, write_result
 from ddm_core.artifacts import to_jsonable
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.schedulers import check_scheduler, set_times
 from ensemble.solvers import make_noise
 from experts.codec import PixelCodec

@@ -9,7 +9,7 @@ import torch
 
 from ddm.model_card import render_model_card
 from ensemble.config import SamplingConfig
-from ensemble.pipeline import INDEX, PipelineError
+from ensemble.pipeline_folder import INDEX, PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.schedulers import SOLVER_SCHEDULERS
 from orchestrator.cli.sample import find_pipeline, resolve_selection

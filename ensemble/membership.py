@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ensemble.ensemble import Ensemble, RouterModel
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import PipelineError
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text
 from experts.expert import Expert

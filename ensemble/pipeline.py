@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,30 +22,35 @@ from torch import nn
 
 from ddm_core.artifacts import (
     MANIFEST,
-    ArtifactError,
-    CorruptArtifact,
     atomic_folder,
     list_files,
-    read_json,
     write_json,
 )
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.expert_registry import load_expert, load_single_network
+from ensemble.expert_registry import load_single_network
+from ensemble.pipeline_folder import (
+    INDEX,
+    PipelineError,
+    PipelineIndex,
+    check_shapes,
+    find_expert_folder,
+    load_experts,
+    refuse_pickles,
+)
 from ensemble.sampling.prompts import PromptError, Prompts
 from ensemble.sampling.sample import Progress, SampleResult, sample
 from experts.baselines.cluster_conditioned import (
     CLUSTER_CONDITIONED,
-    ClusterConditionedExpert,
     is_cluster_conditioned,
 )
 from experts.codec import Codec
 from experts.codecs.registry import load_codec
-from experts.compressed.quantization.shared_weight_io import SHARED, collect_bases, link_bases, load_bases, save_bases
+from experts.compressed.quantization.shared_weight_io import SHARED, collect_bases, save_bases
 from experts.conditions.condition import Condition
 from experts.conditions.text_encoder import SETTINGS as TEXT_SETTINGS
 from experts.conditions.text_encoder import TextEncoder, read_text_config
-from experts.config import NoiseScheduleName, TextConfig
+from experts.config import TextConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.errors import CodecError
 from experts.expert import EARLY, Expert
@@ -56,17 +60,7 @@ from experts.training.encode import caption_flops
 from experts.training.flops import forward_flops
 from router.router import Router
 
-INDEX = "model_index.json"
-CLASS_NAME = "DDMPipeline"
-"""The class of the index, as diffusers writes it."""
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-"""Written with its defaults, by name: its module imports scipy.stats."""
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 NOT_COPIED = (MANIFEST, "metrics.jsonl")
-
-
-class PipelineError(ArtifactError):
-    """A folder is not a loadable pipeline, or a call requests what the pipeline lacks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +170,13 @@ class EnsemblePipeline:
         return self.folder is not None and self._early_folder(k).is_dir()
 
     def _early_folder(self, k: int) -> Path:
-        return _expert_folder(self.folder or Path(), k) / EARLY
+        return find_expert_folder(self.folder or Path(), k) / EARLY
 
     def _load_weak_folder(self, folder: Path) -> Ensemble:
         """Load the ensemble of a pipeline's folder, or an expert's folder as an ensemble of one."""
         if not (folder / INDEX).is_file():
             expert = Expert.load(folder)
-            _check_shapes({0: expert}, self.codec, self.num_classes)
+            check_shapes({0: expert}, self.codec, self.num_classes)
             return Ensemble(experts={0: expert}, noise_schedule=self.ensemble.noise_schedule)
         other = EnsemblePipeline.from_pretrained(folder)
         ours, theirs = (
@@ -208,7 +202,7 @@ class EnsemblePipeline:
                 self.ensemble.router.save(temporary / "router")
             (temporary / "codec").mkdir(parents=True)
             self.codec.save(temporary / "codec")
-            index = _Index(
+            index = PipelineIndex(
                 noise_schedule=self.ensemble.noise_schedule.name,
                 expert_ids=tuple(sorted(experts)),
                 missing_ids=self.ensemble.missing,
@@ -232,11 +226,11 @@ class EnsemblePipeline:
         missing, or with parts that do not fit; an `ArtifactError` for broken files.
         """
         folder = Path(folder)
-        _refuse_pickles(folder)
-        index = _Index.read(folder)
-        experts = _load_experts(folder, [k for k in index.expert_ids if k not in index.missing_ids], load)
+        refuse_pickles(folder)
+        index = PipelineIndex.read(folder)
+        experts = load_experts(folder, [k for k in index.expert_ids if k not in index.missing_ids], load)
         codec = load_codec(folder / "codec")
-        _check_shapes(experts, codec, index.num_classes)
+        check_shapes(experts, codec, index.num_classes)
         router = Router.load(folder / "router") if index.has_router else None
         ensemble = Ensemble(experts=experts, noise_schedule=NOISE_SCHEDULES[index.noise_schedule], router=router)
         if ensemble.missing != index.missing_ids:
@@ -306,7 +300,7 @@ def assemble(
         parts["router"] = router
     first = load_single_network(next(iter(expert_folders.values())))
     schedule = first.noise_schedule if router is None else Router.load(router).noise_schedule
-    index = _Index(
+    index = PipelineIndex(
         noise_schedule=schedule.name,
         expert_ids=tuple(sorted(expert_folders)),
         missing_ids=tuple(sorted(missing_ids)),
@@ -324,56 +318,6 @@ def assemble(
     return replace(pipeline, folder=out)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Index:
-    """The content of `model_index.json`."""
-
-    noise_schedule: NoiseScheduleName
-    expert_ids: tuple[int, ...]
-    missing_ids: tuple[int, ...]
-    has_router: bool
-    num_classes: int
-    class_names: tuple[str, ...]
-
-    def write(self, folder: Path) -> None:
-        """Write the index and the scheduler's folder."""
-        origin = {"_diffusers_version": version("diffusers")}
-        (folder / "scheduler").mkdir()
-        write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": SCHEDULER, **origin})
-        index = {
-            "_class_name": CLASS_NAME,
-            **origin,
-            "scheduler": ["diffusers", SCHEDULER],
-            "noise_schedule": self.noise_schedule,
-            "experts": self.expert_ids,
-            "missing": self.missing_ids,
-            "has_router": self.has_router,
-            "num_classes": self.num_classes,
-            "class_names": self.class_names,
-        }
-        write_json(folder / INDEX, index)
-
-    @classmethod
-    def read(cls, folder: Path) -> "_Index":
-        """Read the index; raise `CorruptArtifact` if it was not written by this class."""
-        index = read_json(folder / INDEX)
-        try:
-            if index["noise_schedule"] not in NOISE_SCHEDULES or index["_class_name"] != CLASS_NAME:
-                raise ValueError(f"class {index['_class_name']} with noise schedule {index['noise_schedule']}")
-            return cls(
-                noise_schedule=index["noise_schedule"],
-                expert_ids=tuple(int(k) for k in index["experts"]),
-                missing_ids=tuple(sorted(int(k) for k in index["missing"])),
-                has_router=bool(index["has_router"]),
-                num_classes=int(index["num_classes"]),
-                class_names=tuple(str(name) for name in index["class_names"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifact(
-                f"{folder / INDEX} is not the index of a {CLASS_NAME}: {error}; assemble it again"
-            ) from error
-
-
 @functools.lru_cache(maxsize=1)
 def _load_text_encoder(config: TextConfig) -> TextEncoder | None:
     return TextEncoder.from_config(config)
@@ -386,59 +330,3 @@ def _copy(folder: Path, target: Path) -> None:
             copy = target / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Raise `PipelineError` if a file may be a pickle: loading one runs any code in it."""
-    pickles = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICKLE_SUFFIXES)
-    if pickles:
-        names = ", ".join(str(path.relative_to(folder)) for path in pickles[:5])
-        raise PipelineError(
-            f"files that may be pickles are never loaded, and {folder} holds {names}; "
-            "convert them to safetensors, or delete them"
-        )
-
-
-def _load_experts(
-    folder: Path, expert_ids: Sequence[int], load: Callable[[Path], ExpertModel | None] | None
-) -> dict[int, ExpertModel]:
-    """Load these experts, and link them to the weights that they share; raise `PipelineError` if one is absent."""
-    if is_cluster_conditioned(folder / CLUSTER_CONDITIONED):
-        return _load_cluster_conditioned(folder / CLUSTER_CONDITIONED, expert_ids)
-    folders = {k: _expert_folder(folder, k) for k in expert_ids}
-    experts = {k: (load and load(path)) or load_expert(path) for k, path in folders.items()}
-    bases = load_bases(folder / SHARED) if (folder / SHARED).is_dir() else {}
-    for expert in experts.values():
-        for model in expert.networks():
-            link_bases(model, bases)
-    return experts
-
-
-def _load_cluster_conditioned(folder: Path, expert_ids: Sequence[int]) -> dict[int, ExpertModel]:
-    """Load the shared network for each of these clusters; raise `PipelineError` if it has fewer clusters."""
-    clusters = ClusterConditionedExpert.load_all(folder)
-    if unknown := sorted(set(expert_ids) - set(clusters)):
-        raise PipelineError(
-            f"{folder} was trained on {len(clusters)} clusters, and {INDEX} lists experts {unknown}; assemble it again"
-        )
-    return {k: clusters[k] for k in expert_ids}
-
-
-def _expert_folder(folder: Path, expert_id: int) -> Path:
-    expert_folder = folder / f"expert_{expert_id}"
-    if not expert_folder.is_dir():
-        raise PipelineError(
-            f"{expert_folder} does not exist, though {INDEX} lists expert {expert_id}; bring it back, or add "
-            f"{expert_id} to the index's missing list to sample without it"
-        )
-    return expert_folder
-
-
-def _check_shapes(experts: Mapping[int, ExpertModel], codec: Codec, num_classes: int) -> None:
-    """Raise `PipelineError` if an expert has other latents or classes than the pipeline."""
-    for k, expert in experts.items():
-        if expert.latent_shape != codec.latent_shape or expert.num_classes != num_classes:
-            raise PipelineError(
-                f"expert {k} has latents of shape {expert.latent_shape} and {expert.num_classes} classes, the "
-                f"pipeline {codec.latent_shape} and {num_classes}; use parts of one data set and codec"
-            )

@@ -86,7 +86,16 @@ MAX_ENTRIES = 15
 
 PARENT_MODULES = {
     "data_partition": {"config", "errors", "assignment"},
-    "ensemble": {"config", "ensemble", "membership", "multi_network_experts", "pipeline", "routing", "solvers"},
+    "ensemble": {
+        "config",
+        "ensemble",
+        "membership",
+        "multi_network_experts",
+        "pipeline",
+        "pipeline_folder",
+        "routing",
+        "solvers",
+    },
     "ensemble.compression": {"config", "method"},
     "experts.networks.adapters": {"adapter"},
     "experts": {"codec", "condition", "config", "errors", "expert", "expert_model", "serialization", "types"},

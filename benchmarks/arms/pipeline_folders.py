@@ -29,7 +29,7 @@ from benchmarks.testbed.paris_layout import (
     write_paris,
 )
 from ddm_core.artifacts import ArtifactError
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.paris import convert_expert, convert_router, import_paris
 from experts.conditions.condition import Condition

@@ -24,7 +24,8 @@ from ensemble.config import ClassifierConfig, Weighting
 from ensemble.ensemble import Ensemble, ExpertOutput, combine_velocities
 from ensemble.evaluation.generate import RowFlops
 from ensemble.evaluation.nearest_neighbors import read_rows
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import PipelineError
 from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NoiseSchedule
 from router.config import SelectionConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.components import expert_ids, expert_name
 from ensemble.pipelines.paging import PagedExpert
 from experts.networks.lora import adapter_names, add_lora, read_lora, remove_lora, set_weights

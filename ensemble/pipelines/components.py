@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from experts.conditions.null_text import get_null_text, set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import PipelineError, size_codec
+from ensemble.pipeline import size_codec
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.adapter_methods import AdapterMethods
 from ensemble.pipelines.call import (
     ClassLabel,

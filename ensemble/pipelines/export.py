@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ddm_core.artifacts import atomic_folder, read_json, write_json
-from ensemble.pipeline import INDEX, PipelineError
+from ensemble.pipeline_folder import INDEX, PipelineError
 from ensemble.pipelines.components import expert_name
 from ensemble.routing import INITIAL_LEVEL
 from experts.codec import PixelCodec

@@ -11,7 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 
 from ddm_core.artifacts import atomic_folder
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.components import expert_name, owner_of
 from ensemble.pipelines.export import export_pipeline
 from ensemble.pipelines.hub import MINIMAL_CARD, local_folder, upload

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.routing import RoutingState, TrajectoryState
 from experts.conditions.condition import Condition
 from experts.types import Latents

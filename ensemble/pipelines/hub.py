@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ddm_core.hub_files import HubError, download_snapshot
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
 """Files that are downloaded: no code, and no file that may be a pickle."""

@@ -13,7 +13,8 @@ from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, ModularPipelin
 from diffusers.modular_pipelines import ComponentSpec, InputParam, ModularPipelineBlocks, OutputParam
 from torch import nn
 
-from ensemble.pipeline import INDEX, EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import INDEX, PipelineError
 from ensemble.pipelines.components import expert_name, to_component
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.hub import local_folder

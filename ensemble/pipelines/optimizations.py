@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from experts.compressed.caching.diffusers_hooks import CacheHook, apply_cache_hook
 from experts.compressed.caching.plan import CacheSchedule
 from experts.conditions.condition import Condition

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json
 from ddm_core.json_values import from_json
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.compressed.quantization.shared_weight_io import SHARED
 from experts.conditions.condition import Condition

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddm_core.artifacts import read_json
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.trusted_files import check_files
 from ensemble.solvers import make_noise

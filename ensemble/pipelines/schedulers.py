@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ddm_core.artifacts import read_json
 from ensemble.config import Solver
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from experts.config import NoiseScheduleName
 
 EvaluationTimes = Float[Tensor, " evaluation"]

@@ -3,7 +3,7 @@
 import struct
 from pathlib import Path
 
-from ensemble.pipeline import PICKLE_SUFFIXES, PipelineError
+from ensemble.pipeline_folder import PICKLE_SUFFIXES, PipelineError
 
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll")
 MAX_HEADER_BYTES = 100_000_000

@@ -19,7 +19,8 @@ from ddm_core.artifacts import (
     verify,
 )
 from ensemble import membership
-from ensemble.pipeline import INDEX, EnsemblePipeline
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import INDEX
 from experts.conditions.text_encoder import TextEncoder
 from experts.expert import Expert
 from orchestrator.cli.sample import find_pipeline, verify_pipeline

@@ -6,7 +6,8 @@ import torch
 from ddm_core.artifacts import list_files, read_json, write_json
 from ensemble.config import SamplingConfig
 from ensemble.evaluation.generate import RowFlops
-from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
+from ensemble.pipeline import EnsemblePipeline, assemble
+from ensemble.pipeline_folder import PipelineError
 from ensemble.sampling.prompts import Prompts
 from experts.baselines.cluster_conditioned import ClusterConditionedExpert
 from experts.codec import PixelCodec

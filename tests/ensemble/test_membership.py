@@ -5,7 +5,8 @@ import torch
 
 from ensemble.config import SamplingConfig
 from ensemble.membership import add_expert, remove_experts, restore_expert
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import PipelineError
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import set_null_text
 from experts.conditions.text_embedding import TextEmbedding

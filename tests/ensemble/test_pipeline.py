@@ -7,7 +7,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from ddm_core.artifacts import CorruptArtifact, list_files, read_json, write_json
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import EnsembleError
-from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
+from ensemble.pipeline import EnsemblePipeline, assemble
+from ensemble.pipeline_folder import PipelineError
 from ensemble.sampling.prompts import PromptError, Prompts
 from experts.codec import PixelCodec
 from experts.config import ResidualMLPConfig

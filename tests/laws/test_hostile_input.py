@@ -27,7 +27,8 @@ from data_partition.shards.images import decode_image
 from data_partition.shards.shards import Sample
 from data_partition.shards.tar import MAX_SAMPLE_BYTES, read_tar
 from ddm_core.artifacts import ArtifactError, CorruptArtifact, Workspace, publish, read_json, write_json
-from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
+from ensemble.pipeline import EnsemblePipeline, assemble
+from ensemble.pipeline_folder import PipelineError
 from experts.codecs.registry import load_codec
 from experts.expert import Expert
 from orchestrator.config.hydra_compose import compose, config_folder

@@ -10,7 +10,8 @@ from ddm_core.artifacts import read_json
 from ensemble.analysis.diffusion_classifier import classify
 from ensemble.config import ClassifierConfig
 from ensemble.evaluation.generate import RowFlops
-from ensemble.pipeline import PipelineError, assemble
+from ensemble.pipeline import assemble
+from ensemble.pipeline_folder import PipelineError
 from tests.ensemble.test_pipeline import make_expert, parts, put_together
 
 __all__ = ["parts"]

@@ -18,7 +18,7 @@ from ensemble.compression.distillation.mmd import finetune_mmd
 from ensemble.compression.distillation.sid import distill_sid
 from ensemble.compression.method import Clusters, StageError
 from ensemble.config import ClassifierConfig, ExpertSamplesConfig
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.sampling.expert_samples import sample_expert_latents
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.null_text import get_null_text

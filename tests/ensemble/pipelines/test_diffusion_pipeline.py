@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from ddm_core.artifacts import list_files
 from ensemble.config import SamplingConfig
 from ensemble.multi_network_experts import TimeSplitExpert
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.call import check_output_type
 from ensemble.pipelines.components import expert_ids
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from benchmarks.arms.diffusers_pipelines import CASES, build_ensemble
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.export import export_pipeline
 from experts.codec import PixelCodec

@@ -11,7 +11,8 @@ from diffusers.guiders import (
 )
 
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.solvers import make_noise
 from experts.conditions.condition import Condition

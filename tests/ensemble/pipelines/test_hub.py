@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.hub import local_folder
 

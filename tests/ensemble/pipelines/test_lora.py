@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from experts.networks.lora import AdapterError, read_lora
 from experts.networks.registry import build_network
 from tests.experts.networks.test_backbones import SHAPE as IMAGE_SHAPE

@@ -5,7 +5,7 @@ import torch
 from diffusers import ModularPipeline
 
 from ddm_core.artifacts import ArtifactError
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.modular import DDMModularPipeline
 from ensemble.pipelines.paging import weight_bytes

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.quantizers import PipelineQuantizationConfig
 
 from benchmarks.arms.diffusers_pipelines import build_ensemble
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.components import owner_of
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from experts.conditions.condition import Condition

@@ -16,7 +16,7 @@ from benchmarks.testbed.paris_layout import (
     router_weights,
     write_paris,
 )
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.modular import DDMModularPipeline
 from ensemble.pipelines.paris import convert_expert, convert_router, import_paris

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ensemble.ensemble import Ensemble
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.schedulers import check_scheduler, dynamic_shift, load_scheduler, set_times
 from ensemble.solvers import heun, make_noise, uniform_times
 from experts.conditions.condition import Condition

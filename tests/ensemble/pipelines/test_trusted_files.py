@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.testbed.hostile_pipelines import list_attacks
 from ddm_core.artifacts import ArtifactError
-from ensemble.pipeline import PipelineError
+from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 
 ATTACKS = list_attacks(1)

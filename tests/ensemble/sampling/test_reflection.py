@@ -14,7 +14,8 @@ from ensemble.config import ReflectionConfig, SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.evaluation.generate import RowFlops, generate
 from ensemble.membership import remove_experts
-from ensemble.pipeline import EnsemblePipeline, PipelineError, assemble
+from ensemble.pipeline import EnsemblePipeline, assemble
+from ensemble.pipeline_folder import PipelineError
 from ensemble.sampling.guidance import reflected_solver, reflection_step
 from ensemble.sampling.images import to_bytes
 from ensemble.sampling.sample import sample

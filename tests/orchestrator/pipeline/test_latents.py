@@ -12,7 +12,8 @@ from rich.console import Console
 
 from benchmarks.testbed.tiny_run import TINY
 from data_partition.shards.shards import read_index
-from ensemble.pipeline import EnsemblePipeline, PipelineError
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipeline_folder import PipelineError
 from experts.conditions.text_encoder import TextEncoder
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.training import encode
