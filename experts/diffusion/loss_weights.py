@@ -17,7 +17,7 @@ LossWeight = Callable[[Prediction, Times, NoiseSchedule], Times]
 def min_snr_weight(prediction: Prediction, t: Times, noise_schedule: NoiseSchedule, gamma: float) -> Times:
     """Return the weight of the squared error of a prediction; finite for every t in [0, 1].
 
-    Hang et al. 2023, arXiv:2303.09556, section 3.4, for any noise schedule: an error of the noise is sigma / alpha
+    Hang et al. 2023, arXiv:2303.09556, for any noise schedule: an error of the noise is sigma / alpha
     times as large in the clean sample, an error of the velocity sigma / (alpha sigma' - alpha' sigma) times.
     """
     alpha, sigma = noise_schedule.alpha(t), noise_schedule.sigma(t)
