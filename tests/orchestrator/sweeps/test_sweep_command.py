@@ -125,7 +125,7 @@ def test_grid_killed_in_a_training_continues_it(swept):
     assert "continuing from step" in next(first.glob("work/expert_0-*/attempt_2/log.txt")).read_text()
     for run in (first, swept.other):
         assert len(finished(run)) == len(set(finished(run)))
-        assert len(list(run.glob("artifacts/*/manifest.json"))) == 8
+        assert len(list(run.glob("artifacts/*/manifest.json"))) == len(finished(run)) > 8
 
 
 @pytest.mark.integration
