@@ -10,13 +10,15 @@ from orchestrator.errors import ConfigError
 
 
 def read_overrides(path: Path) -> list[str]:
-    """Return the overrides of a file, in its order; raises `ConfigError` if it is not a mapping in YAML."""
+    """Return the overrides of a file, in its order; raises `ConfigError` if it holds no keys, or those of a run."""
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} cannot be read ({error}); write one with `ddm init FOLDER`") from None
     if not isinstance(contents, Mapping):
         raise ConfigError(f"--config {path} must hold keys and values, such as `data.path: /photos`; it holds none")
+    if "format" in contents:
+        raise ConfigError(f"--config {path} is the record of a run; continue it with `ddm resume {path.parent}`")
     return list(_flatten(contents))
 
 

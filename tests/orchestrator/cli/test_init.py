@@ -14,7 +14,7 @@ from data_partition.errors import SourceMissing
 from orchestrator.cli.app import app
 from orchestrator.config.config_file import read_overrides
 from orchestrator.config.hydra_compose import compose
-from orchestrator.config.schema import parse_config
+from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.errors import ConfigError
 from orchestrator.planning.checks.check import check_run
 from orchestrator.planning.checks.suggest import estimate_steps
@@ -91,3 +91,10 @@ def test_file_that_holds_no_keys_is_one_error(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match="--config"):
         read_overrides(tmp_path / "a.yaml")
+
+
+def test_record_of_a_run_is_one_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").save_config(RunConfig())
+    with pytest.raises(ConfigError, match=r"continue it with `ddm resume .*run`"):
+        read_overrides(tmp_path / "run" / "config.yaml")
