@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_partition.config import DataConfig
-from data_partition.datasets.captions import SIDECARS, TABLES, find_captions
+from data_partition.datasets.captions import SIDECARS, TABLES, find_captions, read_table
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import SourceMissing, UnprintableName, UnreadableImage
 from data_partition.shards.images import SUFFIXES, decode_with_remarks
@@ -58,14 +58,21 @@ def read_image_tree(
 ) -> Iterator[Sample | Unreadable]:
     """Yield every file below `root` in the order of its path; label -1 outside the folders of `class_names`."""
     label_of = {name: label for label, name in enumerate(class_names)}
+    folders: set[Path] = set()
     for found in iter_files(root, root, root.resolve()):
         if isinstance(found, Unreadable):
             if config is None or not config.captions or not found.reason.startswith(CAPTION):
                 yield found
             continue
+        folders.update(found.parents)
         relative = found.relative_to(root)
         label = label_of.get(relative.parts[0], -1) if len(relative.parts) > 1 else -1
         yield read_sample(found, root, label, config)
+    if config is not None and config.captions:
+        for folder in sorted(folder for folder in folders if folder.is_relative_to(root)):
+            named = (Path(f"{folder}/{name}") for name in read_table(folder, config.caption_key))
+            absent = (path for path in named if not path.is_file())
+            yield from (pass_over(path, root, "named by a table of captions, and not there") for path in absent)
     if class_names:
         yield from (empty_folder(path) for path in list_entries(root) if is_empty_class(path, class_names))
 

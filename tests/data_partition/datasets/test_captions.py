@@ -65,6 +65,16 @@ def test_nearest_caption_is_used(tmp_path: Path):
     assert found == ["beside", "near", "far"]
 
 
+def test_row_without_its_image_is_named(tmp_path: Path):
+    write(tmp_path / "a" / "x.png")
+    names = ("a/x.png", "a/y.png", "/z.png", "../\x00.png")
+    write_table(tmp_path, "jsonl", [{"file_name": name, "text": "far"} for name in names])
+    samples = list(read_image_tree(tmp_path, (), CAPTIONED))
+    assert [sample.name for sample in samples if isinstance(sample, Sample)] == ["a/x.png"]
+    absent = [sample for sample in samples if isinstance(sample, Unreadable)]
+    assert [note.name for note in absent] == ["a/y.png", "z.png", "../\\x00.png"] and "not there" in absent[0].reason
+
+
 def test_key_of_the_caption_is_configured(tmp_path: Path):
     write_table(tmp_path, "jsonl", [{"file_name": "x.png", "text": "long", "short": "brief"}])
     config = dataclasses.replace(CAPTIONED, caption_key="short", more_captions={"text": 0.5, "absent": 2})
