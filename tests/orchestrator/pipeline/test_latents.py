@@ -39,7 +39,7 @@ SETTINGS = (
     ),
     *("scores.spaces=[pixels]", "partition.num_experts=2", "partition.num_fine=2", "quantize=int8_dynamic"),
     "baselines=[monolith,cluster_conditioned,distilled_monolith]",
-    *("text=transformers", "text.length=6"),
+    *("text=transformers", "text.length=6", "scores.conditional=false"),
 )
 
 
