@@ -144,30 +144,15 @@ def init_training_state(model: nn.Module, config: TrainingConfig) -> TrainingSta
 def _train_step(
     state: TrainingState, compute_loss: Callable[[Batch], LossValue], batch: Batch, group: DataParallelGroup
 ) -> None:
-    """Run one optimizer step without waiting for the device."""
-    config = state.config
-    _seed(step_seed(config.seed, state.step) + group.rank, batch.t.device)
-    for parameters in state.optimizer.param_groups:
-        parameters["lr"] = learning_rate(state.step, config)
-    state.optimizer.zero_grad(set_to_none=True)
-    values = group.mean(_accumulate_gradients(state, compute_loss, batch))
-    state.scaler.unscale_(state.optimizer)
-    values["grad_norm"] = nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.step += 1
-    state.average.update(state.step)
-    _add_up(state.sums, values)
-
-
-def _accumulate_gradients(
-    state: TrainingState, compute_loss: Callable[[Batch], LossValue], batch: Batch
-) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all rows, one part of the batch after the other; return the means.
+    """Run one optimizer step without waiting for the device: one part of the batch after the other.
 
     A part's loss is weighted by its share of the rows. Workers average their gradients once, with the last part.
     """
     config, parts, means = state.config, batch.divide(state.config.accumulate), dict[str, Tensor]()
+    _seed(step_seed(config.seed, state.step) + group.rank, batch.t.device)
+    for parameters in state.optimizer.param_groups:
+        parameters["lr"] = learning_rate(state.step, config)
+    state.optimizer.zero_grad(set_to_none=True)
     for part in parts:
         share = len(part.t) / len(batch.t)
         with (
@@ -178,7 +163,14 @@ def _accumulate_gradients(
         values = {"loss": terms} if isinstance(terms, Tensor) else terms
         torch.autograd.backward(state.scaler.scale(values["loss"] * share))
         _add_up(means, {name: value * share for name, value in values.items()})
-    return means
+    means = group.mean(means)
+    state.scaler.unscale_(state.optimizer)
+    means["grad_norm"] = nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    state.average.update(state.step)
+    _add_up(state.sums, means)
 
 
 def _add_up(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,8 @@ def test_stream_ids_never_change():
         "TRAINING_STEP": 2,
         "SCORE_IDENTITY": 7,
         "CONSISTENCY": 8,
+        "BUCKET_ORDER": 9,
+        "FLIP": 10,
         "EXPERT_SAMPLES": 1000,
     }
 

@@ -202,7 +202,7 @@ def test_captions_are_stored_and_missing_ones_counted(tmp_path: Path, workspace:
     with pytest.raises(InvalidCaptions, match="none of 40 images has a caption"):
         build_dataset(config, tmp_path / "none", workspace)
     for number in range(0, 40, 2):
-        (tmp_path / "in" / "a" / f"{number}.txt").write_text(f" picture\n{number} ", encoding="utf-8")
+        (tmp_path / "in" / "a" / f"{number}.txt").write_text(f" picture\t{number} \n", encoding="utf-8")
     summary = build_dataset(config, tmp_path / "out", workspace)
     assert summary.remarks == {NO_CAPTION: 20} and summary.skipped == ()
     for batch in read_batches(tmp_path / "out" / "train", 7):

@@ -84,9 +84,9 @@ def test_compression_kinds_are_sections_of_a_run():
 
 
 @pytest.mark.parametrize("name", sorted(STAGE_KINDS.keys() - {"nothing"}))
-def test_only_trainings_may_have_several_workers(name):
+def test_only_trainings_and_latents_may_have_several_workers(name):
     stages = StagesConfig(**{name: ResourcesConfig(workers=2)})
-    if name in TRAINING_KINDS:
+    if name in (*TRAINING_KINDS, "latents"):
         assert getattr(ComputeConfig(stages=stages).stages, name).workers == 2
     else:
         with pytest.raises(ValidationError, match=f"expert, router, monolith.*stages.{name}"):
