@@ -1,5 +1,6 @@
 from collections import Counter
 from importlib.resources import files
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -34,9 +35,9 @@ def test_a_caption_says_what_is_measured(value, height, width, caption):
 
 
 def test_most_garments_have_a_tone_or_a_shape():
-    captions = [sample.caption for sample in SOURCES["fashion"](DataConfig(captions=True)).train()]
+    captions = [sample.caption for sample in islice(SOURCES["fashion"](DataConfig(captions=True)).train(), 800)]
     words = Counter(word for caption in captions for word in caption.split())
-    assert all(1500 < words[word] < 4000 for word in ("dark", "light", "tall", "wide"))
+    assert all(150 < words[word] < 400 for word in ("dark", "light", "tall", "wide"))
     assert all(any(kind in caption for kind in KINDS) for caption in captions)
 
 
