@@ -48,7 +48,7 @@ islands: install ## Start two islands on this machine, check them, run a small p
 	$(BIN)/ddm run experiment=digits compute=islands_local name=islands
 
 # Three at a time, each on one thread, as some wait; the tests of a file share what they have trained, so they stay together.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 
 .PHONY: test
 test: install ## Run the tests (at most a quarter of an hour on two cores)
