@@ -9,19 +9,9 @@ from pathlib import Path
 import pytest
 
 import ddm
+from tests.orchestrator.cli.test_app import TINY
 
 ROOT = Path(ddm.__file__).parents[1]
-
-
-SHORT = (
-    "data.limit=400",
-    "expert.training.steps=40",
-    "router.training.steps=40",
-    "scores.num_samples=64",
-    "scores.spaces=[pixels]",
-    "ensemble.steps=4",
-)
-"""Settings of a run of seconds."""
 
 
 def run_python(code: str) -> str:
@@ -89,7 +79,7 @@ def test_quickstart_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     names: dict[str, object] = {}
-    shorter = "".join(f", {setting!r}" for setting in SHORT)
+    shorter = "".join(f", {setting!r}" for setting in TINY[1:])
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"]).replace('"compute=inline"', f'"compute=inline"{shorter}')
