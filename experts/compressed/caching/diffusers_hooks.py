@@ -49,6 +49,13 @@ class FirstTimestepRecorder:
     def __init__(self) -> None:
         self.timestep, self.calls = 0.0, 0
 
+    @classmethod
+    def attach(cls, model: nn.Module) -> "FirstTimestepRecorder":
+        """Return a recorder that sees every call of the model."""
+        recorder = cls()
+        model.register_forward_pre_hook(recorder, with_kwargs=True)
+        return recorder
+
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the timestep of the first row, the network's second argument."""
         t = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -120,8 +127,7 @@ def _mag(model: nn.Module, hook: CacheHook, calibrate: int) -> None:
 def _pyramid(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
-    recorder = FirstTimestepRecorder()
-    model.register_forward_pre_hook(recorder, with_kwargs=True)
+    recorder = FirstTimestepRecorder.attach(model)
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=hook.interval,
         spatial_attention_timestep_skip_range=(-1, 1001),
@@ -134,8 +140,7 @@ def _faster(model: nn.Module, hook: CacheHook, _calibrate: int) -> None:
     """Extrapolate attention from its latest two outputs; the branches of guidance are rows, and both are computed."""
     from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 
-    recorder = FirstTimestepRecorder()
-    model.register_forward_pre_hook(recorder, with_kwargs=True)
+    recorder = FirstTimestepRecorder.attach(model)
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=hook.interval,
         spatial_attention_timestep_skip_range=(-1, 1),
