@@ -24,6 +24,7 @@ from orchestrator.cli.pools import app as pool_app
 from orchestrator.cli.verify import verify
 from orchestrator.errors import ConfigError, RunFailed, RunFolderError
 from orchestrator.reporting.terminal import open_console
+from orchestrator.ui.command import ui
 
 COMMANDS = (
     "init",
@@ -31,6 +32,7 @@ COMMANDS = (
     "run",
     "status",
     "logs",
+    "ui",
     "report",
     "sample",
     "stop",
@@ -68,6 +70,7 @@ app.command()(audit)
 app.command()(finetune)
 app.command()(verify)
 app.command()(classify)
+app.command()(ui)
 console = open_console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]

@@ -35,28 +35,33 @@ def read_token(island: str, config: IslandConfig) -> str:
             f"compute.islands.{island}.address={config.address} would send the token unencrypted; use https, a tunnel "
             f"to loopback, or set compute.islands.{island}.plain_http=true in a private network"
         )
-    path = Path(config.token_file).expanduser()
+    return read_token_file(Path(config.token_file).expanduser(), f"the token of island {island}")
+
+
+def read_token_file(path: Path, name: str) -> str:
+    """Read a token; raises `IslandError`, which calls it `name`, if the file is missing, not one word, or exposed."""
     try:
         exposure = describe_exposure(path)
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise IslandError(f"the token of island {island} cannot be read ({error}); write it to {path}") from error
+        raise IslandError(f"{name} cannot be read ({error}); write it to {path}") from error
     if exposure:
         raise IslandError(exposure)
     if not token:
-        raise IslandError(f"{path} is empty; put the token of island {island} there")
+        raise IslandError(f"{path} is empty; put {name} there")
     if not (token.isascii() and token.isprintable()) or " " in token:
-        raise IslandError(f"{path} must hold one token and nothing else; put that of island {island} there")
+        raise IslandError(f"{path} must hold one token and nothing else; put {name} there")
     return token
 
 
 def is_confidential(address: str) -> bool:
     """Return whether nobody else can read what is sent to a URL: it is https, or stays on this machine."""
     url = urlsplit(address)
-    return url.scheme == "https" or _is_loopback(url.hostname or "")
+    return url.scheme == "https" or is_loopback(url.hostname or "")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is that of this machine alone."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

@@ -1,0 +1,1 @@
+"""The live page of runs, `ddm ui`: it reads run folders and writes nothing."""

@@ -1,0 +1,1 @@
+"""What the pages show, read from run folders: plain values, no HTML."""

@@ -1,0 +1,146 @@
+"""The state of a run in one word, with what the list of runs and the page of a run show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddm_core.errors import DDMError
+from orchestrator.config.schema import RunConfig
+from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
+from orchestrator.reporting.costs import CostRow, format_costs, load_costs, sum_costs
+from orchestrator.reporting.progress import format_clock
+from orchestrator.reporting.results import current_graph, load_score_rows
+from orchestrator.reporting.status import StatusRow, load_status
+from orchestrator.reporting.summary import Tile, summary_tiles
+from orchestrator.reporting.tables.ranking import ScoreRow
+from orchestrator.run.attempts import Attempt, load_all_attempts
+from orchestrator.run.lease import read_holder
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.facts.catalog import RunEntry, last_change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """What a run has so far."""
+
+    entry: RunEntry
+    config: RunConfig
+    graph: list[Stage]
+    rows: list[StatusRow]
+    """One for each stage."""
+    state: str
+    """`running`, `finished`, `failed`, `stopped`, `waiting`, or `lost` if its controller is gone."""
+    controller: str
+    """A sentence."""
+    attempts: list[Attempt]
+    costs: list[CostRow]
+    scores: list[ScoreRow]
+    changed: float
+    """Seconds since the epoch."""
+
+    @property
+    def done(self) -> int:
+        """Return the number of finished stages."""
+        return sum(row.state == "finished" for row in self.rows)
+
+    @property
+    def left(self) -> str:
+        """Return the longest time that a running stage still needs, as text; empty if none is known."""
+        times = [row.progress.left_s for row in self.rows if row.state == "running" and row.progress]
+        known = [left for left in times if left]
+        return format_clock(max(known)) if known else ""
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """Return samples, score, cost and time as far as the run has them."""
+        names = {stage.folder_name for stage in self.graph}
+        current = [attempt for attempt in self.attempts if attempt.folder.parent.name in names]
+        return summary_tiles(self.scores, sum_costs(self.costs, "whole run"), current)
+
+    @property
+    def cost_line(self) -> str:
+        """Return the costs so far as one line; empty before the first attempt."""
+        return format_costs(sum_costs(self.costs)) if self.costs else ""
+
+    @property
+    def gallery(self) -> str:
+        """Return the name of the stage whose samples stand for the run; empty if none are finished."""
+        names = [row.name for row in self.scores if row.is_default] + [row.name for row in self.scores]
+        shown = next(iter(names), "")
+        return f"score_{shown}" if shown else ""
+
+    @property
+    def gallery_stage(self) -> Stage:
+        """Return that stage."""
+        return next(stage for stage in self.graph if stage.name == self.gallery)
+
+    @property
+    def first_samples(self) -> list[str]:
+        """Return the names of the stages whose latest attempt has drawn its first samples."""
+        run = self.entry.run
+        return [
+            stage.name
+            for stage in self.graph
+            if stage.kind == "expert" and any((a / FIRST_SAMPLES).is_file() for a in run.attempts(stage)[-1:])
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableRun:
+    """A run folder that this version cannot read, and why."""
+
+    entry: RunEntry
+    error: str
+
+
+def load_overview(entry: RunEntry) -> Overview:
+    """Read a run; raises `DDMError` if its configuration or a record is damaged or of another version."""
+    run = entry.run
+    config = run.load_config()
+    graph = current_graph(run, config)
+    attempts = load_all_attempts(run)
+    rows = load_status(run, graph, attempts)
+    state, controller = _describe(run, rows)
+    return Overview(
+        entry=entry,
+        config=config,
+        graph=graph,
+        rows=rows,
+        state=state,
+        controller=controller,
+        attempts=attempts,
+        costs=load_costs(run, attempts),
+        scores=load_score_rows(run, graph),
+        changed=last_change(run),
+    )
+
+
+def load_overviews(entries: Sequence[RunEntry]) -> list[Overview | UnreadableRun]:
+    """Read several runs; one that cannot be read is listed with its error."""
+    loaded: list[Overview | UnreadableRun] = []
+    for entry in entries:
+        try:
+            loaded.append(load_overview(entry))
+        except (DDMError, OSError) as error:
+            loaded.append(UnreadableRun(entry, str(error)))
+    return loaded
+
+
+def _describe(run: RunFolder, rows: Sequence[StatusRow]) -> tuple[str, str]:
+    """Return the state of a run in one word and a sentence about its controller."""
+    holder = read_holder(run)
+    if holder is not None:
+        if holder.is_alive:
+            return "running", f"Controlled by {holder}."
+        return "lost", (
+            f"The controller, {holder}, is gone. Nothing is lost: continue with `ddm resume {run.root}`. "
+            "Stages that still run keep reporting here."
+        )
+    states = {row.state for row in rows}
+    if states == {"finished"}:
+        return "finished", ""
+    if "failed" in states:
+        failed = ", ".join(row.name for row in rows if row.state == "failed")
+        return "failed", f"Failed: {failed}. Its log has the reason; `ddm resume {run.root}` tries again."
+    if states == {"waiting"}:
+        return "waiting", "Nothing has started yet."
+    return "stopped", f"No controller. Continue with `ddm resume {run.root}`."

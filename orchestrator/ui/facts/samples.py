@@ -1,0 +1,57 @@
+"""The samples that a run's scores keep: pictures by seed, with their conditions."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from data_partition.shards.images import encode_png
+from ddm_core.artifacts import CorruptArtifact
+from orchestrator.errors import RunFolderError
+from orchestrator.pipeline.stage import Stage
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.facts.catalog import require_inside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleFile:
+    """The samples of one score."""
+
+    images: UInt8[np.ndarray, "count height width channel"]
+    """Mapped from the disk."""
+    seeds: list[int]
+    """Seed of every sample."""
+
+    def png(self, place: int) -> bytes:
+        """Encode one sample; raises `RunFolderError` if there are not so many."""
+        if not 0 <= place < len(self.images):
+            raise RunFolderError(f"there are {len(self.images)} samples; number {place} does not exist")
+        return encode_png(np.ascontiguousarray(self.images[place]))
+
+
+def open_samples(run: RunFolder, stage: Stage) -> SampleFile:
+    """Open the samples of a finished score; raises `RunFolderError` without any, `CorruptArtifact` for other arrays."""
+    if stage.kind != "score" or not run.is_finished(stage):
+        raise RunFolderError(f"{stage.name} has no samples yet")
+    folder = run.artifact(stage)
+    images, seeds = (require_inside(run, folder / name) for name in ("images.npy", "seeds.npy"))
+    return _open(images, seeds, images.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _open(images: Path, seeds: Path, _changed: int) -> SampleFile:
+    pixels = _load(images)
+    numbers = _load(seeds)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or numbers.ndim != 1:
+        raise CorruptArtifact(f"{images.parent} holds no samples: {pixels.dtype} {pixels.shape}, seeds {numbers.shape}")
+    return SampleFile(images=pixels, seeds=[int(seed) for seed in numbers])
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise CorruptArtifact(f"{path} is damaged ({error}); delete its folder and run again") from error
+    return array

@@ -1,0 +1,163 @@
+"""What changed in a run folder since a second ago: one look for all viewers of a run, none without viewers.
+
+Only sizes and times of files are compared, so a look costs the same however long the files are. A viewer that reads
+slowly gets the changes of several looks at once.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import RunFolderError
+from orchestrator.run.lease import read_holder
+from orchestrator.run.metrics_rows import is_number, read_last_row
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.facts.catalog import require_inside
+
+PERIOD_S = 1.0
+
+LIVE_FILES = ("metrics.jsonl", "log.txt")
+"""Files of an attempt that grow; all others are replaced."""
+
+Stamp = tuple[int, int]
+"""Size and time of change (ns) of a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The stamps of a run's files at one time."""
+
+    holder: str
+    """The controller, and whether it is alive: a killed one changes no file."""
+    status: dict[str, Stamp]
+    """Files from which the status of the stages is read."""
+    growing: dict[str, dict[str, Stamp]]
+    """By name in `LIVE_FILES`, those of every stage's latest attempt, by its folder relative to the run's."""
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a viewer has not been sent yet."""
+
+    status: bool = False
+    rows: dict[str, list[float]] = field(default_factory=dict)
+    """Step and loss of the last row, by stage."""
+    logs: set[str] = field(default_factory=set)
+    """Stages whose log has grown."""
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self) -> Iterator[tuple[str, Any]]:
+        """Yield the kinds of changes with their data, and forget them."""
+        self.arrived.clear()
+        if self.rows:
+            yield "rows", self.rows
+        if self.logs:
+            yield "logs", sorted(self.logs)
+        if self.status:
+            yield "status", True
+        self.status, self.rows, self.logs = False, {}, set()
+
+
+@dataclass(slots=True)
+class _Watch:
+    """One watched run."""
+
+    viewers: list[Changes] = field(default_factory=list)
+    has_looked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after the first look: what changes later is passed on."""
+    task: asyncio.Task[None] | None = None
+
+
+class RunWatcher:
+    """Looks at every watched run once in a period, and passes the changes on."""
+
+    def __init__(self, period_s: float = PERIOD_S) -> None:
+        self.period_s = period_s
+        self._watches: dict[RunFolder, _Watch] = {}
+
+    async def watch(self, run: RunFolder) -> AsyncIterator[tuple[str, Any]]:
+        """Yield `open`, and then every change of a run: `rows`, `logs` or `status`, each with its data."""
+        watch = self._watches.setdefault(run, _Watch())
+        if watch.task is None:
+            watch.task = asyncio.create_task(self._look_again_and_again(run, watch))
+        changes = Changes()
+        watch.viewers.append(changes)
+        try:
+            await watch.has_looked.wait()
+            yield "open", True
+            while True:
+                await changes.arrived.wait()
+                for change in changes.take():
+                    yield change
+        finally:
+            watch.viewers.remove(changes)
+            if not watch.viewers:
+                watch.task.cancel()
+                self._watches.pop(run)
+
+    async def _look_again_and_again(self, run: RunFolder, watch: _Watch) -> None:
+        before = await asyncio.to_thread(look, run)
+        watch.has_looked.set()
+        while True:
+            await asyncio.sleep(self.period_s)
+            now = await asyncio.to_thread(look, run)
+            if now == before:
+                continue
+            rows = await asyncio.to_thread(_last_rows, run, _changed(before, now, "metrics.jsonl"))
+            logs = {_stage_name(folder) for folder in _changed(before, now, "log.txt")}
+            has_new_status = (before.holder, before.status) != (now.holder, now.status)
+            for changes in watch.viewers:
+                changes.status |= has_new_status
+                changes.rows |= rows
+                changes.logs |= logs
+                changes.arrived.set()
+            before = now
+
+
+def look(run: RunFolder) -> Look:
+    """Return the stamps of a run's files; those that are missing, also a whole run folder, have none."""
+    status: dict[str, Stamp] = {}
+    growing: dict[str, dict[str, Stamp]] = {name: {} for name in LIVE_FILES}
+    paths = [run.config_file, run.journal, run.islands]
+    for attempts in run.attempted_stages():
+        paths += [attempts[-1] / name for name in ("worker.json", "progress.json", "outcome.json")]
+        paths.append(run.artifact_of_attempt(attempts[-1]) / "manifest.json")
+        for name in LIVE_FILES:
+            if stamp := _stamp(attempts[-1] / name):
+                growing[name][str(attempts[-1].relative_to(run.root))] = stamp
+    for path in paths:
+        if stamp := _stamp(path):
+            status[str(path)] = stamp
+    holder = read_holder(run)
+    return Look(holder=f"{holder} {holder.is_alive}" if holder else "", status=status, growing=growing)
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(before: Look, now: Look, name: str) -> list[str]:
+    return [folder for folder, stamp in now.growing[name].items() if before.growing[name].get(folder) != stamp]
+
+
+def _last_rows(run: RunFolder, folders: list[str]) -> dict[str, list[float]]:
+    """Return the step and loss of the last rows of some attempts' metrics, by stage."""
+    rows = {}
+    for folder in folders:
+        with contextlib.suppress(OSError, RunFolderError):
+            row = read_last_row(require_inside(run, run.root / folder / "metrics.jsonl"))
+            if row is not None and is_number(row.get("loss")):
+                rows[_stage_name(folder)] = [row["step"], row["loss"]]
+    return rows
+
+
+def _stage_name(attempt: str) -> str:
+    """Return the stage's name of an attempt's folder `work/<stage>-<fingerprint>/attempt_<n>`."""
+    return Path(attempt).parent.name.rpartition("-")[0]

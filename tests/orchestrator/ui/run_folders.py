@@ -1,0 +1,75 @@
+"""Small synthetic runs, and the page served for them on loopback."""
+
+import contextlib
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+
+from benchmarks.large_runs import build_run
+from data_partition.shards.images import encode_png, tile_pixels
+from ddm_core.artifacts import publish, write_json
+from orchestrator.pipeline.graph import build_graph
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.facts.catalog import RunCatalog
+from orchestrator.ui.server import create_app
+from orchestrator.ui.watcher import RunWatcher
+
+DISTANCES = {"fd": 1.0, "fd_std": 0.1, "kid": 0.01, "kid_std": 0.002, "precision": 0.5, "recall": 0.6}
+SPACE = DISTANCES | {"floor": DISTANCES, "codec": DISTANCES}
+
+
+def make_run(folder: Path, experts: int = 4, rows: int = 60, seeds: range = range(12)) -> RunFolder:
+    """Return a run in which one expert in ten and the router still run, with the samples of one score."""
+    run = build_run(folder, experts, rows)
+    stage = next(stage for stage in build_graph(run.load_config()) if stage.kind == "score")
+
+    def fill(out: Path) -> float:
+        images = np.random.default_rng(seeds.start).integers(0, 256, (len(seeds), 8, 8, 1), dtype=np.uint8)
+        np.save(out / "images.npy", images)
+        np.save(out / "seeds.npy", np.array(seeds))
+        (out / "grid.png").write_bytes(encode_png(tile_pixels(images, columns=4)))
+        write_json(out / "scores.json", scores())
+        return 0.0
+
+    publish(run.artifact(stage), fill, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
+    return run
+
+
+def scores() -> dict:
+    return {
+        "num_samples": 256,
+        "held_out": 600,
+        "selection": "sticky",
+        "spaces": {"efficientnet_lite0": SPACE, "pixels": SPACE},
+        "class_coverage": None,
+        "class_tv": None,
+        "class_tv_floor": None,
+        "cluster_share_tv": 0.1,
+        "cluster_share_tv_floor": 0.05,
+        "copies": {"share": 0.02, "expected": 0.01, "p_value": 0.2},
+        "calls_per_step": 1.0,
+        "flops_per_image": 1.5e9,
+        "text": None,
+    }
+
+
+@contextlib.contextmanager
+def serve_page(paths: list[Path], token: str = "", period_s: float = 0.05):
+    """Yield the address of a page for these runs, served by a thread of this process."""
+    app = create_app(RunCatalog(paths), token, watcher=RunWatcher(period_s))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def key_of(run: RunFolder) -> str:
+    return RunCatalog([run.root]).entries()[0].key
