@@ -143,6 +143,7 @@ def _train_by_hand(prepared: RunFolder, stage: Stage, folder: Path) -> None:
     write_json(config_file, to_jsonable(stage.config.expert))
     inputs = {role: str(prepared.input_folder(source)) for role, source in stage.inputs.items()}
     command = [sys.executable, "-m", "experts", "--shards", inputs["latents"], "--codec", inputs["codec"]]
+    command += ["--held-out", inputs["holdout"]]
     command += [
         "--config",
         str(config_file),

@@ -29,6 +29,8 @@ class Stream(IntEnum):
     """The order of the batches of images of different sizes; indexed by epoch."""
     FLIP = 10
     """Which samples are mirrored; indexed by epoch."""
+    HELD_OUT_NOISE = 11
+    """Noise of a held-out sample, at every t and step; indexed by its hash."""
     EXPERT_SAMPLES = 1000
     """Initial noise of the latents that expert k generates for the router is stream `EXPERT_SAMPLES + k`; indexed by
     row. It is the last id, so that the streams of any number of experts collide with no other."""

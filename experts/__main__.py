@@ -53,6 +53,9 @@ def parse() -> argparse.Namespace:
         action="append",
         help="folder of shards, or of latents of a run; may be repeated",
     )
+    parser.add_argument(
+        "--held-out", type=Path, default=[], action="append", help="folder of held-out samples, to measure its error on"
+    )
     parser.add_argument("--codec", type=Path, required=True, help="codec folder; fitted there if it is missing")
     parser.add_argument("--out", type=Path, required=True, help="the expert's folder; checkpoints are in OUT.work")
     parser.add_argument("--config", type=Path, help="JSON of an ExpertConfig; missing keys have their defaults")
@@ -94,6 +97,7 @@ def train(arguments: argparse.Namespace, config: ExpertConfig, stopping: Callabl
             num_classes=arguments.num_classes,
             cluster_id=arguments.cluster_id,
             text=text,
+            held_out=arguments.held_out,
         )
         return summary.flops
 

@@ -121,12 +121,26 @@ class TrainingConfig:
     """Torch device of the training."""
     log_every: Annotated[int, Field(ge=1)] = 25
     """Steps between two rows of `metrics.jsonl`."""
+    held_out_every: Annotated[int, Field(ge=1)] | None = field(default=250, metadata=UNHASHED_IF_DEFAULT)
+    """Steps between two measurements of an expert's error on held-out samples of its own cluster, at eight t and by
+    the averaged parameters; of so many samples that this takes one hundredth of the FLOPs of the steps. None: never."""
+    stop_after_no_gain: Annotated[int, Field(ge=1)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Measurements in a row without a lower error after which the training ends early; None: it never does."""
     early_checkpoint: Annotated[float, Field(gt=0, lt=1)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """Share of an expert's steps after which a copy of it is kept in `early/`, as the weak model of a reflection."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between two checkpoints."""
     seed: int = 0
     """Noise, t and sample order are functions of (seed, step, row)."""
+
+    @model_validator(mode="after")
+    def _measures_before_it_stops(self) -> "TrainingConfig":
+        """Check that a training that may end early measures what it ends by."""
+        if self.stop_after_no_gain is not None and self.held_out_every is None:
+            raise ValueError(
+                "training.stop_after_no_gain needs training.held_out_every=<steps>, the measurements it counts"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -20,17 +20,20 @@ from experts.conditions.text_encoder import TextEncoder
 from experts.config import ExpertConfig, NoiseScheduleName, Prediction, TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.loss_weights import build_loss_weight
-from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule, to_schedule
+from experts.diffusion.noise_schedule import NOISE_SCHEDULES, RECTIFIED_FLOW, NoiseSchedule, to_schedule
 from experts.diffusion.predictions import clamp_noise_level, clean_and_noise_at
 from experts.expert_model import ExpertModel
 from experts.networks.model_io import save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
-from experts.training.encode import encode_latents, read_class_names, text_flops
+from experts.training.distributed import DataParallelGroup
+from experts.training.encode import read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
-from experts.training.latent_dataset import LatentDataset, LatentError
+from experts.training.held_out import Measure, TrainingData, count_held_out, measure_held_out, take_evenly
+from experts.training.latent_dataset import LatentDataset
 from experts.training.loss import converted_loss, expert_loss
+from experts.training.memory import part_rows
 from experts.training.trainer import LossFn, fit, write_rows
 from experts.types import Latents, RowIds, Times
 
@@ -192,7 +195,7 @@ class ExpertSummary:
     """Mean loss of the last metrics row."""
 
 
-def train_expert(
+def train_expert(  # noqa: PLR0913 - one for each input of a training
     config: ExpertConfig,
     shards: Sequence[Path],
     codec: Path,
@@ -202,22 +205,24 @@ def train_expert(
     cluster_id: int = 0,
     text: TextEncoder | None = None,
     on_checkpoint: Callable[[Callable[[], Expert]], None] | None = None,
+    held_out: Sequence[Path] = (),
 ) -> ExpertSummary:
     """Train one expert on the samples of the shard folders and write it to `out`, with metrics and a summary.
 
     `config.training.batch_size` is the batch of this expert alone; `num_classes` defaults to the classes of the shards.
     `text` encodes the captions of shards; latents have their own.
     `on_checkpoint` is called after every checkpoint, with a function that copies the expert as it is by then.
+    `held_out` are folders of samples on which its error is measured while it trains.
     """
-    dataset = encode_latents(shards, load_codec(codec), codec, workspace, text)
+    data = TrainingData.open(shards, held_out, load_codec(codec), codec, workspace, text)
     if num_classes is None:
         num_classes = len(read_class_names(shards[0]))
-    check_classes(dataset, num_classes)
+    data.check_classes(num_classes)
     check_unchanged(config)
-    initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
+    initial_model = build_initial_model(config, data.samples.latent_shape, num_classes, data.samples.null_text)
     loss = _create_loss(config, initial_model)
     summary = train_network(
-        config.training, dataset, initial_model, loss, out, workspace, num_classes, cluster_id, on_checkpoint
+        config.training, data, initial_model, loss, out, workspace, num_classes, cluster_id, on_checkpoint
     )
     if flops := text_flops(shards):
         summary = replace(summary, flops=summary.flops + flops)
@@ -236,7 +241,7 @@ def _create_loss(config: ExpertConfig, initial_model: InitialModel) -> LossFn:
 
 def train_network(
     training: TrainingConfig,
-    dataset: LatentDataset,
+    data: TrainingData,
     initial_model: InitialModel,
     loss: LossFn,
     out: Path,
@@ -245,7 +250,11 @@ def train_network(
     cluster_id: int = 0,
     on_checkpoint: Callable[[Callable[[], Expert]], None] | None = None,
 ) -> ExpertSummary:
-    """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary."""
+    """Train a network on latents by a loss, and write it to `out` as an expert, with metrics and a summary.
+
+    The FLOPs of the measurements on held-out samples are not part of the summary.
+    """
+    dataset = data.samples
 
     def as_expert(model: nn.Module) -> Expert:
         return Expert(
@@ -262,14 +271,16 @@ def train_network(
             on_checkpoint(lambda: as_expert(copy_model()))
 
     forward = network_flops(initial_model.model, dataset.latent_shape)
-    trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint)
+    measure = _measure_by(lambda model: as_expert(model).velocity, data.held_out, training)
+    trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint, measure)
     as_expert(trained.model).save(out)
     if trained.early is not None:
         as_expert(trained.early).save(out / EARLY)
+    steps = int(trained.rows[-1]["step"])
     summary = ExpertSummary(
-        flops=training_flops(forward, training.batch_size, training.steps),
-        steps=training.steps,
-        epochs=training.steps * training.batch_size / len(dataset),
+        flops=training_flops(forward, training.batch_size, steps),
+        steps=steps,
+        epochs=steps * training.batch_size / len(dataset),
         images=len(dataset),
         parameters=count_parameters(trained.model),
         final_loss=trained.rows[-1]["loss"],
@@ -279,13 +290,20 @@ def train_network(
     return summary
 
 
-def check_classes(dataset: LatentDataset, num_classes: int) -> None:
-    """Raise `LatentError` if a sample has a class that the network does not embed."""
-    if dataset.class_id.amax() >= num_classes:
-        raise LatentError(
-            f"a sample has class {int(dataset.class_id.amax())}, but there are only {num_classes} classes "
-            "(counted from 0); pass the number of classes of the whole data set"
-        )
+def _measure_by(
+    velocity_of: Callable[[nn.Module], Callable[..., Latents]], held_out: LatentDataset | None, training: TrainingConfig
+) -> Measure | None:
+    """Return how a network is measured while it trains; None without held-out samples, or if it is not to be."""
+    if held_out is None or training.held_out_every is None:
+        return None
+    samples, device = take_evenly(held_out, count_held_out(training)), torch.device(training.device)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        velocity = partial(velocity_of(model), noise_schedule=RECTIFIED_FLOW)
+        group = DataParallelGroup.join()
+        return measure_held_out(velocity, samples, RECTIFIED_FLOW, part_rows(training), device, group)
+
+    return measure
 
 
 def expert_flops(

@@ -16,9 +16,9 @@ from experts.conditions.condition import Condition
 from experts.conditions.null_text import set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
-from experts.expert import check_classes
 from experts.training.encode import encode_latents, read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops
+from experts.training.held_out import check_classes
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures

@@ -21,8 +21,16 @@ from ensemble.evaluation.scores import Scores
 from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.evaluation.spaces import PIXELS, RANKED_SPACE
 from ensemble.evaluation.text_scores import compare_prompts
+from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.images import encode_png, image_grid
-from router.config import selection_label
+from experts.conditions.condition import Condition
+from experts.training.held_out import HELD_OUT, TIMES, measure_held_out, take_evenly
+from experts.training.latent_folder import keeps_texts, read_latents
+from experts.types import Latents, RowTimes
+from router.config import SelectionConfig, selection_label
+
+HELD_OUT_CALLS = 4096
+"""Calls of experts, about, for the held-out loss of an ensemble of as many experts as there are clusters."""
 
 GRID_IMAGES = 64
 """Samples in `grid.png`, eight per row."""
@@ -70,10 +78,38 @@ def evaluate(
         text=compare_prompts(reference, pipeline_folder, asked, features.spaces, config)
         if asked is not None and RANKED_SPACE in features.spaces
         else None,
+        held_out_loss=measure_ensemble(pipeline_folder, partition, sampling),
     )
     _write_images(out, generated.images, seeds)
     write_json(out / "scores.json", scores)
     return scores
+
+
+def measure_ensemble(pipeline_folder: Path, partition: Path, sampling: SamplingConfig) -> float | None:
+    """Return the held-out loss of a pipeline with all its experts, on the same samples for every pipeline of a run.
+
+    None if the partition has no held-out latents, or keeps their captions as text, and for experts that cannot be
+    evaluated at any t.
+    """
+    folders = sorted((partition / "holdout_latents").glob("*"), key=lambda path: int(path.name))
+    found = [latents for path in folders if not keeps_texts(path) and len(latents := read_latents(path))]
+    ensemble = EnsemblePipeline.from_pretrained(pipeline_folder).ensemble.to(sampling.device)
+    experts = ensemble.experts.values()
+    if not found or any(e.few_step is not None or e.needs_cache or e.has_draft for e in experts):
+        return None
+
+    def velocity(noised: Latents, t: RowTimes, condition: Condition) -> Latents:
+        routing = ensemble.init_routing(range(len(t)), condition, SelectionConfig(name="full"))
+        return ensemble.velocity(noised, t, condition, routing)
+
+    count, device = max(len(found), HELD_OUT_CALLS // (len(TIMES) * len(folders))), torch.device(sampling.device)
+    losses, counts = [], []
+    for latents in found:
+        samples = take_evenly(latents, max(1, count * len(latents) // sum(map(len, found))))
+        measured = measure_held_out(velocity, samples, ensemble.noise_schedule, sampling.batch_size, device)
+        losses.append(measured[HELD_OUT] * len(samples))
+        counts.append(len(samples))
+    return sum(losses) / sum(counts)
 
 
 def _write_images(out: Path, images: UInt8[np.ndarray, "batch height width channel"], seeds: range) -> None:

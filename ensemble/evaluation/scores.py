@@ -124,3 +124,6 @@ class Scores:
     """FLOPs of the evaluation: sampling and features."""
     text: TextScores | None = None
     """How well the samples follow their prompts; None for unconditional samples, and without text."""
+    held_out_loss: float | None = None
+    """Mean squared error of the marginal velocity of all experts on held-out samples at eight t, as experts measure it
+    while they train; None for experts that are evaluated at few t only, or start below t = 1."""

@@ -18,10 +18,11 @@ from experts.conditions.condition import Condition
 from experts.config import ExpertConfig
 from experts.diffusion.loss_weights import build_loss_weight
 from experts.diffusion.noise_schedule import NoiseSchedule
-from experts.expert import Expert, ExpertSummary, check_classes, train_network
+from experts.expert import Expert, ExpertSummary, train_network
 from experts.expert_model import ExpertModel
 from experts.networks.pretrained import build_initial_model
-from experts.training.encode import encode_latents, read_class_names
+from experts.training.encode import read_class_names
+from experts.training.held_out import TrainingData
 from experts.training.latent_dataset import Batch
 from experts.training.loss import expert_loss
 from experts.types import Latents, Times
@@ -107,12 +108,21 @@ def with_cluster(
 
 
 def train_cluster_conditioned(
-    config: ExpertConfig, clusters: Sequence[Path], codec: Path, out: Path, workspace: Workspace
+    config: ExpertConfig,
+    clusters: Sequence[Path],
+    codec: Path,
+    out: Path,
+    workspace: Workspace,
+    held_out: Sequence[Path] = (),
 ) -> ExpertSummary:
     """Train the network on the samples of all clusters, each with its cluster id, and write it to `out`."""
-    dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
+    data = TrainingData.open(clusters, held_out, load_codec(codec), codec, workspace)
+    dataset, unseen = data.samples, data.held_out
     num_classes, num_clusters = len(read_class_names(clusters[0])), len(clusters)
-    check_classes(dataset, num_classes)
+    data.check_classes(num_classes)
+    if unseen is not None:
+        pairs = with_cluster(Condition(unseen.class_id), unseen.cluster_id, num_classes, num_clusters)
+        data = replace(data, held_out=replace(unseen, class_id=pairs.class_id))
     num_pairs = (num_classes + 1) * num_clusters
     initial_model = build_initial_model(config, dataset.latent_shape, num_pairs, dataset.null_text)
 
@@ -125,6 +135,6 @@ def train_cluster_conditioned(
             )
         }
 
-    summary = train_network(config.training, dataset, initial_model, loss, out, workspace, num_pairs)
+    summary = train_network(config.training, data, initial_model, loss, out, workspace, num_pairs)
     write_json(out / SETTINGS, {"num_clusters": num_clusters})
     return summary

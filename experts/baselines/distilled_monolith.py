@@ -18,10 +18,11 @@ from experts.config import ExpertConfig, Prediction
 from experts.diffusion.loss_weights import LossWeight, build_loss_weight
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.diffusion.predictions import from_velocity, training_target
-from experts.expert import Expert, ExpertSummary, check_classes, network_flops, train_network
+from experts.expert import Expert, ExpertSummary, network_flops, train_network
 from experts.networks.pretrained import build_initial_model
 from experts.networks.registry import call_network
-from experts.training.encode import encode_latents, read_class_names
+from experts.training.encode import read_class_names
+from experts.training.held_out import TrainingData
 from experts.training.latent_dataset import Batch
 from experts.training.loss import mean_squared_error
 
@@ -50,14 +51,15 @@ def train_distilled_monolith(
     codec: Path,
     out: Path,
     workspace: Workspace,
+    held_out: Sequence[Path] = (),
 ) -> DistilledMonolithSummary:
     """Train on the samples of all clusters and write the student to `out`, an expert with `distilled_monolith.json`.
 
     Samples of a cluster without a teacher have their own training target, as for an expert.
     """
-    dataset = encode_latents(clusters, load_codec(codec), codec, workspace)
-    num_classes = len(read_class_names(clusters[0]))
-    check_classes(dataset, num_classes)
+    data = TrainingData.open(clusters, held_out, load_codec(codec), codec, workspace)
+    dataset, num_classes = data.samples, len(read_class_names(clusters[0]))
+    data.check_classes(num_classes)
     initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     experts = {k: Expert.load(folder) for k, folder in teachers.items()}
     for expert in experts.values():
@@ -67,7 +69,7 @@ def train_distilled_monolith(
         prediction, noise_schedule = initial_model.prediction, initial_model.noise_schedule
         return {"loss": student_loss(model, batch, experts, prediction, noise_schedule, build_loss_weight(config))}
 
-    trained = train_network(config.training, dataset, initial_model, loss, out, workspace, num_classes)
+    trained = train_network(config.training, data, initial_model, loss, out, workspace, num_classes)
     shares = torch.bincount(dataset.cluster_id, minlength=len(clusters)).double() / len(dataset)
     summary = _summary(trained, config, experts, teachers, shares.tolist(), dataset.latent_shape)
     write_json(out / "distilled_monolith.json", summary)

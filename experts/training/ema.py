@@ -1,5 +1,8 @@
 """Moving average of parameters, with a horizon that grows with the run, so that it suits short runs too."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,18 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Add the parameters after `step` steps to the average."""
         torch._foreach_lerp_(self._targets, self._sources, 1 - self.decay(step))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the averaged parameters within a block, without a copy of either."""
+        trained = [parameter.data for parameter in self.source.values()]
+        try:
+            for parameter, average in zip(self.source.values(), self._targets, strict=True):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, data in zip(self.source.values(), trained, strict=True):
+                parameter.data = data
 
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite a model's parameters with the average."""

@@ -10,10 +10,11 @@ from torch import nn
 from ddm_core.artifacts import Workspace, write_json
 from experts.codec import Codec
 from experts.config import TrainingConfig
-from experts.expert import Expert, ExpertSummary, check_classes, network_flops
+from experts.expert import Expert, ExpertSummary, network_flops
 from experts.networks.lora import add_new_lora, extract_lora, save_lora
 from experts.training.encode import encode_latents
 from experts.training.flops import training_flops
+from experts.training.held_out import check_classes
 from experts.training.loss import expert_loss
 from experts.training.trainer import fit, write_rows
 

@@ -19,6 +19,7 @@ from experts.config import TrainingConfig
 from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
 from experts.training.distributed import DataParallelGroup, defer_sync
 from experts.training.ema import MovingAverage
+from experts.training.held_out import HELD_OUT, Measure, stopped_gaining
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
 from experts.training.lr_schedules import learning_rate
 from experts.training.optimizers.registry import OPTIMIZERS
@@ -45,7 +46,8 @@ class TrainingResult:
     model: nn.Module
     """The moving average of the parameters; on the CPU, in evaluation mode."""
     rows: list[MetricsRow]
-    """Means over `log_every` steps each: step, lr, grad_norm, loss and the other scalars of the loss."""
+    """Means over `log_every` steps each: step, lr, grad_norm, loss and the other scalars of the loss; some rows have
+    figures of held-out samples too."""
     early: nn.Module | None = None
     """The moving average at `early_checkpoint`; None without one."""
 
@@ -57,10 +59,12 @@ def fit(
     config: TrainingConfig,
     workspace: Workspace,
     on_checkpoint: Callable[[Callable[[], nn.Module]], None] | None = None,
+    measure: Measure | None = None,
 ) -> TrainingResult:
     """Train `model` in place, from the newest checkpoint in the scratch folder if there is one.
 
     `on_checkpoint` is called after every checkpoint, with a function that copies the model with averaged parameters.
+    `measure` adds figures of the averaged parameters to the metrics rows, by `held_out_every`.
     A resumed training is bit-identical to an uninterrupted one. Raises `Preempted` (after saving),
     `TrainingDiverged`, `CheckpointError` or `DeviceError`. Every worker of a group calls it; it then also raises
     `GroupError` or `WorkerLost`.
@@ -73,7 +77,7 @@ def fit(
         restore_checkpoint(checkpoints, state)
         group.check_equal(state.step)
         compute_loss, log = group.wrap_model(model, loss), _TrainingLog(workspace, state, group)
-        while state.step < config.steps:
+        while state.step < config.steps and not _ends_early(state):
             if group.any_rank(workspace.stop_requested()):
                 _save(checkpoints, state, group)
                 raise Preempted(
@@ -83,7 +87,10 @@ def fit(
             if state.step == early_step(config):
                 state.early = {name: value.cpu().clone() for name, value in state.average.average.items()}
             if state.step % config.log_every == 0 or state.step == config.steps:
-                log.write(_finish_row(state))
+                row = _finish_row(state)
+                if measure is not None and _is_measured(state):
+                    row.update(_measure(state, measure))
+                log.write(row)
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
                 _save(checkpoints, state, group)
                 if on_checkpoint is not None:
@@ -94,6 +101,37 @@ def fit(
         early = deepcopy(averaged)
         early.load_state_dict(state.early, strict=False)  # buffers are those of the model
     return TrainingResult(model=averaged, rows=state.rows, early=early)
+
+
+def _is_measured(state: TrainingState) -> bool:
+    """Return whether the last row is the first after another `held_out_every` steps, or the last of all."""
+    config, every = state.config, state.config.held_out_every
+    steps = state.step % config.log_every or config.log_every
+    return every is not None and (state.step == config.steps or state.step // every > (state.step - steps) // every)
+
+
+def _measure(state: TrainingState, measure: Measure) -> Mapping[str, float]:
+    """Measure the averaged parameters, in evaluation mode and the precision of the training."""
+    config, model = state.config, state.model
+    model.eval()
+    with (
+        state.average.applied(),
+        torch.autocast(config.device.partition(":")[0], PRECISIONS[config.autocast], enabled=config.autocast != "none"),
+    ):
+        figures = measure(model)
+    model.train()
+    return figures
+
+
+def _ends_early(state: TrainingState) -> bool:
+    """Return whether the held-out error no longer falls; not before the early checkpoint."""
+    patience = state.config.stop_after_no_gain
+    return (
+        patience is not None
+        and state.step % state.config.log_every == 0
+        and state.step > early_step(state.config)
+        and stopped_gaining(state.rows, patience)
+    )
 
 
 def early_step(config: TrainingConfig) -> int:
@@ -222,6 +260,8 @@ class _TrainingLog:
         self.workspace, self.config, self.is_silent = workspace, state.config, not group.is_main
         self.path = workspace.attempt / "metrics.jsonl"
         self.started, self.first_step = time.monotonic(), state.step
+        self.held_out: dict[str, float] = {}
+        """The last measurement."""
         if not self.is_silent:
             write_rows(self.path, state.rows)
 
@@ -233,4 +273,6 @@ class _TrainingLog:
             file.write(_to_json_line(row))
         images = (row["step"] - self.first_step) * self.config.batch_size
         metrics = {"loss": row["loss"], "images_per_s": images / (time.monotonic() - self.started)}
+        self.held_out |= {HELD_OUT: row[HELD_OUT]} if HELD_OUT in row else {}
+        metrics |= self.held_out
         self.workspace.report_progress(int(row["step"]), self.config.steps, metrics, unit="steps")

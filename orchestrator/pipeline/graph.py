@@ -180,6 +180,8 @@ class _GraphBuilder:
     def _add_expert(self, k: int) -> Input:
         expert, init = self._split_init(self.stage_configs.experts[k])
         inputs = {"latents": self._partition_part(f"latents/{k}"), "codec": self.codec} | init
+        if expert.training.held_out_every is not None:  # of the same artifact as its latents
+            inputs["holdout"] = replace(self._partition_part(f"holdout_latents/{k}"), is_hashed=False)
         config = ExpertStageConfig(expert=expert, cluster_id=k)
         return Input(stage=self._add("expert", config, inputs, f"expert_{k}", optional=self.num_experts > 1))
 

@@ -71,8 +71,16 @@ def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: 
         except Exception:  # whatever is wrong with the picture, the expert is trained
             log.warning("no samples of this expert alone", exc_info=True)
 
-    shards, cluster_id = [inputs["latents"]], config.cluster_id
-    summary = train_expert(expert, shards, inputs["codec"], out, workspace, cluster_id=cluster_id, on_checkpoint=draw)
+    summary = train_expert(
+        expert,
+        [inputs["latents"]],
+        inputs["codec"],
+        out,
+        workspace,
+        cluster_id=config.cluster_id,
+        on_checkpoint=draw,
+        held_out=[inputs["holdout"]] if "holdout" in inputs else [],
+    )
     draw(lambda: Expert.load(out))
     return summary.flops
 
@@ -87,16 +95,18 @@ def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Works
 def run_monolith(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Train the monolith on all clusters, with extra steps for the router's and the clustering's FLOPs."""
     clusters = cluster_folders(inputs["partition"] / "latents")
+    held_out = cluster_folders(inputs["partition"] / "holdout_latents")
     return train_expert(
-        flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace, cluster_id=0
+        flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace, held_out=held_out
     ).flops
 
 
 def run_cluster_conditioned(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Train the cluster-conditioned monolith with as many FLOPs as the monolith."""
     clusters = cluster_folders(inputs["partition"] / "latents")
+    held_out = cluster_folders(inputs["partition"] / "holdout_latents")
     return train_cluster_conditioned(
-        flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace
+        flop_matched_config(config, inputs), clusters, inputs["codec"], out, workspace, held_out
     ).flops
 
 
@@ -107,4 +117,7 @@ def run_distilled_monolith(
     if config.from_expert is not None and "init" not in inputs:
         log.warning("expert %d is missing; the student starts from random weights", config.from_expert)
     clusters, expert = cluster_folders(inputs["partition"] / "latents"), with_init_checkpoint(config.expert, inputs)
-    return train_distilled_monolith(expert, experts_by_id(inputs), clusters, inputs["codec"], out, workspace).flops
+    held_out = cluster_folders(inputs["partition"] / "holdout_latents")
+    return train_distilled_monolith(
+        expert, experts_by_id(inputs), clusters, inputs["codec"], out, workspace, held_out
+    ).flops

@@ -23,6 +23,8 @@ class Input:
     stage: "Stage"
     part: str = ""
     """Path inside the artifact, such as `latents/3`; empty is the complete artifact."""
+    is_hashed: bool = True
+    """Whether it is part of the stage's fingerprint; an input that follows from the others need not be."""
 
     @property
     def fingerprint(self) -> str:
@@ -54,8 +56,8 @@ class Stage:
 
     @property
     def input_fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of every input, by role."""
-        return {role: artifact.fingerprint for role, artifact in self.inputs.items()}
+        """Return the fingerprint of every input that has one, by role."""
+        return {role: artifact.fingerprint for role, artifact in self.inputs.items() if artifact.is_hashed}
 
     @property
     def folder_name(self) -> str:

@@ -252,7 +252,8 @@ def _artifact_bytes(
     sizes |= {"dataset/train": train, "dataset": train + held_out, "latents": latents + held_out_latents}
     sizes |= {"partition/latents": latents, "partition/holdout_latents": held_out_latents}
     sizes |= {"partition": train + held_out + sizes["latents"]}
-    sizes |= {f"partition/latents/{k}": latents / facts.num_experts for k in range(facts.num_experts)}
+    for part, size in (("latents", latents), ("holdout_latents", held_out_latents)):
+        sizes |= {f"partition/{part}/{k}": size / facts.num_experts for k in range(facts.num_experts)}
     sizes["features"] = facts.images * dry.extractors["partition"].dimension * BYTES_PER_PARAMETER
     return {name: round(size) for name, size in sizes.items()}
 

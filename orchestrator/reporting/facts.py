@@ -80,14 +80,14 @@ class LossCurves:
     """Names of the trainings whose rows differ from their checksum; what can be read of them is in `points`."""
 
 
-def load_loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str]) -> LossCurves:
-    """Return some points of the loss of every finished training of these kinds."""
+def load_loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str], figure: str = "loss") -> LossCurves:
+    """Return some points of a figure of the metrics rows, of every finished training of these kinds."""
     points, damaged = {}, []
     for stage in graph:
         path = run.artifact(stage) / "metrics.jsonl"
         if stage.kind in kinds and run.is_finished(stage) and path.is_file():
             rows = sample_rows(path, CURVE_POINTS)
-            points[stage.name] = [(row["step"], row["loss"]) for row in rows if is_number(row.get("loss"))]
+            points[stage.name] = [(row["step"], row[figure]) for row in rows if is_number(row.get(figure))]
             try:
                 run.verify_file(stage, path.name)
             except CorruptArtifact:

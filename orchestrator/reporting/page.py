@@ -130,10 +130,12 @@ def _training_facts(run: RunFolder, graph: list[Stage]) -> dict[str, Any]:
     has_partition = any(stage.name == "partition" and run.is_finished(stage) for stage in graph)
     quality = facts.load_router_quality(run, graph)
     losses = facts.load_loss_curves(run, graph, ("expert", "monolith", "cluster_conditioned"))
+    held_out = facts.load_loss_curves(run, graph, ("expert", "monolith", "cluster_conditioned"), "held_out")
     router_losses = facts.load_loss_curves(run, graph, ("router",))
     return {
         "clusters": facts.load_clusters(run, graph) if has_partition else [],
         "loss_chart": _loss_chart(losses, "loss", "Training loss by step"),
+        "held_out_chart": _loss_chart(held_out, "held-out loss", "Held-out loss by step"),
         "loss_note": describe_extremes(losses),
         "damaged": name_some([*losses.damaged, *router_losses.damaged]),
         "router_loss_chart": _loss_chart(router_losses, "cross-entropy (nats)", "Training loss of the router by step"),

@@ -262,10 +262,10 @@ def describe_stage(run: RunFolder, stage_name: str, attempt: Path) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """Return the figures of a metrics row, the step first."""
-    return sorted(
-        ((name, float(value)) for name, value in row.items() if is_number(value)), key=lambda pair: pair[0] != "step"
-    )
+    """Return the figures of a metrics row, the step first, and of held-out samples the mean over all t alone."""
+    figures = ((name, float(value)) for name, value in row.items() if is_number(value))
+    shown = (pair for pair in figures if not pair[0].startswith("held_out_"))
+    return sorted(shown, key=lambda pair: pair[0] != "step")
 
 
 def print_file(path: Path, *, follow: bool) -> None:

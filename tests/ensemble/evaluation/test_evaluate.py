@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_partition.config import DataConfig, PartitionConfig
@@ -18,7 +19,7 @@ from ddm_core.artifacts import Preempted, Workspace, checksum, list_files, read_
 from ensemble.analysis.memorization import AuditedSamples, audit_samples
 from ensemble.config import AuditConfig, EvaluationConfig, ReflectionConfig, SamplingConfig, SelectionSearchConfig
 from ensemble.evaluation import selection_search
-from ensemble.evaluation.evaluate import evaluate
+from ensemble.evaluation.evaluate import HELD_OUT_CALLS, evaluate, measure_ensemble
 from ensemble.evaluation.feature_space import HeldOutSpace
 from ensemble.evaluation.generate import generate
 from ensemble.evaluation.reference import PROBE, EvaluationError, build_reference, fit_config_to, warn_if_lossy
@@ -27,7 +28,11 @@ from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.pipeline import assemble
 from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
-from experts.expert import train_expert
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from experts.expert import Expert, train_expert
+from experts.training.encode import FrozenCodec, divide_latents, encode_dataset
+from experts.training.held_out import measure_held_out
+from experts.training.latent_folder import read_latents
 from router.config import RouterConfig, SelectionConfig
 from router.train import train_router
 
@@ -50,12 +55,16 @@ def dataset(root) -> Path:
 
 
 @pytest.fixture(scope="module")
-def partition(root, dataset) -> Path:
+def partition(root, dataset, codec) -> Path:
     config, work = PartitionConfig(num_experts=2, components=16), Workspace.at(root / "work_partition")
     for name in ("features", "partition"):
         (root / name).mkdir()
     extract_features(config, dataset, root / "features", work)
     make_partition(config, dataset, root / "features", root / "partition", work)
+    codec = FrozenCodec.open(codec, load_codec(codec))
+    encode_dataset(dataset, codec, None, root / "latents", Workspace.at(root / "work_latents"))
+    holdouts = [root / "partition" / "holdout" / str(k) for k in range(2)]
+    divide_latents(root / "latents" / "holdout", holdouts, root / "partition" / "holdout_latents")
     return root / "partition"
 
 
@@ -287,6 +296,26 @@ def test_evaluate_writes_scores_images_seeds_and_grid(pipeline, reference, parti
     assert (images.shape, images.dtype) == ((150, 8, 8, 1), np.uint8)
     assert np.load(tmp_path / "seeds.npy", allow_pickle=False).tolist() == list(range(150))
     assert Image.open(tmp_path / "grid.png").size == (71, 71)
+
+
+def test_held_out_loss_of_one_expert_is_that_of_training(root, reference, partition, codec, tmp_path):
+    assemble({0: root / "expert_1"}, None, codec, tmp_path / "single")
+    loss = measure_ensemble(tmp_path / "single", partition, SAMPLING)
+    clusters = [read_latents(partition / "holdout_latents" / str(k)) for k in range(2)]
+    counts = [len(latents) for latents in clusters]
+    measured = [
+        measure_held_out(Expert.load(root / "expert_1").velocity, latents, RECTIFIED_FLOW, 64, torch.device("cpu"))
+        for latents in clusters
+    ]
+    assert sum(counts) < HELD_OUT_CALLS / 8 / 2 + 200
+    whole = sum(count * one["held_out"] for count, one in zip(counts, measured, strict=True)) / sum(counts)
+    assert loss == pytest.approx(whole, rel=0.05)
+
+
+def test_ensemble_has_a_lower_held_out_loss_than_its_expert(root, pipeline, partition, codec, tmp_path):
+    assemble({0: root / "expert_0"}, None, codec, tmp_path / "single")
+    single, both = (measure_ensemble(folder, partition, SAMPLING) for folder in (tmp_path / "single", pipeline))
+    assert both < single
 
 
 def test_reflection_in_itself_is_not_kept(pipeline, reference, tmp_path, monkeypatch):

@@ -90,7 +90,10 @@ def test_expert_reads_only_the_latents_of_its_cluster():
     for stage in build_graph(RunConfig()):
         if stage.kind == "expert":
             assert stage.inputs["latents"].part == f"latents/{stage.config.cluster_id}"
-            assert set(stage.inputs) == {"latents", "codec"}
+            assert stage.inputs["holdout"].part == f"holdout_latents/{stage.config.cluster_id}"
+            assert set(stage.inputs) == {"latents", "codec", "holdout"}
+            without = {role: source for role, source in stage.inputs.items() if role != "holdout"}
+            assert replace(stage, inputs=without).fingerprint == stage.fingerprint
 
 
 def test_router_does_not_depend_on_experts():

@@ -79,6 +79,7 @@ def build_calibration(config: RunConfig, **places: Place) -> Calibration:
             "partition/holdout_latents": 1000,
         }
         | {f"partition/latents/{k}": 1000 for k in range(4)}
+        | {f"partition/holdout_latents/{k}": 250 for k in range(4)}
         | {name: 800 for name in ("expert_0", "expert_1", "expert_2", "expert_3", "router", "monolith")},
         places={CONTROLLER: controller, "spot": spot, "firm": firm} | places,
         parameters=1_000_000,
@@ -124,7 +125,7 @@ def test_inputs_are_sent_to_an_island_once(tmp_path):
     first, *others = sorted((row for row in rows.values() if row.place == "spot"), key=lambda row: row.starts_s)
     assert first.name == "router" and first.movement.bytes_out == 4000 + 1000 + 100
     experts = [row for row in others if row.kind == "expert"]
-    assert experts and all(row.movement.bytes_out == 1000 for row in experts)
+    assert experts and all(row.movement.bytes_out == 1250 for row in experts)
     assert all(row.movement.bytes_in == 800 for row in (first, *others))
     assert rows["dataset"].movement.bytes_out == 0
 

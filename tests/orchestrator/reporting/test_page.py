@@ -147,6 +147,7 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "loss_chart": charts.themed(charts.line_chart(curves, "step", "loss"), "loss"),
         "loss_note": "",
         "damaged": "expert_1",
+        "held_out_chart": None,
         "router_loss_chart": None,
         "router_charts": _router_charts(router_quality()),
         "flops": _flops_table(flops),
