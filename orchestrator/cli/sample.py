@@ -5,18 +5,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from ddm_core.artifacts import is_finished, verify
 from ensemble.config import ReflectionConfig, SamplingConfig
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.reporting.results import current_graph, selection_choice
+from orchestrator.reporting.results import find_pipeline, find_selection, resolve_selection, verify_pipeline
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.trust import is_trusted
-from router.config import AUTO, SelectionConfig, SelectionName, selection_label
+from router.config import SelectionConfig, selection_label
 
 if TYPE_CHECKING:
     from ensemble.pipeline import EnsemblePipeline
@@ -29,56 +28,6 @@ MIN_FREE_BYTES = 2**20
 
 READABLE_WIDTH = 800
 """Grids of small images are enlarged to about this width, in pixels."""
-
-
-def find_selection(name: str, config: RunConfig) -> SelectionConfig:
-    """Return the run's settings of a selection, or its defaults if the run has none; empty is the run's default.
-
-    Raises `ConfigError` with the known names.
-    """
-    if not name:
-        return config.ensemble.selection
-    names = (*get_args(SelectionName), AUTO)
-    defaults = [SelectionConfig(name=known_name) for known_name in names]
-    for selection in (
-        config.ensemble.selection,
-        *config.scores.selections,
-        *config.selection_search.candidates,
-        *defaults,
-    ):
-        if name in (selection.name, selection_label(selection)):
-            return selection
-    raise ConfigError(f"a selection must be one of {', '.join(names)}; got {name!r}")
-
-
-def resolve_selection(run: RunFolder, selection: SelectionConfig) -> SelectionConfig:
-    """Return the selection, with `auto` replaced by the result of the run's selection search."""
-    if selection.name != AUTO:
-        return selection
-    choice = selection_choice(run, current_graph(run, run.load_config()))
-    if choice is None:
-        raise RunFolderError(
-            f"{run.root} has no result of a selection search; start one with "
-            f"`ddm evaluate {run.root} --selection auto`, or name a selection, such as --selection sticky"
-        )
-    return SelectionConfig(**choice["selection"])
-
-
-def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:
-    """Return the last finished pipeline folder of the ensemble or the monolith, after its checksums are verified.
-
-    Until a new configuration has one, that is the one of the configuration that it replaced.
-    """
-    name = "monolith_ensemble" if monolith else "ensemble"
-    for archived in (None, *run.archived_configs()):
-        graph = current_graph(run, run.load_config(archived))
-        stage = next((stage for stage in graph if stage.name == name), None)
-        if stage is not None and run.is_finished(stage):
-            verify(run.artifact(stage))
-            return run.artifact(stage)
-    if monolith and not any(stage.name == name for stage in current_graph(run, run.load_config())):
-        raise RunFolderError(f"{run.root} has no monolith; its settings with baselines=[monolith] would train one")
-    raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
 
 
 def with_selection(run: RunFolder, selection: str) -> RunConfig:
@@ -103,18 +52,6 @@ def usable_compute(run: RunFolder) -> RunConfig:
     """Return the run's configuration, without its `compute` if another user wrote it."""
     config = run.load_config()
     return replace(config, folder=str(run.root), compute=config.compute if is_trusted(run) else ComputeConfig())
-
-
-def verify_pipeline(folder: Path) -> Path:
-    """Return a pipeline folder after its checksums are verified, if it is an artifact and so has them.
-
-    Raises `RunFolderError` if it is not a pipeline, and `CorruptArtifact` that names the damaged files.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise RunFolderError(f"{folder} is not the folder of an ensemble: it has no model_index.json; name another one")
-    if is_finished(folder):
-        verify(folder)
-    return folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

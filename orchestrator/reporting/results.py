@@ -1,16 +1,19 @@
-"""Results of a run so far, read from its artifacts: the rows of the tables that people see."""
+"""Results of a run so far, read from its artifacts: its pipelines, and the rows of the tables that people see."""
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
-from ddm_core.artifacts import read_json, read_manifest
+from ddm_core.artifacts import is_finished, read_json, read_manifest, verify
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import OUR_KINDS
+from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage, remove_stage
 from orchestrator.reporting.tables.ranking import ScoreRow
 from orchestrator.run.run_folder import RunFolder
+from router.config import AUTO, SelectionConfig, SelectionName, selection_label
 
 
 def current_graph(run: RunFolder, config: RunConfig) -> list[Stage]:
@@ -54,3 +57,65 @@ def load_training_flops(run: RunFolder, graph: Sequence[Stage]) -> dict[str, flo
         for stage in graph
         if stage.kind in (*OUR_KINDS, "monolith") and run.is_finished(stage)
     }
+
+
+def find_selection(name: str, config: RunConfig) -> SelectionConfig:
+    """Return the run's settings of a selection, or its defaults if the run has none; empty is the run's default.
+
+    Raises `ConfigError` with the known names.
+    """
+    if not name:
+        return config.ensemble.selection
+    names = (*get_args(SelectionName), AUTO)
+    defaults = [SelectionConfig(name=known_name) for known_name in names]
+    for selection in (
+        config.ensemble.selection,
+        *config.scores.selections,
+        *config.selection_search.candidates,
+        *defaults,
+    ):
+        if name in (selection.name, selection_label(selection)):
+            return selection
+    raise ConfigError(f"a selection must be one of {', '.join(names)}; got {name!r}")
+
+
+def resolve_selection(run: RunFolder, selection: SelectionConfig) -> SelectionConfig:
+    """Return the selection, with `auto` replaced by the result of the run's selection search."""
+    if selection.name != AUTO:
+        return selection
+    choice = selection_choice(run, current_graph(run, run.load_config()))
+    if choice is None:
+        raise RunFolderError(
+            f"{run.root} has no result of a selection search; start one with "
+            f"`ddm evaluate {run.root} --selection auto`, or name a selection, such as --selection sticky"
+        )
+    return SelectionConfig(**choice["selection"])
+
+
+def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:
+    """Return the last finished pipeline folder of the ensemble or the monolith, after its checksums are verified.
+
+    Until a new configuration has one, that is the one of the configuration that it replaced.
+    """
+    name = "monolith_ensemble" if monolith else "ensemble"
+    for archived in (None, *run.archived_configs()):
+        graph = current_graph(run, run.load_config(archived))
+        stage = next((stage for stage in graph if stage.name == name), None)
+        if stage is not None and run.is_finished(stage):
+            verify(run.artifact(stage))
+            return run.artifact(stage)
+    if monolith and not any(stage.name == name for stage in current_graph(run, run.load_config())):
+        raise RunFolderError(f"{run.root} has no monolith; its settings with baselines=[monolith] would train one")
+    raise RunFolderError(f"{run.root} has no finished {name}; finish the run with `ddm resume {run.root}`")
+
+
+def verify_pipeline(folder: Path) -> Path:
+    """Return a pipeline folder after its checksums are verified, if it is an artifact and so has them.
+
+    Raises `RunFolderError` if it is not a pipeline, and `CorruptArtifact` that names the damaged files.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise RunFolderError(f"{folder} is not the folder of an ensemble: it has no model_index.json; name another one")
+    if is_finished(folder):
+        verify(folder)
+    return folder
