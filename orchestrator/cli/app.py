@@ -24,6 +24,7 @@ from orchestrator.cli.pools import app as pool_app
 from orchestrator.cli.verify import verify
 from orchestrator.errors import ConfigError, RunFailed, RunFolderError
 from orchestrator.reporting.terminal import open_console
+from orchestrator.serving.command import serve
 from orchestrator.ui.command import ui
 
 COMMANDS = (
@@ -35,6 +36,7 @@ COMMANDS = (
     "ui",
     "report",
     "sample",
+    "serve",
     "stop",
     "resume",
     "evaluate",
@@ -71,6 +73,7 @@ app.command()(finetune)
 app.command()(verify)
 app.command()(classify)
 app.command()(ui)
+app.command()(serve)
 console = open_console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: experiment=demo key=value …")]

@@ -1,0 +1,1 @@
+"""The HTTP service of ensembles, in the form of OpenAI's images interface; Ray Serve is its outermost layer."""

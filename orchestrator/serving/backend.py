@@ -1,0 +1,118 @@
+"""What samples the images of the service: an interface, and its form within this process, without Ray."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from ensemble.pipeline_folder import PipelineIndex, find_expert_folder
+from ensemble.pipelines.paging import ExpertPager, weight_bytes
+from experts.types import Latents
+from orchestrator.serving.batcher import Batcher
+from orchestrator.serving.config import Batching
+from orchestrator.serving.model import BatchKey, ImageJob, ModelSource, ServedModel
+from orchestrator.serving.request import Generation, ModelFacts, OutputFormat
+
+Form = tuple[OutputFormat, int]
+"""Format and quality of a file."""
+EmitPreview = Callable[[Latents], None]
+"""Called in the event loop with the clean estimate of one image."""
+
+
+class ServingBackend(Protocol):
+    """Plans, samples and decodes images; cancelled before it starts, a job is never run."""
+
+    @property
+    def facts(self) -> Mapping[str, ModelFacts]:
+        """Return what requests are checked against, by the names of the models."""
+
+    async def plan(self, generation: Generation) -> list[tuple[BatchKey, ImageJob]]:
+        """Return the batch key and the job of each image."""
+
+    async def denoise(self, key: BatchKey, job: ImageJob, previews: int, emit: EmitPreview) -> Latents:
+        """Return the clean latents of an image, one row, after so many previews."""
+
+    async def decode(self, model: str, latents: Latents, form: Form) -> bytes:
+        """Return an image as a file."""
+
+
+def open_pager(sources: Sequence[ModelSource], resident: int | None) -> ExpertPager | None:
+    """Return what keeps at most so many experts in memory, of all models together; None for all."""
+    if resident is None:
+        return None
+    sizes = [
+        weight_bytes(find_expert_folder(source.folder, k))
+        for source in sources
+        for k in PipelineIndex.read(source.folder).expert_ids
+    ]
+    return ExpertPager(max_bytes=resident * max(sizes))
+
+
+class Denoiser:
+    """Samples images of all models on one thread, in batches of one expert."""
+
+    def __init__(self, models: Mapping[str, ServedModel], batching: Batching) -> None:
+        """Take opened models."""
+        self._models, self._pool = models, ThreadPoolExecutor(1, "denoise")
+        self._batcher: Batcher[BatchKey, tuple[ImageJob, int, EmitPreview], Latents] = Batcher(
+            run=self._run, max_jobs=batching.max_images, wait_s=batching.wait_s
+        )
+
+    async def denoise(self, key: BatchKey, job: ImageJob, previews: int, emit: EmitPreview) -> Latents:
+        """Return the clean latents of an image, one row."""
+        return await self._batcher.submit(key, (job, previews, emit))
+
+    async def _run(self, key: BatchKey, jobs: Sequence[tuple[ImageJob, int, EmitPreview]]) -> list[Latents]:
+        loop = asyncio.get_running_loop()
+        model = self._models[key.model]
+        return await loop.run_in_executor(self._pool, model.denoise, key, [job for job, _, _ in jobs], None)
+
+
+class Decoder:
+    """Decodes latents of all models on one thread, those that wait together."""
+
+    def __init__(self, models: Mapping[str, ServedModel], batching: Batching) -> None:
+        """Take opened models."""
+        self._models, self._pool = models, ThreadPoolExecutor(1, "decode")
+        self._batcher: Batcher[str, tuple[Latents, Form], bytes] = Batcher(
+            run=self._run, max_jobs=batching.max_images, wait_s=0.0
+        )
+
+    async def decode(self, model: str, latents: Latents, form: Form) -> bytes:
+        """Return an image as a file."""
+        return await self._batcher.submit(model, (latents, form))
+
+    async def _run(self, model: str, jobs: Sequence[tuple[Latents, Form]]) -> list[bytes]:
+        loop, arguments = asyncio.get_running_loop(), [list(part) for part in zip(*jobs, strict=True)]
+        decode: Any = self._models[model].decode
+        return await loop.run_in_executor(self._pool, decode, *arguments)
+
+
+class LocalBackend:
+    """Everything in this process: for one small machine, and for tests."""
+
+    def __init__(self, sources: Sequence[ModelSource], batching: Batching) -> None:
+        """Open the models; raises an `ArtifactError` for a folder that cannot be loaded."""
+        pager = open_pager(sources, batching.resident)
+        models = {source.name: ServedModel.open(source, batching.max_images, pager) for source in sources}
+        self._facts = {name: model.facts for name, model in models.items()}
+        self._models, self._pool = models, ThreadPoolExecutor(1, "plan")
+        self._denoiser, self._decoder = Denoiser(models, batching), Decoder(models, batching)
+
+    @property
+    def facts(self) -> Mapping[str, ModelFacts]:
+        """Return what requests are checked against, by the names of the models."""
+        return self._facts
+
+    async def plan(self, generation: Generation) -> list[tuple[BatchKey, ImageJob]]:
+        """Return the batch key and the job of each image."""
+        plan = self._models[generation.model].plan
+        return await asyncio.get_running_loop().run_in_executor(self._pool, plan, generation)
+
+    async def denoise(self, key: BatchKey, job: ImageJob, previews: int, emit: EmitPreview) -> Latents:
+        """Return the clean latents of an image, one row."""
+        return await self._denoiser.denoise(key, job, previews, emit)
+
+    async def decode(self, model: str, latents: Latents, form: Form) -> bytes:
+        """Return an image as a file."""
+        return await self._decoder.decode(model, latents, form)

@@ -1,0 +1,41 @@
+"""`ddm serve`: answer HTTP requests for images of finished runs, until it is interrupted."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.reporting.terminal import open_console
+
+console = open_console()
+
+
+def serve(  # noqa: PLR0913 - the options of a command
+    models: Annotated[
+        list[str], typer.Argument(help="Finished runs, or folders of ensembles", metavar="RUN|FOLDER|NAME=FOLDER …")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need --keys")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one", min=0, max=65535)] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="File of mode 600 with one API key a line")] = None,
+    resident: Annotated[int | None, typer.Option(help="Experts in memory of a replica; empty is all", min=1)] = None,
+    max_batch: Annotated[int, typer.Option(help="Images of a batch", min=1, max=256)] = 16,
+    queue: Annotated[int, typer.Option(help="Images that wait or are sampled; more get 429", min=1)] = 64,
+    max_images: Annotated[int, typer.Option(help="Images of one request", min=1)] = 16,
+    max_steps: Annotated[int, typer.Option(help="Solver steps of one request", min=1)] = 100,
+    deadline: Annotated[float, typer.Option(help="Seconds until a request is dropped", min=0.1)] = 120.0,
+    threads: Annotated[int, typer.Option(help="Threads of a replica", min=1)] = 1,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log")] = False,
+) -> None:
+    """Serve images over HTTP in the form of OpenAI's interface. The same seed gives the same bytes."""
+    from orchestrator.serving.config import Batching, Limits, ServiceConfig
+    from orchestrator.serving.server import run_service
+
+    config = ServiceConfig(
+        host=host,
+        port=port,
+        key_file=keys,
+        log_prompts=log_prompts,
+        limits=Limits(images=max_images, steps=max_steps, queue=queue, deadline_s=deadline),
+        batching=Batching(max_images=max_batch, resident=resident, threads=threads),
+    )
+    run_service(models, config, console)

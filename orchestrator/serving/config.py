@@ -1,0 +1,74 @@
+"""Settings of the service: its address, what a request may ask for, and how requests are batched."""
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from orchestrator.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request may want, and how many wait."""
+
+    images: int = 16
+    """Most images of one request."""
+    steps: int = 100
+    """Most solver steps."""
+    prompt_characters: int = 4000
+    """Longest prompt."""
+    queue: int = 64
+    """Most images that wait or are sampled; further requests get 429."""
+    deadline_s: float = 120.0
+    """Longest time of a request, after which it gets 408."""
+    body_bytes: int = 100_000
+    """Largest body of a request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How requests share the networks."""
+
+    max_images: int = 16
+    """Most images of a batch."""
+    wait_s: float = 0.005
+    """How long an image waits for others of its expert while nothing is sampled."""
+    resident: int | None = None
+    """Most experts in memory of a replica; None is all."""
+    threads: int = 1
+    """Threads of a replica; images are equal bit for bit between replicas with equal numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """Everything about a service but its models."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key_file: Path | None = None
+    """File of mode 600 with one API key a line; an address other than loopback needs it."""
+    log_prompts: bool = False
+    """Whether the log has the prompts of requests."""
+    limits: Limits = Limits()
+    batching: Batching = Batching()
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for an open address without keys, and for limits that no request can meet."""
+        if not self.is_loopback and self.key_file is None:
+            raise ConfigError(
+                f"--host {self.host} can be reached from other machines, so it needs --keys, a file of mode 600 with "
+                "one API key a line; or leave --host out"
+            )
+        if self.limits.images > self.limits.queue:
+            raise ConfigError(
+                f"a request of {self.limits.images} images never fits into a queue of {self.limits.queue}; raise "
+                "--queue or lower --max-images"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Return whether only this machine reaches the service."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False

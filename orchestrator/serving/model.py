@@ -1,0 +1,245 @@
+"""One model of the service: from a checked request to the jobs of its images, to latents, to files.
+
+Every network is called on numbers of rows that give equal bits, so an image has the same bytes whatever it is batched
+with. The expert of a sticky image is known before it is sampled; a batch has the images of one expert.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data_partition.shards.images import Pixels, to_image
+from ensemble.config import SamplingConfig
+from ensemble.ensemble import Ensemble
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.pipelines.paging import ExpertPager, PagedExpert
+from ensemble.sampling.exact_rows import ExactExpert, ExactRouter, RowCounts, call_rows, find_row_counts
+from ensemble.sampling.guidance import guided_velocity
+from ensemble.sampling.images import to_bytes
+from ensemble.sampling.prompts import Prompts, find_class
+from ensemble.solvers import SOLVERS, make_noise, sample_few_step, uniform_times
+from experts.conditions.condition import Condition
+from experts.diffusion.predictions import to_clean
+from experts.expert_model import ExpertModel
+from experts.types import Latents, RowIds
+from orchestrator.serving.request import Generation, ModelFacts, OutputFormat
+from router.config import SelectionConfig
+
+ANY_EXPERT = -1
+"""The expert of images that may change theirs on the way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model is, and how it is sampled."""
+
+    name: str
+    folder: Path
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchKey:
+    """What the images of one batch have in common."""
+
+    model: str
+    expert: int
+    steps: int
+    guidance_scale: float
+    selection: SelectionConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageJob:
+    """One image to sample."""
+
+    seed: int
+    condition: Condition
+    """One row."""
+    negative: Condition
+    """One row, of the unconditional branch of guidance."""
+
+
+Preview = Callable[[Latents], None]
+"""Called with the clean estimate of all images of a batch, at every evaluation of the velocity."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ServedModel:
+    """A loaded model; its experts are loaded when they are called, as many as the pager allows."""
+
+    source: ModelSource
+    pipeline: EnsemblePipeline
+    max_images: int
+    """Most images of a batch."""
+    _experts: dict[int, ExpertModel] = field(default_factory=dict)
+    _router: ExactRouter | None = None
+    _decoder_rows: RowCounts | None = None
+    _conditions: dict[tuple[str, int], Condition] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, source: ModelSource, max_images: int, pager: ExpertPager | None = None) -> "ServedModel":
+        """Open a pipeline's folder; with a pager its experts are not loaded yet.
+
+        Raises an `ArtifactError` for a folder that cannot be loaded.
+        """
+        load = None if pager is None else partial(PagedExpert.open, pager=pager)
+        return cls(source=source, pipeline=EnsemblePipeline.from_pretrained(source.folder, load), max_images=max_images)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Return what requests are checked against."""
+        pipeline, sampling = self.pipeline, self.source.sampling
+        few_step = pipeline.ensemble.few_step
+        height, width, _ = pipeline.codec.image_shape
+        return ModelFacts(
+            name=self.source.name,
+            created=int(self.source.folder.stat().st_mtime),
+            width=width,
+            height=height,
+            class_names=pipeline.class_names,
+            num_classes=pipeline.num_classes,
+            has_text=pipeline.text is not None and pipeline.text.kind != "none",
+            experts=len(pipeline.ensemble.experts),
+            steps=sampling.steps if few_step is None else len(few_step.times),
+            guidance_scale=sampling.guidance_scale,
+            selection=sampling.selection.name,
+            is_few_step=few_step is not None,
+            has_guidance=few_step is None or not few_step.is_distilled,
+        )
+
+    # From a request to jobs
+
+    @torch.inference_mode()
+    def plan(self, generation: Generation) -> list[tuple[BatchKey, ImageJob]]:
+        """Return the batch key and the job of each image; raise `PromptError` for an unknown class."""
+        class_id = -1 if generation.class_label is None else find_class(generation.class_label, self._class_names())
+        condition = self._condition(generation.prompt, class_id)
+        negative = self._condition(generation.negative_prompt, -1)
+        key = BatchKey(
+            model=self.source.name,
+            expert=ANY_EXPERT,
+            steps=self.facts.steps if generation.steps is None else generation.steps,
+            guidance_scale=self._guidance_scale(generation, condition),
+            selection=self._selection(generation.selection),
+        )
+        jobs = [ImageJob(seed=seed, condition=condition, negative=negative) for seed in generation.seeds]
+        return [(replace(key, expert=self._draw_expert(job, key.selection)), job) for job in jobs]
+
+    def _class_names(self) -> Sequence[str]:
+        return self.pipeline.class_names or [str(k) for k in range(self.pipeline.num_classes)]
+
+    def _condition(self, prompt: str, class_id: int) -> Condition:
+        """Encode one prompt, on its own: among others its bits could differ. The last ones are kept."""
+        key = (prompt if prompt.strip() else "", class_id)
+        if key not in self._conditions:
+            if len(self._conditions) >= 1024:
+                self._conditions.pop(next(iter(self._conditions)))
+            self._conditions[key] = self.pipeline.condition(Prompts((class_id,), (key[0],)))
+        return self._conditions[key]
+
+    def _guidance_scale(self, generation: Generation, condition: Condition) -> float:
+        if not self.facts.has_guidance or bool(condition.is_null.all()):
+            return 1.0
+        scale = generation.guidance_scale
+        return self.source.sampling.guidance_scale if scale is None else scale
+
+    def _selection(self, name: str | None) -> SelectionConfig:
+        default = self.source.sampling.selection
+        if self.pipeline.ensemble.router is None:
+            return SelectionConfig(name="full")
+        return default if name in (None, default.name) else SelectionConfig(name=name)  # type: ignore[arg-type]
+
+    def _draw_expert(self, job: ImageJob, selection: SelectionConfig) -> int:
+        """Return the expert of a sticky image, and that of a model with one; else `ANY_EXPERT`."""
+        ensemble = self.pipeline.ensemble
+        if len(ensemble.experts) == 1:
+            return next(iter(ensemble.experts))
+        if selection.name != "sticky":
+            return ANY_EXPERT
+        return int(ensemble.init_routing([job.seed], job.condition, selection).gates.argmax())
+
+    # From jobs to latents
+
+    @torch.inference_mode()
+    def denoise(self, key: BatchKey, jobs: Sequence[ImageJob], preview: Preview | None = None) -> list[Latents]:
+        """Return the clean latents of each image, one row each; one by one if the experts' rows are not independent."""
+        ensemble, seeds = self._ensemble(key), [job.seed for job in jobs]
+        if len(jobs) > 1 and not all(map(_has_independent_rows, ensemble.experts.values())):
+            return [latents for job in jobs for latents in self.denoise(key, [job], preview)]
+        condition = Condition.concatenate([job.condition for job in jobs])
+        negative = Condition.concatenate([job.negative for job in jobs])
+        routing = ensemble.init_routing(seeds, condition, key.selection)
+        guided = guided_velocity(ensemble, condition, routing, key.guidance_scale, negative=negative)
+
+        def noise(index: int) -> Latents:
+            return make_noise(seeds, self.pipeline.codec.latent_shape, index)
+
+        def velocity(noised: Latents, t: torch.Tensor) -> Latents:
+            slope = guided(noised, t)
+            if preview is not None:
+                preview(to_clean("velocity", slope, noised, t, ensemble.noise_schedule))
+            return slope
+
+        initial = ensemble.initial_latents(noise, condition, routing)
+        if (few_step := ensemble.few_step) is None:
+            clean = SOLVERS[self.source.sampling.solver](velocity, initial, uniform_times(key.steps))
+        else:
+            clean = sample_few_step(velocity, initial, few_step, ensemble.noise_schedule, lambda step: noise(1 + step))
+        return list(torch.split(clean, 1))
+
+    def _ensemble(self, key: BatchKey) -> Ensemble:
+        """Return the experts of a batch, and a router that knows no others, so that a sticky image keeps its own."""
+        ensemble = self.pipeline.ensemble
+        ids = sorted(ensemble.experts) if key.expert == ANY_EXPERT else [key.expert]
+        return replace(ensemble, experts={k: self._expert(k) for k in ids}, router=self._exact_router())
+
+    def _expert(self, k: int) -> ExpertModel:
+        if k not in self._experts:
+            expert = self.pipeline.ensemble.experts[k]
+            if not (expert.needs_cache or expert.has_draft):
+                expert = ExactExpert.measure(expert, self.pipeline.ensemble.noise_schedule, 2 * self.max_images)
+            self._experts[k] = expert
+        return self._experts[k]
+
+    def _exact_router(self) -> ExactRouter | None:
+        router = self.pipeline.ensemble.router
+        if self._router is None and router is not None:
+            self._router = ExactRouter.measure(router, self.pipeline.codec.latent_shape, 2 * self.max_images)
+        return self._router
+
+    # From latents to files
+
+    @torch.inference_mode()
+    def decode(self, latents: Sequence[Latents], formats: Sequence[tuple[OutputFormat, int]]) -> list[bytes]:
+        """Return each image as a file of its format and quality."""
+        rows = torch.cat(list(latents))
+        if self._decoder_rows is None:
+            noised = make_noise(range(self.max_images), self.pipeline.codec.latent_shape)
+            self._decoder_rows = find_row_counts(lambda index: self.pipeline.codec.decode(noised[index]), len(noised))
+
+        def call(index: RowIds) -> torch.Tensor:
+            return self.pipeline.codec.decode(rows[index]).float()
+
+        if self._decoder_rows:
+            images = call_rows(call, torch.arange(len(rows)), self._decoder_rows)
+        else:
+            images = torch.cat([call(torch.tensor([row])) for row in range(len(rows))])
+        pixels = to_bytes(images)
+        return [_encode(each, *form) for each, form in zip(pixels, formats, strict=True)]
+
+
+def _has_independent_rows(expert: ExpertModel) -> bool:
+    return isinstance(expert, ExactExpert) and bool(expert.row_counts)
+
+
+def _encode(pixels: Pixels, output_format: OutputFormat, quality: int) -> bytes:
+    """Return an image file; equal pixels give equal bytes."""
+    buffer = io.BytesIO()
+    options = {} if output_format == "png" else {"quality": quality}
+    to_image(pixels).save(buffer, format=output_format.upper(), **options)
+    return buffer.getvalue()

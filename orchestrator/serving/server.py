@@ -1,0 +1,54 @@
+"""Run the service: open its models, listen, and end with everything that was started."""
+
+import socket
+from collections.abc import Sequence
+
+import torch
+import uvicorn
+from rich.console import Console
+
+from orchestrator.errors import ConfigError
+from orchestrator.serving.app import create_app
+from orchestrator.serving.backend import LocalBackend
+from orchestrator.serving.config import ServiceConfig
+from orchestrator.serving.keys import ApiKeys
+from orchestrator.serving.sources import find_sources
+
+KEEP_ALIVE_S = 30
+DRAIN_S = 5
+"""How long open requests may take after the service was interrupted."""
+
+
+def run_service(names: Sequence[str], config: ServiceConfig, console: Console) -> None:
+    """Serve models until the process is interrupted; raises `ConfigError` for an address that is not free."""
+    keys = ApiKeys() if config.key_file is None else ApiKeys.read(config.key_file)
+    sources = find_sources(names)
+    with _listen(config.host, config.port) as listener:
+        torch.set_num_threads(config.batching.threads)
+        backend = LocalBackend(sources, config.batching)
+        host, port = listener.getsockname()[:2]
+        console.print(
+            f"{', '.join(backend.facts)}: http://{f'[{host}]' if ':' in host else host}:{port}/v1 (its page: /docs)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(backend, config, keys),
+                log_level="warning",
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=DRAIN_S,
+            )
+        )
+        server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; raise `ConfigError` if the address is not free or not of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another --port, or --host"
+        ) from error

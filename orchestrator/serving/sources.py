@@ -1,0 +1,37 @@
+"""Find the models of a service: finished runs, and folders of ensembles."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ensemble.config import SamplingConfig
+from orchestrator.errors import ConfigError
+from orchestrator.reporting.results import find_pipeline, resolve_selection, verify_pipeline
+from orchestrator.run.run_folder import RunFolder
+from orchestrator.serving.model import ModelSource
+
+
+def find_sources(names: Sequence[str]) -> list[ModelSource]:
+    """Return the model of each `RUN`, `FOLDER` or `NAME=FOLDER`, after its checksums are verified.
+
+    A run's model has its sampling settings, a folder's the defaults. Raises `ConfigError` for two of one name, and
+    `RunFolderError` or an `ArtifactError` for folders that are neither, unfinished or damaged.
+    """
+    sources: dict[str, ModelSource] = {}
+    for text in names:
+        name, _, folder = text.rpartition("=")
+        path = Path(folder).expanduser().resolve()
+        source = _find(name or path.name, path)
+        if source.name in sources:
+            raise ConfigError(f"two models are named {source.name}; name one of them: OTHER_NAME={folder}")
+        sources[source.name] = source
+    return list(sources.values())
+
+
+def _find(name: str, path: Path) -> ModelSource:
+    if not (path / "config.yaml").is_file():
+        return ModelSource(name=name, folder=verify_pipeline(path), sampling=SamplingConfig())
+    run = RunFolder(path)
+    sampling = run.load_config().ensemble
+    sampling = replace(sampling, selection=resolve_selection(run, sampling.selection), reflection=None)
+    return ModelSource(name=name, folder=find_pipeline(run, monolith=False), sampling=sampling)
