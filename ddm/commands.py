@@ -75,8 +75,8 @@ def compress(path: str | os.PathLike[str], *overrides: str, console: Console | N
     run whose settings another user wrote: look at it with `ddm resume`, which can trust it.
     """
     from orchestrator.cli.compress import with_compression
-    from orchestrator.cli.sample import find_pipeline
     from orchestrator.config.stage_kinds import COMPRESSION_KINDS
+    from orchestrator.reporting.results import find_pipeline
     from orchestrator.run.trust import require_trust
 
     finished = Run(path)

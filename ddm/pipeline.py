@@ -12,8 +12,8 @@ from ensemble.config import SamplingConfig
 from ensemble.pipeline_folder import INDEX, PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.pipelines.schedulers import SOLVER_SCHEDULERS
-from orchestrator.cli.sample import find_pipeline, resolve_selection
 from orchestrator.config.schema import RunConfig
+from orchestrator.reporting.results import find_pipeline, resolve_selection
 from orchestrator.run.run_folder import RunFolder
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ddm_core.artifacts import read_manifest
-from orchestrator.cli.sample import find_pipeline
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Stage
-from orchestrator.reporting.results import current_graph, load_score_rows
+from orchestrator.reporting.results import current_graph, find_pipeline, load_score_rows
 from orchestrator.reporting.tables.ranking import ScoreRow
 from orchestrator.run.run_folder import RunFolder
 

@@ -82,8 +82,8 @@ def _score_ensemble(run: Any, ensemble: Path, row: str) -> str:
 
 def _open_finished(run: Path) -> Any:
     """Return the folder of a finished run that can be written; raises before anything heavy is imported."""
-    from orchestrator.cli.sample import find_pipeline
     from orchestrator.planning.checks.check import check_folder
+    from orchestrator.reporting.results import find_pipeline
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(run.expanduser())

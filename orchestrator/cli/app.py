@@ -292,7 +292,7 @@ def compress(
     trust: Trust = False,
 ) -> None:
     """Make a smaller or faster ensemble and score it. The original ensemble is kept."""
-    from orchestrator.cli.sample import find_pipeline
+    from orchestrator.reporting.results import find_pipeline
     from orchestrator.run.trust import require_trust
 
     if budget and ensemble:

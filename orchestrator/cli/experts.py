@@ -84,11 +84,11 @@ def finetune(
     trust: Annotated[bool, typer.Option("--trust", help="Use the settings of a run that someone else wrote")] = False,
 ) -> None:
     """Train a LoRA adapter of every chosen expert on images, each alone, as stages of the run; its experts stay."""
-    from orchestrator.cli.sample import find_pipeline
     from orchestrator.config.finetune import FinetuneConfig
     from orchestrator.controller import run_pipeline
     from orchestrator.errors import RunFailed
     from orchestrator.planning.checks.check import check_folder
+    from orchestrator.reporting.results import find_pipeline
     from orchestrator.run.run_folder import RunFolder
     from orchestrator.run.trust import require_trust
 

@@ -23,13 +23,12 @@ from ensemble.pipeline import EnsemblePipeline
 from ensemble.pipeline_folder import INDEX
 from experts.conditions.text_encoder import TextEncoder
 from experts.expert import Expert
-from orchestrator.cli.sample import find_pipeline, verify_pipeline
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.graph import FROM_ENSEMBLE, build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.pipeline.stage_inputs import cluster_folders
-from orchestrator.reporting.results import current_graph
+from orchestrator.reporting.results import current_graph, find_pipeline, verify_pipeline
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.trust import require_plain_files

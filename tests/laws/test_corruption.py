@@ -12,10 +12,9 @@ from data_partition.errors import ShardError
 from data_partition.shards.shards import read_encoded
 from ddm_core.artifacts import MANIFEST, ArtifactError, CorruptArtifact, list_files, read_manifest, to_jsonable, verify
 from experts.training.checkpoint import DamagedCheckpoint, restore_checkpoint, save_checkpoint
-from orchestrator.cli.sample import find_pipeline
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
-from orchestrator.reporting.results import load_score_rows
+from orchestrator.reporting.results import find_pipeline, load_score_rows
 from orchestrator.run.backend import Job
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.worker import execute

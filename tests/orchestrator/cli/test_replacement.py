@@ -7,10 +7,10 @@ import pytest
 from data_partition.config import PartitionConfig
 from ddm_core.artifacts import publish
 from orchestrator.cli.replacement import check_replacement, list_differences
-from orchestrator.cli.sample import find_pipeline
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.graph import build_graph
+from orchestrator.reporting.results import find_pipeline
 from orchestrator.run.run_folder import RunFolder
 
 OTHER = PartitionConfig(seed=1)

@@ -5,9 +5,9 @@ from typer.testing import CliRunner
 
 from ddm_core.artifacts import CorruptArtifact, publish
 from orchestrator.cli.app import app
-from orchestrator.cli.sample import verify_pipeline
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import RunFolderError
+from orchestrator.reporting.results import verify_pipeline
 from orchestrator.run.run_folder import RunFolder
 
 

@@ -6,12 +6,11 @@ from typing import get_args
 
 import pytest
 
-from orchestrator.cli.sample import find_pipeline
 from orchestrator.config.schema import RunConfig, ScoresConfig
 from orchestrator.pipeline import graph as graph_module
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import remove_stage
-from orchestrator.reporting.results import current_graph, load_score_rows
+from orchestrator.reporting.results import current_graph, find_pipeline, load_score_rows
 from orchestrator.sweeps.trial import is_run_finished
 from router.config import RouterConfig, SelectionConfig, SelectionName, selection_label
 from tests.orchestrator.sweeps.fake_sweep import build_fake_trial

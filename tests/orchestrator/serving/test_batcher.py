@@ -46,7 +46,7 @@ def test_every_job_has_one_answer_from_a_batch_of_its_key(arrivals, max_jobs):
     assert all(arrivals[job][1] == key for key, jobs in batches for job in jobs)
 
 
-def test_jobs_gather_while_a_batch_runs_and_one_that_left_never_runs():
+def test_jobs_gather_during_a_batch_and_one_that_left_never_runs():
     batches, gate = [], asyncio.Event()
 
     async def run(key: str, jobs: Sequence[int]) -> Sequence[int]:
