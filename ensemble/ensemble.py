@@ -22,6 +22,7 @@ from experts.diffusion.noise_schedule import NoiseSchedule, expand
 from experts.expert_model import ExpertModel
 from experts.types import NoiseSource
 from router.config import SelectionConfig
+from router.router import Router
 from router.selection import get_selection
 
 Latents = Float[Tensor, "batch *latent"]
@@ -102,6 +103,8 @@ class Ensemble:
                 f"router and ensemble must share a noise schedule; the router was trained on {schedule.name}, "
                 f"the ensemble uses {self.noise_schedule.name}; use that of the router"
             )
+        if isinstance(self.router, Router) and self.router.reads_experts:
+            object.__setattr__(self, "router", replace(self.router, experts=self.experts))
 
     @property
     def num_experts(self) -> int:

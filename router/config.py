@@ -22,7 +22,7 @@ SelectionName = Literal[
     "sticky_resample",
     "coupled_resample",
 ]
-RouterKind = Literal["mlp", "transformer", "prior_table", "nearest_centroid", "density_ratio"]
+RouterKind = Literal["mlp", "transformer", "prior_table", "nearest_centroid", "density_ratio", "density"]
 AUTO: Final = "auto"
 """Placeholder for the best selection of a run's `selection_search` stage."""
 
@@ -33,7 +33,8 @@ class RouterConfig:
 
     kind: RouterKind = "mlp"
     """`mlp` takes flattened latents, `transformer` takes tokens of them. `density_ratio` has a small network for each
-    expert, so that experts can be added and removed. `nearest_centroid` and `prior_table` train no network."""
+    expert, so that experts can be added and removed. `nearest_centroid` and `prior_table` train no network,
+    and neither does `density`, which compares the losses of the experts themselves."""
     width: Annotated[int, Field(ge=8)] = 128
     """Features of every hidden layer."""
     depth: Annotated[int, Field(ge=1)] = 2
@@ -44,6 +45,8 @@ class RouterConfig:
     """Number of tokens that the transformer divides flattened latents into."""
     noise_schedule: NoiseScheduleName = "rectified_flow"
     """Noise schedule of the ensemble."""
+    draws: Annotated[int, Field(ge=2, multiple_of=2)] = field(default=8, metadata=UNHASHED_IF_DEFAULT)
+    """Calls of every expert for one evaluation of the router `density`."""
     calibrate: bool = True
     """Whether temperatures are fitted on one half of the held-out samples; quality is measured on the other half."""
     training: TrainingConfig = TrainingConfig(t_std=1.4)

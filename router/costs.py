@@ -10,6 +10,7 @@ from router.calibration.time_bins import BINS
 from router.config import RouterConfig, RouterKind
 from router.models.density_ratio import divide_batch
 from router.models.nearest_centroid import MOMENT_ROWS
+from router.quality import MAX_IMAGES
 
 
 def _full_batch_rows(config: RouterConfig, _num_experts: int) -> int:
@@ -30,6 +31,7 @@ GRADIENT_ROWS: Final[dict[RouterKind, Callable[[RouterConfig, int], int]]] = {
     "prior_table": _zero_rows,
     "nearest_centroid": _zero_rows,
     "density_ratio": _head_batch_rows,
+    "density": _zero_rows,
 }
 
 
@@ -39,14 +41,19 @@ def count_gradient_rows(config: RouterConfig, num_experts: int) -> int:
 
 
 def is_calibrated(config: RouterConfig) -> bool:
-    """Return whether temperatures are fitted: not for `prior_table`, and not if only samples of experts are given."""
-    return config.calibrate and config.kind != "prior_table" and config.data == "real"
+    """Return whether temperatures are fitted: not for tables, and not if only samples of experts are given."""
+    return config.calibrate and config.kind not in ("prior_table", "density") and config.data == "real"
 
 
 def count_forward_rows(config: RouterConfig) -> int:
     """Return the number of rows for temperatures, scales and moments; a covariance row counts as one, at most."""
     calibration = 2 * BINS * ROWS_PER_BIN if is_calibrated(config) else 0
     return calibration + (MOMENT_ROWS + BINS * ROWS_PER_BIN if config.kind == "nearest_centroid" else 0)
+
+
+def max_quality_images(config: RouterConfig, num_experts: int) -> int:
+    """Return the most held-out images that quality is measured on: fewer where a row calls the experts."""
+    return max(1, MAX_IMAGES // (config.draws * num_experts)) if config.kind == "density" else MAX_IMAGES
 
 
 def text_prior_cost(samples: int, pooled_width: int, num_classes: int, num_experts: int) -> float:

@@ -79,9 +79,9 @@ def calibration_split(held_out: LatentDataset) -> tuple[LatentDataset, LatentDat
 
 
 @torch.no_grad()
-def measure_quality(router: Router, holdout: LatentDataset) -> Quality:
+def measure_quality(router: Router, holdout: LatentDataset, max_images: int = MAX_IMAGES) -> Quality:
     """Measure cross-entropy, accuracy and calibration in ten bins of t on held-out latents; deterministic."""
-    stride = -(-len(holdout) // MAX_IMAGES)
+    stride = -(-len(holdout) // max_images)
     subset = holdout.select(torch.arange(0, len(holdout), stride))
     counts = router.prior_counts
     by_class = torch.cat([counts[:-1], counts[-1:] - counts[:-1].sum(0, keepdim=True)])

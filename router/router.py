@@ -1,5 +1,6 @@
 """The router: the posterior p(k | noised, t, condition) from a network, and the prior p(k | condition)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text, load_null_text, set_null_text
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
+from experts.expert_model import ExpertModel
 from experts.networks.model_io import load_model, save_model
 from router.calibration.temperature import Temperatures, apply_temperature, unit_temperatures
 from router.calibration.text_prior import TextPrior
 from router.calibration.time_bins import BINS
+from router.models.density import DensityRouter
 from router.models.registry import IMPORTED_ROUTERS, READS_TEXT, ROUTERS, call_router
 
 Latents = Float[Tensor, "batch *latent"]
@@ -39,6 +42,8 @@ class Router:
     """Divisors of the network's logits, as a function of t."""
     text_prior: TextPrior | None = None
     """p(k | text) for rows with a text; None for data without text."""
+    experts: Mapping[int, ExpertModel] | None = None
+    """Those whose losses the kind `density` reads; an `Ensemble` passes its own. None gives the prior."""
 
     @property
     def num_experts(self) -> int:
@@ -50,6 +55,11 @@ class Router:
         """Return the number of classes of the condition; 0 without labels."""
         return self.prior_counts.shape[0] - 1
 
+    @property
+    def reads_experts(self) -> bool:
+        """Return whether its logits need the experts."""
+        return isinstance(self.model, DensityRouter)
+
     def logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
         """Return log p(k | noised, t, condition) up to a constant per row; a null condition gives p(k | noised, t)."""
         return apply_temperature(self.uncalibrated_logits(noised, t, condition), self.temperatures, t, condition)
@@ -57,6 +67,8 @@ class Router:
     def uncalibrated_logits(self, noised: Latents, t: Times, condition: Condition) -> Logits:
         """Return the logits of the network, without temperatures."""
         logits = call_router(self.model, noised, t, condition, self.num_classes)
+        if isinstance(self.model, DensityRouter) and self.experts:
+            logits = logits + self.model.log_densities(self.experts, noised, t, condition, self.noise_schedule)
         if self.text_prior is None or condition.text is None or isinstance(self.model, READS_TEXT):
             return logits
         table = self.model.get_buffer("log_prior")[condition.embedding_index(self.num_classes)]

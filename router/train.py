@@ -1,6 +1,6 @@
 """Train a router: the only trainer that uses all clusters, in parallel with the experts and without them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -16,6 +16,7 @@ from experts.conditions.condition import Condition
 from experts.conditions.null_text import set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
+from experts.expert_model import ExpertModel
 from experts.training.encode import encode_latents, read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops
 from experts.training.held_out import check_classes
@@ -24,8 +25,9 @@ from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
 from router.calibration.text_prior import fit_text_prior
 from router.config import RouterConfig, RouterKind
-from router.costs import count_gradient_rows, is_calibrated, text_prior_cost, training_cost
+from router.costs import count_gradient_rows, is_calibrated, max_quality_images, text_prior_cost, training_cost
 from router.expert_samples import ExpertSamples
+from router.models.density import fit_density
 from router.models.density_ratio import fit_density_ratio
 from router.models.nearest_centroid import fit_nearest_centroid
 from router.models.prior_table import fit_prior_table
@@ -74,11 +76,13 @@ def train_router(
     workspace: Workspace,
     num_classes: int | None = None,
     expert_samples: Path | None = None,
+    experts: Mapping[int, ExpertModel] | None = None,
 ) -> RouterSummary:
     """Train on the samples of all clusters; write the router's folder, its metrics and its quality to `out`.
 
     Cluster k is the k-th of `clusters` and of `holdouts`; `num_classes` None uses the number in the shards. With
     `expert_samples`, a folder of latents from the experts, `clusters` may be empty: only quality uses real samples.
+    `experts` are those of the kind `density`, which alone needs them.
     """
     if expert_samples is None and len(clusters) != len(holdouts):
         raise ValueError(
@@ -98,7 +102,7 @@ def train_router(
     if samples is not None:
         config, counts = replace(config, data="samples"), samples.prior_counts
     extra_flops = text_flops([*clusters, *holdouts])
-    return fit_router(config, dataset, holdout, out, workspace, counts, extra_flops)
+    return fit_router(config, dataset, holdout, out, workspace, counts, extra_flops, experts)
 
 
 def fit_network(
@@ -122,6 +126,7 @@ FIT_FUNCTIONS: Final[dict[RouterKind, Callable[[RouterConfig, LatentDataset, Ten
     "prior_table": fit_prior_table,
     "nearest_centroid": fit_nearest_centroid,
     "density_ratio": fit_density_ratio,
+    "density": fit_density,
 }
 
 
@@ -133,6 +138,7 @@ def fit_router(
     workspace: Workspace,
     counts: Float[Tensor, "condition expert"],
     extra_flops: float = 0.0,
+    experts: Mapping[int, ExpertModel] | None = None,
 ) -> RouterSummary:
     """Train on latents, `counts` laid out as `Router.prior_counts`; write the router's folder, metrics and quality.
 
@@ -144,6 +150,7 @@ def fit_router(
         noise_schedule=NOISE_SCHEDULES[config.noise_schedule],
         prior_counts=counts,
         text_prior=fit_text_prior(dataset, counts.shape[1], len(counts) - 1),
+        experts=experts,
     )
     quality_half, calibration_half = calibration_split(holdout)
     if is_calibrated(config) and len(calibration_half):
@@ -160,7 +167,7 @@ def fit_router(
         images=len(dataset),
         parameters=count_parameters(fitted.model),
         final_loss=fitted.rows[-1]["loss"] if fitted.rows else None,
-        quality=measure_quality(router, quality_half),
+        quality=measure_quality(router, quality_half, max_quality_images(config, num_experts)),
     )
     write_rows(out / "metrics.jsonl", fitted.rows)
     write_json(out / "training.json", summary)

@@ -125,6 +125,11 @@ class RunConfig:
                 f"router.data=samples draws no texts, and experts with text={self.text.kind} read some; set "
                 "router.data=real, or text=none"
             )
+        if self.router.kind == "density" and self.router.data == "samples":
+            raise ValueError(
+                "router.kind=density trains on nothing, and router.data=samples generates latents to train on; set "
+                "router.data=real, or another kind"
+            )
         batches = {
             "expert": batch // experts,
             "monolith": batch,

@@ -7,9 +7,9 @@ dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 �
 `distill`, `accelerate`, `prune`, `quantize` and `stitch` follow the original ensemble in this order. Each produces a
 compressed ensemble with its own score and timing.
 The baselines `cluster_conditioned` and `distilled_monolith` are built like the monolith. The second one also reads the
-experts. A router with `data=samples` reads `expert_samples`, which the experts generate. The selection `auto` adds a
-`selection_search` between the ensemble and its score. `ddm finetune` adds `adapter_images`, and an `adapter_<k>` for
-each chosen expert.
+experts. A router with `data=samples` reads `expert_samples`, which the experts generate; the router `density` reads
+the experts. The selection `auto` adds a `selection_search` between the ensemble and its score. `ddm finetune` adds
+`adapter_images`, and an `adapter_<k>` for each chosen expert.
 """
 
 from collections import deque
@@ -102,14 +102,17 @@ class _GraphBuilder:
     def _add_ensemble(self) -> dict[str, Input]:
         """Add experts, router, ensemble, scores and compressions; return the trained models by role."""
         trained: dict[str, Input] = {}
-        has_router, router_data = self.num_experts > 1, self.config.router.data
-        if has_router and router_data == "real":
-            trained["router"] = self._add_router("clusters", self._partition_part("latents"))
+        has_router, router = self.num_experts > 1, self.config.router
+        clusters = {"clusters": self._partition_part("latents")}
+        if has_router and router.data == "real" and router.kind != "density":
+            trained["router"] = self._add_router(clusters)
         experts = {f"expert_{k}": self._add_expert(k) for k in range(self.num_experts)}
-        if has_router and router_data == "samples":
+        if has_router and router.kind == "density":
+            trained["router"] = self._add_router(clusters | experts)
+        elif has_router and router.data == "samples":
             inputs = experts | {"partition": self.partition}
             samples = self._add("expert_samples", self.stage_configs.expert_samples, inputs)
-            trained["router"] = self._add_router("expert_samples", Input(stage=samples))
+            trained["router"] = self._add_router({"expert_samples": Input(stage=samples)})
         trained |= experts
         inputs = {"codec": self.codec, "shards": self.shards} | self.text | trained
         ensemble = self._add("ensemble", EnsembleStageConfig(expert_ids=tuple(range(self.num_experts))), inputs)
@@ -173,8 +176,8 @@ class _GraphBuilder:
         inputs = {"ensemble": Input(stage=ensemble), "reference": self.reference} | self.weak
         return Input(stage=self._add("selection_search", self.stage_configs.selection_search, inputs))
 
-    def _add_router(self, role: str, data: Input) -> Input:
-        inputs = {"codec": self.codec, role: data, "holdouts": self._partition_part("holdout_latents")}
+    def _add_router(self, data: dict[str, Input]) -> Input:
+        inputs = {"codec": self.codec, **data, "holdouts": self._partition_part("holdout_latents")}
         return Input(stage=self._add("router", self.config.router, inputs))
 
     def _add_expert(self, k: int) -> Input:

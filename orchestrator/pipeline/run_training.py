@@ -89,7 +89,10 @@ def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Works
     """Train the router on the latents of all clusters, or on latents that the experts generated."""
     clusters = cluster_folders(inputs["clusters"]) if "clusters" in inputs else []
     holdouts, samples = cluster_folders(inputs["holdouts"]), inputs.get("expert_samples")
-    return train_router(config, clusters, inputs["codec"], holdouts, out, workspace, expert_samples=samples).flops
+    experts = {k: Expert.load(folder) for k, folder in experts_by_id(inputs).items()}
+    return train_router(
+        config, clusters, inputs["codec"], holdouts, out, workspace, expert_samples=samples, experts=experts
+    ).flops
 
 
 def run_monolith(config: MonolithStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

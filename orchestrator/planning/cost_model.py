@@ -36,8 +36,8 @@ from orchestrator.planning.dry_run import ExtractorCost
 from orchestrator.planning.sampling_calls import CallsPerImage, calls_per_image, most_expensive
 from router.calibration.time_bins import BINS
 from router.config import RouterConfig
-from router.costs import count_forward_rows, count_gradient_rows, text_prior_cost, training_cost
-from router.quality import MAX_IMAGES, NOISES_PER_IMAGE
+from router.costs import count_forward_rows, count_gradient_rows, max_quality_images, text_prior_cost, training_cost
+from router.quality import NOISES_PER_IMAGE
 
 UNKNOWN = Work(flops=None, parts=None)
 
@@ -201,7 +201,8 @@ def estimate_router(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> 
     training = Part(speed="router", count=rows)
     if facts.held_out is None:
         return Work(flops=flops, parts=(training,))
-    quality_rows = 2 * BINS * NOISES_PER_IMAGE * min(-(-facts.held_out // 2), MAX_IMAGES)
+    images = min(-(-facts.held_out // 2), max_quality_images(config, facts.num_experts))
+    quality_rows = 2 * BINS * NOISES_PER_IMAGE * images
     return Work(flops=flops, parts=(training, Part(speed="router_row", count=calibration_rows + quality_rows)))
 
 

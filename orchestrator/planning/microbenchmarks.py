@@ -114,6 +114,17 @@ class Networks:
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
+def _as_expert(model: nn.Module, probe: NetworkProbe) -> Expert:
+    return Expert(
+        model=model,
+        prediction=probe.expert.prediction,
+        noise_schedule=NOISE_SCHEDULES[probe.expert.noise_schedule],
+        latent_shape=probe.latent_shape,
+        num_classes=probe.num_classes,
+        cluster_id=0,
+    )
+
+
 def build_networks(probe: NetworkProbe) -> Networks:
     """Build the networks on the CPU; raises `NetworkError` if they do not fit the latents."""
     shape = probe.latent_shape
@@ -123,6 +134,7 @@ def build_networks(probe: NetworkProbe) -> Networks:
         model=build_router(probe.router, shape, probe.num_experts, probe.num_classes, null_text),
         noise_schedule=NOISE_SCHEDULES[probe.router.noise_schedule],
         prior_counts=torch.ones(probe.num_classes + 1, probe.num_experts),
+        experts=dict.fromkeys(range(probe.num_experts), _as_expert(expert, probe)),
     )
     row, t = torch.zeros(1, *shape), torch.full((1,), 0.5)
     router_flops = forward_flops(lambda: router.logits(row, t, Condition.null(1)))
@@ -212,14 +224,7 @@ def _random_latents(probe: NetworkProbe, count: int) -> LatentDataset:
 def _time_calls(networks: Networks, probe: NetworkProbe) -> dict[str, StageSpeed]:
     """Time rows through the expert and the router, as in sampling."""
     noise_schedule, device = NOISE_SCHEDULES[probe.expert.noise_schedule], check_device(probe.sampling_device)
-    expert = Expert(
-        model=networks.expert.eval(),
-        prediction=probe.expert.prediction,
-        noise_schedule=noise_schedule,
-        latent_shape=probe.latent_shape,
-        num_classes=probe.num_classes,
-        cluster_id=0,
-    ).to(device)
+    expert = _as_expert(networks.expert.eval(), probe).to(device)
     networks.router.model.eval()
     router = networks.router.to(device)
     noised = torch.randn(probe.sampling_rows, *probe.latent_shape, device=device)

@@ -5,6 +5,7 @@ mlp               cross-entropy                               a network on flatt
 transformer       cross-entropy                               a network on tokens of flattened latents
 density_ratio     each cluster against all data, separately   a small network per expert
 nearest_centroid  moments of the data, in closed form         distance to the centroids of the clusters
+density           counting                                    the losses of the experts
 prior_table       counting                                    none
 
 To add one, write its class and add it to `ROUTERS` and `BUILDERS`, and its training to `FIT_FUNCTIONS` in
@@ -20,6 +21,7 @@ from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text, set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from router.config import RouterConfig, RouterKind
+from router.models.density import DensityRouter
 from router.models.density_ratio import DensityRatioRouter
 from router.models.dit import DiTRouter
 from router.models.mlp import Latents, Logits, MLPRouter, Times
@@ -33,6 +35,7 @@ ROUTERS: Final[dict[RouterKind, type[nn.Module]]] = {
     "prior_table": PriorTableRouter,
     "nearest_centroid": NearestCentroidRouter,
     "density_ratio": DensityRatioRouter,
+    "density": DensityRouter,
 }
 
 IMPORTED_ROUTERS: Final[dict[str, type[nn.Module]]] = {"paris": DiTRouter}
@@ -55,6 +58,7 @@ BUILDERS: Final[dict[RouterKind, Builder]] = {
     "density_ratio": lambda config, shape, experts, classes, _pooled: DensityRatioRouter(
         shape, experts, classes, config.width, config.depth
     ),
+    "density": lambda config, _shape, experts, classes, _pooled: DensityRouter(experts, classes, config.draws),
 }
 READS_TEXT: Final = (MLPRouter, TransformerRouter)
 """Networks that take the pooled text; the others have a table of the prior by class, which `Router` replaces for rows

@@ -100,6 +100,13 @@ def test_router_does_not_depend_on_experts():
     assert {artifact.stage.kind for artifact in router.inputs.values()} == {"partition", "codec"}
 
 
+def test_router_density_reads_all_experts():
+    config = RunConfig(router=RouterConfig(kind="density"))
+    router = next(stage for stage in build_graph(config) if stage.kind == "router")
+    experts = {f"expert_{k}" for k in range(config.partition.num_experts)}
+    assert set(router.inputs) == experts | {"codec", "clusters", "holdouts"}
+
+
 def test_expert_batch_is_divided_by_k_with_equal_steps():
     config = RunConfig(monolith=True)
     graph = {stage.name: stage for stage in build_graph(config)}
