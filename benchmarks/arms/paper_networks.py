@@ -3,10 +3,11 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -28,7 +29,9 @@ from experts.training.trainer import fit
 
 COUNT = 4000
 """Samples of a mixture."""
-CLASSES = 10
+CLASSES, EXPERTS = 10, 4
+HELD_OUT = 6
+"""Every so-manieth digit is held out."""
 NETWORKS: dict[str, NetworkConfig] = {
     "dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=5),
     "mmdit": DiffusersConfig(
@@ -41,7 +44,18 @@ TRAINING = TrainingConfig(steps=600, batch_size=64, lr=2e-3, warmup_steps=30, ch
 
 @functools.cache
 def train_digits(kind: str, folder: Path) -> tuple[Expert, LatentDataset]:
-    """Train a network on scikit-learn's digits, by class, or for an MMDiT by a text of one token for each class."""
+    """Train a network on digits that are not held out, by class, or for an MMDiT by a text of one token a class."""
+    dataset = select_digits(kind, held_out=False)
+    num_classes = CLASSES if dataset.null_text is None else 0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_network(NETWORKS[kind], (1, 8, 8), num_classes, dataset.null_text)
+    expert = _fit(model, dataset, num_classes, TRAINING, folder / kind)
+    return expert, dataset
+
+
+def select_digits(kind: str, *, held_out: bool) -> LatentDataset:
+    """Return every sixth of scikit-learn's digits, which no network here is trained on, or all others."""
     data, null_text = load_digits(), TextEmbedding.zeros(1, CLASSES, CLASSES)
     has_text, count = kind == "mmdit", len(data.target)
     class_id = torch.tensor(data.target)
@@ -60,12 +74,32 @@ def train_digits(kind: str, folder: Path) -> tuple[Expert, LatentDataset]:
         cluster_id=torch.zeros(count, dtype=torch.int64),
         captions=captions if has_text else None,
     )
-    num_classes = 0 if has_text else CLASSES
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_network(NETWORKS[kind], (1, 8, 8), num_classes, null_text if has_text else None)
-    expert = _fit(model, dataset, num_classes, TRAINING, folder / kind)
-    return expert, dataset
+    return dataset.select(((torch.arange(count) % HELD_OUT == 0) == held_out).nonzero().squeeze(1))
+
+
+def train_experts(folder: Path) -> tuple[dict[int, Expert], LatentDataset, LatentDataset]:
+    """Train four experts on digits clustered by k-means on pixels; return them, the data and the held-out data.
+
+    The batch is divided by the number of experts, and the classes are not a condition.
+    """
+    parts = [select_digits("dit", held_out=held_out) for held_out in (False, True)]
+    means = KMeans(EXPERTS, n_init=4, random_state=0).fit(parts[0].clean.flatten(1))
+    data, held_out = (
+        replace(
+            part,
+            class_id=torch.full_like(part.class_id, -1),
+            cluster_id=torch.tensor(means.predict(part.clean.flatten(1))).long(),
+        )
+        for part in parts
+    )
+    training, experts = replace(TRAINING, batch_size=TRAINING.batch_size // EXPERTS), dict[int, Expert]()
+    for k in range(EXPERTS):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = build_network(NETWORKS["dit"], data.latent_shape, 0)
+        cluster = data.select((data.cluster_id == k).nonzero().squeeze(1))
+        experts[k] = _fit(model, cluster, 0, training, folder / f"expert_{k}")
+    return experts, data, held_out
 
 
 def _fit(
