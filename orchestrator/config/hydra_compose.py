@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,9 @@ def swept_keys(overrides: Sequence[str]) -> set[str]:
     return {override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()}
 
 
+@cache
 def register_defaults() -> None:
-    """Register the defaults of all dataclasses with Hydra, so that YAML files contain only differences.
+    """Register the defaults of all dataclasses with Hydra once, so that YAML files contain only differences.
 
     The network is omitted: its keys depend on its kind, so each file of the group `expert` lists them all.
     """

@@ -191,7 +191,7 @@ def test_compiled_network_reaches_the_same_loss(shards, tmp_path, pixels):
 
 
 @pytest.mark.slow
-def test_captions_of_shards_are_read_with_a_text_encoder(pixels, tmp_path):
+def test_captions_of_shards_are_read_with_a_text_encoder(pixels, one_thread, tmp_path, monkeypatch, capsys):
     writer, encoder = ShardWriter(tmp_path / "shards", 16), save_tiny_encoder(tmp_path / "encoder", "transformers")
     for number in range(20):
         image = np.full((4, 4, 1), 12 * number, np.uint8)
@@ -202,10 +202,16 @@ def test_captions_of_shards_are_read_with_a_text_encoder(pixels, tmp_path):
     text.save(tmp_path / "ensemble")
     config = CONFIG | {"training": {"steps": 4, "batch_size": 4}}
     arguments = command(tmp_path / "shards", tmp_path, tmp_path / "expert", config)
-    assert run_process([*arguments, "--text", str(tmp_path / "shards")]) == (
+    capsys.readouterr()
+
+    def run_here(*more):
+        monkeypatch.setattr(sys, "argv", [*arguments[2:], *more])
+        return main(), capsys.readouterr().err
+
+    assert run_here("--text", str(tmp_path / "shards")) == (
         1,
         f"--text {tmp_path / 'shards'} has no text_encoder.json; name the folder of an ensemble with text\n",
     )
-    assert run_process([*arguments, "--text", str(tmp_path / "ensemble")])[0] == 0
+    assert run_here("--text", str(tmp_path / "ensemble"))[0] == 0
     assert get_null_text(Expert.load(tmp_path / "expert").model).shape == (5, 8, 8)
-    assert "holds an expert of another configuration" in run_process(arguments)[1]
+    assert "holds an expert of another configuration" in run_here()[1]

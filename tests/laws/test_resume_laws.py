@@ -25,6 +25,7 @@ SMALL = (
     "router.training.steps=120",
     "router.training.checkpoint_every=20",
     "scores.num_samples=64",
+    "scores.spaces=[pixels]",
     "monolith=false",
     "wandb.mode=disabled",
     "compute.backoff_s=0",

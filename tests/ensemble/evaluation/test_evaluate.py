@@ -50,7 +50,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(root) -> Path:
-    build_dataset(DataConfig(source="digits", image_size=8), root / "data", Workspace.at(root / "work_data"))
+    build_dataset(DataConfig(source="digits", image_size=8, limit=900), root / "data", Workspace.at(root / "work_data"))
     return root / "data"
 
 
@@ -288,7 +288,7 @@ def test_evaluate_writes_scores_images_seeds_and_grid(pipeline, reference, parti
     assert list(scores.spaces) == [FEATURES, "pixels"]
     assert all(space.fd > space.codec.fd > space.floor.fd for space in scores.spaces.values())
     assert scores.spaces["pixels"].kid is None  # it does not get worse with the images
-    assert scores.held_out == 195
+    assert scores.held_out == 110
     assert sum(scores.cluster_shares) == pytest.approx(1)
     assert scores.num_samples == 150
     assert scores.selection == "sticky"

@@ -54,33 +54,30 @@ def text_pipeline(case):
     )
 
 
-@pytest.mark.parametrize("case", ["DiTTransformer2DModel", "FluxTransformer2DModel"])
-def test_exported_folder_samples_equally_without_us(case, tmp_path, pipe):
+def test_exported_folders_sample_equally_without_us(tmp_path, pipe):
+    text_pipe, prompts = text_pipeline("FluxTransformer2DModel"), text(1).rows(torch.zeros(8, dtype=torch.int64))
+    text_pipe.router.save = lambda folder: folder.mkdir()
+    inputs = {"prompt_embeds": prompts.sequence, "pooled_prompt_embeds": prompts.pooled}
+    inputs |= {f"negative_{name}": value * 0.5 for name, value in inputs.items()}
     arguments = {"seeds": SEEDS, "num_inference_steps": 3, "guidance_scale": 2.0}
-    inputs = {}
-    if case == "DiTTransformer2DModel":
-        labels = [0, 1] * 4
-        arguments["class_labels"] = labels
-    else:
-        pipe = text_pipeline(case)
-        pipe.router.save = lambda folder: folder.mkdir()
-        prompts = text(1).rows(torch.zeros(8, dtype=torch.int64))
-        inputs = {"prompt_embeds": prompts.sequence, "pooled_prompt_embeds": prompts.pooled}
-        inputs |= {f"negative_{name}": value * 0.5 for name, value in inputs.items()}
-    expected = pipe(**arguments, **inputs).latents
-    export_pipeline(pipe, tmp_path / "exported")
+    classes = arguments | {"class_labels": [0, 1] * 4}
+    expected = {"classes": pipe(**classes).latents, "texts": text_pipe(**arguments, **inputs).latents}
+    export_pipeline(pipe, tmp_path / "classes")
+    export_pipeline(text_pipe, tmp_path / "texts")
     np.savez(tmp_path / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
     code = f"""
 import numpy as np, torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "exported")!r}, trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
 inputs = {{name: torch.from_numpy(value) for name, value in np.load({str(tmp_path / "inputs.npz")!r}).items()}}
-np.save({str(tmp_path / "out.npy")!r}, pipe(**{arguments!r}, **inputs, output_type="latent").images.numpy())
+for name, arguments in (("classes", {classes!r}), ("texts", {arguments!r} | inputs)):
+    pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r} + "/" + name, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    np.save({str(tmp_path)!r} + f"/{{name}}.npy", pipe(**arguments, output_type="latent").images.numpy())
 """
     done = run_without_us(code, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert np.abs(np.load(tmp_path / "out.npy") - expected.numpy()).max() < 1e-5
+    for name, latents in expected.items():
+        assert np.abs(np.load(tmp_path / f"{name}.npy") - latents.numpy()).max() < 1e-5, name
 
 
 def test_exported_code_runs_only_if_it_is_trusted(pipe, tmp_path):

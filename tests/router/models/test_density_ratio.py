@@ -42,9 +42,9 @@ def fit_router(dataset: LatentDataset, workspace: Workspace, steps: int, checkpo
 
 @pytest.mark.slow
 def test_heads_learn_log_ratios_and_together_the_posterior(workspace: Workspace) -> None:
-    dataset = make_dataset(5000)
-    router = fit_router(dataset, workspace, 600)
-    rows = torch.arange(0, 5000, 10)
+    dataset = make_dataset(4000)
+    router = fit_router(dataset, workspace, 400)
+    rows = torch.arange(0, 4000, 8)
     for t in (0.2, 0.5, 0.8):
         times = torch.full((500,), t)
         noised = RECTIFIED_FLOW.add_noise(dataset.clean[rows], torch.randn(500, 2), times)
