@@ -25,9 +25,11 @@ TINY = (
     "compute=inline",
     "data.limit=400",
     "expert.training.steps=40",
+    "expert.network.width=64",
     "router.training.steps=40",
     "scores.num_samples=64",
     "ensemble.steps=4",
+    "ensemble.solver=euler",
     "monolith=false",
 )
 
