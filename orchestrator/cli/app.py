@@ -154,11 +154,21 @@ def run(
 def status(
     run: RunArgument,
     all_experts: Annotated[bool, typer.Option("--all", help="List every expert, however many there are")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Keep the table up to date while the run goes on")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON")] = False,
 ) -> None:
     """Show the state and progress of every stage of a run."""
-    from orchestrator.reporting.status import status_table
+    from orchestrator.reporting.status import status_table, status_to_json, watch_status
 
-    console.print(status_table(_open_run(run), all_experts=all_experts))
+    folder = _open_run(run)
+    if as_json:
+        typer.echo(status_to_json(folder))
+    elif watch:
+        watch_status(folder, console, all_experts=all_experts)
+    else:
+        console.print(status_table(folder, all_experts=all_experts))
 
 
 @app.command()

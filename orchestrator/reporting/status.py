@@ -1,5 +1,6 @@
 """Status of a run, read from its folder alone, so that it works while another process or machine runs it."""
 
+import json
 import re
 import sys
 import time
@@ -11,7 +12,8 @@ from typing import Any
 
 import yaml
 from pydantic import FiniteFloat
-from rich.console import Group
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
@@ -98,6 +100,31 @@ def status_table(run: RunFolder, *, all_experts: bool = False) -> Group:
     costs = format_run_costs(run, attempts)
     note = f"{costs}\n`ddm status {run.root} --all` lists every expert" if shown != rows else costs
     return Group(Text(f"{run.root}: {_controller(run)}"), table, Text(note))
+
+
+def status_to_json(run: RunFolder) -> str:
+    """Return the controller and every stage of a run as JSON, for scripts."""
+    rows = load_status(run, build_graph(run.load_config()), load_all_attempts(run))
+    holder = read_holder(run)
+    controller = {"holder": str(holder), "is_alive": holder.is_alive} if holder else None
+    return json.dumps({"run": str(run.root), "controller": controller, "stages": to_jsonable(rows)}, indent=1)
+
+
+def watch_status(run: RunFolder, console: Console, *, all_experts: bool = False) -> None:
+    """Show the table every second while the controller lives; off a terminal, print it when a state has changed."""
+    shown: list[str] = []
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            table = status_table(run, all_experts=all_experts)
+            states = [row.state for row in load_status(run, build_graph(run.load_config()), load_all_attempts(run))]
+            if console.is_terminal:
+                live.update(table, refresh=True)
+            elif states != shown:
+                console.print(table)
+            shown, holder = states, read_holder(run)
+            if holder is None or not holder.is_alive:
+                return
+            time.sleep(1.0)
 
 
 def load_status(run: RunFolder, graph: Sequence[Stage], attempts: Sequence[Attempt]) -> list[StatusRow]:

@@ -1,18 +1,28 @@
 """Status, logs and report of a run with several experts: what they show, and what they import."""
 
 import io
+import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from benchmarks.large_runs import build_run
 from orchestrator.pipeline.graph import build_graph
+from orchestrator.reporting import status
 from orchestrator.reporting.page import write_report
-from orchestrator.reporting.status import describe_stage, load_status, merge_experts, status_table
+from orchestrator.reporting.status import (
+    describe_stage,
+    load_status,
+    merge_experts,
+    status_table,
+    status_to_json,
+    watch_status,
+)
 from orchestrator.run.attempts import load_all_attempts
 
 EXPERTS, ROWS = 40, 60
@@ -46,6 +56,22 @@ def test_status_of_many_experts_lists_all_on_request(run):
 @pytest.mark.parametrize("width", [40, 80])
 def test_status_keeps_within_the_terminal(run, width):
     assert max(map(len, printed(status_table(run, all_experts=True), width).splitlines())) <= width
+
+
+def test_status_as_json_is_that_of_the_table(run):
+    printed = json.loads(status_to_json(run))
+    rows = load_status(run, build_graph(run.load_config()), load_all_attempts(run))
+    assert [(stage["name"], stage["state"]) for stage in printed["stages"]] == [(row.name, row.state) for row in rows]
+    assert printed["controller"] is None
+
+
+def test_watch_prints_at_new_states_and_ends_with_the_controller(run, monkeypatch):
+    holders = iter([SimpleNamespace(is_alive=True)] * 4 + [None] * 2)
+    monkeypatch.setattr(status, "read_holder", lambda _run: next(holders))
+    monkeypatch.setattr(status.time, "sleep", lambda _seconds: None)
+    console = Console(file=io.StringIO(), width=80)
+    watch_status(run, console)
+    assert console.file.getvalue().count("36 experts") == 1 and next(holders, "none left") == "none left"
 
 
 def test_logs_show_settings_losses_and_time_left(run):
