@@ -26,10 +26,16 @@ def wheel(tmp_path_factory):
 
 def test_wheel_has_data_configuration_and_licenses(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("cluster_configs/experiment/demo.yaml", "orchestrator/reporting/page.html", "ddm_core/artifacts.py"):
+    for needed in (
+        "cluster_configs/experiment/demo.yaml",
+        "orchestrator/reporting/templates/page.html",
+        "orchestrator/ui/static/ui.js",
+        "ddm_core/artifacts.py",
+    ):
         assert needed in names
     assert [name for name in names if name.startswith("data_partition/fashion/") and name.endswith(".tar.gz")]
-    assert [name for name in names if name.endswith("LICENSE.fashion-mnist")]
+    for license_name in ("LICENSE.fashion-mnist", "htmx.LICENSE", "uPlot.LICENSE"):
+        assert [name for name in names if name.endswith(license_name)]
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 

@@ -36,16 +36,17 @@ class ClusterFacts:
     epochs: float | None
     """None while its expert is not finished."""
     picture: bytes | None
-    """PNG of some of its images; None for a cluster of middle size among many."""
+    """PNG of some of its images; None for a cluster of middle size among many, and without pictures."""
 
 
-def load_clusters(run: RunFolder, graph: Sequence[Stage]) -> list[ClusterFacts]:
-    """Return every cluster of the partition."""
+def load_clusters(run: RunFolder, graph: Sequence[Stage], *, with_pictures: bool = True) -> list[ClusterFacts]:
+    """Return every cluster of the partition; pictures take long."""
     by_name = {stage.name: stage for stage in graph}
     folder = run.artifact(by_name["partition"]) / "clusters"
     counts = [read_index(folder / str(k)).count for k in range(len(list(folder.iterdir())))]
     by_size, half = sorted(range(len(counts)), key=lambda k: -counts[k]), SHOWN_CLUSTERS // 2
     shown = {*by_size[:half], *by_size[-half:]} if len(counts) > SHOWN_CLUSTERS else set(by_size)
+    shown = shown if with_pictures else set()
     return [
         ClusterFacts(
             cluster_id=k,

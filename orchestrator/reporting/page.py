@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ddm_core.artifacts import to_jsonable, write_text
@@ -65,8 +65,15 @@ def write_report(run: RunFolder) -> Path:
 
 def render_page(page_facts: dict[str, Any]) -> str:
     """Return `page.html` with its facts filled in; everything but the charts is escaped."""
+    templates = create_templates()
+    return templates.get_template("page.html").render(**page_facts)
+
+
+def create_templates(*folders: tuple[str, str]) -> Environment:
+    """Return the report's templates and filters; further templates come from (package, folder)."""
+    packages = [*folders, ("orchestrator.reporting", "templates")]
     templates = Environment(
-        loader=PackageLoader("orchestrator.reporting", "."),
+        loader=ChoiceLoader([PackageLoader(package, folder) for package, folder in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -79,7 +86,7 @@ def render_page(page_facts: dict[str, Any]) -> str:
         "bytes": format_bytes,
         "audit_rows": audit_rows,
     }
-    return templates.get_template("page.html").render(**page_facts)
+    return templates
 
 
 def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[str, Any]:
@@ -95,12 +102,12 @@ def _page_facts(run: RunFolder, config: RunConfig, graph: list[Stage]) -> dict[s
         "points": points,
         "good": select_good(points),
         "max_kid": MAX_KID_RATIO,
-        "pareto_charts": _pareto_charts(points),
+        "pareto_charts": pareto_charts(points),
         "grids": _grids(run, graph, rows),
         "audits": facts.load_audits(run, graph),
         "surprising": SURPRISING,
         "attempts": attempts,
-        "timeline": _timeline(attempts) if attempts else None,
+        "timeline": draw_timeline(attempts) if attempts else None,
         "costs": merge_costs(costs),
         "total": total,
         **_run_facts(run, config, graph),
@@ -139,7 +146,7 @@ def _training_facts(run: RunFolder, graph: list[Stage]) -> dict[str, Any]:
         "loss_note": describe_extremes(losses),
         "damaged": name_some([*losses.damaged, *router_losses.damaged]),
         "router_loss_chart": _loss_chart(router_losses, "cross-entropy (nats)", "Training loss of the router by step"),
-        "router_charts": _router_charts(quality) if quality else [],
+        "router_charts": router_charts(quality) if quality else [],
         "flops": _flops_table(load_training_flops(run, graph)),
     }
 
@@ -221,7 +228,7 @@ def _loss_chart(losses: LossCurves, y_label: str, description: str) -> Markup | 
     return charts.themed(svg, description) if svg else None
 
 
-def _pareto_charts(points: list[CompressionPoint]) -> list[Markup]:
+def pareto_charts(points: list[CompressionPoint]) -> list[Markup]:
     """Return KID against bytes and against CPU time, each if any point has both."""
     front = pareto_front(points)
     labels = {"bytes": "bytes on disk", "cpu": "CPU time per image"}
@@ -229,7 +236,7 @@ def _pareto_charts(points: list[CompressionPoint]) -> list[Markup]:
     return [charts.themed(svg, f"KID against {label} of every ensemble") for label, svg in drawn.items() if svg]
 
 
-def _router_charts(quality: dict[str, Any]) -> list[Chart]:
+def router_charts(quality: dict[str, Any]) -> list[Chart]:
     """Return cross-entropy, accuracy and calibration over t, each with its floor.
 
     The floor of the first two is the prior, which is all that is known at t = 1; that of the third is chance.
@@ -292,7 +299,8 @@ def _over_t(bins: list[dict[str, float]], name: str) -> list[tuple[float, float]
     return [((row["t_low"] + row["t_high"]) / 2, row[name]) for row in bins]
 
 
-def _timeline(attempts: list[Attempt]) -> Markup:
+def draw_timeline(attempts: list[Attempt]) -> Markup:
+    """Draw when each attempt ran; many experts share a bar for each state."""
     first = min(attempt.start for attempt in attempts)
     experts = [attempt for attempt in attempts if is_expert(attempt.stage)]
     if len(experts) > MAX_EXPERTS:

@@ -1,5 +1,8 @@
 """Pictures of a run, by what they show; nothing is served by a path in an address."""
 
+from pathlib import Path
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -7,6 +10,7 @@ from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.ui.facts.catalog import require_inside
+from orchestrator.ui.facts.feature_map import load_map
 from orchestrator.ui.facts.samples import open_samples
 from orchestrator.ui.live import find_run, load_graph
 
@@ -39,6 +43,38 @@ def show_first_samples(request: Request, key: str, stage: str) -> Response:
     if not attempts:
         raise RunFolderError(f"{stage} has not started yet")
     return Response(require_inside(run, attempts[-1] / FIRST_SAMPLES).read_bytes(), media_type="image/png")
+
+
+@router.get("/run/{key}/cluster/{cluster}/{number}.png")
+def show_cluster_picture(request: Request, key: str, cluster: int, number: int) -> Response:
+    """Return one of the pictures of a cluster's wall."""
+    run = find_run(request, key).run
+    folder = run.artifact(find_stage(run, "partition")) / "clusters" / str(cluster)
+    require_shards(run, folder)
+    return Response(request.app.state.pictures.wall(folder, number), media_type="image/png", headers=KEPT)
+
+
+@router.get("/run/{key}/train/{row}.png")
+def show_training_picture(request: Request, key: str, row: int) -> Response:
+    """Return one picture of the training set."""
+    run = find_run(request, key).run
+    folder = run.artifact(find_stage(run, "dataset")) / "train"
+    require_shards(run, folder)
+    return Response(request.app.state.pictures.sample(folder, row), media_type="image/png", headers=KEPT)
+
+
+@router.get("/run/{key}/map.json")
+def show_map(request: Request, key: str) -> dict[str, Any]:
+    """Return the features of the data set in two dimensions."""
+    run = find_run(request, key).run
+    return load_map(run, load_graph(run))
+
+
+def require_shards(run: RunFolder, folder: Path) -> None:
+    """Raise `RunFolderError` unless every file of a folder of shards lies in the run folder."""
+    require_inside(run, folder / "index.json")
+    for path in folder.iterdir():
+        require_inside(run, path)
 
 
 def find_stage(run: RunFolder, name: str) -> Stage:

@@ -1,5 +1,6 @@
 """The web application of `ddm ui`, and its server."""
 
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,8 +17,12 @@ from orchestrator.errors import RunFolderError
 from orchestrator.ui import live, media, views
 from orchestrator.ui.access import Guard
 from orchestrator.ui.facts.catalog import RunCatalog
+from orchestrator.ui.facts.overview import FOREIGN, describe_foreign
+from orchestrator.ui.facts.pictures import PictureCache
 from orchestrator.ui.templating import create_templates
 from orchestrator.ui.watcher import RunWatcher
+
+log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 
@@ -31,13 +36,14 @@ def create_app(catalog: RunCatalog, token: str = "", *, watcher: RunWatcher | No
     """Return the application for these runs; with a token, viewers must enter it."""
     app = FastAPI(title="ddm ui", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.catalog, app.state.watcher, app.state.templates = catalog, watcher or RunWatcher(), create_templates()
+    app.state.pictures = PictureCache()
     app.include_router(views.router)
     app.include_router(live.router)
     app.include_router(media.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(Guard, token=token)
     handler: Any = _show_error
-    for kind in (DDMError, OSError, HTTPException):
+    for kind in (DDMError, OSError, HTTPException, *FOREIGN):
         app.add_exception_handler(kind, handler)
     return app
 
@@ -54,6 +60,9 @@ def _show_error(request: Request, error: Exception) -> Response:
     """Answer with the message of an error: a run folder may be damaged, foreign, or gone."""
     if isinstance(error, HTTPException):
         status, message = error.status_code, "There is no such page." if error.status_code == 404 else error.detail
+    elif isinstance(error, FOREIGN):
+        log.warning("%s", request.url.path, exc_info=error)
+        status, message = 500, describe_foreign(error)
     else:
         status, message = 404 if isinstance(error, RunFolderError | FileNotFoundError) else 500, str(error)
     if "text/html" not in request.headers.get("accept", ""):

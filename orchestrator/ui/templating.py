@@ -1,24 +1,22 @@
-"""Fill in the templates of the page; every value is escaped."""
+"""The templates of the page: its own and the report's sections; every value but the charts is escaped."""
 
+import re
 import time
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
+from markupsafe import Markup, escape
 
 from orchestrator.controller import project_version
-from orchestrator.reporting.costs import format_bytes
+from orchestrator.reporting.page import create_templates as create_report_templates
 from orchestrator.reporting.summary import format_duration
+
+COMMAND = re.compile("`([^`]+)`")
 
 
 def create_templates() -> Environment:
     """Return the templates with their filters."""
-    templates = Environment(
-        loader=PackageLoader("orchestrator.ui", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"duration": format_duration, "bytes": format_bytes, "ago": format_ago}
+    templates = create_report_templates(("orchestrator.ui", "templates"))
+    templates.filters |= {"ago": format_ago, "commands": mark_commands}
     templates.globals |= {"version": project_version(), "overview": None, "view": "runs"}
     return templates
 
@@ -28,4 +26,11 @@ def format_ago(moment: float, now: float | None = None) -> str:
     if not moment:
         return "never"
     seconds = max(0.0, (time.time() if now is None else now) - moment)
-    return "just now" if seconds < 10 else f"{format_duration(round(seconds))} ago"
+    if seconds < 60:
+        return f"{seconds:.0f} s ago"
+    return f"{format_duration(round(seconds))} ago"
+
+
+def mark_commands(text: str) -> Markup:
+    """Return an escaped sentence in which what stands between backticks is code."""
+    return Markup(COMMAND.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before

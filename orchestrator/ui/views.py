@@ -1,5 +1,7 @@
 """The pages: one function for each address that a person opens."""
 
+import threading
+from collections import Counter
 from typing import Annotated, Any
 
 import yaml
@@ -8,11 +10,26 @@ from fastapi.responses import HTMLResponse
 
 from ddm_core.artifacts import to_jsonable
 from orchestrator.errors import RunFolderError
+from orchestrator.reporting.costs import sum_costs
+from orchestrator.reporting.facts import load_clusters, load_router_quality
+from orchestrator.reporting.page import draw_timeline, explain_default, merge_costs, router_charts
+from orchestrator.reporting.pareto import MAX_KID_RATIO, load_compression_points, pareto_front, select_good
+from orchestrator.reporting.tables.analysis_tables import SURPRISING
+from orchestrator.reporting.tables.ranking import is_blurred, rank_rows
 from orchestrator.ui.facts.comparison import common_seeds, list_differences
-from orchestrator.ui.facts.overview import load_overview, load_overviews
+from orchestrator.ui.facts.feature_map import load_classes
+from orchestrator.ui.facts.overview import Overview, load_overview, load_overviews
+from orchestrator.ui.facts.pictures import wall_size
 from orchestrator.ui.facts.pipeline_graph import BOX_WIDTH, draw_graph
-from orchestrator.ui.facts.samples import open_samples
+from orchestrator.ui.facts.samples import load_conditions, open_samples
+from orchestrator.ui.facts.scatter import draw_scatter, scores_by_ensemble
 from orchestrator.ui.live import find_run
+
+PAGE = 96
+"""Samples on one page of the gallery."""
+
+CHARTS = threading.Lock()
+"""Held while matplotlib draws: its settings belong to the process."""
 
 router = APIRouter()
 
@@ -78,7 +95,142 @@ def show_stage(request: Request, key: str, name: str, attempt: Annotated[int, Qu
     return render(request, "stage.html", facts)
 
 
+@router.get("/run/{key}/partition")
+def show_partition(request: Request, key: str) -> HTMLResponse:
+    """Show the clusters as walls of pictures, and a map of the features."""
+    overview = load_overview(find_run(request, key))
+    run, clusters, classes = overview.entry.run, [], {}
+    if _has_finished(overview, "partition"):
+        clusters = load_clusters(run, overview.graph, with_pictures=False)
+        classes = load_classes(run, overview.graph)
+    facts = {
+        "overview": overview,
+        "view": "partition",
+        "clusters": [(cluster, wall_size(cluster.count), classes.get(cluster.cluster_id, "")) for cluster in clusters],
+        "has_map": bool(clusters) and _has_finished(overview, "features"),
+        "side": overview.config.data.image_size,
+    }
+    return render(request, "partition.html", facts)
+
+
+@router.get("/run/{key}/samples")
+def show_samples(
+    request: Request, key: str, score: str = "", q: str = "", page: Annotated[int, Query(ge=1)] = 1
+) -> HTMLResponse:
+    """Show the samples of one score, by seed, with their conditions."""
+    overview = load_overview(find_run(request, key))
+    run, graph = overview.entry.run, overview.graph
+    names = [f"score_{row.name}" for row in overview.scores]
+    chosen = score if score in names else overview.gallery
+    samples: list[tuple[int, int, str]] = []
+    if chosen:
+        stage = next(stage for stage in graph if stage.name == chosen)
+        seeds = open_samples(run, stage).seeds
+        conditions = load_conditions(run, graph, stage, len(seeds))
+        samples = [
+            (place, seed, condition)
+            for place, (seed, condition) in enumerate(zip(seeds, conditions, strict=True))
+            if q.lower() in f"{seed} {condition}".lower()
+        ]
+    facts = {
+        "overview": overview,
+        "view": "samples",
+        "names": names,
+        "chosen": chosen,
+        "q": q,
+        "page": page,
+        "pages": max(1, -(-len(samples) // PAGE)),
+        "count": len(samples),
+        "samples": samples[(page - 1) * PAGE : page * PAGE],
+        **_score_facts(overview),
+    }
+    return render(request, "samples.html", facts)
+
+
+@router.get("/run/{key}/samples/{seed}")
+def show_seed(request: Request, key: str, seed: int) -> HTMLResponse:
+    """Show what every scored model draws from one seed."""
+    overview = load_overview(find_run(request, key))
+    run, graph = overview.entry.run, overview.graph
+    drawn, condition = [], ""
+    for row in overview.scores:
+        stage = next(stage for stage in graph if stage.name == f"score_{row.name}")
+        seeds = open_samples(run, stage).seeds
+        if seed in seeds:
+            place = seeds.index(seed)
+            drawn.append((row, stage.name, place))
+            condition = condition or load_conditions(run, graph, stage, len(seeds))[place]
+    if not drawn:
+        raise RunFolderError(f"no score of this run has drawn seed {seed}")
+    facts = {"overview": overview, "view": "samples", "seed": seed, "drawn": drawn, "condition": condition}
+    return render(request, "seed.html", facts)
+
+
+@router.get("/run/{key}/router")
+def show_router(request: Request, key: str) -> HTMLResponse:
+    """Show the router's quality and calibration over t."""
+    overview = load_overview(find_run(request, key))
+    quality = load_router_quality(overview.entry.run, overview.graph)
+    with CHARTS:
+        charts = router_charts(quality) if quality else []
+    return render(request, "router_view.html", {"overview": overview, "view": "router", "router_charts": charts})
+
+
+@router.get("/run/{key}/compression")
+def show_compression(request: Request, key: str) -> HTMLResponse:
+    """Show size and quality of every compressed ensemble."""
+    overview = load_overview(find_run(request, key))
+    run, graph = overview.entry.run, overview.graph
+    points = load_compression_points(run, graph)
+    facts = {
+        "overview": overview,
+        "view": "compression",
+        "points": points,
+        "good": select_good(points),
+        "max_kid": MAX_KID_RATIO,
+        "pareto_charts": [],
+        "scatter": draw_scatter(points, pareto_front(points), scores_by_ensemble(run, graph)),
+    }
+    return render(request, "compression_view.html", facts)
+
+
+@router.get("/run/{key}/reliability")
+def show_reliability(request: Request, key: str) -> HTMLResponse:
+    """Show attempts, lost work and goodput."""
+    overview = load_overview(find_run(request, key))
+    attempts = overview.current_attempts
+    with CHARTS:
+        timeline = draw_timeline(attempts) if attempts else None
+    facts = {
+        "overview": overview,
+        "view": "reliability",
+        "attempts": attempts,
+        "timeline": timeline,
+        "costs": merge_costs(overview.costs),
+        "total": sum_costs(overview.costs, "whole run"),
+        "states": Counter(attempt.state for attempt in attempts),
+    }
+    return render(request, "reliability.html", facts)
+
+
 def _run_facts(request: Request, key: str) -> dict[str, Any]:
     overview = load_overview(find_run(request, key))
     drawing = draw_graph(overview.graph, overview.rows)
     return {"overview": overview, "view": "run", "drawing": drawing, "box_width": BOX_WIDTH}
+
+
+def _score_facts(overview: Overview) -> dict[str, Any]:
+    """Return what the report's table of scores shows."""
+    rows = overview.scores
+    return {
+        "rows": rows,
+        "why": explain_default(rows),
+        "ranking": rank_rows(rows),
+        "is_blurred": is_blurred,
+        "surprising": SURPRISING,
+        "config": overview.config,
+    }
+
+
+def _has_finished(overview: Overview, name: str) -> bool:
+    return any(row.name == name and row.state == "finished" for row in overview.rows)

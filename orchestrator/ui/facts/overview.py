@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import UndefinedError
 
 from ddm_core.errors import DDMError
 from orchestrator.config.schema import RunConfig
@@ -16,6 +19,9 @@ from orchestrator.run.attempts import Attempt, load_all_attempts
 from orchestrator.run.lease import read_holder
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.ui.facts.catalog import RunEntry, last_change
+
+FOREIGN = (LookupError, TypeError, ValueError, AttributeError, UndefinedError)
+"""Errors of reading records that have another form than those of this version, such as a score without a space."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +40,8 @@ class Overview:
     attempts: list[Attempt]
     costs: list[CostRow]
     scores: list[ScoreRow]
+    headline: tuple[str, float] | None
+    """Feature space and Fréchet distance of the default selection; None without its score."""
     changed: float
     """Seconds since the epoch."""
 
@@ -52,9 +60,13 @@ class Overview:
     @property
     def tiles(self) -> list[Tile]:
         """Return samples, score, cost and time as far as the run has them."""
+        return summary_tiles(self.scores, sum_costs(self.costs, "whole run"), self.current_attempts)
+
+    @property
+    def current_attempts(self) -> list[Attempt]:
+        """Return the attempts at the stages of the present configuration."""
         names = {stage.folder_name for stage in self.graph}
-        current = [attempt for attempt in self.attempts if attempt.folder.parent.name in names]
-        return summary_tiles(self.scores, sum_costs(self.costs, "whole run"), current)
+        return [attempt for attempt in self.attempts if attempt.folder.parent.name in names]
 
     @property
     def cost_line(self) -> str:
@@ -100,6 +112,8 @@ def load_overview(entry: RunEntry) -> Overview:
     attempts = load_all_attempts(run)
     rows = load_status(run, graph, attempts)
     state, controller = _describe(run, rows)
+    scores = load_score_rows(run, graph)
+    spaces: dict[str, Any] = next((row.scores["spaces"] for row in scores if row.is_default), {})
     return Overview(
         entry=entry,
         config=config,
@@ -109,7 +123,8 @@ def load_overview(entry: RunEntry) -> Overview:
         controller=controller,
         attempts=attempts,
         costs=load_costs(run, attempts),
-        scores=load_score_rows(run, graph),
+        scores=scores,
+        headline=next(((space, score["fd"]) for space, score in spaces.items()), None),
         changed=last_change(run),
     )
 
@@ -122,7 +137,14 @@ def load_overviews(entries: Sequence[RunEntry]) -> list[Overview | UnreadableRun
             loaded.append(load_overview(entry))
         except (DDMError, OSError) as error:
             loaded.append(UnreadableRun(entry, str(error)))
+        except FOREIGN as error:
+            loaded.append(UnreadableRun(entry, describe_foreign(error)))
     return loaded
+
+
+def describe_foreign(error: Exception) -> str:
+    """Return the message for an error in `FOREIGN`."""
+    return f"A record of this run has another form than this version writes ({type(error).__name__}: {error})."
 
 
 def _describe(run: RunFolder, rows: Sequence[StatusRow]) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The samples that a run's scores keep: pictures by seed, with their conditions."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from data_partition.shards.images import encode_png
-from ddm_core.artifacts import CorruptArtifact
+from ddm_core.artifacts import CorruptArtifact, read_json
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
@@ -42,16 +43,36 @@ def open_samples(run: RunFolder, stage: Stage) -> SampleFile:
 
 @functools.lru_cache(maxsize=16)
 def _open(images: Path, seeds: Path, _changed: int) -> SampleFile:
-    pixels = _load(images)
-    numbers = _load(seeds)
+    pixels = load_array(images)
+    numbers = load_array(seeds)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or numbers.ndim != 1:
         raise CorruptArtifact(f"{images.parent} holds no samples: {pixels.dtype} {pixels.shape}, seeds {numbers.shape}")
     return SampleFile(images=pixels, seeds=[int(seed) for seed in numbers])
 
 
-def _load(path: Path) -> np.ndarray:
+def load_array(path: Path) -> np.ndarray:
+    """Map an array from the disk; raises `CorruptArtifact` for anything else, pickles included."""
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise CorruptArtifact(f"{path} is damaged ({error}); delete its folder and run again") from error
     return array
+
+
+def load_conditions(run: RunFolder, graph: Sequence[Stage], score: Stage, count: int) -> list[str]:
+    """Return what each sample of a score was generated for, as `load_held_out_conditions` does, without torch.
+
+    A caption if it has one, else the name of its class; empty texts for unconditional samples.
+    """
+    reference, config = score.inputs["reference"].stage, score.config
+    dataset = next((stage for stage in graph if stage.kind == "dataset"), None)
+    if not config.evaluation.conditional or dataset is None or not run.is_finished(reference):
+        return [""] * count
+    labels = load_array(require_inside(run, run.artifact(reference) / "labels.npy")).tolist()
+    captions, path = [""] * len(labels), run.artifact(reference) / "captions.json"
+    if run.load_config().text.kind != "none" and path.is_file():
+        captions = read_json(require_inside(run, path))["held_out"]
+    names = read_json(require_inside(run, run.artifact(dataset) / "dataset.json"))["class_names"]
+    rows = [row for row in zip(labels, captions, strict=True) if row != (-1, "")]
+    texts = [caption or (names[label] if label < len(names) else str(label)) for label, caption in rows]
+    return [texts[number % len(texts)] for number in range(count)] if texts else [""] * count

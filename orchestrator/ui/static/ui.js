@@ -15,11 +15,13 @@ if (run) {
     live.className = `live ${isOn ? "on" : "off"}`;
     live.textContent = isOn ? "live" : "connection lost, trying again";
   };
+  let wasOpen = false;
   source.addEventListener("open", (event) => {
     if (event.data === undefined) return; // the browser's own event, before the server has looked
     show(true);
     document.body.dispatchEvent(new CustomEvent("status"));
-    listeners.open.forEach((f) => f());
+    if (wasOpen) listeners.open.forEach((f) => f());
+    wasOpen = true;
   });
   source.onerror = () => show(false);
   source.addEventListener("status", () => document.body.dispatchEvent(new CustomEvent("status")));
@@ -52,6 +54,7 @@ if (losses) {
       scales: { x: { time: false }, y: { distr: isLog ? 3 : 1 } },
       axes: [{ ...axis }, { ...axis, size: 62 }],
       legend: { show: !many() }, cursor: { focus: { prox: 24 } }, focus: { alpha: 0.15 },
+      hooks: { setSeries: [(_, index) => { byId("curve-name").textContent = index > 0 ? curves.series[index - 1].name : ""; }] },
       series: [{ label: "step" }, ...curves.series.map((s, index) => ({
         label: s.name, stroke: color(s, index), width: many() ? 1 : 1.75, spanGaps: true, dash: s.kind === "expert" ? undefined : [6, 4], points: { show: false },
         value: (_, value) => (value === null || value === undefined ? "–" : value.toPrecision(4)),
@@ -142,3 +145,61 @@ document.addEventListener("keydown", (event) => {
   const link = /^[1-9]$/.test(event.key) ? document.querySelectorAll(".top li a")[event.key - 1] : null;
   if (link) location.href = link.href;
 });
+
+// ---- map of the features ----
+const map = byId("map");
+const clusterColor = (k) => (k < COLORS.length ? COLORS[k] : `hsl(${(k * 137.5) % 360} 45% 55%)`);
+document.querySelectorAll(".dot[data-cluster]").forEach((dot) => { dot.style.background = clusterColor(Number(dot.dataset.cluster)); });
+if (map) {
+  let points = null, chosen = -1, timer = 0;
+  const picture = byId("map-picture"), caption = byId("map-caption");
+  const place = (i) => [16 + points.x[i] * (map.clientWidth - 32), 16 + (1 - points.y[i]) * (map.clientHeight - 32)];
+  const draw = () => {
+    const scale = window.devicePixelRatio || 1, brush = map.getContext("2d");
+    map.width = map.clientWidth * scale; map.height = map.clientHeight * scale;
+    brush.scale(scale, scale); brush.globalAlpha = 0.75;
+    const radius = points.x.length > 1500 ? 2.4 : 3.4;
+    points.x.forEach((_, i) => {
+      const [x, y] = place(i);
+      brush.fillStyle = clusterColor(points.cluster[i]); brush.beginPath(); brush.arc(x, y, radius, 0, 7); brush.fill();
+    });
+    if (chosen >= 0) {
+      const [x, y] = place(chosen);
+      brush.globalAlpha = 1; brush.lineWidth = 2; brush.strokeStyle = css("--ink"); brush.beginPath(); brush.arc(x, y, 7, 0, 7); brush.stroke();
+    }
+  };
+  const choose = (i) => {
+    if (i === chosen || i < 0) return;
+    chosen = i; draw(); clearTimeout(timer);
+    timer = setTimeout(() => {
+      picture.hidden = false; picture.src = `${map.dataset.picture}${points.row[i]}.png`;
+      picture.alt = `Training image ${points.row[i]} of cluster ${points.cluster[i]}`;
+      caption.textContent = `Image ${points.row[i].toLocaleString("en")}, cluster ${points.cluster[i]}`;
+    }, 60);
+  };
+  map.addEventListener("pointermove", (event) => {
+    if (!points) return;
+    let best = -1, nearest = 400;
+    points.x.forEach((_, i) => { const [x, y] = place(i), d = (x - event.offsetX) ** 2 + (y - event.offsetY) ** 2; if (d < nearest) { nearest = d; best = i; } });
+    choose(best);
+  });
+  map.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step || !points?.x.length) return;
+    event.preventDefault(); choose((chosen + step + points.x.length) % points.x.length);
+  });
+  fetch(map.dataset.url).then(async (answer) => {
+    if (!answer.ok) { caption.textContent = await answer.text(); return; }
+    points = await answer.json(); draw();
+    const legend = byId("map-legend");
+    for (const k of [...new Set(points.cluster)].sort((a, b) => a - b)) {
+      const item = document.createElement("li"), dot = document.createElement("span");
+      dot.className = "dot"; dot.style.background = clusterColor(k); item.append(dot, `cluster ${k}`); legend.append(item);
+    }
+    const share = document.createElement("li");
+    share.textContent = `${points.x.length.toLocaleString("en")} images; the two axes hold ${(100 * points.variance).toFixed(0)} % of the variance`;
+    legend.append(share);
+    new ResizeObserver(draw).observe(map);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  });
+}

@@ -12,11 +12,11 @@ from orchestrator.reporting.costs import CostRow
 from orchestrator.reporting.facts import AuditFacts, ClusterFacts
 from orchestrator.reporting.page import (
     _flops_table,
-    _pareto_charts,
-    _router_charts,
     merge_costs,
     name_some,
+    pareto_charts,
     render_page,
+    router_charts,
     write_report,
 )
 from orchestrator.reporting.pareto import MAX_KID_RATIO, CompressionPoint, select_good
@@ -135,7 +135,7 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "points": [point],
         "good": select_good([point]),
         "max_kid": MAX_KID_RATIO,
-        "pareto_charts": _pareto_charts([point]),
+        "pareto_charts": pareto_charts([point]),
         "grids": [(row.label, b"png") for row in rows[:2]],
         "audits": [audit()],
         "surprising": SURPRISING,
@@ -149,7 +149,7 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "damaged": "expert_1",
         "held_out_chart": None,
         "router_loss_chart": None,
-        "router_charts": _router_charts(router_quality()),
+        "router_charts": router_charts(router_quality()),
         "flops": _flops_table(flops),
     }
 

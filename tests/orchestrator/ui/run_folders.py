@@ -10,6 +10,7 @@ import uvicorn
 
 from benchmarks.large_runs import build_run
 from data_partition.shards.images import encode_png, tile_pixels
+from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import publish, write_json
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.run_folder import RunFolder
@@ -36,6 +37,25 @@ def make_run(folder: Path, experts: int = 4, rows: int = 60, seeds: range = rang
 
     publish(run.artifact(stage), fill, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
     return run
+
+
+def add_data(run: RunFolder, size: int = 16) -> list[str]:
+    """Write the data set, its features in two groups, and the held-out conditions; return the keys of the images."""
+    stages = {stage.name: run.artifact(stage) for stage in build_graph(run.load_config())}
+    random, keys = np.random.default_rng(0), [f"image-{number}" for number in range(60)]
+    with ShardWriter(stages["dataset"] / "train", samples_per_shard=40) as writer:
+        for number, key in enumerate(keys):
+            writer.add(Sample(key=key, image=np.full((size, size, 3), 4 * number, np.uint8)))
+        writer.close()
+    write_json(stages["dataset"] / "dataset.json", {"class_names": ["Boot", "<Bag>"]})
+    features = random.normal(size=(60, 5)) + np.where(np.arange(60) < 20, 50.0, 0.0)[:, None]
+    np.save(stages["features"] / "features.npy", features.astype(np.float32))
+    (stages["features"] / "keys.txt").write_text("".join(f"{key}\n" for key in keys))
+    rows = "".join(f"{key},{int(number >= 20)}\n" for number, key in enumerate(keys))
+    (stages["partition"] / "assignment.csv").write_text(f"key,cluster_id\n{rows}")
+    np.save(stages["reference"] / "labels.npy", np.array([0, 1, 1, -1, 0]))
+    write_json(stages["reference"] / "captions.json", {"held_out": ["a boot", "", "a bag", "", ""]})
+    return keys
 
 
 def scores() -> dict:
