@@ -19,6 +19,7 @@ IMPORTERS = {
         "orchestrator/backends/ray_train.py",
         "orchestrator/islands/client.py",
         "orchestrator/pools/providers/local_node_provider.py",
+        "orchestrator/serving/deployments.py",
     },
     "hydra": {
         "orchestrator/config/hydra_compose.py",

@@ -48,6 +48,12 @@ def open_pager(sources: Sequence[ModelSource], resident: int | None) -> ExpertPa
     return ExpertPager(max_bytes=resident * max(sizes))
 
 
+def open_models(sources: Sequence[ModelSource], batching: Batching) -> dict[str, ServedModel]:
+    """Open models by name; raises an `ArtifactError` for a folder that cannot be loaded."""
+    pager = open_pager(sources, batching.resident)
+    return {source.name: ServedModel.open(source, batching.max_images, pager) for source in sources}
+
+
 class Denoiser:
     """Samples images of all models on one thread, in batches of one expert."""
 
@@ -63,9 +69,17 @@ class Denoiser:
         return await self._batcher.submit(key, (job, previews, emit))
 
     async def _run(self, key: BatchKey, jobs: Sequence[tuple[ImageJob, int, EmitPreview]]) -> list[Latents]:
-        loop = asyncio.get_running_loop()
-        model = self._models[key.model]
-        return await loop.run_in_executor(self._pool, model.denoise, key, [job for job, _, _ in jobs], None)
+        loop, due = asyncio.get_running_loop(), [0] * len(jobs)
+
+        def preview(clean: Latents, t: float) -> None:
+            for row, (_, previews, emit) in enumerate(jobs):
+                if due[row] < previews and 1 - t >= (due[row] + 1) / (previews + 1):
+                    due[row] += 1
+                    loop.call_soon_threadsafe(emit, clean[row : row + 1].clone())
+
+        denoise = self._models[key.model].denoise
+        watch = preview if any(previews for _, previews, _ in jobs) else None
+        return await loop.run_in_executor(self._pool, denoise, key, [job for job, _, _ in jobs], watch)
 
 
 class Decoder:
@@ -93,8 +107,7 @@ class LocalBackend:
 
     def __init__(self, sources: Sequence[ModelSource], batching: Batching) -> None:
         """Open the models; raises an `ArtifactError` for a folder that cannot be loaded."""
-        pager = open_pager(sources, batching.resident)
-        models = {source.name: ServedModel.open(source, batching.max_images, pager) for source in sources}
+        models = open_models(sources, batching)
         self._facts = {name: model.facts for name, model in models.items()}
         self._models, self._pool = models, ThreadPoolExecutor(1, "plan")
         self._denoiser, self._decoder = Denoiser(models, batching), Decoder(models, batching)

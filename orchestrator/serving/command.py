@@ -24,10 +24,12 @@ def serve(  # noqa: PLR0913 - the options of a command
     max_steps: Annotated[int, typer.Option(help="Solver steps of one request", min=1)] = 100,
     deadline: Annotated[float, typer.Option(help="Seconds until a request is dropped", min=0.1)] = 120.0,
     threads: Annotated[int, typer.Option(help="Threads of a replica", min=1)] = 1,
+    replicas: Annotated[str, typer.Option(help="Replicas that sample, by load: 1, or 0-4")] = "1",
+    inline: Annotated[bool, typer.Option("--inline", help="Sample in this process, without Ray")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log")] = False,
 ) -> None:
     """Serve images over HTTP in the form of OpenAI's interface. The same seed gives the same bytes."""
-    from orchestrator.serving.config import Batching, Limits, ServiceConfig
+    from orchestrator.serving.config import Batching, Limits, Replicas, ServiceConfig
     from orchestrator.serving.server import run_service
 
     config = ServiceConfig(
@@ -37,5 +39,6 @@ def serve(  # noqa: PLR0913 - the options of a command
         log_prompts=log_prompts,
         limits=Limits(images=max_images, steps=max_steps, queue=queue, deadline_s=deadline),
         batching=Batching(max_images=max_batch, resident=resident, threads=threads),
+        replicas=None if inline else Replicas.parse(replicas),
     )
     run_service(models, config, console)

@@ -39,6 +39,23 @@ class Batching:
     """Threads of a replica; images are equal bit for bit between replicas with equal numbers."""
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """How many replicas sample at a time, by load."""
+
+    least: int = 1
+    """0 ends the last one when no request has come for ten minutes."""
+    most: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Replicas":
+        """Read `2` or `0-4`; raise `ConfigError` for anything else."""
+        least, _, most = text.partition("-")
+        if not (least.isdecimal() and (most or least).isdecimal()) or not max(1, int(least)) <= int(most or least):
+            raise ConfigError(f"--replicas is a number such as 2, or a range such as 0-4; got {text!r}")
+        return cls(int(least), int(most or least))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
     """Everything about a service but its models."""
@@ -51,6 +68,8 @@ class ServiceConfig:
     """Whether the log has the prompts of requests."""
     limits: Limits = Limits()
     batching: Batching = Batching()
+    replicas: Replicas | None = Replicas()
+    """None samples in this process, without Ray."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for an open address without keys, and for limits that no request can meet."""

@@ -64,8 +64,8 @@ class ImageJob:
     """One row, of the unconditional branch of guidance."""
 
 
-Preview = Callable[[Latents], None]
-"""Called with the clean estimate of all images of a batch, at every evaluation of the velocity."""
+Preview = Callable[[Latents, float], None]
+"""Called with the clean estimate of all images of a batch and t, at every evaluation of the velocity."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,7 +170,7 @@ class ServedModel:
         """Return the clean latents of each image, one row each; one by one if the experts' rows are not independent."""
         ensemble, seeds = self._ensemble(key), [job.seed for job in jobs]
         if len(jobs) > 1 and not all(map(_has_independent_rows, ensemble.experts.values())):
-            return [latents for job in jobs for latents in self.denoise(key, [job], preview)]
+            return [latents for job in jobs for latents in self.denoise(key, [job])]
         condition = Condition.concatenate([job.condition for job in jobs])
         negative = Condition.concatenate([job.negative for job in jobs])
         routing = ensemble.init_routing(seeds, condition, key.selection)
@@ -182,7 +182,7 @@ class ServedModel:
         def velocity(noised: Latents, t: torch.Tensor) -> Latents:
             slope = guided(noised, t)
             if preview is not None:
-                preview(to_clean("velocity", slope, noised, t, ensemble.noise_schedule))
+                preview(to_clean("velocity", slope, noised, t, ensemble.noise_schedule), float(t[0]))
             return slope
 
         initial = ensemble.initial_latents(noise, condition, routing)

@@ -1,17 +1,20 @@
 """Run the service: open its models, listen, and end with everything that was started."""
 
+import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import uvicorn
 from rich.console import Console
 
+from orchestrator.controller import configure_ray_security
 from orchestrator.errors import ConfigError
 from orchestrator.serving.app import create_app
-from orchestrator.serving.backend import LocalBackend
+from orchestrator.serving.backend import LocalBackend, ServingBackend
 from orchestrator.serving.config import ServiceConfig
 from orchestrator.serving.keys import ApiKeys
+from orchestrator.serving.model import ModelSource
 from orchestrator.serving.sources import find_sources
 
 KEEP_ALIVE_S = 30
@@ -23,9 +26,7 @@ def run_service(names: Sequence[str], config: ServiceConfig, console: Console) -
     """Serve models until the process is interrupted; raises `ConfigError` for an address that is not free."""
     keys = ApiKeys() if config.key_file is None else ApiKeys.read(config.key_file)
     sources = find_sources(names)
-    with _listen(config.host, config.port) as listener:
-        torch.set_num_threads(config.batching.threads)
-        backend = LocalBackend(sources, config.batching)
+    with _listen(config.host, config.port) as listener, _open_backend(sources, config) as backend:
         host, port = listener.getsockname()[:2]
         console.print(
             f"{', '.join(backend.facts)}: http://{f'[{host}]' if ':' in host else host}:{port}/v1 (its page: /docs)",
@@ -41,6 +42,22 @@ def run_service(names: Sequence[str], config: ServiceConfig, console: Console) -
             )
         )
         server.run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _open_backend(sources: Sequence[ModelSource], config: ServiceConfig) -> Iterator[ServingBackend]:
+    """Open what samples, in this process or on Ray, and end it."""
+    if config.replicas is None:
+        torch.set_num_threads(config.batching.threads)
+        yield LocalBackend(sources, config.batching)
+        return
+    configure_ray_security(None)
+    from orchestrator.serving.deployments import RayServeBackend
+
+    with contextlib.closing(
+        RayServeBackend.start(sources, config.batching, config.replicas, config.limits.queue)
+    ) as backend:
+        yield backend
 
 
 def _listen(host: str, port: int) -> socket.socket:
