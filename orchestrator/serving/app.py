@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ddm_core.errors import DDMError
 from ensemble.sampling.prompts import PromptError
@@ -30,6 +31,7 @@ def create_app(backend: ServingBackend, config: ServiceConfig, keys: ApiKeys) ->
     app = FastAPI(title="ddm serve", description="Sample ensembles of diffusion experts", version="1")
     service = ImageService(backend, config)
     _handle_errors(app)
+    app.add_middleware(BodyLimit, max_bytes=config.limits.body_bytes)
     if config.is_loopback:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)
 
@@ -40,7 +42,7 @@ def create_app(backend: ServingBackend, config: ServiceConfig, keys: ApiKeys) ->
     secured = [Depends(authorize)]
 
     @app.post("/v1/images/generations", dependencies=secured)
-    async def generate_images(body: ImageRequest, request: Request) -> dict[str, Any]:
+    async def generate_images(body: ImageRequest, request: Request) -> Response:
         """Sample images; the fields after `user` are not OpenAI's."""
         return await service.generate(body, request)
 
@@ -65,6 +67,28 @@ def create_app(backend: ServingBackend, config: ServiceConfig, keys: ApiKeys) ->
         return {"live": True, "ready": True, "images_in_flight": service.admission.in_flight}
 
     return app
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, before they are in memory."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        """Wrap an application."""
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on the parts of a body up to the limit; raise `HTTPException` 413 beyond."""
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_bytes:
+                raise HTTPException(413, f"the body of a request has at most {self.max_bytes} bytes here")
+            return message
+
+        await self.app(scope, limited, send)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -15,6 +15,8 @@ from orchestrator.serving.request import Generation, ModelFacts, OutputFormat
 
 Form = tuple[OutputFormat, int]
 """Format and quality of a file."""
+ROUNDING = 1e-6
+"""Of t in float32."""
 EmitPreview = Callable[[Latents], None]
 """Called in the event loop with the clean estimate of one image."""
 
@@ -73,7 +75,7 @@ class Denoiser:
 
         def preview(clean: Latents, t: float) -> None:
             for row, (_, previews, emit) in enumerate(jobs):
-                if due[row] < previews and 1 - t >= (due[row] + 1) / (previews + 1):
+                if due[row] < previews and 1 - t >= (due[row] + 1) / (previews + 1) - ROUNDING:
                     due[row] += 1
                     loop.call_soon_threadsafe(emit, clean[row : row + 1].clone())
 

@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from experts.types import Latents
 from orchestrator.serving.backend import ServingBackend
 from orchestrator.serving.config import Limits
 from orchestrator.serving.errors import ServingError
 from orchestrator.serving.metrics import ServiceMetrics
+from orchestrator.serving.model import BatchKey, ImageJob
 from orchestrator.serving.request import Generation
 
 Result = TypeVar("Result")
@@ -28,6 +30,8 @@ class GeneratedImage:
     seed: int
     expert: int
     """-1 if it may have had several."""
+    index: int
+    """Position in the request."""
 
 
 @dataclass(slots=True)
@@ -40,9 +44,8 @@ class Admission:
     seconds_per_image: float = 1.0
     """Moving average of the time between two finished images under load."""
 
-    @contextlib.contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Count images while they are generated; raise `ServingError` 429 if the queue is full."""
+    def check(self, images: int) -> None:
+        """Raise `ServingError` 429 if the queue is full."""
         if self.in_flight + images > self.limits.queue:
             wait_s = max(1, math.ceil(self.in_flight * self.seconds_per_image))
             raise ServingError(
@@ -52,6 +55,11 @@ class Admission:
                 code="rate_limit_exceeded",
                 retry_s=wait_s,
             )
+
+    @contextlib.contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Count images while they are generated; raise `ServingError` 429 if the queue is full."""
+        self.check(images)
         self.in_flight += images
         self.metrics.in_flight.set(self.in_flight)
         start_s = asyncio.get_running_loop().time()
@@ -64,16 +72,51 @@ class Admission:
             self.metrics.in_flight.set(self.in_flight)
 
 
-async def generate(backend: ServingBackend, generation: Generation) -> list[GeneratedImage]:
-    """Return the images of a request in the order of its seeds; the first error ends them all."""
+@dataclass(frozen=True, slots=True)
+class PreviewImage:
+    """A file of an unfinished image."""
 
-    async def one(planned: Any) -> GeneratedImage:
-        key, job = planned
-        latents = await backend.denoise(key, job, 0, lambda _latents: None)
-        form = generation.output_format, generation.quality
-        return GeneratedImage(await backend.decode(key.model, latents, form), job.seed, key.expert)
+    file: bytes
+    number: int
+    """From 0 on, of each image."""
+    index: int
+    """Position of its image in the request."""
 
-    tasks = [asyncio.create_task(one(planned)) for planned in await backend.plan(generation)]
+
+async def generate(
+    backend: ServingBackend, generation: Generation, emit: Callable[[PreviewImage | GeneratedImage], None] | None = None
+) -> list[GeneratedImage]:
+    """Return the images of a request in the order of its seeds; the first error ends them all.
+
+    `emit` is called with every preview and every finished image, in the order in which they become ready.
+    """
+    form = generation.output_format, generation.quality
+
+    async def one(index: int, key: BatchKey, job: ImageJob) -> GeneratedImage:
+        previews: asyncio.Queue[Latents | None] = asyncio.Queue()
+        sender = asyncio.create_task(send_previews(index, key.model, previews))
+        try:
+            latents = await backend.denoise(key, job, generation.previews, previews.put_nowait)
+            file = await backend.decode(key.model, latents, form)
+            previews.put_nowait(None)
+            await sender
+        finally:
+            sender.cancel()
+        image = GeneratedImage(file, job.seed, key.expert, index)
+        if emit is not None:
+            emit(image)
+        return image
+
+    async def send_previews(index: int, model: str, previews: "asyncio.Queue[Latents | None]") -> None:
+        number = 0
+        while (latents := await previews.get()) is not None:
+            file = await backend.decode(model, latents, form)
+            if emit is not None:
+                emit(PreviewImage(file, number, index))
+            number += 1
+
+    planned = enumerate(await backend.plan(generation))
+    tasks = [asyncio.create_task(one(index, *each)) for index, each in planned]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -81,9 +124,13 @@ async def generate(backend: ServingBackend, generation: Generation) -> list[Gene
             task.cancel()
 
 
-async def within(work: Coroutine[Any, Any, Result], deadline_s: float, request: Request) -> Result:
-    """Return the result of `work`, which ends at the deadline and when the client leaves; raise `ServingError` then."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_wait_until_gone(request))
+async def within(work: Coroutine[Any, Any, Result], deadline_s: float, request: Request | None) -> Result:
+    """Return the result of `work`, which ends at the deadline and when the client leaves; raise `ServingError` then.
+
+    Without a `request`, whoever awaits this notices that the client has left.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(asyncio.Event().wait() if request is None else _wait_until_gone(request))
     try:
         await asyncio.wait({task, gone}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -101,6 +148,7 @@ async def within(work: Coroutine[Any, Any, Result], deadline_s: float, request: 
         gone.cancel()
 
 
-async def _wait_until_gone(request: Request) -> None:
+async def _wait_until_gone(request: Request) -> bool:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    return True

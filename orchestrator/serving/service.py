@@ -1,17 +1,24 @@
 """What the endpoint of images does with one request, from its body to its response."""
 
+import asyncio
 import base64
+import contextlib
+import json
 import logging
 import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from ddm_core.errors import DDMError
 from ensemble.sampling.prompts import PromptError
 from orchestrator.serving.backend import ServingBackend
 from orchestrator.serving.config import ServiceConfig
-from orchestrator.serving.errors import ServingError
-from orchestrator.serving.generation import Admission, GeneratedImage, generate, within
+from orchestrator.serving.errors import ServingError, error_body
+from orchestrator.serving.generation import Admission, GeneratedImage, PreviewImage, generate, within
 from orchestrator.serving.metrics import ServiceMetrics
 from orchestrator.serving.request import Generation, ImageRequest, ModelFacts, check_request
 
@@ -26,30 +33,74 @@ class ImageService:
         self.backend, self.config, self.metrics = backend, config, ServiceMetrics()
         self.admission = Admission(config.limits, self.metrics)
 
-    async def generate(self, body: ImageRequest, request: Request) -> dict[str, Any]:
-        """Return the images of a request in OpenAI's form; raise `ServingError` or `PromptError` for a refused one."""
-        start_s, status, name = time.monotonic(), 500, "unknown"
-        limits = self.config.limits
-        try:
+    async def generate(self, body: ImageRequest, request: Request) -> Response:
+        """Return the images of a request in OpenAI's form, or the stream of its previews and images.
+
+        Raises `ServingError` or `PromptError` for a refused request.
+        """
+        with self._counted("unknown") as outcome:
             facts = find_model(self.backend, body.model)
-            name = facts.name
-            generation = check_request(body, facts, limits)
+            outcome.model = facts.name
+            generation = check_request(body, facts, self.config.limits)
             if self.config.log_prompts:
-                log.info("%s: %r", name, generation.prompt)
+                log.info("%s: %r", facts.name, generation.prompt)
+            if body.stream:
+                self.admission.check(len(generation.seeds))
+                outcome.status = 0
+                return StreamingResponse(self._stream(generation, request), media_type="text/event-stream")
             with self.admission.admit(len(generation.seeds)):
-                images = await within(generate(self.backend, generation), limits.deadline_s, request)
-            status = 200
-            self.metrics.images.labels(name).inc(len(images))
-            return to_response(images, generation, as_url=body.response_format == "url")
+                work = generate(self.backend, generation)
+                images = await within(work, self.config.limits.deadline_s, request)
+            self.metrics.images.labels(facts.name).inc(len(images))
+            outcome.status = 200
+            return JSONResponse(to_response(images, generation, as_url=body.response_format == "url"))
+
+    async def _stream(self, generation: Generation, request: Request) -> AsyncIterator[str]:
+        """Yield server-sent events: previews and images as they become ready, or one error."""
+        events: asyncio.Queue[PreviewImage | GeneratedImage | None] = asyncio.Queue()
+        try:
+            with self._counted(generation.model) as outcome, self.admission.admit(len(generation.seeds)):
+                work = within(
+                    generate(self.backend, generation, events.put_nowait), self.config.limits.deadline_s, None
+                )
+                task = asyncio.create_task(work)
+                task.add_done_callback(lambda _task: events.put_nowait(None))
+                try:
+                    while (event := await events.get()) is not None:
+                        yield to_event(event, generation)
+                    self.metrics.images.labels(generation.model).inc(len(task.result()))
+                    outcome.status = 200
+                finally:
+                    task.cancel()
         except ServingError as error:
-            status = error.status
+            yield f"event: error\ndata: {json.dumps(error.to_json())}\n\n"
+        except DDMError as error:
+            yield f"event: error\ndata: {json.dumps(error_body(str(error), 500))}\n\n"
+
+    @contextlib.contextmanager
+    def _counted(self, model: str) -> Iterator["Outcome"]:
+        """Count a request, and its time, under the status that it has at the end; 0 leaves it out."""
+        outcome, start_s = Outcome(model), time.monotonic()
+        try:
+            yield outcome
+        except ServingError as error:
+            outcome.status = error.status
             raise
         except PromptError:
-            status = 400
+            outcome.status = 400
             raise
         finally:
-            self.metrics.requests.labels(name, status).inc()
-            self.metrics.seconds.labels(name).observe(time.monotonic() - start_s)
+            if outcome.status:
+                self.metrics.requests.labels(outcome.model, outcome.status).inc()
+                self.metrics.seconds.labels(outcome.model).observe(time.monotonic() - start_s)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a request ends."""
+
+    model: str
+    status: int = 500
 
 
 def find_model(backend: ServingBackend, name: str | None) -> ModelFacts:
@@ -81,6 +132,24 @@ def describe_model(facts: ModelFacts) -> dict[str, Any]:
         "adapters": facts.adapters,
         "compressions": facts.compressions,
     }
+
+
+def to_event(image: PreviewImage | GeneratedImage, generation: Generation) -> str:
+    """Return a preview or an image as a server-sent event in OpenAI's form."""
+    own: dict[str, Any]
+    if isinstance(image, GeneratedImage):
+        kind, own = "image_generation.completed", {"seed": image.seed, "expert": image.expert}
+    else:
+        kind, own = "image_generation.partial_image", {"partial_image_index": image.number}
+    data = {
+        "type": kind,
+        "b64_json": base64.b64encode(image.file).decode("ascii"),
+        "created_at": int(time.time()),
+        "output_format": generation.output_format,
+        "index": image.index,
+        **own,
+    }
+    return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
 
 def to_response(images: list[GeneratedImage], generation: Generation, *, as_url: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,31 @@ def test_a_request_past_its_deadline_is_dropped(folder):
     service = Service(folder, replace(CONFIG, limits=replace(CONFIG.limits, deadline_s=1e-6)))
     (response,) = service.send({"prompt": "a boot"})
     assert (response.status_code, response.json()["error"]["code"]) == (408, "deadline_exceeded")
+
+
+def test_a_body_that_is_too_large_is_refused(service):
+    (response,) = service.send({"prompt": "a" * CONFIG.limits.body_bytes})
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "invalid_request_error")
+
+
+def test_a_stream_has_previews_and_at_last_the_image(service):
+    body = {"prompt": "a boot", "n": 2, "seeds": [3, 4]}
+    streamed, whole = service.send(body | {"stream": True, "partial_images": 2}, body)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    events = [json.loads(block.partition("data: ")[2]) for block in streamed.text.split("\n\n") if block]
+    for index, file in enumerate(files(whole)):
+        own = [event for event in events if event["index"] == index]
+        kinds = [event["type"].removeprefix("image_generation.") for event in own]
+        assert kinds == ["partial_image", "partial_image", "completed"]
+        pictures = [base64.b64decode(event["b64_json"]) for event in own]
+        assert pictures[-1] == file and len(set(pictures)) == 3
+    assert service.get("/healthz").json()["images_in_flight"] == 0
+
+
+def test_an_error_of_a_stream_is_an_event(folder):
+    service = Service(folder, replace(CONFIG, limits=replace(CONFIG.limits, deadline_s=1e-6)))
+    (response,) = service.send({"prompt": "a boot", "stream": True})
+    assert response.text.startswith("event: error") and "deadline_exceeded" in response.text
 
 
 def test_keys_guard_all_but_health(folder, tmp_path):
