@@ -126,6 +126,9 @@ class TrainingConfig:
     the averaged parameters; of so many samples that this takes one hundredth of the FLOPs of the steps. None: never."""
     stop_after_no_gain: Annotated[int, Field(ge=1)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """Measurements in a row without a lower error after which the training ends early; None: it never does."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = field(default=10.0, metadata=UNHASHED_IF_DEFAULT)
+    """An expert whose loss is over so many times the running median, or not finite, goes back to its last checkpoint
+    once, with another order of the samples; None: only a loss that is not finite."""
     early_checkpoint: Annotated[float, Field(gt=0, lt=1)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """Share of an expert's steps after which a copy of it is kept in `early/`, as the weak model of a reflection."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500

@@ -34,7 +34,7 @@ from experts.training.held_out import Measure, TrainingData, count_held_out, mea
 from experts.training.latent_dataset import LatentDataset
 from experts.training.loss import converted_loss, expert_loss
 from experts.training.memory import part_rows
-from experts.training.trainer import LossFn, fit, write_rows
+from experts.training.trainer import LossFn, Watch, fit, write_rows
 from experts.types import Latents, RowIds, Times
 
 METADATA_FILE, CACHE_FILE = "expert.json", "cache.json"
@@ -272,7 +272,8 @@ def train_network(
 
     forward = network_flops(initial_model.model, dataset.latent_shape)
     measure = _measure_by(lambda model: as_expert(model).velocity, data.held_out, training)
-    trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint, measure)
+    watch = Watch(measure=measure, sample_flops=training_flops(forward, 1, 1), stops_spikes=True)
+    trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint, watch)
     as_expert(trained.model).save(out)
     if trained.early is not None:
         as_expert(trained.early).save(out / EARLY)

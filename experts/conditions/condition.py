@@ -61,8 +61,13 @@ class Condition:
         return Condition(class_id, None if self.text is None else self.text.drop(has_both & (uniforms >= 0.75)))
 
     def to(self, device: torch.device | str) -> "Condition":
-        """Return the condition on another device."""
-        return Condition(self.class_id.to(device), None if self.text is None else self.text.to(device))
+        """Return the condition on another device; the copy from pinned memory does not wait for the device."""
+        class_id = self.class_id.to(device, non_blocking=self.class_id.is_pinned())
+        return Condition(class_id, None if self.text is None else self.text.to(device))
+
+    def pin_memory(self) -> "Condition":
+        """Return the condition in pinned memory."""
+        return Condition(self.class_id.pin_memory(), None if self.text is None else self.text.pin_memory())
 
     def embedding_index(self, num_classes: int) -> Int[Tensor, " batch"]:
         """Return rows of a class embedding; null is row `num_classes`, after all classes."""

@@ -71,10 +71,13 @@ class TextEmbedding:
         )
 
     def to(self, device: torch.device | str) -> "TextEmbedding":
-        """Return the rows on another device."""
-        return TextEmbedding(
-            self.sequence.to(device), self.mask.to(device), self.pooled.to(device), self.is_null.to(device)
-        )
+        """Return the rows on another device; the copy from pinned memory does not wait for the device."""
+        parts = (self.sequence, self.mask, self.pooled, self.is_null)
+        return TextEmbedding(*(part.to(device, non_blocking=part.is_pinned()) for part in parts))
+
+    def pin_memory(self) -> "TextEmbedding":
+        """Return the rows in pinned memory."""
+        return TextEmbedding(*(part.pin_memory() for part in (self.sequence, self.mask, self.pooled, self.is_null)))
 
     @property
     def shape(self) -> tuple[int, int, int]:

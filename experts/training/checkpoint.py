@@ -59,6 +59,8 @@ class TrainingState:
     rows: list[MetricsRow] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Sums of the metrics over the steps since the last row, on the device."""
+    detours: int = 0
+    """How often it went back to a checkpoint because it diverged; each has an order of the samples of its own."""
     early: dict[str, Tensor] = field(default_factory=dict)
     """The average at `config.early_checkpoint`, on the CPU; empty before."""
 
@@ -72,6 +74,7 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
             "step": state.step,
             "config": _identity(state.config),
             "rows": state.rows,
+            "detours": state.detours,
             "scaler": state.scaler.state_dict(),
             "sha256": checksum(temporary / TENSORS),
         }
@@ -97,7 +100,7 @@ def restore_checkpoint(folder: Path, state: TrainingState) -> bool:
         if _identity(TrainingConfig()) | content["config"] != _identity(state.config):  # fields added since: default
             raise CheckpointError(f"{newest} has another training configuration; restore that one, or {remedy}")
         _restore(state, load_file(newest / TENSORS))
-        state.step, state.rows = content["step"], content["rows"]
+        state.step, state.rows, state.detours = content["step"], content["rows"], content.get("detours", 0)
         state.scaler.load_state_dict(content["scaler"])
     except KeyError as error:
         raise CheckpointError(f"{newest} has another version, without {error}; {remedy}") from error

@@ -2,11 +2,10 @@
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +15,16 @@ from torch import Tensor, nn
 from ddm_core.artifacts import Preempted, Workspace, write_text
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
+from experts.training.batches import BatchesAhead
 from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
 from experts.training.distributed import DataParallelGroup, defer_sync
 from experts.training.ema import MovingAverage
 from experts.training.held_out import HELD_OUT, Measure, stopped_gaining
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
-from experts.training.lr_schedules import learning_rate
+from experts.training.optimizers.lr_schedules import learning_rate
 from experts.training.optimizers.registry import OPTIMIZERS
+from experts.training.watch.divergence import find_divergence
+from experts.training.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,24 @@ class TrainingResult:
     """The moving average at `early_checkpoint`; None without one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """What is looked at while a network trains, beside its loss."""
+
+    measure: Measure | None = None
+    """Adds figures of the averaged parameters to the metrics rows, by `held_out_every`."""
+    sample_flops: float = 0.0
+    """FLOPs of one sample, forward and backward; 0 is unknown."""
+    stops_spikes: bool = False
+    """Whether a loss far above those before it, by `spike_factor`, counts as diverged."""
+
+
+NO_WATCH = Watch()
+
+DETOUR = 2**40
+"""Difference of the seeds of two orders of the samples of one training."""
+
+
 def fit(
     model: nn.Module,
     loss: LossFn,
@@ -59,40 +79,52 @@ def fit(
     config: TrainingConfig,
     workspace: Workspace,
     on_checkpoint: Callable[[Callable[[], nn.Module]], None] | None = None,
-    measure: Measure | None = None,
+    watch: Watch = NO_WATCH,
 ) -> TrainingResult:
     """Train `model` in place, from the newest checkpoint in the scratch folder if there is one.
 
     `on_checkpoint` is called after every checkpoint, with a function that copies the model with averaged parameters.
-    `measure` adds figures of the averaged parameters to the metrics rows, by `held_out_every`.
-    A resumed training is bit-identical to an uninterrupted one. Raises `Preempted` (after saving),
-    `TrainingDiverged`, `CheckpointError` or `DeviceError`. Every worker of a group calls it; it then also raises
-    `GroupError` or `WorkerLost`.
+    A training that diverges goes back to its checkpoint once. A resumed training is bit-identical to an uninterrupted
+    one. Raises `Preempted` (after saving), `TrainingDiverged`, `CheckpointError` or `DeviceError`. Every worker of a
+    group calls it; it then also raises `GroupError` or `WorkerLost`.
     """
     group, checkpoints = DataParallelGroup.join(), workspace.scratch / "checkpoints"
     local_rows = group.local_rows(config.batch_size)
     device = check_device(config.device)
-    with group.worker_loss_as_error(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        group.worker_loss_as_error(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        BatchesAhead(config.steps, pin_memory=device.type == "cuda") as batches,
+    ):
         state = init_training_state(model.to(device), config)
         restore_checkpoint(checkpoints, state)
         group.check_equal(state.step)
-        compute_loss, log = group.wrap_model(model, loss), _TrainingLog(workspace, state, group)
+        compute_loss, log = group.wrap_model(model, loss), _TrainingLog(workspace, state, group, device, watch)
+        draw = _drawing(dataset, state, local_rows)
         while state.step < config.steps and not _ends_early(state):
             if group.any_rank(workspace.stop_requested()):
-                _save(checkpoints, state, group)
+                _save(checkpoints, state, group, watch)
                 raise Preempted(
                     f"stopped at step {state.step} of {config.steps}; run the same command again to continue"
                 )
-            _train_step(state, compute_loss, make_batch(dataset, config, state.step, local_rows).to(device), group)
+            with log.speed.waiting():
+                batch = batches.take(state.step, draw)
+            _train_step(state, compute_loss, batch.to(device), group)
             if state.step == early_step(config):
                 state.early = {name: value.cpu().clone() for name, value in state.average.average.items()}
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                row = _finish_row(state)
-                if measure is not None and _is_measured(state):
-                    row.update(_measure(state, measure))
-                log.write(row)
-            if state.step % config.checkpoint_every == 0 and state.step < config.steps:
-                _save(checkpoints, state, group)
+            has_row = state.step % config.log_every == 0 or state.step == config.steps
+            is_saved = state.step % config.checkpoint_every == 0 and state.step < config.steps
+            if (has_row or is_saved) and (trouble := _describe_divergence(state, watch)):
+                notice = _go_back(checkpoints, state, trouble)
+                group.run_on_main(partial(workspace.notify, notice))
+                batches.clear()
+                draw = _drawing(dataset, state, local_rows)
+                log.restart(state)
+                continue
+            if has_row:
+                log.write(_finish_row(state, watch))
+            if is_saved:
+                _save(checkpoints, state, group, watch)
                 if on_checkpoint is not None:
                     group.run_on_main(partial(on_checkpoint, partial(_copy_averaged, state)))
     state.optimizer.state.clear()  # the copy of the parameters takes the place of their moments
@@ -101,6 +133,12 @@ def fit(
         early = deepcopy(averaged)
         early.load_state_dict(state.early, strict=False)  # buffers are those of the model
     return TrainingResult(model=averaged, rows=state.rows, early=early)
+
+
+def _drawing(dataset: LatentDataset, state: TrainingState, local_rows: slice) -> Callable[[int], Batch]:
+    """Return what draws the batch of a step; after a detour in another order."""
+    config = replace(state.config, seed=state.config.seed + state.detours * DETOUR) if state.detours else state.config
+    return lambda step: make_batch(dataset, config, step, local_rows)
 
 
 def _is_measured(state: TrainingState) -> bool:
@@ -226,42 +264,69 @@ def _seed(seed: int, device: torch.device) -> None:
 PRECISIONS = {"none": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _finish_row(state: TrainingState) -> MetricsRow:
+def _finish_row(state: TrainingState, watch: Watch) -> MetricsRow:
     """Turn the sums into the next metrics row; this waits for the device."""
-    _check_finite(state)
-    steps = state.step % state.config.log_every or state.config.log_every
-    means = {name: float(value) / steps for name, value in state.sums.items()}
-    row: MetricsRow = {"step": state.step, "lr": learning_rate(state.step - 1, state.config)} | means
+    row: MetricsRow = {"step": state.step, "lr": learning_rate(state.step - 1, state.config)} | _means(state)
     state.rows.append(row)
     state.sums = {}
+    if watch.measure is not None and _is_measured(state):
+        row.update(_measure(state, watch.measure))
     return row
 
 
-def _check_finite(state: TrainingState) -> None:
-    loss = float(state.sums.get("loss", 0.0))
-    if not math.isfinite(loss):
-        raise TrainingDiverged(
-            f"the loss is {loss} at step {state.step} with a learning rate of "
-            f"{learning_rate(state.step - 1, state.config):.2g}; lower training.lr, raise training.warmup_steps, "
-            "or check the data for values that are not finite"
-        )
+def _means(state: TrainingState) -> dict[str, float]:
+    """Return the means of the steps since the last row."""
+    steps = state.step % state.config.log_every or state.config.log_every
+    return {name: float(value) / steps for name, value in state.sums.items()}
 
 
-def _save(folder: Path, state: TrainingState, group: DataParallelGroup) -> None:
+def _describe_divergence(state: TrainingState, watch: Watch) -> str:
+    """Return a sentence without its end, or an empty text if the loss since the last row is good."""
+    loss, config = _means(state).get("loss", 0.0), state.config
+    factor = config.spike_factor if watch.stops_spikes and state.step % config.log_every == 0 else None
+    wrong = find_divergence(loss, [row["loss"] for row in state.rows], factor)
+    rate = learning_rate(state.step - 1, config)
+    return wrong and f"the loss is {wrong} at step {state.step} with a learning rate of {rate:.2g}"
+
+
+def _go_back(checkpoints: Path, state: TrainingState, trouble: str) -> str:
+    """Restore the last checkpoint, with another order of the samples from there on, and return what to say of it.
+
+    Raises `TrainingDiverged` the second time, also if the first time is before the checkpoint, or without one.
+    """
+    remedy = "lower training.lr, raise training.warmup_steps, or check the data for values that are not finite"
+    if state.detours == 0 and not restore_checkpoint(checkpoints, state):
+        raise TrainingDiverged(f"{trouble}, before the first checkpoint; {remedy}")
+    if state.detours:
+        raise TrainingDiverged(f"{trouble}, although it has gone back once and trained in another order; {remedy}")
+    state.detours += 1
+    return f"{trouble}: it goes back to step {state.step} and trains on in another order of the samples"
+
+
+def _save(folder: Path, state: TrainingState, group: DataParallelGroup, watch: Watch) -> None:
     """Save a checkpoint of finite parameters from rank 0; all workers of a group have the same."""
-    _check_finite(state)
+    if trouble := _describe_divergence(state, watch):
+        raise TrainingDiverged(f"{trouble}; run the same command again, and it goes back to its last checkpoint")
     group.run_on_main(lambda: save_checkpoint(folder, state))
 
 
 class _TrainingLog:
-    """Writes live metrics rows and progress, neither of which is part of an artifact."""
+    """Writes live metrics rows with their speed, and progress, neither of which is part of an artifact."""
 
-    def __init__(self, workspace: Workspace, state: TrainingState, group: DataParallelGroup) -> None:
+    def __init__(
+        self, workspace: Workspace, state: TrainingState, group: DataParallelGroup, device: torch.device, watch: Watch
+    ) -> None:
         self.workspace, self.config, self.is_silent = workspace, state.config, not group.is_main
         self.path = workspace.attempt / "metrics.jsonl"
-        self.started, self.first_step = time.monotonic(), state.step
         self.held_out: dict[str, float] = {}
         """The last measurement."""
+        is_16_bit = state.config.autocast != "none"
+        self.speed = Throughput(device, watch.sample_flops, group.size, is_16_bit=is_16_bit)
+        self.restart(state)
+
+    def restart(self, state: TrainingState) -> None:
+        """Write the rows so far; the next one is measured from here on."""
+        self.started, self.first_step, self.last_step = time.monotonic(), state.step, state.step
         if not self.is_silent:
             write_rows(self.path, state.rows)
 
@@ -269,10 +334,12 @@ class _TrainingLog:
         """Append a row and report progress."""
         if self.is_silent:
             return
+        step, batch_size = int(row["step"]), self.config.batch_size
+        speed = self.speed.take((step - self.last_step) * batch_size)
+        self.last_step = step
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_to_json_line(row))
-        images = (row["step"] - self.first_step) * self.config.batch_size
+            file.write(_to_json_line(row | speed))
+        images = (step - self.first_step) * batch_size
         metrics = {"loss": row["loss"], "images_per_s": images / (time.monotonic() - self.started)}
         self.held_out |= {HELD_OUT: row[HELD_OUT]} if HELD_OUT in row else {}
-        metrics |= self.held_out
-        self.workspace.report_progress(int(row["step"]), self.config.steps, metrics, unit="steps")
+        self.workspace.report_progress(step, self.config.steps, metrics | self.held_out, unit="steps")

@@ -26,7 +26,7 @@ from experts.training.checkpoint import (
     save_checkpoint,
 )
 from experts.training.latent_dataset import step_seed
-from experts.training.lr_schedules import learning_rate
+from experts.training.optimizers.lr_schedules import learning_rate
 from experts.training.trainer import (
     PRECISIONS,
     TrainingDiverged,

@@ -142,7 +142,7 @@ def test_metrics_rows_contain_means_and_no_times(make_dataset, workspace):
     assert [row["step"] for row in trained.rows] == [4, 8, 12, 15]
     assert all(set(row) == {"step", "lr", "loss", "grad_norm"} for row in trained.rows)
     live = (workspace.attempt / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in live] == trained.rows
+    assert all(row.items() <= json.loads(line).items() for row, line in zip(trained.rows, live, strict=True))
     assert json.loads((workspace.attempt / "progress.json").read_text())["figures"]["images_per_s"] > 0
 
 

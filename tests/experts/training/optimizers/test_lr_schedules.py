@@ -4,7 +4,7 @@ from typing import get_args
 import pytest
 
 from experts.config import LRScheduleName, TrainingConfig
-from experts.training.lr_schedules import LR_SCHEDULES, learning_rate
+from experts.training.optimizers.lr_schedules import LR_SCHEDULES, learning_rate
 
 AFTER_WARMUP = {
     "linear": [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0],

@@ -1,0 +1,1 @@
+"""What is looked at while a network trains, beside its loss: its speed, and whether it diverges."""
