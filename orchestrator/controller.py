@@ -25,8 +25,8 @@ from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.planning.checks.check import check_run
 from orchestrator.reporting.progress import RunDisplay
-from orchestrator.reporting.tracker_process import track_run
-from orchestrator.reporting.wandb_tracker import require_account
+from orchestrator.reporting.tracking.process import notify_of, track_run
+from orchestrator.reporting.tracking.tracker import require_account
 from orchestrator.run.backend import Backend
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.lease import hold_lease
@@ -75,24 +75,25 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
             address = config.compute.address or os.environ.get(SUBMITTED_ADDRESS)
             text = f"Connecting to Ray at {address} …" if address else "Starting Ray on this machine …"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
-        with (
-            open_backend(config.compute, run) as backend,
-            _stop_on_signals(run, console),
-            track_run(run, config.wandb, partial(_warn, run, console)),
-            RunDisplay(run, console) as display,
-        ):
-            runner = Runner(
-                run=run,
-                graph=graph,
-                backend=backend,
-                policy=config.compute,
-                commit=commit,
-                check_lease=lease.check,
-                on_event=display.event,
-                on_tick=(display.tick,),
-            )
-            result = runner.run_to_end()
-        run.record("run_ended", submitted=result.submitted, failed=result.failed, stopped=result.stopped)
+        with notify_of(run, config.notify, partial(_warn, run, console)):
+            with (
+                open_backend(config.compute, run) as backend,
+                _stop_on_signals(run, console),
+                track_run(run, config.wandb, partial(_warn, run, console)),
+                RunDisplay(run, console) as display,
+            ):
+                runner = Runner(
+                    run=run,
+                    graph=graph,
+                    backend=backend,
+                    policy=config.compute,
+                    commit=commit,
+                    check_lease=lease.check,
+                    on_event=display.event,
+                    on_tick=(display.tick,),
+                )
+                result = runner.run_to_end()
+            run.record("run_ended", submitted=result.submitted, failed=result.failed, stopped=result.stopped)
         run.stop.unlink(missing_ok=True)
     if result.failed and not result.stopped:
         _raise_if_required(config, run, result)

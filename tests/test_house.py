@@ -30,7 +30,7 @@ IMPORTERS = {
     "submitit": {"orchestrator/backends/slurm.py"},
     "optuna": {"orchestrator/sweeps/study.py"},
     "fsspec": {"data_partition/shards/urls.py", "orchestrator/islands/storage/remote_store.py"},
-    "wandb": {"orchestrator/reporting/wandb_tracker.py"},
+    "wandb": {"orchestrator/reporting/tracking/wandb_library.py"},
     "matplotlib": {"orchestrator/reporting/charts.py"},
     "faiss": {"data_partition/clustering/kmeans.py"},
 }
@@ -104,6 +104,7 @@ PARENT_MODULES = {
     "orchestrator.islands": {"client", "token", "wheel"},
     "orchestrator.pools": {"config", "island_config", "shell", "yaml_text"},
     "router": {"config", "types"},
+    "orchestrator.reporting": {"costs", "results"},
 }
 """What a sub-folder may import from the folder around it: configuration, errors, and the room's nouns."""
 

@@ -36,14 +36,33 @@ from router.config import AUTO, RouterConfig, SelectionConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrackingConfig:
-    """Weights & Biases: one wandb run per expert, one group per run."""
+    """Curves and images in wandb or trackio: one record per expert, one group per run."""
 
+    library: Literal["wandb", "trackio"] = "wandb"
+    """`trackio` has a dashboard on this machine and needs `pip install trackio`."""
     mode: Literal["disabled", "offline", "online"] = "offline"
     """`offline` writes into the run folder and needs no account."""
     project: str = "ddm"
-    """Name of the wandb project."""
+    """Name of the project."""
     finish_s: Annotated[float, Field(ge=0)] = 30.0
     """Time to send the rest at the end of a run; what remains is below `wandb/` in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NotifyConfig:
+    """Events that are posted as JSON to a webhook, such as one of a chat room; nothing is sent by default."""
+
+    webhook_file: str = ""
+    """File of mode 600 that holds the https address, which is a secret."""
+    events: tuple[Literal["finished", "failed", "stopped", "expert_lost", "island_lost", "controller_lost"], ...] = (
+        "finished",
+        "failed",
+        "stopped",
+        "expert_lost",
+        "island_lost",
+        "controller_lost",
+    )
+    """What is sent."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -110,6 +129,8 @@ class RunConfig:
     """Where stages run."""
     wandb: TrackingConfig = TrackingConfig()
     """Logging of curves and images."""
+    notify: NotifyConfig = NotifyConfig()
+    """Messages to a webhook."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

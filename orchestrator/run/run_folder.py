@@ -119,7 +119,7 @@ class RunFolder:
 
     @property
     def tracking(self) -> Path:
-        """Return the folder with the positions of the last wandb update; wandb's files are in `wandb/`."""
+        """Return the folder with what the tracker has recorded; the files of wandb are in `wandb/`."""
         return self.root / "tracking"
 
     def artifact(self, stage: Stage) -> Path:

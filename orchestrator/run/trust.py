@@ -84,5 +84,7 @@ def describe_access(config: RunConfig) -> list[str]:
     )
     lines += [f"read {path!r}" for path in dict.fromkeys(path for path in reads if path)]
     if config.wandb.mode != "disabled":
-        lines.append(f"track the run with wandb, mode {config.wandb.mode!r}")
+        lines.append(f"track the run with {config.wandb.library}, mode {config.wandb.mode!r}")
+    if config.notify.webhook_file:
+        lines.append(f"post the events of the run to the address in {config.notify.webhook_file!r}")
     return lines

@@ -1,10 +1,10 @@
-"""Weights & Biases: one wandb run per trained model, one group per run; the only file that imports wandb.
+"""The tracker: one record per trained model and score, one group per run, with wandb or trackio.
 
 The source of truth is `metrics.jsonl` of every attempt. The tracker follows it and stores the last logged step, so
-that a resumed run logs no step twice. It never prompts for an account: `offline` writes below the run folder.
+that a resumed run logs no step twice.
 
-`python -m orchestrator.reporting.wandb_tracker RUN` tracks one execution of a run, as a child of the controller
-(`tracker_process.py`): wandb waits for servers, and whatever it raises ends this process alone.
+`python -m orchestrator.reporting.tracking.tracker RUN` tracks one execution of a run, as a child of the controller
+(`process.py`): libraries wait for servers, and whatever they raise ends this process alone.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ddm_core.artifacts import read_json, write_json
+from ddm_core.artifacts import read_json, to_jsonable, write_json
 from orchestrator.config.schema import TrackingConfig
 from orchestrator.config.stage_kinds import TRAINING_KINDS
-from orchestrator.errors import ConfigError
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.costs import load_costs
 from orchestrator.reporting.results import current_graph
+from orchestrator.reporting.tracking.library import TrackedStage, load_library
 from orchestrator.run.run_folder import RunFolder
 
 POLL_EVERY_S, RETRY_AFTER_S = 2.0, 60.0
@@ -35,18 +35,16 @@ MAX_GROUP_LENGTH = 80
 
 def track(folder: Path) -> None:
     """Log what the run writes until the controller says `end`, then the rest; exit with code 1 at the time limit."""
-    from wandb.errors import Error
-
     run = RunFolder(folder)
     config = run.load_config()
-    tracker, ended = WandbTracker(run, config.wandb, wandb_name(config.name)), threading.Event()
+    tracker, ended = Tracker(run, config.wandb, safe_name(config.name)), threading.Event()
     threading.Thread(target=_watch_input, args=(ended, config.wandb.finish_s), daemon=True).start()
     graph, wait_s = current_graph(run, config), POLL_EVERY_S
     while not ended.wait(wait_s):
         wait_s = POLL_EVERY_S
         try:
             tracker.log_rows(graph)
-        except Error as error:
+        except tracker.library.error as error:
             sys.stderr.write(f"{error}\n")
             wait_s = RETRY_AFTER_S
     tracker.finish(current_graph(run, config))
@@ -61,22 +59,23 @@ def _watch_input(ended: threading.Event, finish_s: float) -> None:
     os._exit(1)
 
 
-def wandb_name(text: str) -> str:
-    """Return a name without the characters that wandb reserves; a changed or shortened one gets a hash to stay unique.
+def safe_name(text: str) -> str:
+    """Return a name without characters that libraries reserve; a changed or shortened one gets a hash to stay unique.
 
-    >>> wandb_name("digits")
+    >>> safe_name("digits")
     'digits'
     """
     safe = re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)[: MAX_GROUP_LENGTH - 9]
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-class WandbTracker:
-    """Logs to wandb what the attempts have written since the last call."""
+class Tracker:
+    """Records what the attempts have written since the last call."""
 
     def __init__(self, run: RunFolder, config: TrackingConfig, group: str) -> None:
         self.run, self.config, self.group = run, config, group
-        self._runs: dict[str, Any] = {}
+        self.library = load_library(config.library)
+        self._stages: dict[str, TrackedStage] = {}
 
     def log_rows(self, graph: list[Stage]) -> None:
         """Log the new rows of all trained models."""
@@ -85,28 +84,22 @@ class WandbTracker:
                 self._log_rows(stage)
 
     def finish(self, graph: list[Stage]) -> None:
-        """Log the remaining rows, the pictures, the scores and the costs, and finish every wandb run."""
+        """Log the remaining rows, the pictures, the scores and the costs, and finish every record."""
         self.log_rows(graph)
         for stage in graph:
             if stage.kind == "score" and self.run.is_finished(stage) and not self._last_logged_step(stage):
                 self._log_score(stage)
-        self._log_costs()
-        for run in self._runs.values():
-            run.finish()
-
-    def _log_costs(self) -> None:
-        """Write the costs of every stage so far into the summary of its wandb run."""
-        for row in load_costs(self.run) if self._runs else []:
-            if row.stage in self._runs:
-                figures = asdict(row) | {"goodput": row.goodput}
-                del figures["stage"]
-                self._runs[row.stage].summary.update({f"cost/{name}": value for name, value in figures.items()})
+        costs = {row.stage: asdict(row) | {"goodput": row.goodput} for row in load_costs(self.run)}
+        for name, tracked in self._stages.items():
+            figures = costs.get(name, {})
+            tracked.finish({f"cost/{key}": value for key, value in figures.items() if key != "stage"})
 
     def _log_rows(self, stage: Stage) -> None:
         last = self._last_logged_step(stage)
         rows = [row for row in self._load_rows(stage) if row["step"] > last]
         for row in rows:
-            self._wandb_run(stage).log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+            figures = {name: value for name, value in row.items() if name != "step"}
+            self._tracked(stage).log(figures, row["step"])
         if rows:
             self._save_step(stage, rows[-1]["step"])
 
@@ -120,36 +113,21 @@ class WandbTracker:
         return []
 
     def _log_score(self, stage: Stage) -> None:
-        import wandb
-
         artifact = self.run.artifact(stage)
         scores = read_json(artifact / "scores.json")
-        self._wandb_run(stage).log({"samples": wandb.Image(str(artifact / "grid.png"))} | _numbers(scores))
+        self._tracked(stage).log_image("samples", artifact / "grid.png", _numbers(scores))
         self._save_step(stage, 1)
 
-    def _wandb_run(self, stage: Stage) -> Any:
-        if stage.name not in self._runs:
-            import wandb
-
+    def _tracked(self, stage: Stage) -> TrackedStage:
+        if stage.name not in self._stages:
             self.run.tracking.mkdir(exist_ok=True)
-            os.environ.setdefault("WANDB_SILENT", "true")
-            tracked = self._runs[stage.name] = wandb.init(
-                project=self.config.project,
-                group=self.group,
-                name=stage.name,
-                id=f"{self.group}-{stage.folder_name}",
-                mode=self.config.mode,
-                dir=str(self.run.root),
-                reinit="create_new",
-                resume="allow" if self.config.mode == "online" else None,
-                settings=wandb.Settings(console="off", silent=True),
-            )
-            # It leads out of the run folder, and a copy of a folder with such a link is not trusted.
-            Path(tracked.settings.log_internal).with_name("debug-core.log").unlink(missing_ok=True)
-        return self._runs[stage.name]
+            names = {"name": stage.name, "group": self.group, "id": f"{self.group}-{stage.folder_name}"}
+            settings = to_jsonable(stage.config)
+            self._stages[stage.name] = self.library.open(self.config, self.run.root, names, settings)
+        return self._stages[stage.name]
 
     def _last_logged_step(self, stage: Stage) -> int:
-        """Return the last step that was logged to wandb; 0 for none."""
+        """Return the last step that was logged; 0 for none."""
         path = self.run.tracking / f"{stage.folder_name}.json"
         return int(read_json(path)["step"]) if path.is_file() else 0
 
@@ -158,13 +136,9 @@ class WandbTracker:
 
 
 def require_account(config: TrackingConfig) -> None:
-    """Raise `ConfigError` if wandb is to be online and has no API key, because it would prompt for one in the run."""
-    if config.mode != "online":
-        return
-    import wandb
-
-    if not wandb.api.api_key:
-        raise ConfigError("wandb.mode=online needs an account: run `wandb login`, or set wandb.mode=offline")
+    """Raise `ConfigError` if the library or an account for it is missing."""
+    if config.mode == "online" or (config.mode == "offline" and config.library != "wandb"):
+        load_library(config.library).require_account(config)
 
 
 def _numbers(scores: dict[str, Any], prefix: str = "") -> dict[str, float]:

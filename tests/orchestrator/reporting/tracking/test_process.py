@@ -1,10 +1,12 @@
 """Tracking with servers that refuse, never answer or fail: the run ends as without them, with one warning."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
 import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,9 +22,10 @@ from ddm_core.artifacts import write_text
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import TrackingConfig, parse_config
 from orchestrator.controller import run_pipeline
+from orchestrator.errors import ConfigError
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.reporting.tracker_process import track_run
-from orchestrator.reporting.wandb_tracker import MAX_GROUP_LENGTH, wandb_name
+from orchestrator.reporting.tracking.process import track_run
+from orchestrator.reporting.tracking.tracker import MAX_GROUP_LENGTH, require_account, safe_name
 from orchestrator.run.run_folder import RunFolder
 from tests.laws.conftest import TINY
 
@@ -112,6 +115,24 @@ def test_offline_run_with_any_name_is_logged_once(tmp_path):
     assert all(path.resolve().is_relative_to(run.root.resolve()) for path in links)
 
 
+def test_trackio_records_each_step_once(tmp_path):
+    pytest.importorskip("trackio")
+    offline, warnings = TrackingConfig(library="trackio", finish_s=300.0), []
+    run = trained_run(tmp_path / "run", offline)
+    for _ in range(2):
+        with track_run(run, offline, warnings.append):
+            pass
+    with sqlite3.connect(run.root / "trackio" / "ddm.db") as database:
+        steps = [step for (step,) in database.execute("select step from metrics order by step")]
+    assert steps == [1, 2, 3] and not warnings
+
+
+def test_missing_library_is_named_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install trackio, or set wandb\.library=wandb"):
+        require_account(TrackingConfig(library="trackio"))
+
+
 def test_failed_block_leaves_no_tracker_and_no_warning(tmp_path):
     offline, warnings = TrackingConfig(mode="offline", finish_s=300.0), []
     with (
@@ -124,6 +145,6 @@ def test_failed_block_leaves_no_tracker_and_no_warning(tmp_path):
 
 @given(st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=300))
 def test_names_are_safe_short_and_distinct(first, second):
-    names = [wandb_name(first), wandb_name(second)]
+    names = [safe_name(first), safe_name(second)]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) and len(name) <= MAX_GROUP_LENGTH for name in names)
     assert (names[0] == names[1]) == (first == second)
