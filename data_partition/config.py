@@ -68,6 +68,10 @@ class DataConfig:
     """Words that are never trained on together, such as `dark bag`: a sample whose caption has all the words of an
     entry is held out."""
 
+    duplicates: Literal["keep", "remove"] = field(default="keep", metadata=UNHASHED_IF_DEFAULT)
+    """`remove` leaves out images that repeat an earlier one, also mirrored, slightly cropped or saved with loss: what
+    is there often is memorized. Time grows with the square of the number of images."""
+
     limit: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of training samples."""
 

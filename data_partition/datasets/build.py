@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_partition.config import DataConfig
 from data_partition.datasets.captions import has_held_out_words
+from data_partition.datasets.duplicates import remove_duplicates
 from data_partition.datasets.notices import Notices
 from data_partition.datasets.source import Source, Unreadable, holdout_share, is_held_out
 from data_partition.datasets.sources import SOURCES
@@ -44,6 +45,8 @@ def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> Datase
     Raises one of the errors in `errors.py` if the images do not match `config`.
     """
     source = SOURCES[config.source](config)
+    if config.duplicates == "remove":
+        source = remove_duplicates(source, config, workspace)
     build = _Build(config, source, out, workspace)
     with build.train, build.holdout:
         for sample in build.notices.readable(source.train()):
