@@ -16,6 +16,7 @@ from ensemble.solvers import make_noise
 from experts.conditions.condition import NULL_CLASS, Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.types import Latents, RowIds
+from router.config import SelectionName
 
 ClassLabel = str | int | None
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -159,6 +160,12 @@ def check_output_type(output_type: str) -> None:
     """Raise `ValueError` for a type that images cannot be returned as."""
     if output_type not in get_args(OutputType):
         raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}; got {output_type}")
+
+
+def check_selection(selection: str) -> None:
+    """Raise `ValueError` for an unknown selection."""
+    if selection not in get_args(SelectionName):
+        raise ValueError(f"selection must be one of {', '.join(get_args(SelectionName))}; got {selection}")
 
 
 def to_output(images: Tensor, output_type: OutputType) -> Any:

@@ -19,6 +19,7 @@ from ensemble.pipelines.call import (
     PipelineOutput,
     StepCallback,
     check_output_type,
+    check_selection,
     class_ids,
     count_images,
     embed_prompts,
@@ -281,7 +282,10 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, OptimizationMetho
     def _selection(self, selection: SelectionName | SelectionConfig | None) -> SelectionConfig:
         if selection is None:
             return self.sampling.selection if self.router is not None else SelectionConfig(name="full")
-        return SelectionConfig(name=selection) if isinstance(selection, str) else selection
+        if isinstance(selection, SelectionConfig):
+            return selection
+        check_selection(selection)
+        return SelectionConfig(name=selection)
 
     def _steps(self, steps: int | None) -> int:
         few_step = self.ensemble.few_step

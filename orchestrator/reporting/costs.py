@@ -106,7 +106,7 @@ def format_costs(row: CostRow) -> str:
         parts.append(f"{format_clock(row.gpu_seconds)} of reserved GPU time")
     if row.price:
         parts.append(f"price {row.price:.4g}")
-    parts.append(f"{format_clock(row.lost_s)} lost, goodput {row.goodput:.1%}" if row.lost_s else "nothing lost")
+    parts.append(f"{format_clock(row.lost_s)} lost, goodput {row.goodput:.1%}" if row.lost_s else "no work done twice")
     if row.bytes_out or row.bytes_in:
         parts.append(f"{format_bytes(row.bytes_out)} to islands, {format_bytes(row.bytes_in)} back")
     return " · ".join(parts)

@@ -108,7 +108,7 @@ def _cost_tiles(costs: CostRow, attempts: Sequence[Attempt]) -> list[Tile]:
     reserved = f"{format_duration(costs.cpu_seconds)} of reserved CPU time"
     if costs.gpu_seconds:
         reserved = f"{format_duration(costs.gpu_seconds)} of reserved GPU time, {reserved}"
-    lost = f"{format_duration(costs.lost_s)} lost" if costs.lost_s else "nothing lost"
+    lost = f"{format_duration(costs.lost_s)} lost" if costs.lost_s else "no work done twice"
     if costs.price:
         value, note = f"{costs.price:.4g}", f"in the currency of the prices; {reserved}; {lost}"
     else:

@@ -11,7 +11,7 @@ from ddm_core.artifacts import list_files
 from ensemble.config import SamplingConfig
 from ensemble.multi_network_experts import TimeSplitExpert
 from ensemble.pipeline_folder import PipelineError
-from ensemble.pipelines.call import check_output_type
+from ensemble.pipelines.call import check_output_type, check_selection
 from ensemble.pipelines.components import expert_ids
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
 from ensemble.sampling.prompts import Prompts
@@ -196,6 +196,11 @@ def test_unfit_inputs_are_refused_with_the_reason(pipe, arguments, reason):
 def test_unknown_output_type_is_refused():
     with pytest.raises(ValueError, match="must be one of pil, np, pt, latent; got jpeg"):
         check_output_type("jpeg")
+
+
+def test_unknown_selection_is_refused():
+    with pytest.raises(ValueError, match="selection must be one of full, top_k, .*; got nonsense"):
+        check_selection("nonsense")
 
 
 def test_components_of_other_kinds_are_refused(pipe):

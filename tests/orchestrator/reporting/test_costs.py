@@ -212,7 +212,7 @@ def test_run_without_attempts_costs_nothing(tmp_path):
 def test_format_costs_leaves_out_zero_quantities():
     assert (
         format_costs(CostRow(stage="x", attempts=2, cpu_seconds=90.0))
-        == "2 attempts · 1:30 of reserved CPU time · nothing lost"
+        == "2 attempts · 1:30 of reserved CPU time · no work done twice"
     )
     rich = CostRow(stage="x", attempts=1, seconds=100, gpu_seconds=60, price=1.5, lost_s=25, bytes_out=1500, bytes_in=1)
     for word in ("1:00 of reserved GPU time", "price 1.5", "0:25 lost, goodput 75.0%", "1.5 kB to islands, 1 B back"):

@@ -61,7 +61,7 @@ def test_run_shows_every_stage_in_graph_and_table(page, run):
     text = page.get(f"/run/{key_of(run)}").text
     for stage in build_graph(run.load_config()):
         assert text.count(f'/stage/{stage.name}"') == 2, stage.name
-    assert "nothing lost" in text
+    assert "no work done twice" in text
 
 
 def test_many_experts_share_one_box(page, other):
