@@ -43,8 +43,8 @@ class Changes:
     """What a viewer has not been sent yet."""
 
     status: bool = False
-    rows: dict[str, list[float]] = field(default_factory=dict)
-    """Step and loss of the last row, by stage."""
+    rows: dict[str, list[float | None]] = field(default_factory=dict)
+    """Step, loss and held-out loss (None: none) of the last row, by stage."""
     logs: set[str] = field(default_factory=set)
     """Stages whose log has grown."""
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -147,14 +147,15 @@ def _changed(before: Look, now: Look, name: str) -> list[str]:
     return [folder for folder, stamp in now.growing[name].items() if before.growing[name].get(folder) != stamp]
 
 
-def _last_rows(run: RunFolder, folders: list[str]) -> dict[str, list[float]]:
-    """Return the step and loss of the last rows of some attempts' metrics, by stage."""
-    rows = {}
+def _last_rows(run: RunFolder, folders: list[str]) -> dict[str, list[float | None]]:
+    """Return step, loss and held-out loss of the last rows of some attempts' metrics, by stage."""
+    rows: dict[str, list[float | None]] = {}
     for folder in folders:
         with contextlib.suppress(OSError, RunFolderError):
             row = read_last_row(require_inside(run, run.root / folder / "metrics.jsonl"))
             if row is not None and is_number(row.get("loss")):
-                rows[_stage_name(folder)] = [row["step"], row["loss"]]
+                held_out = row.get("held_out")
+                rows[_stage_name(folder)] = [row["step"], row["loss"], held_out if is_number(held_out) else None]
     return rows
 
 

@@ -12,7 +12,8 @@ from orchestrator.run.run_folder import RunFolder
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 400, 56, 46, 16, 24
 """SVG units: of the picture, and of its margins."""
 
-TICKS = 5
+TICKS, LEAST_SPAN = 5, 0.2
+"""Ticks of an axis, and the least that it spans, so that equal values look equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,5 +81,5 @@ def scores_by_ensemble(run: RunFolder, graph: Sequence[Stage]) -> dict[Path, str
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
-    margin = 0.08 * (high - low) or 0.5
+    margin = max(0.08 * (high - low), (LEAST_SPAN - (high - low)) / 2)
     return low - margin, high + margin

@@ -33,17 +33,18 @@ if (run) {
 // ---- losses ----
 const losses = byId("losses");
 if (losses) {
-  let curves = null, plot = null, isLog = false, isSmooth = false;
+  let curves = null, plot = null, isLog = false, isSmooth = false, isHeldOut = false;
   const many = () => curves.series.length > 16;
   const smooth = (values) => {
     let mean = null;
     return values.map((value) => (value === null ? null : (mean = mean === null ? value : 0.85 * mean + 0.15 * value)));
   };
-  const color = (series, index) => {
+  const color = (series) => {
     if (series.kind !== "expert") return series.kind === "router" ? css("--warn") : css("--muted");
-    return many() ? `hsl(${(index * 137.5) % 360} 45% 55%)` : COLORS[index % COLORS.length];
+    const k = Number(series.name.split("_")[1]);
+    return many() ? `hsl(${(k * 137.5) % 360} 45% 55%)` : COLORS[k % COLORS.length];
   };
-  const data = () => [curves.steps, ...curves.series.map((s) => (isSmooth ? smooth(s.losses) : s.losses))];
+  const data = () => [curves.steps, ...curves.series.map((s) => { const values = isHeldOut ? s.held_out ?? s.losses.map(() => null) : s.losses; return isSmooth ? smooth(values) : values; })];
   const draw = () => {
     plot?.destroy();
     if (!curves.series.length) { losses.textContent = "No training has reported a loss yet."; return; }
@@ -55,8 +56,8 @@ if (losses) {
       axes: [{ ...axis }, { ...axis, size: 62 }],
       legend: { show: !many() }, cursor: { focus: { prox: 24 } }, focus: { alpha: 0.15 },
       hooks: { setSeries: [(_, index) => { byId("curve-name").textContent = index > 0 ? curves.series[index - 1].name : ""; }] },
-      series: [{ label: "step" }, ...curves.series.map((s, index) => ({
-        label: s.name, stroke: color(s, index), width: many() ? 1 : 1.75, spanGaps: true, dash: s.kind === "expert" ? undefined : [6, 4], points: { show: false },
+      series: [{ label: "step" }, ...curves.series.map((s) => ({
+        label: s.name, stroke: color(s), width: many() ? 1 : 1.75, spanGaps: true, dash: s.kind === "expert" ? undefined : [6, 4], points: { show: false },
         value: (_, value) => (value === null || value === undefined ? "–" : value.toPrecision(4)),
       }))],
     }, data(), losses);
@@ -79,17 +80,19 @@ if (losses) {
     if (!answer.ok) { losses.textContent = await answer.text(); return; }
     curves = await answer.json();
     curves.series.forEach((s) => { const last = s.losses.findLastIndex((v) => v !== null); list(s.name, Math.round(curves.steps[last]), s.losses[last]); });
+    byId("held-out").hidden = !curves.series.some((s) => s.held_out);
     draw();
   };
   const add = (rows) => {
     if (!curves) return;
-    for (const [name, [step, loss]] of Object.entries(rows)) {
+    for (const [name, [step, loss, heldOut]] of Object.entries(rows)) {
       const series = curves.series.find((s) => s.name === name);
       if (!series) { load(); return; }
       let at = curves.steps.findIndex((s) => s >= step);
       if (at < 0) at = curves.steps.length;
-      if (curves.steps[at] !== step) { curves.steps.splice(at, 0, step); curves.series.forEach((s) => s.losses.splice(at, 0, null)); }
+      if (curves.steps[at] !== step) { curves.steps.splice(at, 0, step); curves.series.forEach((s) => { s.losses.splice(at, 0, null); s.held_out?.splice(at, 0, null); }); }
       series.losses[at] = loss;
+      if (heldOut !== null) { series.held_out ??= curves.steps.map(() => null); series.held_out[at] = heldOut; }
       list(name, step, loss);
     }
     if (curves.steps.length > 1500) load(); else plot ? plot.setData(data()) : draw();
@@ -99,6 +102,7 @@ if (losses) {
     event.target.setAttribute("aria-pressed", isOn); act(isOn); if (curves) draw();
   });
   toggle("log-scale", (isOn) => { isLog = isOn; });
+  toggle("held-out", (isOn) => { isHeldOut = isOn; });
   toggle("smooth", (isOn) => { isSmooth = isOn; });
   listeners.rows.push(add); listeners.open.push(load);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => curves && draw());

@@ -1,5 +1,6 @@
 """Every page of synthetic runs: what it shows, what it escapes, and what it never serves."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -75,6 +76,17 @@ def test_curves_are_short_however_long_the_files_are(page, run, other):
     assert len(long["steps"]) <= 512 and long["steps"][-1] == 10_000
     assert {series["kind"] for series in long["series"]} >= {"expert", "router"}
     assert all(len(series["losses"]) == len(long["steps"]) for series in long["series"])
+
+
+def test_rare_held_out_losses_are_all_found(copy):
+    folder, page, key = copy
+    path = next(folder.root.glob("work/router-*/attempt_1")) / "metrics.jsonl"
+    rows = [{"step": step, "loss": 1.0} | ({"held_out": step} if step % 500 == 0 else {}) for step in range(1, 5001)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = page.get(f"/run/{key}/curves.json").json()
+    router = next(series for series in curves["series"] if series["name"] == "router")
+    assert [value for value in router["held_out"] if value is not None] == list(range(500, 5001, 500))
+    assert all(series["held_out"] is None for series in curves["series"] if series is not router)
 
 
 def test_comparison_pairs_the_same_seeds_and_lists_differences(page, run, other):

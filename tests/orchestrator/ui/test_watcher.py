@@ -53,9 +53,9 @@ def test_new_row_log_line_and_status_arrive(run):
     with serve_page([run.root]) as address:
         first, second = stream(address, run), stream(address, run)
         with (attempt / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 210, "loss": 0.5}\n')
+            file.write('{"step": 210, "loss": 0.5, "held_out": 0.25}\n')
         for found in (first, second):
-            assert wait_for(found, "rows") == {"router": [210, 0.5]}
+            assert wait_for(found, "rows") == {"router": [210, 0.5, 0.25]}
         with (attempt / "log.txt").open("a") as file:
             file.write("more\n")
         assert wait_for(first, "logs") == ["router"]
@@ -75,8 +75,8 @@ def test_death_of_the_controller_arrives(run):
             assert "Controlled by" in requests.get(status, timeout=20).text
             holder.kill()
             holder.wait()
-            while "is gone" not in requests.get(status, timeout=20).text:
-                wait_for(found, "status")
+            assert wait_for(found, "status") is True
+            assert "is gone" in requests.get(status, timeout=20).text
     finally:
         holder.kill()
         holder.wait()
