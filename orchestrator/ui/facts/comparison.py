@@ -7,7 +7,7 @@ from ddm_core.artifacts import to_jsonable
 from orchestrator.config.schema import RunConfig
 from orchestrator.ui.facts.samples import SampleFile
 
-SHOWN_SEEDS = 36
+SHOWN_SEEDS = 35
 
 ABSENT = "–"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.status import StatusRow
 
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 140, 46, 30, 12
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 150, 46, 26, 12
 """SVG units."""
 
 MAX_BOXES = 8
