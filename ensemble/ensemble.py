@@ -88,6 +88,8 @@ class Ensemble:
     """Noise schedule of the samples; the velocities of experts with another schedule are converted to it."""
     router: RouterModel | None = None
     """None only for a single expert, of id 0."""
+    t_shift: float = 1.0
+    """Of the times of its sampling; the experts' `training.t_shift`."""
 
     def __post_init__(self) -> None:
         """Raise `EnsembleError` if experts, router and noise schedule do not fit together."""

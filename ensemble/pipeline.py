@@ -24,6 +24,7 @@ from ddm_core.artifacts import (
     MANIFEST,
     atomic_folder,
     list_files,
+    read_json,
     write_json,
 )
 from ensemble.config import SamplingConfig
@@ -53,7 +54,7 @@ from experts.conditions.text_encoder import TextEncoder, read_text_config
 from experts.config import TextConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.errors import CodecError
-from experts.expert import EARLY, Expert
+from experts.expert import EARLY, METADATA_FILE, Expert
 from experts.expert_model import ExpertModel
 from experts.networks.adapters.registry import ADAPTERS
 from experts.training.encode import caption_flops
@@ -209,6 +210,7 @@ class EnsemblePipeline:
                 has_router=self.ensemble.router is not None,
                 num_classes=self.num_classes,
                 class_names=self.class_names,
+                t_shift=self.ensemble.t_shift,
             )
             index.write(temporary)
             if self.text is not None:
@@ -232,7 +234,8 @@ class EnsemblePipeline:
         codec = load_codec(folder / "codec")
         check_shapes(experts, codec, index.num_classes)
         router = Router.load(folder / "router") if index.has_router else None
-        ensemble = Ensemble(experts=experts, noise_schedule=NOISE_SCHEDULES[index.noise_schedule], router=router)
+        schedule = NOISE_SCHEDULES[index.noise_schedule]
+        ensemble = Ensemble(experts=experts, noise_schedule=schedule, router=router, t_shift=index.t_shift)
         if ensemble.missing != index.missing_ids:
             raise PipelineError(
                 f"{folder / INDEX} lists {list(index.missing_ids)} as missing, but of the router's "
@@ -307,6 +310,7 @@ def assemble(
         has_router=router is not None,
         num_classes=first.num_classes,
         class_names=tuple(class_names),
+        t_shift=_common_shift(expert_folders),
     )
     with atomic_folder(out) as temporary:
         for name, folder in parts.items():
@@ -316,6 +320,17 @@ def assemble(
             write_json(temporary / TEXT_SETTINGS, text)
         pipeline = EnsemblePipeline.from_pretrained(temporary)
     return replace(pipeline, folder=out)
+
+
+def _common_shift(expert_folders: Mapping[int, Path]) -> float:
+    """Return the experts' shift of t; raise `PipelineError` if they differ."""
+    files = [folder / METADATA_FILE for folder in expert_folders.values()]
+    shifts = {float(read_json(file).get("t_shift", 1.0)) if file.is_file() else 1.0 for file in files}
+    if len(shifts) > 1:
+        raise PipelineError(
+            f"experts of one pipeline must share training.t_shift; got {sorted(shifts)}; train them with one value"
+        )
+    return shifts.pop()
 
 
 @functools.lru_cache(maxsize=1)

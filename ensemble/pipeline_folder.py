@@ -22,6 +22,7 @@ INDEX = "model_index.json"
 CLASS_NAME = "DDMPipeline"
 """The class of the index, as diffusers writes it."""
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 """Written with its defaults, by name: its module imports scipy.stats."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -40,12 +41,15 @@ class PipelineIndex:
     has_router: bool
     num_classes: int
     class_names: tuple[str, ...]
+    t_shift: float = 1.0
+    """The scheduler's shift."""
 
     def write(self, folder: Path) -> None:
         """Write the index and the scheduler's folder."""
         origin = {"_diffusers_version": version("diffusers")}
         (folder / "scheduler").mkdir()
-        write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": SCHEDULER, **origin})
+        shift = {} if self.t_shift == 1 else {"shift": self.t_shift}
+        write_json(folder / SCHEDULER_FILE, {"_class_name": SCHEDULER, **origin, **shift})
         index = {
             "_class_name": CLASS_NAME,
             **origin,
@@ -73,11 +77,17 @@ class PipelineIndex:
                 has_router=bool(index["has_router"]),
                 num_classes=int(index["num_classes"]),
                 class_names=tuple(str(name) for name in index["class_names"]),
+                t_shift=_read_shift(folder / SCHEDULER_FILE),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(
                 f"{folder / INDEX} is not the index of a {CLASS_NAME}: {error}; assemble it again"
             ) from error
+
+
+def _read_shift(file: Path) -> float:
+    """Return the shift of a scheduler's configuration; 1 without one."""
+    return float(read_json(file).get("shift", 1.0)) if file.is_file() else 1.0
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddm_core.random_bits import splitmix64_finalize
 from ensemble.config import Solver
 from experts.diffusion.few_step import FewStepSchedule
-from experts.diffusion.noise_schedule import NoiseSchedule
+from experts.diffusion.noise_schedule import NoiseSchedule, shift_times
 from experts.diffusion.predictions import to_clean
 
 if TYPE_CHECKING:  # they import scipy.stats
@@ -30,9 +30,12 @@ VelocityField = Callable[[Latents, Times], Latents]
 """(noised, t) -> d noised / d t, of one expert or of an ensemble, with or without guidance."""
 
 
-def uniform_times(steps: int) -> TimeGrid:
-    """Return the times of `steps` equal steps from t = 1 to t = 0, in float64 so that no solver adds rounding."""
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+def uniform_times(steps: int, shift: float = 1.0) -> TimeGrid:
+    """Return the times of `steps` equal steps from t = 1 to t = 0, in float64 so that no solver adds rounding.
+
+    A `shift` other than 1 multiplies their odds t / (1 - t), as in the experts' training.
+    """
+    return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
 # The loops call `velocity` themselves, not through the step functions below: profiles and tracebacks stay short.

@@ -109,6 +109,9 @@ class TrainingConfig:
     """Mean of the normal distribution whose logistic is t."""
     t_std: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation of that normal distribution."""
+    t_shift: Annotated[float, Field(gt=0)] = field(default=1.0, metadata=UNHASHED_IF_DEFAULT)
+    """Factor s of the odds t / (1 - t) in training and sampling: t becomes s t / (1 + (s - 1) t). Larger images need
+    more noise: the root of the ratio of their pixels to those of smaller ones, up to 3. The router has its own."""
     condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of samples that are trained with the null condition."""
     autocast: Literal["none", "bfloat16", "float16"] = "none"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, write_json
+from ddm_core.artifacts import CorruptArtifact, Workspace, read_json, to_jsonable, write_json
 from ddm_core.json_values import from_json
 from experts.codecs.registry import load_codec
 from experts.compressed.caching.feature_cache import ExpertCache
@@ -56,6 +56,8 @@ class Expert(ExpertModel):
     cluster_id: int
     few_step: FewStepSchedule | None = None
     """The few t at which it may be evaluated; None is any t."""
+    t_shift: float = 1.0
+    """`training.t_shift` of its training, for the times of its sampling."""
     cache: CacheSchedule | None = None
     """The modules that are skipped on some steps of a trajectory; None skips none."""
 
@@ -141,8 +143,12 @@ class Expert(ExpertModel):
             num_classes=self.num_classes,
             cluster_id=self.cluster_id,
             few_step=self.few_step,
+            t_shift=self.t_shift,
         )
-        write_json(folder / METADATA_FILE, metadata)
+        content = to_jsonable(metadata)
+        if self.t_shift == 1:
+            del content["t_shift"]
+        write_json(folder / METADATA_FILE, content)
         if self.cache is not None:
             write_json(folder / CACHE_FILE, self.cache)
 
@@ -164,6 +170,7 @@ class Expert(ExpertModel):
             num_classes=metadata.num_classes,
             cluster_id=metadata.cluster_id,
             few_step=metadata.few_step,
+            t_shift=metadata.t_shift,
             cache=cache,
         )
 
@@ -178,6 +185,7 @@ class ExpertMetadata:
     num_classes: int
     cluster_id: int
     few_step: FewStepSchedule | None = None
+    t_shift: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +272,7 @@ def train_network(
             latent_shape=dataset.latent_shape,
             num_classes=num_classes,
             cluster_id=cluster_id,
+            t_shift=training.t_shift,
         )
 
     def report_checkpoint(copy_model: Callable[[], nn.Module]) -> None:

@@ -25,7 +25,7 @@ def are_quick(training: TrainingConfig) -> bool:
 
 def write_first_samples(expert: Expert, codec: Path, training: TrainingConfig, out: Path) -> None:
     """Sample from an expert without a condition, and write one picture to `out`."""
-    ensemble = Ensemble(experts={0: expert}, noise_schedule=expert.noise_schedule)
+    ensemble = Ensemble(experts={0: expert}, noise_schedule=expert.noise_schedule, t_shift=expert.t_shift)
     pipeline = EnsemblePipeline(ensemble=ensemble, codec=load_codec(codec))
     selection = SelectionConfig(name="full")
     sampling = SamplingConfig(solver="euler", steps=STEPS, selection=selection, device=training.device)

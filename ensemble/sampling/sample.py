@@ -75,7 +75,7 @@ def sample(
         with torch.inference_mode():
             run = _start(ensemble, weak, codec, [seeds[row] for row in rows.tolist()], *given, config, report)
             if (few_step := ensemble.few_step) is None:
-                clean = run.solver(run.velocity, run.initial, uniform_times(config.steps))
+                clean = run.solver(run.velocity, run.initial, uniform_times(config.steps, ensemble.t_shift))
             else:
                 clean = sample_few_step(run.velocity, run.initial, few_step, ensemble.noise_schedule, run.fresh_noise)
         report(0.0)

@@ -44,6 +44,14 @@ class NoiseSchedule:
         return self.alpha_dot(t) * clean + self.sigma_dot(t) * noise
 
 
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Return t with odds t / (1 - t) multiplied by `shift`; 0 and 1 stay.
+
+    Esser et al. 2024, arXiv:2403.03206, equation 23.
+    """
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoisedSample:
     """A noised sample and its t on one noise schedule."""

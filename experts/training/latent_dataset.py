@@ -22,6 +22,7 @@ from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import TrainingConfig
+from experts.diffusion.noise_schedule import shift_times
 from experts.types import Latents, RowIds, RowTimes
 
 
@@ -81,18 +82,19 @@ class LatentDataset:
         shape = self.shapes[int(self.bucket_id[rows[0]])]
         return clean[:, : math.prod(shape)].reshape(-1, *shape)
 
-    def batch_indices(self, batch_size: int, seed: int, step: int) -> tuple[RowIds, RowIds]:
-        """Return the samples of a step, all of one bucket, and the epoch of each.
+    def batch_indices(self, batch_size: int, seed: int, step: int) -> tuple[RowIds, RowIds | None]:
+        """Return the samples of a step, all of one bucket, and the epoch of each if some are mirrored.
 
         See `sample_indices` and `bucket_batch`.
         """
         if self.bucket_id is None:
-            return sample_indices(len(self), batch_size, seed, step), batch_epochs(len(self), batch_size, step)
+            epochs = None if self.flipped is None else batch_epochs(len(self), batch_size, step)
+            return sample_indices(len(self), batch_size, seed, step), epochs
         counts = torch.bincount(self.bucket_id, minlength=len(self.shapes)).tolist()
         bucket, number = bucket_batch(counts, batch_size, seed, step)
         members = (self.bucket_id == bucket).nonzero().squeeze(-1)
         indices = members[sample_indices(len(members), batch_size, seed, number)]
-        return indices, batch_epochs(len(members), batch_size, number)
+        return indices, None if self.flipped is None else batch_epochs(len(members), batch_size, number)
 
     def __len__(self) -> int:
         return self.clean.shape[0]
@@ -191,11 +193,12 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     """
     batch_rows, epochs = dataset.batch_indices(config.batch_size, config.seed, step)
     rows = batch_rows[local_rows]
-    is_flipped = None if dataset.flipped is None else draw_flips(rows, epochs[local_rows], config.seed)
+    is_flipped = None if epochs is None else draw_flips(rows, epochs[local_rows], config.seed)
     clean = dataset.clean_rows(rows, is_flipped)
     generator = torch.Generator().manual_seed(derive_seed(Stream.TRAINING_NOISE, config.seed, step))
     noise = draw_noise(len(batch_rows), clean.shape[1:], local_rows, generator)
     t = torch.randn(len(batch_rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
+    t = shift_times(t, config.t_shift)
     dropped = torch.rand(len(batch_rows), generator=generator) < config.condition_dropout
     uniforms = torch.rand(len(batch_rows), generator=generator) if dataset.captions is not None else None
     condition = dataset.condition(rows, None if uniforms is None else uniforms[local_rows]).drop(dropped[local_rows])

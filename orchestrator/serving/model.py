@@ -187,7 +187,8 @@ class ServedModel:
 
         initial = ensemble.initial_latents(noise, condition, routing)
         if (few_step := ensemble.few_step) is None:
-            clean = SOLVERS[self.source.sampling.solver](velocity, initial, uniform_times(key.steps))
+            times = uniform_times(key.steps, ensemble.t_shift)
+            clean = SOLVERS[self.source.sampling.solver](velocity, initial, times)
         else:
             clean = sample_few_step(velocity, initial, few_step, ensemble.noise_schedule, lambda step: noise(1 + step))
         return list(torch.split(clean, 1))

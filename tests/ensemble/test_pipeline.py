@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,24 @@ def test_save_is_byte_identical_to_assemble(parts: Path) -> None:
     put_together(parts).save_pretrained(parts / "again")
     for file in list_files(parts / "again"):
         assert file.read_bytes() == (parts / "pipeline" / file.relative_to(parts / "again")).read_bytes(), file.name
+
+
+def test_shift_of_the_experts_reaches_scheduler_and_samples(parts: Path) -> None:
+    plain = put_together(parts)([1, 2], FULL).latents
+    for k in range(3):
+        metadata = read_json(parts / f"trained_{k}" / "expert.json")
+        assert "t_shift" not in metadata, "an expert without a shift has the same bytes as before there was one"
+        replace(Expert.load(parts / f"trained_{k}"), t_shift=3.0).save(parts / f"trained_{k}")
+    pipeline = put_together(parts)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(parts / "pipeline" / "scheduler")
+    assert scheduler.config.shift == pipeline.ensemble.t_shift == 3.0
+    pipeline.save_pretrained(parts / "again")
+    again = EnsemblePipeline.from_pretrained(parts / "again")
+    assert torch.equal(again([1, 2], FULL).latents, pipeline([1, 2], FULL).latents)
+    assert not torch.equal(pipeline([1, 2], FULL).latents, plain)
+    make_expert(parts / "trained_1", 1)
+    with pytest.raises(PipelineError, match=r"t_shift; got \[1\.0, 3\.0\]"):
+        put_together(parts)
 
 
 def test_folder_is_a_diffusers_pipeline_folder(parts: Path) -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ensemble.solvers import SOLVERS, make_noise, uniform_times
@@ -73,3 +74,9 @@ def test_noise_is_unit_gaussian() -> None:
 
 def test_noise_without_seeds_is_empty() -> None:
     assert make_noise([], (2, 3)).shape == (0, 2, 3)
+
+
+def test_shifted_times_are_those_of_diffusers() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=uniform_times(7)[:-1].tolist())
+    assert torch.allclose(uniform_times(7, 3.0).float(), scheduler.sigmas, atol=1e-6)

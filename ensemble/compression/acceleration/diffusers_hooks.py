@@ -39,8 +39,8 @@ def hook_all(config: HookConfig, context: CompressionContext) -> EnsembleResult:
             f"diffusers' hooks count calls as steps, and {context.sampling.solver} makes two calls per step; set "
             "accelerate=cache, or start another run with ensemble.solver=euler"
         )
-    times = tuple(uniform_times(context.sampling.steps)[:-1].tolist())
     experts, flops = context.load_single_networks("hook"), 0.0
+    times = tuple(uniform_times(context.sampling.steps, next(iter(experts.values())).t_shift)[:-1].tolist())
     cached, details = {}, {}
     for k, expert in experts.items():
         schedule, calibration_flops = calibrate_hook(expert, config, times, context.workspace)

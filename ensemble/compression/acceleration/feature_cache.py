@@ -62,7 +62,7 @@ def cache_experts(
 
     Raises `StageError` for a few-step expert, or if the schedule saves less than 1 % of the FLOPs.
     """
-    times = tuple(uniform_times(sampling.steps)[:-1].tolist())
+    times = tuple(uniform_times(sampling.steps, next(iter(experts.values())).t_shift)[:-1].tolist())
     for k, expert in experts.items():
         if expert.few_step is not None:
             raise StageError(

@@ -40,7 +40,9 @@ def at_few_step_times(batch: Batch, few_step: FewStepSchedule | None, training: 
 
 def to_uniform_times(t: Float[Tensor, " batch"], training: TrainingConfig) -> Float[Tensor, " batch"]:
     """Transform a training's logit-normal t to a uniform distribution on [0, 1]."""
-    uniform: Tensor = torch.special.ndtr((torch.logit(t) - training.t_mean) / training.t_std)
+    uniform: Tensor = torch.special.ndtr(
+        (torch.logit(t) - math.log(training.t_shift) - training.t_mean) / training.t_std
+    )
     return uniform.clamp(1e-3, 1 - 1e-3)
 
 

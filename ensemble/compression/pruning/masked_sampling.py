@@ -33,7 +33,7 @@ def sample_with_masks(
             return euler_step(lambda latents, times: expert.velocity(latents, times, condition), noised, t, t_next)
 
     noised = noise
-    for t, t_next in pairwise(uniform_times(steps).tolist()):
+    for t, t_next in pairwise(uniform_times(steps, expert.t_shift).tolist()):
         if checkpointed and torch.is_grad_enabled():
             noised = checkpoint(step, noised, t, t_next, use_reentrant=False)
         else:

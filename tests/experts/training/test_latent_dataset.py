@@ -119,3 +119,8 @@ def test_a_batch_has_one_shape_and_its_own_samples():
     orders = [[bucket_batch([25, 15], 5, seed, step)[0] for step in range(16)] for seed in (0, 1)]
     assert orders[0] != orders[1]
     assert orders[0][:8] != orders[0][8:], "a new order each epoch"
+
+
+def test_shift_multiplies_the_odds_of_t(make_dataset):
+    plain, shifted = (make_batch(make_dataset(), TrainingConfig(batch_size=40, t_shift=s), 0).t for s in (1.0, 3.0))
+    assert torch.allclose(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-4)
