@@ -1,8 +1,13 @@
-"""Batches of the coming steps, drawn in a thread ahead of the training, in memory from which a GPU copies fast."""
+"""Batches of the coming steps, drawn in a thread ahead of the training, in memory from which a GPU copies fast.
+
+A CPU draws each batch when it is needed: a thread would take the time from the step, and 8 % more on a small network.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+
+import torch
 
 from experts.training.latent_dataset import Batch
 
@@ -13,9 +18,9 @@ AHEAD = 2
 class BatchesAhead:
     """Draws batches in one thread; which batch a step gets does not depend on it."""
 
-    def __init__(self, steps: int, *, pin_memory: bool) -> None:
-        """Draw batches for steps below `steps`; `pin_memory` puts them into page-locked memory."""
-        self.steps, self.pin_memory = steps, pin_memory
+    def __init__(self, steps: int, device: torch.device) -> None:
+        """Draw batches for steps below `steps`."""
+        self.steps, self.device = steps, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._drawn: dict[int, Future[Batch]] = {}
 
@@ -29,6 +34,8 @@ class BatchesAhead:
 
     def take(self, step: int, draw: Callable[[int], Batch]) -> Batch:
         """Return the batch of a step, and have those after it drawn; raises what `draw` raises."""
+        if self.device.type == "cpu":
+            return draw(step)
         for coming in range(step, min(step + 1 + AHEAD, self.steps)):
             if coming not in self._drawn:
                 self._drawn[coming] = self._thread.submit(self._draw, coming, draw)
@@ -42,4 +49,4 @@ class BatchesAhead:
 
     def _draw(self, step: int, draw: Callable[[int], Batch]) -> Batch:
         batch = draw(step)
-        return batch.pin_memory() if self.pin_memory else batch
+        return batch.pin_memory() if self.device.type == "cuda" else batch

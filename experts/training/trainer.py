@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,7 +95,7 @@ def fit(
     with (
         group.worker_loss_as_error(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        BatchesAhead(config.steps, pin_memory=device.type == "cuda") as batches,
+        BatchesAhead(config.steps, device) as batches,
     ):
         state = init_training_state(model.to(device), config)
         restore_checkpoint(checkpoints, state)
@@ -152,10 +153,7 @@ def _measure(state: TrainingState, measure: Measure) -> Mapping[str, float]:
     """Measure the averaged parameters, in evaluation mode and the precision of the training."""
     config, model = state.config, state.model
     model.eval()
-    with (
-        state.average.applied(),
-        torch.autocast(config.device.partition(":")[0], PRECISIONS[config.autocast], enabled=config.autocast != "none"),
-    ):
+    with state.average.applied(), _precision(config):
         figures = measure(model)
     model.train()
     return figures
@@ -233,12 +231,14 @@ def _train_step(
         share = len(part.t) / len(batch.t)
         with (
             defer_sync(compute_loss, defer=part is not parts[-1]),
-            torch.autocast(batch.t.device.type, PRECISIONS[config.autocast], enabled=config.autocast != "none"),
+            _precision(config),
         ):
             terms = compute_loss(part)
         values = {"loss": terms} if isinstance(terms, Tensor) else terms
-        torch.autograd.backward(state.scaler.scale(values["loss"] * share))
-        _add_up(means, {name: value * share for name, value in values.items()})
+        if len(parts) > 1:
+            values = {name: value * share for name, value in values.items()}
+        torch.autograd.backward(state.scaler.scale(values["loss"]))
+        _add_up(means, values)
     means = group.mean(means)
     state.scaler.unscale_(state.optimizer)
     means["grad_norm"] = nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm)
@@ -261,7 +261,14 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-PRECISIONS = {"none": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
+def _precision(config: TrainingConfig) -> AbstractContextManager[None]:
+    """Return a context of forward passes in the precision of a training."""
+    if config.autocast == "none":
+        return nullcontext()
+    return torch.autocast(config.device.partition(":")[0], PRECISIONS[config.autocast])
+
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _finish_row(state: TrainingState, watch: Watch) -> MetricsRow:

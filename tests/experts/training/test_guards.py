@@ -108,9 +108,10 @@ def test_rows_of_a_worker_have_the_noise_of_the_whole_batch(shape):
         assert torch.equal(torch.rand(3, generator=generator), after)
 
 
-def test_batches_ahead_are_those_of_their_steps(make_dataset):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_batches_ahead_are_those_of_their_steps(device, make_dataset):
     dataset = make_dataset()
-    with BatchesAhead(6, pin_memory=False) as batches:
+    with BatchesAhead(6, torch.device(device)) as batches:
         for step in (0, 1, 2, 1, 2, 5):
             if step == 1:
                 batches.clear()

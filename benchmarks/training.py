@@ -1,0 +1,300 @@
+"""The trainer and the sampler against plain loops (`make bench-training`; ten minutes on one thread).
+
+1. `fit`, with its batches, loss, average, rows and progress, against `arms/bare_loop.py`, which shares nothing with it.
+2. Gradients of a batch in four parts, and with activations computed again, against those of the plain step.
+3. Sampling with sticky experts against one dense model in a loop of diffusers.
+
+Both sides run in turns on one thread; the figure is CPU time, and each pair takes at most 90 s.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import chdir
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from benchmarks.arms import bare_loop
+from benchmarks.record import Claim, Listing, median_and_range, write_result
+from ddm_core.artifacts import Workspace
+from ensemble.config import SamplingConfig
+from ensemble.ensemble import Ensemble
+from ensemble.sampling.sample import sample
+from experts.codec import PixelCodec
+from experts.config import DiTConfig, NetworkConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from experts.expert import Expert
+from experts.networks.registry import build_network, enable_gradient_checkpointing
+from experts.training.latent_dataset import Batch, LatentDataset, make_batch
+from experts.training.loss import expert_loss
+from experts.training.trainer import fit
+from router.config import RouterConfig
+from router.models.registry import build_router
+from router.router import Router
+
+CLASSES = 10
+LOSS = partial(expert_loss, prediction="velocity", noise_schedule=RECTIFIED_FLOW)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A network and its training."""
+
+    call: str
+    """Its name in `bare_loop.CALLS`."""
+    network: NetworkConfig
+    shape: tuple[int, int, int]
+    batch_size: int
+    steps: int
+
+
+CASES = {
+    "MLP, small": Case(
+        call="mlp", network=ResidualMLPConfig(width=128, depth=2), shape=(2, 4, 4), batch_size=60, steps=1000
+    ),
+    "MLP, default": Case(call="mlp", network=ResidualMLPConfig(), shape=(6, 4, 4), batch_size=60, steps=400),
+    "U-Net": Case(call="unet", network=UNetConfig(), shape=(4, 16, 16), batch_size=16, steps=30),
+    "DiT": Case(call="dit", network=DiTConfig(), shape=(4, 16, 16), batch_size=16, steps=50),
+}
+SAMPLED = {"MLP, default": (4, 8), "DiT": (4, 8)}
+"""Numbers of experts with which a case is sampled."""
+
+
+def main() -> None:
+    """Measure everything and write docs/benchmarks/training.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7, help="pairs of each comparison")
+    parser.add_argument("--tiny", action="store_true", help="one pair of a few steps, and write nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started, turns = time.monotonic(), 1 if options.tiny else options.turns
+    cases = {name: replace(case, steps=4) for name, case in CASES.items()} if options.tiny else CASES
+    training = {name: compare_training(case, turns) for name, case in cases.items()}
+    differences = {name: compare_gradients(case) for name, case in cases.items()}
+    sampling = {
+        (name, count, size): compare_sampling(cases[name], count, size, 2 if options.tiny else 10, turns)
+        for name, counts in SAMPLED.items()
+        for count in counts
+        for size in (16, 64)
+    }
+    claims = [*training_claims(training), gradient_claim(differences), *sampling_claims(sampling)]
+    for claim in claims:
+        print(f"{claim.name}: {claim.value} ({claim.spread}), {claim.bar}")
+    if not options.tiny:
+        write_result("training", time.monotonic() - started, claims, [gradient_listing(differences)], NOTES)
+
+
+NOTES = [
+    "CPU time of whole calls, on one thread, of both sides in turns. `fit` includes metrics "
+    "rows with their speed, progress, and the thread that draws batches. The plain loop draws with torch's global "
+    "generator and prints nothing.",
+    "Sampling: sticky, Euler, null condition, random parameters, four batches of seeds for each measurement, "
+    "sorted by their expert before they are batched; the dense model takes as many rows in as many batches.",
+]
+
+
+def make_dataset(case: Case, count: int = 2048) -> LatentDataset:
+    """Return random latents with classes."""
+    generator = torch.Generator().manual_seed(0)
+    return LatentDataset(
+        clean=torch.randn(count, *case.shape, generator=generator),
+        class_id=torch.arange(count) % CLASSES,
+        cluster_id=torch.zeros(count, dtype=torch.int64),
+    )
+
+
+def make_network(case: Case) -> nn.Module:
+    """Return the network of a case, the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_network(case.network, case.shape, CLASSES)
+
+
+def compare_training(case: Case, turns: int) -> list[float]:
+    """Return the CPU time of `fit` over that of the plain loop, one ratio for each turn."""
+    dataset = make_dataset(case)
+    config = TrainingConfig(
+        steps=case.steps, batch_size=case.batch_size, warmup_steps=2, checkpoint_every=10**6, held_out_every=None
+    )
+
+    def run_fit() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            fit(make_network(case), LOSS, dataset, config, Workspace.at(Path(folder)))
+
+    def run_bare() -> None:
+        bare_loop.train(
+            make_network(case),
+            bare_loop.CALLS[case.call],
+            dataset.clean,
+            dataset.class_id,
+            steps=case.steps,
+            batch_size=case.batch_size,
+            lr=config.lr,
+            warmup=config.warmup_steps,
+        )
+
+    return ratios(run_fit, run_bare, turns)
+
+
+def ratios(ours: Callable[[], object], theirs: Callable[[], object], turns: int) -> list[float]:
+    """Return the ratios of the CPU times of two functions that run in turns; the first turn warms up."""
+    measured = []
+    for turn in range(turns + 1):
+        order = (ours, theirs) if turn % 2 else (theirs, ours)
+        seconds = {function: cpu_seconds(function) for function in order}
+        measured.append(seconds[ours] / seconds[theirs])
+    return measured[1:]
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    """Return the CPU time of one call, summed over all threads of this process."""
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+def compare_gradients(case: Case) -> tuple[float, float | None]:
+    """Return the largest difference of gradients in four parts, and with checkpointing, relative to the largest.
+
+    None for a network without checkpointing.
+    """
+    model, dataset = make_network(case), make_dataset(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
+    model.train()
+    batch = make_batch(dataset, TrainingConfig(batch_size=64), 0)
+    whole = gradients(model, [batch])
+    parts = difference(whole, gradients(model, batch.divide(4)))
+    if isinstance(case.network, ResidualMLPConfig):
+        return parts, None
+    checkpointed = deepcopy(model)
+    enable_gradient_checkpointing(checkpointed)
+    return parts, difference(whole, gradients(checkpointed, [batch]))
+
+
+def gradients(model: nn.Module, parts: Sequence[Batch]) -> list[torch.Tensor]:
+    """Return the gradients of the mean loss over all rows of the parts."""
+    model.zero_grad(set_to_none=True)
+    rows = sum(len(part.t) for part in parts)
+    for part in parts:
+        torch.autograd.backward(LOSS(model, part) * (len(part.t) / rows))
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference of two lists of gradients, relative to the largest gradient."""
+    largest = max(float(gradient.abs().max()) for gradient in ours)
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) / largest
+
+
+def make_ensemble(case: Case, count: int) -> Ensemble:
+    """Return an ensemble of so many equal experts."""
+    router = Router(
+        model=build_router(RouterConfig(width=32, depth=1), case.shape, count, CLASSES),
+        noise_schedule=RECTIFIED_FLOW,
+        prior_counts=torch.ones(CLASSES + 1, count),
+    )
+    experts = {
+        k: Expert(
+            model=make_network(case).eval(),
+            prediction="velocity",
+            noise_schedule=RECTIFIED_FLOW,
+            latent_shape=case.shape,
+            num_classes=CLASSES,
+            cluster_id=k,
+        )
+        for k in range(count)
+    }
+    return Ensemble(experts=experts, noise_schedule=RECTIFIED_FLOW, router=router)
+
+
+def compare_sampling(case: Case, count: int, batch_size: int, steps: int, turns: int) -> list[float]:
+    """Return the CPU time of sampling from so many experts over that of one dense model, one ratio for each turn."""
+    ensemble, dense = make_ensemble(case, count), make_network(case).eval()
+    config = SamplingConfig(solver="flow_match_euler", steps=steps, batch_size=batch_size)
+    codec = PixelCodec(image_shape=(*case.shape[1:], case.shape[0]))
+    seeds = range(4 * batch_size)
+    return ratios(
+        lambda: sample(ensemble, codec, seeds, config, decode=False),
+        lambda: bare_loop.sample(
+            dense,
+            bare_loop.CALLS[case.call],
+            count=len(seeds),
+            batch_size=batch_size,
+            shape=case.shape,
+            steps=steps,
+            null=CLASSES,
+        ),
+        turns,
+    )
+
+
+def training_claims(measured: dict[str, list[float]]) -> list[Claim]:
+    """Return one claim for each network."""
+    claims = []
+    for name, values in measured.items():
+        value, spread = median_and_range(values)
+        claims.append(
+            Claim(
+                name=f"CPU time of `fit` over that of an independent plain loop: {name}",
+                bar="≤ 1.02",
+                value=value,
+                spread=spread,
+                holds=float(value) <= 1.02,
+            )
+        )
+    return claims
+
+
+def gradient_claim(differences: dict[str, tuple[float, float | None]]) -> Claim:
+    """Return the claim about all gradients."""
+    values = [value for pair in differences.values() for value in pair if value is not None]
+    return Claim(
+        name="difference of the gradients of 4 × 16 samples and of 64, and with checkpointing, relative to the largest",
+        bar="≤ 1e-5",
+        value=f"{max(values):.1e}",
+        spread=f"n = {len(values)}",
+        holds=max(values) <= 1e-5,
+    )
+
+
+def gradient_listing(differences: dict[str, tuple[float, float | None]]) -> Listing:
+    """Return the differences of every network."""
+    rows = [
+        (name, f"{parts:.1e}", "–" if checkpointed is None else f"{checkpointed:.1e}")
+        for name, (parts, checkpointed) in differences.items()
+    ]
+    return Listing(
+        title="Largest relative difference of gradients", columns=("network", "4 × 16", "checkpointing"), rows=rows
+    )
+
+
+def sampling_claims(measured: dict[tuple[str, int, int], list[float]]) -> list[Claim]:
+    """Return one claim for each network, number of experts and batch size."""
+    claims = []
+    for (name, count, size), values in measured.items():
+        value, spread = median_and_range(values)
+        claims.append(
+            Claim(
+                name=f"CPU time of sampling over that of one dense model in diffusers' loop: {name}, K = {count}, "
+                f"batches of {size}",
+                bar="≤ 1.2",
+                value=value,
+                spread=spread,
+                holds=median(values) <= 1.2,
+            )
+        )
+    return claims
+
+
+if __name__ == "__main__":
+    with chdir(Path(__file__).parents[1]):
+        main()
