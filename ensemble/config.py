@@ -170,6 +170,16 @@ class AuditConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReplicationLimits:
+    """How much an expert may replicate its training images."""
+
+    max_copy_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest share of near copies among an expert's samples; about .01 are near by chance. Empty checks nothing."""
+    max_membership_auc: Annotated[float, Field(ge=0.5, lt=1)] | None = None
+    """Largest AUC with which an expert's losses tell its training images from held-out ones. Empty checks nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClassifierConfig:
     """Classification of images by their denoising error."""
 

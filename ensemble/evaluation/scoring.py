@@ -88,9 +88,13 @@ class Reference:
 
     def find_copies(self, pixels: Features) -> NearNeighborRate:
         """Return how many rows of pixels are nearer to a training image than almost all held-out images."""
+        return near_neighbor_rate(*self.copy_distances(pixels), COPY_QUANTILE)
+
+    def copy_distances(self, pixels: Features) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " held_out"]]:
+        """Return the distances to the nearest training image, of rows of pixels and of held-out images."""
         training = np.load(self.folder / "neighbours.npy", mmap_mode="r", allow_pickle=False)
         held_out = np.load(self.folder / "held_out_distances.npy", allow_pickle=False)
-        return near_neighbor_rate(nearest_distances(pixels, training), held_out, COPY_QUANTILE)
+        return nearest_distances(pixels, training), held_out
 
     def extract(self, images: Images) -> ExtractedFeatures:
         """Extract features of the images in every space of the reference."""

@@ -22,7 +22,7 @@ from ensemble.compression.config import (
     StitchConfig,
     check_order,
 )
-from ensemble.config import EvaluationConfig, SamplingConfig, SelectionSearchConfig
+from ensemble.config import EvaluationConfig, ReplicationLimits, SamplingConfig, SelectionSearchConfig
 from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig, TextConfig
 from orchestrator.config.compute import ComputeConfig
@@ -66,8 +66,8 @@ class NotifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ScoresConfig(EvaluationConfig):
-    """The scored selections and the scoring method."""
+class ScoresConfig(EvaluationConfig, ReplicationLimits):
+    """The scored selections, the scoring method, and the limits at which a score fails the run."""
 
     selections: tuple[SelectionConfig, ...] = (SelectionConfig(),)
     """One row of the table each; the ensemble's own selection is always included."""

@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ensemble.compression.config import compression_label
-from ensemble.config import SamplingConfig
+from ensemble.config import ReplicationLimits, SamplingConfig
 from experts.config import ExpertConfig
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.config.finetune import ALL_IMAGES, AdapterStageConfig
@@ -35,6 +35,8 @@ from router.config import AUTO, SelectionConfig, selection_label
 
 FROM_ENSEMBLE = "from_ensemble"
 """Name of the stage whose artifact is a copy of the ensemble that `--ensemble` names."""
+
+NO_LIMITS = ReplicationLimits()
 
 _recent_graphs: deque[tuple[RunConfig, tuple[Stage, ...]]] = deque(maxlen=8)
 """The last graphs with their configurations. A command loads its configuration several times; equal configurations
@@ -234,7 +236,9 @@ class _GraphBuilder:
         """Score an ensemble; the selection `auto` needs the search."""
         sampling = replace(self.config.ensemble, selection=selection)
         extra = self.weak | (dict(search_inputs) if selection.name == AUTO else {})
-        self._add_score_of(name, ensemble, sampling, extra)
+        scores = self.config.scores
+        limits = ReplicationLimits(max_copy_rate=scores.max_copy_rate, max_membership_auc=scores.max_membership_auc)
+        self._add_score_of(name, ensemble, sampling, extra, limits)
 
     def _add_score_of(
         self,
@@ -242,9 +246,10 @@ class _GraphBuilder:
         ensemble: Stage,
         sampling: SamplingConfig,
         extra_inputs: Mapping[str, Input] = MappingProxyType({}),
+        limits: ReplicationLimits = NO_LIMITS,
     ) -> None:
         inputs = {"ensemble": Input(stage=ensemble), "reference": self.reference, "partition": self.partition}
-        config = ScoreStageConfig(evaluation=self.stage_configs.evaluation, sampling=sampling)
+        config = ScoreStageConfig(evaluation=self.stage_configs.evaluation, sampling=sampling, limits=limits)
         self._add("score", config, inputs | dict(extra_inputs), name)
 
     def _split_init(self, expert: ExpertConfig) -> tuple[ExpertConfig, dict[str, Input]]:

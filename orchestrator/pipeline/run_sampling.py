@@ -5,7 +5,8 @@ from pathlib import Path
 
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace
-from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig
+from ensemble.analysis.replication import check_replication
+from ensemble.config import EvaluationConfig, ExpertSamplesConfig, ReplicationLimits, SamplingConfig
 from ensemble.evaluation.evaluate import evaluate
 from ensemble.evaluation.reference import build_reference
 from ensemble.evaluation.selection_search import read_choice, search_selection
@@ -51,7 +52,10 @@ def run_score(config: ScoreStageConfig, inputs: Inputs, out: Path, workspace: Wo
         reflection = sampling.reflection if choice.reflects else None
         sampling = replace(sampling, selection=choice.selection, reflection=reflection)
     sampling = with_weak_folder(sampling, inputs.get("weak"))
-    return evaluate(*folders, config.evaluation, sampling, out, workspace).flops
+    flops = evaluate(*folders, config.evaluation, sampling, out, workspace).flops
+    if config.limits != ReplicationLimits():
+        check_replication(out, *folders, config.evaluation, config.limits)
+    return flops
 
 
 def run_selection_search(config: SelectionSearchStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -15,7 +15,13 @@ from pydantic.dataclasses import dataclass
 from data_partition.config import DataConfig, PartitionConfig
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
-from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
+from ensemble.config import (
+    EvaluationConfig,
+    ExpertSamplesConfig,
+    ReplicationLimits,
+    SamplingConfig,
+    SelectionSearchConfig,
+)
 from experts.config import ExpertConfig, TextConfig, TrainingConfig
 from orchestrator.config.finetune import AdapterImagesStageConfig
 from orchestrator.config.schema import RunConfig
@@ -97,6 +103,8 @@ class ScoreStageConfig:
     """The number of samples, and the feature spaces."""
     sampling: SamplingConfig
     """Settings of the sampling."""
+    limits: ReplicationLimits = field(default=ReplicationLimits(), metadata=UNHASHED_IF_DEFAULT)
+    """Limits at which the score fails."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
