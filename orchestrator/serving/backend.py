@@ -1,13 +1,18 @@
 """What samples the images of the service: an interface, and its form within this process, without Ray."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
-from ensemble.pipeline_folder import PipelineIndex, find_expert_folder
+from ensemble.pipeline_folder import PipelineIndex
 from ensemble.pipelines.paging import ExpertPager, weight_bytes
+from experts.compressed.quantization.shared_weight_io import SHARED
+from experts.expert import METADATA_FILE
 from experts.types import Latents
+from orchestrator.errors import ConfigError
 from orchestrator.serving.batcher import Batcher
 from orchestrator.serving.config import Batching
 from orchestrator.serving.model import BatchKey, ImageJob, ModelSource, ServedModel
@@ -38,22 +43,39 @@ class ServingBackend(Protocol):
         """Return an image as a file."""
 
 
-def open_pager(sources: Sequence[ModelSource], resident: int | None) -> ExpertPager | None:
-    """Return what keeps at most so many experts in memory, of all models together; None for all."""
+def open_models(
+    sources: Sequence[ModelSource], batching: Batching, *, needs_experts: bool = True
+) -> dict[str, ServedModel]:
+    """Open models by name; experts are loaded when they are called, without `needs_experts` one at a time.
+
+    Experts that share weights or have several networks each are loaded at once.
+
+    Raises an `ArtifactError` for a folder that cannot be loaded, and `ConfigError` for experts that are not paged.
+    """
+    pager = open_pager(sources, batching.resident if needs_experts else 1)
+    models = {}
+    for source in sources:
+        is_paged = can_page(source.folder)
+        if batching.resident is not None and not is_paged:
+            raise ConfigError(
+                f"the experts of {source.name} share weights or have several networks; leave --resident out"
+            )
+        models[source.name] = ServedModel.open(source, batching.max_images, pager if is_paged else None)
+    return models
+
+
+def can_page(folder: Path) -> bool:
+    """Return whether every expert of a pipeline is a network of its own, which can be loaded alone."""
+    ids = PipelineIndex.read(folder).expert_ids
+    return not (folder / SHARED).is_dir() and all((folder / f"expert_{k}" / METADATA_FILE).is_file() for k in ids)
+
+
+def open_pager(sources: Sequence[ModelSource], resident: int | None) -> ExpertPager:
+    """Return what keeps at most so many experts in memory, of all models together; None keeps all."""
+    folders = [folder for source in sources for folder in source.folder.glob("expert_*")]
     if resident is None:
-        return None
-    sizes = [
-        weight_bytes(find_expert_folder(source.folder, k))
-        for source in sources
-        for k in PipelineIndex.read(source.folder).expert_ids
-    ]
-    return ExpertPager(max_bytes=resident * max(sizes))
-
-
-def open_models(sources: Sequence[ModelSource], batching: Batching) -> dict[str, ServedModel]:
-    """Open models by name; raises an `ArtifactError` for a folder that cannot be loaded."""
-    pager = open_pager(sources, batching.resident)
-    return {source.name: ServedModel.open(source, batching.max_images, pager) for source in sources}
+        return ExpertPager(max_bytes=sys.maxsize)
+    return ExpertPager(max_bytes=resident * max(map(weight_bytes, folders), default=0))
 
 
 class Denoiser:

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from ddm_core.environment import environment_variables
 from experts.types import Latents
 from orchestrator.backends.ray_cluster import RayCluster
 from orchestrator.config.compute import ComputeConfig
@@ -38,6 +39,9 @@ PAUSE_S = 0.2
 IDLE_S = 600.0
 """Time without a request after which the last replica ends, where none are needed."""
 
+FIXED_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc then returns the memory of an expert that is dropped; by default it learns to keep such large pieces."""
+
 LOGGING = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
@@ -47,7 +51,7 @@ class PlanDeployment:
     def __init__(self, sources: Sequence[ModelSource], batching: Batching) -> None:
         """Open the models without their experts."""
         torch.set_num_threads(batching.threads)
-        self._models = open_models(sources, batching)
+        self._models = open_models(sources, batching, needs_experts=False)
 
     async def facts(self) -> dict[str, ModelFacts]:
         """Return what requests are checked against."""
@@ -98,7 +102,7 @@ class DecodeDeployment:
     def __init__(self, sources: Sequence[ModelSource], batching: Batching) -> None:
         """Open the models without their experts."""
         torch.set_num_threads(batching.threads)
-        self._decoder = Decoder(open_models(sources, batching), batching)
+        self._decoder = Decoder(open_models(sources, batching, needs_experts=False), batching)
 
     async def decode(self, model: str, latents: Latents, form: Form) -> bytes:
         """Return an image as a file."""
@@ -129,7 +133,8 @@ class RayServeBackend:
         Raises `OrchestratorError` if Ray does not start, or `ServingError` for a model that a deployment cannot open.
         """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        cluster = RayCluster(ComputeConfig(cpus=replicas.most + 1))
+        with environment_variables(FIXED_ALLOCATION):
+            cluster = RayCluster(ComputeConfig(cpus=replicas.most + 1))
         try:
             serve.start(proxy_location="Disabled", logging_config=LOGGING)
             scaling = {

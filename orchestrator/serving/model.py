@@ -5,7 +5,7 @@ with. The expert of a sticky image is known before it is sampled; a batch has th
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,8 @@ class ModelSource:
     name: str
     folder: Path
     sampling: SamplingConfig
+    compressions: tuple[str, ...] = ()
+    """Stages that made smaller or faster models of it, which are models of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ class ServedModel:
     max_images: int
     """Most images of a batch."""
     _experts: dict[int, ExpertModel] = field(default_factory=dict)
+    _row_counts: dict[Hashable, RowCounts] = field(default_factory=dict)
     _router: ExactRouter | None = None
     _decoder_rows: RowCounts | None = None
     _conditions: dict[tuple[str, int], Condition] = field(default_factory=dict)
@@ -110,6 +113,7 @@ class ServedModel:
             selection=sampling.selection.name,
             is_few_step=few_step is not None,
             has_guidance=few_step is None or not few_step.is_distilled,
+            compressions=self.source.compressions,
         )
 
     # From a request to jobs
@@ -203,9 +207,22 @@ class ServedModel:
         if k not in self._experts:
             expert = self.pipeline.ensemble.experts[k]
             if not (expert.needs_cache or expert.has_draft):
-                expert = ExactExpert.measure(expert, self.pipeline.ensemble.noise_schedule, 2 * self.max_images)
+                expert = self._exact_expert(expert)
             self._experts[k] = expert
         return self._experts[k]
+
+    def _exact_expert(self, expert: ExpertModel) -> ExactExpert:
+        """Wrap an expert; those with equal networks are measured once."""
+        loaded = expert.pager.get(expert) if isinstance(expert, PagedExpert) else expert
+        shapes = tuple(
+            (type(network).__name__, name, value.shape, value.dtype)
+            for network in loaded.networks()
+            for name, value in network.state_dict().items()
+        )
+        if shapes not in self._row_counts:
+            exact = ExactExpert.measure(expert, self.pipeline.ensemble.noise_schedule, 2 * self.max_images)
+            self._row_counts[shapes] = exact.row_counts
+        return ExactExpert(expert=expert, row_counts=self._row_counts[shapes])
 
     def _exact_router(self) -> ExactRouter | None:
         router = self.pipeline.ensemble.router

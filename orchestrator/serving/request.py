@@ -50,6 +50,7 @@ class ImageRequest(BaseModel):
     """Name or number of a class."""
     adapter: str | None = None
     compression: str | None = None
+    """A compression stage of the model's run, such as `quantize`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,11 @@ class Generation:
     previews: int
 
 
+def compressed_name(model: str, stage: str) -> str:
+    """Return the name of the model that a compression stage made."""
+    return f"{model}:{stage}"
+
+
 def check_request(body: ImageRequest, facts: ModelFacts, limits: Limits) -> Generation:
     """Return what to sample; raise `ServingError` for what this model or this service cannot do."""
     n = body.n or 1
@@ -115,7 +121,7 @@ def check_request(body: ImageRequest, facts: ModelFacts, limits: Limits) -> Gene
     if (body.partial_images or 0) and not body.stream:
         raise _refuse("partial_images", "partial_images needs stream=true; set it, or leave partial_images out")
     return Generation(
-        model=facts.name,
+        model=facts.name if body.compression is None else compressed_name(facts.name, body.compression),
         prompt=body.prompt,
         negative_prompt=body.negative_prompt or "",
         class_label=None if body.class_label is None else str(body.class_label),

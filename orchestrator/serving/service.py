@@ -42,6 +42,12 @@ class ImageService:
             facts = find_model(self.backend, body.model)
             outcome.model = facts.name
             generation = check_request(body, facts, self.config.limits)
+            if generation.model != facts.name:
+                check_request(
+                    body.model_copy(update={"compression": None}),
+                    self.backend.facts[generation.model],
+                    self.config.limits,
+                )
             if self.config.log_prompts:
                 log.info("%s: %r", facts.name, generation.prompt)
             if body.stream:

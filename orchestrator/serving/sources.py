@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ensemble.config import SamplingConfig
+from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError
-from orchestrator.reporting.results import find_pipeline, resolve_selection, verify_pipeline
+from orchestrator.reporting.results import current_graph, find_pipeline, resolve_selection, verify_pipeline
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.serving.model import ModelSource
+from orchestrator.serving.request import compressed_name
 
 
 def find_sources(names: Sequence[str]) -> list[ModelSource]:
@@ -21,17 +23,28 @@ def find_sources(names: Sequence[str]) -> list[ModelSource]:
     for text in names:
         name, _, folder = text.rpartition("=")
         path = Path(folder).expanduser().resolve()
-        source = _find(name or path.name, path)
-        if source.name in sources:
-            raise ConfigError(f"two models are named {source.name}; name one of them: OTHER_NAME={folder}")
-        sources[source.name] = source
+        for source in _find(name or path.name, path):
+            if source.name in sources:
+                raise ConfigError(f"two models are named {source.name}; name one of them: OTHER_NAME={folder}")
+            sources[source.name] = source
     return list(sources.values())
 
 
-def _find(name: str, path: Path) -> ModelSource:
+def _find(name: str, path: Path) -> list[ModelSource]:
+    """Return a model, and after it those that the run's compression stages made of it."""
     if not (path / "config.yaml").is_file():
-        return ModelSource(name=name, folder=verify_pipeline(path), sampling=SamplingConfig())
+        return [ModelSource(name=name, folder=verify_pipeline(path), sampling=SamplingConfig())]
     run = RunFolder(path)
-    sampling = run.load_config().ensemble
+    config = run.load_config()
+    sampling = config.ensemble
     sampling = replace(sampling, selection=resolve_selection(run, sampling.selection), reflection=None)
-    return ModelSource(name=name, folder=find_pipeline(run, monolith=False), sampling=sampling)
+    stages = [stage for stage in current_graph(run, config) if stage.kind in COMPRESSION_KINDS]
+    folders = {stage.name: run.artifact(stage) for stage in stages if run.is_finished(stage)}
+    original = ModelSource(
+        name=name, folder=find_pipeline(run, monolith=False), sampling=sampling, compressions=tuple(folders)
+    )
+    compressed = [
+        ModelSource(name=compressed_name(name, stage), folder=verify_pipeline(folder), sampling=sampling)
+        for stage, folder in folders.items()
+    ]
+    return [original, *compressed]

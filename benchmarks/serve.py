@@ -1,0 +1,239 @@
+"""The service (`make bench-serve`): every claim over real HTTP, on random experts of the demo's size with MiniLM.
+
+1. Throughput of 16 clients, in turns with the sampler's own batches of 16 images on one thread, and with one client.
+2. Overload: requests arrive at four times the capacity.
+3. Replicas are killed while they sample.
+4. Equal bytes alone, in a batch of 16, on another replica and after a restart.
+5. Memory of the processes over many requests, and of two experts of eight.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from signal import SIGKILL
+
+import torch
+
+from benchmarks.record import Claim, Listing, median_and_range, write_result
+from benchmarks.testbed.served import PROMPTS, SCALE, Reply, ServedProcess, build_model, serve
+from ddm_core.artifacts import to_json
+from ensemble.config import SamplingConfig
+from ensemble.pipeline import EnsemblePipeline
+from ensemble.sampling.prompts import Prompts
+
+CLIENTS, STEPS, QUEUE, EXPERTS, MANY = 16, 20, 64, 4, 8
+
+
+def main() -> None:
+    """Measure, write docs/benchmarks/serve.json and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--images", type=int, default=96, help="images of a turn")
+    parser.add_argument("--overload-s", type=float, default=30.0)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=2000, help="of the measurement of memory")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pipeline = build_model(folder, EXPERTS, 512)
+        with serve(folder, "--queue", str(QUEUE)) as service:
+            first = determine(service)
+            throughput, listing, capacity = measure_throughput(service, pipeline, options.turns, options.images)
+            overload = measure_overload(service, capacity, options.overload_s)
+            memory = measure_memory(service, options.requests)
+        with serve(folder, "--replicas", "2") as service:
+            killed = measure_kills(service, options.kills)
+            second = determine(service)
+        residency = measure_residency(folder / "large")
+    claims = [*throughput, *overload, killed, claim_equal(first, second), memory, *residency]
+    notes = [f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."]
+    print(to_json(write_result("serve", time.monotonic() - started, claims, [listing], notes)))
+
+
+def yes_no(name: str, bar: str, value: str, *, holds: bool, spread: str = "") -> Claim:
+    """Return a claim."""
+    return Claim(name=name, bar=bar, value=value, spread=spread, holds=holds)
+
+
+def measure_throughput(
+    service: ServedProcess, pipeline: EnsemblePipeline, turns: int, images: int
+) -> tuple[list[Claim], Listing, float]:
+    """Compare the images per second of the sampler, of 16 clients and of one; return those of the 16 too."""
+    config = SamplingConfig(steps=STEPS, guidance_scale=SCALE, batch_size=CLIENTS)
+    rows = []
+
+    def sample(seeds: range) -> float:
+        start_s = time.monotonic()
+        for first in range(seeds.start, seeds.stop, CLIENTS):
+            batch = range(first, min(first + CLIENTS, seeds.stop))
+            pipeline(batch, config, Prompts.of_captions([PROMPTS[seed % len(PROMPTS)] for seed in batch]))
+        return len(seeds) / (time.monotonic() - start_s)
+
+    def request(seeds: range, clients: int) -> float:
+        return len(seeds) / service.send_all(seeds, clients, STEPS)[1]
+
+    sample(range(CLIENTS)), request(range(4 * CLIENTS), CLIENTS)
+    for turn in range(turns):
+        seeds = range(turn * images, (turn + 1) * images)
+        rows.append((sample(seeds), request(seeds, CLIENTS), request(seeds[: images // 6], 1), sample(seeds)))
+    own = [(before + after) / 2 for before, _, _, after in rows]
+    against_own = [many / batch for (_, many, _, _), batch in zip(rows, own, strict=True)]
+    against_one = [many / one for _, many, one, _ in rows]
+    claims = []
+    for name, ratios, bar in (
+        (f"throughput of {CLIENTS} clients / of the sampler's batches of {CLIENTS}", against_own, 0.9),
+        ("… / of one client, one request at a time", against_one, 3.0),
+    ):
+        value, spread = median_and_range(ratios, 2)
+        claims.append(yes_no(name, f"≥ {bar}", value, spread=spread, holds=float(value) >= bar))
+    columns = ("sampler: images/s", f"{CLIENTS} clients", "one client", "sampler again")
+    listing = Listing(title="Turns", columns=columns, rows=[tuple(f"{rate:.1f}" for rate in row) for row in rows])
+    return claims, listing, statistics.median(many for _, many, _, _ in rows)
+
+
+def measure_overload(service: ServedProcess, capacity: float, seconds: float) -> list[Claim]:
+    """Send four times the capacity, one image a request, each by a client of its own."""
+    sent_before = service.read_metric("ddm_images_total")
+    count = int(4 * capacity * seconds)
+    with ThreadPoolExecutor(4 * QUEUE) as pool:
+        start_s, futures = time.monotonic(), []
+        for number in range(count):
+            time.sleep(max(0.0, start_s + number / (4 * capacity) - time.monotonic()))
+            futures.append(pool.submit(service.send, PROMPTS[number % len(PROMPTS)], number, steps=STEPS))
+        replies = [future.result() for future in futures]
+    statuses = Counter(reply.status for reply in replies)
+    accepted = sorted(reply.seconds for reply in replies if reply.status == 200)
+    sent = int(service.read_metric("ddm_images_total") - sent_before)
+    p99, promise = accepted[int(0.99 * (len(accepted) - 1))], QUEUE / capacity
+    return [
+        yes_no(
+            f"4 x capacity for {seconds:.0f} s: answers other than 200 and 429",
+            "0",
+            str(len(replies) - statuses[200] - statuses[429]),
+            spread=f"{statuses[200]} x 200, {statuses[429]} x 429",
+            holds=set(statuses) == {200, 429},
+        ),
+        yes_no(
+            "… images that were sent / requests with 200", "1", f"{sent} / {statuses[200]}", holds=sent == statuses[200]
+        ),
+        yes_no(
+            f"… p99 of the accepted / a queue of {QUEUE} at the capacity",
+            "≤ 2",
+            f"{p99 / promise:.2f}",
+            spread=f"{p99:.1f} s",
+            holds=p99 <= 2 * promise,
+        ),
+    ]
+
+
+def measure_kills(service: ServedProcess, kills: int) -> Claim:
+    """Kill a replica while 16 clients sample, so many times, each when all replicas of the last kill are back."""
+    expected = {seed: service.send(PROMPTS[0], seed, steps=STEPS).files for seed in range(CLIENTS)}
+    is_over = threading.Event()
+    replies: list[tuple[int, Reply]] = []
+
+    def work(seed: int) -> None:
+        while not is_over.is_set():
+            replies.append((seed, service.send(PROMPTS[0], seed, steps=STEPS)))
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        futures = [pool.submit(work, seed) for seed in range(CLIENTS)]
+        victims: set[int] = set()
+        while len(victims) < kills:
+            wait_until(partial(has_work, service, replies, len(replies) + 8, victims))
+            victim = min(service.find_replicas("denoise"))
+            os.kill(victim, SIGKILL)
+            victims.add(victim)
+        is_over.set()
+        for future in futures:
+            future.result()
+    good = sum(reply.status == 200 and reply.files == expected[seed] for seed, reply in replies)
+    return yes_no(
+        f"a replica killed {kills} times under load: accepted requests with their image",
+        "all",
+        f"{good} of {len(replies)}",
+        holds=good == len(replies),
+    )
+
+
+def has_work(service: ServedProcess, replies: list[tuple[int, Reply]], answered: int, dead: set[int]) -> bool:
+    """Return whether two replicas live, and so many requests were answered."""
+    return len(set(service.find_replicas("denoise")) - dead) == 2 and len(replies) >= answered
+
+
+def wait_until(condition: Callable[[], bool], longest_s: float = 120.0) -> None:
+    """Wait for a condition; raise `TimeoutError` after `longest_s`."""
+    end_s = time.monotonic() + longest_s
+    while not condition():
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"nothing happened for {longest_s:.0f} s")
+        time.sleep(0.05)
+
+
+def determine(service: ServedProcess) -> list[bytes]:
+    """Return sixteen images, each sampled alone and in one request; raise `ValueError` if they differ."""
+    together = service.send(PROMPTS[0], *range(CLIENTS), steps=STEPS)
+    alone: list[Reply] = [service.send(PROMPTS[0], seed, steps=STEPS) for seed in range(CLIENTS)]
+    if [reply.files[0] for reply in alone] != list(together.files):
+        raise ValueError("an image depends on the batch that it is sampled in")
+    return list(together.files)
+
+
+def claim_equal(first: list[bytes], second: list[bytes]) -> Claim:
+    """Return the claim that two services gave the same bytes."""
+    equal = sum(a == b for a, b in zip(first, second, strict=True))
+    name = f"{CLIENTS} images alone, in one batch, after a restart and on two replicas: equal bytes"
+    return yes_no(name, f"{len(first)} of {len(first)}", f"{equal} of {len(first)}", holds=equal == len(first))
+
+
+def measure_memory(service: ServedProcess, count: int) -> Claim:
+    """Compare the memory after a fifth of the requests with that at the end."""
+    service.send_all(range(count // 5), CLIENTS, 1)
+    before = service.memory_mb()
+    service.send_all(range(count // 5, count), CLIENTS, 1)
+    growth = service.memory_mb() / before - 1
+    return yes_no(
+        f"memory of all processes over {count} requests",
+        "± 5 %",
+        f"{100 * growth:+.1f} %",
+        spread=f"{before:.0f} MB",
+        holds=abs(growth) <= 0.05,
+    )
+
+
+def measure_residency(folder: Path) -> list[Claim]:
+    """Compare two of eight larger experts in memory with all, in processes of their own."""
+    build_model(folder, MANY, 1536)
+    results = {}
+    for resident in ("2", "8"):
+        command = [sys.executable, "-m", "benchmarks.testbed.residency", str(folder / "pipeline"), resident]
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        results[resident] = [float(word) for word in output.split()]
+    (peak, size, few), (_, _, all_resident) = results["2"], results["8"]
+    return [
+        yes_no(
+            "2 of 8 experts in memory: peak / one expert",
+            "≤ 2.3",
+            f"{peak / size:.2f}",
+            spread=f"{peak:.0f} / {size:.0f} MB",
+            holds=peak <= 2.3 * size,
+        ),
+        yes_no("… images/s / those with all 8", "reported", f"{few / all_resident:.2f}", holds=True),
+    ]
+
+
+if __name__ == "__main__":
+    main()

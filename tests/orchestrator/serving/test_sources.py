@@ -1,0 +1,41 @@
+"""The models of a finished run, and of folders."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import parse_config
+from orchestrator.controller import run_pipeline
+from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.serving.backend import open_models
+from orchestrator.serving.config import Batching, Limits
+from orchestrator.serving.request import ImageRequest, check_request
+from orchestrator.serving.sources import find_sources
+from tests.ensemble.text_pipeline import assemble_text_pipeline
+from tests.orchestrator.cli.test_compression import TINY
+
+
+@pytest.mark.integration
+def test_a_run_is_served_with_its_compressions(tmp_path):
+    overrides = [*TINY, f"folder={tmp_path / 'digits'}", "quantize=int8_weight_only"]
+    run_pipeline(parse_config(compose(overrides)), Console(quiet=True))
+    sources = find_sources([str(tmp_path / "digits")])
+    assert [source.name for source in sources] == ["digits", "digits:quantize"]
+    models = open_models(sources, Batching())
+    assert models["digits"].facts.compressions == ("quantize",) and models["digits"].facts.steps == 4
+    body = ImageRequest(class_label=3, seeds=[1], compression="quantize")
+    generation = check_request(body, models["digits"].facts, Limits())
+    assert generation.model == "digits:quantize"
+    latents = [model.denoise(key, [job])[0] for model in models.values() for key, job in model.plan(generation)]
+    assert not torch.equal(*latents) and torch.allclose(*latents, atol=0.5)
+
+
+def test_a_folder_has_its_name_or_another_once(tmp_path):
+    assemble_text_pipeline(tmp_path)
+    folder = tmp_path / "pipeline"
+    assert [source.name for source in find_sources([str(folder), f"b={folder}"])] == ["pipeline", "b"]
+    with pytest.raises(ConfigError, match="two models are named pipeline"):
+        find_sources([str(folder), str(folder)])
+    with pytest.raises(RunFolderError, match=r"no model_index\.json"):
+        find_sources([str(tmp_path)])
