@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ddm_core.artifacts import read_small_file
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
 from orchestrator.run.run_folder import RunFolder
@@ -25,7 +26,7 @@ def show_grid(request: Request, key: str, stage: str) -> Response:
     """Return the samples of a score as one picture."""
     run = find_run(request, key).run
     path = require_inside(run, run.artifact(find_stage(run, stage)) / "grid.png")
-    return Response(path.read_bytes(), media_type="image/png", headers=KEPT)
+    return Response(read_small_file(path), media_type="image/png", headers=KEPT)
 
 
 @router.get("/run/{key}/sample/{stage}/{place}.png")
@@ -42,7 +43,7 @@ def show_first_samples(request: Request, key: str, stage: str) -> Response:
     attempts = run.attempts(find_stage(run, stage))
     if not attempts:
         raise RunFolderError(f"{stage} has not started yet")
-    return Response(require_inside(run, attempts[-1] / FIRST_SAMPLES).read_bytes(), media_type="image/png")
+    return Response(read_small_file(require_inside(run, attempts[-1] / FIRST_SAMPLES)), media_type="image/png")
 
 
 @router.get("/run/{key}/cluster/{cluster}/{number}.png")

@@ -17,7 +17,7 @@ from orchestrator.errors import RunFolderError
 from orchestrator.ui import live, media, views
 from orchestrator.ui.access import Guard
 from orchestrator.ui.facts.catalog import RunCatalog
-from orchestrator.ui.facts.overview import FOREIGN, describe_foreign
+from orchestrator.ui.facts.overview import FOREIGN, OverviewCache, describe_foreign
 from orchestrator.ui.facts.pictures import PictureCache
 from orchestrator.ui.templating import create_templates
 from orchestrator.ui.watcher import RunWatcher
@@ -36,7 +36,7 @@ def create_app(catalog: RunCatalog, token: str = "", *, watcher: RunWatcher | No
     """Return the application for these runs; with a token, viewers must enter it."""
     app = FastAPI(title="ddm ui", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.catalog, app.state.watcher, app.state.templates = catalog, watcher or RunWatcher(), create_templates()
-    app.state.pictures = PictureCache()
+    app.state.pictures, app.state.overviews = PictureCache(), OverviewCache()
     app.include_router(views.router)
     app.include_router(live.router)
     app.include_router(media.router)

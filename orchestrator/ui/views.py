@@ -18,7 +18,7 @@ from orchestrator.reporting.tables.analysis_tables import SURPRISING
 from orchestrator.reporting.tables.ranking import is_blurred, rank_rows
 from orchestrator.ui.facts.comparison import common_seeds, list_differences
 from orchestrator.ui.facts.feature_map import load_classes
-from orchestrator.ui.facts.overview import Overview, load_overview, load_overviews
+from orchestrator.ui.facts.overview import Overview, load_overview
 from orchestrator.ui.facts.pictures import wall_size
 from orchestrator.ui.facts.pipeline_graph import BOX_WIDTH, draw_graph
 from orchestrator.ui.facts.samples import load_conditions, open_samples
@@ -42,7 +42,7 @@ def render(request: Request, template: str, facts: dict[str, Any]) -> HTMLRespon
 @router.get("/")
 def show_runs(request: Request) -> HTMLResponse:
     """List all runs."""
-    return render(request, "runs.html", {"runs": load_overviews(request.app.state.catalog.entries())})
+    return render(request, "runs.html", {"runs": request.app.state.overviews.load(request.app.state.catalog.entries())})
 
 
 @router.get("/compare")

@@ -51,7 +51,7 @@ def load_curves(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any]:
 def read_held_out(path: Path) -> Curve:
     """Return the held-out losses in a metrics file; few rows have one, so all are looked at, up to `MAX_SCANNED`."""
     with path.open("rb") as file:
-        lines = [line for line in file.readlines(MAX_SCANNED) if HELD_OUT in line]
+        lines = [line for line in file.read(MAX_SCANNED).split(b"\n") if HELD_OUT in line]
     rows = (parse_row(line) for line in lines[:: 1 + len(lines) // POINTS])
     return [(row["step"], row["held_out"]) for row in rows if row is not None and is_number(row.get("held_out"))]
 

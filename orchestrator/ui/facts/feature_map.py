@@ -1,7 +1,8 @@
 """The features of the data set in two dimensions: their first two principal components, by cluster."""
 
 import csv
-from collections.abc import Sequence
+import functools
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,22 @@ def load_map(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any]:
         if kind not in by_kind or not run.is_finished(by_kind[kind]):
             raise RunFolderError(f"the stage {kind} is not finished yet")
     folder = run.artifact(by_kind["features"])
-    features = load_array(require_inside(run, folder / "features.npy"))
-    keys = require_inside(run, folder / "keys.txt").read_text(encoding="utf-8").split("\n")
-    assignment = _read_assignment(require_inside(run, run.artifact(by_kind["partition"]) / "assignment.csv"))
-    if features.ndim != 2 or len(features) > len(keys):
-        raise CorruptArtifact(f"{folder} has features of shape {features.shape} for {len(keys)} keys; run it again")
-    rows = np.unique(np.linspace(0, len(features) - 1, min(len(features), MAX_POINTS)).astype(int))
-    shown = [int(row) for row in rows if keys[row] in assignment]
+    files = [folder / "features.npy", folder / "keys.txt", run.artifact(by_kind["partition"]) / "assignment.csv"]
+    inside = tuple(require_inside(run, path) for path in files)
+    return _compute_map(inside, tuple(path.stat().st_mtime_ns for path in inside))
+
+
+@functools.lru_cache(maxsize=8)
+def _compute_map(files: tuple[Path, ...], _changed: tuple[int, ...]) -> dict[str, Any]:
+    """Return the map of features, keys and assignment; it is kept until one of these files changes."""
+    features = load_array(files[0])
+    if features.ndim != 2:
+        raise CorruptArtifact(f"{files[0]} has shape {features.shape}, not one row for each image; run it again")
+    rows = set(np.linspace(0, len(features) - 1, min(len(features), MAX_POINTS)).astype(int).tolist())
+    with files[1].open(encoding="utf-8") as lines:
+        keys = {line.rstrip("\n"): row for row, line in enumerate(lines) if row in rows}
+    assignment = _read_assignment(files[2], keys)
+    shown = [row for key, row in keys.items() if key in assignment]
     if len(shown) < 2:
         return {"x": [], "y": [], "cluster": [], "row": [], "variance": 0.0}
     places, variance = project(np.asarray(features[shown], np.float32))
@@ -50,7 +60,7 @@ def load_map(run: RunFolder, graph: Sequence[Stage]) -> dict[str, Any]:
     return {
         "x": scaled[:, 0].round(4).tolist(),
         "y": scaled[:, 1].round(4).tolist(),
-        "cluster": [assignment[keys[row]] for row in shown],
+        "cluster": [assignment[key] for key in keys if key in assignment],
         "row": shown,
         "variance": variance,
     }
@@ -87,10 +97,10 @@ def project(
     return places, float((places**2).sum() / total) if total else 0.0
 
 
-def _read_assignment(path: Path) -> dict[str, int]:
-    """Return the cluster of every key."""
+def _read_assignment(path: Path, keys: Container[str]) -> dict[str, int]:
+    """Return the clusters of these keys."""
     with path.open(encoding="utf-8", newline="") as file:
         try:
-            return {row["key"]: int(row["cluster_id"]) for row in csv.DictReader(file)}
+            return {row["key"]: int(row["cluster_id"]) for row in csv.DictReader(file) if row["key"] in keys}
         except (KeyError, ValueError, TypeError, csv.Error) as error:
             raise CorruptArtifact(f"{path} is damaged ({error}); delete its folder and run again") from error

@@ -19,6 +19,7 @@ from orchestrator.run.attempts import Attempt, load_all_attempts
 from orchestrator.run.lease import read_holder
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.ui.facts.catalog import RunEntry, last_change
+from orchestrator.ui.facts.look import Look, look
 
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, UndefinedError)
 """Errors of reading records that have another form than those of this version, such as a score without a space."""
@@ -129,17 +130,30 @@ def load_overview(entry: RunEntry) -> Overview:
     )
 
 
-def load_overviews(entries: Sequence[RunEntry]) -> list[Overview | UnreadableRun]:
-    """Read several runs; one that cannot be read is listed with its error."""
-    loaded: list[Overview | UnreadableRun] = []
-    for entry in entries:
-        try:
-            loaded.append(load_overview(entry))
-        except (DDMError, OSError) as error:
-            loaded.append(UnreadableRun(entry, str(error)))
-        except FOREIGN as error:
-            loaded.append(UnreadableRun(entry, describe_foreign(error)))
-    return loaded
+class OverviewCache:
+    """Reads several runs, and those again in which files have changed; one that cannot be read is kept as an error."""
+
+    def __init__(self) -> None:
+        self._kept: dict[RunEntry, tuple[Look, Overview | UnreadableRun]] = {}
+
+    def load(self, entries: Sequence[RunEntry]) -> list[Overview | UnreadableRun]:
+        """Return the runs in the order of `entries`, and forget all others."""
+        kept: dict[RunEntry, tuple[Look, Overview | UnreadableRun]] = {}
+        for entry in entries:
+            now = look(entry.run)
+            before = self._kept.get(entry)
+            kept[entry] = before if before and before[0] == now else (now, _load_or_explain(entry))
+        self._kept = kept
+        return [overview for _, overview in kept.values()]
+
+
+def _load_or_explain(entry: RunEntry) -> Overview | UnreadableRun:
+    try:
+        return load_overview(entry)
+    except (DDMError, OSError) as error:
+        return UnreadableRun(entry, str(error))
+    except FOREIGN as error:
+        return UnreadableRun(entry, describe_foreign(error))
 
 
 def describe_foreign(error: Exception) -> str:

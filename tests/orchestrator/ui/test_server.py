@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.lease import hold_lease
 from orchestrator.ui.facts.catalog import RunCatalog
+from orchestrator.ui.facts.overview import OverviewCache
 from orchestrator.ui.server import create_app
 from tests.orchestrator.ui.run_folders import key_of, make_run
 
@@ -108,6 +109,17 @@ def test_values_are_escaped(copy):
     for path in ("", "/stage/expert_1"):
         text = page.get(f"/run/{key}{path}").text
         assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+
+
+def test_runs_are_read_again_only_if_their_files_have_changed(copy):
+    folder, _, _ = copy
+    cache, entries = OverviewCache(), RunCatalog([folder.root]).entries()
+    (first,), (second,) = cache.load(entries), cache.load(entries)
+    assert first is second
+    attempt = next(folder.root.glob("work/router-*/attempt_1"))
+    (attempt / "outcome.json").write_text('{"stage": "router", "attempt": 1, "state": "failed", "error": "x"}')
+    (third,) = cache.load(entries)
+    assert third is not second and (first.state, third.state) == ("stopped", "failed")
 
 
 def test_log_is_served_in_parts_without_control_characters(copy):
