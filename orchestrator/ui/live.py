@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
+from anyio import Event
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import PlainTextResponse
 from sse_starlette import EventSourceResponse
@@ -14,6 +15,7 @@ from orchestrator.reporting.status import ESCAPES, find_log_file
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.ui.facts.catalog import RunEntry, require_inside
 from orchestrator.ui.facts.curves import load_curves
+from orchestrator.ui.watcher import PERIOD_S
 
 LOG_BYTES = 2**16
 """Of a log, sent at once."""
@@ -42,13 +44,13 @@ def show_curves(request: Request, key: str) -> dict[str, Any]:
 @router.get("/run/{key}/events")
 async def stream_changes(request: Request, key: str) -> EventSourceResponse:
     """Send what changes in a run, as long as the page is open."""
-    run = find_run(request, key).run
+    run, ended = find_run(request, key).run, Event()
 
     async def events() -> AsyncIterator[dict[str, str]]:
-        async for kind, data in request.app.state.watcher.watch(run):
+        async for kind, data in request.app.state.watcher.watch(run, ended):
             yield {"event": kind, "data": json.dumps(data)}
 
-    return EventSourceResponse(events(), ping=15)
+    return EventSourceResponse(events(), ping=15, shutdown_event=ended, shutdown_grace_period=2 * PERIOD_S)
 
 
 @router.get("/run/{key}/log")

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 
-SHUTDOWN_S = 1
-"""Open pages keep a connection, so the server does not wait for them."""
+SHUTDOWN_S = 5
+"""Open pages keep a connection, which ends by itself after a look; the server waits no longer than this."""
 
 Handler = Callable[[Request, Exception], Awaitable[Response] | Response]
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anyio import Event
+
 from orchestrator.errors import RunFolderError
 from orchestrator.run.metrics_rows import is_number, read_last_row
 from orchestrator.run.run_folder import RunFolder
@@ -60,8 +62,11 @@ class RunWatcher:
         self.period_s = period_s
         self._watches: dict[RunFolder, _Watch] = {}
 
-    async def watch(self, run: RunFolder) -> AsyncIterator[tuple[str, Any]]:
-        """Yield `open`, and then every change of a run: `rows`, `logs` or `status`, each with its data."""
+    async def watch(self, run: RunFolder, ended: Event) -> AsyncIterator[tuple[str, Any]]:
+        """Yield `open`, and then every change of a run: `rows`, `logs` or `status`, each with its data.
+
+        It ends within a period after `ended` is set.
+        """
         watch = self._watches.setdefault(run, _Watch())
         if watch.task is None:
             watch.task = asyncio.create_task(self._look_again_and_again(run, watch))
@@ -70,8 +75,9 @@ class RunWatcher:
         try:
             await watch.has_looked.wait()
             yield "open", True
-            while True:
-                await changes.arrived.wait()
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changes.arrived.wait(), self.period_s)
                 for change in changes.take():
                     yield change
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,3 +81,18 @@ def test_death_of_the_controller_arrives(run):
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.integration
+def test_interrupt_ends_the_server_and_its_open_pages(run):
+    command = [sys.executable, "-m", "orchestrator", "ui", str(run.root), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[0]
+        found = stream(address, run)
+        server.send_signal(signal.SIGINT)
+        assert list(found) == []
+        output, errors = server.communicate(timeout=60)
+        assert (server.returncode, output, errors) == (130, "", "")
+    finally:
+        server.kill()
