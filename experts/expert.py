@@ -1,5 +1,6 @@
 """Experts: a network, its prediction type and its noise schedule; trained from shards and a configuration."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,7 @@ from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
 from experts.training.distributed import DataParallelGroup
+from experts.training.ema import SNAPSHOTS
 from experts.training.encode import read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.held_out import Measure, TrainingData, count_held_out, measure_held_out, take_evenly
@@ -284,6 +286,8 @@ def train_network(
     watch = Watch(measure=measure, sample_flops=training_flops(forward, 1, 1), stops_spikes=True)
     trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint, watch)
     as_expert(trained.model).save(out)
+    if training.ema_snapshots:
+        shutil.copytree(workspace.scratch / SNAPSHOTS, out / SNAPSHOTS, dirs_exist_ok=True)
     if trained.early is not None:
         as_expert(trained.early).save(out / EARLY)
     steps = int(trained.rows[-1]["step"])

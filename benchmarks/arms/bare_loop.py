@@ -53,7 +53,7 @@ def train(
         shaped = t.view(-1, *[1] * (clean.ndim - 1))
         noised = (1 - shaped) * clean + shaped * noise
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
         optimizer.zero_grad(set_to_none=True)
         loss = functional.mse_loss(call(model, noised, t, label), noise - clean)
         torch.autograd.backward(loss)

@@ -59,6 +59,8 @@ class TrainingState:
     rows: list[MetricsRow] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Sums of the metrics over the steps since the last row, on the device."""
+    profiles: list[MovingAverage] = field(default_factory=list)
+    """The averages of the snapshots, by `SNAPSHOT_WIDTHS`; none without snapshots."""
     detours: int = 0
     """How often it went back to a checkpoint because it diverged; each has an order of the samples of its own."""
     early: dict[str, Tensor] = field(default_factory=dict)
@@ -138,6 +140,8 @@ def _collect_tensors(state: TrainingState) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in state.average.average.items()}
+    for number, profile in enumerate(state.profiles):
+        tensors |= {f"profile{number}.{name}": value for name, value in profile.average.items()}
     tensors |= {f"sums.{name}": value for name, value in state.sums.items()}
     tensors |= {f"early.{name}": value for name, value in state.early.items()}
     for parameter, moments in state.optimizer.state.items():
@@ -147,13 +151,16 @@ def _collect_tensors(state: TrainingState) -> dict[str, Tensor]:
 
 def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "sums": {}, "early": {}, "optimizer": {}}
+    groups |= {f"profile{number}": {} for number in range(len(state.profiles))}
     for name, value in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = value
     state.model.load_state_dict(groups["model"])
+    averages = {"average": state.average} | {f"profile{number}": each for number, each in enumerate(state.profiles)}
     with torch.no_grad():
-        for name, average in state.average.average.items():
-            average.copy_(groups["average"][name])
+        for group, kept in averages.items():
+            for name, average in kept.average.items():
+                average.copy_(groups[group][name])
     device = next(state.model.parameters()).device
     state.sums = {name: value.to(device) for name, value in groups["sums"].items()}
     state.early = groups["early"]

@@ -1,11 +1,29 @@
-"""Moving average of parameters, with a horizon that grows with the run, so that it suits short runs too."""
+"""Moving averages of parameters, with a horizon that grows with the run, so that they suit short runs too.
+
+Snapshots of two averages of fixed widths during a training rebuild the average of any width afterwards:
+`rebuild_average`.
+"""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from ddm_core.errors import DDMError
+
+SNAPSHOTS = "ema"
+"""Folder of the snapshots."""
+
+SNAPSHOT_WIDTHS = (0.05, 0.1)
+"""Relative widths of the averages of the snapshots; Karras et al. 2024, arXiv:2312.02696, section 3.2."""
+
+
+class SnapshotError(DDMError, ValueError):
+    """An average cannot be rebuilt from snapshots."""
 
 
 def power_law_gamma(width: float) -> float:
@@ -57,3 +75,53 @@ class MovingAverage:
         with torch.no_grad():
             for name, average in self.average.items():
                 parameters[name].copy_(average)
+
+
+def write_snapshots(folder: Path, averages: list[MovingAverage], step: int) -> None:
+    """Write averages after `step` steps; a file is whole or absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for width, average in zip(SNAPSHOT_WIDTHS, averages, strict=True):
+        path = folder / f"{step:08d}-{width}.safetensors"
+        unfinished = path.with_suffix(".part")
+        save_file({name: value.contiguous().cpu() for name, value in average.average.items()}, unfinished)
+        unfinished.replace(path)
+
+
+def rebuild_average(folder: Path, width: float) -> dict[str, Tensor]:
+    """Return the average of any width, 0 to 0.28, at the last snapshot of a folder, as parameters by name.
+
+    It is the combination of all snapshots whose weights over the steps are nearest to those of that average, by least
+    squares. Raises `SnapshotError` without snapshots.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SnapshotError(f"{folder} has no snapshots; train with training.ema_snapshots=16")
+    profiles = [(int(path.stem.split("-")[0]), float(path.stem.split("-")[1])) for path in files]
+    total: dict[str, Tensor] = {}
+    for path, weight in zip(files, combination(profiles, (max(profiles)[0], width)), strict=True):
+        for name, value in load_file(path).items():
+            part = value.double() * weight
+            total[name] = total[name] + part if name in total else part
+    return {name: value.float() for name, value in total.items()}
+
+
+def combination(profiles: list[tuple[int, float]], wanted: tuple[int, float]) -> list[float]:
+    """Return the factors with which averages after (steps, of a relative width) add up to another one.
+
+    The least-squares solution of the paper's section 3.2 and appendix C.4, for continuous steps.
+    """
+    inner = np.array([[_inner_product(a, b) for b in profiles] for a in profiles])
+    target = np.array([_inner_product(a, wanted) for a in profiles])
+    factors: list[float] = np.linalg.lstsq(inner, target, rcond=None)[0].tolist()
+    return factors
+
+
+def _inner_product(a: tuple[int, float], b: tuple[int, float]) -> float:
+    """Return the integral over the steps of the product of two averages' weights.
+
+    After n steps, step i has the weight (gamma + 1) i^gamma / n^(gamma + 1).
+    """
+    (steps_a, width_a), (steps_b, width_b) = a, b
+    gamma_a, gamma_b, end = power_law_gamma(width_a), power_law_gamma(width_b), min(steps_a, steps_b)
+    shares = (end / steps_a) ** (gamma_a + 1) * (end / steps_b) ** (gamma_b + 1)
+    return float((gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shares / end)

@@ -19,7 +19,7 @@ from experts.config import TrainingConfig
 from experts.training.batches import BatchesAhead
 from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
 from experts.training.distributed import DataParallelGroup, defer_sync
-from experts.training.ema import MovingAverage
+from experts.training.ema import SNAPSHOT_WIDTHS, SNAPSHOTS, MovingAverage, write_snapshots
 from experts.training.held_out import HELD_OUT, Measure, stopped_gaining
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
 from experts.training.optimizers.lr_schedules import learning_rate
@@ -113,6 +113,7 @@ def fit(
             _train_step(state, compute_loss, batch.to(device), group)
             if state.step == early_step(config):
                 state.early = {name: value.cpu().clone() for name, value in state.average.average.items()}
+            log.snapshot(state)
             has_row = state.step % config.log_every == 0 or state.step == config.steps
             is_saved = state.step % config.checkpoint_every == 0 and state.step < config.steps
             if (has_row or is_saved) and (trouble := _describe_divergence(state, watch)):
@@ -210,6 +211,7 @@ def init_training_state(model: nn.Module, config: TrainingConfig) -> TrainingSta
         config=config,
         model=model,
         average=MovingAverage(model, config.ema_width),
+        profiles=[MovingAverage(model, width) for width in SNAPSHOT_WIDTHS] if config.ema_snapshots else [],
         optimizer=OPTIMIZERS[config.optimizer].build(model, config),
         scaler=torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.autocast == "float16"),
     )
@@ -245,7 +247,8 @@ def _train_step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    state.average.update(state.step)
+    for average in (state.average, *state.profiles):
+        average.update(state.step)
     _add_up(state.sums, means)
 
 
@@ -318,7 +321,7 @@ def _save(folder: Path, state: TrainingState, group: DataParallelGroup, watch: W
 
 
 class _TrainingLog:
-    """Writes live metrics rows with their speed, and progress, neither of which is part of an artifact."""
+    """Writes live metrics rows with their speed, and progress, neither part of an artifact; and snapshots."""
 
     def __init__(
         self, workspace: Workspace, state: TrainingState, group: DataParallelGroup, device: torch.device, watch: Watch
@@ -336,6 +339,12 @@ class _TrainingLog:
         self.started, self.first_step, self.last_step = time.monotonic(), state.step, state.step
         if not self.is_silent:
             write_rows(self.path, state.rows)
+
+    def snapshot(self, state: TrainingState) -> None:
+        """Write the averages of the snapshots at each of `ema_snapshots` equal parts of the steps."""
+        count, steps = self.config.ema_snapshots, self.config.steps
+        if not self.is_silent and state.step * count // steps > (state.step - 1) * count // steps:
+            write_snapshots(self.workspace.scratch / SNAPSHOTS, state.profiles, state.step)
 
     def write(self, row: MetricsRow) -> None:
         """Append a row and report progress."""

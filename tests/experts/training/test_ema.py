@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from experts.training.ema import MovingAverage, power_law_gamma
+from experts.training.ema import (
+    SNAPSHOT_WIDTHS,
+    MovingAverage,
+    SnapshotError,
+    power_law_gamma,
+    rebuild_average,
+    write_snapshots,
+)
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2, 0.27])
@@ -41,3 +48,24 @@ def test_copy_to_overwrites_only_the_given_model():
     average.copy_to(other)
     torch.testing.assert_close(other.weight, expected)
     assert not model.weight.any()
+
+
+@pytest.mark.parametrize("width", [0.05, 0.075, 0.15, 0.2])
+def test_snapshots_rebuild_the_average_of_any_width(width, tmp_path):
+    model = nn.Linear(1, 3, bias=False)
+    averages, direct = [MovingAverage(model, each) for each in SNAPSHOT_WIDTHS], MovingAverage(model, width)
+    for step in range(1, 641):
+        share = torch.tensor(step / 640)
+        model.weight.data.copy_(torch.stack([share, share.sqrt(), (10 * share).sin()])[:, None])
+        for average in (*averages, direct):
+            average.update(step)
+        if step % 40 == 0:
+            write_snapshots(tmp_path, averages, step)
+    rebuilt = rebuild_average(tmp_path, width)["weight"]
+    assert (rebuilt - direct.average["weight"]).abs().max() < 0.01
+    assert (averages[1].average["weight"] - direct.average["weight"]).abs().max() > 0.02
+
+
+def test_nothing_is_rebuilt_from_no_snapshots(tmp_path):
+    with pytest.raises(SnapshotError, match=r"training\.ema_snapshots=16"):
+        rebuild_average(tmp_path, 0.1)

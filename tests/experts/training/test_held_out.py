@@ -9,6 +9,7 @@ from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert, train_expert
+from experts.training.ema import rebuild_average
 from experts.training.encode import encode_latents
 from experts.training.held_out import TIMES, count_held_out, measure_held_out, stopped_gaining, take_evenly
 
@@ -106,3 +107,17 @@ def test_gain_is_a_new_lowest_error():
 def test_early_end_needs_measurements():
     with pytest.raises(ValueError, match=r"training\.held_out_every"):
         TrainingConfig(held_out_every=None, stop_after_no_gain=3)
+
+
+def test_snapshots_of_averages_survive_a_stop(shards, tmp_path):
+    config = replace(EXPERT, training=replace(SHORT, ema_snapshots=5, held_out_every=None))
+
+    def snapshots(name):
+        return {path.name: path.read_bytes() for path in (tmp_path / name / "out" / "ema").iterdir()}
+
+    train(shards, tmp_path / "whole", config)
+    train(shards, tmp_path / "stopped", config, stop_before=8)
+    assert snapshots("whole") == snapshots("stopped") and len(snapshots("whole")) == 10
+    rebuilt = rebuild_average(tmp_path / "whole" / "out" / "ema", SHORT.ema_width)
+    parameters = dict(Expert.load(tmp_path / "whole" / "out").model.named_parameters())
+    assert all(torch.allclose(rebuilt[name], value, atol=1e-5) for name, value in parameters.items())
