@@ -73,7 +73,7 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models bench-serve bench-training chaos
+.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models bench-serve bench-training bench-gpu chaos
 bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
@@ -110,6 +110,10 @@ bench-pipeline: install ## Compare the pipeline with diffusers' own, its memory,
 
 bench-guidance: install ## Compare ways to guide at equal calls, three sampling seeds (trains the demo; half an hour)
 	$(BIN)/python -m benchmarks.guidance
+	$(BIN)/python -m benchmarks.page
+
+bench-gpu: install ## Measure training, sampling and packed layers on one GPU in eight minutes (on a CPU: that it runs)
+	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.page
 
 bench-training: install ## Compare the trainer and the sampler with plain loops of PyTorch and diffusers (fifteen CPU minutes)

@@ -138,7 +138,6 @@ def compare_training(case: Case, turns: int) -> list[float]:
             dataset.class_id,
             steps=case.steps,
             batch_size=case.batch_size,
-            lr=config.lr,
             warmup=config.warmup_steps,
         )
 

@@ -4,6 +4,8 @@ It is what a practitioner would write by hand: shuffled epochs, logit-normal t, 
 linear schedule, clipping, an average of the parameters, and a printed loss now and then.
 """
 
+import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,8 @@ from torch.nn import functional
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """(network, noised, t in [0, 1], class index) to the prediction."""
+
+LR = 1e-3
 
 CALLS: dict[str, Call] = {
     "mlp": lambda model, x, t, label: model(x, t, label),
@@ -29,18 +33,21 @@ def train(
     *,
     steps: int,
     batch_size: int,
-    lr: float,
     warmup: int,
     device: str = "cpu",
+    log_every: int = 25,
 ) -> list[float]:
-    """Train a network on latents and return the mean loss of every 25 steps; the last class is the null class."""
+    """Train a network on latents and return the seconds of every `log_every` steps; the last class is the null class.
+
+    The loss is read after so many steps, as for a log.
+    """
     model.to(device).train()
     null = int(labels.max()) + 1
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     parameters = [parameter.detach() for parameter in model.parameters()]
     average = [parameter.clone() for parameter in parameters]
     order, position = torch.randperm(len(latents)), 0
-    losses, total = [], torch.zeros((), device=device)
+    seconds, total, started = list[float](), torch.zeros((), device=device), time.perf_counter()
     for step in range(steps):
         if position + batch_size > len(order):
             order, position = torch.cat([order[position:], torch.randperm(len(latents))]), 0
@@ -53,7 +60,7 @@ def train(
         shaped = t.view(-1, *[1] * (clean.ndim - 1))
         noised = (1 - shaped) * clean + shaped * noise
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+            group["lr"] = LR * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
         optimizer.zero_grad(set_to_none=True)
         loss = functional.mse_loss(call(model, noised, t, label), noise - clean)
         torch.autograd.backward(loss)
@@ -61,10 +68,13 @@ def train(
         optimizer.step()
         torch._foreach_lerp_(average, parameters, 1 - (1 - 1 / (step + 1)) ** 17)
         total += loss.detach()
-        if (step + 1) % 25 == 0:
-            losses.append(float(total) / 25)
+        if (step + 1) % log_every == 0:
+            if not math.isfinite(float(total)):
+                raise ValueError(f"the loss is {float(total)} at step {step}")
             total.zero_()
-    return losses
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+    return seconds
 
 
 def sample(
