@@ -26,6 +26,9 @@ class ResidualMLPConfig:
     """Features of every hidden layer."""
     depth: Annotated[int, Field(ge=1)] = 4
     """Residual blocks."""
+    input_skip: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
+    """Whether every number of the noised latent is added to its prediction, times a factor that depends on t and the
+    condition. A hidden layer narrower than the latents then need not carry their noise."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

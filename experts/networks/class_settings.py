@@ -40,7 +40,8 @@ class ClassSettings:
 def class_settings(config: AnyNetworkConfig) -> ClassSettings:
     """Return the class and settings of a configuration."""
     if isinstance(config, ResidualMLPConfig):
-        return ClassSettings(class_name="ResidualMLP", settings={"width": config.width, "depth": config.depth})
+        settings: dict[str, Any] = {"width": config.width, "depth": config.depth, "input_skip": config.input_skip}
+        return ClassSettings(class_name="ResidualMLP", settings=settings)
     if isinstance(config, UNetConfig):
         return ClassSettings(class_name="UNet2DModel", settings=_unet_settings(config))
     if isinstance(config, DiTConfig):

@@ -11,6 +11,7 @@ from experts.networks.registry import build_network, call_network, load_network
 
 TINY = {
     "residual_mlp": (ResidualMLPConfig(width=16, depth=2), (6,)),
+    "residual_mlp_skip": (ResidualMLPConfig(width=16, depth=2, input_skip=True), (6,)),
     "unet": (UNetConfig(channels=(8, 16)), (1, 8, 8)),
     "dit": (DiTConfig(patch_size=2, heads=2, head_width=8, depth=2), (2, 8, 8)),
 }
