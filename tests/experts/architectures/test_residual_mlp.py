@@ -14,5 +14,5 @@ def test_input_skip_scales_each_number_of_the_latent():
     assert torch.equal(model(noised, t, null), noised * factors.view(SHAPE))
 
 
-def test_without_input_skip_the_parameters_are_those_of_earlier_folders():
+def test_the_input_skip_adds_parameters_only_where_asked_for():
     assert not [name for name, _ in ResidualMLP(SHAPE, width=8, depth=1).named_parameters() if "skip" in name]
