@@ -158,6 +158,11 @@ faults: install ## Crash, damage and attack runs and their folders, and fill dis
 docs: install ## Write docs/api.md from the docstrings
 	$(BIN)/python docs/generate_api.py
 
+.PHONY: site
+site: install ## Build the documentation site into site/
+	@test -x $(BIN)/zensical || $(BIN)/pip install --disable-pip-version-check -c constraints.txt zensical
+	$(BIN)/zensical build --strict
+
 .PHONY: wheel
 wheel: install ## Build the wheel
 	$(BIN)/python -m build --wheel --outdir dist .

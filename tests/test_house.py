@@ -257,7 +257,7 @@ def test_quick_command_imports_nothing_heavy(words, heavy):
 
 def commands_in(path: Path) -> list[str]:
     blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", path.read_text(), flags=re.DOTALL)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line]
 
 

@@ -1,0 +1,55 @@
+"""The documentation site: every page is in the navigation, and every command and code block on it works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from orchestrator.cli.app import app
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import parse_config
+from tests.laws.conftest import tiny_run as finished_run
+from tests.test_house import ROOT, commands_in
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+COMMANDS = sorted({line for page in PAGES for line in commands_in(page) if line.startswith("ddm ")})
+
+
+def listed(entries: object) -> list[str]:
+    if isinstance(entries, str):
+        return [entries]
+    values = entries.values() if isinstance(entries, dict) else entries
+    return [name for value in values for name in listed(value)]
+
+
+def test_every_page_is_in_the_navigation():
+    names = listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parent.name != "decisions"}
+    assert {name for name in names if not name.endswith("/")} == pages and "decisions/" in names
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_is_parsed(line):
+    words = shlex.split(line.partition(" && ")[0], comments=True)[1:]
+    typer.main.get_command(app).make_context("ddm", words[:1])
+    command = typer.main.get_command(app).commands[words[0]]
+    group = getattr(command, "commands", None)
+    command, arguments = (group[words[1]], words[2:]) if group else (command, words[1:])
+    command.make_context("ddm", arguments)
+    if words[0] in ("run", "plan") and not {"-m", "--config"} & set(words) and "…" not in line:
+        parse_config(compose([word for word in arguments if "=" in word]))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python\nimport" in page.read_text()], ids=str)
+def test_python_blocks_run(page: Path, tiny_run: Path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/digits").symlink_to(tiny_run)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
+    exec(compile(code, page.name, "exec"), {})
+
+
+tiny_run = finished_run
