@@ -11,7 +11,7 @@ from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 
 Prediction = Literal["velocity", "noise", "clean"]
 NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta", "ddpm_linear", "scaled_linear"]
-LossWeightName = Literal["uniform", "min_snr"]
+LossWeightName = Literal["uniform", "min_snr", "velocity"]
 OptimizerName = Literal["adamw", "muon"]
 LRScheduleName = Literal["linear", "constant", "cosine", "warmup_stable_decay"]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -268,7 +268,8 @@ class ExpertConfig:
     """The noise schedule: alpha(t) and sigma(t)."""
     loss_weight: LossWeightName = field(default="uniform", metadata=UNHASHED_IF_DEFAULT)
     """Weight of t in the loss. `uniform`: 1 on the error of the prediction. `min_snr`: the smaller of signal-to-noise
-    ratio and `min_snr_gamma`, on the error of the clean sample."""
+    ratio and `min_snr_gamma`, on the error of the clean sample. `velocity`: 1 on the error of the velocity, for experts
+    whose prediction is another."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = field(default=5.0, metadata=UNHASHED_IF_DEFAULT)
     """Largest weight of `min_snr`."""
     training: TrainingConfig = TrainingConfig()
