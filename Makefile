@@ -124,8 +124,17 @@ bench-latents: install ## Measure two workers of the latents stage against one, 
 	$(BIN)/python -m benchmarks.latents
 	$(BIN)/python -m benchmarks.page
 
-bench-codecs: install ## Compare the codecs at equal numbers and CPU time (ten CPU minutes; EMOJI=archives: also at 64 pixels)
-	$(BIN)/python -m benchmarks.codecs --emoji $(EMOJI)
+.PHONY: bench-cifar bench-mixed
+bench-cifar: install ## Compare eight experts with a monolith on CIFAR-10 (CIFAR=folder of Parquet files; two CPU hours)
+	$(BIN)/python -m benchmarks.cifar $(if $(CIFAR),--cifar $(CIFAR)) --autoguidance
+	$(BIN)/python -m benchmarks.page
+
+bench-mixed: install ## Compare mixed velocity and noise experts with velocity alone, three seeds (ten CPU minutes)
+	$(BIN)/python -m benchmarks.mixed
+	$(BIN)/python -m benchmarks.page
+
+bench-codecs: install ## Compare the codecs at equal numbers and CPU time (ten CPU minutes; EMOJI=archives: also 64 px; CIFAR=folder: only it)
+	$(BIN)/python -m benchmarks.codecs $(if $(CIFAR),--cifar $(CIFAR),--emoji $(EMOJI))
 	$(BIN)/python -m benchmarks.page
 
 bench-real-models: install ## Train the demo and the emoji with three seeds, and see what their captions do (two core-hours)
