@@ -1,7 +1,7 @@
 """Exact knapsacks, solved as integer programs: which layers to remove, and how many bits each weight gets.
 
-    choose_items:    min sum_i c_i x_i       subject to  target <= sum_i s_i x_i + sum_J s_J y_J <= limit, x_i in {0, 1}
-                                                         y_J = 1 if x_i for all i in J, otherwise 0
+    choose_items:    min sum_i c_i x_i       subject to  sum_i s_i x_i + sum_J s_J y_J >= target,         x_i in {0, 1}
+                                                         y_J <= x_i for all i in J,                       y_J in {0, 1}
     choose_options:  min sum_ij c_ij x_ij    subject to  sum_ij s_ij x_ij <= budget,  sum_j x_ij = 1,     x_ij in {0, 1}
 
 The second is the multiple-choice knapsack (Sinha & Zoltners 1979). The solver is HiGHS. It is deterministic, so equal
@@ -17,8 +17,6 @@ from jaxtyping import Float
 
 LARGEST_COST = 1e6
 """Costs are scaled to this maximum: HiGHS stops at an absolute gap of 1e-6, which is then 1e-12 of the largest cost."""
-INFEASIBLE = 2
-"""The status with which `scipy.optimize.milp` says that no choice meets the constraints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,36 +28,24 @@ class Option:
 
 
 def choose_items(
-    costs: Sequence[float],
-    sizes: Sequence[int],
-    target: int,
-    joint_sizes: Mapping[frozenset[int], int] | None = None,
-    limit: int | None = None,
+    costs: Sequence[float], sizes: Sequence[int], target: int, joint_sizes: Mapping[frozenset[int], int] | None = None
 ) -> list[int]:
     """Return the indices whose sizes add up to at least `target` at the least sum of `costs`.
 
-    `joint_sizes` are added to those of single items, each once all items of its set are chosen. The sizes stay within
-    `limit` if some choice does. Raises `ValueError` if all sizes together are smaller than the target.
+    `joint_sizes` are added to those of single items, each once all items of its set are chosen. Raises `ValueError` if
+    all sizes together are smaller than the target.
     """
     joint = joint_sizes or {}
     all_sizes = [*sizes, *joint.values()]
     if sum(all_sizes) < target:
         raise ValueError(f"all items together have size {sum(all_sizes):,}, less than {target:,}; lower the target")
-    constraints = []
+    constraints = [(np.array([all_sizes], float), float(target), np.inf)]
     for column, items in enumerate(joint, start=len(sizes)):
         for item in items:
             row = np.zeros((1, len(all_sizes)))
             row[0, [column, item]] = 1.0, -1.0
             constraints.append((row, -np.inf, 0.0))
-        every = np.zeros((1, len(all_sizes)))
-        every[0, [column, *items]] = -1.0, *[1.0] * len(items)
-        constraints.append((every, -np.inf, len(items) - 1.0))
-    total, highest = np.array([all_sizes], float), np.inf if limit is None else float(limit)
-    values = [*costs, *[0.0] * len(joint)]
-    chosen = _solve(values, [(total, float(target), highest), *constraints])
-    if chosen is None:
-        chosen = _solve(values, [(total, float(target), np.inf), *constraints])
-    return [column for column in chosen or [] if column < len(sizes)]
+    return [column for column in _solve([*costs, *[0.0] * len(joint)], constraints) if column < len(sizes)]
 
 
 def choose_options(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
@@ -79,11 +65,11 @@ def choose_options(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     one_of_each = sparse.csr_array((np.ones(len(flat)), (owners, range(len(flat)))), shape=(len(items), len(flat)))
     sizes = np.array([[option.size for _, _, option in flat]], float)
     chosen = _solve([option.cost for _, _, option in flat], [(one_of_each, 1.0, 1.0), (sizes, -np.inf, float(budget))])
-    return [flat[column][1] for column in chosen or []]
+    return [flat[column][1] for column in chosen]
 
 
-def _solve(costs: Sequence[float], constraints: Sequence[tuple[Any, float, float]]) -> list[int] | None:
-    """Return the columns that are 1 in the cheapest solution, None without one; a constraint is (matrix, low, high)."""
+def _solve(costs: Sequence[float], constraints: Sequence[tuple[Any, float, float]]) -> list[int]:
+    """Return the columns that are 1 in the cheapest solution; a constraint is (matrix, lowest, highest)."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     values: Float[np.ndarray, " column"] = np.array(costs, float)
@@ -96,8 +82,6 @@ def _solve(costs: Sequence[float], constraints: Sequence[tuple[Any, float, float
         constraints=[LinearConstraint(*constraint) for constraint in constraints],
         options={"mip_rel_gap": 0.0},
     )
-    if result.status == INFEASIBLE:
-        return None
     if not result.success:
         raise RuntimeError(f"HiGHS stopped without an optimum: {result.message}; please report the sizes and costs")
     chosen = np.flatnonzero(np.round(result.x))

@@ -36,9 +36,6 @@ from experts.training.flops import count_parameters, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import fit
 
-MAX_EXCESS = 0.01
-"""Share of the parameters by which a set exceeds the requested share at most, if there is such a set."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Additivity:
@@ -143,8 +140,7 @@ def _choose_layers(
     """Return the indices of the layers to remove; the baselines add layers one by one until the target is reached."""
     if config.criterion == "output_loss":
         joint = {items: size for items, size in sizes.items() if len(items) > 1}
-        single = [sizes[frozenset([index])] for index in range(len(units))]
-        return choose_items(costs, single, target, joint, target + round(MAX_EXCESS * count_parameters(model)))
+        return choose_items(costs, [sizes[frozenset([index])] for index in range(len(units))], target, joint)
     if config.criterion == "magnitude":
         order = sorted(range(len(units)), key=lambda index: _magnitude(model.get_submodule(units[index])))
     else:
