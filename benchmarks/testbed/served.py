@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -121,6 +122,11 @@ class ServedProcess:
         title = f"ServeReplica:ddm-{role}".encode()
         return [pid for pid in _descendants(self.process.pid) if title in _read(pid, "cmdline")]
 
+    def cpu_s(self) -> float:
+        """Return the CPU seconds so far of the deployment that has the most."""
+        roles = ("plan", "denoise", "decode")
+        return max(sum(cpu_seconds(pid) for pid in self.find_replicas(role)) for role in roles)
+
     def memory_mb(self) -> float:
         """Return the anonymous memory of the service and of its deployments."""
         pids = [self.process.pid, *(pid for role in ("plan", "denoise", "decode") for pid in self.find_replicas(role))]
@@ -150,6 +156,12 @@ def anonymous_mb(pid: int | str) -> float:
     """Return the anonymous memory of a process."""
     found = re.search(rb"RssAnon:\s+(\d+)", _read(pid, "status"))
     return int(found[1]) / 1024 if found else 0.0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds of a process so far."""
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _read(pid: int | str, name: str) -> bytes:
