@@ -154,7 +154,7 @@ def _measure(state: TrainingState, measure: Measure) -> Mapping[str, float]:
     """Measure the averaged parameters, in evaluation mode and the precision of the training."""
     config, model = state.config, state.model
     model.eval()
-    with state.average.applied(), _precision(config):
+    with state.average.applied(), precision_of(config):
         figures = measure(model)
     model.train()
     return figures
@@ -233,7 +233,7 @@ def _train_step(
         share = len(part.t) / len(batch.t)
         with (
             defer_sync(compute_loss, defer=part is not parts[-1]),
-            _precision(config),
+            precision_of(config),
         ):
             terms = compute_loss(part)
         values = {"loss": terms} if isinstance(terms, Tensor) else terms
@@ -264,7 +264,7 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _precision(config: TrainingConfig) -> AbstractContextManager[None]:
+def precision_of(config: TrainingConfig) -> AbstractContextManager[None]:
     """Return a context of forward passes in the precision of a training."""
     if config.autocast == "none":
         return nullcontext()

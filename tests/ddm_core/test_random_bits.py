@@ -19,6 +19,7 @@ def test_stream_ids_never_change():
         "CONSISTENCY": 8,
         "BUCKET_ORDER": 9,
         "FLIP": 10,
+        "HELD_OUT_NOISE": 11,
         "EXPERT_SAMPLES": 1000,
     }
 

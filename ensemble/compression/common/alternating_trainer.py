@@ -28,10 +28,10 @@ from experts.training.checkpoint import (
 from experts.training.latent_dataset import step_seed
 from experts.training.optimizers.lr_schedules import learning_rate
 from experts.training.trainer import (
-    PRECISIONS,
     TrainingDiverged,
     check_device,
     init_training_state,
+    precision_of,
     write_rows,
 )
 
@@ -97,7 +97,7 @@ def _run_step(states: Mapping[str, TrainingState], update_step: UpdateStep, conf
     torch.manual_seed(step_seed(config.seed, first.step))
     updates = update_step({name: state.model for name, state in states.items()}, first.step)
     while True:
-        with torch.autocast(config.device.partition(":")[0], PRECISIONS[config.autocast], config.autocast != "none"):
+        with precision_of(config):
             update = next(updates, None)
         if update is None:
             break
