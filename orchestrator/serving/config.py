@@ -1,5 +1,6 @@
 """Settings of the service: its address, what a request may ask for, and how requests are batched."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -91,3 +92,14 @@ class ServiceConfig:
             return self.host == "localhost" or ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def require_models(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a `RUN`, `FOLDER` or `NAME=FOLDER` that is neither a run nor an ensemble."""
+    for text in names:
+        path = Path(text.rpartition("=")[2]).expanduser()
+        if not any((path / name).is_file() for name in ("config.yaml", "model_index.json")):
+            raise ConfigError(
+                f"{path} is neither a run nor the folder of an ensemble: it has no config.yaml and no "
+                "model_index.json; name another one"
+            )

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -52,3 +54,24 @@ def test_an_open_address_needs_keys(host):
 def test_a_request_that_never_fits_into_the_queue_is_refused():
     with pytest.raises(ConfigError, match="--queue"):
         ServiceConfig(limits=Limits(images=9, queue=8))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["{folder}/missing"], "neither a run nor the folder of an ensemble"),
+        (["name={folder}"], "neither a run nor the folder of an ensemble"),
+        (["{folder}/run", "--host", "0.0.0.0"], "needs --keys"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_without_torch(tmp_path, words, reason):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    arguments = ["serve", *(word.format(folder=tmp_path) for word in words)]
+    code = (
+        "import sys; from orchestrator.cli.app import app\n"
+        f"try: app({arguments!r}, standalone_mode=False)\n"
+        "except Exception as error: print(error, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert reason in done.stdout and done.stdout.endswith("False\n"), done.stdout + done.stderr
