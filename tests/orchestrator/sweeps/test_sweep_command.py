@@ -124,8 +124,9 @@ def test_grid_killed_in_a_training_continues_it(swept):
     assert attempts(first) == [1, 2]
     assert "continuing from step" in next(first.glob("work/expert_0-*/attempt_2/log.txt")).read_text()
     for run in (first, swept.other):
-        assert len(finished(run)) == len(set(finished(run)))
-        assert len(list(run.glob("artifacts/*/manifest.json"))) == len(finished(run)) > 8
+        stages = [path.parent.name.rpartition("-")[0] for path in run.glob("artifacts/*/manifest.json")]
+        assert len(finished(run)) == len(set(finished(run))) and set(finished(run)) <= set(stages)
+        assert len(stages) == len(set(stages)) > 8  # the kill may fall between an artifact and its line in the journal
 
 
 @pytest.mark.integration
