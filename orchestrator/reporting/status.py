@@ -85,8 +85,15 @@ class StatusRow:
 
 def status_table(run: RunFolder, *, all_experts: bool = False) -> Group:
     """Return one row per stage: island, state, attempts, progress; many experts share rows unless `all_experts`."""
-    graph, attempts = build_graph(run.load_config()), load_all_attempts(run)
-    rows = load_status(run, graph, attempts)
+    attempts = load_all_attempts(run)
+    return _table(run, attempts, _rows(run, attempts), all_experts=all_experts)
+
+
+def _rows(run: RunFolder, attempts: Sequence[Attempt]) -> list[StatusRow]:
+    return load_status(run, build_graph(run.load_config()), attempts)
+
+
+def _table(run: RunFolder, attempts: Sequence[Attempt], rows: Sequence[StatusRow], *, all_experts: bool) -> Group:
     shown = rows if all_experts else merge_experts(rows)
     table = Table()
     has_islands = any(row.island for row in rows)
@@ -104,8 +111,7 @@ def status_table(run: RunFolder, *, all_experts: bool = False) -> Group:
 
 def status_to_json(run: RunFolder) -> str:
     """Return the controller and every stage of a run as JSON, for scripts."""
-    rows = load_status(run, build_graph(run.load_config()), load_all_attempts(run))
-    holder = read_holder(run)
+    rows, holder = _rows(run, load_all_attempts(run)), read_holder(run)
     controller = {"holder": str(holder), "is_alive": holder.is_alive} if holder else None
     return json.dumps({"run": str(run.root), "controller": controller, "stages": to_jsonable(rows)}, indent=1)
 
@@ -115,8 +121,9 @@ def watch_status(run: RunFolder, console: Console, *, all_experts: bool = False)
     shown: list[str] = []
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            table = status_table(run, all_experts=all_experts)
-            states = [row.state for row in load_status(run, build_graph(run.load_config()), load_all_attempts(run))]
+            attempts = load_all_attempts(run)
+            rows = _rows(run, attempts)
+            table, states = _table(run, attempts, rows, all_experts=all_experts), [row.state for row in rows]
             if console.is_terminal:
                 live.update(table, refresh=True)
             elif states != shown:

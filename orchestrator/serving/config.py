@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 from orchestrator.errors import ConfigError
+from orchestrator.islands.token import is_loopback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +88,7 @@ class ServiceConfig:
     @property
     def is_loopback(self) -> bool:
         """Return whether only this machine reaches the service."""
-        try:
-            return self.host == "localhost" or ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
 
 def require_models(names: Sequence[str]) -> None:
