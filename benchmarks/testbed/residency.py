@@ -13,8 +13,9 @@ from ensemble.config import SamplingConfig
 from ensemble.pipelines.paging import weight_bytes
 from orchestrator.serving.backend import open_models
 from orchestrator.serving.config import Batching, Limits
-from orchestrator.serving.model import ModelSource, ServedModel
+from orchestrator.serving.model import ServedModel
 from orchestrator.serving.request import ImageRequest, check_request
+from orchestrator.serving.sources import ModelSource
 
 ROUNDS = 3
 

@@ -15,8 +15,9 @@ from experts.types import Latents
 from orchestrator.errors import ConfigError
 from orchestrator.serving.batcher import Batcher
 from orchestrator.serving.config import Batching
-from orchestrator.serving.model import BatchKey, ImageJob, ModelSource, ServedModel
+from orchestrator.serving.model import BatchKey, ImageJob, ServedModel
 from orchestrator.serving.request import Generation, ModelFacts, OutputFormat
+from orchestrator.serving.sources import ModelSource
 
 Form = tuple[OutputFormat, int]
 """Format and quality of a file."""

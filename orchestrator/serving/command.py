@@ -29,9 +29,9 @@ def serve(  # noqa: PLR0913 - the options of a command
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log")] = False,
 ) -> None:
     """Serve images over HTTP in the form of OpenAI's interface. The same seed gives the same bytes."""
-    from orchestrator.serving.config import Batching, Limits, Replicas, ServiceConfig, require_models
+    from orchestrator.serving.config import Batching, Limits, Replicas, ServiceConfig
+    from orchestrator.serving.sources import find_sources
 
-    require_models(models)
     config = ServiceConfig(
         host=host,
         port=port,
@@ -41,6 +41,7 @@ def serve(  # noqa: PLR0913 - the options of a command
         batching=Batching(max_images=max_batch, resident=resident, threads=threads),
         replicas=None if inline else Replicas.parse(replicas),
     )
+    sources = find_sources(models)
     from orchestrator.serving.server import run_service  # it imports torch: only for what can be served
 
-    run_service(models, config, console)
+    run_service(sources, config, console)

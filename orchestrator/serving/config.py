@@ -1,6 +1,5 @@
 """Settings of the service: its address, what a request may ask for, and how requests are batched."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,14 +88,3 @@ class ServiceConfig:
     def is_loopback(self) -> bool:
         """Return whether only this machine reaches the service."""
         return is_loopback(self.host)
-
-
-def require_models(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a `RUN`, `FOLDER` or `NAME=FOLDER` that is neither a run nor an ensemble."""
-    for text in names:
-        path = Path(text.rpartition("=")[2]).expanduser()
-        if not any((path / name).is_file() for name in ("config.yaml", "model_index.json")):
-            raise ConfigError(
-                f"{path} is neither a run nor the folder of an ensemble: it has no config.yaml and no "
-                "model_index.json; name another one"
-            )

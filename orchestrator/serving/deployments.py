@@ -25,8 +25,9 @@ from orchestrator.config.compute import ComputeConfig
 from orchestrator.serving.backend import Decoder, Denoiser, EmitPreview, Form, open_models
 from orchestrator.serving.config import Batching, Replicas
 from orchestrator.serving.errors import ServingError
-from orchestrator.serving.model import BatchKey, ImageJob, ModelSource
+from orchestrator.serving.model import BatchKey, ImageJob
 from orchestrator.serving.request import Generation, ModelFacts
+from orchestrator.serving.sources import ModelSource
 
 Result = TypeVar("Result")
 

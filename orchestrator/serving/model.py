@@ -8,12 +8,10 @@ import io
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from data_partition.shards.images import Pixels, to_image
-from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.pipelines.paging import ExpertPager, PagedExpert
@@ -27,21 +25,11 @@ from experts.diffusion.predictions import to_clean
 from experts.expert_model import ExpertModel
 from experts.types import Latents, RowIds
 from orchestrator.serving.request import Generation, ModelFacts, OutputFormat
+from orchestrator.serving.sources import ModelSource
 from router.config import SelectionConfig
 
 ANY_EXPERT = -1
 """The expert of images that may change theirs on the way."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """Where a model is, and how it is sampled."""
-
-    name: str
-    folder: Path
-    sampling: SamplingConfig
-    compressions: tuple[str, ...] = ()
-    """Stages that made smaller or faster models of it, which are models of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,18 +14,16 @@ from orchestrator.serving.app import create_app
 from orchestrator.serving.backend import LocalBackend, ServingBackend
 from orchestrator.serving.config import ServiceConfig
 from orchestrator.serving.keys import ApiKeys
-from orchestrator.serving.model import ModelSource
-from orchestrator.serving.sources import find_sources
+from orchestrator.serving.sources import ModelSource
 
 KEEP_ALIVE_S = 30
 DRAIN_S = 5
 """How long open requests may take after the service was interrupted."""
 
 
-def run_service(names: Sequence[str], config: ServiceConfig, console: Console) -> None:
+def run_service(sources: Sequence[ModelSource], config: ServiceConfig, console: Console) -> None:
     """Serve models until the process is interrupted; raises `ConfigError` for an address that is not free."""
     keys = ApiKeys() if config.key_file is None else ApiKeys.read(config.key_file)
-    sources = find_sources(names)
     with _listen(config.host, config.port) as listener, _open_backend(sources, config) as backend:
         host, port = listener.getsockname()[:2]
         console.print(

@@ -1,16 +1,26 @@
 """Find the models of a service: finished runs, and folders of ensembles."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ensemble.config import SamplingConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.reporting.results import current_graph, find_pipeline, resolve_selection, verify_pipeline
 from orchestrator.run.run_folder import RunFolder
-from orchestrator.serving.model import ModelSource
 from orchestrator.serving.request import compressed_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model is, and how it is sampled."""
+
+    name: str
+    folder: Path
+    sampling: SamplingConfig
+    compressions: tuple[str, ...] = ()
+    """Stages that made smaller or faster models of it, which are models of their own."""
 
 
 def find_sources(names: Sequence[str]) -> list[ModelSource]:
@@ -32,6 +42,11 @@ def find_sources(names: Sequence[str]) -> list[ModelSource]:
 
 def _find(name: str, path: Path) -> list[ModelSource]:
     """Return a model, and after it those that the run's compression stages made of it."""
+    if not any((path / file).is_file() for file in ("config.yaml", "model_index.json")):
+        raise RunFolderError(
+            f"{path} is neither a run nor the folder of an ensemble: it has no config.yaml and no model_index.json; "
+            "name another one"
+        )
     if not (path / "config.yaml").is_file():
         return [ModelSource(name=name, folder=verify_pipeline(path), sampling=SamplingConfig())]
     run = RunFolder(path)

@@ -8,8 +8,9 @@ from ensemble.sampling.prompts import Prompts
 from ensemble.sampling.sample import sample
 from orchestrator.serving.backend import open_pager
 from orchestrator.serving.config import Limits
-from orchestrator.serving.model import ANY_EXPERT, ModelSource, ServedModel
+from orchestrator.serving.model import ANY_EXPERT, ServedModel
 from orchestrator.serving.request import ImageRequest, check_request
+from orchestrator.serving.sources import ModelSource
 from tests.ensemble.text_pipeline import assemble_text_pipeline
 
 

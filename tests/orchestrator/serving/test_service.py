@@ -17,7 +17,7 @@ from orchestrator.serving.app import create_app
 from orchestrator.serving.backend import LocalBackend
 from orchestrator.serving.config import Batching, Limits, ServiceConfig
 from orchestrator.serving.keys import ApiKeys
-from orchestrator.serving.model import ModelSource
+from orchestrator.serving.sources import ModelSource
 from tests.ensemble.text_pipeline import assemble_text_pipeline
 
 CONFIG = ServiceConfig(limits=Limits(images=16, queue=40))
