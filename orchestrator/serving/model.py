@@ -64,6 +64,8 @@ class ServedModel:
 
     source: ModelSource
     pipeline: EnsemblePipeline
+    facts: ModelFacts
+    """What requests are checked against."""
     max_images: int
     """Most images of a batch."""
     _experts: dict[int, ExpertModel] = field(default_factory=dict)
@@ -79,30 +81,8 @@ class ServedModel:
         Raises an `ArtifactError` for a folder that cannot be loaded.
         """
         load = None if pager is None else partial(PagedExpert.open, pager=pager)
-        return cls(source=source, pipeline=EnsemblePipeline.from_pretrained(source.folder, load), max_images=max_images)
-
-    @property
-    def facts(self) -> ModelFacts:
-        """Return what requests are checked against."""
-        pipeline, sampling = self.pipeline, self.source.sampling
-        few_step = pipeline.ensemble.few_step
-        height, width, _ = pipeline.codec.image_shape
-        return ModelFacts(
-            name=self.source.name,
-            created=int(self.source.folder.stat().st_mtime),
-            width=width,
-            height=height,
-            class_names=pipeline.class_names,
-            num_classes=pipeline.num_classes,
-            has_text=pipeline.text is not None and pipeline.text.kind != "none",
-            experts=len(pipeline.ensemble.experts),
-            steps=sampling.steps if few_step is None else len(few_step.times),
-            guidance_scale=sampling.guidance_scale,
-            selection=sampling.selection.name,
-            is_few_step=few_step is not None,
-            has_guidance=few_step is None or not few_step.is_distilled,
-            compressions=self.source.compressions,
-        )
+        pipeline = EnsemblePipeline.from_pretrained(source.folder, load)
+        return cls(source=source, pipeline=pipeline, facts=_describe(source, pipeline), max_images=max_images)
 
     # From a request to jobs
 
@@ -237,6 +217,28 @@ class ServedModel:
             images = torch.cat([call(torch.tensor([row])) for row in range(len(rows))])
         pixels = to_bytes(images)
         return [_encode(each, *form) for each, form in zip(pixels, formats, strict=True)]
+
+
+def _describe(source: ModelSource, pipeline: EnsemblePipeline) -> ModelFacts:
+    """Return what requests for a model are checked against."""
+    sampling, few_step = source.sampling, pipeline.ensemble.few_step
+    height, width, _ = pipeline.codec.image_shape
+    return ModelFacts(
+        name=source.name,
+        created=int(source.folder.stat().st_mtime),
+        width=width,
+        height=height,
+        class_names=pipeline.class_names,
+        num_classes=pipeline.num_classes,
+        has_text=pipeline.text is not None and pipeline.text.kind != "none",
+        experts=len(pipeline.ensemble.experts),
+        steps=sampling.steps if few_step is None else len(few_step.times),
+        guidance_scale=sampling.guidance_scale,
+        selection=sampling.selection.name,
+        is_few_step=few_step is not None,
+        has_guidance=few_step is None or not few_step.is_distilled,
+        compressions=source.compressions,
+    )
 
 
 def _has_independent_rows(expert: ExpertModel) -> bool:
