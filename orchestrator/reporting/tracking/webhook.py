@@ -28,10 +28,13 @@ def follow(folder: Path) -> None:
     config = run.load_config()
     url, seen, ended = read_url(config.notify), len(run.read_events()), threading.Event()
     threading.Thread(target=_wait_for_end, args=(ended,), daemon=True).start()
-    is_last, has_run_ended = False, False
+    is_last, has_run_ended, read_bytes = False, False, -1
     while not is_last:
         is_last = ended.wait(POLL_EVERY_S)
-        events = run.read_events()
+        size = run.journal.stat().st_size if run.journal.is_file() else 0
+        if size == read_bytes:
+            continue
+        events, read_bytes = run.read_events(), size
         for name, text in describe(events[seen:], config):
             has_run_ended = has_run_ended or name in ("finished", "failed", "stopped")
             send(url, config, name, text)
