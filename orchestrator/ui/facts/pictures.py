@@ -60,10 +60,16 @@ class PictureCache:
             pictures = self._kept.pop(key, None)
             if pictures is None:
                 pictures = read_wall(shards) if row < 0 else _encode(shards, row, row + 1, 1)
+                self._drop_beyond(sum(map(len, pictures)))
             self._kept[key] = pictures
-            while self.kept_bytes > self.max_bytes and len(self._kept) > 1:
-                self._kept.popitem(last=False)
             return pictures
+
+    def _drop_beyond(self, added: int) -> None:
+        """Drop the least recently used pictures until `added` bytes have room."""
+        room = self.max_bytes - added - self.kept_bytes
+        while room < 0 and self._kept:
+            _, dropped = self._kept.popitem(last=False)
+            room += sum(map(len, dropped))
 
 
 def wall_size(count: int) -> int:
