@@ -238,16 +238,15 @@ def compare_sampling(case: Case, count: int, batch_size: int, steps: int, turns:
     )
 
 
+def ratio_claim(name: str, limit: float, measured: Sequence[float]) -> Claim:
+    """Return the claim that the median of measured ratios is at most the limit."""
+    value, spread = median_and_range(measured)
+    return Claim(name=name, bar=f"≤ {limit:g}", value=value, spread=spread, holds=float(value) <= limit)
+
+
 def training_claim(name: str, measured: Sequence[float]) -> Claim:
     """Return the claim about one network."""
-    value, spread = median_and_range(measured)
-    return Claim(
-        name=f"CPU time of `fit` over that of an independent plain loop: {name}",
-        bar="≤ 1.02",
-        value=value,
-        spread=spread,
-        holds=float(value) <= 1.02,
-    )
+    return ratio_claim(f"CPU time of `fit` over that of an independent plain loop: {name}", 1.02, measured)
 
 
 def gradient_claim(differences: dict[str, tuple[float, float | None]]) -> Claim:
@@ -275,14 +274,7 @@ def gradient_listing(differences: dict[str, tuple[float, float | None]]) -> List
 
 def sampling_claim(case: str, measured: Sequence[float]) -> Claim:
     """Return the claim about one network, number of experts and batch size."""
-    value, spread = median_and_range(measured)
-    return Claim(
-        name=f"CPU time of sampling over that of one dense model in diffusers' loop: {case}",
-        bar="≤ 1.2",
-        value=value,
-        spread=spread,
-        holds=float(value) <= 1.2,
-    )
+    return ratio_claim(f"CPU time of sampling over that of one dense model in diffusers' loop: {case}", 1.2, measured)
 
 
 if __name__ == "__main__":
