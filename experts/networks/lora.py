@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import read_json
 from ddm_core.errors import DDMError
+from experts.networks.pretrained_files import weight_files
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names of the weights in a folder: diffusers' and peft's."""
@@ -69,6 +70,17 @@ def read_lora(path: Path) -> Lora:
     if unsupported := sorted(key for key in ("use_dora", "use_rslora") if settings.get(key)):
         raise AdapterError(f"{file} uses {unsupported[0]}, which is not supported; train a plain LoRA")
     return _read_layers(file, tensors, settings)
+
+
+def check_lora(expert: Path, lora: Lora, name: str) -> None:
+    """Raise `AdapterError` if an adapter does not fit the weights in an expert's folder, or peft is missing."""
+    _import_peft()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(expert):
+        with safe_open(file, framework="pt") as opened:
+            shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    for path, weights in lora.items():
+        _check_shape(path, shapes.get(f"{path}.weight", ()), weights, name)
 
 
 def _read_layers(file: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Lora:
@@ -131,9 +143,14 @@ def _check_fit(network: nn.Module, lora: Lora, name: str) -> None:
                 f"{path} of adapter {name!r} is no linear or convolutional layer of {type(network).__name__} "
                 f"(quantized layers take no adapter); it has {', '.join(known[:5])} ..."
             )
-        shape = (weights.up.shape[0], *weights.down.shape[1:])
-        if tuple(layer.weight.shape) != shape:
-            raise AdapterError(f"{path} has weights of shape {tuple(layer.weight.shape)}, adapter {name!r} {shape}")
+        _check_shape(path, tuple(layer.weight.shape), weights, name)
+
+
+def _check_shape(path: str, shape: tuple[int, ...], weights: LoraLayerWeights, name: str) -> None:
+    own = (weights.up.shape[0], *weights.down.shape[1:])
+    if shape != own:
+        reason = f"has weights of shape {shape}" if shape else "is no layer of the expert with plain weights"
+        raise AdapterError(f"{path} {reason}, adapter {name!r} has {own}; choose an adapter of this model")
 
 
 def set_weights(network: nn.Module, weights: Mapping[str, float]) -> None:

@@ -57,12 +57,18 @@ def open_models(
     models = {}
     for source in sources:
         is_paged = can_page(source.folder)
-        if batching.resident is not None and not is_paged:
+        if (batching.resident is not None or source.adapters) and not is_paged:
             raise ConfigError(
-                f"the experts of {source.name} share weights or have several networks; leave --resident out"
+                f"the experts of {source.name} share weights or have several networks; leave --resident and --adapter "
+                "out"
             )
         models[source.name] = ServedModel.open(source, batching.max_images, pager if is_paged else None)
     return models
+
+
+def list_facts(models: Mapping[str, ServedModel]) -> dict[str, ModelFacts]:
+    """Return what requests are checked against, by the names of the models and of each with an adapter."""
+    return {name: facts for model in models.values() for name, facts in model.facts.with_adapters().items()}
 
 
 def can_page(folder: Path) -> bool:
@@ -133,7 +139,7 @@ class LocalBackend:
     def __init__(self, sources: Sequence[ModelSource], batching: Batching) -> None:
         """Open the models; raises an `ArtifactError` for a folder that cannot be loaded."""
         models = open_models(sources, batching)
-        self._facts = {name: model.facts for name, model in models.items()}
+        self._facts = list_facts(models)
         self._models, self._pool = models, ThreadPoolExecutor(1, "plan")
         self._denoiser, self._decoder = Denoiser(models, batching), Decoder(models, batching)
 

@@ -14,6 +14,10 @@ def serve(  # noqa: PLR0913 - the options of a command
     models: Annotated[
         list[str], typer.Argument(help="Finished runs, or folders of ensembles", metavar="RUN|FOLDER|NAME=FOLDER …")
     ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA of `ddm finetune`, or a safetensors file", metavar="[MODEL:]NAME=FOLDER"),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need --keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one", min=0, max=65535)] = 8000,
     keys: Annotated[Path | None, typer.Option(help="File of mode 600 with one API key a line")] = None,
@@ -41,7 +45,7 @@ def serve(  # noqa: PLR0913 - the options of a command
         batching=Batching(max_images=max_batch, resident=resident, threads=threads),
         replicas=None if inline else Replicas.parse(replicas),
     )
-    sources = find_sources(models)
+    sources = find_sources(models, adapter or ())
     from orchestrator.serving.server import run_service  # it imports torch: only for what can be served
 
     run_service(sources, config, console)

@@ -22,7 +22,7 @@ from ddm_core.environment import environment_variables
 from experts.types import Latents
 from orchestrator.backends.ray_cluster import RayCluster
 from orchestrator.config.compute import ComputeConfig
-from orchestrator.serving.backend import Decoder, Denoiser, EmitPreview, Form, open_models
+from orchestrator.serving.backend import Decoder, Denoiser, EmitPreview, Form, list_facts, open_models
 from orchestrator.serving.config import Batching, Replicas
 from orchestrator.serving.errors import ServingError
 from orchestrator.serving.model import BatchKey, ImageJob
@@ -56,7 +56,7 @@ class PlanDeployment:
 
     async def facts(self) -> dict[str, ModelFacts]:
         """Return what requests are checked against."""
-        return {name: model.facts for name, model in self._models.items()}
+        return list_facts(self._models)
 
     async def plan(self, generation: Generation) -> list[tuple[BatchKey, ImageJob]]:
         """Return the batch key and the job of each image."""

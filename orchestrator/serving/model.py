@@ -4,8 +4,9 @@ Every network is called on numbers of rows that give equal bits, so an image has
 with. The expert of a sticky image is known before it is sampled; a batch has the images of one expert.
 """
 
+import hashlib
 import io
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -23,6 +24,7 @@ from ensemble.solvers import SOLVERS, make_noise, sample_few_step, uniform_times
 from experts.conditions.condition import Condition
 from experts.diffusion.predictions import to_clean
 from experts.expert_model import ExpertModel
+from experts.networks.lora import Lora, check_lora, read_lora
 from experts.types import Latents, RowIds
 from orchestrator.serving.request import Generation, ModelFacts, OutputFormat
 from orchestrator.serving.sources import ModelSource
@@ -41,6 +43,7 @@ class BatchKey:
     steps: int
     guidance_scale: float
     selection: SelectionConfig
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,17 @@ class ImageJob:
     negative: Condition
     """One row, of the unconditional branch of guidance."""
 
+
+@dataclass(frozen=True, slots=True)
+class ServedLora:
+    """A LoRA of some experts."""
+
+    name: str
+    """Of its files: models of the same folder share experts, and may have other adapters of the same name."""
+    loras: Mapping[int, Lora]
+
+
+NO_ADAPTER = ServedLora("", {})
 
 Preview = Callable[[Latents, float], None]
 """Called with the clean estimate of all images of a batch and t, at every evaluation of the velocity."""
@@ -68,7 +82,9 @@ class ServedModel:
     """What requests are checked against."""
     max_images: int
     """Most images of a batch."""
-    _experts: dict[int, ExpertModel] = field(default_factory=dict)
+    adapters: Mapping[str, "ServedLora"] = field(default_factory=dict)
+    """Injected into an expert when they are first used; other batches do not see them."""
+    _experts: dict[tuple[int, str | None], ExpertModel] = field(default_factory=dict)
     _row_counts: dict[Hashable, RowCounts] = field(default_factory=dict)
     _router: ExactRouter | None = None
     _decoder_rows: RowCounts | None = None
@@ -78,11 +94,17 @@ class ServedModel:
     def open(cls, source: ModelSource, max_images: int, pager: ExpertPager | None = None) -> "ServedModel":
         """Open a pipeline's folder; with a pager its experts are not loaded yet.
 
-        Raises an `ArtifactError` for a folder that cannot be loaded.
+        Raises an `ArtifactError` for a folder that cannot be loaded, `AdapterError` for an adapter that does not fit.
         """
         load = None if pager is None else partial(PagedExpert.open, pager=pager)
         pipeline = EnsemblePipeline.from_pretrained(source.folder, load)
-        return cls(source=source, pipeline=pipeline, facts=_describe(source, pipeline), max_images=max_images)
+        return cls(
+            source=source,
+            pipeline=pipeline,
+            facts=_describe(source, pipeline),
+            max_images=max_images,
+            adapters=read_adapters(source),
+        )
 
     # From a request to jobs
 
@@ -98,6 +120,7 @@ class ServedModel:
             steps=self.facts.steps if generation.steps is None else generation.steps,
             guidance_scale=self._guidance_scale(generation, condition),
             selection=self._selection(generation.selection),
+            adapter=generation.adapter,
         )
         jobs = [ImageJob(seed=seed, condition=condition, negative=negative) for seed in generation.seeds]
         return [(replace(key, expert=self._draw_expert(job, key.selection)), job) for job in jobs]
@@ -169,23 +192,32 @@ class ServedModel:
         """Return the experts of a batch, and a router that knows no others, so that a sticky image keeps its own."""
         ensemble = self.pipeline.ensemble
         ids = sorted(ensemble.experts) if key.expert == ANY_EXPERT else [key.expert]
-        return replace(ensemble, experts={k: self._expert(k) for k in ids}, router=self._exact_router())
+        return replace(ensemble, experts={k: self._expert(k, key.adapter) for k in ids}, router=self._exact_router())
 
-    def _expert(self, k: int) -> ExpertModel:
-        if k not in self._experts:
-            expert = self.pipeline.ensemble.experts[k]
+    def _expert(self, k: int, adapter: str | None) -> ExpertModel:
+        """Return an expert with this adapter alone, until the next call."""
+        expert, lora = self.pipeline.ensemble.experts[k], self.adapters.get(adapter or "", NO_ADAPTER).loras.get(k)
+        if isinstance(expert, PagedExpert) and (lora is not None or expert.adapter_names):
+            name = self.adapters[adapter or ""].name if lora is not None else ""
+            if lora is not None and name not in expert.adapter_names:
+                expert.add_lora(lora, name, 1.0)
+            expert.set_adapters({} if lora is None else {name: 1.0})
+        if (k, adapter) not in self._experts:
             if not (expert.needs_cache or expert.has_draft):
-                expert = self._exact_expert(expert)
-            self._experts[k] = expert
-        return self._experts[k]
+                expert = self._exact_expert(expert, adapter)
+            self._experts[k, adapter] = expert
+        return self._experts[k, adapter]
 
-    def _exact_expert(self, expert: ExpertModel) -> ExactExpert:
+    def _exact_expert(self, expert: ExpertModel, adapter: str | None) -> ExactExpert:
         """Wrap an expert; those with equal networks are measured once."""
         loaded = expert.pager.get(expert) if isinstance(expert, PagedExpert) else expert
-        shapes = tuple(
-            (type(network).__name__, name, value.shape, value.dtype)
-            for network in loaded.networks()
-            for name, value in network.state_dict().items()
+        shapes = (
+            adapter,
+            tuple(
+                (type(network).__name__, name, value.shape, value.dtype)
+                for network in loaded.networks()
+                for name, value in network.state_dict().items()
+            ),
         )
         if shapes not in self._row_counts:
             exact = ExactExpert.measure(expert, self.pipeline.ensemble.noise_schedule, 2 * self.max_images)
@@ -219,6 +251,18 @@ class ServedModel:
         return [_encode(each, *form) for each, form in zip(pixels, formats, strict=True)]
 
 
+def read_adapters(source: ModelSource) -> dict[str, ServedLora]:
+    """Read the adapters of a model; raise `AdapterError` for a file that is none or does not fit its expert."""
+    adapters = {}
+    for name, files in source.adapters.items():
+        loras = {path: read_lora(path) for path in set(files.values())}
+        for k, path in files.items():
+            check_lora(source.folder / f"expert_{k}", loras[path], name)
+        digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+        adapters[name] = ServedLora(digest, {k: loras[path] for k, path in files.items()})
+    return adapters
+
+
 def _describe(source: ModelSource, pipeline: EnsemblePipeline) -> ModelFacts:
     """Return what requests for a model are checked against."""
     sampling, few_step = source.sampling, pipeline.ensemble.few_step
@@ -237,6 +281,7 @@ def _describe(source: ModelSource, pipeline: EnsemblePipeline) -> ModelFacts:
         selection=sampling.selection.name,
         is_few_step=few_step is not None,
         has_guidance=few_step is None or not few_step.is_distilled,
+        adapters=tuple(source.adapters),
         compressions=source.compressions,
     )
 

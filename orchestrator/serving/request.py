@@ -1,7 +1,7 @@
 """The body of `POST /v1/images/generations`: OpenAI's fields and ours, checked against the model that it names."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +49,7 @@ class ImageRequest(BaseModel):
     class_label: str | Annotated[int, Field(strict=True)] | None = None
     """Name or number of a class."""
     adapter: str | None = None
+    """A LoRA that the service was started with, or `finetune`, that of the run."""
     compression: str | None = None
     """A compression stage of the model's run, such as `quantize`."""
 
@@ -75,6 +76,16 @@ class ModelFacts:
     """False for students with distilled guidance."""
     adapters: tuple[str, ...] = ()
     compressions: tuple[str, ...] = ()
+    base: str = ""
+    """The model whose experts have an adapter here; empty for a model of its own."""
+    adapter: str | None = None
+    """That adapter."""
+
+    def with_adapters(self) -> dict[str, "ModelFacts"]:
+        """Return the model, and with each of its adapters, by name."""
+        alone = replace(self, adapters=(), compressions=(), base=self.name)
+        named = {variant_name(self.name, adapter): adapter for adapter in self.adapters}
+        return {self.name: self} | {name: replace(alone, name=name, adapter=adapter) for name, adapter in named.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +93,7 @@ class Generation:
     """A checked request: which images of which model."""
 
     model: str
+    adapter: str | None
     prompt: str
     negative_prompt: str
     class_label: str | None
@@ -96,9 +108,9 @@ class Generation:
     previews: int
 
 
-def compressed_name(model: str, stage: str) -> str:
-    """Return the name of the model that a compression stage made."""
-    return f"{model}:{stage}"
+def variant_name(model: str, variant: str) -> str:
+    """Return the name of what a compression stage or an adapter makes of a model."""
+    return f"{model}:{variant}"
 
 
 def check_request(body: ImageRequest, facts: ModelFacts, limits: Limits) -> Generation:
@@ -121,7 +133,8 @@ def check_request(body: ImageRequest, facts: ModelFacts, limits: Limits) -> Gene
     if (body.partial_images or 0) and not body.stream:
         raise _refuse("partial_images", "partial_images needs stream=true; set it, or leave partial_images out")
     return Generation(
-        model=facts.name if body.compression is None else compressed_name(facts.name, body.compression),
+        model=facts.base or (facts.name if body.compression is None else variant_name(facts.name, body.compression)),
+        adapter=facts.adapter or body.adapter,
         prompt=body.prompt,
         negative_prompt=body.negative_prompt or "",
         class_label=None if body.class_label is None else str(body.class_label),

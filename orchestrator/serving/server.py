@@ -14,6 +14,7 @@ from orchestrator.serving.app import create_app
 from orchestrator.serving.backend import LocalBackend, ServingBackend
 from orchestrator.serving.config import ServiceConfig
 from orchestrator.serving.keys import ApiKeys
+from orchestrator.serving.model import read_adapters
 from orchestrator.serving.sources import ModelSource
 
 KEEP_ALIVE_S = 30
@@ -23,6 +24,8 @@ DRAIN_S = 5
 
 def run_service(sources: Sequence[ModelSource], config: ServiceConfig, console: Console) -> None:
     """Serve models until the process is interrupted; raises `ConfigError` for an address that is not free."""
+    for source in sources:
+        read_adapters(source)  # a deployment would say less clearly that one does not fit
     keys = ApiKeys() if config.key_file is None else ApiKeys.read(config.key_file)
     with _listen(config.host, config.port) as listener, _open_backend(sources, config) as backend:
         host, port = listener.getsockname()[:2]

@@ -42,7 +42,7 @@ class ImageService:
             facts = find_model(self.backend, body.model)
             outcome.model = facts.name
             generation = check_request(body, facts, self.config.limits)
-            if generation.model != facts.name:
+            if body.compression is not None:
                 check_request(
                     body.model_copy(update={"compression": None}),
                     self.backend.facts[generation.model],

@@ -4,15 +4,19 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
 from ensemble.config import SamplingConfig
+from experts.expert import Expert
+from experts.networks.lora import LoraLayerWeights, save_lora
+from experts.training.lora_training import choose_layers
 from orchestrator.serving.app import create_app
 from orchestrator.serving.backend import LocalBackend
 from orchestrator.serving.config import Batching, Limits, ServiceConfig
@@ -23,13 +27,17 @@ from tests.ensemble.text_pipeline import assemble_text_pipeline
 CONFIG = ServiceConfig(limits=Limits(images=16, queue=40))
 SAMPLING = SamplingConfig(steps=3, guidance_scale=2.0)
 PATH = "/v1/images/generations"
+Adapters = Mapping[str, Mapping[int, Path]]
+NONE: Adapters = {}
 
 
 class Service:
     """The application of a fresh backend, and requests to it in one event loop."""
 
-    def __init__(self, folder: Path, config: ServiceConfig = CONFIG, key_file: Path | None = None) -> None:
-        source = ModelSource(name="tiny", folder=folder, sampling=SAMPLING)
+    def __init__(
+        self, folder: Path, config: ServiceConfig = CONFIG, key_file: Path | None = None, adapters: Adapters = NONE
+    ) -> None:
+        source = ModelSource(name="tiny", folder=folder, sampling=SAMPLING, adapters=adapters)
         keys = ApiKeys.read(key_file) if key_file else ApiKeys()
         self.app, self.runner = create_app(LocalBackend([source], config.batching), config, keys), asyncio.Runner()
 
@@ -77,6 +85,44 @@ def test_an_image_depends_on_its_seed_alone_to_the_byte(folder, service, selecti
     restarted = Service(folder, replace(CONFIG, batching=Batching(max_images=5, resident=1)))
     assert files(restarted.send(body | {"n": 3, "seeds": [7, 0, 15]})[0]) == [batch[7], batch[0], batch[15]]
     assert len(set(batch)) == 16
+
+
+@pytest.mark.parametrize("selection", ["sticky", "full"])
+def test_an_adapter_changes_its_requests_alone(folder, tmp_path, selection):
+    """Requests with two adapters and without are mixed; the second adapter is of expert 1 alone."""
+    seeds = range(8, 16)
+    write_adapter(folder / "expert_0", tmp_path / "first", 0)
+    write_adapter(folder / "expert_1", tmp_path / "second", 1)
+    first, second = dict.fromkeys((0, 1), tmp_path / "first"), {1: tmp_path / "second"}
+    config = replace(CONFIG, batching=Batching(resident=1 if selection == "sticky" else None, max_images=8))
+    service = Service(folder, config, adapters={"first": first, "second": second})
+    models = [model["id"] for model in service.get("/v1/models").json()["data"]]
+    assert models == ["tiny", "tiny:first", "tiny:second"]
+
+    def body(adapter: str | None, *own: int) -> dict[str, object]:
+        return {"prompt": "a boot", "selection": selection, "n": len(own), "seeds": own, "adapter": adapter}
+
+    mixed = service.send(*(body(adapter, seed) for seed in seeds for adapter in (None, "first", "second")))
+    mixed += service.send(body(None, *seeds), {**body(None, *seeds), "model": "tiny:first"})
+    plain, one, two = ([files(response)[0] for response in mixed[k:24:3]] for k in range(3))
+    assert (files(mixed[24]), files(mixed[25])) == (plain, one)
+    assert plain == files(Service(folder).send(body(None, *seeds))[0])
+    assert one == files(Service(folder, adapters={"only": first}).send(body("only", *seeds))[0])
+    is_adapted = [image["expert"] in (1, -1) for image in mixed[24].json()["data"]]
+    assert [a != b for a, b in zip(plain, two, strict=True)] == is_adapted and any(is_adapted)
+    assert not set(plain) & set(one)
+    (refused,) = service.send(body("third", 0))
+    assert refused.status_code == 400 and "one of first, second" in refused.json()["error"]["message"]
+
+
+def write_adapter(expert: Path, folder: Path, seed: int) -> None:
+    """Write a random LoRA of all linear layers of an expert."""
+    network, generator, lora = Expert.load(expert).model, torch.Generator().manual_seed(seed), {}
+    for name in choose_layers(network):
+        outputs, inputs = network.get_submodule(name).weight.shape
+        down, up = (torch.randn(shape, generator=generator) / 2 for shape in ((2, inputs), (outputs, 2)))
+        lora[name] = LoraLayerWeights(down=down, up=up, alpha=2.0)
+    save_lora(lora, folder)
 
 
 def body_of(selection: str, seed: int) -> dict[str, object]:

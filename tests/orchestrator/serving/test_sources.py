@@ -3,13 +3,16 @@
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
+from experts.networks.lora import AdapterError
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.serving.backend import open_models
 from orchestrator.serving.config import Batching, Limits
+from orchestrator.serving.model import read_adapters
 from orchestrator.serving.request import ImageRequest, check_request
 from orchestrator.serving.sources import find_sources
 from tests.ensemble.text_pipeline import assemble_text_pipeline
@@ -39,3 +42,28 @@ def test_a_folder_has_its_name_or_another_once(tmp_path):
         find_sources([str(folder), str(folder)])
     with pytest.raises(RunFolderError, match=r"no model_index\.json"):
         find_sources([str(tmp_path)])
+
+
+def test_adapters_are_found_once_and_must_fit(tmp_path):
+    folder = assemble_text_pipeline(tmp_path).folder
+    own, shared = tmp_path / "own", tmp_path / "one.safetensors"
+    (own / "expert_1").mkdir(parents=True)
+    save_file(
+        {"transformer.x.lora_A.weight": torch.ones(1, 2), "transformer.x.lora_B.weight": torch.ones(2, 1)}, shared
+    )
+    names = [f"a={folder}", f"b={folder}"]
+    first, second = find_sources(names, [f"style={own}", f"b:style={shared}"])
+    assert (first.adapters, second.adapters) == (
+        {"style": {1: own / "expert_1"}},
+        {"style": {0: shared, 1: shared}},
+    )
+    with pytest.raises(AdapterError, match="x is no layer of the expert"):
+        read_adapters(second)
+    for texts, reason in (
+        (["style"], "NAME=FOLDER"),
+        ([f"c:style={own}"], "among a, b"),
+        ([f"style={tmp_path / 'none'}"], "is not there"),
+        ([f"style={own}", f"style={own}"], "a has style already"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            find_sources(names, texts)
