@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from ddm_core.artifacts import Preempted, Workspace, checksum, fingerprint, list_files, publish
 from ddm_core.errors import DDMError
 from ddm_core.signals import sigterm_flag
+from experts.codec import encoder_folder
 from experts.codecs.registry import fit_codec
 from experts.conditions.text_encoder import SETTINGS, TextEncoder
 from experts.config import CodecConfig, ExpertConfig
@@ -112,8 +113,10 @@ def train(arguments: argparse.Namespace, config: ExpertConfig, stopping: Callabl
 
 
 def input_fingerprints(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the fingerprints of codec and shards, from the checksums of every file."""
-    folders = {"codec": arguments.codec} | {f"shards_{number}": path for number, path in enumerate(arguments.shards)}
+    """Return the fingerprints of shards and of the codec that encodes, from the checksums of their files."""
+    folders = {"codec": encoder_folder(arguments.codec)} | {
+        f"shards_{number}": path for number, path in enumerate(arguments.shards)
+    }
     fingerprints = {
         role: fingerprint(role, {str(file.relative_to(path)): checksum(file) for file in list_files(path)}, {})
         for role, path in folders.items()

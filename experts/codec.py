@@ -12,6 +12,18 @@ import torch
 from ddm_core.artifacts import write_json
 from experts.types import DecodedImages, Images, Latents
 
+ENCODER = "encoder"
+"""Folder of the codec that encodes, below that of a codec with a decoder of its own."""
+
+
+def encoder_folder(folder: Path) -> Path:
+    """Return the folder of the codec that encodes: the codec's own, unless it has a decoder of its own.
+
+    Its files identify latents, and the experts that are trained on them.
+    """
+    encoder = folder / ENCODER
+    return encoder if encoder.is_dir() else folder
+
 
 @runtime_checkable
 class Codec(Protocol):

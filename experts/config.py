@@ -16,6 +16,9 @@ OptimizerName = Literal["adamw", "muon"]
 LRScheduleName = Literal["linear", "constant", "cosine", "warmup_stable_decay"]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
+REFINED_SUFFIX = "_conv"
+"""What the kind of a codec with a convolutional decoder adds to that of its encoder."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ResidualMLPConfig:
@@ -214,6 +217,19 @@ class CodecConfig:
         steps=1000, batch_size=64, lr=2e-3, warmup_steps=50, weight_decay=1e-3
     )
     """Training of the decoder, or of the whole autoencoder."""
+
+    @property
+    def encoder(self) -> "CodecConfig":
+        """Return the codec that encodes: the same, or principal components without their convolutional decoder."""
+        if not self.kind.endswith(REFINED_SUFFIX):
+            return self
+        return CodecConfig(
+            kind="pca" if self.kind == "pca_conv" else "patch_pca",
+            components=self.components,
+            patch_size=self.patch_size,
+            latent_channels=self.latent_channels,
+            whitening=self.whitening,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import Workspace, read_json, write_json
 from experts.architectures.conv_decoder import ConvDecoder, decoder_loss
-from experts.codec import PixelCodec
+from experts.codec import ENCODER, PixelCodec, encoder_folder
 from experts.codecs.patch_pca import PatchPCACodec, fit_patch_pca_codec, load_patch_pca_codec
 from experts.codecs.pca import PCACodec, fit_pca_codec, load_pca_codec
-from experts.config import CodecConfig
+from experts.config import REFINED_SUFFIX, CodecConfig
 from experts.networks.model_io import load_model, save_model
 from experts.training.encode import encode_latents
 from experts.training.flops import forward_flops, training_flops
@@ -24,9 +24,6 @@ from experts.training.trainer import fit, write_rows
 from experts.types import DecodedImages, Images, Latents
 
 DECODE_BATCH = 256
-SUFFIX = "_conv"
-"""What the kind of a refined codec adds to that of its linear codec."""
-
 LinearCodec = PCACodec | PatchPCACodec
 FITS: dict[str, Callable[[CodecConfig, Path], LinearCodec]] = {"pca": fit_pca_codec, "patch_pca": fit_patch_pca_codec}
 LOADS: dict[str, Callable[[Path, dict[str, Any]], LinearCodec]] = {
@@ -70,16 +67,33 @@ class RefinedCodec:
         return replace(self, linear=self.linear.with_size(height, width))
 
     def save(self, folder: Path) -> None:
-        """Write the linear codec and, below `decoder/`, the network."""
-        self.linear.save(folder)
-        metadata = read_json(folder / "codec.json")
-        write_json(folder / "codec.json", metadata | {"kind": metadata["kind"] + SUFFIX})
+        """Write the linear codec below `encoder/` and the network below `decoder/`."""
+        encoder = folder / ENCODER
+        encoder.mkdir()
+        self.linear.save(encoder)
+        metadata = read_json(encoder / "codec.json")
+        write_json(folder / "codec.json", metadata | {"kind": metadata["kind"] + REFINED_SUFFIX})
         save_model(self.decoder, folder / "decoder")
 
 
 def fit_refined_codec(config: CodecConfig, shards: Path, out: Path, workspace: Workspace) -> float:
-    """Fit the components, then train the network on noised latents; write the codec to `out`, return the FLOPs."""
-    linear, training = FITS[config.kind.removesuffix(SUFFIX)](config, shards), config.decoder_training
+    """Fit the components, then the network; write the codec to `out`, return the FLOPs."""
+    return _train_decoder(config, FITS[config.encoder.kind](config, shards), shards, out, workspace)
+
+
+def fit_decoder(config: CodecConfig, encoder: Path, shards: Path, out: Path, workspace: Workspace) -> float:
+    """Train the decoder of the linear codec that was fitted to `config.encoder` on the same shards.
+
+    Writes the whole codec to `out` and returns the FLOPs of the training; equals `fit_refined_codec` bit for bit.
+    """
+    metadata = read_json(encoder / "codec.json")
+    linear = LOADS[config.encoder.kind](encoder, metadata)
+    return _train_decoder(config, linear, shards, out, workspace)
+
+
+def _train_decoder(config: CodecConfig, linear: LinearCodec, shards: Path, out: Path, workspace: Workspace) -> float:
+    """Train the network on noised latents."""
+    training = config.decoder_training
     pixels = PixelCodec(image_shape=linear.image_shape)
     pixels.save(workspace.scratch / "pixels")
     images = encode_latents([shards], pixels, workspace.scratch / "pixels", workspace)
@@ -112,7 +126,7 @@ def probe_decoder(
 
 def load_refined_codec(folder: Path, metadata: dict[str, Any]) -> RefinedCodec:
     """Load a folder that `RefinedCodec.save` wrote; `metadata` is its `codec.json`."""
-    linear = LOADS[metadata["kind"].removesuffix(SUFFIX)](folder, metadata)
+    linear = LOADS[metadata["kind"].removesuffix(REFINED_SUFFIX)](encoder_folder(folder), metadata)
     decoder = _check_decoder(load_model((ConvDecoder,), folder / "decoder"))
     if tuple(decoder.config.image_shape) != linear.image_shape:
         raise ValueError(f"its decoder is of images of shape {decoder.config.image_shape}, not {linear.image_shape}")

@@ -30,7 +30,7 @@ from data_partition.shards.shards import (
 from data_partition.shards.tar import Encoded
 from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files
 from ddm_core.json_values import from_json
-from experts.codec import Codec
+from experts.codec import Codec, encoder_folder
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import NULL_CLASS
 from experts.conditions.text_encoder import TextEncoder
@@ -78,10 +78,10 @@ class FrozenCodec:
         device: torch.device | str = "cpu",
         stored_type: torch.dtype = torch.float32,
     ) -> "FrozenCodec":
-        """Return the codec that was loaded from a folder."""
-        return cls(
-            codec, {str(path.relative_to(folder)): checksum(path) for path in list_files(folder)}, device, stored_type
-        )
+        """Return the codec that was loaded from a folder; it is known by the files that encode."""
+        encoder = encoder_folder(folder)
+        checksums = {str(path.relative_to(encoder)): checksum(path) for path in list_files(encoder)}
+        return cls(codec, checksums, device, stored_type)
 
     def encode(self, images: Images) -> Latents:
         """Return the latents of images of one size as they are stored, in CPU memory."""

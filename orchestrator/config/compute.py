@@ -48,6 +48,8 @@ class StagesConfig:
     """Reading and resizing the images."""
     codec: ResourcesConfig = ResourcesConfig()
     """Fitting the latent space."""
+    decoder: ResourcesConfig = ResourcesConfig()
+    """Training the convolutional decoder of principal components."""
     latents: ResourcesConfig = ResourcesConfig()
     """Encoding the images, and their captions."""
     features: ResourcesConfig = ResourcesConfig()

@@ -67,6 +67,7 @@ _COMPRESSION = "ensemble.compression.config:CompressionConfig"
 STAGE_KINDS: dict[str, StageKind] = {
     "dataset": StageKind("data_partition.config:DataConfig", "run_data:run_dataset", "estimate_dataset"),
     "codec": StageKind("experts.config:CodecConfig", "run_training:run_codec", "estimate_codec"),
+    "decoder": StageKind("experts.config:CodecConfig", "run_training:run_decoder", "estimate_decoder"),
     "latents": StageKind(f"{_CONFIGS}:LatentsStageConfig", "run_training:run_latents", "estimate_latents"),
     "features": StageKind(
         "data_partition.config:PartitionConfig", "run_data:run_features", "estimate_features", is_ours=True

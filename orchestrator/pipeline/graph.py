@@ -4,6 +4,9 @@ dataset ─► features ─► partition ─┬─► expert_0 … expert_K-1 �
    ├─► codec ─► latents ──┘       ├─► router ────────────────┼─► ensemble ─► score_<selection>
    └─► reference, of codec too    └─► monolith ──────────────┴─► monolith_ensemble ─► score_monolith
 
+A codec that is refined by a network has it trained in `decoder`, beside the stages that only encode; ensembles and the
+reference wait for it.
+
 `distill`, `accelerate`, `prune`, `quantize` and `stitch` follow the original ensemble in this order. Each produces a
 compressed ensemble with its own score and timing.
 The baselines `cluster_conditioned` and `distilled_monolith` are built like the monolith. The second one also reads the
@@ -67,14 +70,18 @@ class _GraphBuilder:
         """Add all stages and return them."""
         dataset = self._add("dataset", self.stage_configs.dataset, {})
         self.shards = Input(stage=dataset, part="train")
-        self.codec = Input(stage=self._add("codec", self.config.codec, {"shards": self.shards}))
+        codec = self.config.codec
+        self.codec = Input(stage=self._add("codec", codec.encoder, {"shards": self.shards}))
+        self.decoder = self.codec
+        if codec != codec.encoder:
+            self.decoder = Input(stage=self._add("decoder", codec, {"encoder": self.codec, "shards": self.shards}))
         data_inputs = {"dataset": Input(stage=dataset)}
         self.features = Input(stage=self._add("features", self.stage_configs.features, data_inputs))
         latents = self._add("latents", self.stage_configs.latents, data_inputs | {"codec": self.codec})
         self.text = {} if self.config.text.kind == "none" else {"text": Input(stage=latents, part="text")}
         partition_inputs = data_inputs | {"features": self.features, "latents": Input(stage=latents)}
         self.partition = Input(stage=self._add("partition", self.config.partition, partition_inputs))
-        reference_inputs = data_inputs | {"codec": self.codec}
+        reference_inputs = data_inputs | {"codec": self.decoder}
         self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, reference_inputs))
         self.weak: dict[str, Input] = {}
         reflection = self.config.ensemble.reflection
@@ -116,7 +123,7 @@ class _GraphBuilder:
             samples = self._add("expert_samples", self.stage_configs.expert_samples, inputs)
             trained["router"] = self._add_router({"expert_samples": Input(stage=samples)})
         trained |= experts
-        inputs = {"codec": self.codec, "shards": self.shards} | self.text | trained
+        inputs = {"codec": self.decoder, "shards": self.shards} | self.text | trained
         ensemble = self._add("ensemble", EnsembleStageConfig(expert_ids=tuple(range(self.num_experts))), inputs)
         default = self.config.ensemble.selection
         selections = list(dict.fromkeys((default, *self.config.scores.selections)))
@@ -217,7 +224,7 @@ class _GraphBuilder:
         models, count = {"expert_0": Input(stage=trained)}, 1
         if router is not None:
             models, count = {name: Input(stage=trained), "router": router}, self.num_experts
-        inputs = {"codec": self.codec, "shards": self.shards} | self.text | models
+        inputs = {"codec": self.decoder, "shards": self.shards} | self.text | models
         config = EnsembleStageConfig(expert_ids=tuple(range(count)))
         ensemble = self._add("ensemble", config, inputs, f"{name}_ensemble")
         sampling = replace(

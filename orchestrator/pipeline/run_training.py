@@ -1,4 +1,4 @@
-"""The stages that train networks or run codecs: codec, latents, experts, router, baselines."""
+"""The stages that train networks or run codecs: codec, decoder, latents, experts, router, baselines."""
 
 import logging
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 from ddm_core.artifacts import Workspace
 from experts.baselines.cluster_conditioned import train_cluster_conditioned
 from experts.baselines.distilled_monolith import train_distilled_monolith
+from experts.codecs.refined import fit_decoder
 from experts.codecs.registry import fit_codec, load_codec, stored_type
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import CodecConfig, ExpertConfig
@@ -34,6 +35,11 @@ log = logging.getLogger(__name__)
 def run_codec(config: CodecConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Fit the codec that maps images to latents."""
     return fit_codec(config, inputs["shards"], out, workspace)
+
+
+def run_decoder(config: CodecConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
+    """Train the decoder of the codec in `encoder`, and write both as one codec."""
+    return fit_decoder(config, inputs["encoder"], inputs["shards"], out, workspace)
 
 
 def run_latents(config: LatentsStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -18,6 +18,7 @@ from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.sid import sid_flops
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
 from ensemble.evaluation.reference import MAX_HELD_OUT, MAX_PROBE_IMAGES, PROBE
+from experts.codecs.registry import CODECS
 from experts.config import CodecConfig
 from experts.training.flops import training_flops
 from orchestrator.config.finetune import AdapterStageConfig
@@ -116,16 +117,22 @@ def estimate_dataset(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) ->
 
 
 def estimate_codec(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
-    """Count the images of the fit, and the training of its network, if it has one."""
+    """Count the images of the fit, and the training of an autoencoder."""
     config: CodecConfig = stage.config
     if facts.images is None:
         return UNKNOWN
-    parts, flops = [Part(speed="codec", count=facts.images)], 0.0
-    if "decoder" in facts.row_flops:
-        training = config.decoder_training
-        flops = training_flops(facts.row_flops["decoder"], training.batch_size, training.steps)
-        parts.append(Part(speed="decoder", count=training.batch_size * training.steps))
-    return Work(flops=flops, parts=tuple(parts))
+    fit = Part(speed="codec", count=facts.images)
+    if CODECS[config.kind].probe is None:
+        return Work(flops=0.0, parts=(fit,))
+    training = estimate_decoder(stage, facts, earlier)
+    return replace(training, parts=(fit, *(training.parts or ())))
+
+
+def estimate_decoder(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
+    """Count the training of the codec's network."""
+    training = stage.config.decoder_training
+    flops = training_flops(facts.row_flops["decoder"], training.batch_size, training.steps)
+    return Work(flops=flops, parts=(Part(speed="decoder", count=training.batch_size * training.steps),))
 
 
 def estimate_latents(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:

@@ -21,7 +21,7 @@ from ensemble.config import EvaluationConfig
 from ensemble.evaluation.reference import PROBE
 from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.evaluation.spaces import PIXELS
-from experts.codec import Codec
+from experts.codec import Codec, encoder_folder
 from experts.codecs.registry import CODECS, load_codec
 from experts.config import CodecConfig
 from experts.networks.latent_shapes import IMAGE_COMPONENTS
@@ -98,7 +98,7 @@ def dry_run(config: RunConfig, folder: Path) -> DryRun:
         num_classes=len(read_class_names(long.folder / "partition" / "latents" / "0")),
         image_bytes=folder_bytes(dataset) / index.count,
         latent_bytes=folder_bytes(long.folder / "latents" / "train") / index.count,
-        codec_bytes=folder_bytes(codec),
+        codec_bytes=folder_bytes(encoder_folder(codec)),
         extractors=_extractors(config, long.folder),
     )
 

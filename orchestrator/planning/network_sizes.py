@@ -80,7 +80,7 @@ def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: in
     sizes: dict[str, TrainingSize] = {}
     by_config: dict[str, TrainingSize] = {}
     for stage in graph:
-        if stage.kind == "codec" and (probe := CODECS[config.codec.kind].probe) is not None:
+        if stage.kind in ("codec", "decoder") and (probe := CODECS[stage.config.kind].probe) is not None:
             sizes[stage.name] = _measure_codec(probe, config)
         elif stage.kind == "router":
             sizes[stage.name] = _measure_router(config.router, config.partition.num_experts, data)

@@ -1,5 +1,6 @@
 """The convolutional decoder: the latents of a linear codec, a lower image error, and a resumable training."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
 from data_partition.shards.shards import read_batches
-from ddm_core.artifacts import Preempted, Workspace
+from ddm_core.artifacts import Preempted, Workspace, list_files
 from experts.architectures.conv_decoder import ConvDecoder, decoder_loss
+from experts.codec import ENCODER
+from experts.codecs.refined import fit_decoder
 from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, TrainingConfig
+from experts.training.encode import FrozenCodec
 
 CONFIG = CodecConfig(
     kind="pca_conv",
@@ -46,17 +50,30 @@ def test_decoder_beats_linear_codec_on_unseen_images(name, digits, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pca_conv", "patch_pca_conv"])
-def test_resume_after_stop_equals_uninterrupted_training(kind, digits, tmp_path):
+def test_decoder_stopped_and_apart_from_its_codec_is_the_same(kind, digits, tmp_path):
     short_config = replace(CONFIG, kind=kind, decoder_training=replace(CONFIG.decoder_training, steps=60))
-    fit_codec(short_config, digits / "train", tmp_path / "whole", Workspace.at(tmp_path / "work"))
+    whole, encoder, again = tmp_path / "whole", tmp_path / "encoder", tmp_path / "again"
+    fit_codec(short_config, digits / "train", whole, Workspace.at(tmp_path / "work"))
     stopped = Workspace.at(tmp_path / "stopped")
+    fit_codec(short_config.encoder, digits / "train", encoder, stopped)
     (tmp_path / "stopped" / "stop").touch()
+    again.mkdir()
     with pytest.raises(Preempted):
-        fit_codec(short_config, digits / "train", tmp_path / "again", stopped)
+        fit_decoder(short_config, encoder, digits / "train", again, stopped)
     (tmp_path / "stopped" / "stop").unlink()
-    fit_codec(short_config, digits / "train", tmp_path / "again", stopped)
-    name = "decoder/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    fit_decoder(short_config, encoder, digits / "train", again, stopped)
+    assert folder_bytes(again) == folder_bytes(whole)
+    known = [FrozenCodec.open(folder, load_codec(folder)).origin for folder in (encoder, again)]
+    assert known[0] == known[1]
+    shutil.copytree(again / ENCODER, old := tmp_path / "old")  # as folders were before they had one for the encoder
+    shutil.copytree(again / "decoder", old / "decoder")
+    shutil.copyfile(again / "codec.json", old / "codec.json")
+    latents = torch.randn(3, *load_codec(old).latent_shape)
+    assert torch.equal(load_codec(old).decode(latents), load_codec(again).decode(latents))
+
+
+def folder_bytes(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in list_files(folder)}
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (30, 33, 3)])

@@ -16,7 +16,7 @@ from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.sid import sid_flops
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.config import SamplingConfig
-from experts.config import ExpertConfig, TrainingConfig
+from experts.config import CodecConfig, ExpertConfig, TrainingConfig
 from orchestrator.config.compute import ComputeConfig, ResourcesConfig, StagesConfig
 from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.hydra_compose import OPTIONAL
@@ -41,6 +41,7 @@ CONFIGS = {
         ensemble=AUTO,
     ),
     "stitched": RunConfig(
+        codec=CodecConfig(kind="pca_conv"),
         quantize=DynamicInt8Config(),
         stitch=StitchConfig(),
         experts={1: ExpertConfig(init="/a", init_checksum="x")},

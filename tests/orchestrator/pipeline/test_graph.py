@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from experts.config import CodecConfig
 from orchestrator.config.schema import RunConfig, ScoresConfig
 from orchestrator.pipeline import graph as graph_module
 from orchestrator.pipeline.graph import build_graph
@@ -72,6 +73,20 @@ def test_expert_change_leaves_data_and_router_unchanged():
     changed = changed_by(config, replace(config, expert=with_training(config.expert, lr=0.5)))
     assert changed.isdisjoint({"dataset", "features", "partition", "router", "codec", "reference"})
     assert "expert_0" in changed
+
+
+@pytest.mark.parametrize("kind", ["pca", "patch_pca"])
+def test_only_samples_and_scores_wait_for_the_decoder(kind):
+    plain = RunConfig(codec=CodecConfig(kind=kind, components=24, whitening=0.5))
+    config = replace(plain, codec=replace(plain.codec, kind=f"{kind}_conv"))
+    readers = {"ensemble", "reference", "score_sticky"}
+    assert changed_by(plain, config) == {"decoder"} | readers
+    assert changed_by(config, replace(config, codec=with_decoder_steps(config.codec, 7))) == {"decoder"} | readers
+    assert "decoder" not in {stage.name for stage in build_graph(plain)}
+
+
+def with_decoder_steps(codec, steps):
+    return replace(codec, decoder_training=replace(codec.decoder_training, steps=steps))
 
 
 def test_number_of_experts_leaves_features_unchanged():
