@@ -23,6 +23,7 @@ from ensemble.evaluation.spaces import PIXELS, RANKED_SPACE
 from ensemble.evaluation.text_scores import compare_prompts
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.images import encode_png, image_grid
+from ensemble.sampling.trajectories import write_trajectories
 from experts.conditions.condition import Condition
 from experts.training.held_out import HELD_OUT, TIMES, measure_held_out, take_evenly
 from experts.training.latent_folder import keeps_texts, read_latents
@@ -34,6 +35,9 @@ HELD_OUT_CALLS = 4096
 
 GRID_IMAGES = 64
 """Samples in `grid.png`, eight per row."""
+
+TRAJECTORY_SEEDS, SAMPLES_PER_TRAJECTORY = 8, 16
+"""Seeds whose trajectories are kept, at most, and samples for each of them at least: they are sampled twice."""
 
 
 def evaluate(
@@ -47,14 +51,18 @@ def evaluate(
 ) -> Scores:
     """Generate `config.num_samples` images, or as many as there are training images, and score them.
 
-    Writes `out/scores.json`, `out/images.npy`, `out/seeds.npy` and `out/grid.png`. Raises `EvaluationError` if
-    the reference was built for another configuration, `ValueError` if the samples are too few for a metric.
+    Writes `scores.json`, `images.npy`, `seeds.npy`, `grid.png` and `trajectories.safetensors` into `out`. Raises
+    `EvaluationError` if the reference was built for another configuration, `ValueError` if the samples are too few for
+    a metric.
     """
     loaded = Reference.load(reference, config)
     config = loaded.config
     seeds = range(config.seed * config.num_samples, (config.seed + 1) * config.num_samples)
     asked = load_held_out_conditions(reference, config.num_samples, pipeline_folder) if config.conditional else None
     generated = generate(pipeline_folder, seeds, asked and asked.by_text(), sampling, workspace)
+    _write_images(out, generated.images, seeds)
+    again = seeds[: min(TRAJECTORY_SEEDS, max(1, config.num_samples // SAMPLES_PER_TRAJECTORY))]
+    write_trajectories(pipeline_folder, again, asked and asked.by_text().rows(slice(len(again))), sampling, out)
     features = loaded.extract(generated.images)
     classes = loaded.compare_classes(features.spaces[PROBE])
     clusters = compare_clusters(partition, generated.images)
@@ -74,13 +82,12 @@ def evaluate(
         copies=loaded.find_copies(features.spaces[PIXELS]),
         calls_per_step=generated.calls.per_evaluation,
         flops_per_image=generated.flops / config.num_samples,
-        flops=generated.flops + features.flops,
+        flops=generated.flops * (1 + len(again) / config.num_samples) + features.flops,
         text=compare_prompts(reference, pipeline_folder, asked, features.spaces, config)
         if asked is not None and RANKED_SPACE in features.spaces
         else None,
         held_out_loss=measure_ensemble(pipeline_folder, partition, sampling),
     )
-    _write_images(out, generated.images, seeds)
     write_json(out / "scores.json", scores)
     return scores
 

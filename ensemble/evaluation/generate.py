@@ -55,7 +55,7 @@ def generate(
     A pipeline without classes gets the captions alone. Raises `Preempted` between two batches on a stop request.
     """
     pipeline = EnsemblePipeline.from_pretrained(folder)
-    prompts = prompts and (prompts if pipeline.num_classes else prompts.without_classes())
+    prompts = prompts and prompts.for_classes(pipeline.num_classes)
     if warning := missing_warning(pipeline.ensemble):
         log.warning(warning)
     weak = pipeline.load_weak(sampling)

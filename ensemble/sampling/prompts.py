@@ -44,9 +44,9 @@ class Prompts:
         rows = np.flatnonzero(keep).tolist()
         return Prompts(tuple(self.class_ids[row] for row in rows), tuple(self.captions[row] for row in rows))
 
-    def without_classes(self) -> "Prompts":
-        """Return the captions alone."""
-        return Prompts.of_captions(self.captions)
+    def for_classes(self, num_classes: int) -> "Prompts":
+        """Return what experts of so many classes are asked for: without classes the captions alone."""
+        return self if num_classes else Prompts.of_captions(self.captions)
 
     def rows(self, rows: slice) -> "Prompts":
         """Return these rows."""

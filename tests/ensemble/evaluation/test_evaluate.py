@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.build import build_dataset
@@ -26,6 +27,7 @@ from ensemble.evaluation.reference import PROBE, EvaluationError, build_referenc
 from ensemble.evaluation.scores import Distances
 from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.pipeline import assemble
+from ensemble.sampling.trajectories import TRAJECTORIES
 from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
@@ -276,7 +278,7 @@ def test_evaluation_is_byte_identical(pipeline, reference, partition, tmp_path):
     for name in ("first", "second"):
         work = Workspace.at(tmp_path / f"work_{name}")
         evaluate(pipeline, reference, partition, CONFIG, SAMPLING, tmp_path / name, work)
-    assert set(contents(tmp_path / "first")) == {"scores.json", "images.npy", "seeds.npy", "grid.png"}
+    assert set(contents(tmp_path / "first")) == {"scores.json", "images.npy", "seeds.npy", "grid.png", TRAJECTORIES}
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
@@ -296,6 +298,14 @@ def test_evaluate_writes_scores_images_seeds_and_grid(pipeline, reference, parti
     assert (images.shape, images.dtype) == ((150, 8, 8, 1), np.uint8)
     assert np.load(tmp_path / "seeds.npy", allow_pickle=False).tolist() == list(range(150))
     assert Image.open(tmp_path / "grid.png").size == (71, 71)
+    kept = load_file(tmp_path / TRAJECTORIES)
+    assert kept["seeds"].tolist() == list(range(8))
+    assert kept["times"].tolist() == [1, 0.75, 0.5, 0.25]
+    assert kept["frames"].shape == (8, 5, 8, 8, 1)
+    assert np.abs(kept["frames"][:, -1].astype(int) - images[:8]).max() <= 1  # the image, up to rounding
+    assert kept["gates"].shape == kept["posterior"].shape == (8, 4, 2)
+    assert (kept["gates"] == kept["gates"][:, :1]).all() and set(kept["gates"].flat) == {0, 1}  # sticky
+    np.testing.assert_allclose(kept["posterior"].sum(-1), 1, rtol=1e-5)
 
 
 def test_held_out_loss_of_one_expert_is_that_of_training(root, reference, partition, codec, tmp_path):
