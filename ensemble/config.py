@@ -13,6 +13,9 @@ from router.config import AUTO, SelectionConfig
 MIN_HELD_OUT = 16
 """Fewest held-out images for which the scores are meaningful."""
 
+TRAJECTORIES = "trajectories.safetensors"
+"""File of a score with the previews and the gates of a few trajectories."""
+
 CANDIDATES = (
     SelectionConfig(name="sticky"),
     SelectionConfig(name="sticky_resample", t_switch=0.5),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ddm_core.artifacts import save_arrays
-from ensemble.config import SamplingConfig
+from ensemble.config import TRAJECTORIES, SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.routing import RoutingState
@@ -22,8 +22,6 @@ from ensemble.sampling.sample import guidance_scale_of
 from experts.conditions.condition import Condition
 from experts.diffusion.predictions import to_clean
 from router.config import SelectionConfig
-
-TRAJECTORIES = "trajectories.safetensors"
 
 MAX_TIMES, MAX_FRAMES, MAX_SIDE = 32, 9, 96
 """Kept t of a trajectory, those of them with a preview, and the larger side of a preview in pixels."""

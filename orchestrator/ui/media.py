@@ -10,9 +10,11 @@ from ddm_core.artifacts import read_small_file
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.facts import overview
 from orchestrator.ui.facts.catalog import require_inside
 from orchestrator.ui.facts.feature_map import load_map
 from orchestrator.ui.facts.samples import open_samples
+from orchestrator.ui.facts.trajectories import load_trajectories
 from orchestrator.ui.live import find_run, load_graph
 
 KEPT = {"Cache-Control": "private, max-age=3600"}
@@ -34,6 +36,16 @@ def show_sample(request: Request, key: str, stage: str, place: int) -> Response:
     """Return one sample of a score."""
     run = find_run(request, key).run
     return Response(open_samples(run, find_stage(run, stage)).png(place), media_type="image/png", headers=KEPT)
+
+
+@router.get("/run/{key}/film/{stage}/{seed}/{frame}.png")
+def show_frame(request: Request, key: str, stage: str, seed: int, frame: int) -> Response:
+    """Return one picture of a trajectory; -1 is the image."""
+    run = find_run(request, key).run
+    kept = load_trajectories(run, find_stage(run, stage))
+    if kept is None:
+        raise RunFolderError(f"{stage} keeps no trajectories")
+    return Response(kept.png(seed, frame), media_type="image/png", headers=KEPT)
 
 
 @router.get("/run/{key}/first/{stage}.png")
@@ -80,7 +92,4 @@ def require_shards(run: RunFolder, folder: Path) -> None:
 
 def find_stage(run: RunFolder, name: str) -> Stage:
     """Return the stage of this name in the run's present graph; raises `RunFolderError` if there is none."""
-    stage = next((stage for stage in load_graph(run) if stage.name == name), None)
-    if stage is None:
-        raise RunFolderError(f"this run has no stage {name!r}")
-    return stage
+    return overview.find_stage(load_graph(run), name)

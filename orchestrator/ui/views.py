@@ -23,6 +23,7 @@ from orchestrator.ui.facts.pictures import wall_size
 from orchestrator.ui.facts.pipeline_graph import BOX_WIDTH, draw_graph
 from orchestrator.ui.facts.samples import load_conditions, open_samples
 from orchestrator.ui.facts.scatter import draw_scatter, scores_by_ensemble
+from orchestrator.ui.facts.trajectories import Frame, GateChart, explain_absence, load_trajectories
 from orchestrator.ui.live import find_run
 
 PAGE = 96
@@ -80,9 +81,7 @@ def show_status(request: Request, key: str) -> HTMLResponse:
 def show_stage(request: Request, key: str, name: str, attempt: Annotated[int, Query(ge=0)] = 0) -> HTMLResponse:
     """Show the log and the settings of a stage."""
     overview = load_overview(find_run(request, key))
-    stage = next((stage for stage in overview.graph if stage.name == name), None)
-    if stage is None:
-        raise RunFolderError(f"this run has no stage {name!r}")
+    stage = overview.stage(name)
     count = len(overview.entry.run.attempts(stage))
     facts = {
         "overview": overview,
@@ -119,19 +118,15 @@ def show_samples(
 ) -> HTMLResponse:
     """Show the samples of one score, by seed, with their conditions."""
     overview = load_overview(find_run(request, key))
-    run, graph = overview.entry.run, overview.graph
+    run = overview.entry.run
     names = [f"score_{row.name}" for row in overview.scores]
     chosen = score if score in names else overview.gallery
-    samples: list[tuple[int, int, str]] = []
-    if chosen:
-        stage = next(stage for stage in graph if stage.name == chosen)
-        seeds = open_samples(run, stage).seeds
-        conditions = load_conditions(run, graph, stage, len(seeds))
-        samples = [
-            (place, seed, condition)
-            for place, (seed, condition) in enumerate(zip(seeds, conditions, strict=True))
-            if q.lower() in f"{seed} {condition}".lower()
-        ]
+    conditions = _conditions(overview, chosen) if chosen else {}
+    samples = [
+        (place, seed, condition)
+        for place, (seed, condition) in enumerate(conditions.items())
+        if q.lower() in f"{seed} {condition}".lower()
+    ]
     facts = {
         "overview": overview,
         "view": "samples",
@@ -141,7 +136,10 @@ def show_samples(
         "page": page,
         "pages": max(1, -(-len(samples) // PAGE)),
         "count": len(samples),
+        "conditions": conditions,
         "samples": samples[(page - 1) * PAGE : page * PAGE],
+        "films": [(seed, frames) for seed, frames, _ in load_films(overview, chosen)] if chosen else [],
+        "no_film": explain_absence(run, overview.stage(chosen), None) if chosen else "",
         **_score_facts(overview),
     }
     return render(request, "samples.html", facts)
@@ -151,29 +149,55 @@ def show_samples(
 def show_seed(request: Request, key: str, seed: int) -> HTMLResponse:
     """Show what every scored model draws from one seed."""
     overview = load_overview(find_run(request, key))
-    run, graph = overview.entry.run, overview.graph
-    drawn, condition = [], ""
+    run = overview.entry.run
+    drawn, condition, films = [], "", []
     for row in overview.scores:
-        stage = next(stage for stage in graph if stage.name == f"score_{row.name}")
-        seeds = open_samples(run, stage).seeds
-        if seed in seeds:
-            place = seeds.index(seed)
-            drawn.append((row, stage.name, place))
-            condition = condition or load_conditions(run, graph, stage, len(seeds))[place]
+        stage = overview.stage(f"score_{row.name}")
+        conditions = _conditions(overview, stage.name)
+        if seed in conditions:
+            drawn.append((row, stage.name, list(conditions).index(seed)))
+            condition = condition or conditions[seed]
+            films += [(row, *film) for kept_seed, *film in load_films(overview, stage.name) if kept_seed == seed]
     if not drawn:
         raise RunFolderError(f"no score of this run has drawn seed {seed}")
-    facts = {"overview": overview, "view": "samples", "seed": seed, "drawn": drawn, "condition": condition}
+    first = overview.gallery_stage
+    facts = {
+        "overview": overview,
+        "view": "samples",
+        "seed": seed,
+        "drawn": drawn,
+        "condition": condition,
+        "films": films,
+        "no_film": explain_absence(run, first, load_trajectories(run, first)),
+    }
     return render(request, "seed.html", facts)
 
 
 @router.get("/run/{key}/router")
-def show_router(request: Request, key: str) -> HTMLResponse:
-    """Show the router's quality and calibration over t."""
+def show_router(request: Request, key: str, score: str = "", seed: int = -1) -> HTMLResponse:
+    """Show the gates of one sample, and the router's quality and calibration, over t."""
     overview = load_overview(find_run(request, key))
-    quality = load_router_quality(overview.entry.run, overview.graph)
+    run, names = overview.entry.run, [f"score_{row.name}" for row in overview.scores]
+    chosen = score if score in names else overview.gallery
+    films = {film[0]: film for film in load_films(overview, chosen)} if chosen else {}
+    seed, frames, chart = films.get(seed) or next(iter(films.values()), (seed, [], None))
+    quality = load_router_quality(run, overview.graph)
     with CHARTS:
         charts = router_charts(quality) if quality else []
-    return render(request, "router_view.html", {"overview": overview, "view": "router", "router_charts": charts})
+    facts = {
+        "overview": overview,
+        "view": "router",
+        "router_charts": charts,
+        "names": names,
+        "chosen": chosen,
+        "seeds": list(films),
+        "seed": seed,
+        "frames": frames,
+        "chart": chart,
+        "condition": _conditions(overview, chosen).get(seed, "") if films else "",
+        "no_film": explain_absence(run, overview.stage(chosen), None) if chosen else "",
+    }
+    return render(request, "router_view.html", facts)
 
 
 @router.get("/run/{key}/compression")
@@ -211,6 +235,27 @@ def show_reliability(request: Request, key: str) -> HTMLResponse:
         "states": Counter(attempt.state for attempt in attempts),
     }
     return render(request, "reliability.html", facts)
+
+
+def load_films(overview: Overview, score: str) -> list[tuple[int, list[Frame], GateChart | None]]:
+    """Return seed, film strip and gates of every trajectory that a score keeps."""
+    kept, prefix = (
+        load_trajectories(overview.entry.run, overview.stage(score)),
+        f"/run/{overview.entry.key}/film/{score}",
+    )
+    if kept is None:
+        return []
+    return [
+        (seed, kept.film(seed, lambda frame, seed=seed: f"{prefix}/{seed}/{frame}.png"), kept.draw_gates(seed))
+        for seed in kept.seeds.tolist()
+    ]
+
+
+def _conditions(overview: Overview, score: str) -> dict[int, str]:
+    """Return what every sample of a score was generated for, by seed, in the order of the samples."""
+    stage = overview.stage(score)
+    seeds = open_samples(overview.entry.run, stage).seeds
+    return dict(zip(seeds, load_conditions(overview.entry.run, overview.graph, stage, len(seeds)), strict=True))
 
 
 def _run_facts(request: Request, key: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from jinja2 import UndefinedError
 
 from ddm_core.errors import DDMError
 from orchestrator.config.schema import RunConfig
+from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
 from orchestrator.reporting.costs import CostRow, format_costs, load_costs, sum_costs
 from orchestrator.reporting.progress import format_clock
@@ -84,7 +85,11 @@ class Overview:
     @property
     def gallery_stage(self) -> Stage:
         """Return that stage."""
-        return next(stage for stage in self.graph if stage.name == self.gallery)
+        return self.stage(self.gallery)
+
+    def stage(self, name: str) -> Stage:
+        """Return the stage of this name; raises `RunFolderError` if there is none."""
+        return find_stage(self.graph, name)
 
     @property
     def first_samples(self) -> list[str]:
@@ -95,6 +100,14 @@ class Overview:
             for stage in self.graph
             if stage.kind == "expert" and any((a / FIRST_SAMPLES).is_file() for a in run.attempts(stage)[-1:])
         ]
+
+
+def find_stage(graph: Sequence[Stage], name: str) -> Stage:
+    """Return the stage of this name; raises `RunFolderError` if there is none."""
+    stage = next((stage for stage in graph if stage.name == name), None)
+    if stage is None:
+        raise RunFolderError(f"this run has no stage {name!r}")
+    return stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 
 const run = document.body.dataset.run;
 const byId = (id) => document.getElementById(id);
-const COLORS = ["#4a80c9", "#d98a1f", "#d9534b", "#3f9f8c", "#7d9b2f", "#c2649a", "#8a66c9", "#5fa8d3", "#9c6b4e", "#8a9097"];
+const COLORS = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"]; // as in reporting/charts.py
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // ---- stream of changes: one connection for the page ----
@@ -153,7 +153,6 @@ document.addEventListener("keydown", (event) => {
 // ---- map of the features ----
 const map = byId("map");
 const clusterColor = (k) => (k < COLORS.length ? COLORS[k] : `hsl(${(k * 137.5) % 360} 45% 55%)`);
-document.querySelectorAll(".dot[data-cluster]").forEach((dot) => { dot.style.background = clusterColor(Number(dot.dataset.cluster)); });
 if (map) {
   let points = null, chosen = -1, timer = 0;
   const picture = byId("map-picture"), caption = byId("map-caption");

@@ -18,7 +18,14 @@ from data_partition.partition import make_partition
 from data_partition.shards.shards import ShardWriter, read_index, read_samples
 from ddm_core.artifacts import Preempted, Workspace, checksum, list_files, read_json, write_json
 from ensemble.analysis.memorization import AuditedSamples, audit_samples
-from ensemble.config import AuditConfig, EvaluationConfig, ReflectionConfig, SamplingConfig, SelectionSearchConfig
+from ensemble.config import (
+    TRAJECTORIES,
+    AuditConfig,
+    EvaluationConfig,
+    ReflectionConfig,
+    SamplingConfig,
+    SelectionSearchConfig,
+)
 from ensemble.evaluation import selection_search
 from ensemble.evaluation.evaluate import HELD_OUT_CALLS, evaluate, measure_ensemble
 from ensemble.evaluation.feature_space import HeldOutSpace
@@ -27,7 +34,6 @@ from ensemble.evaluation.reference import PROBE, EvaluationError, build_referenc
 from ensemble.evaluation.scores import Distances
 from ensemble.evaluation.scoring import Reference, compare_clusters
 from ensemble.pipeline import assemble
-from ensemble.sampling.trajectories import TRAJECTORIES
 from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW

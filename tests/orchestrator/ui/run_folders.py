@@ -11,7 +11,8 @@ import uvicorn
 from benchmarks.large_runs import build_run
 from data_partition.shards.images import encode_png, tile_pixels
 from data_partition.shards.shards import Sample, ShardWriter
-from ddm_core.artifacts import publish, write_json
+from ddm_core.artifacts import publish, save_arrays, write_json
+from ensemble.config import TRAJECTORIES
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.ui.facts.catalog import RunCatalog
@@ -33,6 +34,7 @@ def make_run(folder: Path, experts: int = 4, rows: int = 60, seeds: range = rang
         np.save(out / "seeds.npy", np.array(seeds))
         (out / "grid.png").write_bytes(encode_png(tile_pixels(images, columns=4)))
         write_json(out / "scores.json", scores())
+        save_arrays(out / TRAJECTORIES, trajectories(images[:3], experts, seeds))
         return 0.0
 
     publish(run.artifact(stage), fill, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
@@ -56,6 +58,20 @@ def add_data(run: RunFolder, size: int = 16) -> list[str]:
     np.save(stages["reference"] / "labels.npy", np.array([0, 1, 1, -1, 0]))
     write_json(stages["reference"] / "captions.json", {"held_out": ["a boot", "", "a bag", "", ""]})
     return keys
+
+
+def trajectories(images: np.ndarray, experts: int, seeds: range) -> dict:
+    """Return three trajectories of four steps: expert `row` draws row `row`, and the router doubts it at first."""
+    gates = np.eye(experts, dtype=np.float32)[:3, None].repeat(4, axis=1)[: len(images)]
+    doubt = np.float32([0.6, 0.3, 0.1, 0.0])[:, None]
+    return {
+        "seeds": np.array(seeds[: len(gates)], np.int64),
+        "times": np.float32([1.0, 0.75, 0.5, 0.25]),
+        "shown": np.array([0, 3]),
+        "gates": gates,
+        "posterior": (1 - doubt) * gates + doubt / experts,
+        "frames": np.stack([images // 4, images // 2, images], axis=1)[: len(gates)],
+    }
 
 
 def scores() -> dict:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_partition.shards.images import decode_image
 from ddm_core.artifacts import checksum, publish, read_with_checksum, write_json, write_record
+from ensemble.config import TRAJECTORIES
 from ensemble.evaluation.held_out_prompts import load_held_out_conditions
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting.pareto import CompressionPoint, pareto_front
@@ -19,6 +20,7 @@ from orchestrator.ui.facts.feature_map import project
 from orchestrator.ui.facts.pictures import PictureCache
 from orchestrator.ui.facts.samples import load_conditions
 from orchestrator.ui.facts.scatter import draw_scatter
+from orchestrator.ui.facts.trajectories import LEFT, RIGHT, STRIP, WIDTH, load_trajectories
 from orchestrator.ui.server import create_app
 from tests.orchestrator.reporting.test_page import router_quality
 from tests.orchestrator.ui.run_folders import add_data, key_of, make_run
@@ -104,7 +106,11 @@ def test_conditions_are_those_that_the_score_used(run, stages):
 
 def test_gallery_is_paged_searched_and_escaped(page):
     text = page.get("samples").text
-    assert text.count('loading="lazy"') == 96 and "100 samples, page 1 of 2" in text
+    assert (
+        text.count('loading="lazy"') == 96
+        and text.count("/film/score_sticky/") == 9
+        and "100 samples, page 1 of 2" in text
+    )
     assert "<Bag>" not in text and "&lt;Bag&gt;" in text
     assert page.get("samples?page=2").text.count('loading="lazy"') == 4
     assert "25 samples match" in page.get("samples?q=A+BOOT").text
@@ -113,8 +119,48 @@ def test_gallery_is_paged_searched_and_escaped(page):
     assert "sticky (default)" in page.get("samples/7").text and page.get("samples/100").status_code == 404
 
 
+def test_trajectories_are_film_strips_with_their_experts(page, run, stages):
+    text = page.get("samples/2").text
+    strip = re.findall(r'src="(/run/[^"]+/film/score_sticky/2/(\d)\.png)".*?<span>([^<]*)</span></li>', text, re.DOTALL)
+    assert [words for *_, words in strip] == ["t 1.00 · expert 2", "t 0.25 · expert 2", "image"]
+    kept, image = (
+        decode_image(page.get(f"{path}/2.png").content) for path in ("film/score_sticky/2", "sample/score_sticky")
+    )
+    assert (kept == image).all()
+    assert "keeps the trajectories of seeds 0, 1, 2" in page.get("samples/7").text
+    assert page.get("film/score_sticky/3/0.png").status_code == 404 == page.get("film/score_sticky/2/3.png").status_code
+    score = next(stage for stage in stages.values() if stage.kind == "score")
+    areas = load_trajectories(run, score).draw_gates(1).layers
+    assert [layer.expert for layer in areas] == [0, 1, 2, 3]
+    np.testing.assert_allclose(np.sum([layer.probabilities for layer in areas], axis=0), 1, rtol=1e-6)
+    assert sum(height * width for layer in areas for *_, width, height in layer.bars) == pytest.approx(
+        STRIP * (WIDTH - LEFT - RIGHT)
+    )
+
+
+def test_router_shows_the_gates_of_the_picked_sample(page):
+    text = page.get("router?score=score_sticky&seed=2").text
+    assert re.findall(r'seed=(\d)" aria-current="true"', text) == ["2"] and "<polygon" in text and "a bag" in text
+
+
+def test_score_of_an_older_version_says_how_to_get_trajectories(page, run, stages):
+    score = next(stage for stage in stages.values() if stage.kind == "score")
+    path = run.artifact(score) / TRAJECTORIES
+    intact = path.read_bytes()
+    try:
+        path.write_bytes(intact[:100])
+        assert f"{TRAJECTORIES} is damaged" in page.get("router").text
+        path.unlink()
+        for view in ("samples", "samples/2", "router"):
+            assert f"ddm resume {run.root}" in page.get(view).text, view
+        assert page.get("film/score_sticky/2/0.png").status_code == 404
+    finally:
+        path.write_bytes(intact)
+
+
 def test_router_shows_its_charts_once_it_is_finished(tmp_path):
     folder = make_run(tmp_path / "run", experts=2, rows=5)
+    add_data(folder)
     page = TestClient(create_app(RunCatalog([folder.root])), base_url=f"http://127.0.0.1/run/{key_of(folder)}/")
     assert "not finished yet" in page.get("router").text
     stage = next(stage for stage in build_graph(folder.load_config()) if stage.kind == "router")
@@ -124,7 +170,7 @@ def test_router_shows_its_charts_once_it_is_finished(tmp_path):
         return 0.0
 
     publish(folder.artifact(stage), fill, stage=stage.name, config=stage.config, inputs=stage.input_fingerprints)
-    assert page.get("router").text.count("<svg") == 3
+    assert page.get("router").text.count("<svg") == 4
 
 
 def test_reliability_names_attempts_and_goodput(page):
