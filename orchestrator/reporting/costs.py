@@ -7,7 +7,7 @@ keeps nothing of an unfinished attempt. An idle island costs nothing here, even 
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -80,6 +80,27 @@ def sum_costs(rows: Iterable[CostRow], name: str = "total") -> CostRow:
     return CostRow(stage=name, **sums)
 
 
+def mean_costs(rows: Sequence[CostRow], name: str = "mean") -> CostRow:
+    """Return the mean of some rows, as a row of that name; counts are rounded down."""
+    total = sum_costs(rows, name)
+    means = {f.name: type(value := getattr(total, f.name))(value / len(rows)) for f in fields(CostRow)[1:]}
+    return CostRow(stage=name, **means)
+
+
+def reserve(attempt: Attempt, compute: ComputeConfig, seconds: float) -> CostRow:
+    """Return the time, the devices and the price of what an attempt reserves for so long."""
+    resources, island = attempt.resources, compute.islands.get(attempt.island)
+    is_gone = island is None and attempt.island not in ("", CONTROLLER)
+    return CostRow(
+        stage=attempt.stage,
+        seconds=seconds,
+        cpu_seconds=seconds * resources.cpus * resources.workers,
+        gpu_seconds=seconds * resources.gpus * resources.workers,
+        price=reservation_price(island, resources, seconds) if island else 0.0,
+        unpriced_s=seconds if is_gone else 0.0,
+    )
+
+
 def island_share(island: IslandConfig, resources: ResourcesConfig) -> float:
     """Return the share of an island that a stage reserves: of its CPUs or of its GPUs, whichever is larger."""
     cpus = resources.cpus * resources.workers / island.cpus
@@ -122,18 +143,11 @@ def format_bytes(count: float) -> str:
 
 def _attempt_cost(attempt: Attempt, compute: ComputeConfig, submissions: dict[tuple[str, int], float]) -> CostRow:
     """Return the time and the reserved resources of one attempt."""
-    resources, island = attempt.resources, compute.islands.get(attempt.island)
     submitted = submissions.get((attempt.folder.parent.name, attempt.attempt), attempt.start)
-    is_gone = island is None and attempt.island not in ("", CONTROLLER)
-    return CostRow(
-        stage=attempt.stage,
+    return replace(
+        reserve(attempt, compute, attempt.seconds),
         attempts=1,
-        seconds=attempt.seconds,
-        cpu_seconds=attempt.seconds * resources.cpus * resources.workers,
         used_cpu_s=attempt.cpu_s,
-        gpu_seconds=attempt.seconds * resources.gpus * resources.workers,
-        price=reservation_price(island, resources, attempt.seconds) if island else 0.0,
-        unpriced_s=attempt.seconds if is_gone else 0.0,
         waiting_s=max(0.0, attempt.start - submitted),
     )
 

@@ -21,6 +21,7 @@ from orchestrator.run.lease import read_holder
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.ui.facts.catalog import RunEntry, last_change
 from orchestrator.ui.facts.look import Look, look
+from orchestrator.ui.facts.projection import project_costs
 
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, UndefinedError)
 """Errors of reading records that have another form than those of this version, such as a score without a space."""
@@ -74,6 +75,19 @@ class Overview:
     def cost_line(self) -> str:
         """Return the costs so far as one line; empty before the first attempt."""
         return format_costs(sum_costs(self.costs)) if self.costs else ""
+
+    @property
+    def projection(self) -> str:
+        """Return the costs at the end of the run as one line; empty if none are known, and for a finished run."""
+        projected = project_costs(self.graph, self.rows, self.current_attempts, self.config.compute)
+        if not projected.left.seconds:
+            return ""
+        total = sum_costs([*self.costs, projected.left])
+        parts = [f"{format_clock(total.cpu_seconds)} of reserved CPU time"]
+        parts += [f"{format_clock(total.gpu_seconds)} of reserved GPU time"] if total.gpu_seconds else []
+        parts += [f"price {total.price:.4g}"] if total.price else []
+        unknown = f"; without {projected.unknown} stages whose time is not known yet" if projected.unknown else ""
+        return " · ".join(parts) + unknown
 
     @property
     def gallery(self) -> str:
