@@ -75,7 +75,7 @@ class Run:
 
     def report(self) -> Path:
         """Write `report.html` and return its path."""
-        from orchestrator.reporting.page import write_report
+        from orchestrator.ui.report import write_report
 
         return write_report(self.folder)
 

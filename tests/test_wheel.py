@@ -32,7 +32,8 @@ def test_wheel_has_data_configuration_and_licenses(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
         "cluster_configs/experiment/demo.yaml",
-        "orchestrator/reporting/templates/page.html",
+        "orchestrator/ui/templates/report.html",
+        "orchestrator/ui/templates/sections/film.html",
         "orchestrator/ui/static/ui.js",
         "ddm_core/artifacts.py",
     ):

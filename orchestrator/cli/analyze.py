@@ -27,8 +27,8 @@ def audit(
     """Compare samples with their nearest training images, per expert, to find copies."""
     folder = _open_finished(run)
     from orchestrator.reporting.analyses import load_result, run_audit
-    from orchestrator.reporting.page import write_report
     from orchestrator.reporting.tables.analysis_tables import audit_tables
+    from orchestrator.ui.report import write_report
 
     if ensemble is not None:
         row = _score_ensemble(folder, ensemble, row)

@@ -454,7 +454,7 @@ def _write_report(run: Path) -> Path:
 
     folder = _open_run(run)
     check_folder(folder.root)
-    from orchestrator.reporting.page import write_report
+    from orchestrator.ui.report import write_report
 
     return write_report(folder)
 

@@ -15,9 +15,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
-
-from orchestrator.reporting.pareto import CompressionPoint
 
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 INK, MUTED, GRID = "#1c2126", "#575f68", "#e2e6ea"
@@ -138,34 +135,6 @@ def trial_chart(scores: Sequence[tuple[float, float]], metric: str, *, maximize:
         axes.set_xlabel("trial")
         axes.set_ylabel(metric)
         axes.legend()
-    return svg.getvalue()
-
-
-def pareto_chart(points: Sequence[CompressionPoint], front: Sequence[CompressionPoint], cost: str, label: str) -> str:
-    """Draw a cost (`bytes` or `cpu`) against KID, as ratios to the original ensemble (the star); the front is filled.
-
-    Returns an empty text if no point has both.
-    """
-    known = [
-        (number, point, getattr(point, cost), point.kid)
-        for number, point in enumerate(points)
-        if getattr(point, cost) is not None and point.kid is not None
-    ]
-    if not known:
-        return ""
-    with _figure(WIDTH, HEIGHT + LEGEND_ROW * (len(known) + 2) // 2) as (axes, svg):
-        axes.plot(1, 1, "*", color=MUTED, markersize=12, label="original", linestyle="none")
-        for number, point, x, y in known:
-            color = COLORS[number % len(COLORS)]
-            face = color if point in front else "none"
-            axes.plot(x, y, "o", color=color, markerfacecolor=face, label=point.name, markersize=7)
-        axes.set_xlabel(f"{label} (original = 1)")
-        axes.set_ylabel("KID (original = 1)")
-        axes.set_xscale("log")
-        for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis_format(StrMethodFormatter("{x:.3g}"))
-        axes.tick_params(axis="x", which="both", labelsize=8)
-        _add_legend(axes, columns=2)
     return svg.getvalue()
 
 

@@ -1,24 +1,56 @@
-"""The templates of the page: its own and the report's sections; every value but the charts is escaped."""
+"""The templates of the live views and of the report; every value but the charts is escaped."""
 
+import base64
 import re
 import time
+from pathlib import Path
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from orchestrator.controller import project_version
 from orchestrator.reporting.charts import COLORS, MUTED
-from orchestrator.reporting.page import create_templates as create_report_templates
+from orchestrator.reporting.costs import format_bytes
+from orchestrator.reporting.pareto import MAX_KID_RATIO
 from orchestrator.reporting.summary import format_duration
+from orchestrator.reporting.tables.analysis_tables import SURPRISING
+from orchestrator.reporting.tables.ranking import is_blurred
+from orchestrator.ui.facts.sections import audit_rows
 
 COMMAND = re.compile("`([^`]+)`")
 
 
+STYLE = Path(__file__).parent / "static" / "ui.css"
+
+
 def create_templates() -> Environment:
     """Return the templates with their filters."""
-    templates = create_report_templates(("orchestrator.ui", "templates"))
-    templates.filters |= {"ago": format_ago, "commands": mark_commands, "cluster_color": cluster_color}
-    templates.globals |= {"version": project_version(), "overview": None, "view": "runs"}
+    templates = Environment(
+        loader=PackageLoader("orchestrator.ui", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "ago": format_ago,
+        "audit_rows": audit_rows,
+        "bytes": format_bytes,
+        "cluster_color": cluster_color,
+        "commands": mark_commands,
+        "data_url": data_url,
+        "duration": format_duration,
+        "si": format_si,
+    }
+    templates.globals |= {
+        "is_blurred": is_blurred,
+        "is_static": False,
+        "max_kid": MAX_KID_RATIO,
+        "overview": None,
+        "surprising": SURPRISING,
+        "version": project_version(),
+        "view": "runs",
+    }
     return templates
 
 
@@ -42,3 +74,16 @@ def format_ago(moment: float, now: float | None = None) -> str:
 def mark_commands(text: str) -> Markup:
     """Return an escaped sentence in which what stands between backticks is code."""
     return Markup(COMMAND.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
+
+
+def data_url(png: bytes) -> str:
+    """Return a picture as an address that needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def format_si(value: float) -> str:
+    """Return a number with a metric prefix: 1.23 T."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.2f} {prefix}"
+    return f"{value:.0f}"

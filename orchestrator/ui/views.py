@@ -1,6 +1,5 @@
 """The pages: one function for each address that a person opens."""
 
-import threading
 from collections import Counter
 from typing import Annotated, Any
 
@@ -10,27 +9,23 @@ from fastapi.responses import HTMLResponse
 
 from ddm_core.artifacts import to_jsonable
 from orchestrator.errors import RunFolderError
-from orchestrator.reporting.costs import sum_costs
-from orchestrator.reporting.facts import load_clusters, load_router_quality
-from orchestrator.reporting.page import draw_timeline, explain_default, merge_costs, router_charts
-from orchestrator.reporting.pareto import MAX_KID_RATIO, load_compression_points, pareto_front, select_good
-from orchestrator.reporting.tables.analysis_tables import SURPRISING
-from orchestrator.reporting.tables.ranking import is_blurred, rank_rows
 from orchestrator.ui.facts.comparison import common_seeds, list_differences
-from orchestrator.ui.facts.feature_map import load_classes
 from orchestrator.ui.facts.overview import Overview, load_overview
-from orchestrator.ui.facts.pictures import wall_size
 from orchestrator.ui.facts.pipeline_graph import BOX_WIDTH, draw_graph
 from orchestrator.ui.facts.samples import load_conditions, open_samples
-from orchestrator.ui.facts.scatter import draw_scatter, scores_by_ensemble
-from orchestrator.ui.facts.trajectories import Frame, GateChart, explain_absence, load_trajectories
+from orchestrator.ui.facts.sections import (
+    compression_facts,
+    partition_facts,
+    reliability_facts,
+    router_facts,
+    score_facts,
+    training_facts,
+)
+from orchestrator.ui.facts.trajectories import Film, explain_absence, load_trajectories
 from orchestrator.ui.live import find_run
 
 PAGE = 96
 """Samples on one page of the gallery."""
-
-CHARTS = threading.Lock()
-"""Held while matplotlib draws: its settings belong to the process."""
 
 router = APIRouter()
 
@@ -74,7 +69,7 @@ def show_run(request: Request, key: str) -> HTMLResponse:
 @router.get("/run/{key}/status")
 def show_status(request: Request, key: str) -> HTMLResponse:
     """Return the part of a run's page that changes while it runs."""
-    return render(request, "run_status.html", _run_facts(request, key))
+    return render(request, "sections/run_status.html", _run_facts(request, key))
 
 
 @router.get("/run/{key}/stage/{name}")
@@ -98,16 +93,12 @@ def show_stage(request: Request, key: str, name: str, attempt: Annotated[int, Qu
 def show_partition(request: Request, key: str) -> HTMLResponse:
     """Show the clusters as walls of pictures, and a map of the features."""
     overview = load_overview(find_run(request, key))
-    run, clusters, classes = overview.entry.run, [], {}
-    if _has_finished(overview, "partition"):
-        clusters = load_clusters(run, overview.graph, with_pictures=False)
-        classes = load_classes(run, overview.graph)
     facts = {
         "overview": overview,
         "view": "partition",
-        "clusters": [(cluster, wall_size(cluster.count), classes.get(cluster.cluster_id, "")) for cluster in clusters],
-        "has_map": bool(clusters) and _has_finished(overview, "features"),
+        "has_map": overview.has_finished("partition") and overview.has_finished("features"),
         "side": overview.config.data.image_size,
+        **partition_facts(overview, with_pictures=False),
     }
     return render(request, "partition.html", facts)
 
@@ -121,7 +112,7 @@ def show_samples(
     run = overview.entry.run
     names = [f"score_{row.name}" for row in overview.scores]
     chosen = score if score in names else overview.gallery
-    conditions = _conditions(overview, chosen) if chosen else {}
+    conditions = load_conditions(run, overview.graph, overview.stage(chosen)) if chosen else {}
     samples = [
         (place, seed, condition)
         for place, (seed, condition) in enumerate(conditions.items())
@@ -138,9 +129,9 @@ def show_samples(
         "count": len(samples),
         "conditions": conditions,
         "samples": samples[(page - 1) * PAGE : page * PAGE],
-        "films": [(seed, frames) for seed, frames, _ in load_films(overview, chosen)] if chosen else [],
+        "films": load_films(overview, chosen) if chosen else [],
         "no_film": explain_absence(run, overview.stage(chosen), None) if chosen else "",
-        **_score_facts(overview),
+        **score_facts(overview),
     }
     return render(request, "samples.html", facts)
 
@@ -153,7 +144,7 @@ def show_seed(request: Request, key: str, seed: int) -> HTMLResponse:
     drawn, condition, films = [], "", []
     for row in overview.scores:
         stage = overview.stage(f"score_{row.name}")
-        conditions = _conditions(overview, stage.name)
+        conditions = load_conditions(run, overview.graph, stage)
         if seed in conditions:
             drawn.append((row, stage.name, list(conditions).index(seed)))
             condition = condition or conditions[seed]
@@ -181,101 +172,49 @@ def show_router(request: Request, key: str, score: str = "", seed: int = -1) -> 
     chosen = score if score in names else overview.gallery
     films = {film[0]: film for film in load_films(overview, chosen)} if chosen else {}
     seed, frames, chart = films.get(seed) or next(iter(films.values()), (seed, [], None))
-    quality = load_router_quality(run, overview.graph)
-    with CHARTS:
-        charts = router_charts(quality) if quality else []
     facts = {
         "overview": overview,
         "view": "router",
-        "router_charts": charts,
+        **router_facts(overview),
         "names": names,
         "chosen": chosen,
         "seeds": list(films),
         "seed": seed,
         "frames": frames,
         "chart": chart,
-        "condition": _conditions(overview, chosen).get(seed, "") if films else "",
+        "condition": load_conditions(run, overview.graph, overview.stage(chosen)).get(seed, "") if films else "",
         "no_film": explain_absence(run, overview.stage(chosen), None) if chosen else "",
     }
-    return render(request, "router_view.html", facts)
+    return render(request, "router.html", facts)
 
 
 @router.get("/run/{key}/compression")
 def show_compression(request: Request, key: str) -> HTMLResponse:
     """Show size and quality of every compressed ensemble."""
     overview = load_overview(find_run(request, key))
-    run, graph = overview.entry.run, overview.graph
-    points = load_compression_points(run, graph)
-    facts = {
-        "overview": overview,
-        "view": "compression",
-        "points": points,
-        "good": select_good(points),
-        "max_kid": MAX_KID_RATIO,
-        "pareto_charts": [],
-        "scatter": draw_scatter(points, pareto_front(points), scores_by_ensemble(run, graph)),
-    }
-    return render(request, "compression_view.html", facts)
+    facts = {"overview": overview, "view": "compression", **compression_facts(overview)}
+    return render(request, "compression.html", facts)
 
 
 @router.get("/run/{key}/reliability")
 def show_reliability(request: Request, key: str) -> HTMLResponse:
     """Show attempts, lost work and goodput."""
     overview = load_overview(find_run(request, key))
-    attempts = overview.current_attempts
-    with CHARTS:
-        timeline = draw_timeline(attempts) if attempts else None
-    facts = {
-        "overview": overview,
-        "view": "reliability",
-        "attempts": attempts,
-        "timeline": timeline,
-        "costs": merge_costs(overview.costs),
-        "total": sum_costs(overview.costs, "whole run"),
-        "states": Counter(attempt.state for attempt in attempts),
-    }
+    states = Counter(attempt.state for attempt in overview.current_attempts)
+    facts = {"overview": overview, "view": "reliability", "states": states, **reliability_facts(overview)}
     return render(request, "reliability.html", facts)
 
 
-def load_films(overview: Overview, score: str) -> list[tuple[int, list[Frame], GateChart | None]]:
-    """Return seed, film strip and gates of every trajectory that a score keeps."""
-    kept, prefix = (
+def load_films(overview: Overview, score: str) -> list[Film]:
+    """Return the trajectories that a score keeps."""
+    kept, address = (
         load_trajectories(overview.entry.run, overview.stage(score)),
         f"/run/{overview.entry.key}/film/{score}",
     )
-    if kept is None:
-        return []
-    return [
-        (seed, kept.film(seed, lambda frame, seed=seed: f"{prefix}/{seed}/{frame}.png"), kept.draw_gates(seed))
-        for seed in kept.seeds.tolist()
-    ]
-
-
-def _conditions(overview: Overview, score: str) -> dict[int, str]:
-    """Return what every sample of a score was generated for, by seed, in the order of the samples."""
-    stage = overview.stage(score)
-    seeds = open_samples(overview.entry.run, stage).seeds
-    return dict(zip(seeds, load_conditions(overview.entry.run, overview.graph, stage, len(seeds)), strict=True))
+    return kept.films(lambda seed, frame: f"{address}/{seed}/{frame}.png") if kept else []
 
 
 def _run_facts(request: Request, key: str) -> dict[str, Any]:
     overview = load_overview(find_run(request, key))
     drawing = draw_graph(overview.graph, overview.rows)
-    return {"overview": overview, "view": "run", "drawing": drawing, "box_width": BOX_WIDTH}
-
-
-def _score_facts(overview: Overview) -> dict[str, Any]:
-    """Return what the report's table of scores shows."""
-    rows = overview.scores
-    return {
-        "rows": rows,
-        "why": explain_default(rows),
-        "ranking": rank_rows(rows),
-        "is_blurred": is_blurred,
-        "surprising": SURPRISING,
-        "config": overview.config,
-    }
-
-
-def _has_finished(overview: Overview, name: str) -> bool:
-    return any(row.name == name and row.state == "finished" for row in overview.rows)
+    return {"overview": overview, "view": "run", "drawing": drawing, "box_width": BOX_WIDTH, **training_facts(overview)}

@@ -105,6 +105,10 @@ class Overview:
         """Return the stage of this name; raises `RunFolderError` if there is none."""
         return find_stage(self.graph, name)
 
+    def has_finished(self, name: str) -> bool:
+        """Return whether the stage of this name is finished."""
+        return any(row.name == name and row.state == "finished" for row in self.rows)
+
     @property
     def first_samples(self) -> list[str]:
         """Return the names of the stages whose latest attempt has drawn its first samples."""

@@ -59,20 +59,20 @@ def load_array(path: Path) -> np.ndarray:
     return array
 
 
-def load_conditions(run: RunFolder, graph: Sequence[Stage], score: Stage, count: int) -> list[str]:
-    """Return what each sample of a score was generated for, as `load_held_out_conditions` does, without torch.
+def load_conditions(run: RunFolder, graph: Sequence[Stage], score: Stage) -> dict[int, str]:
+    """Return what each sample of a score was generated for, by seed, in their order; empty texts for no condition.
 
-    A caption if it has one, else the name of its class; empty texts for unconditional samples.
+    As `load_held_out_conditions` chose it, without torch: a caption if there is one, else the name of the class.
     """
-    reference, config = score.inputs["reference"].stage, score.config
+    seeds, reference = open_samples(run, score).seeds, score.inputs["reference"].stage
     dataset = next((stage for stage in graph if stage.kind == "dataset"), None)
-    if not config.evaluation.conditional or dataset is None or not run.is_finished(reference):
-        return [""] * count
+    if not score.config.evaluation.conditional or dataset is None or not run.is_finished(reference):
+        return dict.fromkeys(seeds, "")
     labels = load_array(require_inside(run, run.artifact(reference) / "labels.npy")).tolist()
     captions, path = [""] * len(labels), run.artifact(reference) / "captions.json"
     if run.load_config().text.kind != "none" and path.is_file():
         captions = read_json(require_inside(run, path))["held_out"]
     names = read_json(require_inside(run, run.artifact(dataset) / "dataset.json"))["class_names"]
     rows = [row for row in zip(labels, captions, strict=True) if row != (-1, "")]
-    texts = [caption or (names[label] if label < len(names) else str(label)) for label, caption in rows]
-    return [texts[number % len(texts)] for number in range(count)] if texts else [""] * count
+    texts = [caption or (names[label] if label < len(names) else str(label)) for label, caption in rows] or [""]
+    return {seed: texts[number % len(texts)] for number, seed in enumerate(seeds)}

@@ -57,6 +57,10 @@ class GateChart:
     ticks: list[tuple[float, str]]
 
 
+Film = tuple[int, list[Frame], GateChart | None]
+"""Seed, pictures and gates of a trajectory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectories:
     """What `write_trajectories` wrote."""
@@ -91,16 +95,19 @@ class Trajectories:
             raise RunFolderError(f"a trajectory of this score has {self.frames.shape[1]} pictures, and none is {frame}")
         return encode_png(np.ascontiguousarray(self.frames[self._row(seed), frame]))
 
-    def film(self, seed: int, src: Callable[[int], str]) -> list[Frame]:
-        """Return the pictures of a trajectory; `src` returns the address of one."""
+    def films(self, src: Callable[[int, int], str], most: int | None = None) -> list[Film]:
+        """Return some trajectories; `src` returns the address of a picture from the seed and its number."""
+        return [(seed, self._film(seed, src), self._draw_gates(seed)) for seed in self.seeds.tolist()[:most]]
+
+    def _film(self, seed: int, src: Callable[[int, int], str]) -> list[Frame]:
         row, frames = self._row(seed), []
         for frame, place in enumerate(self.shown):
             gates = sorted(enumerate(self.gates[row, place].tolist()), key=lambda pair: -pair[1])
             experts = [(k, gate) for k, gate in gates if gate > 0 and len(gates) > 1]
-            frames.append(Frame(t=float(self.times[place]), src=src(frame), experts=experts))
-        return [*frames, Frame(t=0.0, src=src(len(frames)), experts=[])]
+            frames.append(Frame(t=float(self.times[place]), src=src(seed, frame), experts=experts))
+        return [*frames, Frame(t=0.0, src=src(seed, len(frames)), experts=[])]
 
-    def draw_gates(self, seed: int) -> GateChart | None:
+    def _draw_gates(self, seed: int) -> GateChart | None:
         """Draw the probabilities of a trajectory from t = 1 on the left; None for a single expert or a single t."""
         row = self._row(seed)
         posterior, gates = self.posterior[row].astype(float), self.gates[row].astype(float)

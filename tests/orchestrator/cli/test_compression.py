@@ -15,10 +15,10 @@ from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.planning.compression_bounds import least_ratios
-from orchestrator.reporting.page import write_report
 from orchestrator.reporting.pareto import load_compression_points
 from orchestrator.reporting.results import current_graph, load_score_rows
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.report import write_report
 
 TINY = (
     "experiment=digits",

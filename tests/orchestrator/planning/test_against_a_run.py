@@ -19,9 +19,9 @@ from orchestrator.pipeline.graph import build_graph
 from orchestrator.planning.calibration import CalibrationFailed, calibrate
 from orchestrator.planning.plan import plan_run
 from orchestrator.reporting.costs import format_run_costs, load_costs, sum_costs
-from orchestrator.reporting.page import write_report
 from orchestrator.run.attempts import load_attempts
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.report import write_report
 
 pytestmark = pytest.mark.integration
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from benchmarks.large_runs import build_run
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting import status
-from orchestrator.reporting.page import write_report
 from orchestrator.reporting.status import (
     describe_stage,
     load_status,
@@ -24,6 +23,7 @@ from orchestrator.reporting.status import (
     watch_status,
 )
 from orchestrator.run.attempts import load_all_attempts
+from orchestrator.ui.report import write_report
 
 EXPERTS, ROWS = 40, 60
 

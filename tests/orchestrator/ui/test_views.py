@@ -22,8 +22,8 @@ from orchestrator.ui.facts.samples import load_conditions
 from orchestrator.ui.facts.scatter import draw_scatter
 from orchestrator.ui.facts.trajectories import LEFT, RIGHT, STRIP, WIDTH, load_trajectories
 from orchestrator.ui.server import create_app
-from tests.orchestrator.reporting.test_page import router_quality
 from tests.orchestrator.ui.run_folders import add_data, key_of, make_run
+from tests.orchestrator.ui.test_report import router_quality
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_large_pictures_are_scaled_down(tmp_path):
 
 def test_conditions_are_those_that_the_score_used(run, stages):
     score = next(stage for stage in stages.values() if stage.kind == "score")
-    found = load_conditions(run, list(stages.values()), score, 9)
+    found = list(load_conditions(run, list(stages.values()), score).values())[:9]
     pipeline = run.root / "pipeline"
     pipeline.mkdir()
     write_json(pipeline / "text_encoder.json", {"kind": "minilm", "length": 8})
@@ -130,7 +130,8 @@ def test_trajectories_are_film_strips_with_their_experts(page, run, stages):
     assert "keeps the trajectories of seeds 0, 1, 2" in page.get("samples/7").text
     assert page.get("film/score_sticky/3/0.png").status_code == 404 == page.get("film/score_sticky/2/3.png").status_code
     score = next(stage for stage in stages.values() if stage.kind == "score")
-    areas = load_trajectories(run, score).draw_gates(1).layers
+    _, _, chart = load_trajectories(run, score).films("{}/{}".format)[1]
+    areas = chart.layers
     assert [layer.expert for layer in areas] == [0, 1, 2, 3]
     np.testing.assert_allclose(np.sum([layer.probabilities for layer in areas], axis=0), 1, rtol=1e-6)
     assert sum(height * width for layer in areas for *_, width, height in layer.bars) == pytest.approx(

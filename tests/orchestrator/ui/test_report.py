@@ -3,27 +3,26 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.reporting import charts
 from orchestrator.reporting.costs import CostRow
 from orchestrator.reporting.facts import AuditFacts, ClusterFacts
-from orchestrator.reporting.page import (
-    _flops_table,
-    merge_costs,
-    name_some,
-    pareto_charts,
-    render_page,
-    router_charts,
-    write_report,
-)
 from orchestrator.reporting.pareto import MAX_KID_RATIO, CompressionPoint, select_good
 from orchestrator.reporting.summary import summary_tiles
-from orchestrator.reporting.tables.analysis_tables import SURPRISING
-from orchestrator.reporting.tables.ranking import ScoreRow, is_blurred, rank_rows
+from orchestrator.reporting.tables.ranking import ScoreRow, rank_rows
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.ui.facts.drawings import router_charts
+from orchestrator.ui.facts.pipeline_graph import BOX_WIDTH, draw_graph
+from orchestrator.ui.facts.scatter import draw_scatter
+from orchestrator.ui.facts.sections import list_flops, merge_costs
+from orchestrator.ui.facts.trajectories import Trajectories
+from orchestrator.ui.report import name_some, render_report, write_report
+from tests.orchestrator.ui.run_folders import add_data, make_run, trajectories
 
 DISTANCES = {"fd": 1.0, "fd_std": 0.1, "kid": 0.01, "kid_std": 0.002, "precision": 0.5, "recall": 0.6}
 PIXELS = DISTANCES | dict.fromkeys(("fd_std", "kid", "kid_std", "precision", "recall"))
@@ -117,28 +116,35 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
     curves = {name: [(10.0, 2.0), (20.0, 1.0)] for name in ["expert_0", "expert_1"]}
     bars = [("expert_0 #1", "expert_0", 0.0, 5.0, "lost"), ("expert_0 #2", "expert_0", 6.0, 9.0, "finished")]
     flops = {"expert_0": 1e12, "expert_1": 1e12} | ({"monolith": 2e12} if with_monolith else {})
+    overview = SimpleNamespace(
+        config=config,
+        tiles=summary_tiles(rows, costs[0], []),
+        entry=SimpleNamespace(name="digits", run=SimpleNamespace(root="<digits>")),
+    )
+    kept = Trajectories(**trajectories(np.zeros((3, 8, 8, 1), np.uint8), 4, range(3)))
     return {
+        "overview": overview,
+        "drawing": draw_graph([], []),
+        "box_width": BOX_WIDTH,
+        "films": kept.films("{}/{}".format, 1),
+        "conditions": {0: "<boot>"},
+        "walls": {},
+        "classes": {},
         "config": config,
-        "folder": "<digits>",
         "yaml": "name: <digits>",
-        "version": "1.2.3",
         "unfinished": "score_full",
         "missing": "expert_3",
         "missing_count": 1,
         "missing_share": 0.25,
-        "tiles": summary_tiles(rows, costs[0], []),
         "rows": rows,
         "why": "because",
         "ranking": rank_rows(rows),
-        "is_blurred": is_blurred,
         "selection_search": selection_search(),
         "points": [point],
         "good": select_good([point]),
-        "max_kid": MAX_KID_RATIO,
-        "pareto_charts": pareto_charts([point]),
+        "scatters": [chart for cost in ("bytes", "cpu") if (chart := draw_scatter([point], [point], {}, cost))],
         "grids": [(row.label, b"png") for row in rows[:2]],
         "audits": [audit()],
-        "surprising": SURPRISING,
         "attempts": [{"stage": "expert_0", "attempt": 1, "state": "lost", "error": "<killed>"}],
         "timeline": charts.themed(charts.timeline(bars), "timeline"),
         "costs": costs,
@@ -150,13 +156,13 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "held_out_chart": None,
         "router_loss_chart": None,
         "router_charts": router_charts(router_quality()),
-        "flops": _flops_table(flops),
+        "flops": list_flops(flops),
     }
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["monolith", "no monolith"])
 def page(request, tmp_path_factory):
-    return render_page(page_facts(tmp_path_factory.mktemp("run"), with_monolith=request.param)), request.param
+    return render_report(page_facts(tmp_path_factory.mktemp("run"), with_monolith=request.param)), request.param
 
 
 def test_page_is_one_file_without_scripts(page):
@@ -173,7 +179,7 @@ def test_scores_of_text_stand_beside_real_images_and_chance(page):
 
 def test_page_escapes_every_value(page):
     text, _ = page
-    assert "<digits>" not in text and "<best>" not in text and "<killed>" not in text
+    assert "<boot>" not in text and "<digits>" not in text and "<best>" not in text and "<killed>" not in text
     assert "&lt;digits&gt;" in text and "&lt;best&gt;" in text and "&lt;killed&gt;" in text
 
 
@@ -181,7 +187,7 @@ def test_every_section_is_in_the_contents(page):
     text, _ = page
     sections = re.findall(r'<h2 id="([^"]+)"', text)
     contents = re.findall(r'<li><a href="#([^"]+)"', text)
-    assert sections == contents and len(sections) == 12
+    assert sections == contents and len(sections) == 13
     targets = set(re.findall(r' id="([^"]+)"', text))
     assert set(re.findall(r'href="#([^"]+)"', text)) <= targets
 
@@ -201,12 +207,14 @@ def test_ids_are_unique_although_charts_share_a_page(page):
     text, with_monolith = page
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
-    assert text.count("<svg") == (6 if with_monolith else 7)
+    assert text.count("<svg") == (8 if with_monolith else 9)
 
 
 def test_charts_take_their_neutral_colors_from_the_theme(page):
     text, _ = page
-    for drawing in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
+    drawings = [drawing for drawing in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL) if "xmlns:xlink" in drawing]
+    assert len(drawings) == 5
+    for drawing in drawings:
         assert 'role="img" aria-label="' in drawing and "#ffffff" not in drawing and "#000000" not in drawing
         assert f"var(--chart-ink, {charts.INK})" in drawing
         assert set(re.findall(re.escape(charts.INK), re.sub(r"var\([^)]*\)", "", drawing))) == set()
@@ -260,6 +268,14 @@ def test_long_lists_of_names_are_counted():
     names = [f"expert_{k}" for k in range(300)]
     assert name_some(names[:9]) == ", ".join(names[:9])
     assert name_some(names) == f"{', '.join(names[:8])} and 292 more"
+
+
+def test_report_of_a_run_has_its_trajectories_in_one_file(tmp_path):
+    run = make_run(tmp_path / "run", experts=2, rows=5)
+    add_data(run)
+    text = write_report(run).read_text()
+    assert text.count('alt="Clean prediction at t = 1.00" width') == 2 and "a boot" in text
+    assert set(re.findall(r'(?:src|href)="([^"#]{1,5})', text)) == {"data:"}
 
 
 def test_report_of_an_unstarted_run_lists_all_stages(tmp_path):
