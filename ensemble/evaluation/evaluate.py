@@ -59,10 +59,11 @@ def evaluate(
     config = loaded.config
     seeds = range(config.seed * config.num_samples, (config.seed + 1) * config.num_samples)
     asked = load_held_out_conditions(reference, config.num_samples, pipeline_folder) if config.conditional else None
-    generated = generate(pipeline_folder, seeds, asked and asked.by_text(), sampling, workspace)
+    prompts = asked and asked.by_text()
+    generated = generate(pipeline_folder, seeds, prompts, sampling, workspace)
     _write_images(out, generated.images, seeds)
     again = seeds[: min(TRAJECTORY_SEEDS, max(1, config.num_samples // SAMPLES_PER_TRAJECTORY))]
-    write_trajectories(pipeline_folder, again, asked and asked.by_text().rows(slice(len(again))), sampling, out)
+    write_trajectories(pipeline_folder, again, prompts and prompts.rows(slice(len(again))), sampling, out)
     features = loaded.extract(generated.images)
     classes = loaded.compare_classes(features.spaces[PROBE])
     clusters = compare_clusters(partition, generated.images)

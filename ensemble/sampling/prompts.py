@@ -45,7 +45,7 @@ class Prompts:
         return Prompts(tuple(self.class_ids[row] for row in rows), tuple(self.captions[row] for row in rows))
 
     def for_classes(self, num_classes: int) -> "Prompts":
-        """Return what experts of so many classes are asked for: without classes the captions alone."""
+        """Return the prompts that experts of so many classes can follow: without classes the captions alone."""
         return self if num_classes else Prompts.of_captions(self.captions)
 
     def rows(self, rows: slice) -> "Prompts":
