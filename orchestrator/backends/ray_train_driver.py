@@ -29,6 +29,11 @@ class TrainDrivers:
     def __len__(self) -> int:
         return len(self._running)
 
+    @property
+    def jobs(self) -> list[Job]:
+        """Return the jobs of all running trainings."""
+        return [job for job, _ in self._running.values()]
+
     def start(self, job: Job, address: str) -> None:
         """Start a job on the Ray cluster at `address`; the process prints to `group.log` of the attempt."""
         with _log_file(job).open("wb") as log:
@@ -57,7 +62,7 @@ class TrainDrivers:
 
     def close(self) -> list[Job]:
         """Kill all running trainings and return their jobs."""
-        killed = [job for job, _ in self._running.values()]
+        killed = self.jobs
         for job, process in self._running.values():
             process.kill()
             process.communicate()

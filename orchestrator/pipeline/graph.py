@@ -41,6 +41,11 @@ FROM_ENSEMBLE = "from_ensemble"
 
 NO_LIMITS = ReplicationLimits()
 
+RANKS = {"decoder": 1, "monolith": 1, "cluster_conditioned": 1, "distilled_monolith": 1}
+RANKS |= {"reference": 1, "expert": 2, "router": 3, "score": 4, "timing": 4}
+"""Ranks of stages by kind. What others wait for comes first, with the first expert, whose samples are the first to see;
+then the longest trainings, which would else run alone at the end."""
+
 _recent_graphs: deque[tuple[RunConfig, tuple[Stage, ...]]] = deque(maxlen=8)
 """The last graphs with their configurations. A command loads its configuration several times; equal configurations
 share one graph, and with it the stages' cached fingerprints."""
@@ -103,7 +108,13 @@ class _GraphBuilder:
     ) -> Stage:
         resources: ResourcesConfig = getattr(self.config.compute.stages, kind)
         stage = Stage(
-            name=name or kind, kind=kind, config=config, inputs=inputs, resources=resources, optional=optional
+            name=name or kind,
+            kind=kind,
+            config=config,
+            inputs=inputs,
+            resources=resources,
+            optional=optional,
+            rank=0 if name == "expert_0" else RANKS.get(kind, 0),
         )
         self.stages.append(stage)
         return stage

@@ -48,6 +48,8 @@ class Stage:
     """Resources of one attempt."""
     optional: bool = False
     """Whether the run continues without it after it has failed for good."""
+    rank: int = 0
+    """Of the stages that can start, those of the lowest rank start first."""
 
     @cached_property
     def fingerprint(self) -> str:

@@ -9,12 +9,13 @@ import itertools
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import itemgetter
 
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.pipeline.stage import Stage
 
-Demand = tuple[str, ResourcesConfig, int]
-"""The properties that decide a stage's placement: kind, resources, number of losses on preemptible islands."""
+Demand = tuple[int, str, ResourcesConfig, int]
+"""The properties that decide a stage's turn and placement: rank, kind, resources, losses on preemptible islands."""
 
 
 class ReadyQueue:
@@ -49,10 +50,11 @@ class ReadyQueue:
         heapq.heappush(self._delayed, (not_before, next(self._numbers), stage))
 
     def dispatch(self, start: Callable[[Stage], bool]) -> None:
-        """Call `start` on every ready stage; after it returns False, skip the other stages with the same demand."""
+        """Call `start` on every ready stage, the lowest rank first; after False, skip those with the same demand."""
         while self._delayed and self._delayed[0][0] <= time.time():
             self._queue(heapq.heappop(self._delayed)[2])
-        for queue in list(self._ready.values()):
+        for demand in sorted(self._ready, key=itemgetter(0)):
+            queue = self._ready[demand]
             while queue and start(queue[0]):
                 queue.popleft()
         self._ready = {demand: queue for demand, queue in self._ready.items() if queue}
@@ -74,5 +76,5 @@ class ReadyQueue:
         return {stage.name: moment for moment, _, stage in self._delayed}
 
     def _queue(self, stage: Stage) -> None:
-        demand = (stage.kind, stage.resources, self._losses.get(stage.name, 0))
+        demand = (stage.rank, stage.kind, stage.resources, self._losses.get(stage.name, 0))
         self._ready.setdefault(demand, deque()).append(stage)

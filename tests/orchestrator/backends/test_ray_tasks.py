@@ -94,8 +94,10 @@ def test_killed_worker_is_lost(backend, tmp_path):
     backend.submit(job(tmp_path, {"source": "fashion"}))
     while not (tmp_path / "attempt_1" / "worker.json").exists():
         assert not backend.poll(0.01)
+    assert backend.place(job(tmp_path, {}, attempt=2)) is None  # the one CPU is in use
     backend.kill("dataset")
     outcome = wait(backend)[0]
+    assert backend.place(job(tmp_path, {}, attempt=2)) is not None
     assert (outcome.state, outcome.transient) == ("lost", True)
 
 

@@ -40,6 +40,14 @@ def test_dispatch_refusal_skips_same_demand_only():
     assert offered == ["a0", "b0", "b1", "b2"]
 
 
+def test_lowest_rank_is_offered_first():
+    ranks = {"late": 2, "also_late": 2, "first": 0, "long": 1}
+    graph = [Stage(name=name, kind="a", config=0, rank=rank) for name, rank in ranks.items()]
+    offered = []
+    ReadyQueue(graph).dispatch(lambda stage: offered.append(stage.name) or True)
+    assert offered == ["first", "long", "late", "also_late"]
+
+
 def test_requeue_offers_stage_after_its_delay():
     (stage,) = graph = [Stage(name="a", kind="a", config=0)]
     queue = ReadyQueue(graph)
