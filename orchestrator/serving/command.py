@@ -1,10 +1,12 @@
 """`ddm serve`: answer HTTP requests for images of finished runs, until it is interrupted."""
 
+import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from orchestrator.errors import ConfigError
 from orchestrator.reporting.terminal import open_console
 
 console = open_console()
@@ -34,6 +36,7 @@ def serve(  # noqa: PLR0913 - the options of a command
 ) -> None:
     """Serve images over HTTP in the form of OpenAI's interface. The same seed gives the same bytes."""
     from orchestrator.serving.config import Batching, Limits, Replicas, ServiceConfig
+    from orchestrator.serving.keys import ApiKeys
     from orchestrator.serving.sources import find_sources
 
     config = ServiceConfig(
@@ -45,7 +48,20 @@ def serve(  # noqa: PLR0913 - the options of a command
         batching=Batching(max_images=max_batch, resident=resident, threads=threads),
         replicas=None if inline else Replicas.parse(replicas),
     )
+    accepted = ApiKeys() if keys is None else ApiKeys.read(keys)
     sources = find_sources(models, adapter or ())
-    from orchestrator.serving.server import run_service  # it imports torch: only for what can be served
+    with listen(host, port) as listener:
+        from orchestrator.serving.server import run_service  # it imports torch: only for what can be served
 
-    run_service(sources, config, console)
+        run_service(sources, config, accepted, listener, console)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; raise `ConfigError` if the address is not free or not of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another --port, or --host"
+        ) from error

@@ -9,7 +9,6 @@ import uvicorn
 from rich.console import Console
 
 from orchestrator.controller import configure_ray_security
-from orchestrator.errors import ConfigError
 from orchestrator.serving.app import create_app
 from orchestrator.serving.backend import LocalBackend, ServingBackend
 from orchestrator.serving.config import ServiceConfig
@@ -22,12 +21,13 @@ DRAIN_S = 5
 """How long open requests may take after the service was interrupted."""
 
 
-def run_service(sources: Sequence[ModelSource], config: ServiceConfig, console: Console) -> None:
-    """Serve models until the process is interrupted; raises `ConfigError` for an address that is not free."""
+def run_service(
+    sources: Sequence[ModelSource], config: ServiceConfig, keys: ApiKeys, listener: socket.socket, console: Console
+) -> None:
+    """Serve models at the address of the listener, until the process is interrupted."""
     for source in sources:
         read_adapters(source)  # a deployment would say less clearly that one does not fit
-    keys = ApiKeys() if config.key_file is None else ApiKeys.read(config.key_file)
-    with _listen(config.host, config.port) as listener, _open_backend(sources, config) as backend:
+    with _open_backend(sources, config) as backend:
         host, port = listener.getsockname()[:2]
         console.print(
             f"{', '.join(backend.facts)}: http://{f'[{host}]' if ':' in host else host}:{port}/v1 (its page: /docs)",
@@ -59,14 +59,3 @@ def _open_backend(sources: Sequence[ModelSource], config: ServiceConfig) -> Iter
         RayServeBackend.start(sources, config.batching, config.replicas, config.limits.queue)
     ) as backend:
         yield backend
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; raise `ConfigError` if the address is not free or not of this machine."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ConfigError(
-            f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another --port, or --host"
-        ) from error

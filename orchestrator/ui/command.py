@@ -34,7 +34,6 @@ def ui(
         )
     from orchestrator.islands.token import is_loopback, read_token_file
     from orchestrator.ui.facts.catalog import RunCatalog
-    from orchestrator.ui.server import create_app, serve
 
     if token_file is None and not is_loopback(host):
         raise ConfigError(
@@ -43,8 +42,9 @@ def ui(
         )
     token = "" if token_file is None else read_token_file(token_file.expanduser(), "the token of the page")
     catalog = RunCatalog([path.expanduser() for path in runs or [Path("runs")]])
-    app = create_app(catalog, token)
     with _listen(host, port) as listener:
+        from orchestrator.ui.server import create_app, serve  # a second of imports: only for what can be served
+
         shown = f"[{host}]" if ":" in host else host
         note = "; nothing encrypts it: put TLS or a tunnel in front" if token and not is_loopback(host) else ""
         open_console().print(
@@ -52,7 +52,7 @@ def ui(
             soft_wrap=True,
             highlight=False,
         )
-        serve(app, listener)
+        serve(create_app(catalog, token), listener)
 
 
 def _listen(host: str, port: int) -> socket.socket:
