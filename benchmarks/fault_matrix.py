@@ -1,5 +1,7 @@
 """Run every command on faulty inputs and outputs, and write docs/fault_matrix.md: exit code, seconds, message.
 
+A server that starts well answers one request and is stopped.
+
     python -m benchmarks.fault_matrix [--run FOLDER]
 
 FOLDER is a finished run, such as one of `experiment=digits`; without it one is made. Mounts and the change of the user
@@ -10,10 +12,13 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +38,10 @@ COMMANDS = {
         *("evaluate {path} --selection full", "audit {path}", "classify {path}", "experts list {path}"),
         *("experts remove {path} 0", "compress {path} --trust quantize=int8_weight_only", "verify {path}"),
         "report {path}",
+        *("ui {path} --port 0", "serve {path} --inline --port 0"),
     ),
+    "ARTIFACTS": ("ui {run} --port 0", "serve {run} --inline --port 0"),
+    "SECRET": ("ui {run} --port 0 --token-file {path}/secret", "serve {run} --inline --port 0 --keys {path}/secret"),
     "IMAGES": (
         "init {path} --out {out}.yaml",
         f"plan data=image_folder data.path={{path}} folder={{out}} {SMALL}",
@@ -45,7 +53,13 @@ COMMANDS = {
         f"run data=image_folder data.path={{images}} folder={{path}}/new {SMALL}",
     ),
 }
-"""By what `path` is, which has the fault: a run, a folder of images, or the folder of the output."""
+"""By what has the fault: a run, its artifacts, the folder of a token or of keys, a folder of images, or that of the
+output."""
+
+SECRET = "secret"
+"""File with a token or keys."""
+SERVERS = ("ui", "serve")
+ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 
 AS_ANOTHER_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 PAGE = Path(__file__).parents[1] / "docs" / "fault_matrix.md"
@@ -60,6 +74,8 @@ class Row:
     fault: str
     code: int | None = None
     """None: not tried."""
+    is_serving: bool = False
+    """Whether it is a server that has answered a request."""
     seconds: float = 0.0
     cpu_s: float = 0.0
     message: str = ""
@@ -67,24 +83,31 @@ class Row:
 
 
 def missing(path: Path) -> None:
-    """Remove the folder."""
-    shutil.rmtree(path)
+    """Remove the folder, or the secret in it."""
+    if (path / SECRET).exists():
+        (path / SECRET).unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def wrong_type(path: Path) -> None:
-    """Put a file in place of the folder."""
-    shutil.rmtree(path)
-    path.write_text("not a folder")
+    """Put a file in place of the folder, or a folder in place of the secret in it."""
+    is_secret = (path / SECRET).exists()
+    missing(path)
+    if is_secret:
+        (path / SECRET).mkdir()
+    else:
+        path.write_text("not a folder")
 
 
 def truncated(path: Path) -> None:
-    """Cut the configuration of a run, or every image, in half."""
+    """Cut the configuration of a run, a secret, every image or every network in half."""
     for file in _contents(path):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def not_text(path: Path) -> None:
-    """Replace the configuration of a run, or every image, by other bytes."""
+    """Replace the same files by other bytes."""
     for file in _contents(path):
         file.write_bytes(b"\xff\x00\xfe" * 30)
 
@@ -95,7 +118,7 @@ def unreadable(path: Path) -> None:
 
 
 def unreadable_file(path: Path) -> None:
-    """Withdraw the right to read the configuration of a run, or one image."""
+    """Withdraw the right to read one of these files."""
     _contents(path)[0].chmod(0)
 
 
@@ -104,7 +127,9 @@ def nothing(path: Path) -> None:
 
 
 def _contents(path: Path) -> list[Path]:
-    return [path / "config.yaml"] if (path / "config.yaml").exists() else sorted(path.rglob("*.png"))
+    if known := [path / name for name in ("config.yaml", SECRET) if (path / name).exists()]:
+        return known
+    return sorted(path.rglob("*.png")) or sorted(path.glob("ensemble-*/*/*.safetensors"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +148,7 @@ class Fault:
 
 FAULTS = (
     Fault(name="missing", apply=missing),
-    Fault(name="a file in its place", apply=wrong_type),
+    Fault(name="wrong type", apply=wrong_type),
     Fault(name="truncated", apply=truncated, is_of_contents=True),
     Fault(name="other bytes", apply=not_text, is_of_contents=True),
     Fault(name="another owner", is_foreign=True),
@@ -150,6 +175,7 @@ def main() -> None:
         (folder / "empty").mkdir()
         run = parser.parse_args().run or make_run(folder / "run")
         sources = {"RUN": run, "IMAGES": make_images(folder / "images"), "FOLDER": folder / "empty"}
+        sources |= {"ARTIFACTS": run, "SECRET": make_secret(folder / "secret")}
         rows = list(measure(folder, sources))
     PAGE.write_text(to_page(rows), encoding="utf-8")
     sys.exit(f"{PAGE} has tracebacks" if any(row.has_traceback for row in rows) else 0)
@@ -173,6 +199,14 @@ def make_images(folder: Path) -> Path:
     return folder
 
 
+def make_secret(folder: Path) -> Path:
+    """Write a token, which is an API key too."""
+    folder.mkdir()
+    (folder / SECRET).write_text("0123456789abcdef" * 4)
+    (folder / SECRET).chmod(0o600)
+    return folder
+
+
 def measure(folder: Path, sources: dict[str, Path]) -> Iterator[Row]:
     """Yield a row for every command and fault."""
     can_mount = succeeds(["unshare", "-m", "true"])
@@ -181,7 +215,8 @@ def measure(folder: Path, sources: dict[str, Path]) -> Iterator[Row]:
         for command in commands:
             for fault in FAULTS:
                 shown = command.replace(SMALL, "…").format(path=role, out="OUT", run="RUN", images="IMAGES")
-                row = Row(command=f"ddm {shown}", fault=fault.name)
+                of_what = "" if role in shown else f" {role}"
+                row = Row(command=f"ddm {shown}", fault=fault.name + of_what)
                 if role == "FOLDER" and fault.is_of_contents:
                     continue
                 if can_mount >= bool(fault.mount) and can_change_user >= fault.is_foreign:
@@ -210,12 +245,16 @@ def copy_input(source: Path, path: Path) -> Path:
 def execute(row: Row, command: str, fault: Fault, folder: Path, sources: dict[str, Path], role: str) -> Row:
     """Run one command on a copy with the fault, and describe its end."""
     path, mount = copy_input(sources[role], folder / "input"), folder / "full"
+    run = sources["RUN"]
+    if role == "ARTIFACTS":
+        run, path = path, path / "artifacts"
     for name in ("out", "out.png", "out.yaml"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)
     mount.mkdir(exist_ok=True)
-    places = {"path": path, "out": folder / "out", "run": sources["RUN"], "images": sources["IMAGES"]}
-    line = [sys.executable, "-m", "orchestrator", *command.format(**places).split()]
+    places = {"path": path, "out": folder / "out", "run": run, "images": sources["IMAGES"]}
+    arguments = command.format(**places).split()
+    line = [sys.executable, "-m", "orchestrator", *arguments]
     if fault.is_foreign:
         line = [*AS_ANOTHER_USER, *line]
     if fault.mount:
@@ -223,30 +262,84 @@ def execute(row: Row, command: str, fault: Fault, folder: Path, sources: dict[st
         script = fault.mount.format(path=path, mount=mount, size=size)
         line = ["unshare", "-m", "bash", "-c", f'{script}; exec "$@"', "bash", *line]
     fault.apply(path)
-    before, start = os.times(), time.monotonic()
+    before = os.times()
     environment = os.environ | (dict.fromkeys(("HOME", "DDM_HOME"), str(folder / "home")) if fault.is_foreign else {})
-    try:
-        ended = subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
-        code, output, error = ended.returncode, ended.stdout, ended.stderr
-    except subprocess.TimeoutExpired:
-        code, output, error = 124, "", f"no end after {TIMEOUT_S:g} s"
+    secret = (path / SECRET).read_text(errors="replace") if (path / SECRET).is_file() else ""
+    end = run_line(line, environment, folder, arguments[0] if arguments[0] in SERVERS else "", secret)
+    code, output, error = end.code, end.output, end.error
     after = os.times()
     return replace(
         row,
         code=code,
-        seconds=time.monotonic() - start,
+        is_serving=end.is_serving,
+        seconds=end.seconds,
         cpu_s=after.children_user + after.children_system - before.children_user - before.children_system,
-        message=re.sub(r"\s+", " ", find_message(code, output, error).replace(str(folder), "…")).strip()[:230],
+        message=re.sub(
+            r"\s+", " ", find_message(0 if end.is_serving else code, output, error).replace(str(folder), "…")
+        ).strip()[:230],
         has_traceback="Traceback" in output + error,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a process ended, and what it printed."""
+
+    code: int
+    output: str
+    error: str
+    seconds: float
+    """Until its end, or until a server's answer."""
+    is_serving: bool = False
+
+
+def run_line(line: list[str], environment: dict[str, str], folder: Path, server: str, secret: str) -> End:
+    """Run a command to its end; stop a server with Ctrl-C after its answer to one request."""
+    files, start, answer, ended_s = [folder / name for name in ("stdout", "stderr")], time.monotonic(), "", None
+    with files[0].open("w") as output, files[1].open("w") as error:
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=output, stderr=error, env=environment)
+        while process.poll() is None:
+            time.sleep(0.02)
+            ended_s = time.monotonic() - start
+            address = ADDRESS.search(files[0].read_text(errors="replace")) if server else None
+            if address is not None:
+                answer = request(address[0], server, secret)
+                ended_s = time.monotonic() - start
+                process.send_signal(signal.SIGINT)
+                process.wait(TIMEOUT_S)
+            elif ended_s > TIMEOUT_S:
+                process.kill()
+    output_text, error_text = (file.read_text(errors="replace") for file in files)
+    if answer:
+        output_text += f"\n{answer}"
+    return End(
+        code=process.returncode,
+        output=output_text,
+        error=error_text,
+        seconds=ended_s or 0.0,
+        is_serving=bool(answer),
+    )
+
+
+def request(address: str, server: str, secret: str) -> str:
+    """Ask a page for its first run, or a service for an image; return the status."""
+    headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
+
+    def send(path: str, body: bytes | None = None) -> tuple[int, str]:
+        asked = urllib.request.Request(address + path, body, headers)  # noqa: S310
+        try:
+            with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as answer:  # noqa: S310
+                return answer.status, answer.read().decode(errors="replace")
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(errors="replace")
+
+    if server == "serve":
+        status, text = send("/v1/images/generations", b'{"class_label": 3, "seeds": [7]}')
+        return f"POST /v1/images/generations: {status}{'' if status == 200 else ' ' + text}"
+    status, text = send("/")
+    if found := re.search(r'"(/run/[\w-]+)', text):
+        status, _ = send(found[1])
+    return f"GET {'/run/…' if found else '/'}: {status}"
 
 
 def find_message(code: int, output: str, error: str) -> str:
@@ -264,7 +357,8 @@ def to_page(rows: list[Row]) -> str:
         "# Fault matrix",
         "",
         "Every command on faulty inputs and outputs, written by `python -m benchmarks.fault_matrix`. RUN, IMAGES or",
-        "FOLDER has the fault. Seconds are wall time on a busy machine; CPU-seconds depend less on its load.",
+        "FOLDER has the fault, or ARTIFACTS, the networks in RUN. Seconds are wall time on a busy machine; CPU-seconds",
+        "depend less on its load. A server that starts well *serves*: it answers one request, and is stopped.",
         "",
         f"{len(rows)} combinations, {sum(row.has_traceback for row in rows)} tracebacks.",
         "",
@@ -273,7 +367,8 @@ def to_page(rows: list[Row]) -> str:
     ]
     for row in rows:
         message = row.message.replace("|", "\\|").replace("<", "&lt;")
-        result = f"{row.code} | {row.seconds:.1f} | {row.cpu_s:.1f} | {message}"
+        code = "serves" if row.is_serving else row.code
+        result = f"{code} | {row.seconds:.1f} | {row.cpu_s:.1f} | {message}"
         lines.append(f"| `{row.command}` | {row.fault} | {'– | – | – | not tried' if row.code is None else result} |")
     return "\n".join([*lines, ""])
 
