@@ -130,11 +130,13 @@ class Ensemble:
         """Return the ids of the missing experts."""
         return tuple(k for k in range(self.num_experts) if k not in self.experts)
 
-    @property
-    def shares_weights(self) -> bool:
-        """Return whether a call of another expert rebuilds weights, so that each batch should have one expert."""
-        models = (model for expert in self.experts.values() for model in expert.networks())
-        return any(True for model in models for _ in shared_weights(model))
+    def shares_weights(self, gates: Gates | None) -> bool:
+        """Return whether a call of another expert rebuilds weights, so that each batch should have one expert.
+
+        It looks at the experts with a positive gate; None, gates that are not known yet, is false.
+        """
+        called = [] if gates is None else [self.experts[k] for k in called_experts(gates)]
+        return any(True for expert in called for model in expert.networks() for _ in shared_weights(model))
 
     def to(self, device: torch.device | str) -> "Ensemble":
         """Return the ensemble with its networks moved to a device, in place."""
@@ -162,9 +164,11 @@ class Ensemble:
         """Return the marginal velocity; each expert is called at most once, on the rows where its gate is positive."""
         gates = self.gates(noised, t, condition, routing)
         outputs = []
-        for k in (gates > 0).any(0).nonzero().squeeze(-1).tolist():
+        for k in called_experts(gates):
             expert, rows = self.experts[k], gates[:, k].nonzero().squeeze(-1)
-            inputs = noised[rows], t[rows], condition.rows(rows), self.noise_schedule
+            inputs = noised, t, condition, self.noise_schedule
+            if len(rows) < len(noised):
+                inputs = noised[rows], t[rows], condition.rows(rows), self.noise_schedule
             cache = routing.cache_for(k)
             if expert.needs_cache:
                 velocity = expert.cached_velocity(*inputs, rows, cache)
@@ -207,6 +211,12 @@ class Ensemble:
         if self.router is None:
             return torch.zeros(len(condition), 1, device=condition.class_id.device)
         return self.router.prior_logits(condition, self._present(condition.class_id.device))
+
+
+def called_experts(gates: Gates) -> list[int]:
+    """Return the ids of the experts with a positive gate in any row."""
+    ids: list[int] = (gates > 0).any(0).nonzero().squeeze(-1).tolist()
+    return ids
 
 
 def _select_rows(noise: NoiseSource, rows: Int[Tensor, " row"]) -> NoiseSource:

@@ -24,7 +24,7 @@ from experts.diffusion.loss_weights import build_loss_weight
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, RECTIFIED_FLOW, NoiseSchedule, to_schedule
 from experts.diffusion.predictions import clamp_noise_level, clean_and_noise_at
 from experts.expert_model import ExpertModel
-from experts.networks.model_io import save_model
+from experts.networks.model_io import move_model, save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
@@ -131,7 +131,7 @@ class Expert(ExpertModel):
 
     def to(self, device: torch.device | str) -> "Expert":
         """Move the network to a device, in place."""
-        self.model.to(device)
+        move_model(self.model, device)
         return self
 
     def save(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text, load_null_text, set_null_text
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert_model import ExpertModel
-from experts.networks.model_io import load_model, save_model
+from experts.networks.model_io import load_model, move_model, save_model
 from router.calibration.temperature import Temperatures, apply_temperature, unit_temperatures
 from router.calibration.text_prior import TextPrior
 from router.calibration.time_bins import BINS
@@ -94,7 +94,7 @@ class Router:
 
     def to(self, device: torch.device | str) -> "Router":
         """Move the network to a device, in place."""
-        self.model.to(device)
+        move_model(self.model, device)
         return self
 
     def save(self, folder: Path) -> None:

@@ -47,7 +47,7 @@ def sample_latents(pipeline: Any, request: Request) -> tuple[Latents, CallCounts
     routing = ensemble.init_routing(seeds, request.condition, request.selection)
     gates = routing.state.gates if request.selection.name == "sticky" else None
     calls, clean = CallCounts(), []
-    one_expert = pipeline.pager is not None or ensemble.shares_weights
+    one_expert = pipeline.pager is not None or ensemble.shares_weights(gates)
     batches = plan_batches(len(seeds), pipeline.sampling.batch_size, gates, one_expert=one_expert)
     with pipeline.progress_bar(total=len(seeds)) as bar:
         for rows in batches:

@@ -68,7 +68,7 @@ def sample(
     if config.compile:
         compile_networks(ensemble.experts.values())
     gates = _kept_gates(ensemble, seeds, condition, config)
-    batches = plan_batches(len(seeds), config.batch_size, gates, one_expert=ensemble.shares_weights)
+    batches = plan_batches(len(seeds), config.batch_size, gates, one_expert=ensemble.shares_weights(gates))
     for number, rows in enumerate(batches):
         given = _device_rows(condition, rows, config), _device_rows(negative, rows, config)
         report = _reporter(on_progress, sum(map(len, batches[:number])), len(rows), len(seeds))

@@ -47,6 +47,22 @@ def save_model(model: nn.Module, folder: Path) -> None:
         write_json(folder / "config.json", read_json(folder / "config.json") | {DIFFUSERS_CONFIG: COMPRESSED})
 
 
+def move_model(model: nn.Module, device: torch.device | str) -> None:
+    """Move a model to a device, in place; one that is there already is not walked through."""
+    last = _last_moved(model)
+    if last is None or last.device != torch.device(device):
+        model.to(device)
+
+
+def _last_moved(module: nn.Module) -> Tensor | None:
+    """Return a parameter of the module that `Module.to` moves last, so that a move that failed is tried again."""
+    own = list(module.parameters(recurse=False))
+    if own:
+        return own[-1]
+    found = map(_last_moved, reversed(list(module.children())))
+    return next((parameter for parameter in found if parameter is not None), None)
+
+
 LAST_EPSILON = "_norm_out_eps"
 """Key of `config.json` that diffusers ignores: epsilon of a network's last norm, where it is not that of its class."""
 

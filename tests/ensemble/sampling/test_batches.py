@@ -1,5 +1,7 @@
 """Batches of images whose experts are known: full calls, every image once, in the order of its seed."""
 
+from collections import Counter
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +21,11 @@ def test_every_image_is_in_one_batch(experts, batch_size, one_expert):
     batches = plan_batches(len(experts), batch_size, gates, one_expert=one_expert)
     assert sorted(torch.cat(batches).tolist()) == list(range(len(experts)))
     assert all(0 < len(rows) <= batch_size for rows in batches)
+    calls = [{experts[row] for row in rows.tolist()} for rows in batches]
+    if len(experts) > batch_size:
+        assert sum(map(len, calls)) == sum(-(-count // batch_size) for count in Counter(experts).values())
     if one_expert:
-        assert all(len({experts[row] for row in rows.tolist()}) == 1 for rows in batches)
+        assert all(len(called) == 1 for called in calls)
 
 
 def test_sticky_calls_networks_on_full_batches():

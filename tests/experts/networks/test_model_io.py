@@ -18,7 +18,7 @@ from experts.compressed.pruning.layers import removable_layers, remove_layers
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
 from experts.config import DiTConfig, UNetConfig
-from experts.networks.model_io import SkipRandomInit, save_model
+from experts.networks.model_io import SkipRandomInit, move_model, save_model
 from experts.networks.pretrained_files import WEIGHTS, WEIGHTS_INDEX
 from experts.networks.registry import build_network, load_network
 
@@ -208,3 +208,22 @@ def test_initialization_without_random_numbers_is_in_bounds(mean, low):
         assert torch.equal(what_memory_held().uniform_(low, 7), torch.full((64, 64), low))
         drawn = nn.init.trunc_normal_(what_memory_held(), mean=mean, a=low, b=low + 2)
     assert drawn.min() >= low and drawn.max() <= low + 2
+
+
+def test_model_is_moved_unless_it_is_there():
+    moves = []
+
+    class Model(nn.Sequential):
+        def to(self, *args, **kwargs):
+            moves.append(args)
+            return super().to(*args, **kwargs)
+
+    model = Model(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    move_model(model, "cpu")
+    assert not moves
+    move_model(model, "meta")
+    move_model(model, torch.device("meta"))
+    assert moves == [("meta",)] and all(parameter.is_meta for parameter in model.parameters())
+    half_moved = Model(nn.Linear(2, 2).to("meta"), nn.Linear(2, 2))
+    move_model(half_moved, "meta")
+    assert all(parameter.is_meta for parameter in half_moved.parameters())
