@@ -28,6 +28,8 @@ class NoiseSchedule:
     sigma_dot: TimeFunction
     t_at: TimeFunction
     """The inverse of `noise_to_signal`; maps 0 to 0 and infinity to 1."""
+    is_straight: bool = False
+    """Whether the velocity is noise - clean at every t."""
 
     def noise_to_signal(self, t: Times) -> Times:
         """Return sigma(t) / alpha(t), from 0 to infinity."""
@@ -40,6 +42,8 @@ class NoiseSchedule:
 
     def velocity(self, clean: Latents, noise: Latents, t: Times) -> Latents:
         """Return d noised / dt = alpha'(t) * clean + sigma'(t) * noise."""
+        if self.is_straight:
+            return noise - clean
         t = expand(t, clean)
         return self.alpha_dot(t) * clean + self.sigma_dot(t) * noise
 
@@ -85,6 +89,7 @@ RECTIFIED_FLOW = NoiseSchedule(
     alpha_dot=lambda t: -torch.ones_like(t),
     sigma_dot=torch.ones_like,
     t_at=lambda ratio: 1 / (1 + 1 / ratio),
+    is_straight=True,
 )
 
 # Variance-preserving cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672, without offset):

@@ -97,7 +97,7 @@ def resolve_call(model: nn.Module, noised: Latents, t: Times) -> tuple[NetworkCa
         raise NetworkError(
             f"this network takes one t a row, not t of shape {tuple(t.shape)}; pass {len(noised)} numbers"
         )
-    return CALLS[type(model).__name__], t.expand(len(noised))
+    return CALLS[type(model).__name__], t if t.ndim and len(t) == len(noised) else t.expand(len(noised))
 
 
 def load_network(folder: Path) -> nn.Module:

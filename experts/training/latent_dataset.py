@@ -8,7 +8,7 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -149,8 +149,10 @@ class Batch:
         """Return `parts` batches of consecutive rows, or one for every row if there are fewer; sizes differ by 1."""
         count = len(self.t)
         parts = min(parts, count)
+        if parts < 2:
+            return [self]
         ends = [count * part // parts for part in range(parts + 1)]
-        return [self.rows(slice(*pair)) for pair in itertools.pairwise(ends)] if parts > 1 else [self]
+        return [self.rows(slice(*pair)) for pair in itertools.pairwise(ends)]
 
     def rows(self, index: slice) -> "Batch":
         """Return these rows."""
@@ -192,25 +194,33 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     (Esser et al. 2024, arXiv:2403.03206, section 3.1). `local_rows` selects the rows of one worker.
     """
     batch_rows, epochs = dataset.batch_indices(config.batch_size, config.seed, step)
-    rows = batch_rows[local_rows]
-    is_flipped = None if epochs is None else draw_flips(rows, epochs[local_rows], config.seed)
+    local = _taking(local_rows)
+    rows = local(batch_rows)
+    is_flipped = None if epochs is None else draw_flips(rows, local(epochs), config.seed)
     clean = dataset.clean_rows(rows, is_flipped)
     generator = torch.Generator().manual_seed(derive_seed(Stream.TRAINING_NOISE, config.seed, step))
     noise = draw_noise(len(batch_rows), clean.shape[1:], local_rows, generator)
-    t = torch.randn(len(batch_rows), generator=generator).mul_(config.t_std).add_(config.t_mean).sigmoid_()
-    t = shift_times(t, config.t_shift)
+    t = torch.randn(len(batch_rows), generator=generator)
+    if (config.t_mean, config.t_std) != (0, 1):
+        t.mul_(config.t_std).add_(config.t_mean)
+    t = shift_times(t.sigmoid_(), config.t_shift)
     dropped = torch.rand(len(batch_rows), generator=generator) < config.condition_dropout
     uniforms = torch.rand(len(batch_rows), generator=generator) if dataset.captions is not None else None
-    condition = dataset.condition(rows, None if uniforms is None else uniforms[local_rows]).drop(dropped[local_rows])
+    condition = dataset.condition(rows, None if uniforms is None else local(uniforms)).drop(local(dropped))
     if dataset.captions is not None:
-        condition = condition.drop_one(torch.rand(len(batch_rows), generator=generator)[local_rows])
+        condition = condition.drop_one(local(torch.rand(len(batch_rows), generator=generator)))
     return Batch(
         clean=clean,
         noise=noise,
-        t=t[local_rows],
+        t=local(t),
         condition=condition,
         cluster_id=dataset.cluster_id.index_select(0, rows),
     )
+
+
+def _taking(rows: slice) -> Callable[[Tensor], Tensor]:
+    """Return a function that selects these rows, without an operator for all of them."""
+    return (lambda values: values) if rows == slice(None) else lambda values: values[rows]
 
 
 def draw_noise(count: int, shape: Sequence[int], rows: slice, generator: torch.Generator) -> Latents:
