@@ -99,8 +99,8 @@ class RunConfig:
     """The router."""
     budget_minutes: Annotated[float, Field(ge=0)] = 15.0
     """Minutes to which `ddm run data=image_folder` fits, for this machine, what the user leaves open; 0: nothing."""
-    monolith: bool = False
-    """Whether a FLOP-matched monolith is trained as a baseline; the same as `baselines=[monolith]`."""
+    monolith: bool | None = None
+    """Whether a FLOP-matched monolith is trained as a baseline; None: if `baselines` names it."""
     baselines: tuple[Literal["monolith", "cluster_conditioned", "distilled_monolith"], ...] = ()
     """The baselines: the monolith, one that receives the cluster as a condition, and one distilled from the experts."""
     distilled_monolith: DistilledMonolithConfig = DistilledMonolithConfig()
@@ -131,6 +131,11 @@ class RunConfig:
     """Logging of curves and images."""
     notify: NotifyConfig = NotifyConfig()
     """Messages to a webhook."""
+
+    @property
+    def has_monolith(self) -> bool:
+        """Return whether the run trains the monolith."""
+        return "monolith" in self.baselines if self.monolith is None else self.monolith
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -233,7 +238,7 @@ def check_reflection(config: RunConfig) -> None:
     """Raise `ValueError` if the run would not have the weak model of its reflection."""
     reflection = config.ensemble.reflection
     weak = None if reflection is None else reflection.weak
-    if weak == "monolith" and not (config.monolith or "monolith" in config.baselines):
+    if weak == "monolith" and not config.has_monolith:
         raise ValueError("ensemble.reflection.weak=monolith needs the monolith of the run; set monolith=true")
     if weak == "early" and config.expert.training.early_checkpoint is None:
         raise ValueError(

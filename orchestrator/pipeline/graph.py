@@ -95,7 +95,7 @@ class _GraphBuilder:
             self.weak = {"weak": Input(stage=self._add_baseline("monolith", self._add_monolith("monolith")))}
         trained = self._add_ensemble()
         self._add_adapters(trained)
-        if (self.config.monolith or "monolith" in self.config.baselines) and not is_weak:
+        if self.config.has_monolith and not is_weak:
             self._add_baseline("monolith", self._add_monolith("monolith"))
         if "cluster_conditioned" in self.config.baselines:
             self._add_baseline("cluster_conditioned", self._add_monolith("cluster_conditioned"), trained["router"])

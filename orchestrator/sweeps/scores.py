@@ -17,7 +17,7 @@ def default_metric(config: RunConfig) -> str:
 def check_metric(metric: str, config: RunConfig) -> None:
     """Raise `ConfigError` if the metric belongs to a row that the run will not score."""
     rows = [selection_label(selection) for selection in (config.ensemble.selection, *config.scores.selections)]
-    known = dict.fromkeys([*rows, *(["monolith"] if config.monolith else []), *config.baselines])
+    known = dict.fromkeys([*rows, *(["monolith"] if config.has_monolith else []), *config.baselines])
     if not any(metric.startswith(f"{row}.") for row in known):
         raise ConfigError(
             f"hydra.sweeper.metric must start with a scored row ({', '.join(known)}); got {metric!r}; use one "

@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from experts.config import CodecConfig
-from orchestrator.config.schema import RunConfig, ScoresConfig
+from orchestrator.config.hydra_compose import compose
+from orchestrator.config.schema import RunConfig, ScoresConfig, parse_config
 from orchestrator.pipeline import graph as graph_module
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import remove_stage
@@ -135,6 +136,9 @@ def test_monolith_is_trained_only_on_request():
     added = {"monolith", "monolith_ensemble", "score_monolith"}
     for config in (RunConfig(monolith=True), RunConfig(baselines=("monolith",))):
         assert {stage.name for stage in build_graph(config)} - names == added
+    for refusal in ("monolith=false", "baselines=[]"):
+        graph = build_graph(parse_config(compose(["experiment=digits", refusal])))
+        assert added.isdisjoint({stage.name for stage in graph})
 
 
 def test_single_expert_has_no_router():
