@@ -129,7 +129,7 @@ def nothing(path: Path) -> None:
 def _contents(path: Path) -> list[Path]:
     if known := [path / name for name in ("config.yaml", SECRET) if (path / name).exists()]:
         return known
-    return sorted(path.rglob("*.png")) or sorted(path.glob("ensemble-*/*/*.safetensors"))
+    return sorted(path.glob("ensemble-*/*/*.safetensors")) or sorted(path.rglob("*.png"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

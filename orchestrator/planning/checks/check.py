@@ -23,7 +23,7 @@ from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
 from experts.conditions.text_files import TextError, read_text_shape
 from experts.errors import CodecError
-from experts.networks.class_settings import NetworkError
+from experts.networks.class_settings import NetworkError, class_settings
 from experts.networks.latent_shapes import (
     IMAGE_COMPONENTS,
     check_condition,
@@ -182,6 +182,7 @@ class DataCheck:
             self.check_held_out(self.survey)
         self.check_codec()
         self.check_networks()
+        self.check_classes()
         self.check_buckets()
         self.check_pixels()
         if self.survey is not None and self.survey.is_complete:
@@ -281,6 +282,14 @@ class DataCheck:
                 if len(shape) == 1:
                     self.config = replace(self.config, codec=replace(self.config.codec, kind="pixels"))
                     self.advice["codec"] = "pixels"
+
+    def check_classes(self) -> None:
+        """Leave the classes out where a network reads the text alone; without the advice `check_text` says so."""
+        experts = (self.config.expert, *self.config.experts.values())
+        networks = [class_settings(expert.network) for expert in experts if expert.init is None]
+        has_both = self.config.data.labels and self.config.text.kind != "none" and self.config.text.classes
+        if has_both and not all(network.adapter.reads_classes for network in networks):
+            self.change("text", classes=False)
 
     def check_buckets(self) -> None:
         """Check that codec and networks accept images of all sizes."""

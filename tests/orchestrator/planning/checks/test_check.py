@@ -14,7 +14,7 @@ from experts.config import TextConfig
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.errors import ConfigError
-from orchestrator.planning.checks.check import check_run
+from orchestrator.planning.checks.check import DataCheck, check_run
 from orchestrator.run.run_folder import RunFolder
 from tests.text_encoders import save_tiny_encoder
 
@@ -147,3 +147,13 @@ def test_text_of_a_known_shape_passes(tmp_path):
     assert read_text_shape(TextConfig(kind="clip", path=str(tmp_path / "encoder"), length=9)) == (9, 8, 8)
     assert read_text_shape(TextConfig(kind="minilm")) == (16, 384, 384)
     assert read_text_shape(TextConfig(kind="t5", path="google/t5-v1_1-xxl", length=120)) == (120, 4096, 4096)
+
+
+@pytest.mark.parametrize(
+    ("expert", "advice"), [("pixart_small", {"text.classes": "false"}), ("residual_mlp_small", {})]
+)
+def test_classes_are_left_out_for_a_network_that_reads_text(expert, advice):
+    words = ["data=fashion_captions", "text=minilm", "codec=patch_pca", "codec.patch_size=7"]
+    data_check = DataCheck(parse_config(compose([*words, f"expert={expert}"])), None)
+    data_check.run()
+    assert data_check.advice == advice
