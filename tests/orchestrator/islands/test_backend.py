@@ -62,7 +62,7 @@ def list_trainings(run: RunFolder) -> dict[int, str]:
     return stages
 
 
-def wait_until(condition, limit_s: float = 120.0) -> None:
+def wait_until(condition, limit_s: float = 400.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline
@@ -76,6 +76,7 @@ def read_progress(run: RunFolder, stage) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_run_with_killed_controller_and_expert_finishes(islands, tmp_path):
     config = small_config(tmp_path, islands, steps=4000)
     run = RunFolder(tmp_path)
@@ -91,7 +92,7 @@ def test_run_with_killed_controller_and_expert_finishes(islands, tmp_path):
     wait_until(lambda: any(event["event"] == "attached" for event in run.read_events()))
     victim = next(pid for pid, name in list_trainings(run).items() if name == "expert_0")
     os.kill(victim, signal.SIGKILL)
-    assert second.wait(timeout=240) == 0, (tmp_path / "controller.log").read_text()
+    assert second.wait(timeout=600) == 0, (tmp_path / "controller.log").read_text()
     expert_events = [event for event in run.read_events() if "expert" in event.get("stage", "")]
     events = [(event["event"], event["stage"], event["attempt"]) for event in expert_events]
     submitted = [(stage, attempt) for event, stage, attempt in events if event == "submitted"]
