@@ -6,6 +6,7 @@ reads nothing. With a token every viewer enters it once; the browser then keeps 
 
 import hashlib
 import hmac
+from collections.abc import Container
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
@@ -38,10 +39,13 @@ LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 
 
 class Guard:
-    """ASGI middleware that lets in who may see the page, and adds `HEADERS` to every answer."""
+    """ASGI middleware that lets in who may see the page, and adds `HEADERS` to every answer.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.token = app, token
+    A page may only be read, but for the paths in `forms`.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, forms: Container[str] = ()) -> None:
+        self.app, self.token, self.forms = app, token, forms
         self.pass_value = hmac.new(token.encode(), b"ddm ui", hashlib.sha256).hexdigest() if token else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +75,8 @@ class Guard:
             return await self._log_in(request)
         elif not request.url.path.startswith("/static/") and not self._is_known(request):
             return Response(LOGIN, 401, media_type="text/html")
+        if request.method == "POST" and request.url.path in self.forms:
+            return None
         if request.method not in ("GET", "HEAD"):
             return PlainTextResponse("the page only reads", 405, {"Allow": "GET, HEAD"})
         return None

@@ -14,11 +14,12 @@ from starlette.exceptions import HTTPException
 
 from ddm_core.errors import DDMError
 from orchestrator.errors import RunFolderError
-from orchestrator.ui import live, media, views
+from orchestrator.ui import live, media, playground, views
 from orchestrator.ui.access import Guard
 from orchestrator.ui.facts.catalog import RunCatalog
 from orchestrator.ui.facts.overview import FOREIGN, OverviewCache, describe_foreign
 from orchestrator.ui.facts.pictures import PictureCache
+from orchestrator.ui.playground import Service
 from orchestrator.ui.templating import create_templates
 from orchestrator.ui.watcher import RunWatcher
 
@@ -32,16 +33,22 @@ SHUTDOWN_S = 5
 Handler = Callable[[Request, Exception], Awaitable[Response] | Response]
 
 
-def create_app(catalog: RunCatalog, token: str = "", *, watcher: RunWatcher | None = None) -> FastAPI:
-    """Return the application for these runs; with a token, viewers must enter it."""
+def create_app(
+    catalog: RunCatalog, token: str = "", *, watcher: RunWatcher | None = None, service: Service | None = None
+) -> FastAPI:
+    """Return the application for these runs; with a token, viewers must enter it, with a service they may draw."""
     app = FastAPI(title="ddm ui", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.catalog, app.state.watcher, app.state.templates = catalog, watcher or RunWatcher(), create_templates()
     app.state.pictures, app.state.overviews = PictureCache(), OverviewCache()
+    app.state.service = service
+    if service is not None:
+        app.include_router(playground.router)
+        app.state.templates.globals["has_playground"] = True
     app.include_router(views.router)
     app.include_router(live.router)
     app.include_router(media.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Guard, token=token)
+    app.add_middleware(Guard, token=token, forms=() if service is None else (playground.PATH,))
     handler: Any = _show_error
     for kind in (DDMError, OSError, HTTPException, *FOREIGN):
         app.add_exception_handler(kind, handler)

@@ -43,6 +43,7 @@ def create_templates() -> Environment:
         "si": format_si,
     }
     templates.globals |= {
+        "has_playground": False,
         "is_blurred": is_blurred,
         "is_static": False,
         "max_kid": MAX_KID_RATIO,

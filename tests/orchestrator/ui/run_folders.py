@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import uvicorn
+from fastapi import FastAPI
 
 from benchmarks.large_runs import build_run
 from data_partition.shards.images import encode_png, tile_pixels
@@ -15,9 +16,16 @@ from ddm_core.artifacts import publish, save_arrays, write_json
 from ensemble.config import TRAJECTORIES
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.serving.app import create_app as create_service
+from orchestrator.serving.backend import LocalBackend
+from orchestrator.serving.keys import ApiKeys
+from orchestrator.serving.sources import ModelSource
 from orchestrator.ui.facts.catalog import RunCatalog
+from orchestrator.ui.playground import Service
 from orchestrator.ui.server import create_app
 from orchestrator.ui.watcher import RunWatcher
+from tests.ensemble.text_pipeline import assemble_text_pipeline
+from tests.orchestrator.serving.test_service import CONFIG, SAMPLING
 
 DISTANCES = {"fd": 1.0, "fd_std": 0.1, "kid": 0.01, "kid_std": 0.002, "precision": 0.5, "recall": 0.6}
 SPACE = DISTANCES | {"floor": DISTANCES, "codec": DISTANCES}
@@ -93,9 +101,8 @@ def scores() -> dict:
 
 
 @contextlib.contextmanager
-def serve_page(paths: list[Path], token: str = "", period_s: float = 0.05):
-    """Yield the address of a page for these runs, served by a thread of this process."""
-    app = create_app(RunCatalog(paths), token, watcher=RunWatcher(period_s))
+def serve_app(app: FastAPI):
+    """Yield the address of an application, served by a thread of this process."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -105,6 +112,23 @@ def serve_page(paths: list[Path], token: str = "", period_s: float = 0.05):
         finally:
             server.should_exit = True
             thread.join(20)
+
+
+def serve_page(paths: list[Path], token: str = "", period_s: float = 0.05, service: Service | None = None):
+    """Serve a page for these runs, as `serve_app` does."""
+    return serve_app(create_app(RunCatalog(paths), token, watcher=RunWatcher(period_s), service=service))
+
+
+@contextlib.contextmanager
+def serve_images(root: Path):
+    """Yield a service of a small text-to-image ensemble that wants a key."""
+    assemble_text_pipeline(root)
+    (root / "key").touch(mode=0o600)
+    (root / "key").write_text("k" * 32)
+    source = ModelSource(name="tiny", folder=root / "pipeline", sampling=SAMPLING)
+    app = create_service(LocalBackend([source], CONFIG.batching), CONFIG, ApiKeys.read(root / "key"))
+    with serve_app(app) as address:
+        yield Service.open(address + "/v1", root / "key")
 
 
 def key_of(run: RunFolder) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.run.lease import hold_lease
 from orchestrator.run.run_folder import RunFolder
-from tests.orchestrator.ui.run_folders import add_data, key_of, make_run, serve_page
+from tests.orchestrator.ui.run_folders import add_data, key_of, make_run, serve_images, serve_page
 from tests.orchestrator.ui.test_watcher import HOLD
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -80,6 +80,30 @@ def test_views_are_accessible_and_fit(browser, runs, address, name, scheme, widt
         wide += [path] if page.evaluate("document.documentElement.scrollWidth") > width else []
         page.context.close()
     assert (violations, wide, problems) == ([], [], [])
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
+def test_playground_draws_what_the_form_says(browser, tmp_path, scheme, width):
+    problems, settings = [], {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+    with serve_images(tmp_path) as service, serve_page([tmp_path], service=service) as address:
+        page = opened(browser, address, problems, bypass_csp=False, **settings)
+        page.click("text=Playground")
+        page.fill("[name=prompt]", "a boot")
+        page.fill("[name=n]", "2")
+        page.fill("[name=seed]", "7")
+        page.click("button:has-text('Draw')")
+        page.wait_for_selector("#playground-state:has-text('2 images in')")
+        captions = page.locator("#drawn .caption").all_text_contents()
+        assert [caption.partition(" · ")[0] for caption in captions] == ["seed 7", "seed 8"]
+        assert page.evaluate("document.querySelector('#drawn canvas').width") == 4
+        page.fill("[name=steps]", "100000")
+        page.click("button:has-text('Draw')")
+        page.wait_for_selector("#playground-state:has-text('steps must be at most')")
+        assert [problem for problem in problems if "400 (Bad Request)" not in problem] == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page = opened(browser, f"{address}/playground", [], bypass_csp=True, **settings)
+        page.evaluate(AXE)
+        assert page.evaluate("axe.run()")["violations"] == []
 
 
 def test_page_follows_a_run_to_the_death_of_its_controller(browser, tmp_path):
