@@ -1,4 +1,4 @@
-"""Samples of one expert alone, as soon as it has a checkpoint."""
+"""Samples of one expert alone, as soon as it has a checkpoint, and at some later ones."""
 
 from math import isqrt
 from pathlib import Path
@@ -18,9 +18,18 @@ MAX_SHARE = 0.01
 """Largest number of forward calls on a sample, relative to the training's."""
 
 
-def are_quick(training: TrainingConfig) -> bool:
-    """Return whether the samples are a hundredth of the training or less; one of its steps counts as three calls."""
-    return MAX_SHARE * 3 * training.steps * training.batch_size >= COUNT * STEPS
+MAX_PICTURES = 6
+
+
+def picture_steps(training: TrainingConfig) -> tuple[int, ...]:
+    """Return the checkpoints to sample at, evenly spread: as many as cost a hundredth of the training, or none.
+
+    One step of the training counts as three calls on each sample of its batch. The end is a checkpoint.
+    """
+    affordable = MAX_SHARE * 3 * training.steps * training.batch_size / (COUNT * STEPS)
+    saved = [*range(training.checkpoint_every, training.steps, training.checkpoint_every), training.steps]
+    count = min(MAX_PICTURES, int(affordable), len(saved))
+    return tuple(saved[round(place * (len(saved) - 1) / max(1, count - 1))] for place in range(count))
 
 
 def write_first_samples(expert: Expert, codec: Path, training: TrainingConfig, out: Path) -> None:

@@ -17,7 +17,7 @@ from experts.networks.pretrained_files import check_unchanged, init_files
 from experts.training.encode import FrozenCodec, encode_dataset
 from experts.training.trainer import check_device
 from orchestrator.pipeline.flop_matching import flop_matched_config
-from orchestrator.pipeline.stage import FIRST_SAMPLES
+from orchestrator.pipeline.stage import FIRST_SAMPLES, STEP_SAMPLES
 from orchestrator.pipeline.stage_configs import (
     DistilledMonolithStageConfig,
     ExpertStageConfig,
@@ -61,21 +61,23 @@ def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Work
 
 
 def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Train one expert on the latents of its cluster; draw from it alone at its first checkpoint, beside its log."""
+    """Train one expert on the latents of its cluster; draw from it alone at some checkpoints, beside its log."""
     expert, is_drawn = with_init_checkpoint(config.expert, inputs), False
 
-    def draw(load: Callable[[], Expert]) -> None:
+    def draw(load: Callable[[], Expert], step: int = 0) -> None:
         nonlocal is_drawn
-        if is_drawn:
-            return
-        is_drawn = True
         try:
-            from ensemble.sampling.first_samples import are_quick, write_first_samples
+            from ensemble.sampling.first_samples import picture_steps, write_first_samples
 
-            if are_quick(expert.training):
-                write_first_samples(load(), inputs["codec"], expert.training, workspace.attempt / FIRST_SAMPLES)
+            planned, step = picture_steps(expert.training), step or _saved_step(workspace)
+            picture = workspace.attempt / STEP_SAMPLES.format(step)
+            if planned and (step in planned or not is_drawn):
+                write_first_samples(load(), inputs["codec"], expert.training, picture)
+                if not is_drawn:
+                    shutil.copyfile(picture, workspace.attempt / FIRST_SAMPLES)
         except Exception:  # whatever is wrong with the picture, the expert is trained
             log.warning("no samples of this expert alone", exc_info=True)
+        is_drawn = True
 
     summary = train_expert(
         expert,
@@ -87,8 +89,13 @@ def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: 
         on_checkpoint=draw,
         held_out=[inputs["holdout"]] if "holdout" in inputs else [],
     )
-    draw(lambda: Expert.load(out))
+    draw(lambda: Expert.load(out), expert.training.steps)
     return summary.flops
+
+
+def _saved_step(workspace: Workspace) -> int:
+    """Return the step of the newest checkpoint."""
+    return max(int(path.name.removeprefix("step-")) for path in workspace.scratch.glob("checkpoints/step-*"))
 
 
 def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -15,6 +15,9 @@ from orchestrator.config.compute import ResourcesConfig
 FIRST_SAMPLES = "samples.png"
 """Picture in the folder of an attempt at an expert, drawn at its first checkpoint."""
 
+STEP_SAMPLES = "samples-{:08d}.png"
+"""The same at a step: that one, and some later ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Input:

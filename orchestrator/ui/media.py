@@ -8,7 +8,7 @@ from fastapi.responses import Response
 
 from ddm_core.artifacts import read_small_file
 from orchestrator.errors import RunFolderError
-from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
+from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.ui.facts import overview
 from orchestrator.ui.facts.catalog import require_inside
@@ -48,14 +48,14 @@ def show_frame(request: Request, key: str, stage: str, seed: int, frame: int) ->
     return Response(kept.png(seed, frame), media_type="image/png", headers=KEPT)
 
 
-@router.get("/run/{key}/first/{stage}.png")
-def show_first_samples(request: Request, key: str, stage: str) -> Response:
-    """Return the samples that an expert drew at its first checkpoint."""
+@router.get("/run/{key}/steps/{stage}/{step}.png")
+def show_step_samples(request: Request, key: str, stage: str, step: int) -> Response:
+    """Return the samples that an expert drew at a step of its training."""
     run = find_run(request, key).run
-    attempts = run.attempts(find_stage(run, stage))
-    if not attempts:
-        raise RunFolderError(f"{stage} has not started yet")
-    return Response(read_small_file(require_inside(run, attempts[-1] / FIRST_SAMPLES)), media_type="image/png")
+    pictures = overview.find_step_samples(run, find_stage(run, stage))
+    if step not in pictures:
+        raise RunFolderError(f"{stage} has drawn no samples at step {step}")
+    return Response(read_small_file(require_inside(run, pictures[step])), media_type="image/png")
 
 
 @router.get("/run/{key}/cluster/{cluster}/{number}.png")

@@ -1,4 +1,4 @@
-"""An expert is drawn from at its first checkpoint, which neither changes nor fails its training."""
+"""An expert is drawn from at its first checkpoint and some later ones, which neither changes nor fails its training."""
 
 from dataclasses import replace
 
@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from ddm_core.artifacts import Preempted, Workspace
-from ensemble.sampling.first_samples import COUNT, STEPS, are_quick
+from ensemble.sampling.first_samples import COUNT, STEPS, picture_steps
 from experts.config import TrainingConfig
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.run_training import run_expert
-from orchestrator.pipeline.stage import FIRST_SAMPLES
+from orchestrator.pipeline.stage import FIRST_SAMPLES, STEP_SAMPLES
 from orchestrator.run.run_folder import RunFolder
 
 
@@ -50,6 +50,8 @@ def test_expert_is_drawn_from_at_its_first_checkpoint(train, tmp_path):
         train("first", 200, StoppedByPicture)
     picture, continued = train("first", 200)
     assert Image.open(picture).size == (4 * 8 + 3, 4 * 8 + 3)
+    by_step = sorted(path.name for path in picture.parent.glob("samples-*.png"))
+    assert by_step == [STEP_SAMPLES.format(200), STEP_SAMPLES.format(400)]  # one for each start of the worker
     blocked, without_picture = train("second", 200, has_room=False)
     assert blocked.is_dir()
     assert continued == without_picture
@@ -60,7 +62,16 @@ def test_expert_without_a_checkpoint_is_drawn_from_at_its_end(train):
     assert picture.is_file()
 
 
-def test_short_trainings_are_not_drawn_from():
+def test_pictures_cost_a_hundredth_of_the_training():
     calls = COUNT * STEPS * 100 // 3
-    assert not are_quick(TrainingConfig(steps=calls // 10, batch_size=10))
-    assert are_quick(TrainingConfig(steps=calls // 10 + 1, batch_size=10))
+    assert picture_steps(TrainingConfig(steps=calls // 10, batch_size=10)) == ()
+    assert len(picture_steps(TrainingConfig(steps=calls // 10 + 1, batch_size=10))) == 1
+    assert picture_steps(TrainingConfig(steps=1050, batch_size=1000, checkpoint_every=100)) == (
+        100,
+        300,
+        500,
+        700,
+        900,
+        1050,
+    )
+    assert picture_steps(TrainingConfig(steps=1050, batch_size=1000, checkpoint_every=2000)) == (1050,)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import UndefinedError
@@ -110,14 +111,25 @@ class Overview:
         return any(row.name == name and row.state == "finished" for row in self.rows)
 
     @property
-    def first_samples(self) -> list[str]:
-        """Return the names of the stages whose latest attempt has drawn its first samples."""
-        run = self.entry.run
-        return [
-            stage.name
+    def step_samples(self) -> dict[str, list[int]]:
+        """Return the steps at which each expert drew samples; 0 stands for the first checkpoint in older runs."""
+        return {
+            stage.name: steps
             for stage in self.graph
-            if stage.kind == "expert" and any((a / FIRST_SAMPLES).is_file() for a in run.attempts(stage)[-1:])
-        ]
+            if stage.kind == "expert" and (steps := sorted(find_step_samples(self.entry.run, stage)))
+        }
+
+
+def find_step_samples(run: RunFolder, stage: Stage) -> dict[int, Path]:
+    """Return the pictures that an expert drew while it trained, by step; of equal steps that of the latest attempt."""
+    attempts, found = run.attempts(stage), {}
+    for attempt in attempts:
+        for path in attempt.glob("samples-*.png"):
+            if (step := path.stem.removeprefix("samples-")).isdecimal():
+                found[int(step)] = path
+    if not found and attempts and (old := attempts[-1] / FIRST_SAMPLES).is_file():
+        found[0] = old
+    return found
 
 
 def find_stage(graph: Sequence[Stage], name: str) -> Stage:

@@ -165,10 +165,10 @@ def test_link_out_of_the_run_folder_is_not_followed(copy, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text('{"step": 1, "loss": 7.25}\n')
     attempt = next(folder.root.glob("work/router-*/attempt_1"))
-    for name in ("log.txt", "metrics.jsonl", "samples.png"):
+    for name in ("log.txt", "metrics.jsonl", "samples-00000100.png"):
         (attempt / name).unlink(missing_ok=True)
         (attempt / name).symlink_to(secret)
-    for path in ("log?stage=router", "curves.json", "first/router.png"):
+    for path in ("log?stage=router", "curves.json", "steps/router/100.png"):
         answer = page.get(f"/run/{key}/{path}")
         assert answer.status_code == 404 and "leads out of the run folder" in answer.text and "7.25" not in answer.text
 
