@@ -114,6 +114,9 @@ class KubernetesConfig:
     """Overrides of a run for a RayJob, which starts and ends its own Ray cluster; empty renders no RayJob."""
     claim: str = ""
     """Persistent volume claim (ReadWriteMany) for that run's folder."""
+    mutual_tls: bool = False
+    """Whether the pods prove who they are to each other and encrypt; needs KubeRay 1.7 with its feature gate
+    RayClusterMTLS, and cert-manager, which makes the certificates."""
 
     @model_validator(mode="after")
     def _check_claim(self) -> Self:

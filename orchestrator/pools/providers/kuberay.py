@@ -68,6 +68,7 @@ def _build_cluster(config: PoolConfig) -> dict[str, Any]:
     return {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token", "secretName": get_secret_name(config)},
+        **({"tlsOptions": {"enabled": True}} if config.kubernetes.mutual_tls else {}),
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {"idleTimeoutSeconds": round(config.idle_minutes * 60), "upscalingMode": "Default"},
         "headGroupSpec": head,
@@ -156,6 +157,9 @@ def check(config: PoolConfig, folder: Path) -> None:
     kinds = tool_output([*_build_kubectl_command(config), "api-resources", "--api-group=ray.io", "--output=name"])
     if "rayclusters.ray.io" not in kinds.split():
         raise PoolError("this Kubernetes has no RayCluster resource; install KubeRay 1.6 or later with Helm")
+    if config.kubernetes.mutual_tls:  # an operator without the field would drop it, and start the pool unencrypted
+        command = [*_build_kubectl_command(config), "explain", "raycluster.spec.tlsOptions", "--api-version=ray.io/v1"]
+        tool_output(command, remedy="install KubeRay 1.7 with RayClusterMTLS and cert-manager, or set mutual_tls=false")
     command = [*_build_kubectl_command(config), "auth", "can-i", "create", "rayclusters.ray.io"]
     tool_output(command, remedy=f"request this right in namespace {config.kubernetes.namespace}")
 

@@ -9,6 +9,7 @@ KUBECTL = """#!/bin/sh
 echo "kubectl $*" >> "$FAKE/calls"
 case "$*" in
   *api-resources*) cat "$FAKE/kinds" 2>/dev/null ;;
+  *explain*) test -e "$FAKE/tls" || { echo 'field "tlsOptions" does not exist' >&2; exit 1; } ;;
   *can-i*) test -e "$FAKE/allowed" && echo yes || { echo no; exit 1; } ;;
   *apply*ray_cluster.yaml) test -e "$FAKE/full" && { echo "quota" >&2; exit 1; }; touch "$FAKE/cluster" ;;
   *delete*ray_cluster.yaml*) test -e "$FAKE/stuck" || rm -f "$FAKE/cluster" ;;

@@ -97,6 +97,15 @@ def test_up_without_kuberay_or_without_rights_raises(kubernetes, tools, tmp_path
     assert not (tmp_path / "pool").exists()
 
 
+def test_up_with_mutual_tls_refuses_an_operator_without_it(kubernetes, tools, tmp_path):
+    with pytest.raises(PoolError, match="does not exist; install KubeRay 1.7 with RayClusterMTLS"):
+        run_pool("up", *kubernetes, "kubernetes.mutual_tls=true", "--yes")
+    assert not (tmp_path / "pool").exists()
+    tools.set("tls")
+    run_pool("up", *kubernetes, "kubernetes.mutual_tls=true", "--yes")
+    assert "enabled: true" in (tmp_path / "pool" / "ray_cluster.yaml").read_text()
+
+
 def test_up_then_down_of_skypilot_leaves_nothing(tools, tmp_path):
     with pytest.raises(PoolError, match="may use no cloud; `sky check`"):
         run_pool("up", "skypilot", "--folder", tmp_path, "--yes")

@@ -29,6 +29,7 @@ CLUSTER = fields(
     ["headGroupSpec", "rayVersion", "authOptions"],
     rayVersion={"type": "string"},
     authOptions=fields(["mode", "secretName"], mode={"const": "token"}, secretName=DNS),
+    tlsOptions=fields(["enabled"], enabled={"const": True}),
     enableInTreeAutoscaling={"const": True},
     autoscalerOptions=fields(
         idleTimeoutSeconds=COUNT, upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]}
@@ -121,9 +122,21 @@ def test_network_policy_admits_only_pods_and_operator():
     assert all(template["metadata"]["labels"]["ddm-pool"] == "kuberay" for template in templates(cluster))
 
 
-def test_container_cannot_become_root():
+def test_mutual_tls_is_asked_of_the_operator_where_it_is_configured():
+    config = load_shipped("kuberay", "kubernetes.mutual_tls=true")
+    for file, kind, spec in (("ray_cluster.yaml", "RayCluster", CLUSTER), ("ray_job.yaml", "RayJob", JOB)):
+        document = render_document(config, file)
+        Draft202012Validator(manifest(kind, spec)).validate(document)
+        cluster = document["spec"].get("rayClusterSpec", document["spec"])
+        names = {entry["name"] for pod in templates(cluster) for entry in pod["spec"]["containers"][0]["env"]}
+        assert cluster["tlsOptions"] == {"enabled": True} and not [name for name in names if "TLS" in name]
+    assert "tlsOptions" not in render_document(load_shipped("kuberay"), "ray_cluster.yaml")["spec"]
+
+
+def test_container_is_that_of_the_dockerfile_and_cannot_become_root():
     for template in templates(render_document(load_shipped("kuberay"), "ray_cluster.yaml")["spec"]):
         (container,) = template["spec"]["containers"]
+        assert container["image"].partition(":")[0].endswith("/ddm")
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["runAsNonRoot"] is True
         assert container["resources"]["limits"] == container["resources"]["requests"]
