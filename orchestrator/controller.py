@@ -24,6 +24,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.planning.checks.check import check_run
+from orchestrator.reporting.budget import Budget
 from orchestrator.reporting.progress import RunDisplay
 from orchestrator.reporting.tracking.process import notify_of, track_run
 from orchestrator.reporting.tracking.tracker import require_account
@@ -48,7 +49,8 @@ of the configuration: a run folder outlives the Ray cluster on which its run sta
 def run_pipeline(config: RunConfig, console: Console) -> RunResult:
     """Run every unfinished stage under the run's lease.
 
-    Raises `ConfigError` for a run that cannot succeed, `RunFailed` if a required stage failed permanently.
+    Raises `ConfigError` for a run that cannot succeed, `RunFailed` if a required stage failed permanently, and
+    `BudgetReached` if it stopped because it has cost what it may.
 
     It prepares the run folder, opens the backend and the displays, and leaves the graph to `Runner`.
     """
@@ -68,6 +70,9 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
                 f"All {len(graph)} stages of {run.root} are finished; nothing to do.", markup=False, soft_wrap=True
             )
             return RunResult(finished=tuple(stage.name for stage in graph), submitted=0, failed={}, stopped=False)
+        budget = Budget(run, config.compute, partial(_warn, run, console))
+        if config.compute.backend != "islands":  # attempts may still run on islands, and cost until they are stopped
+            budget.require()
         kill_orphan_workers(run, unfinished)
         commit = project_commit()
         run.record("run_started", stages=len(graph), unfinished=len(unfinished), commit=commit)
@@ -89,12 +94,15 @@ def run_pipeline(config: RunConfig, console: Console) -> RunResult:
                     policy=config.compute,
                     commit=commit,
                     check_lease=lease.check,
+                    before_dispatch=budget.check,
                     on_event=display.event,
                     on_tick=(display.tick,),
                 )
                 result = runner.run_to_end()
             run.record("run_ended", submitted=result.submitted, failed=result.failed, stopped=result.stopped)
         run.stop.unlink(missing_ok=True)
+    if budget.is_reached and result.stopped:
+        budget.require()
     if result.failed and not result.stopped:
         _raise_if_required(config, run, result)
     return result

@@ -12,6 +12,7 @@ DDMError (ddm_core/errors.py)
     ├── StorageError       a storage rejects a request or lacks the requested data (islands/storage/errors.py)
     │   ├── StorageUnreachable   a storage does not respond
     │   └── CorruptTransfer      received data differs from sent data
+    ├── BudgetReached      the run has cost what it may cost; it can continue with more
     └── RunFailed          at least one stage failed permanently; the others are finished and kept
 """
 
@@ -48,6 +49,10 @@ class IslandError(OrchestratorError):
 
 class Unreachable(IslandError):
     """An island does not respond; the state of its jobs is unknown."""
+
+
+class BudgetReached(OrchestratorError):
+    """The run has cost as much as `compute.budget_cost` or `compute.budget_hours` allow; its work is kept."""
 
 
 class RunFailed(OrchestratorError):

@@ -204,16 +204,29 @@ def stop(run: RunArgument) -> None:
 
 
 @app.command()
-def resume(run: RunArgument, trust: Trust = False) -> None:
+def resume(
+    run: RunArgument,
+    trust: Trust = False,
+    budget_cost: Annotated[
+        float | None, typer.Option(help="A new compute.budget_cost, in the currency of your islands' prices")
+    ] = None,
+    budget_hours: Annotated[float | None, typer.Option(help="A new compute.budget_hours, in worker hours")] = None,
+) -> None:
     """Continue a run that was stopped or killed. Finished stages are kept."""
     from dataclasses import replace
 
+    from ddm_core.artifacts import to_jsonable
+    from orchestrator.config.schema import parse_config
     from orchestrator.controller import run_pipeline
     from orchestrator.run.trust import require_trust
 
     folder = _open_run(run)
     config = replace(folder.load_config(), folder=str(run))
     require_trust(folder, config, trust=trust)
+    budgets = {"budget_cost": budget_cost, "budget_hours": budget_hours}
+    if changed := {key: value for key, value in budgets.items() if value is not None}:
+        settings = to_jsonable(config)
+        config = parse_config(settings | {"compute": settings["compute"] | changed})
     _report_result(config, run_pipeline(config, console))
 
 

@@ -161,6 +161,11 @@ class ComputeConfig:
     """Time for a stage to save its work after a stop request."""
     lease_s: Annotated[float, Field(gt=0)] = 180.0
     """Stages of an island count as lost after this time without a connection or heartbeat."""
+    budget_cost: Annotated[float, Field(gt=0)] | None = None
+    """What the run may cost on islands, in the currency of their prices, over all its attempts; it warns at 80 %, and
+    at 100 % saves its work and stops. Empty is unlimited."""
+    budget_hours: Annotated[float, Field(gt=0)] | None = None
+    """Worker hours that all attempts together may take, likewise."""
     max_spot_preemptions: Annotated[int, Field(ge=0)] = 2
     """After this many losses on preemptible islands a stage moves to one that is not preemptible, if there is one."""
 
@@ -199,6 +204,11 @@ class ComputeConfig:
             raise ValueError(
                 f"several workers need one of {', '.join(PARALLEL_KINDS)}, and backend=ray or backend=islands; "
                 f"got stages.{', '.join(parallel)} with backend={self.backend}"
+            )
+        if self.budget_cost is not None and not any(island.price_per_hour for island in self.islands.values()):
+            raise ValueError(
+                f"budget_cost counts the prices of islands, and none has one; got budget_cost={self.budget_cost:g}: "
+                "set islands.<name>.price_per_hour, or budget_hours instead"
             )
         if CONTROLLER in self.islands:
             raise ValueError(f"an island cannot be named {CONTROLLER!r}, the name of the controller's place; rename it")

@@ -48,20 +48,25 @@ class TrackingConfig:
     """Time to send the rest at the end of a run; what remains is below `wandb/` in the run folder."""
 
 
+Event = Literal[
+    "finished",
+    "failed",
+    "stopped",
+    "expert_lost",
+    "island_lost",
+    "controller_lost",
+    "budget_nearly_reached",
+    "budget_reached",
+]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class NotifyConfig:
     """Events that are posted as JSON to a webhook, such as one of a chat room; nothing is sent by default."""
 
     webhook_file: str = ""
     """File of mode 600 that holds the https address, which is a secret."""
-    events: tuple[Literal["finished", "failed", "stopped", "expert_lost", "island_lost", "controller_lost"], ...] = (
-        "finished",
-        "failed",
-        "stopped",
-        "expert_lost",
-        "island_lost",
-        "controller_lost",
-    )
+    events: tuple[Event, ...] = get_args(Event)
     """What is sent."""
 
 

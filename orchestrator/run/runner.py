@@ -70,6 +70,8 @@ class Runner:
     commit: str = ""
     check_lease: Callable[[], None] = lambda: None
     """Raises `LeaseLost` once another controller has taken over; called before everything that this runner writes."""
+    before_dispatch: Callable[[], None] = lambda: None
+    """Called before stages start; it may request a stop."""
     on_event: Callable[[str, Stage, str], None] = lambda event, stage, text: None
     on_tick: Sequence[Callable[[Sequence[Stage]], None]] = ()
     running: dict[str, _Running] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Runner:
         self._reattach_running()
         while True:
             self.check_lease()
+            self.before_dispatch()
             stopping = self.run.stop.exists()
             if not stopping:
                 self.queue.dispatch(self._start)

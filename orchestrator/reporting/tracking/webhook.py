@@ -57,6 +57,8 @@ def describe(events: list[dict[str, Any]], config: RunConfig) -> Iterator[tuple[
             yield "island_lost", f"island {event.get('island', '')} does not respond"
         elif kind == "left_out":
             yield "expert_lost", f"{event['stage']} failed for good; the ensemble is assembled without it"
+        elif kind in ("budget_nearly_reached", "budget_reached"):
+            yield kind, event["text"]
         elif kind == "run_ended" and event.get("stopped"):
             yield "stopped", f"it was stopped; continue with `ddm resume {config.folder}`"
         elif kind == "run_ended" and event.get("failed"):

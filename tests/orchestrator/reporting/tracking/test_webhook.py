@@ -122,8 +122,9 @@ def test_events_of_the_journal_have_names():
         {"event": "submitted", "stage": "expert_0"},
         {"event": "unreachable", "island": "spot"},
         {"event": "left_out", "stage": "expert_1"},
+        {"event": "budget_reached", "text": "1 of 1"},
         {"event": "run_ended", "failed": {"router": "x"}, "stopped": False},
         {"event": "run_ended", "failed": {}, "stopped": True},
     ]
     names = [name for name, _ in describe(events, parse_config(compose(TINY)))]
-    assert names == ["island_lost", "expert_lost", "failed", "stopped"]
+    assert names == ["island_lost", "expert_lost", "budget_reached", "failed", "stopped"]
