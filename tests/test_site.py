@@ -1,5 +1,6 @@
 """The documentation site: every page is in the navigation, and every command and code block on it works."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -9,10 +10,11 @@ import typer.main
 import yaml
 
 from orchestrator.cli.app import app
+from orchestrator.cli.exits import OTHER, PAGE
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from tests.laws.conftest import tiny_run as finished_run
-from tests.test_house import ROOT, commands_in
+from tests.test_house import ROOT, commands_in, sources
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 COMMANDS = sorted({line for page in PAGES for line in commands_in(page) if line.startswith("ddm ")})
@@ -50,6 +52,23 @@ def test_python_blocks_run(page: Path, tiny_run: Path, tmp_path, monkeypatch):
     Path("runs/digits").symlink_to(tiny_run)
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
     exec(compile(code, page.name, "exec"), {})
+
+
+def test_every_error_has_a_section_and_every_section_an_error():
+    bases = {
+        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    errors = {"DDMError"}
+    while more := {name for name in bases if bases[name] & errors} - errors:
+        errors |= more
+    headings = re.findall(r"^#{2,3} (.*)", (ROOT / PAGE).read_text(), flags=re.MULTILINE)
+    sections = [heading for heading in headings if heading in errors]
+    assert sorted(sections) == sorted(errors)
+    assert {heading.lower().replace(" ", "-") for heading in headings} >= {OTHER}
+    assert [name for name in headings if name.endswith("Error") and name not in errors] == []
 
 
 tiny_run = finished_run

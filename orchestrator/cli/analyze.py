@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
+from orchestrator.cli.pipelines import RunArgument
 from orchestrator.errors import ConfigError
-from orchestrator.reporting.terminal import open_console
+from orchestrator.reporting.terminal import AsJson, open_console, print_json
 
 console = open_console()
 
-RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Ensemble = Annotated[Path | None, typer.Option(help="Folder of another ensemble, such as one with fewer experts")]
 
 
@@ -23,6 +23,7 @@ def audit(
         str, typer.Option(help="Row of the table of scores, such as sticky, full or monolith; empty is the first")
     ] = "",
     ensemble: Ensemble = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare samples with their nearest training images, per expert, to find copies."""
     folder = _open_finished(run)
@@ -34,7 +35,10 @@ def audit(
         row = _score_ensemble(folder, ensemble, row)
     with _progress("Comparing with the training set") as on_progress:
         stage = run_audit(folder, row, on_progress)
-    for table in audit_tables(load_result(folder, stage, "audit.json")):
+    result = load_result(folder, stage, "audit.json")
+    if as_json:
+        print_json(result)
+    for table in audit_tables(result):
         console.print(table)
     files = [folder.artifact(stage) / "audit.json", folder.artifact(stage) / "suspects.png", write_report(folder)]
     console.print("\n".join(map(str, files)), soft_wrap=True, highlight=False, markup=False)
@@ -50,6 +54,7 @@ def classify(
         float | None, typer.Option(help="Drop a class early that is worse by so many standard errors, such as 3", min=0)
     ] = None,
     ensemble: Ensemble = None,
+    as_json: AsJson = False,
 ) -> None:
     """Classify held-out images by their denoising error, with the ensemble and with each expert alone."""
     folder = _open_finished(run)
@@ -63,7 +68,10 @@ def classify(
         config = with_ensemble(folder, config, ensemble)
     with _progress("Denoising under every class") as on_progress:
         stage = run_classify(folder, config, images, draws, on_progress, eliminate or None)
-    console.print(accuracy_table(load_result(folder, stage, "classify.json")))
+    result = load_result(folder, stage, "classify.json")
+    if as_json:
+        print_json(result)
+    console.print(accuracy_table(result))
     console.print(str(folder.artifact(stage) / "classify.json"), soft_wrap=True, highlight=False, markup=False)
 
 

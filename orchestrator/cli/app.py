@@ -13,17 +13,28 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ddm_core.errors import DDMError
 from orchestrator.cli.analyze import audit, classify
 from orchestrator.cli.exits import run_command
 from orchestrator.cli.experts import app as experts_app
 from orchestrator.cli.experts import finetune
 from orchestrator.cli.init import init
-from orchestrator.cli.islands import app as islands_app
-from orchestrator.cli.pools import app as pool_app
+from orchestrator.cli.machines.islands import app as islands_app
+from orchestrator.cli.machines.pools import app as pool_app
+from orchestrator.cli.pipelines import (
+    RunArgument,
+    complete_stage,
+    fit,
+    open_run,
+    parse_seeds,
+    report_result,
+    run_every_combination,
+    show_next_steps,
+    with_file,
+    write_report_of,
+)
 from orchestrator.cli.verify import verify
-from orchestrator.errors import ConfigError, RunFailed, RunFolderError
-from orchestrator.reporting.terminal import open_console
+from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.reporting.terminal import AsJson, open_console, print_json
 from orchestrator.serving.command import serve
 from orchestrator.ui.command import ui
 
@@ -62,7 +73,12 @@ class _OrderedCommands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_OrderedCommands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__
+    cls=_OrderedCommands,
+    invoke_without_command=True,
+    callback=show_next_steps,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help=__doc__,
 )
 app.add_typer(experts_app, name="experts")
 app.add_typer(islands_app, name="islands")
@@ -80,7 +96,6 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: ex
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A YAML file of keys and values, such as `ddm init` writes")
 ]
-RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Trust = Annotated[bool, typer.Option("--trust", help="Act on settings that another user wrote, or on another machine")]
 Seeds = Annotated[str, typer.Option(help="Seeds of the images: 0-15, or 3,5,8")]
 Selection = Annotated[
@@ -98,23 +113,23 @@ def plan(
     overrides: Overrides = None,
     config_file: ConfigFile = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the speed here and on islands first")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the stages that would run, with their places, times and prices. Nothing runs."""
     from orchestrator.config.hydra_compose import compose
     from orchestrator.config.schema import parse_config
     from orchestrator.planning.calibration import calibrate as measure
-    from orchestrator.planning.plan import plan_run, plan_to_json
+    from orchestrator.planning.plan import plan_run
     from orchestrator.planning.tables import plan_tables
     from orchestrator.run.run_folder import RunFolder
 
-    config = parse_config(compose(_fit(_with_file(config_file, overrides), is_quiet=as_json)))
+    config = parse_config(compose(fit(with_file(config_file, overrides))))
     if calibrate:
         with open_console(stderr=True).status("Measuring for a few seconds …"):
             measure(config)
     run_plan = plan_run(config, RunFolder(Path(config.folder).expanduser()))
     if as_json:
-        typer.echo(plan_to_json(run_plan))
+        print_json(run_plan)
         return
     for table in plan_tables(run_plan):
         console.print(table)
@@ -130,11 +145,14 @@ def run(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace the settings of a finished run in this folder; they are archived")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline: partition, experts, router, monolith, ensemble, scores, report."""
-    overrides = _with_file(config_file, overrides)
+    overrides = with_file(config_file, overrides)
+    if multirun and as_json:
+        raise ConfigError("--json prints the result of one run; a sweep writes sweep.json and one folder a run")
     if multirun:
-        _sweep(overrides)
+        run_every_combination(overrides)
         return
     console.print("Reading the configuration …")
     from orchestrator.cli.replacement import check_replacement
@@ -145,9 +163,9 @@ def run(
 
     if misplaced := [text for text in overrides if text.startswith(("hydra/launcher", "hydra/sweeper"))]:
         raise ConfigError(f"{misplaced[0]} belongs to a sweep: add -m, and a key with several values")
-    config = parse_config(compose(_fit(overrides)))
+    config = parse_config(compose(fit(overrides)))
     check_replacement(RunFolder(Path(config.folder).expanduser()), config, replace=replace)
-    _report_result(config, run_pipeline(config, console))
+    report_result(config, run_pipeline(config, console), as_json=as_json)
 
 
 @app.command()
@@ -157,14 +175,14 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Keep the table up to date while the run goes on")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the state and progress of every stage of a run."""
-    from orchestrator.reporting.status import status_table, status_to_json, watch_status
+    from orchestrator.reporting.status import load_facts, status_table, watch_status
 
-    folder = _open_run(run)
+    folder = open_run(run)
     if as_json:
-        typer.echo(status_to_json(folder))
+        print_json(load_facts(folder))
     elif watch:
         watch_status(folder, console, all_experts=all_experts)
     else:
@@ -174,15 +192,22 @@ def status(
 @app.command()
 def logs(
     run: RunArgument,
-    stage: Annotated[str, typer.Argument(help="The stage, such as expert_3; empty prints the journal")] = "",
+    stage: Annotated[
+        str,
+        typer.Argument(help="The stage, such as expert_3; empty prints the journal", autocompletion=complete_stage),
+    ] = "",
     attempt: Annotated[int, typer.Option(help="Attempt number; 0 is the latest", min=0)] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print a stage's settings, losses, time left and log, or the journal of the run."""
-    from orchestrator.reporting.status import describe_stage, find_log_file, print_file
+    from orchestrator.reporting.status import describe_stage, find_log_file, load_stage_facts, print_file
 
-    folder = _open_run(run)
+    folder = open_run(run)
     file = find_log_file(folder, stage, attempt)
+    if as_json:
+        print_json(load_stage_facts(folder, stage, file.parent) if stage else folder.read_events())
+        return
     if stage:
         typer.echo(describe_stage(folder, stage, file.parent))
     print_file(file, follow=follow)
@@ -193,7 +218,7 @@ def stop(run: RunArgument) -> None:
     """Stop a run after its stages have saved their work; `ddm resume` continues it."""
     from orchestrator.run.lease import read_holder
 
-    folder = _open_run(run)
+    folder = open_run(run)
     controller = read_holder(folder)
     if controller is None:
         raise RunFolderError(f"{run} has no controller: nothing is running")
@@ -211,6 +236,7 @@ def resume(
         float | None, typer.Option(help="A new compute.budget_cost, in the currency of your islands' prices")
     ] = None,
     budget_hours: Annotated[float | None, typer.Option(help="A new compute.budget_hours, in worker hours")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Continue a run that was stopped or killed. Finished stages are kept."""
     from dataclasses import replace
@@ -220,14 +246,14 @@ def resume(
     from orchestrator.controller import run_pipeline
     from orchestrator.run.trust import require_trust
 
-    folder = _open_run(run)
+    folder = open_run(run)
     config = replace(folder.load_config(), folder=str(run))
     require_trust(folder, config, trust=trust)
     budgets = {"budget_cost": budget_cost, "budget_hours": budget_hours}
     if changed := {key: value for key, value in budgets.items() if value is not None}:
         settings = to_jsonable(config)
         config = parse_config(settings | {"compute": settings["compute"] | changed})
-    _report_result(config, run_pipeline(config, console))
+    report_result(config, run_pipeline(config, console), as_json=as_json)
 
 
 @app.command()
@@ -249,11 +275,12 @@ def sample(  # noqa: PLR0913 - one for each option
         int | None, typer.Option(help="Solver steps to reflect from weak to strong; more than there are: all", min=1)
     ] = None,
     size: Annotated[str, typer.Option(help="Width x height, such as 48x32, for networks that take any size")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Sample images from a finished run and write them as one grid."""
-    from orchestrator.cli.sample import SamplingOptions, prepare_sampling, save_grid
+    from orchestrator.cli.sample import SamplingOptions, describe_samples, prepare_sampling, save_grid
 
-    folder, seed_list = _open_run(run), parse_seeds(seeds)
+    folder, seed_list = open_run(run), parse_seeds(seeds)
     if monolith and selection:
         raise ConfigError("--monolith is one model, so there is nothing to select: leave out --selection")
     if monolith and reflect:
@@ -273,7 +300,10 @@ def sample(  # noqa: PLR0913 - one for each option
         reflect=reflect,
     )
     request = prepare_sampling(folder, out, options)
-    console.print(save_grid(request, request.sample(seed_list), out), soft_wrap=True)
+    samples = request.sample(seed_list)
+    console.print(save_grid(request, samples, out), soft_wrap=True)
+    if as_json:
+        print_json(describe_samples(request, samples, seed_list, out))
 
 
 @app.command()
@@ -283,18 +313,19 @@ def evaluate(
     ensemble: Annotated[
         Path | None, typer.Option(help="Score another ensemble, such as one with fewer experts")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score a finished run with another selection, or another ensemble with the selections of the run."""
     from orchestrator.cli.sample import with_selection, without_compressions
     from orchestrator.controller import run_pipeline
 
-    folder = _open_run(run)
+    folder = open_run(run)
     config = with_selection(folder, selection)
     if ensemble is not None:
         from orchestrator.cli.membership import with_ensemble
 
         config = with_ensemble(folder, without_compressions(config), ensemble)
-    _report_result(config, run_pipeline(config, console))
+    report_result(config, run_pipeline(config, console), as_json=as_json)
 
 
 @app.command()
@@ -313,6 +344,7 @@ def compress(
         Path | None, typer.Option(help="Compress the ensemble in this folder, such as one with fewer experts")
     ] = None,
     trust: Trust = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a smaller or faster ensemble and score it. The original ensemble is kept."""
     from orchestrator.reporting.results import find_pipeline
@@ -322,24 +354,31 @@ def compress(
         raise ConfigError("--budget compresses the run's own ensemble; leave out either --ensemble or --budget")
     if budget and overrides:
         raise ConfigError("--budget searches for the stages itself; leave out either the stages or --budget")
-    folder = _open_run(run)
+    folder = open_run(run)
     require_trust(folder, folder.load_config(), trust=trust)
     find_pipeline(folder, monolith=False)
     from orchestrator.cli.compress import compress_run, describe_compression, search_run, start_from, with_compression
+    from orchestrator.pipeline.graph import build_graph
+    from orchestrator.reporting.pareto import load_compression_points
 
     if budget:
         config = search_run(folder, budget, console)
     else:
         compressed = with_compression(folder.load_config(), overrides or [])
         config = compress_run(folder, start_from(folder, compressed, ensemble), console)
-    console.print(f"Report: {_write_report(run)}", soft_wrap=True)
+    console.print(f"Report: {write_report_of(run)}", soft_wrap=True)
     console.print(describe_compression(folder, config), soft_wrap=True, highlight=False, markup=False)
+    if as_json:
+        print_json(load_compression_points(folder, build_graph(config)))
 
 
 @app.command()
-def report(run: RunArgument) -> None:
+def report(run: RunArgument, as_json: AsJson = False) -> None:
     """Write the HTML report of a run again."""
-    console.print(f"Report: {_write_report(run)}", soft_wrap=True)
+    page = write_report_of(run)
+    console.print(f"Report: {page}", soft_wrap=True)
+    if as_json:
+        print_json({"report": page})
 
 
 @app.command()
@@ -349,6 +388,7 @@ def submit(
     overrides: Overrides = None,
     config_file: ConfigFile = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has opened the run folder")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the controller as a job on a Ray cluster that shares the run folder's disk, and return at once."""
     from orchestrator.cli.submit import JOB_START_S, resolve_submission, submit_run, wait_until_started
@@ -356,13 +396,15 @@ def submit(
     from orchestrator.config.schema import parse_config
 
     config, client = resolve_submission(
-        parse_config(compose(_fit(_with_file(config_file, overrides)))), address, token_file
+        parse_config(compose(fit(with_file(config_file, overrides)))), address, token_file
     )
     submission = submit_run(config, client)
     if submission.previous_failure:
         console.print(f"The previous controller failed: {submission.previous_failure}", highlight=False)
     if wait:
         wait_until_started(submission, client, JOB_START_S)
+    if as_json:
+        print_json(submission)
     result = (
         f"Submitted {submission.id} to {address}"
         if submission.is_new
@@ -370,114 +412,6 @@ def submit(
     )
     commands = [f"  ddm {command} {submission.folder}" for command in ("status", "logs", "stop", "resume")]
     console.print("\n".join([result, *commands]), soft_wrap=True, highlight=False)
-
-
-def _with_file(path: Path | None, overrides: list[str] | None) -> list[str]:
-    """Return the overrides of a file, and after them those of the command line."""
-    if path is None:
-        return overrides or []
-    from orchestrator.config.config_file import read_overrides
-
-    return [*read_overrides(path), *(overrides or [])]
-
-
-def _fit(overrides: list[str], *, is_quiet: bool = False) -> list[str]:
-    """Return the overrides with settings that fit a folder of pictures."""
-    if "data=image_folder" not in overrides:
-        return overrides
-    from orchestrator.planning.checks.own_pictures import fit_overrides
-
-    return fit_overrides(overrides, open_console(stderr=True) if is_quiet else console)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Return the seeds of `0-15`, `3,5,8` or both; raises `ConfigError` for anything else."""
-    try:
-        seeds: list[int] = []
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise ConfigError(f"--seeds takes numbers and ranges such as 0-15 or 3,5,8; got {text!r}") from None
-    if not seeds:
-        raise ConfigError(f"--seeds {text!r} names no seed; write the smaller number first")
-    return seeds
-
-
-def _sweep(overrides: list[str]) -> None:
-    """Run every combination, one after the other in this process, or in parallel with a launcher of this project.
-
-    Runs that cannot succeed end before the first one starts; if none can, for one reason, that is the error.
-    """
-    from orchestrator.controller import run_pipeline
-    from orchestrator.planning.checks.check import check_run
-    from orchestrator.run.run_folder import RunFolder
-    from orchestrator.sweeps.hydra_entry import run_sweep
-    from orchestrator.sweeps.trial import SweepStopped, label_trial, parse_trial_config
-
-    try:
-        combinations = run_sweep(overrides)
-    except SweepStopped as notice:
-        console.print(str(notice), soft_wrap=True, highlight=False)
-        raise typer.Exit(130) from None
-    configs, failures = {}, {}
-    for composed, parameters in combinations:
-        label = label_trial(parameters)
-        try:
-            config = parse_trial_config(composed, label)
-            check_run(config, RunFolder(Path(config.folder).expanduser()))
-            configs[label] = config
-        except DDMError as error:
-            failures[label] = str(error)
-    if not configs and len({*failures.values()}) == 1:
-        raise ConfigError(failures.popitem()[1])
-    for label, message in failures.items():
-        console.rule(label)
-        console.print(message, style="red", highlight=False, soft_wrap=True)
-    for label, config in configs.items():
-        console.rule(label)
-        try:
-            _report_result(config, run_pipeline(config, console))
-        except DDMError as error:
-            console.print(str(error), style="red", highlight=False, soft_wrap=True)
-            failures[label] = str(error)
-    if failures:
-        lines = "".join(f"\n  {label}: {error}" for label, error in failures.items())
-        raise RunFailed(f"{len(failures)} run(s) of the sweep failed; run the same command to retry them{lines}")
-
-
-def _report_result(config: Any, result: Any) -> None:
-    """Write the report, print the scores; exit with code 130 if the run was stopped."""
-    from orchestrator.reporting.results import current_graph, load_score_rows
-    from orchestrator.reporting.tables.score_table import score_table
-    from orchestrator.run.run_folder import RunFolder
-
-    folder = RunFolder(Path(config.folder).expanduser())
-    if result.stopped:
-        raise typer.Exit(130)
-    if result.submitted or not folder.report.exists():
-        _write_report(folder.root)
-    if rows := load_score_rows(folder, current_graph(folder, config)):
-        console.print(score_table(rows))
-    console.print(f"Report: {folder.report}", soft_wrap=True)
-
-
-def _write_report(run: Path) -> Path:
-    from orchestrator.planning.checks.check import check_folder
-
-    folder = _open_run(run)
-    check_folder(folder.root)
-    from orchestrator.ui.report import write_report
-
-    return write_report(folder)
-
-
-def _open_run(run: Path) -> Any:
-    from orchestrator.run.run_folder import RunFolder
-
-    folder = RunFolder(run.expanduser())
-    folder.load_config()
-    return folder
 
 
 def main() -> None:

@@ -8,9 +8,17 @@ from collections.abc import Callable
 from rich.text import Text
 
 from ddm_core.errors import DDMError
+from orchestrator.errors import BudgetReached
 from orchestrator.reporting.terminal import open_console
 
-INTERRUPTED, FAILED = 130, 1
+FAILED, BUDGET, INTERRUPTED = 1, 3, 130
+"""Exit codes; docs/guides/scripts.md lists all of them."""
+
+OTHER = "everything-else"
+"""The section on errors of the operating system."""
+
+PAGE = "docs/guides/errors.md"
+"""The page of the documentation that has a section on every class of errors."""
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -26,10 +34,10 @@ def run_command(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except DDMError as error:
-        print_error(str(error))
-        return _flush(FAILED)
+        print_error(str(error), type(error).__name__)
+        return _flush(BUDGET if isinstance(error, BudgetReached) else FAILED)
     except OSError as error:
-        print_error(describe_os_error(error))
+        print_error(describe_os_error(error), OTHER)
         return _flush(FAILED)
     return 0
 
@@ -40,11 +48,14 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}: {error.strerror or error}; check that it exists, is yours, and that its disk has space"
 
 
-def print_error(text: str) -> None:
-    """Print an error on standard error, without control characters that could rewrite the terminal."""
+def print_error(text: str, section: str = "") -> None:
+    """Print an error on standard error, without control characters that could rewrite the terminal, and its section."""
     shown = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    help_text = f"\nSee {PAGE}#{section.lower()}" if section else ""
     with contextlib.suppress(OSError):
-        open_console(stderr=True).print(Text.assemble(("Error:", "red"), f" {shown}"), soft_wrap=True)
+        open_console(stderr=True).print(
+            Text.assemble(("Error:", "red"), f" {shown}", (help_text, "dim")), soft_wrap=True, highlight=False
+        )
 
 
 def _flush(code: int) -> int:

@@ -8,15 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from orchestrator.cli.pipelines import RunArgument
 from orchestrator.errors import ConfigError
-from orchestrator.reporting.terminal import open_console
+from orchestrator.reporting.terminal import AsJson, open_console, print_json
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = open_console()
 
 ALL, ROUTED = "all", "routed"
 
-RunArgument = Annotated[Path, typer.Argument(help="The run folder, such as runs/demo", metavar="RUN")]
 Ensemble = Annotated[Path | None, typer.Option(help="Ensemble of an earlier change; empty is the run's own")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder of the new ensemble; empty is a new folder among the run's artifacts")
@@ -24,10 +24,13 @@ Out = Annotated[
 
 
 @app.command("list")
-def list_experts(run: RunArgument, ensemble: Ensemble = None) -> None:
+def list_experts(run: RunArgument, ensemble: Ensemble = None, as_json: AsJson = False) -> None:
     """Show every expert: its share of the data, its network, and whether it is missing."""
     pipeline = _open_base(run, ensemble).load()
-    console.print(_table(pipeline))
+    rows = _rows(pipeline)
+    if as_json:
+        print_json(rows)
+    console.print(_table(rows))
     _warn(pipeline)
 
 
@@ -37,12 +40,13 @@ def remove(
     ids: Annotated[list[int], typer.Argument(help="Ids of the experts to remove", metavar="ID…")],
     ensemble: Ensemble = None,
     out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write an ensemble without some experts; gates are renormalized, and the router is not trained again."""
     base = _open_base(run, ensemble, out or run)
     from orchestrator.cli.membership import write_without_experts
 
-    _print_ensemble(run, write_without_experts(base, ids, out))
+    _print_ensemble(run, write_without_experts(base, ids, out), as_json=as_json)
 
 
 @app.command()
@@ -53,6 +57,7 @@ def add(
     place: Annotated[int | None, typer.Option(help="Id of a missing expert that it replaces")] = None,
     ensemble: Ensemble = None,
     out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write an ensemble with one more expert: as a missing id (--place) or with a new router head (--shards)."""
     base = _open_base(run, ensemble, out or run)
@@ -69,7 +74,7 @@ def add(
         )
     if not records_codec(expert):
         console.print(f"Warning: {expert} does not record the codec with which it was trained")
-    _print_ensemble(run, folder)
+    _print_ensemble(run, folder, as_json=as_json)
 
 
 def finetune(
@@ -171,10 +176,12 @@ def _open_base(run: Path, ensemble: Path | None, output: Path | None = None) -> 
     return BaseEnsemble.open(folder, ensemble and ensemble.expanduser())
 
 
-def _print_ensemble(run: Path, folder: Path) -> None:
+def _print_ensemble(run: Path, folder: Path, *, as_json: bool) -> None:
     from ensemble.pipeline import EnsemblePipeline
 
     pipeline = EnsemblePipeline.from_pretrained(folder)
+    if as_json:
+        print_json({"ensemble": folder, "experts": _rows(pipeline)})
     present = ", ".join(map(str, sorted(pipeline.ensemble.experts)))
     lines = f"{folder}: experts {present}\n  ddm sample {run} --ensemble {folder}"
     console.print(lines, soft_wrap=True, highlight=False, markup=False)
@@ -188,25 +195,33 @@ def _warn(pipeline: Any) -> None:
         console.print(f"Warning: {warning}", soft_wrap=True, highlight=False)
 
 
-def _table(pipeline: Any) -> Table:
+def _rows(pipeline: Any) -> list[dict[str, Any]]:
+    """Return what is known of every expert; one that is missing has an id and a share."""
     from ensemble.membership import data_shares
-
-    table = Table(title=f"{pipeline.ensemble.num_experts} expert(s)")
-    for heading in ("expert", "share of\nthe data", "network", "parameters", "prediction", "noise\nschedule"):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
-    for k, share in enumerate(data_shares(pipeline.ensemble)):
-        expert = pipeline.ensemble.experts.get(k)
-        facts = ("missing", "", "", "") if expert is None else _facts(getattr(expert, "shared", expert))
-        table.add_row(str(k), f"{100 * share:.1f} %", *facts)
-    return table
-
-
-def _facts(expert: Any) -> tuple[str, ...]:
     from experts.training.flops import count_parameters
 
-    return (
-        type(expert.model).__name__,
-        f"{count_parameters(expert.model):,}",
-        expert.prediction,
-        expert.noise_schedule.name,
-    )
+    rows: list[dict[str, Any]] = []
+    for k, share in enumerate(data_shares(pipeline.ensemble)):
+        rows.append({"expert_id": k, "data_share": share, "is_missing": k not in pipeline.ensemble.experts})
+        if k in pipeline.ensemble.experts:
+            expert = pipeline.ensemble.experts[k]
+            expert = getattr(expert, "shared", expert)
+            rows[k] |= {
+                "network": type(expert.model).__name__,
+                "parameters": count_parameters(expert.model),
+                "prediction": expert.prediction,
+                "noise_schedule": expert.noise_schedule.name,
+            }
+    return rows
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{len(rows)} expert(s)")
+    for heading in ("expert", "share of\nthe data", "network", "parameters", "prediction", "noise\nschedule"):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    for row in rows:
+        facts = ["missing"]
+        if not row["is_missing"]:
+            facts = [row["network"], f"{row['parameters']:,}", row["prediction"], row["noise_schedule"]]
+        table.add_row(str(row["expert_id"]), f"{100 * row['data_share']:.1f} %", *facts)
+    return table

@@ -1,8 +1,6 @@
 """`ddm init`: look at a folder of images, and write a configuration for it."""
 
-import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +9,7 @@ from rich.table import Table
 
 from ddm_core.name_lists import join_names
 from orchestrator.errors import ConfigError
-from orchestrator.reporting.terminal import open_console
+from orchestrator.reporting.terminal import AsJson, open_console, print_json
 
 if TYPE_CHECKING:
     from data_partition.datasets.inspect_folder import FolderFacts
@@ -24,7 +22,7 @@ def init(
     out: Annotated[Path | None, typer.Option(help="The file to write; empty is <folder>.yaml here")] = None,
     minutes: Annotated[float, typer.Option(help="Time that the run may take", min=1)] = 10,
     force: Annotated[bool, typer.Option("--force", help="Replace the file")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print facts and suggestions as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look at a folder of images, and write a commented configuration for `ddm run --config`."""
     from data_partition.datasets.inspect_folder import inspect_folder
@@ -38,8 +36,7 @@ def init(
     suggestions = suggest(facts, folder, minutes)
     target.write_text(to_yaml(suggestions, str(target)), encoding="utf-8")
     if as_json:
-        result = {"facts": asdict(facts), "suggestions": [asdict(item) for item in suggestions], "file": str(target)}
-        typer.echo(json.dumps(result, indent=1))
+        print_json({"facts": facts, "suggestions": suggestions, "file": target})
         return
     table = Table("", "found", title=str(folder), show_header=False)
     for name, text in describe(facts).items():

@@ -190,6 +190,20 @@ def _check_writable(out: Path) -> None:
         )
 
 
+def describe_samples(
+    request: SamplingRequest, samples: "SampleResult", seeds: Sequence[int], out: Path
+) -> dict[str, Any]:
+    """Return what was sampled, for scripts."""
+    return {
+        "file": out,
+        "images": len(samples.images),
+        "seeds": list(seeds),
+        "prompts": request.prompts,
+        "selection": selection_label(request.config.selection),
+        "calls_per_step": samples.calls_per_step,
+    }
+
+
 def save_grid(request: SamplingRequest, samples: "SampleResult", out: Path) -> str:
     """Write the images as one grid and return a summary, with a warning if experts are missing."""
     from PIL.Image import Resampling

@@ -7,18 +7,21 @@ import typer
 from rich.text import Text
 
 from orchestrator.errors import RunFolderError
-from orchestrator.reporting.terminal import open_console
+from orchestrator.reporting.terminal import AsJson, open_console, print_json
 
 console = open_console()
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A run folder, or the folder of one artifact", metavar="RUN|FOLDER")],
+    as_json: AsJson = False,
 ) -> None:
     """Compare every file of a run, or of one artifact, with its checksum."""
     folder = folder.expanduser()
     artifacts = find_artifacts(folder)
     damaged = [message for artifact in artifacts if (message := check_artifact(artifact))]
+    if as_json:
+        print_json({"folder": folder, "artifacts": len(artifacts), "damaged": damaged})
     for message in damaged:
         console.print(Text.assemble(("✘", "red"), f" {message}"), soft_wrap=True)
     if damaged:

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
-
 from ddm_core.artifacts import read_manifest
 from orchestrator.config.compute import CONTROLLER
 from orchestrator.config.schema import RunConfig
@@ -119,11 +117,6 @@ def plan_run(config: RunConfig, run: RunFolder) -> Plan:
         comparison=comparison,
         calibration=calibration_text,
     )
-
-
-def plan_to_json(plan: Plan) -> str:
-    """Return the plan as JSON; infinite durations become null."""
-    return TypeAdapter(Plan).dump_json(plan, indent=1).decode()
 
 
 def _measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: int) -> "dict[str, TrainingSize]":

@@ -1,6 +1,5 @@
 """Status of a run, read from its folder alone, so that it works while another process or machine runs it."""
 
-import json
 import re
 import sys
 import time
@@ -42,6 +41,9 @@ MAX_REMARKS = 8
 
 SHOWN_LOSSES = 8
 """Rows of `metrics.jsonl` that `ddm logs` shows of a stage."""
+
+MAX_ROWS = 1000
+"""Rows of `metrics.jsonl` that `ddm logs --json` returns of a stage."""
 
 STYLES = {"finished": "green", "waiting": "dim", "running": "", "lost": "red"}
 
@@ -109,11 +111,11 @@ def _table(run: RunFolder, attempts: Sequence[Attempt], rows: Sequence[StatusRow
     return Group(Text(f"{run.root}: {_controller(run)}"), table, Text(note))
 
 
-def status_to_json(run: RunFolder) -> str:
-    """Return the controller and every stage of a run as JSON, for scripts."""
+def load_facts(run: RunFolder) -> dict[str, Any]:
+    """Return the controller and every stage of a run, for scripts."""
     rows, holder = _rows(run, load_all_attempts(run)), read_holder(run)
     controller = {"holder": str(holder), "is_alive": holder.is_alive} if holder else None
-    return json.dumps({"run": str(run.root), "controller": controller, "stages": to_jsonable(rows)}, indent=1)
+    return {"run": run.root, "controller": controller, "stages": rows}
 
 
 def watch_status(run: RunFolder, console: Console, *, all_experts: bool = False) -> None:
@@ -293,6 +295,20 @@ def describe_stage(run: RunFolder, stage_name: str, attempt: Path) -> str:
     outcome = load_outcome(attempt)
     now = f"{outcome.state} {outcome.error}".rstrip() if outcome else format_progress(progress)
     return "\n".join([settings, *losses, f"{attempt.name}: {now}", ""])
+
+
+def load_stage_facts(run: RunFolder, stage_name: str, attempt: Path) -> dict[str, Any]:
+    """Return the settings of a stage and, of an attempt, its outcome, its rows of metrics and its log, for scripts."""
+    stage = next(stage for stage in build_graph(run.load_config()) if stage.name == stage_name)
+    metrics = attempt / "metrics.jsonl"
+    return {
+        "stage": stage_name,
+        "settings": stage.config,
+        "attempt": attempt.name,
+        "outcome": load_outcome(attempt),
+        "metrics": list(sample_rows(metrics, MAX_ROWS)) if metrics.is_file() else [],
+        "log": attempt / "log.txt",
+    }
 
 
 def _figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:

@@ -1,6 +1,7 @@
 """The command line: on a finished run of digits, and with invalid arguments."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CHECKSUM_KEY, read_json, with_checksum, write_text
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.prompts import PromptError
-from orchestrator.cli.app import COMMANDS, app, parse_seeds
+from orchestrator.cli.app import COMMANDS, app
+from orchestrator.cli.pipelines import parse_seeds
 from orchestrator.controller import BACKENDS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from router.config import RouterConfig
 from router.models.registry import build_router
+from tests.test_house import ROOT
 
 TINY = (
     "experiment=digits",
@@ -162,6 +165,29 @@ def in_process(*arguments: object) -> str:
 
 def artifact(run: Path, name: str) -> Path:
     return next(run.glob(f"artifacts/{name}-*"))
+
+
+def paths(value, prefix="") -> set[str]:
+    """Return the places of all values of a JSON value; a list has the places of its members."""
+    if isinstance(value, dict):
+        return {prefix}.union(*(paths(member, f"{prefix}.{key}") for key, member in value.items()))
+    return {prefix}.union(*(paths(member, f"{prefix}[]") for member in value)) if isinstance(value, list) else {prefix}
+
+
+PAGE = (ROOT / "docs" / "guides" / "scripts.md").read_text()
+EXAMPLES = re.findall(r"```bash\nddm (.* --json)\n```\n\n```json\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "example"), EXAMPLES)
+def test_json_is_alone_and_as_documented(run, tmp_path, monkeypatch, command, example):
+    monkeypatch.chdir(tmp_path)
+    words = [str(run) if word == "runs/digits" else word for word in command.split()]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    printed, documented = json.loads(result.stdout), json.loads(example)
+    assert paths(documented) <= paths(printed)
+    assert len(EXAMPLES) >= 10
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 """Every ending of a command is an exit code and at most one message."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.exits import run_command
-from orchestrator.errors import ConfigError
+from experts.__main__ import PREEMPTED
+from orchestrator.cli.exits import BUDGET, FAILED, INTERRUPTED, run_command
+from orchestrator.errors import BudgetReached, ConfigError
+from tests.test_house import ROOT
 
 
 def raising(error: BaseException):
@@ -22,6 +25,7 @@ def raising(error: BaseException):
     [
         (ConfigError("[bold]x\x1b[31m \udcff"), 1, "[bold]x\\x1b[31m \\udcff"),
         (PermissionError(13, "Permission denied", "/a"), 1, "/a: Permission denied"),
+        (BudgetReached("spent"), 3, "spent\nSee docs/guides/errors.md#budgetreached"),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(2), 2, ""),
         (SystemExit(None), 0, ""),
@@ -31,7 +35,13 @@ def test_error_is_a_code_and_one_message(capsys, error, code, message):
     assert run_command(raising(error)) == code
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
-    assert captured.err.count("Error:") == (code == 1)
+    assert captured.err.count("Error:") == (code in (1, 3))
+
+
+def test_every_exit_code_is_documented():
+    page = (ROOT / "docs" / "guides" / "scripts.md").read_text()
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)}
+    assert documented == {0, FAILED, 2, BUDGET, PREEMPTED, INTERRUPTED}  # 2 is that of the parser
 
 
 def test_defect_of_the_program_is_not_hidden():
@@ -44,7 +54,7 @@ def test_full_output_is_one_message():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "orchestrator", "--help"]
         process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert process.returncode == 1 and process.stderr.startswith("Error: ") and process.stderr.count("\n") == 1
+    assert process.returncode == 1 and process.stderr.startswith("Error: ") and process.stderr.count("\n") == 2
 
 
 def test_closed_pipe_is_silent():

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 from rich.console import Console
 
-from orchestrator.cli.app import _write_report
+from orchestrator.cli.pipelines import write_report_of
 from orchestrator.cli.sample import SamplingOptions, prepare_sampling, save_grid
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
@@ -47,7 +47,7 @@ class TestSelectionSearchRun:
         with pytest.raises(RunFolderError, match=f"ddm evaluate {folder} --selection auto.* --selection sticky"):
             sample(folder, "auto", folder)
         assert run_tiny(folder, "ensemble=auto", "ensemble.steps=4").submitted == 2
-        _write_report(folder)
+        write_report_of(folder)
         return folder
 
     @pytest.fixture(scope="class")
@@ -74,7 +74,7 @@ class TestSelectionSearchRun:
             assert f"4 images, {choice['name']}, " in sample(run, select, tmp_path)
 
     @pytest.mark.parametrize(
-        "use_run", [lambda run, out: sample(run, "auto", out), lambda run, out: _write_report(run)]
+        "use_run", [lambda run, out: sample(run, "auto", out), lambda run, out: write_report_of(run)]
     )
     def test_sample_and_report_build_one_graph(self, run, tmp_path, monkeypatch, use_run):
         builds = []

@@ -24,8 +24,9 @@ from orchestrator.planning.calibration import (
     find_calibration,
 )
 from orchestrator.planning.estimate import best_interval_s, expected_seconds, preemption_probability
-from orchestrator.planning.plan import plan_run, plan_to_json
+from orchestrator.planning.plan import plan_run
 from orchestrator.planning.tables import format_duration, format_metric, plan_tables
+from orchestrator.reporting.terminal import format_json
 from orchestrator.run.run_folder import RunFolder
 from router.config import RouterConfig
 
@@ -190,7 +191,7 @@ def test_monolith_uses_the_machines_of_the_experts(tmp_path):
 def test_infinite_plan_is_valid_json(tmp_path):
     islands = {"spot": island(cpus=2, preemptions_per_hour=1e7)}
     config = build_config(tmp_path, islands=islands)
-    content = json.loads(plan_to_json(make_plan(tmp_path, config)), parse_constant=lambda name: pytest.fail(name))
+    content = json.loads(format_json(make_plan(tmp_path, config)), parse_constant=lambda name: pytest.fail(name))
     assert content["backend"] == "islands" and len(content["stages"]) == 13
     experts = [stage for stage in content["stages"] if stage["kind"] == "expert"]
     assert all(

@@ -6,7 +6,7 @@ import stat
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli.pools import app
+from orchestrator.cli.machines.pools import app
 from orchestrator.errors import ConfigError
 from orchestrator.pools.shell import PoolError, require_library, require_tool, tool_output
 

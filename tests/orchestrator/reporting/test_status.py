@@ -1,7 +1,6 @@
 """Status, logs and report of a run with several experts: what they show, and what they import."""
 
 import io
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -12,14 +11,15 @@ import pytest
 from rich.console import Console
 
 from benchmarks.large_runs import build_run
+from ddm_core.artifacts import to_jsonable
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting import status
 from orchestrator.reporting.status import (
     describe_stage,
+    load_facts,
     load_status,
     merge_experts,
     status_table,
-    status_to_json,
     watch_status,
 )
 from orchestrator.run.attempts import load_all_attempts
@@ -59,7 +59,7 @@ def test_status_keeps_within_the_terminal(run, width):
 
 
 def test_status_as_json_is_that_of_the_table(run):
-    printed = json.loads(status_to_json(run))
+    printed = to_jsonable(load_facts(run))
     rows = load_status(run, build_graph(run.load_config()), load_all_attempts(run))
     assert [(stage["name"], stage["state"]) for stage in printed["stages"]] == [(row.name, row.state) for row in rows]
     assert printed["controller"] is None

@@ -13,7 +13,7 @@ import pytest
 import requests
 from typer.testing import CliRunner
 
-from orchestrator.cli.islands import app
+from orchestrator.cli.machines.islands import app
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config

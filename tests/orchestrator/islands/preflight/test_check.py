@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from orchestrator.cli.islands import app
+from orchestrator.cli.machines.islands import app
 from orchestrator.config.compute import IslandConfig
 from orchestrator.errors import ConfigError
 from orchestrator.islands.local.clusters import build_overrides

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from orchestrator.errors import ConfigError, IslandError
 from orchestrator.islands.local.processes import FOLDER
-from orchestrator.reporting.terminal import open_console
+from orchestrator.reporting.terminal import AsJson, open_console, print_json
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = open_console()
@@ -23,6 +23,7 @@ FolderOption = Annotated[Path, typer.Option(help="Folder of the tokens and stora
 def check(
     overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides: compute=my_islands …")] = None,
     timeout: Annotated[float, typer.Option(help="Longest time in seconds for all islands together", min=1)] = 150.0,
+    as_json: AsJson = False,
 ) -> None:
     """Check address, token, versions, clock, resources and storage of every island; exit code 1 on an error."""
     from orchestrator.config.hydra_compose import compose
@@ -36,6 +37,8 @@ def check(
     from orchestrator.islands.preflight.check import check_islands
 
     findings = check_islands(islands, timeout)
+    if as_json:
+        print_json(findings)
     table = Table("island", "check", "", "result", title=f"{len(islands)} island(s)")
     for finding in findings:
         state = Text(finding.state, style=COLORS[finding.state])

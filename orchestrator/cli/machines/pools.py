@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.reporting.terminal import open_console
+from orchestrator.reporting.terminal import AsJson, open_console, print_json
 
 if TYPE_CHECKING:
     from orchestrator.pools.config import PoolConfig
@@ -29,12 +29,15 @@ def render_pool(
     pool: Pool,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the files; empty prints them")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print the configuration files for the provider's tool. Nothing starts."""
     from orchestrator.pools.lifecycle import write_files
     from orchestrator.pools.render import render
 
     config = _load_config(pool, overrides)
+    if as_json:
+        print_json(render(config))
     if out is not None:
         for path in write_files(config, out):
             console.print(str(path), soft_wrap=True, highlight=False)

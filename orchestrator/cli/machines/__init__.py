@@ -1,0 +1,1 @@
+"""Commands for the machines of a run: islands and pools."""
