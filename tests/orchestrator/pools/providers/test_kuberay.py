@@ -122,7 +122,7 @@ def test_network_policy_admits_only_pods_and_operator():
     assert all(template["metadata"]["labels"]["ddm-pool"] == "kuberay" for template in templates(cluster))
 
 
-def test_mutual_tls_is_asked_of_the_operator_where_it_is_configured():
+def test_mutual_tls_is_requested_where_it_is_configured():
     config = load_shipped("kuberay", "kubernetes.mutual_tls=true")
     for file, kind, spec in (("ray_cluster.yaml", "RayCluster", CLUSTER), ("ray_job.yaml", "RayJob", JOB)):
         document = render_document(config, file)
@@ -133,7 +133,7 @@ def test_mutual_tls_is_asked_of_the_operator_where_it_is_configured():
     assert "tlsOptions" not in render_document(load_shipped("kuberay"), "ray_cluster.yaml")["spec"]
 
 
-def test_container_is_that_of_the_dockerfile_and_cannot_become_root():
+def test_container_is_our_image_and_cannot_become_root():
     for template in templates(render_document(load_shipped("kuberay"), "ray_cluster.yaml")["spec"]):
         (container,) = template["spec"]["containers"]
         assert container["image"].partition(":")[0].endswith("/ddm")
