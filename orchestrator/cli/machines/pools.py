@@ -38,6 +38,7 @@ def render_pool(
     config = _load_config(pool, overrides)
     if as_json:
         print_json(render(config))
+        return
     if out is not None:
         for path in write_files(config, out):
             console.print(str(path), soft_wrap=True, highlight=False)
