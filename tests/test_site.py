@@ -3,11 +3,13 @@
 import ast
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import typer.main
 import yaml
+from typer.testing import CliRunner
 
 from orchestrator.cli.app import app
 from orchestrator.cli.exits import OTHER, PAGE
@@ -43,6 +45,19 @@ def test_command_is_parsed(line):
     command.make_context("ddm", arguments)
     if words[0] in ("run", "plan") and not {"-m", "--config"} & set(words) and "…" not in line:
         parse_config(compose([word for word in arguments if "=" in word]))
+
+
+EXECUTED = re.compile(r"ddm (?!.*(--follow|…))(status|logs|verify|report|experts list|pool render) ")
+
+
+def test_quick_commands_run(tiny_run: Path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, "runs/digits")
+    lines = [line.partition(" && ")[0] for line in COMMANDS if EXECUTED.match(line)]
+    for line in lines:
+        result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+        assert result.exit_code == 0, (line, result.output, result.exception)
+    assert len(lines) >= 8
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python\nimport" in page.read_text()], ids=str)
