@@ -18,6 +18,9 @@ DDMError (ddm_core/errors.py)
 
 from ddm_core.errors import DDMError
 
+PAGE = "docs/guides/errors.md"
+"""The page of the documentation that has a section on every class of errors."""
+
 
 class OrchestratorError(DDMError):
     """Any error that the command line reports as one message with exit code 1."""

@@ -12,9 +12,10 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli.app import app
-from orchestrator.cli.exits import OTHER, PAGE
+from orchestrator.cli.exits import OTHER
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
+from orchestrator.errors import PAGE
 from tests.laws.conftest import tiny_run as finished_run
 from tests.test_house import ROOT, commands_in, sources
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rich.text import Text
 
 from ddm_core.errors import DDMError
-from orchestrator.errors import BudgetReached
+from orchestrator.errors import PAGE, BudgetReached
 from orchestrator.reporting.terminal import open_console
 
 FAILED, BUDGET, INTERRUPTED = 1, 3, 130
@@ -17,8 +17,6 @@ FAILED, BUDGET, INTERRUPTED = 1, 3, 130
 OTHER = "everything-else"
 """The section on errors of the operating system."""
 
-PAGE = "docs/guides/errors.md"
-"""The page of the documentation that has a section on every class of errors."""
 
 
 def run_command(command: Callable[[], object]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddm_core.artifacts import ArtifactError
+from orchestrator.errors import PAGE
 from orchestrator.run.lease import read_holder
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.sweeps.scores import load_score
@@ -180,4 +181,5 @@ def _controller_error(log: Path, start: int, code: int) -> str:
         file.seek(start)
         text = file.read().decode(errors="replace").strip()
     message = text[text.rfind("Error: ") :] if "Error: " in text else text.rpartition("\n")[2]
+    message = message.partition(f"\nSee {PAGE}")[0]
     return message.removeprefix("Error: ").strip() or f"the controller ended with exit code {code}; see {log}"
