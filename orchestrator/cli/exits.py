@@ -18,7 +18,6 @@ OTHER = "everything-else"
 """The section on errors of the operating system."""
 
 
-
 def run_command(command: Callable[[], object]) -> int:
     """Run a command and return its exit code.
 
