@@ -175,7 +175,7 @@ def paths(value, prefix="") -> set[str]:
 
 
 PAGE = (ROOT / "docs" / "guides" / "scripts.md").read_text()
-EXAMPLES = re.findall(r"```bash\nddm (.* --json)\n```\n\n```json\n(.*?)```", PAGE, flags=re.DOTALL)
+EXAMPLES = re.findall(r"```bash\nddm ([^\n]* --json)\n```\n\n```json\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.mark.slow
