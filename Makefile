@@ -158,6 +158,10 @@ chaos: install ## Kill everything that can be killed, on two real Ray clusters (
 	$(BIN)/python -m benchmarks.goodput
 	$(BIN)/python -m benchmarks.page
 
+.PHONY: fault-matrix
+fault-matrix: install ## Write docs/fault_matrix.md: every command on faulty inputs (an hour; mounts need root)
+	$(BIN)/python -m benchmarks.fault_matrix
+
 .PHONY: faults
 faults: install ## Crash, damage and attack runs and their folders, and fill disks (about an hour; disks need root)
 	$(BIN)/python -m benchmarks.faults

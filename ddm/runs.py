@@ -85,7 +85,7 @@ class Run:
         return [folder for folder in folders if folder.is_dir()]
 
     def codec(self) -> Path:
-        """Return the codec's folder."""
+        """Return the folder of the codec with which experts are trained."""
         return self._artifact("codec")
 
     def pipeline_folder(self, name: str = "ensemble") -> Path:

@@ -315,5 +315,7 @@ def _explain(mistake: Mapping[str, Any], title: str, known: Callable[[tuple[str 
         return f"{where}: unknown key; known here: {', '.join(known(location[:-1]))}"
     if mistake["type"] == "union_tag_not_found":
         return f"{where}: the method is missing; choose a file of this group, such as those in cluster_configs/{where}"
+    if mistake["type"] == "tuple_type" and isinstance(value, str):
+        return f"{where}: a list is expected; write {where}=[{value}]"
     suffix = "" if isinstance(value, dict) else f" (got {value!r})"
     return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{suffix}"

@@ -53,6 +53,7 @@ def test_override_of_network_kind_uses_its_defaults():
         ("experts.1=5", ["experts.1"]),
         ("experts.1.init=/no/where", ["init=/no/where must be a folder with a diffusers model"]),
         ("baselines=[cluster_conditioned,tolled]", ["baselines", "'tolled'"]),
+        ("baselines=monolith", ["a list is expected; write baselines=", "monolith"]),
         ("distilled_monolith.from_expert=4", ["expert ids must be in 0 ... 3; got distilled_monolith.from_expert=4"]),
     ],
 )
