@@ -87,15 +87,12 @@ class ServedProcess:
     url: str
 
     def send(self, prompt: str, *seeds: int, steps: int, connection: requests.Session | None = None) -> Reply:
-        """Request an image of each seed."""
-        start_s, body = time.monotonic(), {"prompt": prompt, "n": len(seeds), "seeds": seeds, "steps": steps}
+        """Request an image of each seed, with guidance."""
+        body = {"prompt": prompt, "n": len(seeds), "seeds": seeds, "steps": steps, "guidance_scale": SCALE}
+        start_s = time.monotonic()
         reply = (connection or requests).post(f"{self.url}/v1/images/generations", json=body, timeout=300)
         files = [base64.b64decode(image["b64_json"]) for image in reply.json().get("data", [])]
         return Reply(reply.status_code, tuple(files), time.monotonic() - start_s)
-
-    @staticmethod
-    def _body(prompt: str, seeds: tuple[int, ...], steps: int) -> dict[str, object]:
-        return {"prompt": prompt, "n": len(seeds), "seeds": seeds, "steps": steps, "guidance_scale": SCALE}
 
     def send_all(self, seeds: range, clients: int, steps: int) -> tuple[list[Reply], float]:
         """Request one image a seed by so many clients, each one at a time; return the replies and the seconds."""
@@ -120,7 +117,16 @@ class ServedProcess:
     def find_replicas(self, role: str) -> list[int]:
         """Return the processes of a deployment."""
         title = f"ServeReplica:ddm-{role}".encode()
-        return [pid for pid in _descendants(self.process.pid) if title in _read(pid, "cmdline")]
+        return [pid for pid in self.descendants() if title in read_process(pid, "cmdline")]
+
+    def descendants(self) -> set[int]:
+        """Return the processes that it started, and those that they started."""
+        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        parents = {pid: int((read_process(pid, "stat").rpartition(b")")[2].split() or [b"0", b"0"])[1]) for pid in pids}
+        found = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return found - {self.process.pid}
 
     def cpu_s(self) -> float:
         """Return the CPU seconds so far of the deployment that has the most."""
@@ -135,7 +141,7 @@ class ServedProcess:
 
 @contextlib.contextmanager
 def serve(folder: Path, *options: str) -> Iterator[ServedProcess]:
-    """Start `ddm serve`, wait until it listens, and end it."""
+    """Start `ddm serve` for the model in `folder/pipeline`, wait until it listens, and end it."""
     log = folder / "serve.log"
     command = [sys.executable, "-m", "orchestrator", "serve", f"model={folder / 'pipeline'}", "--port", "0", *options]
     with log.open("wb") as output:
@@ -154,27 +160,19 @@ def serve(folder: Path, *options: str) -> Iterator[ServedProcess]:
 
 def anonymous_mb(pid: int | str) -> float:
     """Return the anonymous memory of a process."""
-    found = re.search(rb"RssAnon:\s+(\d+)", _read(pid, "status"))
+    found = re.search(rb"RssAnon:\s+(\d+)", read_process(pid, "status"))
     return int(found[1]) / 1024 if found else 0.0
 
 
 def cpu_seconds(pid: int) -> float:
     """Return the CPU seconds of a process so far."""
-    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    fields = read_process(pid, "stat").rpartition(b")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _read(pid: int | str, name: str) -> bytes:
+def read_process(pid: int | str, name: str) -> bytes:
+    """Return a file of a process in /proc; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
         return b""
-
-
-def _descendants(root: int) -> set[int]:
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    parents = {pid: int((_read(pid, "stat").rpartition(b")")[2].split() or [b"0", b"0"])[1]) for pid in pids}
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {root}

@@ -44,16 +44,17 @@ class Replicas:
     """How many replicas sample at a time, by load."""
 
     least: int = 1
-    """0 ends the last one when no request has come for ten minutes."""
+    """0 ends the last one when no request has come for `idle_s`; the next request waits for a new one."""
     most: int = 1
+    idle_s: float = 600.0
 
     @classmethod
-    def parse(cls, text: str) -> "Replicas":
+    def parse(cls, text: str, idle_s: float = idle_s) -> "Replicas":
         """Read `2` or `0-4`; raise `ConfigError` for anything else."""
         least, _, most = text.partition("-")
         if not (least.isdecimal() and (most or least).isdecimal()) or not max(1, int(least)) <= int(most or least):
             raise ConfigError(f"--replicas is a number such as 2, or a range such as 0-4; got {text!r}")
-        return cls(int(least), int(most or least))
+        return cls(int(least), int(most or least), idle_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

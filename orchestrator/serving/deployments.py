@@ -37,9 +37,6 @@ ATTEMPTS = 10
 PAUSE_S = 0.2
 """Wait before an image goes to another replica."""
 
-IDLE_S = 600.0
-"""Time without a request after which the last replica ends, where none are needed."""
-
 FIXED_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """glibc then returns the memory of an expert that is dropped; by default it learns to keep such large pieces."""
 
@@ -143,7 +140,8 @@ class RayServeBackend:
                 "initial_replicas": max(1, replicas.least),
                 "max_replicas": replicas.most,
                 "target_ongoing_requests": batching.max_images,
-                "downscale_to_zero_delay_s": IDLE_S,
+                "downscale_delay_s": replicas.idle_s,
+                "downscale_to_zero_delay_s": replicas.idle_s,
             }
             targets = [
                 _target("plan", PlanDeployment, (sources, batching), queue, num_replicas=1),
