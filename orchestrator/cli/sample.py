@@ -12,7 +12,7 @@ from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.reporting.results import find_pipeline, find_selection, resolve_selection, verify_pipeline
+from orchestrator.reporting.results import find_pipeline, find_selection, resolve_sampling, verify_pipeline
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.run.trust import is_trusted
 from router.config import SelectionConfig, selection_label
@@ -108,16 +108,18 @@ def prepare_sampling(run: RunFolder, out: Path, options: SamplingOptions) -> Sam
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         raise ConfigError(f"--out must end in one of {', '.join(PICTURE_SUFFIXES)}; got {out}")
     _check_writable(out)
-    defaults, (steps, guidance_scale) = run.load_config(), (options.steps, options.guidance_scale)
+    steps, guidance_scale = options.steps, options.guidance_scale
     monolith, ensemble = options.monolith, options.ensemble
     folder = find_pipeline(run, monolith=monolith) if ensemble is None else verify_pipeline(ensemble)
-    config = replace(
-        defaults.ensemble,
-        selection=SelectionConfig(name="full")
+    config = (
+        replace(run.load_config().ensemble, selection=SelectionConfig(name="full"), reflection=None)
         if monolith
-        else resolve_selection(run, find_selection(options.selection, defaults)),
-        steps=defaults.ensemble.steps if steps is None else steps,
-        guidance_scale=defaults.ensemble.guidance_scale if guidance_scale is None else guidance_scale,
+        else resolve_sampling(run, options.selection)
+    )
+    config = replace(
+        config,
+        steps=config.steps if steps is None else steps,
+        guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
     )
     from ensemble.pipeline import EnsemblePipeline
     from ensemble.sampling.prompts import find_class

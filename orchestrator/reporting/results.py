@@ -1,11 +1,13 @@
 """Results of a run so far, read from its artifacts: its pipelines, and the rows of the tables that people see."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
 from ddm_core.artifacts import is_finished, read_json, read_manifest, verify
+from ensemble.config import SamplingConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import OUR_KINDS
 from orchestrator.errors import ConfigError, RunFolderError
@@ -90,6 +92,23 @@ def resolve_selection(run: RunFolder, selection: SelectionConfig) -> SelectionCo
             f"`ddm evaluate {run.root} --selection auto`, or name a selection, such as --selection sticky"
         )
     return SelectionConfig(**choice["selection"])
+
+
+def resolve_sampling(run: RunFolder, selection: str = "") -> SamplingConfig:
+    """Return how the ensemble of a run is sampled with a selection; empty is the run's default.
+
+    `auto` is replaced by the result of the search, which may drop the reflection, and the monolith of a reflection
+    by its folder. Raises like `find_selection`, `resolve_selection` and `find_pipeline`.
+    """
+    config = run.load_config()
+    chosen, reflection = find_selection(selection, config), config.ensemble.reflection
+    resolved = resolve_selection(run, chosen)
+    choice = selection_choice(run, current_graph(run, config)) if chosen.name == AUTO else None
+    if reflection is not None and choice is not None and not choice["reflects"]:
+        reflection = None
+    if reflection is not None and reflection.weak == "monolith":
+        reflection = replace(reflection, weak="folder", path=str(find_pipeline(run, monolith=True)))
+    return replace(config.ensemble, selection=resolved, reflection=reflection)
 
 
 def find_pipeline(run: RunFolder, *, monolith: bool) -> Path:

@@ -57,12 +57,20 @@ def open_models(
     models = {}
     for source in sources:
         is_paged = can_page(source.folder)
+        weak = source.sampling.reflection
+        if batching.resident is not None and weak is not None and weak.weak == "early":
+            raise ConfigError(
+                f"{source.name} reflects with the earlier checkpoints of all experts, which stay in memory; leave "
+                "--resident out"
+            )
         if (batching.resident is not None or source.adapters) and not is_paged:
             raise ConfigError(
                 f"the experts of {source.name} share weights or have several networks; leave --resident and --adapter "
                 "out"
             )
-        models[source.name] = ServedModel.open(source, batching.max_images, pager if is_paged else None)
+        models[source.name] = ServedModel.open(
+            source, batching.max_images, pager if is_paged else None, needs_experts=needs_experts
+        )
     return models
 
 

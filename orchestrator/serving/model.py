@@ -13,11 +13,11 @@ from functools import partial
 import torch
 
 from data_partition.shards.images import Pixels, to_image
-from ensemble.ensemble import Ensemble
+from ensemble.ensemble import Ensemble, RouterModel
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.pipelines.paging import ExpertPager, PagedExpert
 from ensemble.sampling.exact_rows import ExactExpert, ExactRouter, RowCounts, call_rows, find_row_counts
-from ensemble.sampling.guidance import guided_velocity
+from ensemble.sampling.guidance import guided_velocity, reflected_solver
 from ensemble.sampling.images import to_bytes
 from ensemble.sampling.prompts import Prompts, find_class
 from ensemble.solvers import SOLVERS, make_noise, sample_few_step, uniform_times
@@ -84,15 +84,20 @@ class ServedModel:
     """Most images of a batch."""
     adapters: Mapping[str, "ServedLora"] = field(default_factory=dict)
     """Injected into an expert when they are first used; other batches do not see them."""
+    weak: Ensemble | None = None
+    """Of the reflection that the source has."""
     _experts: dict[tuple[int, str | None], ExpertModel] = field(default_factory=dict)
     _row_counts: dict[Hashable, RowCounts] = field(default_factory=dict)
     _router: ExactRouter | None = None
+    _exact_weak: Ensemble | None = None
     _decoder_rows: RowCounts | None = None
     _conditions: dict[tuple[str, int], Condition] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, source: ModelSource, max_images: int, pager: ExpertPager | None = None) -> "ServedModel":
-        """Open a pipeline's folder; with a pager its experts are not loaded yet.
+    def open(
+        cls, source: ModelSource, max_images: int, pager: ExpertPager | None = None, *, needs_experts: bool = True
+    ) -> "ServedModel":
+        """Open a pipeline's folder; with a pager its experts are not loaded yet, and without `needs_experts` no others.
 
         Raises an `ArtifactError` for a folder that cannot be loaded, `AdapterError` for an adapter that does not fit.
         """
@@ -103,7 +108,8 @@ class ServedModel:
             pipeline=pipeline,
             facts=_describe(source, pipeline),
             max_images=max_images,
-            adapters=read_adapters(source),
+            adapters=read_adapters(source) if needs_experts else {},
+            weak=pipeline.load_weak(source.sampling) if needs_experts and pipeline.ensemble.few_step is None else None,
         )
 
     # From a request to jobs
@@ -144,10 +150,9 @@ class ServedModel:
         return self.source.sampling.guidance_scale if scale is None else scale
 
     def _selection(self, name: str | None) -> SelectionConfig:
-        default = self.source.sampling.selection
         if self.pipeline.ensemble.router is None:
             return SelectionConfig(name="full")
-        return default if name in (None, default.name) else SelectionConfig(name=name)  # type: ignore[arg-type]
+        return self.source.sampling.selection if name is None else self.source.selections[name]
 
     def _draw_expert(self, job: ImageJob, selection: SelectionConfig) -> int:
         """Return the expert of a sticky image, and that of a model with one; else `ANY_EXPERT`."""
@@ -163,8 +168,9 @@ class ServedModel:
     @torch.inference_mode()
     def denoise(self, key: BatchKey, jobs: Sequence[ImageJob], preview: Preview | None = None) -> list[Latents]:
         """Return the clean latents of each image, one row each; one by one if the experts' rows are not independent."""
-        ensemble, seeds = self._ensemble(key), [job.seed for job in jobs]
-        if len(jobs) > 1 and not all(map(_has_independent_rows, ensemble.experts.values())):
+        ensemble, weak, seeds = self._ensemble(key), self._weak_ensemble(key), [job.seed for job in jobs]
+        experts = [*ensemble.experts.values(), *(weak.experts.values() if weak else ())]
+        if len(jobs) > 1 and not all(map(_has_independent_rows, experts)):
             return [latents for job in jobs for latents in self.denoise(key, [job])]
         condition = Condition.concatenate([job.condition for job in jobs])
         negative = Condition.concatenate([job.negative for job in jobs])
@@ -183,7 +189,12 @@ class ServedModel:
         initial = ensemble.initial_latents(noise, condition, routing)
         if (few_step := ensemble.few_step) is None:
             times = uniform_times(key.steps, ensemble.t_shift)
-            clean = SOLVERS[self.source.sampling.solver](velocity, initial, times)
+            solver = SOLVERS[self.source.sampling.solver]
+            if weak is not None and (reflection := self.source.sampling.reflection) is not None:
+                weak_routing = weak.init_routing(seeds, condition, key.selection)
+                weak_velocity = guided_velocity(weak, condition, weak_routing, key.guidance_scale, negative=negative)
+                solver = reflected_solver(self.source.sampling.solver, guided, weak_velocity, reflection.steps)
+            clean = solver(velocity, initial, times)
         else:
             clean = sample_few_step(velocity, initial, few_step, ensemble.noise_schedule, lambda step: noise(1 + step))
         return list(torch.split(clean, 1))
@@ -203,13 +214,26 @@ class ServedModel:
                 expert.add_lora(lora, name, 1.0)
             expert.set_adapters({} if lora is None else {name: 1.0})
         if (k, adapter) not in self._experts:
-            if not (expert.needs_cache or expert.has_draft):
-                expert = self._exact_expert(expert, adapter)
-            self._experts[k, adapter] = expert
+            self._experts[k, adapter] = self._exact_expert(expert, adapter)
         return self._experts[k, adapter]
 
-    def _exact_expert(self, expert: ExpertModel, adapter: str | None) -> ExactExpert:
-        """Wrap an expert; those with equal networks are measured once."""
+    def _weak_ensemble(self, key: BatchKey) -> Ensemble | None:
+        """Return the weak ensemble of a reflection; one expert of this ensemble has the adapter of the batch."""
+        reflection, weak = self.source.sampling.reflection, self.weak
+        if reflection is None or weak is None:
+            return None
+        if reflection.weak == "expert":
+            return replace(weak, experts={0: self._expert(reflection.expert_id, key.adapter)})
+        if self._exact_weak is None:
+            router = None if weak.router is None else self._measure_router(weak.router)
+            experts = {k: self._exact_expert(expert, None) for k, expert in weak.experts.items()}
+            self._exact_weak = replace(weak, experts=experts, router=router)
+        return self._exact_weak
+
+    def _exact_expert(self, expert: ExpertModel, adapter: str | None) -> ExpertModel:
+        """Wrap an expert that keeps no state by row; those with equal networks are measured once."""
+        if expert.needs_cache or expert.has_draft:
+            return expert
         loaded = expert.pager.get(expert) if isinstance(expert, PagedExpert) else expert
         shapes = (
             adapter,
@@ -227,8 +251,11 @@ class ServedModel:
     def _exact_router(self) -> ExactRouter | None:
         router = self.pipeline.ensemble.router
         if self._router is None and router is not None:
-            self._router = ExactRouter.measure(router, self.pipeline.codec.latent_shape, 2 * self.max_images)
+            self._router = self._measure_router(router)
         return self._router
+
+    def _measure_router(self, router: RouterModel) -> ExactRouter:
+        return ExactRouter.measure(router, self.pipeline.codec.latent_shape, 2 * self.max_images)
 
     # From latents to files
 
@@ -279,6 +306,7 @@ def _describe(source: ModelSource, pipeline: EnsemblePipeline) -> ModelFacts:
         steps=sampling.steps if few_step is None else len(few_step.times),
         guidance_scale=sampling.guidance_scale,
         selection=sampling.selection.name,
+        selections=tuple(source.selections),
         is_few_step=few_step is not None,
         has_guidance=few_step is None or not few_step.is_distilled,
         adapters=tuple(source.adapters),

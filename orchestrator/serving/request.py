@@ -2,13 +2,12 @@
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.serving.config import Limits
 from orchestrator.serving.errors import ServingError
-from router.config import SelectionName
 
 MAX_SEED = 2**63 - 1
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
@@ -71,6 +70,8 @@ class ModelFacts:
     """Default number of solver steps, or that of the few-step schedule."""
     guidance_scale: float
     selection: str
+    selections: tuple[str, ...]
+    """Those that a request may name."""
     is_few_step: bool
     has_guidance: bool
     """False for students with distilled guidance."""
@@ -179,8 +180,8 @@ def _check_sampling(body: ImageRequest, facts: ModelFacts, limits: Limits) -> No
             raise _refuse("steps", f"steps must be at most {limits.steps} here; got {body.steps}")
     if body.guidance_scale is not None and not facts.has_guidance:
         raise _refuse("guidance_scale", f"{facts.name} was distilled with its guidance; leave guidance_scale out")
-    if body.selection is not None and body.selection not in get_args(SelectionName):
-        known = ", ".join(get_args(SelectionName))
+    if body.selection is not None and body.selection not in facts.selections:
+        known = ", ".join(facts.selections)
         raise _refuse("selection", f"selection must be one of {known}; got {body.selection[:40]!r}")
     if (body.negative_prompt or "").strip():
         scale = facts.guidance_scale if body.guidance_scale is None else body.guidance_scale

@@ -27,6 +27,12 @@ def run_service(
     """Serve models at the address of the listener, until the process is interrupted."""
     for source in sources:
         read_adapters(source)  # a deployment would say less clearly that one does not fit
+        if source.sampling.device != "cpu" or source.sampling.compile:
+            console.print(
+                f"{source.name} is sampled on the CPU, uncompiled: ensemble.device={source.sampling.device} and "
+                f"ensemble.compile={source.sampling.compile} of its run have no effect here",
+                soft_wrap=True,
+            )
     with _open_backend(sources, config) as backend:
         host, port = listener.getsockname()[:2]
         console.print(

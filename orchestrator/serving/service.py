@@ -135,6 +135,7 @@ def describe_model(facts: ModelFacts) -> dict[str, Any]:
         "steps": facts.steps,
         "guidance_scale": facts.guidance_scale,
         "selection": facts.selection,
+        "selections": facts.selections,
         "adapters": facts.adapters,
         "compressions": facts.compressions,
     }

@@ -3,15 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 from ddm_core.artifacts import read_json, verify
 from ensemble.config import SamplingConfig
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.pipeline.stage import Stage
-from orchestrator.reporting.results import current_graph, find_pipeline, resolve_selection, verify_pipeline
+from orchestrator.reporting.results import (
+    current_graph,
+    find_pipeline,
+    find_selection,
+    resolve_sampling,
+    verify_pipeline,
+)
 from orchestrator.run.run_folder import RunFolder
 from orchestrator.serving.request import variant_name
+from router.config import AUTO, SelectionConfig, SelectionName, selection_label
 
 FINETUNE = "finetune"
 """Name of the adapter that `ddm finetune` trained in the run itself."""
@@ -24,6 +32,10 @@ class ModelSource:
     name: str
     folder: Path
     sampling: SamplingConfig
+    selections: Mapping[str, SelectionConfig] = field(
+        default_factory=lambda: {name: SelectionConfig(name=name) for name in get_args(SelectionName)}
+    )
+    """By the names that requests may use."""
     compressions: tuple[str, ...] = ()
     """Stages that made smaller or faster models of it, which are models of their own."""
     adapters: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
@@ -89,9 +101,11 @@ def _find(name: str, path: Path) -> list[ModelSource]:
     if not (path / "config.yaml").is_file():
         return [ModelSource(name=name, folder=verify_pipeline(path), sampling=SamplingConfig())]
     run = RunFolder(path)
-    config = run.load_config()
-    sampling = config.ensemble
-    sampling = replace(sampling, selection=resolve_selection(run, sampling.selection), reflection=None)
+    config, sampling = run.load_config(), resolve_sampling(run)
+    known = [find_selection(selection, config) for selection in get_args(SelectionName)]
+    known += [*config.scores.selections, *config.selection_search.candidates]
+    selections = {selection_label(selection): selection for selection in known if selection.name != AUTO}
+    selections |= {selection.name: selection for selection in known[: len(get_args(SelectionName))]}
     finished = [stage for stage in current_graph(run, config) if run.is_finished(stage)]
     folders = {stage.name: run.artifact(stage) for stage in finished if stage.kind in COMPRESSION_KINDS}
     trained = _find_trained_adapter(run, finished)
@@ -99,11 +113,14 @@ def _find(name: str, path: Path) -> list[ModelSource]:
         name=name,
         folder=find_pipeline(run, monolith=False),
         sampling=sampling,
+        selections=selections,
         compressions=tuple(folders),
         adapters={FINETUNE: trained} if trained else {},
     )
     compressed = [
-        ModelSource(name=variant_name(name, stage), folder=verify_pipeline(folder), sampling=sampling)
+        ModelSource(
+            name=variant_name(name, stage), folder=verify_pipeline(folder), sampling=sampling, selections=selections
+        )
         for stage, folder in folders.items()
     ]
     return [original, *compressed]

@@ -17,6 +17,7 @@ CLASSES = {
     "steps": 4,
     "guidance_scale": 3.0,
     "selection": "sticky",
+    "selections": ("sticky", "top_k"),
     "is_few_step": False,
     "has_guidance": True,
 }

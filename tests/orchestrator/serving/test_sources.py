@@ -6,10 +6,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from experts.networks.lora import AdapterError
+from orchestrator.cli.sample import SamplingOptions, prepare_sampling
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.run.run_folder import RunFolder
 from orchestrator.serving.backend import open_models
 from orchestrator.serving.config import Batching, Limits
 from orchestrator.serving.model import read_adapters
@@ -21,7 +23,9 @@ from tests.orchestrator.cli.test_compression import TINY
 
 @pytest.mark.integration
 def test_a_run_is_served_with_its_compressions(tmp_path):
-    overrides = [*TINY, f"folder={tmp_path / 'digits'}", "quantize=int8_weight_only"]
+    """Its images are those of `ddm sample`, up to one level, with its own settings of reflection and selections."""
+    overrides = [*TINY, f"folder={tmp_path / 'digits'}", "quantize=int8_weight_only", "monolith=true"]
+    overrides += ["ensemble.reflection.weak=monolith", "scores.selections=[{name: top_k, k: 2}]"]
     run_pipeline(parse_config(compose(overrides)), Console(quiet=True))
     sources = find_sources([str(tmp_path / "digits")])
     assert [source.name for source in sources] == ["digits", "digits:quantize"]
@@ -32,6 +36,12 @@ def test_a_run_is_served_with_its_compressions(tmp_path):
     assert generation.model == "digits:quantize"
     latents = [model.denoise(key, [job])[0] for model in models.values() for key, job in model.plan(generation)]
     assert not torch.equal(*latents) and torch.allclose(*latents, atol=0.5)
+    for selection in ("", "sticky", "full", "top_k_2"):
+        options = SamplingOptions(label="3", selection=selection)
+        sampled = prepare_sampling(RunFolder(tmp_path / "digits"), tmp_path / "grid.png", options).sample([7])
+        body = ImageRequest(class_label=3, seeds=[7], selection=selection or None)
+        ((key, job),) = models["digits"].plan(check_request(body, models["digits"].facts, Limits()))
+        assert torch.allclose(models["digits"].denoise(key, [job])[0], sampled.latents, atol=1e-4)
 
 
 def test_a_folder_has_its_name_or_another_once(tmp_path):
