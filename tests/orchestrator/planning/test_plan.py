@@ -25,7 +25,7 @@ from orchestrator.planning.calibration import (
 )
 from orchestrator.planning.estimate import best_interval_s, expected_seconds, preemption_probability
 from orchestrator.planning.plan import plan_run
-from orchestrator.planning.tables import format_duration, format_metric, plan_tables
+from orchestrator.planning.tables import format_bytes, format_duration, format_metric, plan_tables
 from orchestrator.reporting.terminal import format_json
 from orchestrator.run.run_folder import RunFolder
 from router.config import RouterConfig
@@ -124,7 +124,8 @@ def test_only_trainings_run_on_islands(tmp_path):
 def test_inputs_are_sent_to_an_island_once(tmp_path):
     rows = rows_by_name(make_plan(tmp_path))
     first, *others = sorted((row for row in rows.values() if row.place == "spot"), key=lambda row: row.starts_s)
-    assert first.name == "router" and first.movement.bytes_out == 4000 + 1000 + 100
+    assert first.name == "expert_0" and first.movement.bytes_out == 1250 + 100
+    assert rows["router"].movement.bytes_out == 4000 + 1000
     experts = [row for row in others if row.kind == "expert"]
     assert experts and all(row.movement.bytes_out == 1250 for row in experts)
     assert all(row.movement.bytes_in == 800 for row in (first, *others))
@@ -143,7 +144,7 @@ def test_finished_stages_have_exact_cost_and_size(tmp_path):
     plan = rows_by_name(make_plan(tmp_path, config))
     assert plan["codec"].state == "finished" and plan["codec"].flops == 7.0 and plan["codec"].place == "here"
     assert plan["codec"].starts_s is None
-    assert plan["router"].movement.bytes_out == 5000 + 123
+    assert plan["expert_0"].movement.bytes_out == 1250 + 123
 
 
 def test_plan_without_calibration_has_places_but_no_estimates(tmp_path):
@@ -217,7 +218,7 @@ def test_tables_fit_eighty_columns(tmp_path):
         "the longest chain",
         "Young's formula",
         "bit/s",
-        "5.1 kB",
+        format_bytes(1350),
         "controller",
     ):
         assert words in text
