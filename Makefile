@@ -141,7 +141,7 @@ bench-real-models: install ## Train the demo and the emoji with three seeds, and
 	$(BIN)/python -m benchmarks.real_models
 	$(BIN)/python -m benchmarks.page
 
-bench-serve: install ## Measure the service over HTTP: throughput, overload, killed replicas, memory (a quarter of an hour)
+bench-serve: install ## Measure the service over HTTP: throughput, overload, faults, fuzzing, memory (half an hour)
 	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.page
 

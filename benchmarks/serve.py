@@ -2,20 +2,23 @@
 
 1. Throughput of 16 clients, in turns with the sampler's own batches of 16 images on one thread, and with one client.
 2. Overload: requests arrive at four times the capacity.
-3. Replicas are killed while they sample.
+3. Faults: replicas are killed while they sample, clients leave, clients are slow, the file of an expert is damaged.
 4. Equal bytes alone, in a batch of 16, on another replica and after a restart.
-5. Memory of the processes over many requests, and of two experts of eight.
+5. Requests that schemathesis makes of the OpenAPI description.
+6. Memory of the processes over many requests, and of two experts of eight.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import venv
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,12 +28,12 @@ import torch
 
 from benchmarks.record import Claim, Listing, median_and_range, write_result
 from benchmarks.testbed.served import PROMPTS, SCALE, Reply, ServedProcess, build_model, serve
-from ddm_core.artifacts import to_json
+from ddm_core.artifacts import read_json, to_json
 from ensemble.config import SamplingConfig
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.prompts import Prompts
 
-CLIENTS, STEPS, QUEUE, EXPERTS, MANY = 16, 20, 64, 4, 8
+CLIENTS, STEPS, QUEUE, EXPERTS = 16, 20, 64, 8
 
 
 def main() -> None:
@@ -38,9 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--images", type=int, default=96, help="images of a turn")
-    parser.add_argument("--overload-s", type=float, default=30.0)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=2000, help="of the measurement of memory")
+    parser.add_argument("--overload-s", type=float, default=120.0)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=10_000, help="of the measurement of memory")
+    parser.add_argument("--fuzz", type=int, default=5000, help="requests of schemathesis; 0 leaves them out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -51,12 +55,17 @@ def main() -> None:
             first = determine(service)
             throughput, listing, capacity = measure_throughput(service, pipeline, options.turns, options.images)
             overload = measure_overload(service, capacity, options.overload_s)
+            clients = [measure_gone(service), measure_slow(service)]
             memory = measure_memory(service, options.requests)
         with serve(folder, "--replicas", "2") as service:
             killed = measure_kills(service, options.kills)
             second = determine(service)
+        with serve(folder, "--max-steps", "2", "--max-images", "2") as service:
+            fuzzed = [measure_fuzz(service, folder, options.fuzz)] if options.fuzz else []
+        damaged = measure_damage(folder)
         residency = measure_residency(folder / "large")
-    claims = [*throughput, *overload, killed, claim_equal(first, second), memory, *residency]
+    equal = claim_equal(first, second)
+    claims = [*throughput, *overload, killed, *clients, damaged, equal, *fuzzed, memory, *residency]
     notes = [f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."]
     print(to_json(write_result("serve", time.monotonic() - started, claims, [listing], notes)))
 
@@ -191,6 +200,80 @@ def wait_until(condition: Callable[[], bool], longest_s: float = 120.0) -> None:
         time.sleep(0.05)
 
 
+def measure_gone(service: ServedProcess) -> Claim:
+    """Let clients leave while their images are sampled; the others' arrive, and nothing of the work is left."""
+    connections = [service.open_request({"prompt": PROMPTS[0], "n": 2, "steps": 100}) for _ in range(CLIENTS)]
+    wait_until(lambda: service.in_flight() > 0)
+    for connection in connections:
+        connection.close()
+    replies = service.send_all(range(CLIENTS), CLIENTS, STEPS)[0]
+    wait_until(lambda: service.in_flight() == 0)
+    return claim_answered(
+        f"{CLIENTS} clients leave while they wait for 2 images: the others' requests with 200", replies
+    )
+
+
+def measure_slow(service: ServedProcess) -> Claim:
+    """Let clients send half a request and wait, or never read their answer, while others ask."""
+    body = {"prompt": PROMPTS[0], "n": 1, "steps": STEPS}
+    connections = [service.open_request(body, size) for size in [150] * CLIENTS + [None] * CLIENTS]
+    replies = service.send_all(range(2 * CLIENTS), CLIENTS, STEPS)[0]
+    for connection in connections:
+        connection.close()
+    return claim_answered(f"{2 * CLIENTS} clients stop in their request or do not read: the others' with 200", replies)
+
+
+def claim_answered(name: str, replies: Sequence[Reply]) -> Claim:
+    """Return the claim that all these requests were answered with an image."""
+    good = sum(reply.status == 200 and len(reply.files) == 1 for reply in replies)
+    return yes_no(name, "all", f"{good} of {len(replies)}", holds=good == len(replies))
+
+
+def measure_damage(folder: Path) -> Claim:
+    """Serve a model with half of one expert's weights: its requests name the folder, the others have images."""
+    expert = Path(shutil.copytree(folder / "pipeline", folder / "damaged" / "pipeline")) / "expert_0"
+    weights = max(expert.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    os.truncate(weights, weights.stat().st_size // 2)
+    with serve(folder / "damaged") as service:
+        replies = [service.send(PROMPTS[0], seed, steps=1) for seed in range(4 * EXPERTS)]
+    statuses = Counter(reply.status for reply in replies)
+    clear = sum(reply.status == 500 and expert.name in reply.message for reply in replies)
+    return yes_no(
+        "weights of one expert cut in half: requests without an image / those that name the expert",
+        "1",
+        f"{len(replies) - statuses[200]} / {clear}",
+        spread=f"{statuses[200]} x 200",
+        holds=0 < clear == len(replies) - statuses[200] and statuses[200] > 0,
+    )
+
+
+def measure_fuzz(service: ServedProcess, folder: Path, count: int) -> Claim:
+    """Send requests made from the OpenAPI description, by a schemathesis in an environment of its own."""
+    venv.create(folder / "schemathesis", with_pip=True)
+    binaries, report = folder / "schemathesis" / "bin", folder / "fuzz.json"
+    subprocess.run([binaries / "pip", "install", "-q", "schemathesis>=4,<5"], check=True)
+    options = ["--phases", "fuzzing", "-n", str(count), "-c", "not_a_server_error", "--suppress-health-check", "all"]
+    options += [
+        "--continue-on-failure",
+        "--request-timeout",
+        "120",
+        "--report",
+        "json",
+        "--report-json-path",
+        str(report),
+    ]
+    command = [str(binaries / "schemathesis"), "run", f"{service.url}/openapi.json", *options]
+    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=False)
+    cases = read_json(report)["test_cases"]
+    bad = cases["with_failures"] + cases["errored"]
+    return yes_no(
+        "requests made from the OpenAPI description: answers with 5xx, or none",
+        f"0 of {count}",
+        f"{bad} of {cases['generated']}",
+        holds=bad == 0 and cases["generated"] >= count,
+    )
+
+
 def determine(service: ServedProcess) -> list[bytes]:
     """Return sixteen images, each sampled alone and in one request; raise `ValueError` if they differ."""
     together = service.send(PROMPTS[0], *range(CLIENTS), steps=STEPS)
@@ -224,7 +307,7 @@ def measure_memory(service: ServedProcess, count: int) -> Claim:
 
 def measure_residency(folder: Path) -> list[Claim]:
     """Compare two of eight larger experts in memory with all, in processes of their own."""
-    build_model(folder, MANY, 1536)
+    build_model(folder, EXPERTS, 1536)
     results = {}
     for resident in ("2", "8"):
         command = [sys.executable, "-m", "benchmarks.testbed.residency", str(folder / "pipeline"), resident]

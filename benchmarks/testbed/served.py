@@ -2,9 +2,11 @@
 
 import base64
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,6 +79,8 @@ class Reply:
     status: int
     files: tuple[bytes, ...]
     seconds: float
+    message: str
+    """Of an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,21 @@ class ServedProcess:
         body = {"prompt": prompt, "n": len(seeds), "seeds": seeds, "steps": steps, "guidance_scale": SCALE}
         start_s = time.monotonic()
         reply = (connection or requests).post(f"{self.url}/v1/images/generations", json=body, timeout=300)
-        files = [base64.b64decode(image["b64_json"]) for image in reply.json().get("data", [])]
-        return Reply(reply.status_code, tuple(files), time.monotonic() - start_s)
+        content = reply.json()
+        files = tuple(base64.b64decode(image["b64_json"]) for image in content.get("data", []))
+        return Reply(reply.status_code, files, time.monotonic() - start_s, content.get("error", {}).get("message", ""))
+
+    def open_request(self, body: dict[str, object], size: int | None = None) -> socket.socket:
+        """Send a request, or its first `size` bytes, and return the connection without reading from it."""
+        text = json.dumps(body).encode()
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n"
+        connection = socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])))
+        connection.sendall((f"{head}Content-Type: application/json\r\n\r\n".encode() + text)[:size])
+        return connection
+
+    def in_flight(self) -> int:
+        """Return the number of images that wait or are sampled."""
+        return int(requests.get(f"{self.url}/healthz", timeout=30).json()["images_in_flight"])
 
     def send_all(self, seeds: range, clients: int, steps: int) -> tuple[list[Reply], float]:
         """Request one image a seed by so many clients, each one at a time; return the replies and the seconds."""
