@@ -1,7 +1,6 @@
 """`ddm ui`: serve the page of some run folders until Ctrl-C."""
 
 import importlib.util
-import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 
 from orchestrator.errors import ConfigError
 from orchestrator.reporting.terminal import open_console
+from orchestrator.serving.command import listen
 
 LIBRARIES = ("fastapi", "httpx", "uvicorn", "sse_starlette")
 """What the extra `ui` installs."""
@@ -50,7 +50,7 @@ def ui(
         )
     token = "" if token_file is None else read_token_file(token_file.expanduser(), "the token of the page")
     catalog = RunCatalog([path.expanduser() for path in runs or [Path("runs")]])
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         from orchestrator.ui.playground import Service
         from orchestrator.ui.server import create_app, serve  # a second of imports: only for what can be served
 
@@ -63,14 +63,3 @@ def ui(
             highlight=False,
         )
         serve(create_app(catalog, token, service=drawn_by), listener)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raises `ConfigError` if the address is taken or not this machine's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}, port {port} ({error.strerror or error}); choose another with --port or --host"
-        ) from error

@@ -56,7 +56,7 @@ def test_every_answer_forbids_inline_scripts_and_other_hosts(tmp_path, path):
     [
         (["--host", "0.0.0.0"], "can be reached by other machines: add --token-file"),  # noqa: S104
         (["--host", "0.0.0.0", "--token-file", "absent"], "the token of the page cannot be read"),  # noqa: S104
-        (["--host", "203.0.113.7", "--token-file", "token"], "cannot listen on 203.0.113.7"),
+        (["--host", "203.0.113.7", "--token-file", "token"], "203.0.113.7:8421 cannot be listened on"),
         (["absent"], "absent is not a folder"),
     ],
 )
