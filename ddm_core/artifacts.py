@@ -221,7 +221,10 @@ def save_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    path.chmod(mode)  # that of every other file; safetensors leaves one that only its owner can read
 
 
 @contextlib.contextmanager

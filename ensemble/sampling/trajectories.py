@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.numpy import save
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ddm_core.artifacts import save_arrays
 from ensemble.config import TRAJECTORIES, SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.pipeline import EnsemblePipeline
@@ -87,7 +87,7 @@ def write_trajectories(
         "posterior": torch.stack([torch.stack([posterior for *_, posterior in row]) for row in rows]).numpy(),
         "frames": np.stack(frames),
     }
-    (out / TRAJECTORIES).write_bytes(save(arrays))  # with the rights of the other files, unlike `save_file`
+    save_arrays(out / TRAJECTORIES, arrays)
 
 
 def _spread(count: int, most: int) -> list[int]:

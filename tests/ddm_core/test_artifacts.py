@@ -147,6 +147,9 @@ def test_saved_arrays_of_any_layout_load_unchanged(tmp_path_factory, layout, row
     }[layout]
     path = tmp_path_factory.mktemp("arrays") / "a.safetensors"
     save_arrays(path, {"a": array})
+    other = path.with_name("other")
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
     assert np.array_equal(load_file(path)["a"], array)
 
 
