@@ -129,6 +129,9 @@ class TrainingConfig:
     """Whether to call `torch.compile` on the network."""
     gradient_checkpointing: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
     """Whether an expert's activations are computed again in the backward pass: less memory, a third more FLOPs."""
+    parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=UNHASHED_IF_DEFAULT)
+    """How several workers train one network. `ddp`: each has all of it. `fsdp`: each keeps a part of every parameter,
+    gradient, moment and average. It is no part of a checkpoint, so that a training resumes with the other one."""
     device: str = "cpu"
     """Torch device of the training."""
     log_every: Annotated[int, Field(ge=1)] = 25

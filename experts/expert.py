@@ -28,7 +28,6 @@ from experts.networks.model_io import move_model, save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
-from experts.training.distributed import DataParallelGroup
 from experts.training.ema import SNAPSHOTS
 from experts.training.encode import read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
@@ -36,6 +35,7 @@ from experts.training.held_out import Measure, TrainingData, count_held_out, mea
 from experts.training.latent_dataset import LatentDataset
 from experts.training.loss import converted_loss, expert_loss
 from experts.training.memory import part_rows
+from experts.training.parallel.distributed import DataParallelGroup
 from experts.training.trainer import LossFn, Watch, fit, write_rows
 from experts.types import Latents, RowIds, Times
 
@@ -277,14 +277,14 @@ def train_network(
             t_shift=training.t_shift,
         )
 
-    def report_checkpoint(copy_model: Callable[[], nn.Module]) -> None:
-        if on_checkpoint is not None:
-            on_checkpoint(lambda: as_expert(copy_model()))
+    def report_checkpoint(copy_model: Callable[[], nn.Module], report: Callable[..., None]) -> None:
+        report(lambda: as_expert(copy_model()))
 
     forward = network_flops(initial_model.model, dataset.latent_shape)
     measure = _measure_by(lambda model: as_expert(model).velocity, data.held_out, training)
     watch = Watch(measure=measure, sample_flops=training_flops(forward, 1, 1), stops_spikes=True)
-    trained = fit(initial_model.model, loss, dataset, training, workspace, report_checkpoint, watch)
+    on_model = None if on_checkpoint is None else partial(report_checkpoint, report=on_checkpoint)
+    trained = fit(initial_model.model, loss, dataset, training, workspace, on_model, watch)
     as_expert(trained.model).save(out)
     if training.ema_snapshots:
         shutil.copytree(workspace.scratch / SNAPSHOTS, out / SNAPSHOTS, dirs_exist_ok=True)

@@ -97,7 +97,8 @@ def resolve_call(model: nn.Module, noised: Latents, t: Times) -> tuple[NetworkCa
         raise NetworkError(
             f"this network takes one t a row, not t of shape {tuple(t.shape)}; pass {len(noised)} numbers"
         )
-    return CALLS[type(model).__name__], t if t.ndim and len(t) == len(noised) else t.expand(len(noised))
+    name = type(model).__name__.removeprefix("FSDP")  # a sharded network has a class of its own
+    return CALLS[name], t if t.ndim and len(t) == len(noised) else t.expand(len(noised))
 
 
 def load_network(folder: Path) -> nn.Module:

@@ -10,12 +10,13 @@ renamed and reported; training then restarts from step 0 and is bit-identical.
 import contextlib
 import logging
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ddm_core.artifacts import (
@@ -29,6 +30,8 @@ from ddm_core.artifacts import (
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
 from experts.training.ema import MovingAverage
+from experts.training.parallel.sharding import divide_like, each_whole
+from experts.training.parallel.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +68,18 @@ class TrainingState:
     """How often it went back to a checkpoint because it diverged; each has an order of the samples of its own."""
     early: dict[str, Tensor] = field(default_factory=dict)
     """The average at `config.early_checkpoint`, on the CPU; empty before."""
+    template: nn.Module | None = None
+    """The network without parameters, where the workers of a group keep parts of them; else None."""
 
 
-def save_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Write the state below `folder` atomically, and delete older checkpoints."""
-    new = folder / f"step-{state.step:08d}"
+def save_checkpoint(folder: Path, state: TrainingState, tensors: Iterable[tuple[str, Tensor]] | None = None) -> None:
+    """Write the state below `folder` atomically, and delete older checkpoints.
+
+    `tensors` are those of `collect_tensors`, put together one after the other; None does that here.
+    """
+    new, like = folder / f"step-{state.step:08d}", collect_tensors(state)
     with atomic_folder(new) as temporary:
-        save_file(_collect_tensors(state), temporary / TENSORS)
+        write_tensors(temporary / TENSORS, like, each_whole(like) if tensors is None else tensors)
         content = {
             "step": state.step,
             "config": _identity(state.config),
@@ -101,7 +109,7 @@ def restore_checkpoint(folder: Path, state: TrainingState) -> bool:
     try:
         if _identity(TrainingConfig()) | content["config"] != _identity(state.config):  # fields added since: default
             raise CheckpointError(f"{newest} has another training configuration; restore that one, or {remedy}")
-        _restore(state, load_file(newest / TENSORS))
+        _restore(state, newest / TENSORS)
         state.step, state.rows, state.detours = content["step"], content["rows"], content.get("detours", 0)
         state.scaler.load_state_dict(content["scaler"])
     except KeyError as error:
@@ -132,11 +140,12 @@ def _read_checkpoint(newest: Path) -> dict[str, Any]:
 
 
 def _identity(config: TrainingConfig) -> dict[str, object]:
-    """Return the configuration without the device, which may differ between two attempts."""
-    return {name: value for name, value in to_jsonable(config).items() if name != "device"}
+    """Return the configuration without the device and the parallelism, which may differ between two attempts."""
+    return {name: value for name, value in to_jsonable(config).items() if name not in ("device", "parallel")}
 
 
-def _collect_tensors(state: TrainingState) -> dict[str, Tensor]:
+def collect_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name; of a sharded training, divided ones."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in state.average.average.items()}
@@ -146,15 +155,19 @@ def _collect_tensors(state: TrainingState) -> dict[str, Tensor]:
     tensors |= {f"early.{name}": value for name, value in state.early.items()}
     for parameter, moments in state.optimizer.state.items():
         tensors |= {f"optimizer.{kind}.{names[parameter]}": value for kind, value in moments.items()}
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+    return tensors
 
 
-def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
+def _restore(state: TrainingState, path: Path) -> None:
+    """Copy a file of whole tensors into the state, one after the other; each worker keeps its parts."""
+    parameters = dict(state.model.named_parameters())
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "sums": {}, "early": {}, "optimizer": {}}
     groups |= {f"profile{number}": {} for number in range(len(state.profiles))}
-    for name, value in tensors.items():
-        group, _, rest = name.partition(".")
-        groups[group][rest] = value
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            group, _, rest = name.partition(".")
+            like = parameters.get(rest.partition(".")[2] if group == "optimizer" else rest)
+            groups[group][rest] = divide_like(file.get_tensor(name), like)
     state.model.load_state_dict(groups["model"])
     averages = {"average": state.average} | {f"profile{number}": each for number, each in enumerate(state.profiles)}
     with torch.no_grad():
@@ -164,7 +177,6 @@ def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     device = next(state.model.parameters()).device
     state.sums = {name: value.to(device) for name, value in groups["sums"].items()}
     state.early = groups["early"]
-    parameters = dict(state.model.named_parameters())
     for name, value in groups["optimizer"].items():
         kind, _, parameter = name.partition(".")
         state.optimizer.state[parameters[parameter]][kind] = value.to(device, copy=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddm_core.errors import DDMError
+from experts.training.parallel.sharding import own_part
 
 SNAPSHOTS = "ema"
 """Folder of the snapshots."""
@@ -46,8 +47,8 @@ class MovingAverage:
         self.gamma = power_law_gamma(width)
         self.source = dict(model.named_parameters())
         self.average = {name: parameter.detach().clone() for name, parameter in self.source.items()}
-        self._targets = list(self.average.values())
-        self._sources = [parameter.detach() for parameter in self.source.values()]
+        self._targets = [own_part(average) for average in self.average.values()]
+        self._sources = [own_part(parameter.detach()) for parameter in self.source.values()]
 
     def decay(self, step: int) -> float:
         """Return the weight of the previous average at a step, counted from 1."""
@@ -59,15 +60,18 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged parameters within a block, without a copy of either."""
-        trained = [parameter.data for parameter in self.source.values()]
+        """Swap the model's parameters and their average within a block, one after the other."""
+        self._swap()
         try:
-            for parameter, average in zip(self.source.values(), self._targets, strict=True):
-                parameter.data = average
             yield
         finally:
-            for parameter, data in zip(self.source.values(), trained, strict=True):
-                parameter.data = data
+            self._swap()
+
+    def _swap(self) -> None:
+        for source, target in zip(self._sources, self._targets, strict=True):
+            trained = source.clone()
+            source.copy_(target)
+            target.copy_(trained)
 
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite a model's parameters with the average."""

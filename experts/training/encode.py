@@ -35,7 +35,6 @@ from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import NULL_CLASS
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TextConfig
-from experts.training.distributed import DataParallelGroup
 from experts.training.flops import forward_flops
 from experts.training.latent_dataset import LatentDataset, LatentError
 from experts.training.latent_folder import (
@@ -49,6 +48,7 @@ from experts.training.latent_folder import (
     read_latents,
     read_record,
 )
+from experts.training.parallel.distributed import DataParallelGroup
 from experts.types import Images, Latents
 
 ENCODE_BATCH = 512

@@ -19,10 +19,10 @@ from experts.conditions.condition import Condition
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TrainingConfig
 from experts.diffusion.noise_schedule import NoiseSchedule
-from experts.training.distributed import DataParallelGroup
 from experts.training.encode import encode_latents
 from experts.training.latent_dataset import LatentDataset, LatentError, derive_seed
 from experts.training.latent_folder import has_latents, read_latents
+from experts.training.parallel.distributed import DataParallelGroup
 from experts.types import Latents, RowIds, RowTimes
 
 HELD_OUT = "held_out"
@@ -116,7 +116,10 @@ def measure_held_out(
     times = torch.tensor(TIMES)
     for samples_of_bucket in _buckets(samples):
         pairs = torch.cartesian_prod(samples_of_bucket, torch.arange(len(TIMES)))
-        for block in torch.split(pairs[group.rank :: group.size], block_rows):
+        pairs, count = _pad(pairs, group.size), len(pairs)
+        own = torch.arange(group.rank, len(pairs), group.size)
+        for numbers in torch.split(own, block_rows):
+            block, counts = pairs[numbers], (numbers < count).float().to(device)
             rows, t = block[:, 0], times[block[:, 1]].to(device)
             clean = samples.clean_rows(rows).to(device)
             noise = _noise(samples, rows, clean.shape[1:]).to(device)
@@ -124,7 +127,7 @@ def measure_held_out(
                 condition = samples.condition(rows).to(device)
                 predicted = velocity(noise_schedule.add_noise(clean, noise, t), t, condition)
                 error = predicted.float() - noise_schedule.velocity(clean, noise, t)
-            totals.index_add_(0, block[:, 1].to(device), error.square().flatten(1).mean(1))
+            totals.index_add_(0, block[:, 1].to(device), error.square().flatten(1).mean(1) * counts)
     means = (group.mean({"totals": totals})["totals"] * group.size / len(samples)).tolist()
     return {HELD_OUT: sum(means) / len(means)} | {
         f"{HELD_OUT}_{t:.4f}": mean for t, mean in zip(TIMES, means, strict=True)
@@ -135,6 +138,11 @@ def stopped_gaining(rows: Sequence[Mapping[str, int | float]], patience: int) ->
     """Return whether none of the last `patience` measurements is below all that came before them."""
     losses = [row[HELD_OUT] for row in rows if HELD_OUT in row]
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def _pad(pairs: Tensor, divisor: int) -> Tensor:
+    """Repeat the last row until the workers get equally many, for a sharded network computes on all of them at once."""
+    return torch.cat([pairs, pairs[-1:].expand(-len(pairs) % divisor, -1)])
 
 
 def _buckets(samples: LatentDataset) -> list[RowIds]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -17,13 +18,20 @@ from ddm_core.artifacts import Preempted, Workspace, write_text
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
 from experts.training.batches import BatchesAhead
-from experts.training.checkpoint import MetricsRow, TrainingState, restore_checkpoint, save_checkpoint
-from experts.training.distributed import DataParallelGroup, defer_sync
+from experts.training.checkpoint import (
+    MetricsRow,
+    TrainingState,
+    collect_tensors,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from experts.training.ema import SNAPSHOT_WIDTHS, SNAPSHOTS, MovingAverage, write_snapshots
 from experts.training.held_out import HELD_OUT, Measure, stopped_gaining
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
 from experts.training.optimizers.lr_schedules import learning_rate
 from experts.training.optimizers.registry import OPTIMIZERS
+from experts.training.parallel.distributed import DataParallelGroup, defer_sync
+from experts.training.parallel.sharding import copy_without_parameters, each_whole, shard_network, whole
 from experts.training.watch.divergence import find_divergence
 from experts.training.watch.throughput import Throughput
 
@@ -67,7 +75,7 @@ class Watch:
     """Whether a loss far above those before it, by `spike_factor`, counts as diverged."""
 
 
-NO_WATCH = Watch()
+NO_WATCH, NO_GROUP = Watch(), DataParallelGroup()
 
 DETOUR = 2**40
 """Difference of the seeds of two orders of the samples of one training."""
@@ -97,11 +105,11 @@ def fit(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         BatchesAhead(config.steps, device) as batches,
     ):
-        state = init_training_state(model.to(device), config)
+        state = init_training_state(model.to(device), config, group)
         restore_checkpoint(checkpoints, state)
         group.check_equal(state.step)
-        compute_loss, log = group.wrap_model(model, loss), _TrainingLog(workspace, state, group, device, watch)
-        draw = _drawing(dataset, state, local_rows)
+        compute_loss = group.wrap_model(model, loss, is_sharded=state.template is not None)
+        log, draw = _TrainingLog(workspace, state, group, device, watch), _drawing(dataset, state, local_rows)
         while state.step < config.steps and not _ends_early(state):
             if group.any_rank(workspace.stop_requested()):
                 _save(checkpoints, state, group, watch)
@@ -112,7 +120,7 @@ def fit(
                 batch = batches.take(state.step, draw)
             _train_step(state, compute_loss, batch.to(device), group)
             if state.step == early_step(config):
-                state.early = {name: value.cpu().clone() for name, value in state.average.average.items()}
+                state.early = {name: value.clone() for name, value in each_whole(state.average.average)}
             log.snapshot(state)
             has_row = state.step % config.log_every == 0 or state.step == config.steps
             is_saved = state.step % config.checkpoint_every == 0 and state.step < config.steps
@@ -128,7 +136,7 @@ def fit(
             if is_saved:
                 _save(checkpoints, state, group, watch)
                 if on_checkpoint is not None:
-                    group.run_on_main(partial(on_checkpoint, partial(_copy_averaged, state)))
+                    group.run_on_main(partial(on_checkpoint, _copying_averaged(state)))
     state.optimizer.state.clear()  # the copy of the parameters takes the place of their moments
     averaged, early = _copy_averaged(state).to("cpu"), None
     if state.early:
@@ -178,9 +186,21 @@ def early_step(config: TrainingConfig) -> int:
 
 def _copy_averaged(state: TrainingState) -> nn.Module:
     """Return a copy of the model with averaged parameters, in evaluation mode."""
-    averaged = deepcopy(state.model)
-    state.average.copy_to(averaged)
+    if state.template is None:
+        averaged = deepcopy(state.model)
+        state.average.copy_to(averaged)
+        return averaged.eval()
+    averaged = deepcopy(state.template)
+    averaged.load_state_dict(dict(each_whole(state.average.average)), strict=False, assign=True)
     return averaged.eval()
+
+
+def _copying_averaged(state: TrainingState) -> Callable[[], nn.Module]:
+    """Return a function that returns `_copy_averaged`; of a sharded training already computed, by all workers."""
+    if state.template is None:
+        return partial(_copy_averaged, state)
+    averaged = _copy_averaged(state)
+    return lambda: averaged
 
 
 def check_device(name: str) -> torch.device:
@@ -202,14 +222,19 @@ def _to_json_line(row: MetricsRow) -> str:
     return json.dumps(row, sort_keys=True) + "\n"
 
 
-def init_training_state(model: nn.Module, config: TrainingConfig) -> TrainingState:
-    """Return the state before the first step."""
+def init_training_state(model: nn.Module, config: TrainingConfig, group: DataParallelGroup = NO_GROUP) -> TrainingState:
+    """Return the state before the first step; the parameters of a sharded training are divided here, in place."""
     model.train()
+    is_sharded = config.parallel == "fsdp" and group.size > 1
+    template = copy_without_parameters(model) if is_sharded else None
+    if is_sharded:
+        shard_network(model, group, config)
     if config.compile:
         model.compile()
     return TrainingState(
         config=config,
         model=model,
+        template=template,
         average=MovingAverage(model, config.ema_width),
         profiles=[MovingAverage(model, width) for width in SNAPSHOT_WIDTHS] if config.ema_snapshots else [],
         optimizer=OPTIMIZERS[config.optimizer].build(model, config),
@@ -243,7 +268,7 @@ def _train_step(
         _add_up(means, values)
     means = group.mean(means)
     state.scaler.unscale_(state.optimizer)
-    means["grad_norm"] = nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm)
+    means["grad_norm"] = whole(nn.utils.clip_grad_norm_(state.average.source.values(), config.clip_norm))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -317,7 +342,20 @@ def _save(folder: Path, state: TrainingState, group: DataParallelGroup, watch: W
     """Save a checkpoint of finite parameters from rank 0; all workers of a group have the same."""
     if trouble := _describe_divergence(state, watch):
         raise TrainingDiverged(f"{trouble}; run the same command again, and it goes back to its last checkpoint")
-    group.run_on_main(lambda: save_checkpoint(folder, state))
+    if state.template is None:
+        group.run_on_main(lambda: save_checkpoint(folder, state))
+        return
+    tensors = each_whole(collect_tensors(state))
+
+    def save_and_finish() -> None:
+        try:
+            save_checkpoint(folder, state, tensors)
+        finally:
+            deque(tensors, maxlen=0)  # the other workers wait for the parts of the rest, also if it fails
+
+    if not group.is_main:
+        deque(tensors, maxlen=0)
+    group.run_on_main(save_and_finish)
 
 
 class _TrainingLog:

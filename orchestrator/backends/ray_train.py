@@ -1,9 +1,9 @@
 """Run one stage on several workers of this process's Ray cluster, through Ray Train.
 
-The workers train as one process group (`experts/training/distributed.py`), inside one island and never across islands.
-They need the job's folders under the same paths as this process: on a disk that the island's nodes share, or all on
-one node. Ray Train only starts and watches them: it retries nothing, keeps no checkpoint, and its folder is deleted at
-the end.
+The workers train as one process group (`experts/training/parallel/distributed.py`), inside one island and never across
+islands. They need the job's folders under the same paths as this process: on a disk that the island's nodes share, or
+all on one node. Ray Train only starts and watches them: it retries nothing, keeps no checkpoint, and its folder is
+deleted at the end.
 The process group forms through a file, so no port is opened for that. On loopback, workers communicate on loopback
 only.
 """
@@ -35,7 +35,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ddm_core.artifacts import write_record
-from experts.training.distributed import GroupError
+from experts.training.parallel.distributed import GroupError
 from orchestrator.backends.ray_cluster import OwnCodeOnly
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder
 from orchestrator.run.disk_errors import explain_disk_error

@@ -26,7 +26,7 @@ from data_partition.errors import DownloadFailed, SourceUnreachable
 from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify, write_record
 from ddm_core.environment import environment_variables
 from experts.training.checkpoint import DamagedCheckpoint
-from experts.training.distributed import DataParallelGroup, WorkerLost
+from experts.training.parallel.distributed import DataParallelGroup, WorkerLost
 from orchestrator.config.compute import CONTROLLER
 from orchestrator.config.stage_kinds import STAGE_KINDS
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.config import TrainingConfig
-from experts.training.distributed import DataParallelGroup
 from experts.training.latent_dataset import LatentDataset, bucket_batch, make_batch, sample_indices
+from experts.training.parallel.distributed import DataParallelGroup
 
 
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(-5, 5), epochs=st.integers(1, 4))

@@ -18,7 +18,7 @@ from torch import distributed
 from ddm_core.artifacts import Workspace, list_files, read_json
 from experts.config import ExpertConfig
 from experts.expert import train_expert
-from experts.training.distributed import GroupError
+from experts.training.parallel.distributed import GroupError
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config.compute import ComputeConfig, ResourcesConfig
 from orchestrator.config.hydra_compose import compose

@@ -18,9 +18,9 @@ from experts.conditions.text_encoder import TextEncoder
 from experts.config import TextConfig, TrainingConfig
 from experts.networks.registry import build_network, call_network
 from experts.training.checkpoint import CheckpointError
-from experts.training.distributed import DataParallelGroup, GroupError, WorkerLost
 from experts.training.encode import FrozenCodec, encode_dataset, encode_latents
 from experts.training.latent_dataset import LatentDataset
+from experts.training.parallel.distributed import DataParallelGroup, GroupError, WorkerLost
 from experts.training.trainer import TrainingDiverged, fit
 from tests.experts.training.test_trainer import NETWORKS, Killed, killed_at, stopping_at, velocity_loss
 from tests.text_encoders import save_tiny_encoder

@@ -1,9 +1,9 @@
 """Data parallelism: workers that train one network inside one island, with the result of one worker.
 
-Every worker takes its rows of the global batch, torch's DistributedDataParallel averages the gradients, and all stop at
-the same step; only rank 0 writes. To create a group, start a process group of torch.distributed that carries CPU
-tensors (`gloo`, or `cpu:gloo,cuda:nccl`) in every worker; all workers need the same scratch folder. Without a process
-group, or with one worker, every method here does nothing. A group never spans islands.
+Every worker takes its rows of the global batch, torch's DistributedDataParallel or FSDP2 averages the gradients, and
+all stop at the same step; only rank 0 writes. To create a group, start a process group of torch.distributed in every
+worker that carries CPU tensors (`gloo`, or `cpu:gloo,cuda:nccl`); all workers need the same scratch folder. Without a
+process group, or with one worker, every method here does nothing. A group never spans islands.
 """
 
 import contextlib
@@ -62,10 +62,17 @@ class DataParallelGroup:
         return slice(self.rank * rows, (self.rank + 1) * rows) if self.size > 1 else slice(None)
 
     def wrap_model(
-        self, model: nn.Module, loss: Callable[[nn.Module, BatchT], Tensor | dict[str, Tensor]]
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, BatchT], Tensor | dict[str, Tensor]],
+        *,
+        is_sharded: bool = False,
     ) -> Callable[[BatchT], Tensor | dict[str, Tensor]]:
-        """Return the loss of this worker's rows; its backward pass averages the gradients over all workers."""
-        if self.size == 1:
+        """Return the loss of this worker's rows; its backward pass averages the gradients over all workers.
+
+        A sharded network does so by itself.
+        """
+        if self.size == 1 or is_sharded:
             return partial(loss, model)
         # Without `find_unused_parameters` DDP rearranges its buckets after the first backward pass. That changes the
         # order in which gradients of three or more workers are added, so a resumed training would differ in its last

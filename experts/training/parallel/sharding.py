@@ -1,0 +1,83 @@
+"""Sharded training: every worker keeps its part of each parameter, of its gradient, moments and averages (FSDP2).
+
+A whole parameter exists for as long as its block is computed. Checkpoints do not depend on the number of workers: the
+tensors are put together one after the other.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from experts.config import TrainingConfig
+from experts.training.parallel.distributed import DataParallelGroup, GroupError
+
+
+def shard_network(model: nn.Module, group: DataParallelGroup, config: TrainingConfig) -> None:
+    """Divide the parameters among the workers, in place: those of every block of a list, and the rest.
+
+    Raises `GroupError` for settings that need whole tensors.
+    """
+    unfit = {
+        "training.optimizer=muon": config.optimizer == "muon",
+        "training.autocast=float16": config.autocast == "float16",
+        "training.ema_snapshots": config.ema_snapshots > 0,
+    }
+    if found := [name for name, is_set in unfit.items() if is_set]:
+        raise GroupError(
+            f"{' and '.join(found)} need whole tensors, and training.parallel=fsdp gives every worker parts of them; "
+            "remove the setting, or choose training.parallel=ddp"
+        )
+    mesh = init_device_mesh(next(model.parameters()).device.type, (group.size,))
+    # The root is divided again after its forward pass too: averaged parameters that were measured must not stay.
+    for block in list(_find_blocks(model)):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the members with parameters of the outermost lists of modules."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (block for block in child if any(True for _ in block.parameters()))
+        else:
+            yield from _find_blocks(child)
+
+
+def copy_without_parameters(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are on the meta device, and whose buffers are on the CPU."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): buffer.detach().cpu().clone() for buffer in model.buffers()}
+    return deepcopy(model, memo)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this worker keeps, without a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor put together from the parts of all workers; all of them must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def each_whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors one after the other, put together, on the CPU; every worker must take all of them."""
+    for name, tensor in tensors.items():
+        yield name, whole(tensor.detach()).cpu()
+
+
+def divide_like(tensor: Tensor, parameter: Tensor | None) -> Tensor:
+    """Return this worker's part of a whole tensor, divided as a parameter of the same shape is."""
+    if isinstance(parameter, DTensor) and parameter.shape == tensor.shape:
+        tensor = tensor.to(parameter.device)
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor
+
+
+def are_sharded(model: nn.Module) -> bool:
+    """Return whether the parameters of a network are divided."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

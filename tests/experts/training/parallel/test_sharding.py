@@ -1,0 +1,158 @@
+"""Two workers that keep parts of one network each (FSDP2, over gloo), started once, against one worker."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import distributed
+
+from ddm_core.artifacts import Preempted, Workspace, checksum, read_with_checksum
+from experts.config import TrainingConfig
+from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from experts.networks.registry import build_network, call_network
+from experts.training.checkpoint import STATE, TENSORS
+from experts.training.held_out import measure_held_out
+from experts.training.parallel.distributed import DataParallelGroup, GroupError
+from experts.training.parallel.tensor_file import DTYPES, write_tensors
+from experts.training.trainer import Watch, fit
+from tests.experts.training.parallel.test_distributed import are_equal, dataset, worker_workspace
+from tests.experts.training.test_trainer import NETWORKS, stopping_at, velocity_loss
+
+SIZE = 2
+CONFIG = TrainingConfig(
+    steps=12, batch_size=8, warmup_steps=3, log_every=4, checkpoint_every=5, held_out_every=4, parallel="fsdp"
+)
+
+
+def measuring(kind):
+    """Return a watch that measures on three samples, so that one worker of two has fewer of them."""
+    samples = dataset(NETWORKS[kind][1]).select(torch.arange(3))
+
+    def measure(model):
+        def velocity(noised, t, condition):
+            return call_network(model, noised, t, condition)
+
+        return measure_held_out(velocity, samples, RECTIFIED_FLOW, 5, torch.device("cpu"), DataParallelGroup.join())
+
+    return Watch(measure=measure)
+
+
+def train(kind, workspace, config=CONFIG):
+    """Return the averaged parameters and the metrics rows."""
+    torch.manual_seed(5)
+    model = build_network(*NETWORKS[kind], 3)
+    trained = fit(model, velocity_loss, dataset(NETWORKS[kind][1]), config, workspace, watch=measuring(kind))
+    return trained.model.state_dict(), trained.rows
+
+
+def scenario(rank, folder):
+    """Train to the end; stop and resume; resume what one worker stopped; refuse an optimizer."""
+    for kind in ("residual_mlp", "dit"):
+        tensors, rows = train(kind, worker_workspace(folder / kind, rank))
+        torch.save((tensors, rows), folder / f"{kind}_{rank}.pt")
+    with pytest.raises(Preempted):
+        train("dit", stopping_at(6, folder / "stopped"))
+    if rank == 0:
+        shutil.copytree(folder / "stopped", folder / "for_one")
+    torch.save(train("dit", Workspace.at(folder / "stopped")), folder / f"stopped_{rank}.pt")
+    torch.save(train("dit", Workspace.at(folder / "of_one")), folder / f"of_one_{rank}.pt")
+    with pytest.raises(GroupError, match=r"muon .*training\.parallel=ddp"):
+        train("dit", Workspace.at(folder / "muon"), replace(CONFIG, optimizer="muon"))
+
+
+def run_worker(rank, folder, work):
+    """Run one worker of the group in a subprocess."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = distributed.FileStore(str(folder / f"meeting-{work.__name__}"), SIZE)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
+    work(rank, folder)
+    distributed.destroy_process_group()
+
+
+def start_workers(folder, work):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=run_worker, args=(rank, folder, work)) for rank in range(SIZE)]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.slow
+def test_sharded_training_is_that_of_one_worker(tmp_path):
+    with pytest.raises(Preempted):
+        train("dit", stopping_at(6, tmp_path / "of_one"))
+    workers = start_workers(tmp_path, scenario)
+    alone = {kind: train(kind, Workspace.at(tmp_path / f"{kind}_alone")) for kind in ("residual_mlp", "dit")}
+    for worker in workers:
+        worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+    def result(name, rank=0):
+        return torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True)
+
+    for kind, (tensors, rows) in alone.items():
+        sharded, sharded_rows = result(kind)
+        assert_close(sharded, tensors)
+        assert are_equal(sharded, result(kind, 1)[0]), "all workers hold the same average"
+        for ours, theirs in zip(sharded_rows, rows, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+    assert are_equal(result("stopped")[0], result("dit")[0]), "two after two, bit for bit"
+    assert_close(result("of_one")[0], alone["dit"][0])
+    assert_close(train("dit", Workspace.at(tmp_path / "for_one"))[0], alone["dit"][0])
+
+
+def assert_close(ours, theirs):
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-5)
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=5))
+def test_tensors_written_one_by_one_are_read_by_safetensors(kinds):
+    tensors = {f"t{i}": (torch.rand(shape) * 9).to(dtype) for i, (dtype, shape) in enumerate(kinds)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensors.safetensors"
+        write_tensors(path, tensors, tensors.items())
+        assert are_equal(load_file(path), tensors)
+
+
+def train_until_killed(rank, folder):
+    """Train slowly enough to be killed at any instant."""
+    torch.save(train("dit", worker_workspace(folder / "killed", rank), SLOW), folder / f"killed_{rank}.pt")
+
+
+SLOW = replace(CONFIG, steps=60, checkpoint_every=1)
+
+
+@pytest.mark.integration
+def test_workers_killed_at_random_leave_whole_checkpoints(tmp_path):
+    checkpoints, kills = tmp_path / "killed" / "checkpoints", 0
+    while not (tmp_path / "killed_1.pt").exists():
+        workers = start_workers(tmp_path, train_until_killed)
+        if kills < 20:
+            while not checkpoints.exists() and any(worker.is_alive() for worker in workers):
+                time.sleep(0.01)
+            time.sleep(random.Random(kills).uniform(0, 1))
+            for worker in workers:
+                worker.kill()
+            kills += 1
+        for worker in workers:
+            worker.join(300)
+        for folder in checkpoints.glob("step-*"):
+            assert checksum(folder / TENSORS) == read_with_checksum(folder / STATE)["sha256"]
+        (tmp_path / "meeting-train_until_killed").unlink(missing_ok=True)
+    killed, _ = torch.load(tmp_path / "killed_0.pt", weights_only=True)
+    assert_close(killed, train("dit", Workspace.at(tmp_path / "whole"), SLOW)[0])
