@@ -31,7 +31,7 @@ from experts.networks.registry import build_network
 from experts.training.ema import MovingAverage
 from experts.training.encode import encode_latents
 from experts.training.latent_dataset import LatentDataset, make_batch
-from experts.training.loss import expert_loss
+from experts.training.losses.loss import expert_loss
 from experts.training.optimizers.lr_schedules import learning_rate
 from experts.training.trainer import fit
 from orchestrator.backends.inline import InlineBackend

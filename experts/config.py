@@ -127,6 +127,8 @@ class TrainingConfig:
     """Lower precision for the forward and backward pass."""
     compile: bool = False
     """Whether to call `torch.compile` on the network."""
+    attention_backend: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """diffusers' attention backend of an expert's network, such as `flash` or `sage`; None: torch's own attention."""
     gradient_checkpointing: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
     """Whether an expert's activations are computed again in the backward pass: less memory, a third more FLOPs."""
     parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=UNHASHED_IF_DEFAULT)
@@ -291,6 +293,17 @@ class ExpertConfig:
     whose prediction is another."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = field(default=5.0, metadata=UNHASHED_IF_DEFAULT)
     """Largest weight of `min_snr`."""
+    align_weight: Annotated[float, Field(ge=0)] = field(default=0.0, metadata=UNHASHED_IF_DEFAULT)
+    """Weight of the alignment of a transformer's tokens with features of the clean image (REPA), 0.5 in its paper; 0:
+    none. The images are decoded from the latents in every step."""
+    align_teacher: Literal["random_conv", "efficientnet_lite0"] = field(
+        default="efficientnet_lite0", metadata=UNHASHED_IF_DEFAULT
+    )
+    """The network whose features these are: one that can cluster the data and has features at positions."""
+    align_block: Annotated[int, Field(ge=1)] = field(default=2, metadata=UNHASHED_IF_DEFAULT)
+    """The block, counted from 1, after which the tokens are aligned."""
+    align_until: Annotated[float, Field(gt=0, le=1)] = field(default=0.5, metadata=UNHASHED_IF_DEFAULT)
+    """Share of the steps after which there is no alignment."""
     training: TrainingConfig = TrainingConfig()
     """Steps, batch, learning rate and other training settings."""
     init: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)

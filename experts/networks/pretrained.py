@@ -21,7 +21,12 @@ from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.networks.adapters.adapter import DataShape
 from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.pretrained_files import InitError, init_files
-from experts.networks.registry import build_network, enable_gradient_checkpointing, load_network
+from experts.networks.registry import (
+    build_network,
+    enable_gradient_checkpointing,
+    load_network,
+    set_attention_backend,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,8 @@ def build_initial_model(
         )
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(initial_model.model)
+    if config.training.attention_backend is not None:
+        set_attention_backend(initial_model.model, config.training.attention_backend)
     return initial_model
 
 

@@ -121,6 +121,22 @@ def enable_gradient_checkpointing(model: nn.Module, function: Callable[..., Any]
     checkpointed.enable_gradient_checkpointing(function)
 
 
+def set_attention_backend(model: nn.Module, backend: str) -> None:
+    """Choose diffusers' attention backend, in place; raise `NetworkError` where it has no effect or is not there."""
+    name = type(model).__name__
+    if not ADAPTERS[name].has_attention_backends:
+        able = ", ".join(other for other, adapter in ADAPTERS.items() if adapter.has_attention_backends)
+        raise NetworkError(
+            f"training.attention_backend would change nothing: {name} always uses torch's own attention; leave it "
+            f"empty, or choose one of {able}"
+        )
+    chosen: Any = model
+    try:
+        chosen.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise NetworkError(f"attention backend {backend!r} cannot be used: {error}; leave it empty") from error
+
+
 def _without_label_dropout(model: nn.Module) -> nn.Module:
     """Disable DiT's label dropout in place: the batch alone decides which rows are null."""
     for module in model.modules():

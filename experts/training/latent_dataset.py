@@ -144,6 +144,8 @@ class Batch:
     t: RowTimes
     condition: Condition
     cluster_id: Int[Tensor, " batch"]
+    step: int = 0
+    """Of the training, counted from 0."""
 
     def divide(self, parts: int) -> list["Batch"]:
         """Return `parts` batches of consecutive rows, or one for every row if there are fewer; sizes differ by 1."""
@@ -162,6 +164,7 @@ class Batch:
             t=self.t[index],
             condition=self.condition.rows(index),
             cluster_id=self.cluster_id[index],
+            step=self.step,
         )
 
     def pin_memory(self) -> "Batch":
@@ -172,6 +175,7 @@ class Batch:
             t=self.t.pin_memory(),
             condition=self.condition.pin_memory(),
             cluster_id=self.cluster_id.pin_memory(),
+            step=self.step,
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -184,6 +188,7 @@ class Batch:
             t=self.t.to(device, non_blocking=True),
             condition=self.condition.to(device),
             cluster_id=self.cluster_id.to(device, non_blocking=True),
+            step=self.step,
         )
 
 
@@ -215,6 +220,7 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
         t=local(t),
         condition=condition,
         cluster_id=dataset.cluster_id.index_select(0, rows),
+        step=step,
     )
 
 

@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from experts.config import TrainingConfig
 from experts.training.parallel.distributed import DataParallelGroup, GroupError
 
+CALLED_ALONE = {"DiTTransformer2DModel": "transformer_blocks.0.norm1.emb"}
+"""The module of a block that a class calls without the block."""
+
 
 def shard_network(model: nn.Module, group: DataParallelGroup, config: TrainingConfig) -> None:
     """Divide the parameters among the workers, in place: those of every block of a list, and the rest.
@@ -33,9 +36,10 @@ def shard_network(model: nn.Module, group: DataParallelGroup, config: TrainingCo
         )
     mesh = init_device_mesh(next(model.parameters()).device.type, (group.size,))
     # The root is divided again after its forward pass too: averaged parameters that were measured must not stay.
-    for block in list(_find_blocks(model)):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    alone = CALLED_ALONE.get(type(model).__name__)
+    inner = [] if alone is None else [model.get_submodule(alone)]
+    for module in [*inner, *_find_blocks(model), model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:

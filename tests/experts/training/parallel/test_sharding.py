@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import distributed
 
+from benchmarks.testbed.backbones import TINY, build, gradients
 from ddm_core.artifacts import Preempted, Workspace, checksum, read_with_checksum
 from experts.config import TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
@@ -23,6 +24,7 @@ from experts.networks.registry import build_network, call_network
 from experts.training.checkpoint import STATE, TENSORS
 from experts.training.held_out import measure_held_out
 from experts.training.parallel.distributed import DataParallelGroup, GroupError
+from experts.training.parallel.sharding import shard_network, whole
 from experts.training.parallel.tensor_file import DTYPES, write_tensors
 from experts.training.trainer import Watch, fit
 from tests.experts.training.parallel.test_distributed import are_equal, dataset, worker_workspace
@@ -89,6 +91,24 @@ def start_workers(folder, work):
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def group_of_one(tmp_path_factory):
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "meeting"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield DataParallelGroup()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_every_class_has_the_same_gradients_sharded(case, group_of_one):
+    expected, model = gradients(build(case), case), build(case)
+    shard_network(model, group_of_one, CONFIG)
+    for name, gradient in gradients(model, case).items():
+        assert (gradient is None) == (expected[name] is None)
+        if gradient is not None:
+            torch.testing.assert_close(whole(gradient), expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""Features at every position of an image, of the networks that cluster the data; as teachers of experts."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from data_partition.features import efficientnet, random_conv
+
+Images = Float[Tensor, "batch channel height width"]
+"""From 0 to 1."""
+Features = Float[Tensor, "batch feature row column"]
+TokenNetwork = Callable[[Images], Features]
+
+
+def resize(images: Images, side: int) -> Float[Tensor, "batch 3 side side"]:
+    """Return RGB images of `side` x `side` pixels."""
+    scaled = functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return scaled.expand(-1, 3, -1, -1)
+
+
+def load_random_conv() -> TokenNetwork:
+    """Return the last of three layers of random filters: 64 features at 4 x 4 positions."""
+    filters = random_conv.make_random_filters(0)
+
+    def compute(images: Images) -> Features:
+        hidden = resize(images, random_conv.SIDE) * 2 - 1
+        for layer in filters:
+            hidden = functional.relu(functional.conv2d(hidden, layer.to(hidden.device), stride=2, padding=1))
+        return hidden
+
+    return compute
+
+
+def load_efficientnet() -> TokenNetwork:
+    """Return the last channels of EfficientNet-lite0: 1,280 at 2 x 2 positions; raises `MissingExtra`."""
+    network = efficientnet.load_network()
+
+    def compute(images: Images) -> Features:
+        inputs = (resize(images, efficientnet.SIDE) - efficientnet.MEAN) / efficientnet.SCALE
+        features: Tensor = network.to(images.device).extract_features(inputs)
+        return features
+
+    return compute
+
+
+TOKEN_NETWORKS: dict[str, Callable[[], TokenNetwork]] = {
+    "random_conv": load_random_conv,
+    "efficientnet_lite0": load_efficientnet,
+}
+"""By the names of `EXTRACTORS` that have features at positions; `pixels` has none."""
+
+
+@torch.no_grad()
+def compute_tokens(
+    network: TokenNetwork, images: Images, rows: int, columns: int
+) -> Float[Tensor, "batch token feature"]:
+    """Return the features at the positions of a grid, of length one each, in rows from the top left."""
+    grid = functional.interpolate(network(images), (rows, columns), mode="bilinear")
+    return functional.normalize(grid.flatten(2).transpose(1, 2), dim=-1)
