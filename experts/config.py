@@ -154,6 +154,21 @@ class TrainingConfig:
     """Noise, t and sample order are functions of (seed, step, row)."""
 
     @model_validator(mode="after")
+    def _can_be_sharded(self) -> "TrainingConfig":
+        """Check that nothing in a sharded training needs whole tensors."""
+        needs = {
+            "optimizer=muon": self.optimizer == "muon",
+            "autocast=float16": self.autocast == "float16",
+            "ema_snapshots": self.ema_snapshots > 0,
+        }
+        if self.parallel == "fsdp" and (found := [name for name, is_set in needs.items() if is_set]):
+            raise ValueError(
+                f"training.parallel=fsdp gives every worker parts of the tensors, but training.{found[0]} needs whole "
+                "ones; remove it, or set training.parallel=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measures_before_it_stops(self) -> "TrainingConfig":
         """Check that a training that may end early measures what it ends by."""
         if self.stop_after_no_gain is not None and self.held_out_every is None:
@@ -319,6 +334,13 @@ class ExpertConfig:
     `prediction` and `noise_schedule` above, to which outputs are converted at equal noise-to-signal ratio."""
     init_checksum: str = field(default="", metadata=UNHASHED_IF_DEFAULT)
     """Checksum of that folder, set when a run is composed; a folder that has changed since is an error."""
+
+    @model_validator(mode="after")
+    def _aligns_whole_blocks(self) -> "ExpertConfig":
+        """Check that an alignment has whole blocks."""
+        if self.align_weight and self.training.parallel == "fsdp":
+            raise ValueError("align_weight needs whole blocks; set training.parallel=ddp, or align_weight=0")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -228,7 +228,7 @@ def init_training_state(model: nn.Module, config: TrainingConfig, group: DataPar
     is_sharded = config.parallel == "fsdp" and group.size > 1
     template = copy_without_parameters(model) if is_sharded else None
     if is_sharded:
-        shard_network(model, group, config)
+        shard_network(model, group)
     if config.compile:
         model.compile()
     return TrainingState(

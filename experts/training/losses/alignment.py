@@ -121,10 +121,6 @@ def align(
     config: ExpertConfig, network: nn.Module, loss: Callable[[nn.Module, Batch], Loss], codec: Codec
 ) -> tuple[AlignedNetwork, AlignedLoss]:
     """Return the network with a projection, initialized from the training's seed, and its loss."""
-    if config.training.parallel == "fsdp":
-        raise NetworkError(
-            "expert.align_weight needs whole blocks; set training.parallel=ddp, or expert.align_weight=0"
-        )
     teacher = TOKEN_NETWORKS[config.align_teacher]()
     height, width, channels = codec.image_shape
     image = torch.zeros(1, channels, height, width)

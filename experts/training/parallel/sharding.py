@@ -12,28 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from experts.config import TrainingConfig
-from experts.training.parallel.distributed import DataParallelGroup, GroupError
+from experts.training.parallel.distributed import DataParallelGroup
 
 CALLED_ALONE = {"DiTTransformer2DModel": "transformer_blocks.0.norm1.emb"}
 """The module of a block that a class calls without the block."""
 
 
-def shard_network(model: nn.Module, group: DataParallelGroup, config: TrainingConfig) -> None:
-    """Divide the parameters among the workers, in place: those of every block of a list, and the rest.
-
-    Raises `GroupError` for settings that need whole tensors.
-    """
-    unfit = {
-        "training.optimizer=muon": config.optimizer == "muon",
-        "training.autocast=float16": config.autocast == "float16",
-        "training.ema_snapshots": config.ema_snapshots > 0,
-    }
-    if found := [name for name, is_set in unfit.items() if is_set]:
-        raise GroupError(
-            f"{' and '.join(found)} need whole tensors, and training.parallel=fsdp gives every worker parts of them; "
-            "remove the setting, or choose training.parallel=ddp"
-        )
+def shard_network(model: nn.Module, group: DataParallelGroup) -> None:
+    """Divide the parameters among the workers, in place: those of every block of a list, and the rest."""
     mesh = init_device_mesh(next(model.parameters()).device.type, (group.size,))
     # The root is divided again after its forward pass too: averaged parameters that were measured must not stay.
     alone = CALLED_ALONE.get(type(model).__name__)

@@ -18,6 +18,7 @@ from experts.networks.registry import (
     enable_gradient_checkpointing,
     load_network,
     pack_latents,
+    set_attention_backend,
     unpack_latents,
 )
 
@@ -187,3 +188,15 @@ def test_wrong_settings_are_refused(config, message):
 def test_conditions_that_a_network_cannot_read_are_refused(case, classes, text_shape, message):
     with pytest.raises(NetworkError, match=message):
         check_condition(config_of(case), classes, text_shape)
+
+
+@each_case
+def test_attention_backend_is_refused_where_it_changes_nothing(case):
+    model = build(case)
+    if adapter_of(case).has_attention_backends:
+        set_attention_backend(model, "native")
+        with pytest.raises(NetworkError, match="cannot be used"):
+            set_attention_backend(model, "unheard_of")
+    else:
+        with pytest.raises(NetworkError, match="would change nothing"):
+            set_attention_backend(model, "native")
