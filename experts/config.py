@@ -12,7 +12,7 @@ from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 Prediction = Literal["velocity", "noise", "clean"]
 NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta", "ddpm_linear", "scaled_linear"]
 LossWeightName = Literal["uniform", "min_snr", "velocity"]
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 LRScheduleName = Literal["linear", "constant", "cosine", "warmup_stable_decay"]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -93,7 +93,8 @@ class TrainingConfig:
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate; `lr_schedule` says how it falls after the warm-up."""
     optimizer: OptimizerName = field(default="adamw", metadata=UNHASHED_IF_DEFAULT)
-    """`adamw`: AdamW. `muon`: Muon for the matrices of linear layers inside blocks, AdamW for the other parameters."""
+    """`adamw`: AdamW. `adamw_8bit`: with moments of eight bits, by torchao. `muon`: Muon for the matrices of linear
+    layers inside blocks, AdamW for the other parameters."""
     betas: tuple[Momentum, Momentum] = field(default=(0.9, 0.999), metadata=UNHASHED_IF_DEFAULT)
     """Decay a step of both moments of AdamW."""
     momentum: Momentum = field(default=0.95, metadata=UNHASHED_IF_DEFAULT)
@@ -157,7 +158,7 @@ class TrainingConfig:
     def _can_be_sharded(self) -> "TrainingConfig":
         """Check that nothing in a sharded training needs whole tensors."""
         needs = {
-            "optimizer=muon": self.optimizer == "muon",
+            f"optimizer={self.optimizer}": self.optimizer != "adamw",
             "autocast=float16": self.autocast == "float16",
             "ema_snapshots": self.ema_snapshots > 0,
         }

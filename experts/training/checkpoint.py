@@ -30,6 +30,7 @@ from ddm_core.artifacts import (
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
 from experts.training.ema import MovingAverage
+from experts.training.optimizers.adamw_8bit import join_moment, split_moment
 from experts.training.parallel.sharding import divide_like, each_whole
 from experts.training.parallel.tensor_file import write_tensors
 
@@ -154,7 +155,9 @@ def collect_tensors(state: TrainingState) -> dict[str, Tensor]:
     tensors |= {f"sums.{name}": value for name, value in state.sums.items()}
     tensors |= {f"early.{name}": value for name, value in state.early.items()}
     for parameter, moments in state.optimizer.state.items():
-        tensors |= {f"optimizer.{kind}.{names[parameter]}": value for kind, value in moments.items()}
+        for kind, moment in moments.items():
+            parts = split_moment(moment).items()
+            tensors |= {f"optimizer.{kind}{part}.{names[parameter]}": value for part, value in parts}
     return tensors
 
 
@@ -177,6 +180,10 @@ def _restore(state: TrainingState, path: Path) -> None:
     device = next(state.model.parameters()).device
     state.sums = {name: value.to(device) for name, value in groups["sums"].items()}
     state.early = groups["early"]
+    moments: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, value in groups["optimizer"].items():
         kind, _, parameter = name.partition(".")
-        state.optimizer.state[parameters[parameter]][kind] = value.to(device, copy=True)
+        kind, separator, part = kind.partition(":")
+        moments.setdefault((parameter, kind), {})[separator + part] = value.to(device, copy=True)
+    for (parameter, kind), parts in moments.items():
+        state.optimizer.state[parameters[parameter]][kind] = join_moment(parts)

@@ -28,7 +28,7 @@ from experts.training.checkpoint import (
 from experts.training.ema import SNAPSHOT_WIDTHS, SNAPSHOTS, MovingAverage, write_snapshots
 from experts.training.held_out import HELD_OUT, Measure, stopped_gaining
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
-from experts.training.optimizers.lr_schedules import learning_rate
+from experts.training.optimizers.lr_schedules import learning_rate, set_learning_rate
 from experts.training.optimizers.registry import OPTIMIZERS
 from experts.training.parallel.distributed import DataParallelGroup, defer_sync
 from experts.training.parallel.sharding import copy_without_parameters, each_whole, shard_network, whole
@@ -251,8 +251,7 @@ def _train_step(
     """
     config, parts, means = state.config, batch.divide(state.config.accumulate), dict[str, Tensor]()
     _seed(step_seed(config.seed, state.step) + group.rank, batch.t.device)
-    for parameters in state.optimizer.param_groups:
-        parameters["lr"] = learning_rate(state.step, config)
+    set_learning_rate(state.optimizer, learning_rate(state.step, config))
     state.optimizer.zero_grad(set_to_none=True)
     for part in parts:
         share = len(part.t) / len(batch.t)

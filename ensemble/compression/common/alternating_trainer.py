@@ -26,7 +26,7 @@ from experts.training.checkpoint import (
     save_checkpoint,
 )
 from experts.training.latent_dataset import step_seed
-from experts.training.optimizers.lr_schedules import learning_rate
+from experts.training.optimizers.lr_schedules import learning_rate, set_learning_rate
 from experts.training.trainer import (
     TrainingDiverged,
     check_device,
@@ -113,8 +113,7 @@ def _run_step(states: Mapping[str, TrainingState], update_step: UpdateStep, conf
 
 def _update(state: TrainingState, loss: Tensor, config: TrainingConfig) -> Tensor:
     """Update one network; return the norm of its gradient before clipping."""
-    for parameters in state.optimizer.param_groups:
-        parameters["lr"] = learning_rate(state.step, config)
+    set_learning_rate(state.optimizer, learning_rate(state.step, config))
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(state.scaler.scale(loss))
     state.scaler.unscale_(state.optimizer)

@@ -9,6 +9,8 @@ warmup_stable_decay  stays, then falls linearly to zero (Hu et al. 2024, arXiv:2
 import math
 from collections.abc import Callable
 
+import torch
+
 from experts.config import LRScheduleName, TrainingConfig
 
 
@@ -17,6 +19,15 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     return LR_SCHEDULES[config.lr_schedule](step, config)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters this learning rate."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # a compiled step reads it from there
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _linear(step: int, config: TrainingConfig) -> float:

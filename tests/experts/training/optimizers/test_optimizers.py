@@ -27,7 +27,7 @@ def test_every_name_has_an_optimizer():
     assert set(OPTIMIZERS) == set(get_args(OptimizerName))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"adamw_8bit"}))
 def test_counted_values_are_those_of_the_state(name):
     model, optimizer = build(name)
     step(model, optimizer)
