@@ -81,7 +81,8 @@ def run_worker(rank, folder, work):
 
 
 def start_workers(folder, work):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     workers = [context.Process(target=run_worker, args=(rank, folder, work)) for rank in range(SIZE)]
     for worker in workers:
         worker.start()
@@ -172,7 +173,7 @@ def test_workers_killed_at_random_leave_whole_checkpoints(tmp_path):
         if kills < 20:
             while not checkpoints.exists() and any(worker.is_alive() for worker in workers):
                 time.sleep(0.01)
-            time.sleep(random.Random(kills).uniform(0, 1))
+            time.sleep(random.Random(kills).uniform(0, 3))
             for worker in workers:
                 worker.kill()
             kills += 1
