@@ -1,8 +1,8 @@
-"""The trainer and the sampler against plain loops (`make bench-training`; ten minutes on one thread).
+"""The trainer and the sampler against plain loops (`make bench-training`; a quarter of an hour on one thread).
 
 1. `fit`, with its batches, loss, average, rows and progress, against `arms/bare_loop.py`, which shares nothing with it.
 2. Gradients of a batch in four parts, and with activations computed again, against those of the plain step.
-3. Sampling with sticky experts against one dense model in a loop of diffusers.
+3. Sampling with sticky experts against one dense model in a loop of diffusers, and against such loops of the experts.
 
 Both sides run in turns on one thread; the figure is CPU time, and each pair takes at most 90 s.
 """
