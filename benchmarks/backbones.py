@@ -39,7 +39,7 @@ from experts.networks.model_io import save_model
 from experts.networks.registry import build_network, call_network, enable_gradient_checkpointing, load_network
 from experts.training.flops import forward_flops
 from experts.training.latent_dataset import LatentDataset
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 from experts.training.trainer import fit
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config

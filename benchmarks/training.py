@@ -36,7 +36,7 @@ from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network, enable_gradient_checkpointing
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 from experts.training.trainer import fit
 from router.config import RouterConfig
 from router.models.registry import build_router

@@ -114,7 +114,7 @@ class TrainingConfig:
     """Relative width of the parameters' moving average, as a share of the finished steps."""
     ema_snapshots: Annotated[int, Field(ge=0)] = field(default=0, metadata=UNHASHED_IF_DEFAULT)
     """Snapshots of two further averages, of widths 0.05 and 0.1, that an expert keeps in `ema/`; from 16 of them
-    `experts.training.ema.rebuild_average` makes the average of any width after the training."""
+    `experts.training.optimizers.ema.rebuild_average` makes the average of any width after the training."""
     t_mean: float = 0.0
     """Mean of the normal distribution whose logistic is t."""
     t_std: Annotated[float, Field(gt=0)] = 1.0

@@ -28,14 +28,14 @@ from experts.networks.model_io import move_model, save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
-from experts.training.ema import SNAPSHOTS
+from experts.training.alignment import AlignedNetwork, align
 from experts.training.encode import read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.held_out import Measure, TrainingData, count_held_out, measure_held_out, take_evenly
 from experts.training.latent_dataset import LatentDataset
-from experts.training.losses.alignment import AlignedNetwork, align
-from experts.training.losses.loss import converted_loss, expert_loss
+from experts.training.loss import converted_loss, expert_loss
 from experts.training.memory import part_rows
+from experts.training.optimizers.ema import SNAPSHOTS
 from experts.training.parallel.distributed import DataParallelGroup
 from experts.training.trainer import LossFn, Watch, fit, write_rows
 from experts.types import Latents, RowIds, Times

@@ -24,7 +24,7 @@ from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from experts.training.latent_dataset import LatentDataset
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 from experts.training.trainer import fit
 
 COUNT = 4000

@@ -24,7 +24,7 @@ from experts.networks.pretrained import build_initial_model
 from experts.training.encode import read_class_names
 from experts.training.held_out import TrainingData
 from experts.training.latent_dataset import Batch
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 from experts.types import Latents, Times
 
 SETTINGS = "cluster_conditioned.json"

@@ -24,7 +24,7 @@ from experts.networks.registry import call_network
 from experts.training.encode import read_class_names
 from experts.training.held_out import TrainingData
 from experts.training.latent_dataset import Batch
-from experts.training.losses.loss import mean_squared_error
+from experts.training.loss import mean_squared_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,8 @@ from ddm_core.artifacts import (
 )
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
-from experts.training.ema import MovingAverage
 from experts.training.optimizers.adamw_8bit import join_moment, split_moment
+from experts.training.optimizers.ema import MovingAverage
 from experts.training.parallel.sharding import divide_like, each_whole
 from experts.training.parallel.tensor_file import write_tensors
 

@@ -25,9 +25,9 @@ from experts.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from experts.training.ema import SNAPSHOT_WIDTHS, SNAPSHOTS, MovingAverage, write_snapshots
 from experts.training.held_out import HELD_OUT, Measure, stopped_gaining
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
+from experts.training.optimizers.ema import SNAPSHOT_WIDTHS, SNAPSHOTS, MovingAverage, write_snapshots
 from experts.training.optimizers.lr_schedules import learning_rate, set_learning_rate
 from experts.training.optimizers.registry import OPTIMIZERS
 from experts.training.parallel.distributed import DataParallelGroup, defer_sync

@@ -27,7 +27,7 @@ from experts.expert import Expert, network_flops
 from experts.networks.registry import build_network
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 from experts.training.trainer import check_device, fit
 from orchestrator.planning.calibration import StageSpeed
 from orchestrator.run.worker import limited_threads

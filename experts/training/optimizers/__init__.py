@@ -1,1 +1,1 @@
-"""Optimizers of a training, by their name in the configuration."""
+"""Optimizers of a training, by their name in the configuration, and averages of the parameters."""

@@ -14,7 +14,7 @@ from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, Trainin
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, network_flops, train_expert
 from experts.training.latent_dataset import Batch
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 
 TRAINING = TrainingConfig(steps=120, batch_size=32, warmup_steps=5, log_every=20, lr=4e-3)
 CONFIG = ExpertConfig(network=ResidualMLPConfig(width=24, depth=1), training=TRAINING)

@@ -19,7 +19,7 @@ from experts.networks.pretrained_files import WEIGHTS, InitError, check_unchange
 from experts.networks.registry import build_network, call_network, load_network
 from experts.training.latent_dataset import make_batch
 from experts.training.latent_folder import read_latents
-from experts.training.losses.loss import converted_loss
+from experts.training.loss import converted_loss
 
 SHAPE = (1, 4, 4)
 KINDS = {

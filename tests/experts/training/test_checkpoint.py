@@ -14,7 +14,7 @@ from experts.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from experts.training.ema import MovingAverage
+from experts.training.optimizers.ema import MovingAverage
 
 
 def create_state(width=8, lr=1e-3, device="cpu"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from experts.training.ema import (
+from experts.training.optimizers.ema import (
     SNAPSHOT_WIDTHS,
     MovingAverage,
     SnapshotError,

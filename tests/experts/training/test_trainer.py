@@ -12,7 +12,7 @@ from experts.config import DiTConfig, ResidualMLPConfig, TrainingConfig, UNetCon
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.networks.model_io import save_model
 from experts.networks.registry import build_network, call_network
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 from experts.training.trainer import DeviceError, TrainingDiverged, check_device, fit, write_rows
 
 NETWORKS = {

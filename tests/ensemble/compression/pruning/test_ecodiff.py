@@ -20,7 +20,7 @@ from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
 from experts.training.latent_dataset import LatentDataset
-from experts.training.losses.loss import expert_loss
+from experts.training.loss import expert_loss
 from experts.training.trainer import fit
 
 SHAPE = (1, 4, 4)

@@ -5,7 +5,7 @@ from experts.architectures.residual_mlp import ResidualMLP
 from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.training.latent_dataset import Batch
-from experts.training.losses.loss import converted_loss, expert_loss
+from experts.training.loss import converted_loss, expert_loss
 
 
 def batch():

@@ -20,8 +20,8 @@ from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConf
 from experts.expert import Expert, train_expert
 from experts.networks.class_settings import NetworkError
 from experts.networks.registry import build_network
+from experts.training.alignment import align, find_tokens
 from experts.training.latent_dataset import make_batch
-from experts.training.losses.alignment import align, find_tokens
 from tests.experts.training.test_trainer import velocity_loss
 
 DIT = DiTConfig(patch_size=2, heads=2, head_width=8, depth=2)
