@@ -16,6 +16,15 @@ MIN_HELD_OUT = 16
 TRAJECTORIES = "trajectories.safetensors"
 """File of a score with the previews and the gates of a few trajectories."""
 
+TRAJECTORY_SEEDS, SAMPLES_PER_TRAJECTORY = 8, 16
+"""Samples whose trajectories a score keeps, at most, and samples for each of them at least."""
+
+
+def count_repeats(num_samples: int) -> int:
+    """Return the number of samples that a score draws twice, the second time to keep their trajectories."""
+    return min(TRAJECTORY_SEEDS, max(1, num_samples // SAMPLES_PER_TRAJECTORY))
+
+
 CANDIDATES = (
     SelectionConfig(name="sticky"),
     SelectionConfig(name="sticky_resample", t_switch=0.5),

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 
 from ddm_core.artifacts import Workspace, write_json
-from ensemble.config import EvaluationConfig, SamplingConfig
+from ensemble.config import EvaluationConfig, SamplingConfig, count_repeats
 from ensemble.evaluation.generate import generate
 from ensemble.evaluation.held_out_prompts import load_held_out_conditions
 from ensemble.evaluation.reference import PROBE
@@ -35,9 +35,6 @@ HELD_OUT_CALLS = 4096
 
 GRID_IMAGES = 64
 """Samples in `grid.png`, eight per row."""
-
-TRAJECTORY_SEEDS, SAMPLES_PER_TRAJECTORY = 8, 16
-"""Seeds whose trajectories are kept, at most, and samples for each of them at least: they are sampled twice."""
 
 
 def evaluate(
@@ -62,7 +59,7 @@ def evaluate(
     prompts = asked and asked.by_text()
     generated = generate(pipeline_folder, seeds, prompts, sampling, workspace)
     _write_images(out, generated.images, seeds)
-    again = seeds[: min(TRAJECTORY_SEEDS, max(1, config.num_samples // SAMPLES_PER_TRAJECTORY))]
+    again = seeds[: count_repeats(config.num_samples)]
     write_trajectories(pipeline_folder, again, prompts and prompts.rows(slice(len(again))), sampling, out)
     features = loaded.extract(generated.images)
     classes = loaded.compare_classes(features.spaces[PROBE])

@@ -16,7 +16,7 @@ from ensemble.compression.config import CompressionConfig
 from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
 from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.sid import sid_flops
-from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig
+from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig, count_repeats
 from ensemble.evaluation.reference import MAX_HELD_OUT, MAX_PROBE_IMAGES, PROBE
 from experts.codecs.registry import CODECS
 from experts.config import CodecConfig
@@ -264,11 +264,12 @@ def estimate_score(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> W
     """Count the sampling and scoring of one selection; for `auto`, of the most expensive one that is allowed."""
     config: ScoreStageConfig = stage.config
     images = min(config.evaluation.num_samples, facts.images or config.evaluation.num_samples)
+    again = count_repeats(images)
     if "selection_search" not in stage.inputs:
-        return _sampling_work(stage, images, _calls(stage, config.sampling), facts)
+        return _sampling_work(stage, images, _calls(stage, config.sampling), facts, again)
     search: SelectionSearchConfig = stage.inputs["selection_search"].stage.config.search
     calls = [_calls(stage, replace(config.sampling, selection=selection)) for selection in search.candidates]
-    return _sampling_work(stage, images, most_expensive(calls, search.max_calls), facts)
+    return _sampling_work(stage, images, most_expensive(calls, search.max_calls), facts, again)
 
 
 def estimate_selection_search(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
@@ -349,9 +350,9 @@ def _comparison_work(stage: Stage, facts: DatasetFacts, images: int) -> Work:
     return Work(flops=flops, parts=parts, is_upper_bound=calls.is_upper_bound)
 
 
-def _sampling_work(stage: Stage, images: int, calls: CallsPerImage, facts: DatasetFacts) -> Work:
-    """Return the work of sampling `images` and of extracting their features for the score."""
-    flops, parts = _image_calls(stage, images, calls, facts)
+def _sampling_work(stage: Stage, images: int, calls: CallsPerImage, facts: DatasetFacts, again: int = 0) -> Work:
+    """Return the work of sampling `images`, `again` of them twice, and of extracting features for the score."""
+    flops, parts = _image_calls(stage, images + again, calls, facts)
     feature_flops = images * sum(extractor.flops for _, extractor in _score_extractors(facts))
     if stage.config.evaluation.conditional:
         feature_flops += images * facts.row_flops.get("text", 0.0)
