@@ -187,8 +187,8 @@ def _connect(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=OwnCodeOnly())
     except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         raise OrchestratorError(
-            f"no Ray cluster accepts a connection at compute.address={address} ({str(error).strip()}); start it, "
-            "correct the address, set its token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=a file of mode 600), "
+            f"no Ray cluster accepts a connection at the address {address} ({str(error).strip()}); start it, correct "
+            "the address, set its token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=a file of mode 600), "
             "or leave the address empty for an embedded one"
         ) from error
 

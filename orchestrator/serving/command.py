@@ -31,6 +31,9 @@ def serve(  # noqa: PLR0913 - the options of a command
     deadline: Annotated[float, typer.Option(help="Seconds until a request is dropped", min=0.1)] = 120.0,
     threads: Annotated[int, typer.Option(help="Threads of a replica", min=1)] = 1,
     replicas: Annotated[str, typer.Option(help="Replicas that sample, by load: 1, or 0-4")] = "1",
+    address: Annotated[
+        str | None, typer.Option(help="Running Ray cluster of this machine, HOST:PORT or auto; empty starts one here")
+    ] = None,
     idle: Annotated[float, typer.Option(help="Seconds until unused replicas of 0-N end", min=1)] = 600.0,
     inline: Annotated[bool, typer.Option("--inline", help="Sample in this process, without Ray")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log")] = False,
@@ -47,6 +50,7 @@ def serve(  # noqa: PLR0913 - the options of a command
         log_prompts=log_prompts,
         limits=Limits(images=max_images, steps=max_steps, queue=queue, deadline_s=deadline),
         batching=Batching(max_images=max_batch, resident=resident, threads=threads),
+        address=address,
         replicas=None if inline else Replicas.parse(replicas, idle),
     )
     accepted = ApiKeys() if keys is None else ApiKeys.read(keys)

@@ -71,6 +71,8 @@ class ServiceConfig:
     batching: Batching = Batching()
     replicas: Replicas | None = Replicas()
     """None samples in this process, without Ray."""
+    address: str | None = None
+    """Head of a running Ray cluster, or `auto`; None starts a cluster on loopback that ends with the service."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for an open address without keys, and for limits that no request can meet."""
@@ -78,6 +80,13 @@ class ServiceConfig:
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines, so it needs --keys, a file of mode 600 with "
                 "one API key a line; or leave --host out"
+            )
+        if self.address is not None and self.replicas is None:
+            raise ConfigError("--inline samples without Ray, so it has no --address; leave one of the two out")
+        if (self.address or "").startswith("ray://"):
+            raise ConfigError(
+                f"--address is HOST:PORT of the head of a Ray cluster whose node this machine is, or auto; got "
+                f"{self.address}, which is for Ray's client on another machine"
             )
         if self.limits.images > self.limits.queue:
             raise ConfigError(

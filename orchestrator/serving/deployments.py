@@ -8,6 +8,7 @@ elsewhere: an accepted request is not lost.
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -114,7 +115,7 @@ def expert_label(key: BatchKey) -> str:
 
 @dataclass(slots=True)
 class RayServeBackend:
-    """Handles of the three deployments, on an embedded cluster that ends with `close`."""
+    """Handles of the three deployments, which end with `close`, and an embedded cluster with them."""
 
     facts: Mapping[str, ModelFacts]
     _cluster: RayCluster
@@ -124,15 +125,16 @@ class RayServeBackend:
 
     @classmethod
     def start(
-        cls, sources: Sequence[ModelSource], batching: Batching, replicas: Replicas, queue: int
+        cls, sources: Sequence[ModelSource], batching: Batching, replicas: Replicas, queue: int, address: str | None
     ) -> "RayServeBackend":
-        """Start Ray on loopback and the deployments, and wait until they have opened the models.
+        """Start Ray on loopback, or connect to a cluster, and start the deployments; wait until they have the models.
 
-        Raises `OrchestratorError` if Ray does not start, or `ServingError` for a model that a deployment cannot open.
+        Raises `OrchestratorError` if Ray does not start or respond, and `ServingError` for a model that a deployment
+        cannot open.
         """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         with environment_variables(FIXED_ALLOCATION):
-            cluster = RayCluster(ComputeConfig(cpus=replicas.most + 1))
+            cluster = RayCluster(ComputeConfig(cpus=replicas.most + 1, address=address))
         try:
             serve.start(proxy_location="Disabled", logging_config=LOGGING)
             scaling = {
@@ -158,8 +160,12 @@ class RayServeBackend:
             raise
 
     def close(self) -> None:
-        """End the deployments and the cluster."""
-        serve.shutdown()
+        """End the deployments and an embedded cluster; other applications of a cluster stay."""
+        if self._cluster.is_embedded:
+            serve.shutdown()
+        else:
+            for handle in (self._plan, self._denoise, self._decode):
+                serve.delete(handle.app_name)
         self._cluster.close()
 
     async def plan(self, generation: Generation) -> list[tuple[BatchKey, ImageJob]]:
@@ -189,11 +195,11 @@ class RayServeBackend:
 
 
 def _target(role: str, kind: type, arguments: tuple[Any, ...], queue: int, **options: Any) -> Any:
-    """Return a deployment as an application of its own, without a route."""
+    """Return a deployment as an application of its own, without a route, beside those of other services."""
     deployment = serve.deployment(
         name=role, max_ongoing_requests=queue, ray_actor_options={"num_cpus": int(role == "denoise")}, **options
     )(kind)
-    return serve.RunTarget(deployment.bind(*arguments), f"ddm-{role}", None, LOGGING)
+    return serve.RunTarget(deployment.bind(*arguments), f"ddm-{role}-{secrets.token_hex(4)}", None, LOGGING)
 
 
 async def _survive(call: Callable[[], Awaitable[Result]]) -> Result:

@@ -58,10 +58,10 @@ def _open_backend(sources: Sequence[ModelSource], config: ServiceConfig) -> Iter
         torch.set_num_threads(config.batching.threads)
         yield LocalBackend(sources, config.batching)
         return
-    configure_ray_security(None)
+    configure_ray_security(config.address)
     from orchestrator.serving.deployments import RayServeBackend
 
     with contextlib.closing(
-        RayServeBackend.start(sources, config.batching, config.replicas, config.limits.queue)
+        RayServeBackend.start(sources, config.batching, config.replicas, config.limits.queue, config.address)
     ) as backend:
         yield backend

@@ -14,9 +14,11 @@ import openai
 import pytest
 
 from benchmarks.testbed.served import ServedProcess, read_process, serve
+from orchestrator.islands.local.clusters import LocalIslands
+from orchestrator.islands.local.processes import TOKEN
 from tests.ensemble.text_pipeline import assemble_text_pipeline
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 class Client:
@@ -102,3 +104,16 @@ def test_replicas_end_when_idle_and_the_next_requests_start_them(server, folder)
             with ThreadPoolExecutor(8) as pool:
                 answers = list(pool.map(client.sample, seeds))
             assert [answer[0] for answer in answers] == server.sample(*seeds)
+
+
+def test_a_service_on_a_running_cluster_leaves_others_alone(server, folder, tmp_path, monkeypatch):
+    with LocalIslands(tmp_path, count=1, cpus=4) as islands:
+        head = islands._heads["island_1"]
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.folder / TOKEN))
+        monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+        options = ("--address", f"127.0.0.1:{head.first_port}")
+        with serve(folder, *options) as first:
+            with serve(folder, *options) as second:
+                assert Client(second).sample(3) == server.sample(3)
+            assert Client(first).sample(3, 4) == server.sample(3, 4)

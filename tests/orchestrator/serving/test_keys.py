@@ -57,6 +57,15 @@ def test_a_request_that_never_fits_into_the_queue_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"address": "ray://10.0.0.1:10001"}, "HOST:PORT"), ({"address": "auto", "replicas": None}, "--inline")],
+)
+def test_an_address_that_cannot_be_used_is_refused(fields, reason):
+    with pytest.raises(ConfigError, match=reason):
+        ServiceConfig(**fields)
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["{folder}/missing"], "neither a run nor the folder of an ensemble"),
