@@ -39,6 +39,9 @@ HEARTBEAT_S = 5.0
 GENERATION = re.compile(r"[0-9]{1,9}\.json")
 """Name of a lease file."""
 
+RELEASE_FILE = re.compile(r"\.([0-9]{1,9})\.[0-9a-f]{8}")
+"""Name of the record of a release that is not in use yet."""
+
 KEPT_GENERATIONS = 64
 """Lease files that stay behind the present one: more take-overs than a process can miss between two looks."""
 
@@ -148,6 +151,8 @@ class Lease:
 
     folder: Path
     generation: int
+    release_file: Path
+    """The record of the release, which takes the place of the lease file: a full disk can still rename it."""
 
     def is_held(self) -> bool:
         """Return whether this is still the latest generation."""
@@ -177,7 +182,7 @@ class Lease:
     def release(self) -> None:
         """Free the lease; the file stays, so that its generation is never used again."""
         if self.is_held():
-            write_record(_lease_file(self.folder, self.generation), this_process() | {"released": True})
+            self.release_file.replace(_lease_file(self.folder, self.generation))
 
 
 @contextlib.contextmanager
@@ -210,14 +215,24 @@ def _acquire(run: RunFolder) -> Lease:
                 f"wait for it, or stop it with `ddm stop {run.root}`"
             )
         generation = latest + 1
-        if _create(folder, generation):
-            after = _list_generations(folder)
-            if after[-1] != generation:
-                continue  # the first look was old: a later generation exists
-            for old in after:
-                if old <= generation - KEPT_GENERATIONS:
-                    _lease_file(folder, old).unlink(missing_ok=True)
-            return Lease(folder, generation)
+        release_file = folder / f".{generation}.{secrets.token_hex(4)}"
+        write_record(release_file, this_process() | {"released": True})
+        # Another controller may create the generation first, or even a later one after an old first look.
+        if _create(folder, generation) and _list_generations(folder)[-1] == generation:
+            _remove_old_files(folder, generation)
+            return Lease(folder, generation, release_file)
+        release_file.unlink(missing_ok=True)
+
+
+def _remove_old_files(folder: Path, generation: int) -> None:
+    """Delete lease files of long ago, and records of releases that a killed controller has not used."""
+    for old in _list_generations(folder):
+        if old <= generation - KEPT_GENERATIONS:
+            _lease_file(folder, old).unlink(missing_ok=True)
+    for path in folder.glob(".*"):
+        match = RELEASE_FILE.fullmatch(path.name)
+        if match and int(match[1]) < generation:
+            path.unlink(missing_ok=True)
 
 
 def _create(folder: Path, generation: int) -> bool:

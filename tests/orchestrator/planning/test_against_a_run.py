@@ -70,7 +70,10 @@ def _wait_for_checkpoint(folder: Path) -> None:
 def test_every_stage_takes_its_planned_flops(estimated, run):
     planned = {row.name: row.flops for row in estimated.stages}
     for stage in build_graph(run.load_config()):
-        assert planned[stage.name] == pytest.approx(read_manifest(run.artifact(stage)).flops, rel=0.05), stage.name
+        # The number of held-out images, which the reference reads, is planned by its expectation.
+        tolerance = 0.15 if stage.kind == "reference" else 0.05
+        actual = read_manifest(run.artifact(stage)).flops
+        assert planned[stage.name] == pytest.approx(actual, rel=tolerance), stage.name
 
 
 def test_estimated_time_has_the_right_magnitude(estimated, run):

@@ -146,7 +146,7 @@ def test_old_lease_files_are_removed_far_behind(run, monkeypatch):
         with hold_lease(run):
             pass
     assert sorted(path.name for path in run.controllers.iterdir()) == ["4.json", "5.json", "6.json"]
-    assert not Lease(run.controllers, 4).is_held()
+    assert not Lease(run.controllers, 4, run.controllers / "release").is_held()
 
 
 def test_deleted_run_folder_is_named(run):
