@@ -50,7 +50,7 @@ def test_compose_seed_reaches_every_part():
         ("partition.num_expert=3", ["did you mean partition.num_experts", "balanced"]),
         ("expert.training.learning_rate=1", ["unknown key", "lr"]),
         ("nonsense=1", ["known here", "partition"]),
-        ("expert.trainin.steps=3", ["expert.trainin: unknown key; did you mean expert.training?", "known here: align_block"]),
+        ("expert.trainin.steps=3", ["expert.trainin: unknown key; did you mean expert.training?", "known here: align"]),
         ("run.dir=a", ["run: unknown key", "known here: accelerate", "folder"]),
         ("data=nonsense", ["data/nonsense", "groups"]),
         ("expert.training.lr=", ["expert.training.lr"]),

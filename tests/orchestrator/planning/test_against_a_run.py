@@ -91,9 +91,9 @@ def test_costs_sum_to_the_timeline_without_double_counts(run):
     rows, attempts = load_costs(run), load_attempts(run, build_graph(run.load_config()))
     total_cost = sum_costs(rows)
     assert total_cost.seconds == pytest.approx(sum(attempt.end - attempt.start for attempt in attempts))
-    assert total_cost.attempts == len(attempts) == 14
+    assert total_cost.attempts == len(attempts) == 15
     assert total_cost.cpu_seconds == total_cost.seconds and total_cost.price == total_cost.gpu_seconds == 0
-    assert sorted(row.attempts for row in rows) == [1] * 12 + [2]
+    assert sorted(row.attempts for row in rows) == [1] * 13 + [2]
     ordered = sorted(attempts, key=lambda attempt: attempt.start)
     for before, after in zip(ordered, ordered[1:], strict=False):
         assert before.end <= after.start + 0.1, "inline runs stages sequentially"
@@ -107,12 +107,12 @@ def test_killed_attempt_loses_only_unsaved_steps(run):
     assert second.steps.first >= 20 and second.steps.first % 20 == 0 and second.steps.last == 240
     assert 0 <= expert.lost_s <= killed.seconds and 0 <= expert.lost_steps < 240
     assert sum_costs(load_costs(run)).lost_s == expert.lost_s
-    assert "14 attempts" in format_run_costs(run)
+    assert "15 attempts" in format_run_costs(run)
 
 
 def test_report_shows_the_costs(run):
     page = write_report(run).read_text()
-    assert "Costs" in page and '<th scope="row">whole run</th><td>14</td>' in page
+    assert "Costs" in page and '<th scope="row">whole run</th><td>15</td>' in page
 
 
 def test_wandb_contains_the_costs(run):
