@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms.finished_run import SPACES, FinishedRun
+from benchmarks.arms.finished_run import SHARED_STAGES, SPACES, FinishedRun
 from benchmarks.record import RESULTS, Claim, Listing, describe_machine, write_result
 from ddm_core.artifacts import read_json, read_manifest, to_jsonable, write_json
 from ensemble.evaluation.held_out_prompts import load_held_out_prompts
@@ -44,12 +44,7 @@ GRID_IMAGES = 40
 BASE = (
     "data=parquet",
     "codec=patch_pca_conv",
-    "codec.decoder_training.seed=0",
-    "partition.features=random_conv",
-    "partition.num_fine=128",
-    "partition.iterations=10",
-    "partition.num_experts=8",
-    "partition.seed=0",
+    *SHARED_STAGES,
     f"expert.training.steps={STEPS}",
     f"expert.training.batch_size={BATCH}",
     "expert.training.lr=1e-3",

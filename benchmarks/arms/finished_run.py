@@ -16,6 +16,16 @@ from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
 Scores = dict[str, Any]
+SHARED_STAGES = (
+    "codec.decoder_training.seed=0",
+    "partition.features=random_conv",
+    "partition.num_fine=128",
+    "partition.iterations=10",
+    "partition.num_experts=8",
+    "partition.seed=0",
+)
+"""Codec and eight clusters that every seed shares, so that seeds change the trainings alone."""
+
 SPACES = ("pixels", "efficientnet_lite0")
 """Feature spaces in which scores are compared."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.arms.finished_run import SPACES, FinishedRun, Scores
+from benchmarks.arms.finished_run import SHARED_STAGES, SPACES, FinishedRun, Scores
 from data_partition.features.extract import load_extractor
 from ddm_core.artifacts import Workspace, read_json, read_manifest
 from ensemble.config import SamplingConfig
@@ -38,12 +38,7 @@ REMOVED_EXPERT = 3
 BASE = (
     "data=fashion_full",
     "codec=pca_conv",
-    "codec.decoder_training.seed=0",
-    "partition.features=random_conv",
-    "partition.num_fine=128",
-    "partition.iterations=10",
-    "partition.num_experts=8",
-    "partition.seed=0",
+    *SHARED_STAGES,
     "expert.network.width=192",
     "expert.network.depth=3",
     f"expert.training.steps={STEPS}",
