@@ -92,7 +92,14 @@ def compute_responses(
     filters: tuple[Float[Tensor, "_ _ 3 3"], ...], images: UInt8[np.ndarray, "batch height width channel"]
 ) -> Float32[np.ndarray, "batch feature"]:
     """Compute the activations of the last layer at every position."""
-    hidden = cnn_input(images, SIDE) * 2 - 1
+    return apply_filters(filters, cnn_input(images, SIDE)).flatten(1).numpy()
+
+
+def apply_filters(
+    filters: tuple[Float[Tensor, "_ _ 3 3"], ...], images: Float[Tensor, "batch 3 side side"]
+) -> Float[Tensor, "batch feature row column"]:
+    """Return the activations of the last layer for images from 0 to 1, on their device."""
+    hidden = images * 2 - 1
     for layer in filters:
-        hidden = functional.relu(functional.conv2d(hidden, layer, stride=2, padding=1))
-    return hidden.flatten(1).numpy()
+        hidden = functional.relu(functional.conv2d(hidden, layer.to(hidden.device), stride=2, padding=1))
+    return hidden

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from data_partition.features import efficientnet, random_conv
+from data_partition.features.cnn_input import resize_to_rgb
 
 Images = Float[Tensor, "batch channel height width"]
 """From 0 to 1."""
@@ -15,21 +16,12 @@ Features = Float[Tensor, "batch feature row column"]
 TokenNetwork = Callable[[Images], Features]
 
 
-def resize(images: Images, side: int) -> Float[Tensor, "batch 3 side side"]:
-    """Return RGB images of `side` x `side` pixels."""
-    scaled = functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    return scaled.expand(-1, 3, -1, -1)
-
-
 def load_random_conv() -> TokenNetwork:
     """Return the last of three layers of random filters: 64 features at 4 x 4 positions."""
     filters = random_conv.make_random_filters(0)
 
     def compute(images: Images) -> Features:
-        hidden = resize(images, random_conv.SIDE) * 2 - 1
-        for layer in filters:
-            hidden = functional.relu(functional.conv2d(hidden, layer.to(hidden.device), stride=2, padding=1))
-        return hidden
+        return random_conv.apply_filters(filters, resize_to_rgb(images, random_conv.SIDE))
 
     return compute
 
@@ -39,7 +31,7 @@ def load_efficientnet() -> TokenNetwork:
     network = efficientnet.load_network()
 
     def compute(images: Images) -> Features:
-        inputs = (resize(images, efficientnet.SIDE) - efficientnet.MEAN) / efficientnet.SCALE
+        inputs = (resize_to_rgb(images, efficientnet.SIDE) - efficientnet.MEAN) / efficientnet.SCALE
         features: Tensor = network.to(images.device).extract_features(inputs)
         return features
 
