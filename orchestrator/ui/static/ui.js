@@ -6,6 +6,8 @@ const byId = (id) => document.getElementById(id);
 const COLORS = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"]; // as in reporting/charts.py
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+document.querySelector(".top nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
+
 // ---- stream of changes: one connection for the page ----
 const listeners = { rows: [], logs: [], open: [] };
 if (run) {
