@@ -9,13 +9,13 @@ from rich.text import Text
 from data_partition.datasets.inspect_folder import FolderFacts, inspect_folder
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.planning.checks.suggest import Suggestion, split_overrides, suggest, to_overrides
+from orchestrator.planning.checks.suggest import Suggestion, name_run, split_overrides, suggest, to_overrides
 from orchestrator.run.run_folder import RunFolder
 
 FEW_IMAGES = 1000
 FLIP_HINT = " data.flip=true mirrors half of so few pictures; it is off, since text and digits have a direction."
 
-NOT_FITTED = ("name", "data", "data.path", "budget_minutes")
+NOT_FITTED = ("data", "data.path", "budget_minutes")
 """Suggestions that only a file of its own needs."""
 
 
@@ -31,7 +31,7 @@ def fit_overrides(overrides: Sequence[str], console: Console) -> list[str]:
         return list(overrides)
     path = Path(chosen["data.path"]).expanduser().absolute()
     facts = inspect_folder(str(path))
-    steps = _earlier_steps(Path(chosen.get("folder", f"runs/{chosen.get('name', 'run')}")), path, minutes)
+    steps = _earlier_steps(Path(chosen.get("folder", f"runs/{chosen.get('name', name_run(path))}")), path, minutes)
     fitted = [item for item in suggest(facts, path, minutes, overrides, steps) if item.key not in NOT_FITTED]
     for line in describe(facts, fitted, minutes):
         console.print(Text(line), soft_wrap=True)

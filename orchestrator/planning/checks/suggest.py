@@ -86,7 +86,7 @@ def suggest(
         else f"{MAX_EPOCHS} passes over the images; more would learn them by heart"
     )
     suggestions = [
-        Suggestion(key="name", value=re.sub(r"[^\w.-]+", "-", path.name) or "run", reason="the run is in runs/<name>"),
+        Suggestion(key="name", value=name_run(path), reason="the run is in runs/<name>"),
         Suggestion(key="data", value="image_folder", reason="a folder of images"),
         Suggestion(key="data.path", value=str(path), reason=f"{facts.images:,} images"),
         Suggestion(
@@ -113,6 +113,11 @@ def suggest(
         Suggestion(key="budget_minutes", value=0, reason="the settings stand here, so nothing is fitted again"),
     ]
     return _mend([item for item in suggestions if not _is_chosen(item.key, chosen)], overrides)
+
+
+def name_run(folder: Path) -> str:
+    """Return the name of a run on this folder's pictures: the folder's, without characters that a path can't have."""
+    return re.sub(r"[^\w.-]+", "-", folder.name) or "run"
 
 
 def _is_chosen(key: str, chosen: Mapping[str, str]) -> bool:

@@ -34,6 +34,7 @@ def test_the_choice_is_said_in_three_lines_and_composes(pictures):
     overrides, text = fit("data=image_folder", f"data.path={pictures}", "budget_minutes=2")
     config = parse_config(compose(overrides))
     assert (config.data.image_size, config.data.channels, config.data.labels) == (28, 3, False)
+    assert (config.name, config.folder) == ("pictures", "runs/pictures")
     assert (config.codec.kind, config.partition.num_experts, config.has_monolith) == ("pca", 1, False)
     assert config.expert.training.lr == 2e-3
     assert "120 pictures, most of them 40x30" in text and "data.image_size=28" in text
