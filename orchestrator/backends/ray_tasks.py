@@ -79,6 +79,7 @@ class RayBackend:
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             memory=int(resources.memory_gb * 2**30) or None,
+            label_selector=resources.label_selector,
             max_retries=0,
         )
         self._running[task.remote(job)] = job

@@ -99,6 +99,7 @@ def _make_trainer(job: Job, group_folder: Path) -> TorchTrainer:
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
             resources_per_worker={name: amount for name, amount in amounts.items() if amount},
+            label_selector=resources.label_selector,
         ),
         run_config=RunConfig(
             name="ray_train",

@@ -36,8 +36,16 @@ class ResourcesConfig:
     workers: Annotated[int, Field(ge=1)] = 1
     """Workers that train together inside one island (Ray Train, DDP), or divide the shards of the stage `latents`;
     each gets the CPUs and GPUs above."""
+    labels: tuple[Annotated[str, Field(pattern=r"^[^=\s]+=.+$")], ...] = ()
+    """Labels of the nodes that may run it, as Ray selects them: `ray.io/accelerator-type=H100`,
+    `ray.io/market-type=!spot`, `zone=in(a,b)`; on a running Ray cluster or on islands."""
     islands: tuple[str, ...] = ()
     """Names of islands that may run it; `controller` is one. Empty: trainings on any island, other stages there."""
+
+    @property
+    def label_selector(self) -> dict[str, str] | None:
+        """Return the labels in the form of Ray's `label_selector`."""
+        return dict(label.split("=", 1) for label in self.labels) or None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -204,6 +212,12 @@ class ComputeConfig:
             raise ValueError(
                 f"several workers need one of {', '.join(PARALLEL_KINDS)}, and backend=ray or backend=islands; "
                 f"got stages.{', '.join(parallel)} with backend={self.backend}"
+            )
+        labelled = sorted(kind for kind, resources in vars(self.stages).items() if resources.labels)
+        if labelled and not (self.backend == "islands" or (self.backend == "ray" and self.address)):
+            raise ValueError(
+                "labels select nodes of a running Ray cluster (address) or of islands, and this run has none; "
+                f"got stages.{', '.join(labelled)} with backend={self.backend}"
             )
         if self.budget_cost is not None and not any(island.price_per_hour for island in self.islands.values()):
             raise ValueError(

@@ -101,6 +101,7 @@ class IslandClient:
                     entrypoint_num_gpus=0 if uses_ray_train else resources.gpus,
                     entrypoint_memory=int(resources.memory_gb * 2**30) or None,
                     entrypoint_resources=self.config.resources or None,
+                    entrypoint_label_selector=resources.label_selector,
                 )
             )
         except IslandError as error:

@@ -54,6 +54,30 @@ def wait(backend) -> list:
     raise AssertionError("nothing ended within two minutes")
 
 
+@pytest.mark.integration
+def test_labels_wait_for_a_node_that_has_them(tmp_path):
+    code = (
+        "import sys, json; from dataclasses import replace; from pathlib import Path\n"
+        "from ray.cluster_utils import Cluster; from orchestrator.config.compute import *\n"
+        "from orchestrator.backends.ray_tasks import RayBackend\n"
+        "from tests.orchestrator.backends.test_ray_tasks import job\n"
+        "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
+        "backend = RayBackend(ComputeConfig(address=cluster.address))\n"
+        "west = replace(job(Path(sys.argv[1]), {'source': 'digits', 'image_size': 8}),"
+        " resources=ResourcesConfig(labels=('zone=in(west,north)',)))\n"
+        "backend.submit(west)\n"
+        "early = [outcome for _ in range(20) for outcome in backend.poll(0.2)]\n"
+        "cluster.add_node(num_cpus=1, labels={'zone': 'west'})\n"
+        "ended = []\n"
+        "while not ended: ended = backend.poll(0.2)\n"
+        "print(json.dumps([len(early), ended[0].state])); backend.close(); cluster.shutdown()"
+    )
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines()[-1:] == ['[0, "finished"]'], done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module")
 def listeners_before():
     return open_listeners()

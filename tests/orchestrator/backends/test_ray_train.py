@@ -251,10 +251,11 @@ def test_inline_with_two_workers_is_an_error(tmp_path):
             "backend=ray or backend=islands; got stages.expert with backend=inline",
         ),
         (["compute.stages.dataset.workers=2"], "several workers need one of latents, expert"),
+        (['compute.stages.expert.labels=["zone=west"]'], "labels select nodes .* backend=ray"),
         (["compute.stages.router.workers=7"], "7 workers of router"),
         (["compute.stages.expert.workers=7"], "7 workers of expert"),
     ],
 )
-def test_config_with_impossible_workers_is_an_error(overrides, rule):
+def test_config_with_impossible_resources_is_an_error(overrides, rule):
     with pytest.raises(ConfigError, match=rule):
         parse_config(compose([*overrides]))
