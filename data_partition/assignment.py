@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Integer
 
 from data_partition.errors import FeaturesMismatch
-from data_partition.shards.shards import ShardIndex, ShardWriter, decode_label, read_encoded, read_index
+from data_partition.shards.index_writer import OffsetIndexWriter
+from data_partition.shards.shards import (
+    ShardIndex,
+    ShardWriter,
+    decode_label,
+    open_offsets,
+    read_encoded,
+    read_index,
+)
 from data_partition.shards.tar import Encoded
 from ddm_core.memmaps import create_memmap
 
@@ -88,6 +96,8 @@ def write_clusters(
     """
     indices: list[ShardIndex] = []
     index = read_index(shards)
+    if index.source is not None:
+        return _index_clusters(shards, index, num_clusters, out, cluster_of, on_sample)
     step = -(-OPEN_TARS // len(index.image_shapes))
     for first in range(0, num_clusters, step):
         writers = _open_writers(index, range(first, min(first + step, num_clusters)), out)
@@ -99,6 +109,33 @@ def write_clusters(
                     on_sample(row, encoded)
                 if cluster_of(row) in writers:
                     writers[cluster_of(row)].add_encoded(encoded, shape)
+            indices += [writer.close() for writer in writers.values()]
+    return indices
+
+
+def _index_clusters(
+    shards: Path,
+    index: ShardIndex,
+    num_clusters: int,
+    out: Path,
+    cluster_of: Callable[[int], int],
+    on_sample: Callable[[int, Encoded], None],
+) -> list[ShardIndex]:
+    """Divide an offset index, likewise; no image is read, and `on_sample` gets the key and the class alone."""
+    offsets, config = open_offsets(shards)
+    indices = []
+    for first in range(0, num_clusters, OPEN_TARS // 2):
+        with contextlib.ExitStack() as stack:
+            writers = {
+                k: stack.enter_context(OffsetIndexWriter(out / str(k), config, index.image_shape, index.class_names))
+                for k in range(first, min(first + OPEN_TARS // 2, num_clusters))
+            }
+            for row in range(index.count):
+                if first == 0:
+                    label = str(offsets.rows["label"][row]).encode()
+                    on_sample(row, Encoded(key=offsets.text(row)[0], files={"cls": label}))
+                if cluster_of(row) in writers:
+                    writers[cluster_of(row)].copy_row(offsets, row)
             indices += [writer.close() for writer in writers.values()]
     return indices
 

@@ -24,6 +24,14 @@ class DataConfig:
     source: Literal["fashion", "emoji", "fashion_full", "digits", "image_folder", "webdataset", "parquet"] = "fashion"
     """Origin of the images; `data_partition/datasets/sources.py` has one function for each."""
 
+    mode: Literal["copy", "stream"] = field(default="copy", metadata=UNHASHED_IF_DEFAULT)
+    """`copy`: images are resized once, and written into shards of the run. `stream`, for `webdataset`: they stay where
+    they are; the run keeps a table of where each one is, and reads and resizes an image whenever it needs it."""
+
+    store_latents: bool | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """With `mode=stream`, whether latents are stored before trainings, instead of images being encoded while networks
+    train. None: unless the codec is `pixels`, whose latents are larger than the images."""
+
     path: str | None = None
     """Folder of images, or a brace-expanded URL of tars; only some sources need one.
     The query of a URL, where a signature is, stays in a file of this user (`ddm_core/url_queries.py`)."""
@@ -112,6 +120,20 @@ class DataConfig:
         """Check that a source outside the package has a path."""
         if self.path is None and self.source in ("image_folder", "webdataset", "parquet"):
             raise ValueError(f"source {self.source} needs data.path=…, the folder or URL with the images")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_from_tars(self) -> "DataConfig":
+        """Check that images which stay where they are can be read there, all at one size."""
+        if self.mode == "copy" and self.store_latents is not None:
+            raise ValueError("data.store_latents needs data.mode=stream; a copied data set always stores its latents")
+        if self.mode == "stream" and self.source != "webdataset":
+            raise ValueError(
+                f"data.mode=stream reads ranges of tars, and data.source={self.source} has none; set "
+                "data.source=webdataset with data.path=…tar, or data.mode=copy"
+            )
+        if self.mode == "stream" and self.aspect_buckets:
+            raise ValueError("data.mode=stream has images of one size; leave data.aspect_buckets out, or copy")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,8 @@ DataError
 ├── DownloadFailed      a file could not be downloaded, or has another checksum
 ├── SourceUnreachable   a network or a disk failed; a retry may help
 ├── ShardError          a tar or a Parquet file is missing, truncated, corrupt, hostile or ambiguous
+│   └── ShardChanged        a tar of the user differs from when it was indexed
+├── CacheFull           the local cache of a stream has no room
 ├── UnprintableName     a class name with control characters
 ├── UnreadableImage     one image; counted, named and skipped up to a limit
 │   └── TooManyUnreadable   the limit is exceeded
@@ -53,6 +55,14 @@ class SourceUnreachable(DataError):
 
 class ShardError(DataError):
     """A tar is missing, truncated or corrupt, or has a forbidden member."""
+
+
+class ShardChanged(ShardError):
+    """A tar of the user differs from when it was indexed."""
+
+
+class CacheFull(DataError):
+    """The local cache of a stream is too small, or its disk is full."""
 
 
 class UnprintableName(DataError):

@@ -19,7 +19,7 @@ from data_partition.clustering.balanced_kmeans import merge_centroids
 from data_partition.clustering.kmeans import BLOCK_ROWS
 from data_partition.config import PartitionConfig
 from data_partition.errors import EmptyCluster, MissingLabels
-from data_partition.shards.shards import decode_label, read_encoded, read_index
+from data_partition.shards.shards import read_index, read_labels
 from ddm_core.random_bits import splitmix64_finalize
 
 FineIds = Integer[np.ndarray, " sample"]
@@ -113,7 +113,7 @@ STRATEGIES: dict[str, Callable[[PartitionInputs], ClusterAssignment]] = {
 
 def _load_labels(inputs: PartitionInputs, part: str) -> FineIds:
     shards = inputs.dataset / part
-    blocks = (np.array([decode_label(sample)], np.int32) for sample in read_encoded(shards))
+    blocks = (np.array([label], np.int32) for label in read_labels(shards))
     return store_ids(inputs.scratch / f"{part}_labels.npy", read_index(shards).count, blocks)
 
 

@@ -13,6 +13,7 @@ from data_partition.datasets.source import Source, Unreadable, holdout_share, is
 from data_partition.datasets.sources import SOURCES
 from data_partition.errors import InvalidCaptions, MissingLabels, MixedLabels, NoSamples, OneClass, TooManyUnreadable
 from data_partition.shards.images import fit_image, is_enlarged
+from data_partition.shards.index_writer import OffsetIndexWriter
 from data_partition.shards.shards import Sample, ShardWriter, read_index
 from ddm_core.artifacts import Preempted, Workspace, write_json
 from ddm_core.name_lists import join_names
@@ -68,7 +69,9 @@ class _Build:
         self.config, self.source, self.out, self.workspace = config, source, out, workspace
         shape, *buckets = [(*size, config.channels) for size in config.sizes]
         self.train, self.holdout = (
-            ShardWriter(out / name, config.shard_samples, image_shape=shape, buckets=tuple(buckets))
+            OffsetIndexWriter(out / name, config, shape)
+            if config.mode == "stream"
+            else ShardWriter(out / name, config.shard_samples, image_shape=shape, buckets=tuple(buckets))
             for name in ("train", "holdout")
         )
         self.notices = Notices()
@@ -76,7 +79,7 @@ class _Build:
         self.num_captions = 0
         self.smallest_share = 1.0
 
-    def add(self, sample: Sample, writer: ShardWriter) -> None:
+    def add(self, sample: Sample, writer: ShardWriter | OffsetIndexWriter) -> None:
         """Write one sample at the configured size; raises `MissingLabels`, `MixedLabels`, `MixedSizes`, `Preempted`."""
         label = self.classes.number(sample) if self.config.labels else -1
         image = fit_image(sample.image, self.config, sample.name or sample.key)

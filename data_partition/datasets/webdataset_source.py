@@ -15,10 +15,11 @@ from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, pick_captions
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UnreadableImage
 from data_partition.shards.images import SUFFIXES, decode_with_remarks
+from data_partition.shards.offset_index import Place, SourceTar, describe_tar, digest
 from data_partition.shards.shards import MoreCaptions, Sample
 from data_partition.shards.tar import Encoded, expand_urls, quote_key, read_tar
 from data_partition.shards.untrusted import is_printable, make_printable
-from data_partition.shards.urls import check_url, open_url
+from data_partition.shards.urls import RETRY_AFTER_S, check_url, open_url
 from ddm_core.url_queries import without_secrets
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,6 @@ MAX_CLASSES = 100_000
 MAX_CLASS_NAME = 200
 """A class name of more characters is an error."""
 
-RETRY_AFTER_S = (0.5, 2.0, 8.0)
-"""Waits before a tar is opened again after its server failed; what was read of it before is skipped."""
-
 
 def read_urls(path: str | None, config: DataConfig | None = None) -> Iterator[Sample | Unreadable]:
     """Yield the samples of every tar at the brace-expanded `path`; without `config` with classes and captions.
@@ -42,9 +40,10 @@ def read_urls(path: str | None, config: DataConfig | None = None) -> Iterator[Sa
     """
     config = config or DataConfig(captions=True)
     for number, url in enumerate(list_urls(path)):
+        tar = describe_tar(url) if config.mode == "stream" else None
         for encoded in read_url(url):
             if encoded.files or not is_dropping(PurePosixPath(encoded.key).name):
-                yield parse_sample(encoded, number, url, config)
+                yield parse_sample(encoded, number, url, config, tar)
 
 
 def list_urls(path: str | None) -> list[str]:
@@ -84,8 +83,10 @@ def read_url(url: str) -> Iterator[Encoded]:
             time.sleep(wait_s)
 
 
-def parse_sample(encoded: Encoded, number: int, url: str, config: DataConfig) -> Sample | Unreadable:
-    """Decode a sample and give it a key that is unique among all tars."""
+def parse_sample(
+    encoded: Encoded, number: int, url: str, config: DataConfig, tar: SourceTar | None = None
+) -> Sample | Unreadable:
+    """Decode a sample and give it a key that is unique among all tars; with `tar`, say where its image is in it."""
     key = make_tar_key(number, url, encoded.key)
     name = make_printable(f"{tar_name(url)}: {encoded.key}")
     if not encoded.files:
@@ -100,6 +101,7 @@ def parse_sample(encoded: Encoded, number: int, url: str, config: DataConfig) ->
         caption, more = read_captions(encoded.files, fields, config) if config.captions else ("", ())
     except (UnreadableImage, ValueError, RecursionError) as error:
         return Unreadable(key=key, reason=make_printable(str(error)), name=name)
+    content = encoded.files[images[0]]
     several = (f"several images in one sample, .{images[0]} is used",) if len(images) > 1 else ()
     return Sample(
         key=key,
@@ -110,7 +112,8 @@ def parse_sample(encoded: Encoded, number: int, url: str, config: DataConfig) ->
         more_captions=more,
         name=name,
         remarks=(*several, *decoded.remarks),
-        source=(decoded.extension, encoded.files[images[0]]) if decoded.extension else None,
+        source=(decoded.extension, content) if decoded.extension else None,
+        place=None if tar is None else Place(tar, encoded.starts[images[0]], len(content), digest(content)),
     )
 
 

@@ -4,6 +4,9 @@
                                class and <key>.txt if it has a caption, <key>.json if it has more
     folder/index.json          sample count, image shape, class names, tars and their checksums
 
+With `data.mode=stream` there are no tars: the folder has an offset index of those of the user (`offset_index.py`), and
+all functions here read the samples from there, and give what a copy would give.
+
 The images of a tar have one shape. A folder of several shapes is read as images of the first one, the square, except by
 `read_encoded`.
 
@@ -23,8 +26,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from data_partition.config import DataConfig
 from data_partition.errors import ShardError, UnreadableImage
-from data_partition.shards.images import STORED, crop_to, decode_image, encode_png
+from data_partition.shards.images import STORED, crop_to, decode_image, decode_with_remarks, encode_png, fit_image
+from data_partition.shards.offset_index import OffsetIndex, Place, SourceTar
 from data_partition.shards.tar import Encoded, TarWriter, read_tar
 from ddm_core.artifacts import (
     CorruptArtifact,
@@ -34,6 +39,7 @@ from ddm_core.artifacts import (
     to_jsonable,
     write_record,
 )
+from ddm_core.json_values import from_json
 
 INDEX = "index.json"
 
@@ -63,6 +69,8 @@ class Sample:
     """What was converted or left out while it was read; never stored."""
     source: tuple[str, bytes] | None = None
     """Extension and content of the file that `image` was decoded from, if shards may store it as it is."""
+    place: Place | None = None
+    """Where it is in a tar of the user, with `data.mode=stream`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +82,14 @@ class ImageBatch:
     labels: Int64[np.ndarray, " batch"]
     captions: list[str]
     more_captions: list[MoreCaptions]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSource:
+    """Tars of the user that samples stay in, one for each shard, and how they are read."""
+
+    tars: tuple[SourceTar, ...]
+    config: DataConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +110,8 @@ class ShardIndex:
     """Further shapes that images may have."""
     shard_buckets: tuple[int, ...] = ()
     """Position of each shard's shape in `image_shapes`; empty: all have `image_shape`."""
+    source: StreamSource | None = None
+    """None: the shards are tars of this folder."""
 
     @property
     def image_shapes(self) -> tuple[Shape, ...]:
@@ -191,6 +209,7 @@ class ShardWriter:
             shard_buckets=tuple(self.shard_buckets) if self.buckets else (),
         )
         content = to_jsonable(index)
+        del content["source"]
         write_record(self.folder / INDEX, content if self.buckets else _without_buckets(content))
         return index
 
@@ -263,6 +282,7 @@ def read_index(folder: Path) -> ShardIndex:
             checksums=tuple(content["checksums"]),
             buckets=tuple((height, width, channels) for height, width, channels in content.get("buckets", ())),
             shard_buckets=tuple(content.get("shard_buckets", ())),
+            source=from_json(StreamSource, content["source"]) if "source" in content else None,
         )
     except (UnfinishedArtifact, CorruptArtifact, KeyError, TypeError, ValueError) as error:
         raise ShardError(f"{folder} is not a folder of shards: {error}; make the shards again") from error
@@ -282,9 +302,36 @@ def read_encoded(folder: Path, start: int = 0) -> Iterator[Encoded]:
         yield encoded
 
 
+def open_offsets(folder: Path) -> tuple[OffsetIndex, DataConfig]:
+    """Open the offset index of a folder, and return how its images are read; raises `ShardError` without one."""
+    index = read_index(folder)
+    if index.source is None:
+        raise ShardError(f"{folder} has tars of its own; only data.mode=stream makes an offset index")
+    return OffsetIndex(folder, index.source.tars, index.shard_counts, index.checksums), index.source.config
+
+
+def read_sample_ids(folder: Path) -> Iterator[int]:
+    """Yield `identify_sample` of every sample; an offset index has them."""
+    if read_index(folder).source is None:
+        yield from map(identify_sample, read_encoded(folder))
+    else:
+        yield from open_offsets(folder)[0].rows["sample_id"].tolist()
+
+
+def read_labels(folder: Path) -> Iterator[int]:
+    """Yield the class of every sample, -1 without one; an offset index has them."""
+    if read_index(folder).source is None:
+        yield from map(decode_label, read_encoded(folder))
+    else:
+        yield from open_offsets(folder)[0].rows["label"].tolist()
+
+
 def read_samples(folder: Path, start: int = 0) -> Iterator[Sample]:
     """Yield samples `start`, `start` + 1, … in their order, with images of the first shape; raises `ShardError`."""
     index = read_index(folder)
+    if index.source is not None:
+        yield from _read_indexed(folder, start)
+        return
     height, width, _ = index.image_shape
     for shard, encoded in _read_shards(folder, start):
         sample = decode_sample(encoded, shard)
@@ -316,6 +363,9 @@ def stack_samples(samples: list[Sample]) -> ImageBatch:
 
 def _read_shards(folder: Path, start: int) -> Iterator[tuple[str, Encoded]]:
     index = read_index(folder)
+    if index.source is not None:
+        yield from ((str(folder), encode_sample(sample)) for sample in _read_indexed(folder, start))
+        return
     for name, count, digest in zip(index.shards, index.shard_counts, index.checksums, strict=True):
         if start < count:
             _check_shard(folder / name, digest)
@@ -323,6 +373,23 @@ def _read_shards(folder: Path, start: int) -> Iterator[tuple[str, Encoded]]:
                 if number >= start:
                     yield str(folder / name), encoded
         start = max(start - count, 0)
+
+
+def _read_indexed(folder: Path, start: int) -> Iterator[Sample]:
+    """Yield the samples that an offset index names, as shards would have stored them."""
+    index, config = open_offsets(folder)
+    for row, data in index.read_in_order(start):
+        key, caption, more_captions = index.text(row)
+        decoded = decode_with_remarks(data)
+        image = fit_image(decoded.pixels, config, key)
+        yield Sample(
+            key=key,
+            image=image,
+            label=int(index.rows["label"][row]),
+            caption=caption,
+            more_captions=tuple(more_captions),
+            source=(decoded.extension, data) if decoded.extension and image is decoded.pixels else None,
+        )
 
 
 def _check_shard(path: Path, digest: str) -> None:

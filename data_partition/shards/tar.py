@@ -11,7 +11,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -53,6 +53,8 @@ class Encoded:
 
     key: str
     files: dict[str, bytes]
+    starts: dict[str, int] = field(default_factory=dict, compare=False)
+    """Positions of the contents in the tar that they were read from."""
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -103,11 +105,11 @@ def read_tar(file: ByteStream, name: str) -> Iterator[Encoded]:
         ) from error
 
 
-def group_members(members: Iterator[tuple[str, str | None, bytes]]) -> Iterator[Encoded]:
+def group_members(members: Iterator[tuple[str, str | None, bytes, int]]) -> Iterator[Encoded]:
     """Group adjacent files with the same key; raises `ShardError` if a key occurs in two places."""
     places: dict[str, str] = {}
     sample: Encoded | None = None
-    for path, key, data in members:
+    for path, key, data, start in members:
         if key is None:
             yield Encoded(key=path, files={})
             continue
@@ -124,13 +126,16 @@ def group_members(members: Iterator[tuple[str, str | None, bytes]]) -> Iterator[
         extension = path[len(key) + 1 :].lower()
         if extension in sample.files:
             raise ShardError(f"{path!r} is a duplicate: sample {key!r} has two files .{extension}; rename one")
-        sample.files[extension] = data
+        sample.files[extension], sample.starts[extension] = data, start
     if sample is not None:
         yield sample
 
 
-def iter_members(file: ByteStream) -> Iterator[tuple[str, str | None, bytes]]:
-    """Yield name, key (None: it belongs to no sample, and is not read) and content of every file; skip folders."""
+def iter_members(file: ByteStream) -> Iterator[tuple[str, str | None, bytes, int]]:
+    """Yield name, key, content and its position of every file; skip folders.
+
+    A key of None: the file belongs to no sample, and is not read.
+    """
     current: str | None = ""
     total = 0
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|*", tarinfo=StrictTarInfo) as tar:
@@ -141,12 +146,12 @@ def iter_members(file: ByteStream) -> Iterator[tuple[str, str | None, bytes]]:
             key = match[1] if match else None
             content = tar.extractfile(member) if member.isreg() else None
             if content is not None and key is None:
-                yield path, None, b""
+                yield path, None, b"", 0
             elif content is not None:
                 total = member.size + tarfile.BLOCKSIZE + (total if key == current else 0)
                 current = key
                 check_size(path, total)
-                yield path, key, content.read()
+                yield path, key, content.read(), member.offset_data
             tar.members = []  # type: ignore[attr-defined] # otherwise tarfile keeps every header in memory
 
 

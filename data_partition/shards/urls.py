@@ -1,11 +1,13 @@
-"""Open data by path or URL; no other file of this package uses fsspec or requests.
+"""Open data by path or URL, whole or in ranges; no other file of this package uses fsspec or requests.
 
 Every failure has one of four names: what is not there (`SourceMissing`), what is forbidden (`AccessDenied`), a driver
 that is not installed (`MissingExtra`), and what a retry may cure (`SourceUnreachable`). Messages show no query of a
 URL, and the original errors are dropped, since these do show it.
 """
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -16,9 +18,19 @@ from urllib.request import url2pathname
 import fsspec
 import requests
 
-from data_partition.errors import AccessDenied, DataError, MissingExtra, SourceMissing, SourceUnreachable, UrlRefused
+from data_partition.errors import (
+    AccessDenied,
+    DataError,
+    MissingExtra,
+    ShardError,
+    SourceMissing,
+    SourceUnreachable,
+    UrlRefused,
+)
 from data_partition.shards.untrusted import ByteStream, make_printable
 from ddm_core.url_queries import reveal_query, without_secrets
+
+log = logging.getLogger(__name__)
 
 SCHEMES = ("file", "s3", "gs", "gcs", "http", "https")
 """Allowed URL schemes; all others are refused, above all `pipe:`, which would run a command."""
@@ -28,6 +40,12 @@ TIMEOUTS_S = (10, 60)
 
 FORBIDDEN = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+
+RETRY_AFTER_S = (0.5, 2.0, 8.0)
+"""Waits before a file is read again after its server failed."""
+
+MAX_RANGE_S = 120.0
+"""Longest time for one answer to a request for a range, however the server spreads its bytes."""
 
 MAX_REASON = 300
 """Characters of another library's message that are shown."""
@@ -50,15 +68,109 @@ def open_url(url: str) -> Iterator[ByteStream]:
 
     Opening and reading raise `UrlRefused`, `SourceMissing`, `AccessDenied`, `MissingExtra` or `SourceUnreachable`.
     """
-    name = make_printable(without_secrets(url) if "://" in check_url(url) else url)
-    try:
+    name = _name(url)
+    with _errors_named(name):
         stream = _open(url, name)
+    with closing(stream):
+        yield _NamedStream(stream, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileState:
+    """What tells a file from what it is after a change."""
+
+    size: int
+    """Bytes."""
+    etag: str = ""
+    """By the server; empty for a file of a disk."""
+
+
+def describe_url(url: str) -> FileState:
+    """Return the state of a file; raises like `open_url`, and `ShardError` for a server that sends no ranges."""
+    name = _name(url)
+    with _errors_named(name):
+        parts = urlsplit(url)
+        if parts.scheme.lower() in ("http", "https"):
+            with closing(_request_range(url, name, 0, 1)) as answer:
+                size = answer.headers.get("Content-Range", "").rpartition("/")[2]
+                return FileState(size=int(size) if size.isdigit() else 0, etag=answer.headers.get("ETag", ""))
+        if (path := _local_path(url)) is not None:
+            return FileState(size=path.stat().st_size)
+        system, remote = fsspec.core.url_to_fs(url)
+        system.invalidate_cache()
+        details = system.info(remote)
+        return FileState(size=int(details["size"]), etag=str(details.get("ETag") or details.get("etag") or ""))
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Return the bytes from `start` to `stop`, fewer where the file ends; tries again if its server fails.
+
+    Raises `SourceUnreachable` once `RETRY_AFTER_S` is used up, or at once another error of `describe_url`.
+    """
+    name = _name(url)
+    for wait_s in RETRY_AFTER_S:
+        try:
+            return _read_range(url, name, start, stop)
+        except SourceUnreachable as error:
+            log.warning("%s; read again in %.1f s", error, wait_s)
+            time.sleep(wait_s)
+    return _read_range(url, name, start, stop)
+
+
+def is_local(url: str) -> bool:
+    """Return whether a URL is a file of a disk."""
+    return _local_path(url) is not None
+
+
+@contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    """Raise errors of drivers as those of this module."""
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - the border to drivers, each of which has errors of its own
         raise _explain(error, name) from None
-    with closing(stream):
-        yield _NamedStream(stream, name)
+
+
+def _read_range(url: str, name: str, start: int, stop: int) -> bytes:
+    with _errors_named(name):
+        if (path := _local_path(url)) is not None:
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        if urlsplit(url).scheme.lower() in ("http", "https"):
+            return _read_http_range(url, name, start, stop)
+        system, remote = fsspec.core.url_to_fs(url)
+        return bytes(system.cat_file(remote, start=start, end=stop))
+
+
+def _read_http_range(url: str, name: str, start: int, stop: int) -> bytes:
+    pieces, deadline = [], time.monotonic() + MAX_RANGE_S
+    with closing(_request_range(url, name, start, stop)) as answer:
+        while piece := answer.raw.read1(2**16):
+            pieces.append(piece)
+            if time.monotonic() > deadline:
+                raise SourceUnreachable(
+                    f"{name} sent {sum(map(len, pieces))} of {stop - start} bytes in {MAX_RANGE_S:g} s; the server is "
+                    "too slow, try again later with `ddm resume`"
+                )
+        expected = int(answer.headers.get("Content-Length", 0))
+    if (received := sum(map(len, pieces))) < expected:
+        raise SourceUnreachable(f"{name} broke off after {received} of {expected} bytes; continue with `ddm resume`")
+    return b"".join(pieces)
+
+
+def _request_range(url: str, name: str, start: int, stop: int) -> requests.Response:
+    """Ask an HTTP server for a range; raises `ShardError` if it sends the whole file."""
+    answer = _request(url, name, {"Range": f"bytes={start}-{stop - 1}"})
+    if answer.status_code == HTTPStatus.PARTIAL_CONTENT:
+        return answer
+    answer.close()
+    raise ShardError(
+        f"{name}: the server sends no ranges of bytes, which data.mode=stream needs; set data.mode=copy, or copy the "
+        "files to another server"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,38 +182,50 @@ class _NamedStream:
 
     def read(self, size: int = -1, /) -> bytes:
         """Return the next `size` bytes, fewer at the end; raises an error of this module."""
-        try:
+        with _errors_named(self.name):
             return self.stream.read(size)
-        except Exception as error:  # noqa: BLE001 - the border to drivers, each of which has errors of its own
-            raise _explain(error, self.name) from None
 
     def close(self) -> None:
         """Close the stream."""
         self.stream.close()
 
 
-def _open(url: str, name: str) -> ByteStream:
+def _name(url: str) -> str:
+    """Return an allowed URL as it is shown; raises `UrlRefused`."""
+    return make_printable(without_secrets(url) if "://" in check_url(url) else url)
+
+
+def _local_path(url: str) -> Path | None:
+    """Return the path of a file of a disk, None for another URL."""
     parts = urlsplit(url)
-    if parts.scheme.lower() in ("http", "https"):
-        return _open_http(url, name)
-    if parts.scheme.lower() in ("", "file"):
-        return Path(url2pathname(parts.path) if parts.scheme else url).open("rb")
-    system, path = fsspec.core.url_to_fs(url)
-    stream: ByteStream = system.open(path, "rb")
+    if parts.scheme.lower() not in ("", "file"):
+        return None
+    return Path(url2pathname(parts.path) if parts.scheme else url)
+
+
+def _open(url: str, name: str) -> ByteStream:
+    if urlsplit(url).scheme.lower() in ("http", "https"):
+        raw: ByteStream = _request(url, name).raw
+        return raw
+    if (path := _local_path(url)) is not None:
+        return path.open("rb")
+    system, remote = fsspec.core.url_to_fs(url)
+    stream: ByteStream = system.open(remote, "rb")
     return stream
 
 
-def _open_http(url: str, name: str) -> ByteStream:
+def _request(url: str, name: str, headers: Mapping[str, str] | None = None) -> requests.Response:
+    """Return an HTTP server's answer, of which only the head is read."""
     try:
         url = reveal_query(url)
     except KeyError as error:
         raise AccessDenied(
             f"the query of {name} is not on this machine ({error} is missing); give data.path with the whole URL again"
         ) from None
-    answer = requests.get(url, stream=True, timeout=TIMEOUTS_S, headers={"Accept-Encoding": "identity"})
+    asked = {"Accept-Encoding": "identity", **(headers or {})}
+    answer = requests.get(url, stream=True, timeout=TIMEOUTS_S, headers=asked)
     if answer.ok:
-        stream: ByteStream = answer.raw
-        return stream
+        return answer
     answer.close()
     status = f"HTTP {answer.status_code} {make_printable(answer.reason or '')[:MAX_REASON]}".rstrip()
     if answer.status_code in FORBIDDEN:

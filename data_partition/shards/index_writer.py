@@ -1,0 +1,117 @@
+"""Write an offset index: the same interface as `ShardWriter`, for samples that stay in tars of the user."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from data_partition.config import DataConfig
+from data_partition.errors import ShardError
+from data_partition.shards.offset_index import OFFSETS, ROW, TEXTS, OffsetIndex, SourceTar, digest, rows_checksum
+from data_partition.shards.shards import (
+    INDEX,
+    Sample,
+    Shape,
+    ShardIndex,
+    StreamSource,
+    encode_sample,
+    identify_sample,
+    shard_name,
+)
+from data_partition.shards.urls import read_range
+from ddm_core.artifacts import to_jsonable, write_record
+from ddm_core.url_queries import without_secrets
+
+
+class OffsetIndexWriter:
+    """Appends samples to a folder; `close` writes the index, and a folder without an index is unfinished."""
+
+    def __init__(self, folder: Path, config: DataConfig, image_shape: Shape, class_names: tuple[str, ...] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.config, self.image_shape, self.class_names = folder, config, image_shape, class_names
+        self.tars: list[SourceTar] = []
+        self.shard_counts: list[int] = []
+        self._checksums: list[str] = []
+        self._rows, self._texts = bytearray(), bytearray()
+        """Of the current tar."""
+        self._text_end = 0
+        self._files: list[BinaryIO] = [(folder / name).open("wb") for name in (OFFSETS, TEXTS)]
+
+    def __enter__(self) -> "OffsetIndexWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files:
+            file.close()
+
+    @property
+    def count(self) -> int:
+        """Return the number of samples written so far."""
+        return sum(self.shard_counts)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample of a tar; raises `ShardError` if no range of the tar has its image."""
+        place = sample.place
+        if place is None:
+            raise ValueError(f"{sample.key} is in no tar; read it with data.mode=stream")
+        if self._is_new(place.tar):
+            data = read_range(place.tar.url, place.start, place.start + place.length)
+            if digest(data) != place.digest:
+                raise ShardError(
+                    f"{without_secrets(place.tar.url)} cannot be read in ranges: it is compressed, or changes while it "
+                    "is read; unpack it, or set data.mode=copy"
+                )
+        row = np.zeros(1, ROW)
+        row["offset"], row["length"], row["digest"] = place.start, place.length, place.digest
+        row["sample_id"], row["label"] = identify_sample(encode_sample(sample)), sample.label
+        text = json.dumps([sample.key, sample.caption, sample.more_captions]).encode()
+        self._append(place.tar, row, text)
+
+    def copy_row(self, index: OffsetIndex, row: int) -> None:
+        """Append a sample of another index."""
+        stored, text = index.raw(row)
+        self._append(index.tars[index.tar_of(row)], np.array([stored], ROW), text)
+
+    def close(self) -> ShardIndex:
+        """Finish the last tar and write the index."""
+        self._flush()
+        for file in self._files:
+            file.close()
+        index = ShardIndex(
+            count=self.count,
+            image_shape=self.image_shape,
+            class_names=self.class_names,
+            shards=tuple(shard_name(number) for number in range(len(self.tars))),
+            shard_counts=tuple(self.shard_counts),
+            checksums=tuple(self._checksums),
+            source=StreamSource(tars=tuple(self.tars), config=self.config),
+        )
+        write_record(self.folder / INDEX, to_jsonable(index))
+        return index
+
+    def _is_new(self, tar: SourceTar) -> bool:
+        return not self.tars or self.tars[-1] != tar
+
+    def _append(self, tar: SourceTar, row: np.ndarray, text: bytes) -> None:
+        if self._is_new(tar):
+            self._flush()
+            self.tars.append(tar)
+            self.shard_counts.append(0)
+        self._text_end += len(text)
+        row["text_end"] = self._text_end
+        self._rows += row.tobytes()
+        self._texts += text
+        self.shard_counts[-1] += 1
+
+    def _flush(self) -> None:
+        """Write the rows of the current tar."""
+        if not self.tars:
+            return
+        for file, content in zip(self._files, (self._rows, self._texts), strict=True):
+            file.write(content)
+        self._checksums.append(rows_checksum(bytes(self._rows), bytes(self._texts)))
+        self._rows, self._texts = bytearray(), bytearray()
