@@ -35,6 +35,9 @@ UNHASHED_IF_DEFAULT = {"unhashed_if_default": True}
 """Metadata of a configuration field that was added later: a fingerprint omits it while it has its default, so that
 artifacts from before its addition keep their fingerprints."""
 
+UNHASHED = {"unhashed": True}
+"""Metadata of a configuration field that changes no byte of an artifact; a fingerprint always omits it."""
+
 MANIFEST = "manifest.json"
 
 MAX_SMALL_BYTES = 64 * 2**20
@@ -105,13 +108,14 @@ def fingerprint(stage: str, config: object, inputs: Mapping[str, str]) -> str:
 
 
 def _identity(value: object) -> Any:
-    """Convert `value` to JSON types, without the fields marked `UNHASHED_IF_DEFAULT` that have their default."""
+    """Convert `value` to JSON types, without fields marked `UNHASHED`, or `UNHASHED_IF_DEFAULT` with their default."""
     if is_dataclass(value) and not isinstance(value, type):
         members = [(member, getattr(value, member.name)) for member in fields(value)]
         return {
             member.name: _identity(content)
             for member, content in members
-            if not (member.metadata.get("unhashed_if_default") and content == member.default)
+            if not member.metadata.get("unhashed")
+            and not (member.metadata.get("unhashed_if_default") and content == member.default)
         }
     if isinstance(value, Mapping):
         return {str(key): _identity(item) for key, item in value.items()}

@@ -31,6 +31,10 @@ class Stream(IntEnum):
     """Which samples are mirrored; indexed by epoch."""
     HELD_OUT_NOISE = 11
     """Noise of a held-out sample, at every t and step; indexed by its hash."""
+    TAR_ORDER = 12
+    """The order of the tars of streamed samples; indexed by epoch."""
+    BLOCK_ORDER = 13
+    """The order of the samples of a block of tars; indexed by the blocks of all epochs."""
     EXPERT_SAMPLES = 1000
     """Initial noise of the latents that expert k generates for the router is stream `EXPERT_SAMPLES + k`; indexed by
     row. It is the last id, so that the streams of any number of experts collide with no other."""

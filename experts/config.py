@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from ddm_core.artifacts import STRICT, UNHASHED, UNHASHED_IF_DEFAULT
 
 Prediction = Literal["velocity", "noise", "clean"]
 NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta", "ddpm_linear", "scaled_linear"]
@@ -137,6 +137,13 @@ class TrainingConfig:
     gradient, moment and average. It is no part of a checkpoint, so that a training resumes with the other one."""
     device: str = "cpu"
     """Torch device of the training."""
+    shuffle_shards: Annotated[int, Field(ge=1)] = field(default=16, metadata=UNHASHED_IF_DEFAULT)
+    """With `data.mode=stream`: the shards are read in a random order, and the samples of so many are shuffled."""
+    cache_gb: Annotated[float, Field(ge=0)] | None = field(default=None, metadata=UNHASHED)
+    """Most disk, in GB, for shards that are read ahead, with `data.mode=stream`; at least two blocks of
+    `shuffle_shards`. 0: none, each image is one request. None: 10, and 0 for files of a disk."""
+    readers: Annotated[int, Field(ge=1)] = field(default=4, metadata=UNHASHED)
+    """Threads that read and decode the images of coming steps, with `data.mode=stream`."""
     log_every: Annotated[int, Field(ge=1)] = 25
     """Steps between two rows of `metrics.jsonl`."""
     held_out_every: Annotated[int, Field(ge=1)] | None = field(default=250, metadata=UNHASHED_IF_DEFAULT)

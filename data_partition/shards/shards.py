@@ -310,12 +310,13 @@ def open_offsets(folder: Path) -> tuple[OffsetIndex, DataConfig]:
     return OffsetIndex(folder, index.source.tars, index.shard_counts, index.checksums), index.source.config
 
 
-def read_sample_ids(folder: Path) -> Iterator[int]:
-    """Yield `identify_sample` of every sample; an offset index has them."""
+def read_identities(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield key and `identify_sample` of every sample; an offset index has them."""
     if read_index(folder).source is None:
-        yield from map(identify_sample, read_encoded(folder))
-    else:
-        yield from open_offsets(folder)[0].rows["sample_id"].tolist()
+        yield from ((encoded.key, identify_sample(encoded)) for encoded in read_encoded(folder))
+        return
+    index, _ = open_offsets(folder)
+    yield from ((index.text(row)[0], int(index.rows["sample_id"][row])) for row in range(len(index.rows)))
 
 
 def read_labels(folder: Path) -> Iterator[int]:
@@ -336,6 +337,19 @@ def read_samples(folder: Path, start: int = 0) -> Iterator[Sample]:
     for shard, encoded in _read_shards(folder, start):
         sample = decode_sample(encoded, shard)
         yield replace(sample, image=crop_to(sample.image, height, width)) if index.buckets else sample
+
+
+def read_without_images(folder: Path, start: int, stop: int) -> ImageBatch:
+    """Return the samples of an offset index from `start` to `stop`, with images of no pixels."""
+    index, _ = open_offsets(folder)
+    texts, labels = [index.text(row) for row in range(start, stop)], index.rows["label"][start:stop]
+    return ImageBatch(
+        keys=[key for key, _, _ in texts],
+        images=np.zeros((stop - start, 0, 0, 0), np.uint8),
+        labels=labels.astype(np.int64),
+        captions=[caption for _, caption, _ in texts],
+        more_captions=[tuple(more) for _, _, more in texts],
+    )
 
 
 def read_batches(folder: Path, batch_size: int, start: int = 0) -> Iterator[ImageBatch]:

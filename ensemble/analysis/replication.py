@@ -25,12 +25,13 @@ from ensemble.config import EvaluationConfig, ReplicationLimits
 from ensemble.evaluation.near_copies import NearNeighborRate, near_neighbor_rate
 from ensemble.evaluation.scoring import COPY_QUANTILE, Reference
 from ensemble.pipeline import EnsemblePipeline
+from experts.codec import Codec
 from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert_model import ExpertModel
 from experts.training.held_out import TIMES, take_evenly
 from experts.training.latent_dataset import LatentDataset
-from experts.training.latent_folder import keeps_texts, read_latents
+from experts.training.latent_folder import keeps_texts, read_latents, with_images
 
 MAX_IMAGES = 256
 """Most training images, and most held-out images, of a cluster whose losses are compared."""
@@ -68,13 +69,14 @@ def check_replication(
     `samples` is the folder of a score, with its images.
     """
     images = np.load(samples / "images.npy", allow_pickle=False)
-    loaded, ensemble = Reference.load(reference, evaluation), EnsemblePipeline.from_pretrained(pipeline).ensemble
+    loaded, opened = Reference.load(reference, evaluation), EnsemblePipeline.from_pretrained(pipeline)
+    ensemble = opened.ensemble
     distances, held_out = loaded.copy_distances(flatten_pixels(images))
     clusters = load_partition(partition).assign_images(images)
     rows = []
     for k, expert in sorted(ensemble.experts.items()):
         own = distances[clusters == k]
-        auc, error = _measure_membership(expert, partition, k, ensemble.noise_schedule)
+        auc, error = _measure_membership(expert, opened.codec, partition, k, ensemble.noise_schedule)
         copies = near_neighbor_rate(own, held_out, COPY_QUANTILE) if len(own) else None
         rows.append(ExpertReplication(expert_id=k, copies=copies, membership_auc=auc, membership_error=error))
     write_json(samples / "replication.json", {"limits": limits, "experts": rows})
@@ -103,7 +105,7 @@ def _problems(row: ExpertReplication, limits: ReplicationLimits) -> list[str]:
 
 
 def _measure_membership(
-    expert: ExpertModel, partition: Path, k: int, noise_schedule: NoiseSchedule
+    expert: ExpertModel, codec: Codec, partition: Path, k: int, noise_schedule: NoiseSchedule
 ) -> tuple[float | None, float]:
     """Return the AUC of an expert's losses and its error; None and 0 where it has none."""
     folders = partition / "latents" / str(k), partition / "holdout_latents" / str(k)
@@ -111,7 +113,7 @@ def _measure_membership(
         return None, 0.0
     if any(keeps_texts(path) for path in folders):
         return None, 0.0
-    members, others = (take_evenly(read_latents(path), MAX_IMAGES) for path in folders)
+    members, others = (take_evenly(with_images(read_latents(path), [path], codec), MAX_IMAGES) for path in folders)
     if not len(members) or not len(others):
         return None, 0.0
 

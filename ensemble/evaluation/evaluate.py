@@ -26,7 +26,7 @@ from ensemble.sampling.images import encode_png, image_grid
 from ensemble.sampling.trajectories import write_trajectories
 from experts.conditions.condition import Condition
 from experts.training.held_out import HELD_OUT, TIMES, measure_held_out, take_evenly
-from experts.training.latent_folder import keeps_texts, read_latents
+from experts.training.latent_folder import keeps_texts, read_latents, with_images
 from experts.types import Latents, RowTimes
 from router.config import SelectionConfig, selection_label
 
@@ -97,8 +97,9 @@ def measure_ensemble(pipeline_folder: Path, partition: Path, sampling: SamplingC
     evaluated at any t.
     """
     folders = sorted((partition / "holdout_latents").glob("*"), key=lambda path: int(path.name))
-    found = [latents for path in folders if not keeps_texts(path) and len(latents := read_latents(path))]
-    ensemble = EnsemblePipeline.from_pretrained(pipeline_folder).ensemble.to(sampling.device)
+    pipeline = EnsemblePipeline.from_pretrained(pipeline_folder)
+    opened = [with_images(read_latents(path), [path], pipeline.codec) for path in folders if not keeps_texts(path)]
+    found, ensemble = [latents for latents in opened if len(latents)], pipeline.ensemble.to(sampling.device)
     experts = ensemble.experts.values()
     if not found or any(e.few_step is not None or e.needs_cache or e.has_draft for e in experts):
         return None

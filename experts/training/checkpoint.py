@@ -73,6 +73,9 @@ class TrainingState:
     """The network without parameters, where the workers of a group keep parts of them; else None."""
 
 
+MAY_DIFFER = ("device", "parallel", "cache_gb", "readers")
+
+
 def save_checkpoint(folder: Path, state: TrainingState, tensors: Iterable[tuple[str, Tensor]] | None = None) -> None:
     """Write the state below `folder` atomically, and delete older checkpoints.
 
@@ -141,8 +144,8 @@ def _read_checkpoint(newest: Path) -> dict[str, Any]:
 
 
 def _identity(config: TrainingConfig) -> dict[str, object]:
-    """Return the configuration without the device and the parallelism, which may differ between two attempts."""
-    return {name: value for name, value in to_jsonable(config).items() if name not in ("device", "parallel")}
+    """Return the configuration without where and by how many it runs, which may differ between two attempts."""
+    return {name: value for name, value in to_jsonable(config).items() if name not in MAY_DIFFER}
 
 
 def collect_tensors(state: TrainingState) -> dict[str, Tensor]:

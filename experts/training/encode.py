@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
 
 from data_partition.shards.shards import (
     ImageBatch,
@@ -24,10 +23,11 @@ from data_partition.shards.shards import (
     decode_sample,
     identify_sample,
     read_encoded,
+    read_identities,
     read_index,
+    read_without_images,
     stack_samples,
 )
-from data_partition.shards.tar import Encoded
 from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files
 from ddm_core.json_values import from_json
 from experts.codec import Codec, encoder_folder
@@ -39,7 +39,9 @@ from experts.training.flops import forward_flops
 from experts.training.latent_dataset import LatentDataset, LatentError
 from experts.training.latent_folder import (
     RECORD,
+    STREAMED,
     LatentWriter,
+    are_streamed,
     check_latents,
     has_latents,
     is_reusable,
@@ -47,9 +49,13 @@ from experts.training.latent_folder import (
     keeps_texts,
     read_latents,
     read_record,
+    with_images,
 )
 from experts.training.parallel.distributed import DataParallelGroup
+from experts.training.streaming.image_stream import IMAGES
 from experts.types import Images, Latents
+
+T = TypeVar("T")
 
 ENCODE_BATCH = 512
 MATCH_ROWS = 4096
@@ -109,6 +115,8 @@ class _Encoding:
     total: int
     group: DataParallelGroup = DataParallelGroup()
     """Workers that encode together, each its share of the shards."""
+    stores_latents: bool = True
+    """Whether images are encoded, and not only captions."""
     done: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     """Of the current shard: captions that were `cut`, and bytes that captions take less than their encodings."""
@@ -128,16 +136,15 @@ class _Encoding:
         for number, (count, digest) in enumerate(zip(index.shard_counts, index.checksums, strict=True)):
             part = out / f"{number:05d}"
             origin = {"shard": digest, **self.codec.origin, "text": self.text and self.text.config}
-            origin |= {"flip": True} if flip else {}
+            origin |= ({"flip": True} if flip else {}) | ({} if self.stores_latents else {"images": STREAMED})
             is_ours = number % self.group.size == self.group.rank
             if is_ours and is_reusable(part, origin):
                 self.done.append(count)
             elif is_ours:
-                samples = itertools.islice(read_encoded(shards, start), count)
                 class_names = index.class_names if self.reads_classes else ()
                 with atomic_folder(part) as temporary, LatentWriter(temporary, class_names, origin) as writer:
-                    for block in _batches(samples, _batch_rows(index.image_shape)):
-                        encoded = self._encode(block, f"{shards}, shard {number}", flip=flip)
+                    for batch, ids in self._read(shards, start, count, f"{shards}, shard {number}"):
+                        encoded = self._encode(batch, ids, flip=flip)
                         writer.add(encoded.in_bucket(index.bucket_of(number), shapes) if shapes else encoded)
                     writer.counts.update(self.counts)
                     self.counts.clear()
@@ -145,24 +152,46 @@ class _Encoding:
             parts.append(part)
         return parts
 
-    def _encode(self, block: list[Encoded], shard: str, *, flip: bool) -> LatentDataset:
-        """Encode some samples; raises `Preempted` before them if the workspace requests a stop."""
-        if self.workspace.stop_requested():
-            done = f"{sum(self.done)} of {self.total}"
-            raise Preempted(f"stopped after {done} images; run the same command again to continue")
-        batch = stack_samples([decode_sample(encoded, shard) for encoded in block])
+    def _read(self, shards: Path, start: int, count: int, name: str) -> Iterator[tuple[ImageBatch, list[int]]]:
+        """Yield samples of a shard in batches, with their hashes; without images if these are not encoded.
+
+        Raises `Preempted` before a batch if the workspace requests a stop.
+        """
+        if not self.stores_latents:
+            identities = itertools.islice(read_identities(shards), start, start + count)
+            for first in range(start, start + count, MATCH_ROWS):
+                self._check_stop()
+                batch = read_without_images(shards, first, min(first + MATCH_ROWS, start + count))
+                yield batch, [sample_id for _, sample_id in itertools.islice(identities, len(batch.keys))]
+            return
+        samples = itertools.islice(read_encoded(shards, start), count)
+        for block in _batches(samples, _batch_rows(read_index(shards).image_shape)):
+            self._check_stop()
+            yield stack_samples([decode_sample(encoded, name) for encoded in block]), list(map(identify_sample, block))
+
+    def _encode(self, batch: ImageBatch, sample_ids: list[int], *, flip: bool) -> LatentDataset:
+        """Encode some samples."""
+        clean = self._encode_images(batch.images)
         dataset = LatentDataset(
-            clean=self.codec.encode(batch.images),
+            clean=clean,
             class_id=torch.from_numpy(batch.labels if self.reads_classes else np.full_like(batch.labels, NULL_CLASS)),
-            cluster_id=torch.zeros(len(block), dtype=torch.int64),
-            sample_id=identify(block),
+            cluster_id=torch.zeros(len(clean), dtype=torch.int64),
+            sample_id=torch.tensor(sample_ids, dtype=torch.int64),
             captions=None if self.text is None else self._encode_captions(self.text, batch),
-            flipped=self.codec.encode(np.ascontiguousarray(batch.images[:, :, ::-1])) if flip else None,
+            flipped=self._encode_images(np.ascontiguousarray(batch.images[:, :, ::-1])) if flip else None,
         )
-        self.done.append(len(block))
+        self.done.append(len(clean))
         all_done = min(sum(self.done) * self.group.size, self.total)
         self.workspace.report_progress(all_done, self.total, unit="images encoded")
         return dataset
+
+    def _check_stop(self) -> None:
+        if self.workspace.stop_requested():
+            done = f"{sum(self.done)} of {self.total}"
+            raise Preempted(f"stopped after {done} images; run the same command again to continue")
+
+    def _encode_images(self, images: Images) -> Latents:
+        return self.codec.encode(images) if self.stores_latents else torch.zeros(len(images), 0)
 
     def _encode_captions(self, text: TextEncoder, batch: ImageBatch) -> EncodedCaptions:
         """Encode or keep all captions of every sample: the first one is used once, each other by its frequency."""
@@ -181,24 +210,29 @@ class _Encoding:
         return EncodedCaptions.from_rows(rows, text.null_text, counts, weights)
 
 
-def identify(samples: Sequence[Encoded]) -> Int[torch.Tensor, " sample"]:
-    """Return a hash of the key and the files of every sample."""
-    return torch.tensor([identify_sample(encoded) for encoded in samples], dtype=torch.int64)
-
-
 def encode_dataset(
-    dataset: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace, *, flip: bool = False
+    dataset: Path,
+    codec: FrozenCodec,
+    text: TextEncoder | None,
+    out: Path,
+    workspace: Workspace,
+    *,
+    flip: bool = False,
+    stores_latents: bool = True,
 ) -> float:
     """Encode the training and the held-out samples of a data set into `out/train` and `out/holdout`.
 
-    With `flip` the training samples are encoded mirrored too. Returns the FLOPs of the text encoder, in all attempts.
+    With `flip` the training samples are encoded mirrored too; without `stores_latents` only captions are.
+    Returns the FLOPs of the text encoder, in all attempts.
     Says before it starts how much they will take, and afterwards how many captions were cut. Raises `Preempted`; the
     next attempt continues with the shards that are not finished. Workers of a group divide the shards, and rank 0
     writes `out`.
     """
     total, group = sum(read_index(dataset / name).count for name in ("train", "holdout")), DataParallelGroup.join()
-    encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total, group=group)
-    size = _sample_bytes(codec, text, copies=1 + flip)
+    encoding = _Encoding(
+        codec=codec, text=text, workspace=workspace, total=total, group=group, stores_latents=stores_latents
+    )
+    size = _sample_bytes(codec, text, copies=(1 + flip) * stores_latents)
     if group.is_main:
         workspace.notify(
             f"{total:,} samples, at most {size / 2**10:.2f} KiB of latents each, {total * size / 2**20:.1f} MiB in all"
@@ -271,6 +305,8 @@ def encode_folder(shards: Path, codec: FrozenCodec, text: TextEncoder | None, ou
 def divide_latents(parts: Path, clusters: Sequence[Path], out: Path) -> None:
     """Write the latents of cluster k's shards, in their order, to `out/<k>`; `parts` has those of all samples.
 
+    Where images are encoded when they are needed, `out/<k>` has their offset index too.
+
     Raises `LatentError` if a sample has no latents: the parts were encoded from other data.
     """
     folders = sorted(path for path in parts.iterdir() if has_latents(path))
@@ -285,17 +321,19 @@ def divide_latents(parts: Path, clusters: Sequence[Path], out: Path) -> None:
     for k, shards in enumerate(clusters):
         with LatentWriter(out / str(k), read_class_names(folders[0]), origin) as writer:
             writer.add(latents[0].select(torch.zeros(0, dtype=torch.int64)))
-            for block in _batches(read_encoded(shards), MATCH_ROWS):
-                wanted = identify(block).numpy()
+            for block in _batches(read_identities(shards), MATCH_ROWS):
+                wanted = np.array([sample_id for _, sample_id in block])
                 found = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
                 if (unknown := np.flatnonzero(ids[found] != wanted)).size:
                     raise LatentError(
-                        f"sample {block[unknown[0]].key!r} of {shards} has no latents in {parts}; they were encoded "
+                        f"sample {block[unknown[0]][0]!r} of {shards} has no latents in {parts}; they were encoded "
                         "from other data: encode this data set again"
                     )
                 for run in np.split(found, np.flatnonzero(np.diff(np.searchsorted(starts, found, "right"))) + 1):
                     part = int(np.searchsorted(starts, run[0], "right")) - 1
                     writer.add(latents[part].select(torch.from_numpy(run - starts[part])))
+        if are_streamed(folders):
+            shutil.copytree(shards, out / str(k) / IMAGES, copy_function=_link)
 
 
 def encode_latents(
@@ -312,8 +350,9 @@ def encode_latents(
     """
     is_ready = len(folders) == 1 and has_latents(folders[0]) and not keeps_texts(folders[0])
     folder = folders[0] if is_ready else workspace.scratch / CACHE / "latents"
+    are_streamed(folders)
     DataParallelGroup.join().run_on_main(lambda: _prepare(folders, codec, codec_folder, workspace, text, folder))
-    return read_latents(folder)
+    return with_images(read_latents(folder), folders, codec)
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
@@ -392,7 +431,7 @@ def _batch_rows(image_shape: tuple[int, int, int]) -> int:
     return max(1, min(ENCODE_BATCH, 2**28 // max(math.prod(image_shape), 1)))
 
 
-def _batches(samples: Iterator[Encoded], size: int) -> Iterator[list[Encoded]]:
+def _batches(samples: Iterator[T], size: int) -> Iterator[list[T]]:
     while batch := list(itertools.islice(samples, size)):
         yield batch
 

@@ -9,7 +9,10 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,12 +33,31 @@ class LatentError(DDMError, ValueError):
     """Latents or their conditions cannot be trained on."""
 
 
+@runtime_checkable
+class ImageSource(Protocol):
+    """Images that are read and encoded when a batch needs their latents: `streaming.image_stream.ImageStream`."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Return the shape of one latent."""
+
+    def latents(self, rows: RowIds, is_flipped: Bool[Tensor, " row"] | None = None) -> Latents:
+        """Return the latents of samples, of mirrored images where `is_flipped`."""
+
+    def batch_rows(self, config: TrainingConfig, step: int) -> RowIds:
+        """Return the samples of a step, and begin to read those of coming ones."""
+
+    def reading(self, config: TrainingConfig, cache: Path) -> AbstractContextManager[None]:
+        """Return a context in which images are read ahead, through a folder of bounded size."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentDataset:
     """Latents with the class and the cluster of each; may be memory-mapped files."""
 
     clean: Latents
-    """Of 16 or 32 bits. With buckets, the numbers of each latent in a row, and zeros after those of a smaller one."""
+    """Of 16 or 32 bits; without numbers if they come from `images`. With buckets, the numbers of each latent in a row,
+    and zeros after those of a smaller one."""
     class_id: Int[Tensor, " batch"]
     """-1 for samples without a class."""
     cluster_id: Int[Tensor, " batch"]
@@ -51,10 +73,14 @@ class LatentDataset:
     """Position of the shape of every latent in `shapes`; None for latents of one shape."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of the latents, that of the square images first; empty: all have one shape."""
+    images: ImageSource | None = None
+    """Where latents come from that are not stored."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Return the shape of one latent, with buckets that of a square image."""
+        if self.images is not None:
+            return self.images.latent_shape
         return self.shapes[0] if self.shapes else tuple(self.clean.shape[1:])
 
     def in_bucket(self, bucket: int, shapes: Sequence[tuple[int, ...]]) -> "LatentDataset":
@@ -74,6 +100,8 @@ class LatentDataset:
 
     def clean_rows(self, rows: RowIds, is_flipped: Bool[Tensor, " row"] | None = None) -> Latents:
         """Return latents in float32, of mirrored images where `is_flipped`; with buckets, all of the first's."""
+        if self.images is not None:
+            return self.images.latents(rows, None if self.flipped is None else is_flipped)
         clean = self.clean.index_select(0, rows).float()
         if is_flipped is not None and self.flipped is not None:
             clean[is_flipped] = self.flipped.index_select(0, rows[is_flipped]).float()
@@ -82,13 +110,20 @@ class LatentDataset:
         shape = self.shapes[int(self.bucket_id[rows[0]])]
         return clean[:, : math.prod(shape)].reshape(-1, *shape)
 
-    def batch_indices(self, batch_size: int, seed: int, step: int) -> tuple[RowIds, RowIds | None]:
+    def reading(self, config: TrainingConfig, cache: Path) -> AbstractContextManager[None]:
+        """Return a context in which images that are read when they are needed are read ahead."""
+        return nullcontext() if self.images is None else self.images.reading(config, cache)
+
+    def batch_indices(self, config: TrainingConfig, step: int) -> tuple[RowIds, RowIds | None]:
         """Return the samples of a step, all of one bucket, and the epoch of each if some are mirrored.
 
-        See `sample_indices` and `bucket_batch`.
+        See `sample_indices`, `bucket_batch` and `ShardOrder`.
         """
+        batch_size, seed = config.batch_size, config.seed
         if self.bucket_id is None:
             epochs = None if self.flipped is None else batch_epochs(len(self), batch_size, step)
+            if self.images is not None:
+                return self.images.batch_rows(config, step), epochs
             return sample_indices(len(self), batch_size, seed, step), epochs
         counts = torch.bincount(self.bucket_id, minlength=len(self.shapes)).tolist()
         bucket, number = bucket_batch(counts, batch_size, seed, step)
@@ -120,15 +155,20 @@ class LatentDataset:
     def select(self, rows: RowIds) -> "LatentDataset":
         """Return these samples, in this order."""
         return LatentDataset(
-            clean=self.clean.index_select(0, rows),
+            clean=self.clean.index_select(0, rows) if self.images is None else self.images.latents(rows),
             class_id=self.class_id.index_select(0, rows),
             cluster_id=self.cluster_id.index_select(0, rows),
             captions=None if self.captions is None else self.captions.select(rows),
             sample_id=None if self.sample_id is None else self.sample_id.index_select(0, rows),
-            flipped=None if self.flipped is None else self.flipped.index_select(0, rows),
+            flipped=None if self.flipped is None else self._flipped_rows(rows),
             bucket_id=None if self.bucket_id is None else self.bucket_id.index_select(0, rows),
             shapes=self.shapes,
         )
+
+    def _flipped_rows(self, rows: RowIds) -> Latents:
+        if self.images is not None:
+            return self.images.latents(rows, torch.ones(len(rows), dtype=torch.bool))
+        return torch.empty(0) if self.flipped is None else self.flipped.index_select(0, rows)
 
     def without_conditions(self) -> "LatentDataset":
         """Return the same latents without their classes and captions."""
@@ -198,7 +238,7 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     Every sample occurs once an epoch; a batch may span two epochs. t = sigmoid(mean + std * normal)
     (Esser et al. 2024, arXiv:2403.03206, section 3.1). `local_rows` selects the rows of one worker.
     """
-    batch_rows, epochs = dataset.batch_indices(config.batch_size, config.seed, step)
+    batch_rows, epochs = dataset.batch_indices(config, step)
     local = _taking(local_rows)
     rows = local(batch_rows)
     is_flipped = None if epochs is None else draw_flips(rows, local(epochs), config.seed)

@@ -8,7 +8,8 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -18,13 +19,17 @@ import torch
 from torch import Tensor
 
 from ddm_core.artifacts import ArtifactError, CorruptArtifact, checksum, read_with_checksum, to_jsonable, write_record
+from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.text_embedding import TextEmbedding
 from experts.training.latent_dataset import LatentDataset, LatentError
+from experts.training.streaming.image_stream import IMAGES, ImageStream
 
 log = logging.getLogger(__name__)
 
 RECORD = "latents.json"
+STREAMED = "streamed"
+"""In the origin of latents: only classes and captions are stored."""
 TYPES = ("float16", "float32", "int64", "bool", "uint8")
 BLOCK_BYTES = 2**26
 _SAMPLES = ("clean", "class_id", "cluster_id", "sample_id", "bucket_id", "flipped")
@@ -101,7 +106,8 @@ def read_latents(folder: Path) -> LatentDataset:
     try:
         samples = {name: arrays[name] for name in _SAMPLES if name in arrays}
         captions = _read_captions(arrays) if "token_features" in arrays else None
-        return LatentDataset(**samples, captions=captions, shapes=tuple(map(tuple, record.get("shapes", ()))))
+        shapes = tuple(map(tuple, record.get("shapes", ())))
+        return LatentDataset(**samples, captions=captions, shapes=shapes, images=None)
     except (KeyError, TypeError) as error:
         raise CorruptArtifact(f"{folder} lacks an array of latents ({error}); encode the images again") from error
 
@@ -122,6 +128,24 @@ def has_latents(folder: Path) -> bool:
 def keeps_texts(folder: Path) -> bool:
     """Return whether the captions of a folder of latents are not encoded."""
     return bool(read_record(folder)["arrays"].get("token_features", {}).get("dtype") == "uint8")
+
+
+def are_streamed(folders: Sequence[Path]) -> bool:
+    """Return whether folders of samples have no latents, since their images are encoded when they are needed.
+
+    Raises `LatentError` if only some do.
+    """
+    kinds = {has_latents(folder) and read_record(folder)["origin"].get("images") == STREAMED for folder in folders}
+    if len(kinds) > 1:
+        raise LatentError("some folders have latents and others read their images; encode all of them in one way")
+    return True in kinds
+
+
+def with_images(dataset: LatentDataset, folders: Sequence[Path], codec: Codec) -> LatentDataset:
+    """Return the samples of folders, with their images if these are encoded when they are needed."""
+    if not are_streamed(folders):
+        return dataset
+    return replace(dataset, images=ImageStream(codec, [folder / IMAGES for folder in folders]))
 
 
 def check_latents(folder: Path) -> None:
@@ -147,7 +171,7 @@ def is_reusable(folder: Path, origin: Mapping[str, Any]) -> bool:
 
 def iter_blocks(dataset: LatentDataset, max_rows: int | None = None) -> Iterator[LatentDataset]:
     """Yield the samples in blocks of `BLOCK_BYTES` of latents; one block without samples if there are none."""
-    rows = max(1, BLOCK_BYTES // (4 * math.prod(dataset.latent_shape)))
+    rows = max(1, BLOCK_BYTES // max(4 * math.prod(dataset.latent_shape), 1))
     rows = min(rows, max_rows or rows)
     for start in range(0, max(len(dataset), 1), rows):
         yield dataset.select(torch.arange(start, min(start + rows, len(dataset))))

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddm_core.artifacts import Preempted, Workspace, write_text
+from ddm_core.artifacts import CACHE, Preempted, Workspace, write_text
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
-from experts.training.batches import BatchesAhead
 from experts.training.checkpoint import (
     MetricsRow,
     TrainingState,
@@ -32,6 +31,7 @@ from experts.training.optimizers.lr_schedules import learning_rate, set_learning
 from experts.training.optimizers.registry import OPTIMIZERS
 from experts.training.parallel.distributed import DataParallelGroup, defer_sync
 from experts.training.parallel.sharding import copy_without_parameters, each_whole, shard_network, whole
+from experts.training.streaming.batches import BatchesAhead
 from experts.training.watch.divergence import find_divergence
 from experts.training.watch.throughput import Throughput
 
@@ -103,7 +103,8 @@ def fit(
     with (
         group.worker_loss_as_error(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        BatchesAhead(config.steps, device) as batches,
+        dataset.reading(config, workspace.scratch / CACHE / f"shards-{group.rank}"),
+        BatchesAhead(config.steps, device, are_read=dataset.images is not None) as batches,
     ):
         state = init_training_state(model.to(device), config, group)
         restore_checkpoint(checkpoints, state)

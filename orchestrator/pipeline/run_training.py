@@ -46,7 +46,15 @@ def run_latents(config: LatentsStageConfig, inputs: Inputs, out: Path, workspace
     """Encode all images, and their captions if the models read text; the text encoder's FLOPs are counted."""
     text, device = TextEncoder.from_config(config.text), check_device(config.device)
     codec = FrozenCodec.open(inputs["codec"], load_codec(inputs["codec"]), device, stored_type(inputs["codec"]))
-    return encode_dataset(inputs["dataset"], codec, text and text.to(device), out, workspace, flip=config.flip)
+    return encode_dataset(
+        inputs["dataset"],
+        codec,
+        text and text.to(device),
+        out,
+        workspace,
+        flip=config.flip,
+        stores_latents=config.store,
+    )
 
 
 def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -39,6 +39,8 @@ class LatentsStageConfig:
     """Torch device of both encoders."""
     flip: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
     """Whether the mirrored training images are encoded too."""
+    store: bool = field(default=True, metadata=UNHASHED_IF_DEFAULT)
+    """Whether images are encoded, and not only captions."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -159,7 +161,7 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
     is_labelled = config.expert.training.condition_dropout < 1
     return StageConfigs(
         dataset=dataset_config(config),
-        latents=LatentsStageConfig(text=config.text, device=config.codec.device, flip=config.data.flip),
+        latents=latents_config(config),
         features=_features_config(config.partition),
         evaluation=evaluation,
         experts=experts,
@@ -206,8 +208,20 @@ def _adapter_images_config(config: RunConfig) -> AdapterImagesStageConfig | None
 
 
 def dataset_config(config: RunConfig) -> DataConfig:
-    """Return the configuration of the data set; a text encoder needs its captions, only latents are mirrored."""
-    return replace(config.data, captions=config.data.captions or config.text.kind != "none", flip=False)
+    """Return the configuration of the data set; a text encoder needs its captions.
+
+    Whether latents are mirrored or stored is no part of it.
+    """
+    captions = config.data.captions or config.text.kind != "none"
+    return replace(config.data, captions=captions, flip=False, store_latents=None)
+
+
+def latents_config(config: RunConfig) -> LatentsStageConfig:
+    """Return what is encoded before the trainings; of pixels that are streamed, nothing but captions."""
+    data, store = config.data, config.data.store_latents
+    if store is None:
+        store = data.mode == "copy" or config.codec.kind != "pixels"
+    return LatentsStageConfig(text=config.text, device=config.codec.device, flip=data.flip, store=store)
 
 
 def evaluation_config(config: RunConfig) -> EvaluationConfig:

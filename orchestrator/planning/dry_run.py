@@ -29,7 +29,7 @@ from experts.training.encode import read_class_names
 from experts.types import Images
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import STAGE_KINDS
-from orchestrator.pipeline.stage_configs import LatentsStageConfig, dataset_config
+from orchestrator.pipeline.stage_configs import dataset_config, latents_config
 from orchestrator.planning.calibration import StageSpeed
 from orchestrator.planning.microbenchmarks import ZERO_DURATION, Duration, duration_per_unit, measure
 from orchestrator.planning.transfers import folder_bytes
@@ -115,7 +115,7 @@ def _run_pass(config: RunConfig, folder: Path, images: int) -> _Pass:
         ("codec", _with_decoder_steps(config.codec, DECODER_STEPS[0]), {"shards": folders["dataset"] / "train"}),
         (
             "latents",
-            LatentsStageConfig(text=config.text, device=config.codec.device, flip=config.data.flip),
+            latents_config(config),
             {name: folders[name] for name in ("dataset", "codec")},
         ),
         ("features", partition, {"dataset": folders["dataset"]}),

@@ -49,7 +49,7 @@ def collect_logits(
     With `conditional`, rows without a class are omitted; otherwise the condition is null.
     """
     rows = torch.arange(ROWS_PER_BIN) * len(dataset) // ROWS_PER_BIN
-    clean = dataset.clean.index_select(0, rows).float()
+    clean = dataset.clean_rows(rows)
     condition = dataset.condition(rows) if conditional else Condition.null(ROWS_PER_BIN)
     logits, times = [], []
     for index in range(BINS):

@@ -79,7 +79,7 @@ def balance(cluster: LatentDataset, reference: LatentDataset, limit: int) -> Lat
         repeated = torch.arange(len(selected)) * len(cluster) // len(selected)
     rows = ((cluster, repeated), (reference, selected))
     return LatentDataset(
-        clean=torch.cat([part.clean.index_select(0, index) for part, index in rows]),
+        clean=torch.cat([part.clean_rows(index) for part, index in rows]),
         class_id=torch.full((2 * len(selected),), -1),
         cluster_id=(torch.arange(2 * len(selected)) < len(selected)).long(),
     )

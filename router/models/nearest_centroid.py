@@ -100,7 +100,7 @@ class Moments:
 
 def compute_moments(dataset: LatentDataset) -> Moments:
     """Compute mean and covariance of at most `MOMENT_ROWS` samples."""
-    clean = dataset.clean[:: -(-len(dataset) // MOMENT_ROWS)].flatten(1).double()
+    clean = dataset.clean_rows(torch.arange(0, len(dataset), -(-len(dataset) // MOMENT_ROWS))).flatten(1).double()
     mean = clean.mean(0)
     centered = clean - mean
     variances, basis = torch.linalg.eigh(centered.T @ centered / len(clean))
@@ -115,7 +115,7 @@ def fit_nearest_centroid(
     model = NearestCentroidRouter(list(dataset.latent_shape), counts.shape[1], len(counts) - 1, config.noise_schedule)
     moments = compute_moments(dataset)
     sums = torch.zeros(counts.shape[1], len(moments.mean), dtype=torch.float64)
-    sums.index_add_(0, dataset.cluster_id, dataset.clean.flatten(1).double())
+    sums.index_add_(0, dataset.cluster_id, dataset.clean_rows(torch.arange(len(dataset))).flatten(1).double())
     sizes = dataset.cluster_id.bincount(minlength=len(sums)).clamp(min=1).unsqueeze(1)
     buffers = {
         "mean": moments.mean,

@@ -146,7 +146,7 @@ def measure_distance(expert: TruncatedExpert, dataset: LatentDataset, config: Tr
     0 scores the drafts alone, 1 the refiner from noise. Few latents are paired with several samples each.
     """
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[: config.rows]
-    real, condition = dataset.clean[rows].flatten(1).float(), dataset.condition(rows)
+    real, condition = dataset.clean_rows(rows).flatten(1), dataset.condition(rows)
     kernel, conditions = median_kernel("rbf", real, FINE), (condition.class_id, condition.class_id)
     distances = []
     for repeat in range(-(-config.rows // len(rows))):
@@ -188,7 +188,7 @@ def fit_draft(
 
 def fit_anchors(dataset: LatentDataset, num_classes: int, config: TruncateConfig) -> Anchors:
     """Fit k-means centroids to the latents, with the share of each per class; the last row is over all classes."""
-    flat = dataset.clean.flatten(1).float().numpy()
+    flat = dataset.clean_rows(torch.arange(len(dataset))).flatten(1).numpy()
     count = min(config.anchors, len(flat))
     centroids = fit_fine_centroids(np.ascontiguousarray(flat), count, KMEANS_ROUNDS, config.seed)
     ids = torch.from_numpy(assign_nearest(flat, centroids))
@@ -197,7 +197,7 @@ def fit_anchors(dataset: LatentDataset, num_classes: int, config: TruncateConfig
     has_class = dataset.class_id >= 0
     shares.index_put_((dataset.class_id[has_class], ids[has_class]), torch.ones(int(has_class.sum())), accumulate=True)
     shares = torch.where(shares.sum(1, keepdim=True) > 0, shares, shares[-1])
-    means = torch.from_numpy(centroids).reshape(count, *dataset.clean.shape[1:])
+    means = torch.from_numpy(centroids).reshape(count, *dataset.latent_shape)
     anchors: Anchors = Anchors.from_means(means, shares / shares.sum(1, keepdim=True))
     return anchors
 

@@ -18,7 +18,15 @@ from data_partition.errors import ShardChanged, ShardError
 from data_partition.features.extract import extract_features
 from data_partition.partition import make_partition
 from data_partition.shards import offset_index
-from data_partition.shards.shards import open_offsets, read_encoded, read_index, read_labels, read_sample_ids
+from data_partition.shards.shards import (
+    open_offsets,
+    read_encoded,
+    read_identities,
+    read_index,
+    read_labels,
+    read_samples,
+    read_without_images,
+)
 from ddm_core.artifacts import Workspace, checksum, list_files
 from tests.data_partition.shards.test_tar import make_tar
 
@@ -88,8 +96,12 @@ def test_stream_gives_the_samples_of_a_copy(built, folder):
     stream, copy = built / "stream" / folder, built / "copy" / folder
     assert list(read_encoded(stream)) == list(read_encoded(copy))
     assert list(read_encoded(stream, 7)) == list(read_encoded(copy))[7:]
-    assert list(read_sample_ids(stream)) == list(read_sample_ids(copy))
+    assert list(read_identities(stream)) == list(read_identities(copy))
     assert list(read_labels(stream)) == list(read_labels(copy))
+    bare = read_without_images(stream, 2, 9)
+    assert list(zip(bare.keys, bare.captions, bare.more_captions, bare.labels.tolist(), strict=True)) == [
+        (sample.key, sample.caption, sample.more_captions, sample.label) for sample in list(read_samples(copy))[2:9]
+    ]
     assert not list(stream.glob("*.tar"))
 
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddm_core.artifacts import Preempted, Workspace
-from experts.training.batches import BatchesAhead
 from experts.training.latent_dataset import draw_noise, make_batch
+from experts.training.streaming.batches import BatchesAhead
 from experts.training.trainer import TrainingDiverged, Watch, fit
 from tests.experts.training.test_trainer import NETWORKS, SHORT, create_network, stopping_at, velocity_loss
 
@@ -53,7 +53,7 @@ def test_diverged_training_goes_back_once(by, make_dataset, tmp_path):
 
 def test_training_that_diverges_twice_stops(make_dataset, workspace):
     dataset = make_dataset(shape=(6,))
-    dataset.clean[dataset.batch_indices(CONFIG.batch_size, CONFIG.seed, 5)[0][0]] = torch.nan
+    dataset.clean[dataset.batch_indices(CONFIG, 5)[0][0]] = torch.nan
     with pytest.raises(TrainingDiverged, match=r"is nan at step \d+ .* has gone back once.* lower training\.lr"):
         train(dataset, workspace, velocity_loss, replace(CONFIG, checkpoint_every=1))
 

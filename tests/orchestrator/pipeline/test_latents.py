@@ -58,9 +58,7 @@ def test_every_sample_is_encoded_once_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         encode._Encoding,
         "_encode",
-        lambda self, block, shard, flip: (
-            images.update(each.key for each in block) or encode_images(self, block, shard, flip=flip)
-        ),
+        lambda self, batch, ids, flip: images.update(batch.keys) or encode_images(self, batch, ids, flip=flip),
     )
     monkeypatch.setattr(
         TextEncoder, "encode_and_count", lambda self, texts: captions.update(texts) or encode_texts(self, texts)

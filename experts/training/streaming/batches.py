@@ -1,6 +1,7 @@
 """Batches of the coming steps, drawn in a thread ahead of the training, in memory from which a GPU copies fast.
 
 A CPU draws each batch when it is needed: a thread would take the time from the step, and 8 % more on a small network.
+Where a batch has to be read and decoded first, it is drawn ahead on a CPU too.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,9 @@ AHEAD = 2
 class BatchesAhead:
     """Draws batches in one thread; which batch a step gets does not depend on it."""
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        """Draw batches for steps below `steps`."""
-        self.steps, self.device = steps, device
+    def __init__(self, steps: int, device: torch.device, *, are_read: bool = False) -> None:
+        """Draw batches for steps below `steps`; `are_read` says whether they wait for a disk or a server."""
+        self.steps, self.device, self.is_ahead = steps, device, are_read or device.type != "cpu"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._drawn: dict[int, Future[Batch]] = {}
 
@@ -34,7 +35,7 @@ class BatchesAhead:
 
     def take(self, step: int, draw: Callable[[int], Batch]) -> Batch:
         """Return the batch of a step, and have those after it drawn; raises what `draw` raises."""
-        if self.device.type == "cpu":
+        if not self.is_ahead:
             return draw(step)
         for coming in range(step, min(step + 1 + AHEAD, self.steps)):
             if coming not in self._drawn:
