@@ -15,7 +15,7 @@ from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, pick_captions
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UnreadableImage
 from data_partition.shards.images import SUFFIXES, decode_with_remarks
-from data_partition.shards.offset_index import Place, SourceTar, describe_tar, digest
+from data_partition.shards.offset_index import ImagePlace, SourceTar, describe_tar, digest
 from data_partition.shards.shards import MoreCaptions, Sample
 from data_partition.shards.tar import Encoded, expand_urls, quote_key, read_tar
 from data_partition.shards.untrusted import is_printable, make_printable
@@ -113,7 +113,7 @@ def parse_sample(
         name=name,
         remarks=(*several, *decoded.remarks),
         source=(decoded.extension, content) if decoded.extension else None,
-        place=None if tar is None else Place(tar, encoded.starts[images[0]], len(content), digest(content)),
+        place=None if tar is None else ImagePlace(tar, encoded.starts[images[0]], len(content), digest(content)),
     )
 
 

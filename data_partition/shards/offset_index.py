@@ -57,7 +57,7 @@ class SourceTar:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ImagePlace:
     """Where the image of a sample is."""
 
     tar: SourceTar

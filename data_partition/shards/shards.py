@@ -29,7 +29,7 @@ from jaxtyping import Int64, UInt8
 from data_partition.config import DataConfig
 from data_partition.errors import ShardError, UnreadableImage
 from data_partition.shards.images import STORED, crop_to, decode_image, decode_with_remarks, encode_png, fit_image
-from data_partition.shards.offset_index import OffsetIndex, Place, SourceTar
+from data_partition.shards.offset_index import ImagePlace, OffsetIndex, SourceTar
 from data_partition.shards.tar import Encoded, TarWriter, read_tar
 from ddm_core.artifacts import (
     CorruptArtifact,
@@ -69,7 +69,7 @@ class Sample:
     """What was converted or left out while it was read; never stored."""
     source: tuple[str, bytes] | None = None
     """Extension and content of the file that `image` was decoded from, if shards may store it as it is."""
-    place: Place | None = None
+    place: ImagePlace | None = None
     """Where it is in a tar of the user, with `data.mode=stream`."""
 
 

@@ -20,6 +20,8 @@ def test_stream_ids_never_change():
         "BUCKET_ORDER": 9,
         "FLIP": 10,
         "HELD_OUT_NOISE": 11,
+        "TAR_ORDER": 12,
+        "BLOCK_ORDER": 13,
         "EXPERT_SAMPLES": 1000,
     }
 

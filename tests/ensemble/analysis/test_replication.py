@@ -18,6 +18,7 @@ from ensemble.analysis.replication import (
 )
 from ensemble.config import EvaluationConfig, ReplicationLimits
 from ensemble.evaluation.scoring import Reference
+from experts.codec import PixelCodec
 from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW, expand
 from experts.training.latent_dataset import LatentDataset
@@ -71,7 +72,9 @@ def folders(tmp_path, monkeypatch):
     assign = SimpleNamespace(assign_images=lambda images: np.ones(len(images), np.int64))
     monkeypatch.setattr(replication, "load_partition", lambda _: assign)
     ensemble = SimpleNamespace(experts=MixtureOfGaussians((0.5, 0.5)).experts(), noise_schedule=RECTIFIED_FLOW)
-    pipeline = SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(ensemble=ensemble))
+    pipeline = SimpleNamespace(
+        from_pretrained=lambda _: SimpleNamespace(ensemble=ensemble, codec=PixelCodec(image_shape=(2, 2, 1)))
+    )
     monkeypatch.setattr(replication, "EnsemblePipeline", pipeline)
     return (tmp_path,) * 4
 
