@@ -41,16 +41,22 @@ class QuESTConfig:
     method: Literal["quest"] = "quest"
     bits: Literal[4, 8] = 4
     """Bits per weight, with one scale per row."""
+    adaptive_rounding: bool = True
+    """Choose for each weight whether it is rounded down or up (AdaRound); False rounds to nearest."""
     activation_bits: Literal[4, 8] = 4
-    """Bits per activation, with one scale per layer input."""
+    """Bits per activation: of the inputs of layers, and of queries, keys and values."""
+    channelwise: bool = True
+    """Give each channel of an activation its own scale; False uses one for all channels."""
+    probability_bits: Literal[4, 8] | None = 8
+    """Bits per attention probability, on a scale of their own; empty computes attention in full precision."""
     times: Annotated[int, Field(ge=1)] = 20
     """Evenly spaced times at which activation scales are calibrated."""
     timewise: bool = True
-    """Give each of these times its own activation scale; False uses one scale for all times."""
+    """Give each of these times its own activation scales; False shares them among all times."""
     rows: Annotated[int, Field(ge=1)] = 32
     """Calibration samples per time."""
-    entries: Annotated[int, Field(ge=64)] = 2048
-    """Maximum number of elements of a layer input, per time, on which its scale is searched."""
+    tokens: Annotated[int, Field(ge=16)] = 512
+    """Maximum number of inputs per layer, from those samples, on which its scales are searched."""
     convolutions: bool = True
     """Also quantize inputs of the convolutions in residual blocks; False only stores their weights in few bits."""
     time_embedding: TrainingConfig | None = TUNING
@@ -58,9 +64,10 @@ class QuESTConfig:
     sensitive: TrainingConfig | None = TUNING
     """Training of feed-forward, query, key and value layers, which follows; empty skips it."""
     trained_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Maximum share of the parameters that is trained. Layers with the largest mean squared gradient come first."""
+    """Maximum share of the parameters that is trained, besides step sizes and scales. Layers with the largest mean
+    squared gradient come first."""
     vectors: bool = True
-    """Also train the biases, scales and step sizes of all quantized layers, about 1 % of the parameters."""
+    """Also train the biases, scales and step sizes of all quantized layers."""
     sensitive_convolutions: bool = False
     """Also train quantized convolutions in the second training; useful for U-Nets, which have few linear layers."""
     rest_bits: Literal[4, 8] | None = 8

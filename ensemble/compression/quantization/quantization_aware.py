@@ -1,9 +1,9 @@
 """Quantization-aware training: layers compute with rounded weights and inputs, but keep exact weights to train.
 
-`fake_quantize_layers` prepares a network, `convert` ends a training, and `pack_quantized_weights` keeps only few bits.
+`fake_quantize_weights` prepares a network, `convert` ends a training, and `pack_quantized_weights` keeps only few bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ensemble.compression.method import StageError
-from experts.compressed.quantization.activation_quant import LR_FACTOR, NAME, quantize_input
-from experts.compressed.quantization.fake_quant import (
-    encode_with_scales,
-    fake_quantize_weight,
-    scaled_gradient,
-    search_grids,
-)
+from experts.compressed.quantization.activation_quant import LR_FACTOR, TimestepActivationQuantizer
+from experts.compressed.quantization.attention_quant import attention_layers
+from experts.compressed.quantization.fake_quant import encode_with_scales, fake_quantize_weight, scaled_gradient
 from experts.compressed.quantization.packed_weight import replace_with_packed_weight
 from experts.compressed.quantization.packing import Packing, Weight, pack
+
+LEARNED_STEPS = ".log_change"
+"""End of the names of trained step sizes and scales."""
 
 
 class LearnableWeightQuantizer(nn.Module):
@@ -60,21 +59,9 @@ class LearnableWeightQuantizer(nn.Module):
             self.log_change = None
 
 
-def fake_quantize_layers(
-    model: nn.Module,
-    samples: Mapping[str, Float[Tensor, "grid entry"]],
-    times: Float[Tensor, " grid"],
-    bits: Literal[4, 8],
-    activation_bits: Literal[4, 8],
-) -> None:
-    """Round the weights and inputs of these layers, in place; `samples` are their inputs at `times`."""
-    for path, inputs in samples.items():
-        quantizer = quantize_input(model, path, len(times), activation_bits)
-        for buffer, values in zip(
-            (quantizer.steps, quantizer.zeros), search_grids(inputs, activation_bits), strict=True
-        ):
-            buffer.copy_(values)
-        quantizer.times.copy_(times)
+def fake_quantize_weights(model: nn.Module, paths: Sequence[str], bits: Literal[4, 8]) -> None:
+    """Round the weights of these layers, in place."""
+    for path in paths:
         layer = model.get_submodule(path)
         parametrize.register_parametrization(layer, "weight", LearnableWeightQuantizer(_detached_weight(layer), bits))
 
@@ -82,15 +69,16 @@ def fake_quantize_layers(
 def train_only(model: nn.Module, paths: Sequence[str], vectors: Sequence[str] = ()) -> dict[str, int]:
     """Make only the exact weights and step sizes of `paths` trainable, in place; return the trainable sizes, by name.
 
-    The biases, step sizes and weight scales of `vectors` become trainable too, but not their weights.
+    The biases, step sizes and weight scales of `vectors` become trainable too, but not their weights; so do the step
+    sizes of attention layers that have one of these layers.
     """
     model.requires_grad_(False)
-    for path in {*paths, *vectors}:
-        _input_quantizer(model, path).make_learnable()
+    for quantizer in _activation_quantizers(model, {*paths, *vectors}):
+        quantizer.make_learnable()
     for path in paths:
         exact_weight(model, path).requires_grad_(True)
     for path in vectors:
-        _parametrization(model, path)[0].make_learnable()
+        weight_quantizer(model, path).make_learnable()
         if (bias := model.get_submodule(path).bias) is not None:
             bias.requires_grad_(True)
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -99,8 +87,9 @@ def train_only(model: nn.Module, paths: Sequence[str], vectors: Sequence[str] = 
 def convert(model: nn.Module, paths: Sequence[str]) -> None:
     """Store the learned step sizes and scales of these layers and freeze them, in place."""
     for path in paths:
-        _input_quantizer(model, path).freeze()
-        _parametrization(model, path)[0].convert()
+        weight_quantizer(model, path).convert()
+    for quantizer in _activation_quantizers(model, paths):
+        quantizer.freeze()
     model.requires_grad_(True)
 
 
@@ -108,7 +97,7 @@ def pack_quantized_weights(model: nn.Module, paths: Sequence[str]) -> None:
     """Replace the exact weights of these layers by their packed codes, in place."""
     for path in paths:
         layer: Any = model.get_submodule(path)
-        quantizer: LearnableWeightQuantizer = _parametrization(model, path)[0]
+        quantizer: LearnableWeightQuantizer = weight_quantizer(model, path)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         codes = encode_with_scales(layer.weight, quantizer.scales, quantizer.packing)
         packed_path = f"{path}.parametrizations.weight.0"
@@ -124,9 +113,20 @@ def exact_weight(model: nn.Module, path: str) -> Tensor:
     return weight
 
 
-def _input_quantizer(model: nn.Module, path: str) -> Any:
-    """Return the module that rounds the input of a layer."""
-    return model.get_submodule(f"{path}.{NAME}")
+def _activation_quantizers(model: nn.Module, paths: Collection[str]) -> list[TimestepActivationQuantizer]:
+    """Return what rounds the inputs of these layers, and the operands of the attention layers that they belong to."""
+    owners = {*paths, *(path for path in attention_layers(model) if any(one.startswith(f"{path}.") for one in paths))}
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, TimestepActivationQuantizer) and path.rpartition(".")[0] in owners
+    ]
+
+
+def weight_quantizer(model: nn.Module, path: str) -> LearnableWeightQuantizer:
+    """Return what rounds the weight of a layer."""
+    quantizer: LearnableWeightQuantizer = _parametrization(model, path)[0]
+    return quantizer
 
 
 def _parametrization(model: nn.Module, path: str) -> Any:

@@ -2,8 +2,9 @@
 
     min sum_l || f_l quantized - f_l ||^2 + || output quantized - output ||^2,   first over layers with time embeddings
 
-Wang et al. 2025, arXiv:2402.03666. Weights are rounded with one scale per row, of least squared error, without block
-reconstruction. All other large weights are stored in few bits and compute in full precision.
+Wang et al. 2025, arXiv:2402.03666. Weights have one scale a row and are rounded by AdaRound, layer by layer;
+activations and operands of attention have one scale a channel and calibrated time. All other large weights are stored
+in few bits and compute in full precision.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,10 @@ from copy import deepcopy
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddm_core.artifacts import Preempted, Workspace
+from ddm_core.artifacts import Workspace
 from ensemble.compression.common.calibration_data import (
     HELD_OUT,
     at_few_step_times,
@@ -23,21 +23,22 @@ from ensemble.compression.common.calibration_data import (
     output_error,
     record_calls,
     run_network,
-    subsample_rows,
     to_uniform_times,
 )
 from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import ExpertResult, StageError
+from ensemble.compression.quantization.activation_grids import round_activations
+from ensemble.compression.quantization.adaptive_rounding import round_adaptively
 from ensemble.compression.quantization.config import QuESTConfig
 from ensemble.compression.quantization.layers import Purpose, pack_rest, quantizable_layers
 from ensemble.compression.quantization.quantization_aware import (
+    LEARNED_STEPS,
     convert,
     exact_weight,
-    fake_quantize_layers,
+    fake_quantize_weights,
     pack_quantized_weights,
     train_only,
 )
-from experts.compressed.quantization.activation_quant import TimestepRecorder
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
 from experts.training.flops import count_parameters, training_flops
@@ -61,16 +62,19 @@ def quantize_quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, 
             f"quest needs a layer of diffusers' U-Net or transformer or of the residual network, and expert "
             f"{expert.cluster_id} has none; set quantize to another method (its layers: {describe_layers(model)})"
         )
-    samples, times = _record_inputs(model, paths, expert, dataset, config, workspace)
-    fake_quantize_layers(model, samples, times, config.bits, config.activation_bits)
+    paths = round_activations(model, paths, expert, dataset, config, workspace)
+    fake_quantize_weights(model, paths, config.bits)
     measuring = calibration_batches(dataset, config.rows, config.seed, MEASURED, HELD_OUT, expert.few_step)
     errors, trained, sizes = {"calibrated": output_error(model, expert, measuring)}, set[str](), dict[str, int]()
+    gradient_batches = calibration_batches(dataset, config.rows, config.seed, MEASURED, config.times, expert.few_step)
+    if config.adaptive_rounding:
+        round_adaptively(model, paths, expert, gradient_batches, workspace)
+        errors["rounded"] = output_error(model, expert, measuring)
     row_flops = network_flops(expert.model, expert.latent_shape)
     num_times = config.times if expert.few_step is None else len(expert.few_step.times)
     flops = row_flops * config.rows * (num_times + 3 * MEASURED)
-    tunings = _list_tunings(model, config)
+    tunings = _list_tunings(model, paths, config)
     vectors = paths if config.vectors else []
-    gradient_batches = calibration_batches(dataset, config.rows, config.seed, MEASURED, config.times, expert.few_step)
     sensitive = _most_sensitive_layers(model, expert, gradient_batches, tunings, vectors, config)
     for name, training, candidates in tunings:
         chosen = [path for path in candidates if path in sensitive]
@@ -82,59 +86,27 @@ def quantize_quest(expert: Expert, dataset: LatentDataset, config: QuESTConfig, 
         convert(model, paths)
         errors[name] = output_error(model, expert, measuring)
         flops += training_flops(row_flops, training.batch_size, training.steps) * 4 / 3
-    share = sum(sizes.values()) / count_parameters(expert.model)
+    steps = {name: size for name, size in sizes.items() if name.endswith(LEARNED_STEPS)}
+    share = (sum(sizes.values()) - sum(steps.values())) / count_parameters(expert.model)
     pack_quantized_weights(model, paths)
     rest = pack_rest(model, config.rest_bits, config.group_size, config.min_elements)
     errors["with_the_rest_in_few_bits"] = output_error(model, expert, measuring)
     details = {"output_errors": errors, "trained_share": share, "trained_layers": sorted(trained), "layers": paths}
-    details |= {"weights_stored_in_few_bits": rest}
+    details |= {"trained_step_sizes": sum(steps.values()), "weights_stored_in_few_bits": rest}
     return ExpertResult(expert=replace(expert, model=model), modules=len(paths) + rest, flops=flops, details=details)
 
 
-def _record_inputs(
-    model: nn.Module,
-    paths: Sequence[str],
-    expert: Expert,
-    dataset: LatentDataset,
-    config: QuESTConfig,
-    workspace: Workspace,
-) -> tuple[dict[str, Float[Tensor, "grid entry"]], Float[Tensor, " grid"]]:
-    """Return a sample of each layer's inputs at each calibrated time, and those times in the network's own unit."""
-    inputs: dict[str, list[Tensor]] = {path: [] for path in paths}
-    clock, times = TimestepRecorder(), []
-    uniform = [(number + 0.5) / config.times for number in range(config.times)]
-    schedule = uniform if expert.few_step is None else sorted(expert.few_step.times)
-    batches = calibration_batches(dataset, config.rows, config.seed, len(schedule))
-    latest: dict[str, Tensor] = {}
-
-    def record(path: str, layer_input: Tensor, layer_output: Tensor) -> None:
-        latest[path] = subsample_rows(layer_input.detach().flatten().float(), config.entries)
-
-    handle = model.register_forward_pre_hook(clock, with_kwargs=True)
-    with torch.no_grad(), record_calls(model, paths, record):
-        for number, (t, batch) in enumerate(zip(schedule, batches, strict=True)):
-            if workspace.stop_requested():
-                raise Preempted(f"stopped after {number} of {len(schedule)} times; calibration restarts from the first")
-            run_network(model, expert, replace(batch, t=torch.full_like(batch.t, t)))
-            times.append(clock.timestep)
-            for path, rows in latest.items():
-                inputs[path].append(rows)
-    handle.remove()
-    samples = {path: torch.stack(rows) for path, rows in inputs.items()}
-    timesteps = torch.stack([timestep[0].float() for timestep in times if timestep is not None])
-    if config.timewise:
-        return samples, timesteps
-    return {path: rows.reshape(1, -1) for path, rows in samples.items()}, timesteps.mean().reshape(1)
-
-
-def _list_tunings(model: nn.Module, config: QuESTConfig) -> list[tuple[str, TrainingConfig, list[str]]]:
-    """Return the configured trainings: name, training configuration and layers."""
+def _list_tunings(
+    model: nn.Module, layers: Sequence[str], config: QuESTConfig
+) -> list[tuple[str, TrainingConfig, list[str]]]:
+    """Return the configured trainings: name, training configuration and those of `layers`."""
     time_layers = quantizable_layers(model, "time_embedding")
     has_convolutions = config.convolutions and config.sensitive_convolutions
     purposes: tuple[Purpose, ...] = (*SENSITIVE, "convolution") if has_convolutions else SENSITIVE
     sensitive = [path for path in quantizable_layers(model, *purposes) if not path.endswith("to_out.0")]
     tunings = (("time_embedding", config.time_embedding, time_layers), ("sensitive", config.sensitive, sensitive))
-    return [(name, training, paths) for name, training, paths in tunings if training is not None and paths]
+    called = {name: [path for path in paths if path in layers] for name, _, paths in tunings}
+    return [(name, training, called[name]) for name, training, _ in tunings if training is not None and called[name]]
 
 
 def _most_sensitive_layers(
@@ -154,7 +126,7 @@ def _most_sensitive_layers(
         return set()
     trial = deepcopy(model)
     budget = config.trained_share * count_parameters(expert.model)
-    budget -= sum(train_only(trial, [], vectors).values())
+    budget -= sum(size for name, size in train_only(trial, [], vectors).items() if not name.endswith(LEARNED_STEPS))
     train_only(trial, paths)
     for batch in batches:
         with torch.no_grad():

@@ -11,6 +11,8 @@ Column = Float[Tensor, "row *ones"]
 
 MIN_SCALE = 1e-8
 """Lower bound of scales, so that zeros stay zero."""
+MIN_STEP = 2.0**-24
+"""Lower bound of the steps of static grids, the smallest float16."""
 CLIPS, MIN_CLIP = 40, 0.2
 """Number of candidate ranges of a static scale, from `MIN_CLIP` of the full range up to all of it."""
 
@@ -56,12 +58,12 @@ def fake_quantize_at(
 
 
 def search_grids(samples: Float[Tensor, "grid sample"], bits: int) -> tuple[Float[Tensor, " grid"], ...]:
-    """Return step and zero point of every row's grid: the candidate of least squared error; zero is a level."""
+    """Return step, a float16, and zero point of every row's grid of least squared error; zero is a level."""
     low, high = samples.amin(1).clamp_max(0), samples.amax(1).clamp_min(0)
     best, least_error = torch.zeros(2, len(samples), device=samples.device), torch.full_like(low, torch.inf)
     for clip in torch.linspace(MIN_CLIP, 1, CLIPS).tolist():
-        steps = ((high - low) * clip / (2**bits - 1)).clamp_min(MIN_SCALE)
-        zeros = (-low * clip / steps).round()
+        steps = ((high - low) * clip / (2**bits - 1)).clamp_min(MIN_STEP).half().float()
+        zeros = (-low * clip / steps).round().clamp_max(2**bits - 1)
         error = (fake_quantize_at(samples, steps[:, None], zeros[:, None], bits) - samples).square().mean(1)
         best = torch.where(error < least_error, torch.stack([steps, zeros]), best)
         least_error = torch.minimum(error, least_error)

@@ -14,6 +14,10 @@ from experts.compressed.quantization.activation_quant import (
     TimestepActivationQuantizer,
     replace_with_timestep_quantizer,
 )
+from experts.compressed.quantization.attention_quant import (
+    AttentionOperandQuantizer,
+    replace_with_operand_quantizer,
+)
 from experts.compressed.quantization.int8_linear import Int8Linear, replace_with_int8_linear
 from experts.compressed.quantization.packed_weight import PackedWeight, replace_with_packed_weight
 from experts.compressed.quantization.shared_weight import SharedWeight, replace_with_shared_weight
@@ -37,6 +41,7 @@ QUANTIZED_MODULES: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]
     Int8Linear.KIND: replace_with_int8_linear,
     SVDLinear.KIND: replace_with_svd_linear,
     TimestepActivationQuantizer.KIND: replace_with_timestep_quantizer,
+    AttentionOperandQuantizer.KIND: replace_with_operand_quantizer,
 }
 """By kind: a function (model, path, settings) that replaces the module at a path by an empty quantized one."""
 

@@ -13,6 +13,7 @@ from ensemble.compression.quantization.config import QuESTConfig
 from ensemble.compression.quantization.layers import quantizable_layers
 from ensemble.compression.quantization.quest import quantize_quest
 from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer
+from experts.compressed.quantization.attention_quant import AttentionOperandQuantizer
 from experts.compressed.quantization.fake_quant import fake_quantize_at, search_grids
 from experts.config import TrainingConfig
 from experts.expert import Expert
@@ -20,7 +21,7 @@ from tests.ensemble.compression.trained import digits, trained
 
 TUNING = TrainingConfig(steps=60, batch_size=32, lr=1e-3, warmup_steps=5, checkpoint_every=20)
 BRIEF = replace(TUNING, steps=3)
-SMALL = QuESTConfig(times=8, rows=32, entries=1024, time_embedding=TUNING, sensitive=TUNING, min_elements=256)
+SMALL = QuESTConfig(times=8, rows=32, tokens=256, time_embedding=TUNING, sensitive=TUNING, min_elements=256)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,13 @@ def without_training(**settings):
 def test_each_time_has_its_own_grid_or_all_share_one(dit, tmp_path):
     for timewise, count in ((True, 8), (False, 1)):
         result = quantize_quest(dit, digits(), without_training(timewise=timewise), Workspace.at(tmp_path))
-        quantizers = [
-            module for module in result.expert.model.modules() if isinstance(module, TimestepActivationQuantizer)
-        ]
-        assert len(quantizers) == len(result.details["layers"])
+        modules = [*result.expert.model.modules()]
+        quantizers = [module for module in modules if isinstance(module, TimestepActivationQuantizer)]
+        operands = [module for module in modules if isinstance(module, AttentionOperandQuantizer)]
+        assert len(quantizers) - len(operands) == len(result.details["layers"]) and len(operands) == 4 * 2
         assert {len(quantizer.steps) for quantizer in quantizers} == {count}
-        assert all(len(quantizer.steps.unique()) == count for quantizer in quantizers[-4:])
+        assert {quantizer.steps.shape[1] for quantizer in quantizers} == {1, 64, 256}
+        assert {quantizer.bits for quantizer in operands} == {4, 8} and not operands[-1].zeros.any()
         assert timewise is False or torch.equal(quantizers[0].times, 1000 * (torch.arange(8) + 0.5) / 8)
         assert output_errors(result)["calibrated"] < 0.3
 
@@ -54,9 +56,20 @@ def test_timewise_grids_fit_inputs_that_grow_with_time_better():
 
     def error(grouped):
         steps, zeros = search_grids(grouped, 4)
+        assert torch.equal(steps, steps.half().float())
         return (fake_quantize_at(grouped, steps[:, None], zeros[:, None], 4) - grouped).square().sum()
 
     assert error(samples) < 0.8 * error(samples.reshape(1, -1))
+
+
+def test_rounding_and_a_grid_a_channel_lower_the_error(dit, tmp_path):
+    result = quantize_quest(dit, digits(), without_training(), Workspace.at(tmp_path))
+    errors = output_errors(result)
+    assert errors["rounded"] < errors["calibrated"]
+    other = quantize_quest(
+        dit, digits(), without_training(channelwise=False, adaptive_rounding=False), Workspace.at(tmp_path)
+    )
+    assert errors["calibrated"] < output_errors(other)["calibrated"] and "rounded" not in output_errors(other)
 
 
 @pytest.mark.integration
@@ -75,7 +88,7 @@ def test_training_sensitive_layers_lowers_the_error(dit, tmp_path):
 def test_a_saved_expert_loads_bit_identical(kind, dit, tmp_path):
     expert = dit if kind == "dit" else trained(kind, Workspace.at(tmp_path / "train"), 20)
     before = {name: value.clone() for name, value in expert.model.state_dict().items()}
-    config = replace(SMALL, time_embedding=BRIEF, sensitive=BRIEF, sensitive_convolutions=True)
+    config = replace(SMALL, times=2, time_embedding=BRIEF, sensitive=BRIEF, sensitive_convolutions=True)
     result = quantize_quest(expert, digits(), config, Workspace.at(tmp_path / "work"))
     assert all(torch.equal(value, before[name]) for name, value in expert.model.state_dict().items())
     assert not list(expert.model._forward_pre_hooks) and 0 < result.details["trained_share"] < 1
@@ -120,7 +133,9 @@ def test_with_vectors_scales_of_untrained_layers_change(dit, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_training_is_bit_identical(dit, tmp_path):
-    config = replace(SMALL, sensitive=replace(TUNING, steps=6), time_embedding=replace(TUNING, steps=6))
+    config = replace(
+        SMALL, sensitive=replace(TUNING, steps=6), time_embedding=replace(TUNING, steps=6), adaptive_rounding=False
+    )
     uninterrupted = quantize_quest(dit, digits(), config, Workspace.at(tmp_path / "whole")).expert.model.state_dict()
     polls = 0
 
