@@ -8,12 +8,13 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks.arms import compression_rows, replication_rows
 from benchmarks.arms.paper_networks import (
     ring_of_gaussians,
     select_digits,
@@ -22,6 +23,7 @@ from benchmarks.arms.paper_networks import (
     train_experts,
     two_gaussians,
 )
+from benchmarks.arms.paper_row import YES, PaperRow
 from benchmarks.page import render_table
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 from ddm_core.artifacts import Workspace, read_json, write_text
@@ -50,8 +52,7 @@ DENSITY_ROUTERS = {
 NO_ROWS = """## Without a row
 
 Built, and measured in [benchmarks](benchmarks.md) or by tests alone: truncated start, DeepCache, TaylorSeer, adaptive
-caching, EcoDiff, QuEST with one scale a row, SVDQuant by error, SiD, MMD-DDM, base first, near-duplicates and the
-limits of replication. The LAPTOP-Diff row on an MMDiT is coded (`laptop_mmdit`) and was not run.
+caching, EcoDiff, SVDQuant by error, SiD, MMD-DDM and base first.
 
 Not built:
 """
@@ -60,52 +61,33 @@ NOT_BUILT = (
     "DiffusionDrive's training from t_start and its confidence head (centroids as drafts: `accelerate=truncate`)",
     "reward-directed generation, and the error off the support of the data",
     "A-SDM's assembly, ME-CondConv, inheritance at three granularities, and its removal of redundancy",
-    "QuEST's activations of 4 bits by channel, the grid of softmax, and selective tuning after AdaRound",
     "DivControl's learngenes by SVD with gates and tailors",
     "a control that is trained on the base and works on the student (Distilling Diversity and Control)",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
     "MeanFlow, and continuous-time consistency with normalized tangents (sCM, rCM)",
     "SpeedUpNet, AnimateLCM, SIGN, experts trained on a range of timesteps each, and task-routing masks",
 )
-YES, NO = "yes", "**no**"
-
-
-@dataclass(frozen=True, slots=True)
-class PaperRow:
-    """One paper's claim, and our measurement of it."""
-
-    paper: str
-    says: str
-    file: str
-    command: str
-    criterion: str
-    ours: str
-    theirs: str
-    differs: str
-    holds: bool
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the row of the table."""
-        values = (self.paper, self.says, self.file, self.command, self.criterion, self.ours, self.theirs, self.differs)
-        return (*values, YES if self.holds else NO)
 
 
 def main() -> None:
     """Measure rows, write the results and the page; rows that are not measured now are kept from the last time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=[*MEASUREMENTS], help=f"rows: {', '.join(MEASUREMENTS)}")
-    names = parser.parse_args().names
-    started, measured = time.process_time(), dict[str, PaperRow]()
+    parser.add_argument("--folder", type=Path, help="keeps the trained networks for the next call")
+    arguments = parser.parse_args()
+    names, seconds_of, measured = arguments.names, dict[str, float](), dict[str, PaperRow]()
     with TemporaryDirectory() as folder:
         for name in names:
-            measured[name] = MEASUREMENTS[name](Path(folder))
+            started = time.process_time()
+            measured[name] = MEASUREMENTS[name](arguments.folder or Path(folder))
+            seconds_of[name] = time.process_time() - started
             print(name, measured[name].ours, flush=True)
     file = RESULTS / "papers.json"
     earlier = read_json(file) if file.is_file() else {"figures": {}, "listings": [{"rows": []}]}
     known = {cells[0]: PaperRow(*cells[1:-1], holds=cells[-1] == YES) for cells in earlier["listings"][0]["rows"]}
     rows = {name: (known | measured)[name] for name in MEASUREMENTS if name in known | measured}
     seconds = {name: earlier["figures"].get(name, 0.0) for name in known}
-    seconds |= dict.fromkeys(names, (time.process_time() - started) / len(names))
+    seconds |= seconds_of
     claims = [
         Claim(name=f"{row.paper}: {row.says}", bar=row.criterion, value=row.ours, spread="", holds=row.holds)
         for row in rows.values()
@@ -277,6 +259,8 @@ MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     "classifier": measure_classifier,
     "density_router": measure_density_router,
     "consistency": measure_consistency,
+    **compression_rows.ROWS,
+    **replication_rows.ROWS,
 }
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ensemble.solvers import make_noise, sample_few_step, uniform_times
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
-from experts.config import DiffusersConfig, DiTConfig, NetworkConfig, ResidualMLPConfig, TrainingConfig
+from experts.config import DiffusersConfig, DiTConfig, NetworkConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
@@ -34,23 +34,34 @@ HELD_OUT = 6
 """Every so-manieth digit is held out."""
 NETWORKS: dict[str, NetworkConfig] = {
     "dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=5),
+    "wide_dit": DiTConfig(patch_size=2, heads=6, head_width=64, depth=2),
+    "unet": UNetConfig(channels=(32, 64, 64), layers_per_block=1),
     "mmdit": DiffusersConfig(
         class_name="SD3Transformer2DModel",
         settings={"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 5, "caption_projection_dim": 64},
     ),
 }
 TRAINING = TrainingConfig(steps=600, batch_size=64, lr=2e-3, warmup_steps=30, checkpoint_every=10**6)
+WIDE_STEPS = 100
+"""Training steps of the wide network, whose bytes are counted."""
 
 
 @functools.cache
 def train_digits(kind: str, folder: Path) -> tuple[Expert, LatentDataset]:
-    """Train a network on digits that are not held out, by class, or for an MMDiT by a text of one token a class."""
-    dataset = select_digits(kind, held_out=False)
+    """Train a network on digits that are not held out, by class, or for an MMDiT by a text of one token a class.
+
+    The folder keeps it.
+    """
+    dataset, saved = select_digits(kind, held_out=False), folder / kind / "expert"
+    if saved.is_dir():
+        return Expert.load(saved), dataset
     num_classes = CLASSES if dataset.null_text is None else 0
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_network(NETWORKS[kind], (1, 8, 8), num_classes, dataset.null_text)
-    expert = _fit(model, dataset, num_classes, TRAINING, folder / kind)
+    steps = WIDE_STEPS if kind == "wide_dit" else TRAINING.steps
+    expert = _fit(model, dataset, num_classes, replace(TRAINING, steps=steps), folder / kind)
+    expert.save(saved)
     return expert, dataset
 
 
@@ -92,13 +103,10 @@ def train_experts(folder: Path) -> tuple[dict[int, Expert], LatentDataset, Laten
         )
         for part in parts
     )
-    training, experts = replace(TRAINING, batch_size=TRAINING.batch_size // EXPERTS), dict[int, Expert]()
+    batch_size, experts = TRAINING.batch_size // EXPERTS, dict[int, Expert]()
     for k in range(EXPERTS):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = build_network(NETWORKS["dit"], data.latent_shape, 0)
         cluster = data.select((data.cluster_id == k).nonzero().squeeze(1))
-        experts[k] = _fit(model, cluster, 0, training, folder / f"expert_{k}")
+        experts[k] = train_velocity(NETWORKS["dit"], cluster, TRAINING, batch_size, folder / f"expert_{k}")
     return experts, data, held_out
 
 
@@ -117,6 +125,16 @@ def _fit(
         num_classes=num_classes,
         cluster_id=0,
     )
+
+
+def train_velocity(
+    network: NetworkConfig, dataset: LatentDataset, training: TrainingConfig, batch_size: int, folder: Path
+) -> Expert:
+    """Train a network without condition from a fixed seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_network(network, dataset.latent_shape, 0)
+    return _fit(model, dataset, 0, replace(training, batch_size=batch_size), folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,9 @@ def cache_experts(
                 "cache an ensemble that was not distilled"
             )
     is_adaptive = config.policy in ("adaptive", "unified")
-    observed = {k: _observe(expert, config, times, workspace) for k, expert in experts.items()} if is_adaptive else {}
+    observed = (
+        {k: observe_modules(expert, config, times, workspace) for k, expert in experts.items()} if is_adaptive else {}
+    )
     if is_adaptive and not config.route_aware:
         observed = dict.fromkeys(experts, _mean(list(observed.values())))
     cached, details = {}, {}
@@ -134,8 +136,10 @@ def choose_steps(
     return bubbling_union(optimal, observed.changes, config.bubbling, feed_forward)
 
 
-def _observe(expert: Expert, config: CacheConfig, times: tuple[float, ...], workspace: Workspace) -> ObservedModules:
-    """Compare the outputs of an expert's modules along Euler trajectories from seeded noise."""
+def observe_modules(
+    expert: Expert, config: CacheConfig, times: tuple[float, ...], workspace: Workspace
+) -> ObservedModules:
+    """Compare the outputs of an expert's modules along Euler trajectories from seeded noise; raise `Preempted`."""
     paths = cacheable_modules(expert.model, config)
     outputs: dict[str, list[Tensor]] = {path: [] for path in paths}
     noised = make_noise(range(config.seed, config.seed + config.rows), expert.latent_shape)
