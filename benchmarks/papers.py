@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.arms import compression_rows, replication_rows
+from benchmarks.arms import compression_rows, pruning_rows, replication_rows
 from benchmarks.arms.paper_networks import (
     ring_of_gaussians,
     select_digits,
@@ -30,8 +30,6 @@ from ddm_core.artifacts import Workspace, read_json, write_text
 from ensemble.analysis.diffusion_classifier import VelocityModels, create_models, denoising_errors, eliminate_classes
 from ensemble.compression.distillation.config import ConsistencyConfig
 from ensemble.compression.distillation.consistency import train_consistency
-from ensemble.compression.pruning.config import LaptopConfig
-from ensemble.compression.pruning.laptop import prune_laptop
 from ensemble.config import ClassifierConfig
 from ensemble.ensemble import Ensemble
 from experts.conditions.condition import Condition
@@ -128,39 +126,6 @@ def measure_reflection(folder: Path) -> PaperRow:
     )
 
 
-def measure_laptop(folder: Path, kind: str) -> PaperRow:
-    """Remove layers of a trained transformer, and compare with random sets of layers."""
-    expert, dataset = train_digits(kind, folder)
-    config = LaptopConfig(ratio=0.3, rows=64, finetune=None, additivity_sets=40)
-    workspace = Workspace.at(folder / f"laptop_{kind}")
-    chosen = prune_laptop(expert, dataset, config, workspace).details
-    random = [replace(config, criterion="random", additivity_sets=0, seed=seed) for seed in range(15)]
-    errors = [float(prune_laptop(expert, dataset, one, workspace).details["joint_cost"]) for one in random]
-    training = TrainingConfig(steps=100, batch_size=32, lr=1e-3, warmup_steps=5)
-    recovered = [
-        prune_laptop(
-            expert, dataset, replace(config, additivity_sets=0, finetune=training, feature_weight=weight), workspace
-        )
-        for weight in (1.0, 0.0)
-    ]
-    with_features, without = (float(result.details["error_retrained"]) for result in recovered)
-    rank, ratio = chosen["additivity"].spearman, chosen["joint_cost"] / min(errors)
-    return PaperRow(
-        paper=f"LAPTOP-Diff (2404.11098), {'MMDiT' if kind == 'mmdit' else 'DiT'}",
-        says="output losses of layers are additive, so a knapsack finds the layers to remove",
-        file="ensemble/compression/pruning/laptop.py",
-        command="ddm compress RUN prune=laptop prune.ratio=0.3",
-        criterion="Spearman ≥ .9; loss at 30 % ≤ .1 × best of 15 random sets; share ≥ .30",
-        ours=(
-            f"Spearman {rank:.3f}; {ratio:.3f} × the best random set; share {chosen['share']:.3f}; error after "
-            f"recovery {with_features:.4f} (without features {without:.4f}, before {chosen['error_pruned']:.4f})"
-        ),
-        theirs="PickScore -4.0 % at 50 % of SDXL's U-Net, others -8.2 % or worse",
-        differs="small transformer on digits; layers are coarse, so the share is the next possible one",
-        holds=rank >= 0.9 and ratio <= 0.1 and chosen["share"] >= 0.3,
-    )
-
-
 def measure_classifier(folder: Path) -> PaperRow:
     """Classify held-out digits with all pairs, with elimination, and with independent noise at the same calls."""
     expert, _ = train_digits("dit", folder)
@@ -254,8 +219,7 @@ def _joined(values: Sequence[float]) -> str:
 
 MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     "reflection": measure_reflection,
-    "laptop_dit": lambda folder: measure_laptop(folder, "dit"),
-    "laptop_mmdit": lambda folder: measure_laptop(folder, "mmdit"),
+    **pruning_rows.ROWS,
     "classifier": measure_classifier,
     "density_router": measure_density_router,
     "consistency": measure_consistency,
