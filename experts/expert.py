@@ -14,6 +14,7 @@ from ddm_core.json_values import from_json
 from experts.codecs.registry import load_codec
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.compressed.caching.plan import CacheSchedule
+from experts.compressed.distillation.interval_embedding import jumping
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text
 from experts.conditions.text_embedding import TextEmbedding
@@ -75,7 +76,9 @@ class Expert(ExpertModel):
         sample = to_schedule(noised, t, noise_schedule, self.noise_schedule)
         network_input = clamp_noise_level(self.prediction, sample, self.noise_schedule)
         call, row_times = resolve_call(self.model, network_input.noised, network_input.t)
-        predicted = call(self.model, network_input.noised, row_times, condition.filled(get_null_text(self.model)))
+        lengths = None if self.few_step is None else self.few_step.jump_lengths(sample.t.expand(len(noised)))
+        with jumping(self.model, lengths):
+            predicted = call(self.model, network_input.noised, row_times, condition.filled(get_null_text(self.model)))
         if self.prediction == "velocity" and noise_schedule.name == self.noise_schedule.name:
             return predicted
         parts = clean_and_noise_at(self.prediction, predicted, network_input, sample, self.noise_schedule)

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from ensemble.compression.acceleration.config import BaseFirstConfig, CacheConfig, HookConfig, TruncateConfig
-from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
+from ensemble.compression.distillation.config import ConsistencyConfig, MeanFlowConfig, MMDConfig, SCMConfig, SiDConfig
 from ensemble.compression.pruning.config import EcoDiffConfig, LaptopConfig
 from ensemble.compression.quantization.config import MixedPrecisionConfig, QuESTConfig, SharedBaseConfig, SVDQuantConfig
 from ensemble.config import SamplingConfig
@@ -59,7 +59,8 @@ class StitchConfig:
     """Where the compressed ensemble is used. `late`: below `t`, where samples are nearly clean. `early`: above `t`."""
 
 
-DistillConfig = Annotated[SiDConfig | ConsistencyConfig | MMDConfig, Field(discriminator="method")]
+AnyDistillConfig = SiDConfig | ConsistencyConfig | MMDConfig | MeanFlowConfig | SCMConfig
+DistillConfig = Annotated[AnyDistillConfig, Field(discriminator="method")]
 AccelerateConfig = Annotated[CacheConfig | HookConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
 PruneConfig = Annotated[LaptopConfig | EcoDiffConfig, Field(discriminator="method")]
 QuantizeConfig = Annotated[
@@ -120,7 +121,7 @@ def compression_label(method: MethodConfig) -> str:
         return f"hook_{method.hook}"
     if isinstance(method, TruncateConfig):
         return f"truncate_{method.draft}"
-    if isinstance(method, SiDConfig | ConsistencyConfig | MMDConfig):
+    if isinstance(method, AnyDistillConfig):
         return f"{method.method}_{method.steps}" + ("_shared" if method.students == "shared" else "")
     return method.method
 

@@ -14,6 +14,7 @@ from ensemble.compression.acceleration.diffusers_hooks import hook_all
 from ensemble.compression.acceleration.feature_cache import cache_all
 from ensemble.compression.acceleration.truncated_start import truncate
 from ensemble.compression.config import (
+    AnyDistillConfig,
     CompressionConfig,
     DistillConfig,
     DynamicInt8Config,
@@ -21,9 +22,11 @@ from ensemble.compression.config import (
     WeightOnlyConfig,
     compression_label,
 )
-from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
+from ensemble.compression.distillation.config import SiDConfig
 from ensemble.compression.distillation.consistency import train_consistency
+from ensemble.compression.distillation.mean_flow import train_mean_flow
 from ensemble.compression.distillation.mmd import finetune_mmd
+from ensemble.compression.distillation.scm import train_scm
 from ensemble.compression.distillation.shared_student import distill_shared_student, train_shared_warmup
 from ensemble.compression.distillation.sid import distill_sid
 from ensemble.compression.handover import hand_over_after_base, stitch
@@ -60,6 +63,8 @@ EXPERT_METHODS: dict[str, Method] = {
     "sid": distill_sid,
     "consistency": train_consistency,
     "mmd": finetune_mmd,
+    "mean_flow": train_mean_flow,
+    "scm": train_scm,
     "laptop": prune_laptop,
     "ecodiff": prune_ecodiff,
     "svdquant": quantize_svdquant,
@@ -119,7 +124,7 @@ def open_clusters(folders: Sequence[Path], ensemble: Path, *, labeled: bool) -> 
 
 def _compress_experts(method: Any, context: CompressionContext, out: Path) -> tuple[int, float]:
     """Compress each expert separately; return the number of changed modules, and the FLOPs."""
-    if isinstance(method, SiDConfig | ConsistencyConfig | MMDConfig):
+    if isinstance(method, AnyDistillConfig):
         context.check_noise_schedules(method.method)
     has_warmup = isinstance(method, SiDConfig) and method.shared_warmup_steps > 0
     start, warmup_flops = train_shared_warmup(method, context) if has_warmup else (None, 0.0)
@@ -163,7 +168,7 @@ def _compress_ensemble(
 
 def trains_shared_student(method: MethodConfig) -> TypeGuard[DistillConfig]:
     """Return whether one student replaces all experts."""
-    return isinstance(method, SiDConfig | ConsistencyConfig | MMDConfig) and method.students == "shared"
+    return isinstance(method, AnyDistillConfig) and method.students == "shared"
 
 
 def read_stages(ensemble: Path) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-StepType = Literal["euler", "renoise"]
+from torch import Tensor
+
+StepType = Literal["euler", "renoise", "average"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,8 @@ class FewStepSchedule:
     times: tuple[float, ...]
     """The falling t at which an expert is evaluated; sampling starts at the first, and the last step ends at 0."""
     step_types: tuple[StepType, ...]
-    """How each step proceeds: `euler` follows the velocity, `renoise` adds fresh noise to the clean estimate."""
+    """How each step proceeds: `euler` follows the velocity, `average` the mean velocity up to the next t, which a
+    network with intervals predicts, and `renoise` adds fresh noise to the clean estimate."""
     is_distilled: bool = False
     """Whether the expert was distilled, so that its target is no longer the data."""
 
@@ -29,7 +32,8 @@ class FewStepSchedule:
         is_known = all(step_type in get_args(StepType) for step_type in self.step_types)
         if len(self.step_types) != len(self.times) or not is_known:
             raise ValueError(
-                f"{len(self.times)} times need as many step types, euler or renoise; got {list(self.step_types)}"
+                f"{len(self.times)} times need as many step types of {', '.join(get_args(StepType))}; got "
+                f"{list(self.step_types)}"
             )
 
     @classmethod
@@ -40,3 +44,14 @@ class FewStepSchedule:
         # Zhou et al. 2025, arXiv:2505.12674, section 3: t_i = t_init (1 - i / K).
         times = tuple(start * (1 - index / steps) for index in range(steps))
         return cls(times=times, step_types=(step_type,) * steps, is_distilled=is_distilled)
+
+    def jump_lengths(self, t: Tensor) -> Tensor | None:
+        """Return how far each `average` step goes that starts at t, one of the times; None without such steps."""
+        if "average" not in self.step_types:
+            return None
+        ends = [
+            end if step_type == "average" else start
+            for start, end, step_type in zip(self.times, (*self.times[1:], 0.0), self.step_types, strict=True)
+        ]
+        index = (t[:, None] - t.new_tensor(self.times)).abs().argmin(1)
+        return t - t.new_tensor(ends)[index]

@@ -3,6 +3,7 @@
 Every network takes t in [0, 1], one number a row, and the condition of every row.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from experts.compressed.distillation.interval_embedding import NAME as INTERVAL
+from experts.compressed.distillation.interval_embedding import add_interval_embedding
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text, load_null_text, set_null_text
 from experts.conditions.text_embedding import TextEmbedding
@@ -119,6 +122,23 @@ def enable_gradient_checkpointing(model: nn.Module, function: Callable[..., Any]
         )
     checkpointed: Any = model
     checkpointed.enable_gradient_checkpointing(function)
+
+
+def extend_by_intervals(model: nn.Module) -> nn.Module:
+    """Let a network take the length of a jump beside t, in place, and return it; its output stays until it is trained.
+
+    Raises `NetworkError` for a network whose embedding of t is not found.
+    """
+    pattern = ADAPTERS[type(model).__name__].time_embedding
+    paths = [path for path, _ in model.named_modules() if re.fullmatch(pattern, path)]
+    if not paths:
+        raise NetworkError(f"no layers of this {type(model).__name__} embed t: none is called {pattern}")
+    try:
+        for path in paths:
+            add_interval_embedding(model, f"{path}.{INTERVAL}")
+    except ValueError as error:
+        raise NetworkError(f"this {type(model).__name__} takes no interval: {error}; quantize it afterwards") from error
+    return model
 
 
 def set_attention_backend(model: nn.Module, backend: str) -> None:

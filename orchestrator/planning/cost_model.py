@@ -6,15 +6,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from data_partition.clustering.kmeans import choose_num_fine, choose_training_rows
 from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS
 from data_partition.datasets.image_folder import check_root, iter_image_files
 from data_partition.datasets.parquet_source import list_rows
-from ensemble.compression.config import CompressionConfig
-from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
+from ensemble.compression.config import AnyDistillConfig, CompressionConfig
+from ensemble.compression.distillation.config import MMDConfig, SiDConfig
 from ensemble.compression.distillation.consistency import consistency_flops
+from ensemble.compression.distillation.mean_flow import mean_flow_flops
+from ensemble.compression.distillation.scm import scm_flops
 from ensemble.compression.distillation.sid import sid_flops
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig, count_repeats
 from ensemble.evaluation.reference import MAX_HELD_OUT, MAX_PROBE_IMAGES, PROBE
@@ -296,7 +299,7 @@ def estimate_compression(stage: Stage, facts: DatasetFacts, earlier: EarlierWork
 
 def estimate_distill(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:
     """Count the comparison, and the students' training by the method's formula at an expert's training speed."""
-    method: SiDConfig | ConsistencyConfig | MMDConfig = stage.config.method
+    method: AnyDistillConfig = stage.config.method
     num_experts, row = len(assembly_stage(stage).config.expert_ids), _expert_row(stage, facts)
     ensemble_row = num_experts * row + facts.row_flops["router"]
     if method.students == "shared":
@@ -315,15 +318,23 @@ def estimate_distill(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) ->
     )
 
 
-def _distillation_flops(
-    method: SiDConfig | ConsistencyConfig | MMDConfig, student_row: float, teacher_row: float
-) -> float:
-    if isinstance(method, SiDConfig):
-        return sid_flops(student_row, teacher_row, method)
-    if isinstance(method, ConsistencyConfig):
-        return consistency_flops(student_row, teacher_row, method)
+def _mmd_flops(student_row: float, _teacher_row: float, method: MMDConfig) -> float:
     feature_calls = 3 if method.features == "expert" else 0
     return method.training.steps * method.training.batch_size * (4 * method.steps + feature_calls) * student_row
+
+
+DISTILLATION_FLOPS: Mapping[str, Callable[[float, float, Any], float]] = {
+    "sid": sid_flops,
+    "consistency": consistency_flops,
+    "mmd": _mmd_flops,
+    "mean_flow": mean_flow_flops,
+    "scm": scm_flops,
+}
+"""Maps (FLOPs of the student on a row, of the teacher on a row, settings) to those of a training, by method."""
+
+
+def _distillation_flops(method: AnyDistillConfig, student_row: float, teacher_row: float) -> float:
+    return DISTILLATION_FLOPS[method.method](student_row, teacher_row, method)
 
 
 def estimate_timing(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -> Work:

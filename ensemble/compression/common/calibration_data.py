@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from experts.compressed.distillation.interval_embedding import jumping
 from experts.config import TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.expert import Expert
@@ -49,7 +50,8 @@ def to_uniform_times(t: Float[Tensor, " batch"], training: TrainingConfig) -> Fl
 def run_network(model: nn.Module, expert: Expert, batch: Batch) -> Tensor:
     """Return the output of a model that replaces the expert's network, in the expert's type of prediction."""
     noised = expert.noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
-    return call_network(model, noised, batch.t, batch.condition)
+    with jumping(model, None if expert.few_step is None else expert.few_step.jump_lengths(batch.t)):
+        return call_network(model, noised, batch.t, batch.condition)
 
 
 @contextmanager

@@ -139,3 +139,60 @@ class SiDConfig:
                 "distill.training.steps"
             )
         return self
+
+
+MEAN_FLOW_TRAINING = TrainingConfig(
+    steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, t_mean=-0.4, t_std=1.0, checkpoint_every=200
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeanFlowConfig:
+    """A student that predicts the average velocity from any t to any earlier one, so that a jump is one call."""
+
+    method: Literal["mean_flow"] = "mean_flow"
+    students: Literal["per_expert", "shared"] = "per_expert"
+    """`per_expert`: one student per expert, trained on its cluster. `shared`: one for all, without router."""
+    steps: Annotated[int, Field(ge=1)] = 1
+    """Jumps of the student from noise to clean."""
+    training: WholeBatchTraining = MEAN_FLOW_TRAINING
+    """Training of the student; both ends of a jump are drawn from its distribution of t."""
+    velocity: Literal["student", "data", "expert"] = "student"
+    """Where the velocity in the target comes from. `data`: noise and sample (MeanFlow). `student`: the same, but the
+    derivative follows the student's own velocity, which has less variance (iMF). `expert`: the expert's velocity."""
+    velocity_share: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of the batch that trains on the velocity itself, a jump of no length."""
+    derivative_step: Annotated[float, Field(ge=0, le=0.1)] = 0.02
+    """The derivative is taken over t plus and minus this step; 0 takes it exactly, by forward-mode differentiation,
+    with all ripples of the network's embedding of t."""
+    power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Rows count by their squared error to minus this power; 0 is the plain squared error."""
+    guidance: float = 1.0
+    """Guidance scale of the velocity that is averaged; guided samples then cost one call a jump too."""
+
+
+SCM_TRAINING = TrainingConfig(
+    steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, t_mean=-0.3, t_std=1.4, checkpoint_every=200
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SCMConfig:
+    """A consistency student in the limit of neighboring points, distilled from the expert."""
+
+    method: Literal["scm"] = "scm"
+    students: Literal["per_expert", "shared"] = "per_expert"
+    """`per_expert`: one student per expert, trained on its cluster. `shared`: one for all, without router."""
+    steps: Annotated[int, Field(ge=1)] = 2
+    """Sampling steps of the student, with fresh noise in between."""
+    training: WholeBatchTraining = SCM_TRAINING
+    """Training of the student; the logarithm of the noise-to-signal ratio is Gaussian with its `t_mean`, `t_std`."""
+    tangent_warmup_steps: Annotated[int, Field(ge=0)] = 500
+    """Steps over which the part of the tangent that needs the network's derivative grows to its full size."""
+    derivative_step: Annotated[float, Field(ge=0, le=0.1)] = 0.02
+    """The derivative is taken over the angle s plus and minus this step; 0 takes it exactly, by forward-mode
+    differentiation, with all ripples of the network's embedding of t."""
+    tangent_offset: Annotated[float, Field(gt=0)] = 0.1
+    """c of the normalized tangent g / (|g| + c)."""
+    guidance: float = 1.0
+    """Guidance scale of the expert."""

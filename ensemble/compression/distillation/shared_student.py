@@ -1,22 +1,33 @@
 """Distill all experts and their router into one shared student, which replaces the ensemble."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from ddm_core.artifacts import atomic_folder, read_json, write_json
+from ddm_core.artifacts import Workspace, atomic_folder, read_json, write_json
 from ensemble.compression.config import DistillConfig
-from ensemble.compression.distillation.config import ConsistencyConfig, SiDConfig
+from ensemble.compression.distillation.config import MMDConfig, SiDConfig
 from ensemble.compression.distillation.consistency import train_consistency_student
+from ensemble.compression.distillation.mean_flow import train_mean_flow_student
 from ensemble.compression.distillation.mmd import finetune_mmd
+from ensemble.compression.distillation.scm import train_scm_student
 from ensemble.compression.distillation.sid import distill_sid_student
-from ensemble.compression.distillation.teacher import build_ensemble_teacher, router_flops
+from ensemble.compression.distillation.teacher import Teacher, build_ensemble_teacher, router_flops
 from ensemble.compression.method import CompressionContext, EnsembleResult, ExpertResult, StageError
 from ensemble.pipeline import EnsemblePipeline
 from experts.expert import Expert, network_flops
+from experts.training.latent_dataset import LatentDataset
 
 SHARED_WARMUP = "common.json"
+TEACHER_METHODS: Mapping[str, Callable[[Expert, Teacher, float, LatentDataset, Any, Workspace], ExpertResult]] = {
+    "consistency": train_consistency_student,
+    "mean_flow": train_mean_flow_student,
+    "scm": train_scm_student,
+}
+"""Methods that train a student on data with a teacher, by name."""
 
 
 def distill_shared_student(config: DistillConfig, context: CompressionContext) -> EnsembleResult:
@@ -72,9 +83,9 @@ def _distill(start: Expert, teacher_flops: float, config: DistillConfig, context
     latents, workspace = context.data.load_all_latents(context.workspace), context.workspace
     pipeline = EnsemblePipeline.from_pretrained(context.ensemble)
     teacher = build_ensemble_teacher(pipeline.ensemble, config.training.device)
-    if not isinstance(config, SiDConfig | ConsistencyConfig):
+    if isinstance(config, MMDConfig):
         return finetune_mmd(start, latents, config, workspace)
     teacher_flops += router_flops(teacher, start.latent_shape)
     if isinstance(config, SiDConfig):
         return distill_sid_student(start, start.model, teacher, teacher_flops, latents, config, workspace)
-    return train_consistency_student(start, teacher, teacher_flops, latents, config, workspace)
+    return TEACHER_METHODS[config.method](start, teacher, teacher_flops, latents, config, workspace)

@@ -13,6 +13,7 @@ from ensemble.compression.method import StageError
 from ensemble.solvers import VelocityField, euler_step, renoise_step, scale_initial_noise
 from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule, StepType
+from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.diffusion.predictions import to_clean
 from experts.expert import Expert
 from experts.training.latent_dataset import LatentDataset
@@ -43,6 +44,36 @@ def predict_clean(teacher: Teacher, noised: Latents, t: Times, condition: Condit
         return clean
     null = predict_clean(teacher, noised, t, condition, 0.0)
     return null + guidance * (clean - null)
+
+
+def guided_velocity(
+    teacher: Teacher,
+    noised: Latents,
+    t: Times,
+    condition: Condition,
+    guidance: float,
+    noise_schedule: NoiseSchedule | None = None,
+) -> Latents:
+    """Return a teacher's velocity with guidance on `noise_schedule` (default: the teacher's)."""
+    velocity = teacher.velocity(noised, t, condition, noise_schedule)
+    if guidance == 1:
+        return velocity
+    null = teacher.velocity(noised, t, Condition.null(len(condition), noised.device), noise_schedule)
+    return null + guidance * (velocity - null)
+
+
+def check_can_distill(expert: Expert, dataset: LatentDataset, guidance: float) -> None:
+    """Raise `StageError` for an expert that is a student already, and for guidance of an expert without conditions."""
+    if expert.few_step is not None:
+        raise StageError(
+            f"this method needs experts that can be evaluated at any t, and expert {expert.cluster_id} is a few-step "
+            "student; leave out the stage before"
+        )
+    if guidance != 1 and not (expert.is_conditional and dataset.has_conditions):
+        raise StageError(
+            f"distill.guidance={guidance} needs an expert that was trained with classes or text, and expert "
+            f"{expert.cluster_id} has none; set it to 1"
+        )
 
 
 def rollout_to(

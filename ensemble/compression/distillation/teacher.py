@@ -13,7 +13,7 @@ from torch import Tensor
 from ensemble.compression.method import StageError
 from ensemble.ensemble import Ensemble, RouterModel
 from experts.conditions.condition import Condition
-from experts.diffusion.noise_schedule import NoiseSchedule, expand
+from experts.diffusion.noise_schedule import NoiseSchedule, expand, to_schedule
 from experts.expert import Expert
 from experts.training.flops import forward_flops
 from experts.training.trainer import check_device
@@ -28,8 +28,10 @@ class Teacher(Protocol):
     def noise_schedule(self) -> NoiseSchedule:
         """Return the noise schedule of its velocity."""
 
-    def velocity(self, noised: Latents, t: Times, condition: Condition) -> Latents:
-        """Return the velocity; differentiable with respect to `noised`."""
+    def velocity(
+        self, noised: Latents, t: Times, condition: Condition, noise_schedule: NoiseSchedule | None = None
+    ) -> Latents:
+        """Return the velocity on `noise_schedule` (default: its own); differentiable with respect to `noised`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +45,16 @@ class EnsembleTeacher:
         """Return the ensemble's noise schedule."""
         return self.ensemble.noise_schedule
 
-    def velocity(self, noised: Latents, t: Times, condition: Condition) -> Latents:
+    def velocity(
+        self, noised: Latents, t: Times, condition: Condition, noise_schedule: NoiseSchedule | None = None
+    ) -> Latents:
         """Return the marginal velocity."""
+        noise_schedule = noise_schedule or self.noise_schedule
         velocity: Tensor = torch.zeros_like(noised)
-        gates = _router(self.ensemble).logits(noised, t, condition).softmax(-1)
+        at_router = to_schedule(noised, t, noise_schedule, self.noise_schedule)
+        gates = _router(self.ensemble).logits(at_router.noised, at_router.t, condition).softmax(-1)
         for k, expert in self.ensemble.experts.items():
-            velocity = velocity + expand(gates[:, k], noised) * expert.velocity(
-                noised, t, condition, self.noise_schedule
-            )
+            velocity = velocity + expand(gates[:, k], noised) * expert.velocity(noised, t, condition, noise_schedule)
         return velocity
 
 

@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ensemble.compression.common.calibration_data import at_few_step_times
+from ensemble.compression.common.calibration_data import at_few_step_times, run_network
 from ensemble.compression.common.network_stages import STAGE, image_features
 from ensemble.compression.pruning.config import LaptopConfig
 from experts.config import TrainingConfig
 from experts.diffusion.predictions import training_target
 from experts.expert import Expert
-from experts.networks.registry import call_network
 from experts.training.latent_dataset import Batch
 from experts.training.trainer import LossFn
 
@@ -43,8 +42,7 @@ def run_with_features(
 
     handles = [model.get_submodule(path).register_forward_hook(recorder(path)) for path in paths]
     try:
-        noised = expert.noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
-        output = call_network(model, noised, batch.t, batch.condition)
+        output = run_network(model, expert, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Registry of the modules that replace layers or weights of a diffusers model, listed in `quantization_config.json`.
+"""Registry of the modules that replace or extend layers of a diffusers model, listed in `quantization_config.json`.
 
 A quantized module stores its data in buffers, so the model's state dict and file are as small as the module. To add
 one, write a module with `KIND` and `settings()` and a function that puts an empty one in place, and add a row to
@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from experts.compressed.distillation.interval_embedding import IntervalEmbedding, add_interval_embedding
 from experts.compressed.quantization.activation_quant import (
     TimestepActivationQuantizer,
     replace_with_timestep_quantizer,
@@ -42,6 +43,7 @@ QUANTIZED_MODULES: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]
     SVDLinear.KIND: replace_with_svd_linear,
     TimestepActivationQuantizer.KIND: replace_with_timestep_quantizer,
     AttentionOperandQuantizer.KIND: replace_with_operand_quantizer,
+    IntervalEmbedding.KIND: add_interval_embedding,
 }
 """By kind: a function (model, path, settings) that replaces the module at a path by an empty quantized one."""
 

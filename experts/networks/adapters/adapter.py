@@ -108,6 +108,8 @@ class Adapter:
     """Why gradient checkpointing is refused; empty if it computes the same gradients."""
     has_lora: bool = True
     """Whether it has diffusers' methods for LoRA; peft can inject adapters in any."""
+    time_embedding: str = r"(.*\.)?timestep_embedder"
+    """The paths of the layers that turn features of t into an embedding, as a regular expression."""
     has_attention_backends: bool = False
     """Whether diffusers' `set_attention_backend` has an effect."""
 

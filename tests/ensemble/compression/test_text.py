@@ -12,9 +12,17 @@ from ensemble.analysis.diffusion_classifier import classify
 from ensemble.compression.acceleration.config import TruncateConfig
 from ensemble.compression.acceleration.truncated_start import fit_draft
 from ensemble.compression.common.calibration_data import calibration_batches, output_error
-from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
+from ensemble.compression.distillation.config import (
+    ConsistencyConfig,
+    MeanFlowConfig,
+    MMDConfig,
+    SCMConfig,
+    SiDConfig,
+)
 from ensemble.compression.distillation.consistency import train_consistency
+from ensemble.compression.distillation.mean_flow import train_mean_flow
 from ensemble.compression.distillation.mmd import finetune_mmd
+from ensemble.compression.distillation.scm import train_scm
 from ensemble.compression.distillation.sid import distill_sid
 from ensemble.compression.method import Clusters, StageError
 from ensemble.config import ClassifierConfig, ExpertSamplesConfig
@@ -64,7 +72,12 @@ def dataset(expert):
 
 @pytest.mark.parametrize(
     ("distill", "config"),
-    [(distill_sid, SiDConfig(training=TRAINING)), (train_consistency, ConsistencyConfig(training=TRAINING))],
+    [
+        (distill_sid, SiDConfig(training=TRAINING)),
+        (train_consistency, ConsistencyConfig(training=TRAINING)),
+        (train_mean_flow, MeanFlowConfig(training=TRAINING, guidance=2)),
+        (train_scm, SCMConfig(training=TRAINING, guidance=2)),
+    ],
 )
 def test_distilled_student_reads_text(distill, config, expert, dataset, tmp_path):
     student = distill(expert, dataset, config, Workspace.at(tmp_path)).network

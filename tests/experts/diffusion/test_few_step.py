@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,3 +28,10 @@ def test_uniform_schedule_has_equal_steps_and_survives_json(steps, start, step_t
 def test_invalid_few_step_schedule_is_refused(times, step_types):
     with pytest.raises(ValueError, match=r"few-step times must fall|as many step types"):
         FewStepSchedule(times=times, step_types=step_types)
+
+
+def test_average_steps_jump_to_the_next_time():
+    schedule = FewStepSchedule(times=(1.0, 0.6, 0.2), step_types=("average", "renoise", "average"))
+    lengths = schedule.jump_lengths(torch.tensor([1.0, 0.6, 0.2 + 1e-7, 1.0]))
+    assert lengths.tolist() == pytest.approx([0.4, 0.0, 0.2, 0.4], abs=1e-6)
+    assert FewStepSchedule.uniform(2, "euler").jump_lengths(torch.ones(1)) is None

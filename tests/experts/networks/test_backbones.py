@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.testbed.backbones import SHAPE, TINY, UNUSED, adapter_of, build, config_of, gradients, inputs, text
+from experts.compressed.distillation.interval_embedding import IntervalEmbedding, jumping
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig
@@ -16,6 +17,7 @@ from experts.networks.model_io import save_model
 from experts.networks.registry import (
     call_network,
     enable_gradient_checkpointing,
+    extend_by_intervals,
     load_network,
     pack_latents,
     set_attention_backend,
@@ -44,6 +46,24 @@ def test_loaded_network_equals_saved_network(case, tmp_path):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     with torch.no_grad():
         assert torch.equal(call_network(model, *inputs(case)), call_network(loaded, *inputs(case)))
+
+
+@each_case
+def test_an_interval_changes_nothing_until_it_is_trained(case, tmp_path):
+    model, (noised, t, condition) = build(case), inputs(case)
+    with torch.no_grad():
+        base = call_network(model, noised, t, condition)
+        extend_by_intervals(model)
+        with jumping(model, t / 2):
+            assert torch.equal(call_network(model, noised, t, condition), base)
+        for module in model.modules():
+            if isinstance(module, IntervalEmbedding):
+                torch.nn.init.normal_(module.outer.weight)
+        save_model(model, tmp_path)
+        loaded = load_network(tmp_path)
+        assert torch.equal(call_network(loaded, noised, t, condition), call_network(model, noised, t, condition))
+        with jumping(loaded, t / 2):
+            assert not torch.allclose(call_network(loaded, noised, t, condition), base)
 
 
 @each_case

@@ -32,4 +32,5 @@ ADAPTER = Adapter(
     is_flat=True,
     checkpointing_fault="it has none of diffusers' blocks",
     has_lora=False,
+    time_embedding="time_embedding",
 )

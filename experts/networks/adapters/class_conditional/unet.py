@@ -37,4 +37,5 @@ ADAPTER = Adapter(
     reads_classes=True,
     side_multiple=count_halvings,
     has_lora=False,
+    time_embedding="time_embedding",
 )

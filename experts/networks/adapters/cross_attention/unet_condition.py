@@ -60,4 +60,5 @@ ADAPTER = Adapter(
     reads_text=True,
     reads_pooled=_reads_pooled,
     side_multiple=_count_halvings,
+    time_embedding="time_embedding",
 )

@@ -31,4 +31,5 @@ ADAPTER = Adapter(
     time="t",
     reads_text=True,
     reads_padding=True,
+    time_embedding="time_step_proj",
 )

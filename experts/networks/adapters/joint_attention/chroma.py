@@ -35,4 +35,5 @@ ADAPTER = Adapter(
     side_multiple=lambda _settings: 2,
     checkpointing_fault="diffusers drops the attention mask in its single blocks, which changes the gradients",
     has_attention_backends=True,
+    time_embedding=r"distilled_guidance_layer\.in_proj",
 )

@@ -28,4 +28,5 @@ ADAPTER = Adapter(
     reads_text=True,
     has_lora=False,
     has_attention_backends=True,
+    time_embedding="time_in",
 )

@@ -33,4 +33,5 @@ ADAPTER = Adapter(
     reads_lengths=True,
     side_multiple=lambda settings: int(settings["all_patch_size"][0]),
     has_attention_backends=True,
+    time_embedding="t_embedder",
 )

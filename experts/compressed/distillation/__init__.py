@@ -1,0 +1,1 @@
+"""Layers that distillation adds to published networks."""
