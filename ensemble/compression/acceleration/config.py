@@ -66,6 +66,7 @@ class HookConfig:
 
 
 DRAFT_TRAINING = TrainingConfig(steps=1000, batch_size=128, lr=2e-3, warmup_steps=50)
+REFINER_TRAINING = TrainingConfig(steps=500, batch_size=64, lr=3e-4, warmup_steps=50)
 
 Start = Annotated[float, Field(gt=0, lt=1)]
 GridStart = Annotated[float, Field(ge=0, le=1)]
@@ -97,6 +98,11 @@ class TruncateConfig:
     """`autoregressive`: hidden width of the network."""
     training: TrainingConfig = DRAFT_TRAINING
     """`autoregressive`: training of the network."""
+    tune: Literal["no", "data", "anchors"] = "no"
+    """Train a copy of each expert below its start time. `data`: on noised samples. `anchors`: from noised anchors to
+    the samples nearest to them. The copies are kept if they lower the held-out score."""
+    tuning: TrainingConfig = REFINER_TRAINING
+    """`tune`: that training."""
     seed: int = 0
     """Seed of the centroids and of the noise of scored samples."""
 

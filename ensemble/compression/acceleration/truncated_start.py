@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_partition.clustering.kmeans import assign_nearest, fit_fine_centroids
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.acceleration.config import TruncateConfig
+from ensemble.compression.acceleration.refiner_training import train_refiner
 from ensemble.compression.distillation.mmd import FINE, median_kernel, squared_mmd
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
 from ensemble.multi_network_experts import TruncatedExpert
@@ -68,14 +69,41 @@ def truncate(config: TruncateConfig, context: CompressionContext) -> EnsembleRes
     sizes = {k: len(held_out[k]) for k in scores}
     mean_scores = {t: sum(scores[k][t] * sizes[k] for k in scores) / sum(sizes.values()) for t in grid}
     best = config.t_start or min(mean_scores, key=lambda t: mean_scores[t])
+    notes = [describe_scores(mean_scores, best, is_chosen=config.t_start is None)]
+    if config.tune != "no" and 0 < best < 1:
+        data = (latents, held_out)
+        tuned, tuning_flops, tuned_score = _train_refiners(truncated, best, data, config, context.workspace)
+        flops += tuning_flops
+        is_better = tuned_score < mean_scores[best]
+        truncated = tuned if is_better else truncated
+        notes.append(
+            f"experts trained below t = {best:g} on {config.tune}: held-out MMD {tuned_score:.4f}, "
+            f"{'kept' if is_better else 'not kept'} (before {mean_scores[best]:.4f})"
+        )
     details = {"t_start": best, "squared_mmd": {str(t): value for t, value in mean_scores.items()}}
     return EnsembleResult(
         experts={k: start_at(best, expert) for k, expert in truncated.items()},
         modules=len(truncated),
         flops=flops,
         details=details | {"squared_mmd_of_experts": {str(k): scores[k] for k in scores}},
-        notes=(describe_scores(mean_scores, best, is_chosen=config.t_start is None),),
+        notes=tuple(notes),
     )
+
+
+def _train_refiners(
+    experts: Mapping[int, TruncatedExpert],
+    start: float,
+    data: tuple[Mapping[int, LatentDataset], Mapping[int, LatentDataset]],
+    config: TruncateConfig,
+    workspace: Workspace,
+) -> tuple[dict[int, TruncatedExpert], float, float]:
+    """Train every refiner below `start` on (latents, held-out ones); return the experts, FLOPs and the mean score."""
+    (latents, held_out), tuned, flops, total = data, dict[int, TruncatedExpert](), 0.0, 0.0
+    for k, expert in experts.items():
+        tuned[k], expert_flops = train_refiner(expert, latents[k], start, config, workspace.part(f"refiner_{k}"))
+        flops += expert_flops
+        total += measure_distance(tuned[k], held_out[k], config, start=start) * len(held_out[k])
+    return tuned, flops, total / sum(len(held_out[k]) for k in experts)
 
 
 def describe_scores(scores: Mapping[float, float], start: float, *, is_chosen: bool) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from ddm_core.artifacts import Workspace
 from ensemble.compression.acceleration.config import BaseFirstConfig, TruncateConfig
+from ensemble.compression.acceleration.refiner_training import train_refiner
 from ensemble.compression.acceleration.truncated_start import (
     describe_scores,
     fit_anchors,
@@ -23,7 +24,7 @@ from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert
 from ensemble.sampling.sample import sample
-from ensemble.solvers import make_noise
+from ensemble.solvers import make_noise, sample_few_step
 from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
@@ -33,6 +34,7 @@ from tests.ensemble.compression.acceleration.test_feature_cache import CODEC
 from tests.ensemble.compression.trained import digits, trained
 
 CONFIG = TruncateConfig(rows=256, anchors=32, training=TrainingConfig(steps=150, batch_size=64, lr=3e-3))
+TUNING = TrainingConfig(steps=150, batch_size=64, lr=1e-3, warmup_steps=10)
 STICKY = SamplingConfig(solver="euler", selection=SelectionConfig(name="sticky"))
 
 
@@ -113,6 +115,43 @@ def test_few_held_out_latents_have_several_samples_each(expert):
     anchors = with_draft(expert, fit_anchors(digits(), 10, CONFIG), 0.5)
     scores = [measure_distance(anchors, few, replace(CONFIG, rows=rows), start=0.5) for rows in (40, 41, 80)]
     assert scores[0] != scores[1] == scores[2]
+
+
+def test_training_below_the_start_lowers_the_held_out_distance(expert, tmp_path):
+    (data, held_out), config = halves(), replace(CONFIG, tune="data", tuning=TUNING)
+    anchors = with_draft(expert, fit_anchors(data, 10, config), 0.5)
+    tuned, flops = train_refiner(anchors, data, 0.5, config, Workspace.at(tmp_path))
+    before, after = (measure_distance(each, held_out, config, start=0.5) for each in (anchors, tuned))
+    assert after < 0.8 * before and flops > 0
+    assert tuned.refiner.few_step == anchors.refiner.few_step and tuned.draft is anchors.draft
+
+
+def test_training_from_anchors_brings_the_best_of_them_nearer(expert, tmp_path):
+    (data, held_out), config = halves(), replace(CONFIG, tune="anchors", tuning=TUNING)
+    anchors = with_draft(expert, fit_anchors(data, 10, config), 0.3)
+    tuned, _ = train_refiner(anchors, data, 0.3, config, Workspace.at(tmp_path))
+    real = held_out.clean[:200].flatten(1)
+
+    @torch.inference_mode()
+    def error(expert):
+        """Return the mean distance to the nearest of one sample of every anchor."""
+        means, few_step = expert.draft.means, expert.refiner.few_step
+        noised = RECTIFIED_FLOW.add_noise(
+            means, make_noise(range(len(means)), (1, 8, 8)), torch.full((len(means),), 0.3)
+        )
+        condition = Condition.null(len(means))
+        samples = sample_few_step(
+            lambda x, t: expert.refiner.velocity(x, t, condition), noised, few_step, RECTIFIED_FLOW, lambda step: None
+        )
+        return float(torch.cdist(real, samples.flatten(1)).min(1).values.mean())
+
+    assert error(tuned) < 0.95 * error(anchors)
+
+
+def test_anchors_to_tune_from_need_anchors(expert, tmp_path):
+    config = replace(CONFIG, draft="expert", tune="anchors")
+    with pytest.raises(StageError, match=r"tune=anchors needs accelerate\.draft=anchors, not expert; set tune=data"):
+        train_refiner(with_draft(expert, expert, 0.5), digits(), 0.5, config, Workspace.at(tmp_path))
 
 
 @pytest.mark.slow
