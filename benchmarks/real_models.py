@@ -1,11 +1,11 @@
 """Text to image through the ensemble (`make bench-real-models`): demo and emoji, beside a FLOP-matched monolith.
 
-Both experiments run with every seed, or go on where an earlier call stopped. The claims read their scores: what samples
-of held-out captions show, by probes of real pictures, and how much the caption says about the expert.
+Both experiments run with every seed, or go on where an earlier call stopped; runs that have been measured are kept in
+docs/benchmarks/results, to be deleted when an experiment changes. The claims read their scores: what samples of
+held-out captions show, by probes of real pictures, and how much the caption says about the expert.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.record import Claim, Listing, median_and_range, write_result
+from benchmarks.record import RESULTS, Claim, Listing, describe_machine, median_and_range, write_result
 from data_partition.datasets.captions import has_held_out_words
-from ddm_core.artifacts import read_json, to_json
+from ddm_core.artifacts import read_json, read_manifest, to_json, write_json
 from ensemble.evaluation.reference import CAPTIONS
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
-from orchestrator.controller import run_pipeline
+from orchestrator.controller import project_commit, run_pipeline
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting.results import load_score_rows
 from orchestrator.run.run_folder import RunFolder
@@ -35,17 +35,52 @@ def main() -> None:
     """Run what is missing, write docs/benchmarks/real_models.json and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/real_models"), help="of the runs")
+    parser.add_argument("--experiments", nargs="*", choices=EXPERIMENTS, default=[*EXPERIMENTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
     arguments = parser.parse_args()
-    started = time.monotonic()
-    runs = {name: [run_experiment(name, seed, arguments.folder) for seed in arguments.seeds] for name in EXPERIMENTS}
-    scores = {name: [load_scores(run) for run in folders] for name, folders in runs.items()}
-    quality = [read_quality(run) for run in runs["emoji"]]
-    shares = [read_new_share(run) for run in runs["demo"]]
+    for name in arguments.experiments:
+        for seed in arguments.seeds:
+            measure(name, seed, arguments.folder)
+    runs = {name: load_results(name) for name in EXPERIMENTS}
+    scores = {name: [run["scores"] for run in results] for name, results in runs.items()}
+    quality = [run["quality"] for run in runs["emoji"]]
+    shares = [run["new_share"] for run in runs["demo"]]
     claims = [*demo_claims(scores["demo"], shares), *emoji_claims(scores["emoji"]), *prior_claims(quality)]
     listings = [list_scores(name, scores[name]) for name in EXPERIMENTS]
-    notes = [f"Seeds of the runs: {', '.join(map(str, arguments.seeds))}. Sticky selection, the default guidance."]
-    print(to_json(write_result("real_models", time.monotonic() - started, claims, listings, notes)))
+    seconds = sum(run["seconds"] for results in runs.values() for run in results)
+    latest = runs["demo"][-1]
+    notes = [
+        "Sticky selection, the default guidance. Seconds are those of all stages, one after the other.",
+        *(f"{name}: {len(results)} seeds, commit {results[-1]['commit']}." for name, results in runs.items()),
+    ]
+    origin = {name: latest[name] for name in ("machine", "commit")}
+    print(to_json(write_result("real_models", seconds, claims, listings, notes, **origin)))
+
+
+def result_file(name: str, seed: int) -> Path:
+    """Return where the scores of a run are kept."""
+    return RESULTS / "results" / f"real_models-{name}-{seed}.json"
+
+
+def measure(name: str, seed: int, root: Path) -> None:
+    """Run an experiment and keep its scores, unless they are kept already."""
+    file = result_file(name, seed)
+    if file.exists():
+        return
+    run = run_experiment(name, seed, root)
+    graph = build_graph(run.load_config())
+    result = {
+        "scores": load_scores(run),
+        "quality": read_quality(run),
+        "new_share": read_new_share(run),
+        "seconds": sum(read_manifest(run.artifact(stage)).seconds for stage in graph),
+    }
+    write_json(file, result | {"machine": describe_machine(), "commit": project_commit()})
+
+
+def load_results(name: str) -> list[dict[str, Any]]:
+    """Return what is kept of an experiment, by seed."""
+    return [dict(read_json(file)) for seed in range(10) if (file := result_file(name, seed)).exists()]
 
 
 def run_experiment(name: str, seed: int, root: Path) -> RunFolder:
@@ -62,9 +97,10 @@ def load_scores(run: RunFolder) -> Scores:
 
 
 def read_quality(run: RunFolder) -> dict[str, Any]:
-    """Return what the router's training measured."""
+    """Return the nats of p(k | text) and of p(k)."""
     router = next(stage for stage in build_graph(run.load_config()) if stage.kind == "router")
-    return dict(read_json(run.artifact(router) / "quality.json"))
+    quality = read_json(run.artifact(router) / "quality.json")
+    return {name: quality[name] for name in ("prior_entropy", "prior_entropy_null")}
 
 
 def read_new_share(run: RunFolder) -> float:
