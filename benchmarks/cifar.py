@@ -37,16 +37,12 @@ IMAGES, TUNING_IMAGES, SAMPLING_STEPS = 1000, 250, 16
 TUNING_SEED, SEED = 0, 1
 """Sampling seeds of the choice of the guidance, and of what is measured."""
 SCALES = (1.0, 1.5, 2.0, 3.0)
-STEPS, BATCH, COMMON_STEPS = 800, 64, 400
-"""Steps and global batch of a training; steps of the common one that warm experts start from and train less by."""
 GRID_IMAGES = 40
 
 BASE = (
     "data=parquet",
     "codec=patch_pca_conv",
     *SHARED_STAGES,
-    f"expert.training.steps={STEPS}",
-    f"expert.training.batch_size={BATCH}",
     "expert.training.lr=1e-3",
     "expert.training.early_checkpoint=0.25",
     "ensemble.solver=euler",
@@ -59,21 +55,67 @@ BASE = (
     "wandb.mode=disabled",
 )
 """The scores of the run itself are of one step, and not used."""
-NETWORKS: Mapping[str, Sequence[str]] = {
-    "unet": ("expert=unet", "expert.network.channels=[32,64]"),
-    "transformer": ("expert=dit", "expert.network.patch_size=2"),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A network and its training."""
+
+    network: Sequence[str]
+    steps: int = 800
+    batch: int = 64
+    """Global batch."""
+    common_steps: int = 400
+    """Steps of the common training that warm experts start from and train less by."""
+    images: int | None = None
+    """Training images; None for all 54,000."""
+
+    def overrides(self, steps: int) -> list[str]:
+        """Return the settings of a training of so many steps."""
+        limit = [] if self.images is None else [f"data.limit={self.images}"]
+        training = [f"expert.training.steps={steps}", f"expert.training.batch_size={self.batch}"]
+        return [*self.network, *limit, *training]
+
+
+NARROW = {"batch": 256, "images": 10_000}
+RECIPES = {
+    "unet": Recipe(network=("expert=unet", "expert.network.channels=[32,64]")),
+    "transformer": Recipe(network=("expert=dit", "expert.network.patch_size=2")),
+    "narrow transformer": Recipe(
+        network=(
+            "expert=dit",
+            *(f"expert.network.{size}" for size in ("patch_size=2", "heads=3", "head_width=16", "depth=3")),
+        ),
+        steps=3000,
+        common_steps=600,
+        **NARROW,
+    ),
+    "narrow unet": Recipe(
+        network=("expert=unet", "expert.network.channels=[32,32]", "expert.network.attention=false"),
+        steps=600,
+        common_steps=200,
+        **NARROW,
+    ),
 }
+"""Narrow networks see few images often, so that their size is the limit."""
 MAIN, WARM = "K = 8", "K = 8, warm start"
 ARMS: Mapping[str, Sequence[str]] = {
     MAIN: ("baselines=[monolith]",),
     "K = 4": ("partition.num_experts=4",),
     "K = 8, EfficientNet clusters": ("partition.features=efficientnet_lite0",),
-    WARM: ("baselines=[monolith]", f"expert.training.steps={STEPS - COMMON_STEPS}"),
+    WARM: ("baselines=[monolith]",),
+    "K = 4, warm start": ("partition.num_experts=4",),
+    "K = 8, warm start, EfficientNet clusters": ("partition.features=efficientnet_lite0",),
 }
-"""Arms without a monolith of their own are compared with that of the first, and have the guidance chosen there. Warm
-experts and their monolith go on from the same common training, so that their FLOPs are equal, too."""
+"""Warm experts and their monolith go on from the same common training, so that their FLOPs are equal, too."""
 OWN_MONOLITH = (MAIN, WARM)
-COMMON = ("partition.num_experts=1", f"expert.training.steps={COMMON_STEPS}")
+
+
+def baseline_arm(arm: str) -> str:
+    """Return the arm whose monolith an arm is compared with."""
+    return WARM if "warm start" in arm else MAIN
+
+
 STICKY, TOP_2, MONOLITH = "sticky", "top-2", "monolith"
 SELECTIONS = {STICKY: SelectionConfig(), TOP_2: SelectionConfig(name="top_k", k=2)}
 AUTOGUIDANCE = ", autoguidance"
@@ -153,16 +195,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, help="folder of Parquet files; without, only finished arms are reported")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-cifar"), help="finished stages are kept here")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
+    parser.add_argument("--networks", nargs="+", choices=RECIPES, default=[*RECIPES])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--autoguidance", action="store_true", help=f"also in {MAIN!r} with the first seed")
+    parser.add_argument("--autoguidance", action="store_true", help="also where the monolith is trained, with seed 0")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in options.seeds if options.cifar else ():
         for network in options.networks:
             for arm in options.arms:
-                suffixes = ("", AUTOGUIDANCE) if options.autoguidance and (arm, seed) == (MAIN, 0) else ("",)
+                is_guided = options.autoguidance and arm in OWN_MONOLITH and seed == 0
+                suffixes = ("", AUTOGUIDANCE) if is_guided else ("",)
                 overrides = (f"seed={seed}", f"data.path={options.cifar}", f"folder={options.folder}")
                 measure_arm(network, arm, seed, overrides, suffixes)
     report()
@@ -178,9 +221,7 @@ def measure_arm(network: str, arm: str, seed: int, overrides: Sequence[str], suf
         return
     started = time.monotonic() - result.get("seconds", 0.0)
     run = run_arm(network, arm, overrides)
-    first = result["rows"]
-    if seed > 0 or arm not in OWN_MONOLITH:
-        first = read_json(result_file(network, arm if arm in OWN_MONOLITH else MAIN, 0))["rows"]
+    first = result["rows"] if seed == 0 else read_json(result_file(network, arm, 0))["rows"]
     for row in rows:
         if row in result["rows"]:
             continue
@@ -199,10 +240,14 @@ def measure_arm(network: str, arm: str, seed: int, overrides: Sequence[str], suf
 
 def run_arm(network: str, arm: str, overrides: Sequence[str]) -> FinishedRun:
     """Train what is missing of an arm."""
-    settings = [*BASE, *NETWORKS[network], *ARMS[arm]]
-    if arm == WARM:
-        common = FinishedRun.complete("common training", [*BASE, *NETWORKS[network], *COMMON, *overrides])
-        settings.append(f"expert.init={common.artifact_folder('expert_0').absolute()}")
+    recipe = RECIPES[network]
+    steps, init = recipe.steps, tuple[str, ...]()
+    if baseline_arm(arm) == WARM:
+        settings = [*BASE, *recipe.overrides(recipe.common_steps), "partition.num_experts=1", *overrides]
+        common = FinishedRun.complete("common training", settings)
+        steps -= recipe.common_steps
+        init = (f"expert.init={common.artifact_folder('expert_0').absolute()}",)
+    settings = [*BASE, *recipe.overrides(steps), *ARMS[arm], *init]
     return FinishedRun.complete(f"{network}, {arm}", [*settings, *overrides])
 
 
@@ -216,13 +261,13 @@ def sum_flops(run: FinishedRun) -> dict[str, float]:
 
 def result_file(network: str, arm: str, seed: int) -> Path:
     """Return where the measurements of an arm are kept."""
-    name = "_".join(re.findall(r"\w+", arm.lower()))
-    return RESULTS / "results" / f"cifar-{network}-{name}-{seed}.json"
+    names = ("_".join(re.findall(r"\w+", name.lower())) for name in (network, arm))
+    return RESULTS / "results" / f"cifar-{'-'.join(names)}-{seed}.json"
 
 
 def report() -> None:
     """Write docs/benchmarks/cifar.json from the measured arms."""
-    measured = {(n, a): _load_seeds(n, a) for n in NETWORKS for a in ARMS if result_file(n, a, 0).exists()}
+    measured = {(n, a): _load_seeds(n, a) for n in RECIPES for a in ARMS if result_file(n, a, 0).exists()}
     first = next(iter(measured.values()))[0]
     listings = [list_rows(network, measured) for network in dict.fromkeys(network for network, _ in measured)]
     seconds = sum(seed["seconds"] for seeds in measured.values() for seed in seeds)
@@ -246,7 +291,7 @@ def ratios(measured: Measured, place: Place, space: str, key: str = "fd") -> lis
     """Return a score over that of the monolith with the same kind of guidance, for every seed that has both."""
     network, arm, row = place
     monolith = MONOLITH + (AUTOGUIDANCE if row.endswith(AUTOGUIDANCE) else "")
-    baseline = (network, arm if arm in OWN_MONOLITH else MAIN, monolith)
+    baseline = (network, baseline_arm(arm), monolith)
 
     def scores(network: str, arm: str, row: str) -> list[float]:
         seeds = [seed["rows"] for seed in measured[network, arm]]
@@ -307,13 +352,22 @@ def _cells(spaces: Sequence[Scores]) -> list[str]:
     return [*distances, *ranked, *(f"{mean(RANKED_SPACE, key):.3f}" for key in ("precision", "recall"))]
 
 
+def describe_recipe(name: str, recipe: Recipe) -> str:
+    """Return the training of a network in words."""
+    images = 54_000 if recipe.images is None else recipe.images
+    return (
+        f"{name}: {images:,} training images, {recipe.steps:,} steps of {recipe.batch} over all experts, "
+        f"of which a warm start has {recipe.common_steps:,} in common"
+    )
+
+
 NOTES = (
-    f"54,000 training images at 32 pixels, classes as the condition, {STEPS:,} steps of {BATCH} images over all "
-    f"experts, {SAMPLING_STEPS} Euler steps, {IMAGES:,} samples against 5,000 held-out images. The monolith has "
-    f"the FLOPs of experts, router and clustering. The guidance of every row is the best of "
+    f"32 pixels, classes as the condition, {SAMPLING_STEPS} Euler steps, {IMAGES:,} samples against 5,000 held-out "
+    "images. The monolith has the FLOPs of experts, router and clustering. The guidance of every row is the best of "
     f"{', '.join(f'{scale:g}' for scale in SCALES)} by the product of both distances on {TUNING_IMAGES} samples of "
     "another sampling seed, chosen with the first seed of the training; top-2 has sticky's. Warm experts and their "
-    f"monolith go on from one common training of {COMMON_STEPS} steps.",
+    "monolith go on from one common training.",
+    *(f"{describe_recipe(name, recipe)}." for name, recipe in RECIPES.items()),
 )
 
 
