@@ -16,6 +16,7 @@ from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.calibration import Calibration, find_calibration
 from orchestrator.planning.checks.check import check_run
+from orchestrator.planning.checks.data_sizes import DataSize, measure_data
 from orchestrator.planning.estimate import Estimate, estimate_stage, training_config
 from orchestrator.planning.simulate import PlannedExecution, critical_path, simulate_run
 from orchestrator.planning.synchronous_baseline import BaselineComparison, compare_with_synchronous
@@ -81,6 +82,8 @@ class Plan:
     """With one monolith on one synchronous Ray cluster."""
     calibration: str
     """Time and place of the calibration, or how to get one."""
+    data: tuple[DataSize, ...] = ()
+    """Disk and memory of the stages that read images."""
 
 
 def plan_run(config: RunConfig, run: RunFolder) -> Plan:
@@ -116,6 +119,7 @@ def plan_run(config: RunConfig, run: RunFolder) -> Plan:
         unknown=unknown if calibration else (),
         comparison=comparison,
         calibration=calibration_text,
+        data=measure_data(config),
     )
 
 

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.planning.checks.data_sizes import TRAINING
 from orchestrator.planning.plan import Plan, PlannedStage
 from orchestrator.planning.synchronous_baseline import FORMULA
 from orchestrator.reporting.costs import format_bytes
@@ -19,7 +20,8 @@ UNKNOWN = "–"
 def plan_tables(plan: Plan) -> list[RenderableType]:
     """Return tables of the stages and islands, the totals, and the comparison with a synchronous monolith."""
     calibration = Text(plan.calibration, style="dim")
-    return [_stage_table(plan), *_island_table(plan), *_totals(plan), *_comparison_table(plan), calibration]
+    tables = [_stage_table(plan), *_island_table(plan), *_data_table(plan), *_totals(plan)]
+    return [*tables, *_comparison_table(plan), calibration]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,21 @@ def _stage_table(plan: Plan) -> Table:
 def _island_table(plan: Plan) -> list[RenderableType]:
     rows = [row for row in plan.stages if row.place in plan.islands and row.state != "finished"]
     return [_build_table("On islands", ISLANDS, plan, rows)] if rows else []
+
+
+def _data_table(plan: Plan) -> list[RenderableType]:
+    """Describe what the unfinished stages that read images keep of each, and hold of them at a time."""
+    waiting = {row.kind for row in plan.stages if row.state != "finished"}
+    sizes = [size for size in plan.data if size.kind in waiting or (size.kind == TRAINING and size.memory_bytes)]
+    if not sizes:
+        return []
+    table = Table(title="Images, at most", padding=(0, 1, 0, 0))
+    for heading in ("stage", "disk, each", "memory, at a time", "cache"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for size in sizes:
+        amounts = (size.image_bytes, size.memory_bytes, size.cache_bytes)
+        table.add_row(size.kind, *(format_bytes(amount) if amount else "" for amount in amounts))
+    return [table]
 
 
 def _build_table(title: str, columns: Sequence[_Column], plan: Plan, rows: Sequence[PlannedStage]) -> Table:

@@ -15,6 +15,7 @@ from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.analyses import finished_audits
 from orchestrator.run.metrics_rows import is_number, sample_rows
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.trust import may_read_images
 
 IMAGES_PER_CLUSTER = 24
 """How many images the report shows of a cluster."""
@@ -53,7 +54,7 @@ def load_clusters(run: RunFolder, graph: Sequence[Stage], *, with_pictures: bool
             count=count,
             share=count / sum(counts),
             epochs=_epochs(run, by_name.get(f"expert_{k}")),
-            picture=_picture(folder / str(k), count) if k in shown else None,
+            picture=_picture(folder / str(k), count) if k in shown and may_read_images(run, folder / str(k)) else None,
         )
         for k, count in enumerate(counts)
     ]

@@ -22,6 +22,16 @@ def is_trusted(run: RunFolder) -> bool:
     return is_signed(run.config_file, run.signature)
 
 
+def may_read_images(run: RunFolder, shards: Path) -> bool:
+    """Return whether a command that needs no trust may read the images of shards.
+
+    Images of an offset index are read from addresses that the folder names: a stranger's choice.
+    """
+    from data_partition.shards.shards import read_index  # most commands read no shards, and start faster
+
+    return read_index(shards).source is None or is_trusted(run)
+
+
 def require_trust(run: RunFolder, config: RunConfig, *, trust: bool) -> None:
     """Raise `UntrustedFolder` for a configuration that this user did not write; with `trust`, sign it instead."""
     require_plain_files(run)
@@ -83,6 +93,8 @@ def describe_access(config: RunConfig) -> list[str]:
         config.finetune and config.finetune.images,
     )
     lines += [f"read {path!r}" for path in dict.fromkeys(path for path in reads if path)]
+    if config.data.mode == "stream":
+        lines.append("read the tars that its offset indexes name, wherever they are")
     if config.wandb.mode != "disabled":
         lines.append(f"track the run with {config.wandb.library}, mode {config.wandb.mode!r}")
     if config.notify.webhook_file:

@@ -10,6 +10,7 @@ from ddm_core.artifacts import read_small_file
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.trust import may_read_images
 from orchestrator.ui.facts import overview
 from orchestrator.ui.facts.catalog import require_inside
 from orchestrator.ui.facts.feature_map import load_map
@@ -84,10 +85,15 @@ def show_map(request: Request, key: str) -> dict[str, Any]:
 
 
 def require_shards(run: RunFolder, folder: Path) -> None:
-    """Raise `RunFolderError` unless every file of a folder of shards lies in the run folder."""
+    """Raise `RunFolderError` unless every file of a folder of shards lies in the run folder, and images may be read."""
     require_inside(run, folder / "index.json")
     for path in folder.iterdir():
         require_inside(run, path)
+    if not may_read_images(run, folder):
+        raise RunFolderError(
+            f"the images of {folder} are at addresses that you did not choose, so they are not read; `ddm plan RUN "
+            "--trust` shows them"
+        )
 
 
 def find_stage(run: RunFolder, name: str) -> Stage:

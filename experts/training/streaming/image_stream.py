@@ -33,8 +33,9 @@ DEFAULT_CACHE_GB = 10.0
 DIRECT_READERS = 4
 """Threads of single reads outside a training."""
 
-BLOCKS_NEAR = 2
-"""Blocks of shards that a cache needs room for: the present one and the next one."""
+MIN_BLOCKS, MAX_BLOCKS = 2, 8
+"""Blocks of shards that a cache needs room for, the present one and the next one, and those that are read ahead at
+most."""
 
 
 class ImageStream:
@@ -61,6 +62,7 @@ class ImageStream:
         self._readers: ThreadPoolExecutor | None = None
         self._device = "cpu"
         self._near: tuple[ShardOrder, int, int] | None = None
+        self._num_blocks = MIN_BLOCKS
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -90,7 +92,7 @@ class ImageStream:
         return fit_image(decode_image(data), self.configs[number], f"row {local} of {index.folder}")
 
     def batch_rows(self, config: TrainingConfig, step: int) -> RowIds:
-        """Return the samples of a step, and begin to read those of its block and of the next one."""
+        """Return the samples of a step, and begin to read those of its block and of the next ones."""
         order = ShardOrder(self.counts, config.shuffle_shards, config.seed)
         self._read_ahead(order, step * config.batch_size)
         positions = order.rows(config.batch_size, step)
@@ -101,7 +103,7 @@ class ImageStream:
     @contextmanager
     def reading(self, config: TrainingConfig, cache: Path) -> Iterator[None]:
         """Read ahead in threads, through a cache in a folder; raises `CacheFull` if it cannot hold two blocks."""
-        max_bytes = self._cache_bytes(config)
+        max_bytes = self._size_cache(config)
         with ExitStack() as stack:
             self._readers = stack.enter_context(ThreadPoolExecutor(config.readers, thread_name_prefix="decode"))
             self._cache = stack.enter_context(RangeCache(cache, max_bytes)) if max_bytes else None
@@ -118,30 +120,34 @@ class ImageStream:
         return range(first + rows.start, first + rows.stop)
 
     def _read_ahead(self, order: ShardOrder, position: int) -> None:
-        """Fetch the tars of the block of a position and of the next block, once a block."""
+        """Fetch the tars of the block of a position and of the next blocks, once a block."""
         if self._cache is None:
             return
         block = (order, *order.find(position)[:2])
         if block == self._near:
             return
         self._near = block
-        for tars in itertools.islice(order.tars_from(position), BLOCKS_NEAR):
+        for tars in itertools.islice(order.tars_from(position), self._num_blocks):
             for number, tar in itertools.chain.from_iterable(self.parts[tar] for tar in tars):
                 self._cache.fetch(self.indexes[number], tar)
 
-    def _cache_bytes(self, config: TrainingConfig) -> int:
-        """Return the configured bytes of the cache; raises `CacheFull` if two blocks of shards have no room."""
+    def _size_cache(self, config: TrainingConfig) -> int:
+        """Return the configured bytes of the cache, and set how many blocks are read ahead.
+
+        Raises `CacheFull` if two blocks of shards have no room.
+        """
         cache_gb = config.cache_gb
         if cache_gb is None:
             cache_gb = 0.0 if all(index.is_local for index in self.indexes) else DEFAULT_CACHE_GB
         sizes = sorted((self._tar_bytes(parts) for parts in self.parts), reverse=True)
-        needed = sum(sizes[: BLOCKS_NEAR * config.shuffle_shards])
-        if 0 < cache_gb * 1e9 < needed:
+        block = sum(sizes[: config.shuffle_shards])
+        if 0 < cache_gb * 1e9 < MIN_BLOCKS * block:
             raise CacheFull(
-                f"training.cache_gb={cache_gb:g} has no room for {BLOCKS_NEAR} blocks of "
-                f"training.shuffle_shards={config.shuffle_shards} shards, {needed / 1e9:.3g} GB; raise cache_gb, lower "
-                "shuffle_shards, or set cache_gb=0, with a request for each image"
+                f"training.cache_gb={cache_gb:g} has no room for {MIN_BLOCKS} blocks of "
+                f"training.shuffle_shards={config.shuffle_shards} shards, {MIN_BLOCKS * block / 1e9:.3g} GB; raise "
+                "cache_gb, lower shuffle_shards, or set cache_gb=0, with a request for each image"
             )
+        self._num_blocks = min(MAX_BLOCKS, int(cache_gb * 1e9 / max(block, 1)))
         return int(cache_gb * 1e9)
 
     def _tar_bytes(self, parts: Sequence[tuple[int, int]]) -> int:
