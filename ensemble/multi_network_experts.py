@@ -187,6 +187,8 @@ class TimeSplitExpert(ExpertModel):
     """The t at which each network but the last hands over to the next; at a bound the later one is called."""
     few_step: FewStepSchedule | None = None
     """The few t at which it may be evaluated; None is any t."""
+    guidance: float = 1.0
+    """Guidance scale of the last network, the one of the noisiest t; 1 is none."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` if the bounds do not divide [0, 1] into one interval per network."""
@@ -240,6 +242,10 @@ class TimeSplitExpert(ExpertModel):
             if len(places):
                 inputs = noised[places], t[places], condition.rows(places), noise_schedule, rows[places]
                 part = expert.cached_velocity(*inputs, cache.child(str(number)))
+                if self.guidance != 1 and expert is self.experts[-1]:
+                    inputs = (*inputs[:2], Condition.null(len(places), noised.device), *inputs[3:])
+                    null = expert.cached_velocity(*inputs, cache.child(str(number)))
+                    part = null + self.guidance * (part - null)
                 velocity = velocity.index_copy(0, places, part.to(velocity.dtype))
         return velocity
 
@@ -254,7 +260,9 @@ class TimeSplitExpert(ExpertModel):
     def call_flops(self, noise_schedule: NoiseSchedule) -> CallFlops:
         """Count the FLOPs of every network on one row; each is called in proportion to its interval."""
         flops = {name: part.call_flops(noise_schedule) for name, part in self.parts().items()}
-        return CallFlops.from_parts(flops, dict(zip(flops, self.widths, strict=True)))
+        calls = [1] * (len(flops) - 1) + [1 if self.guidance == 1 else 2]
+        shares = [width * count for width, count in zip(self.widths, calls, strict=True)]
+        return CallFlops.from_parts(flops, dict(zip(flops, shares, strict=True)))
 
     def to(self, device: torch.device | str) -> "TimeSplitExpert":
         """Move the networks to a device, in place."""
@@ -268,7 +276,8 @@ class TimeSplitExpert(ExpertModel):
         for number, expert in enumerate(self.experts):
             expert.save(folder / str(number))
         few_step = {} if self.few_step is None else {"few_step": self.few_step}
-        write_json(folder / TIME_SPLIT, {"bounds": list(self.bounds)} | few_step)
+        guidance = {} if self.guidance == 1 else {"guidance": self.guidance}
+        write_json(folder / TIME_SPLIT, {"bounds": list(self.bounds)} | few_step | guidance)
 
     @classmethod
     def load(cls, folder: Path) -> "TimeSplitExpert":
@@ -278,7 +287,8 @@ class TimeSplitExpert(ExpertModel):
             bounds = tuple(float(bound) for bound in description["bounds"])
             experts = [Expert.load(folder / str(number)) for number in range(len(bounds) + 1)]
             few_step = from_json(FewStepSchedule, description["few_step"]) if "few_step" in description else None
-            return cls(experts=experts, bounds=bounds, few_step=few_step)
+            guidance = float(description.get("guidance", 1.0))
+            return cls(experts=experts, bounds=bounds, few_step=few_step, guidance=guidance)
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptArtifact(
                 f"{folder / TIME_SPLIT} does not divide [0, 1]: {error}; make the ensemble again"

@@ -6,37 +6,101 @@
 Gandikota & Bau 2025, arXiv:2503.10637: the first step decides how diverse samples are, so the original expert takes it.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
 from ensemble.compression.acceleration.config import BaseFirstConfig
 from ensemble.compression.config import StitchConfig
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
+from ensemble.evaluation.metrics import neighbor_radii, share_covered
 from ensemble.multi_network_experts import TimeSplitExpert
+from ensemble.solvers import make_noise, sample_few_step
 from experts.diffusion.few_step import FewStepSchedule
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
+from experts.training.latent_dataset import LatentDataset
+
+BASE_STEPS = (1, 2, 3, 4)
+NEIGHBOURS = 3
 
 
 def hand_over_after_base(config: BaseFirstConfig, context: CompressionContext) -> EnsembleResult:
     """Combine every student with its original expert; raise `StageError` for students of fewer than two steps."""
-    bases = context.load_experts(original=True)
-    experts = {k: split_by_time(k, student, bases[k], config) for k, student in context.load_experts().items()}
-    return EnsembleResult(experts=experts, modules=len(experts), flops=0.0)
+    bases, students = context.load_experts(original=True), context.load_experts()
+    guidance = context.sampling.guidance_scale if config.guidance is None else config.guidance
+    config, notes = replace(config, guidance=guidance), tuple[str, ...]()
+    if config.base_steps == "auto":
+        config, note = _choose_base_steps(students, bases, config, context)
+        notes = (note,)
+    experts = {k: split_by_time(k, student, bases[k], config) for k, student in students.items()}
+    return EnsembleResult(experts=experts, modules=len(experts), flops=0.0, notes=notes)
+
+
+def _choose_base_steps(
+    students: Mapping[int, ExpertModel],
+    bases: Mapping[int, ExpertModel],
+    config: BaseFirstConfig,
+    context: CompressionContext,
+) -> tuple[BaseFirstConfig, str]:
+    """Return the settings with the fewest steps of enough recall, and what was tried as one line."""
+    held_out = context.load_latents(sorted(students), held_out=True)
+    recalls = dict[int, float]()
+    for steps in BASE_STEPS:
+        ratios = []
+        for k, student in students.items():
+            combined = split_by_time(k, student, bases[k], replace(config, base_steps=steps))
+            whole = FewStepSchedule.uniform(context.sampling.steps, "euler")
+            original = replace(combined, experts=(combined.experts[-1],), bounds=(), few_step=whole)
+            ratios.append(
+                measure_recall(combined, held_out[k], config.rows) / measure_recall(original, held_out[k], config.rows)
+            )
+        recalls[steps] = sum(ratios) / len(ratios)
+    enough = [steps for steps, recall in recalls.items() if recall >= config.min_recall]
+    chosen = min(enough) if enough else max(recalls, key=lambda steps: recalls[steps])
+    table = ", ".join(f"{steps} {recall:.3f}" for steps, recall in recalls.items())
+    note = f"held-out recall over the original experts' by base_steps: {table}; chosen: {chosen}"
+    return replace(config, base_steps=chosen), note
+
+
+@torch.inference_mode()
+def measure_recall(expert: TimeSplitExpert, held_out: LatentDataset, rows: int) -> float:
+    """Return the share of held-out latents within the manifold of as many samples of their conditions."""
+    index = torch.arange(min(rows, len(held_out)))
+    condition, few_step = held_out.condition(index), expert.few_step or FewStepSchedule.uniform(1, "euler")
+    noise_schedule = expert.experts[0].noise_schedule
+    samples = sample_few_step(
+        lambda noised, t: expert.velocity(noised, t, condition, noise_schedule),
+        make_noise(index.tolist(), expert.latent_shape),
+        few_step,
+        noise_schedule,
+        lambda step: make_noise(index.tolist(), expert.latent_shape, 1 + step),
+    )
+    real, drawn = (latents.flatten(1).double().numpy() for latents in (held_out.clean_rows(index), samples))
+    return share_covered(real, drawn, neighbor_radii(drawn, NEIGHBOURS))
 
 
 def split_by_time(k: int, student: ExpertModel, base: ExpertModel, config: BaseFirstConfig) -> TimeSplitExpert:
     """Combine one expert: `base` from t = 1 to the student's second time, the student from there on."""
     if not isinstance(student, Expert) or not isinstance(base, Expert) or student.few_step is None:
         raise StageError(f"base_first needs a few-step student of each expert, and expert {k} has none; add distill=…")
-    few_step = student.few_step
+    few_step, guidance = student.few_step, config.guidance or 1.0
     if len(few_step.times) < 2:
         raise StageError(
             f"base_first replaces a student's first step, and the student of expert {k} has only one; set "
             "distill.steps=2 or more"
         )
-    second = few_step.times[1]
-    first = FewStepSchedule.uniform(config.base_steps, "euler", start=1 - second)
+    second, base_steps = few_step.times[1], 1 if config.base_steps == "auto" else config.base_steps
+    first = FewStepSchedule.uniform(base_steps, "euler", start=1 - second)
     times = (*(t + second for t in first.times), *few_step.times[1:])
     combined = FewStepSchedule(times=times, step_types=(*first.step_types, *few_step.step_types[1:]), is_distilled=True)
-    return TimeSplitExpert(experts=(student, base), bounds=(_boundary(second, times),), few_step=combined)
+    return TimeSplitExpert(
+        experts=(student, base),
+        bounds=(_boundary(second, times),),
+        few_step=combined,
+        guidance=guidance if base.is_conditional else 1.0,
+    )
 
 
 def _boundary(second: float, times: tuple[float, ...]) -> float:

@@ -18,7 +18,7 @@ from ensemble.compression.acceleration.truncated_start import (
     start_at,
 )
 from ensemble.compression.distillation.mmd import FINE, median_kernel, squared_mmd
-from ensemble.compression.handover import split_by_time
+from ensemble.compression.handover import measure_recall, split_by_time
 from ensemble.compression.method import StageError
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
@@ -199,6 +199,34 @@ def test_the_base_takes_the_first_step(expert):
     assert split_by_time(0, later, expert, BaseFirstConfig(base_steps=2)).few_step.times == (1.0, 0.7, 0.4), (
         "from pure noise"
     )
+
+
+def test_guidance_of_the_base_is_that_of_its_steps_alone(expert, tmp_path):
+    plain, guided = (
+        split_by_time(0, build_student(expert, 2), expert, BaseFirstConfig(guidance=scale)) for scale in (None, 3)
+    )
+    guided.save(tmp_path / "guided")
+    loaded = TimeSplitExpert.load(tmp_path / "guided")
+    noised, condition = torch.randn(3, 1, 8, 8), Condition(torch.tensor([1, 2, -1]))
+    first, second, third = (
+        each.velocity(noised, torch.ones(3), condition, RECTIFIED_FLOW) for each in (plain, guided, loaded)
+    )
+    null = expert.velocity(noised, torch.ones(3), Condition.null(3))
+    torch.testing.assert_close(second, null + 3 * (first - null), atol=1e-4, rtol=1e-4)
+    assert torch.equal(third, second) and not torch.equal(first, second)
+    late = [each.velocity(noised, torch.full((3,), 0.5), condition, RECTIFIED_FLOW) for each in (plain, guided)]
+    assert torch.equal(*late)
+    assert generate(guided).calls.full_calls == {"0/1": 12.0, "0/0": 6.0}
+
+
+def test_recall_is_that_of_the_samples(expert):
+    held_out = halves()[1]
+    many, one = (
+        TimeSplitExpert(experts=(expert,), bounds=(), few_step=FewStepSchedule.uniform(steps, "euler"))
+        for steps in (20, 1)
+    )
+    recalls = [measure_recall(each, held_out, 128) for each in (many, one)]
+    assert recalls[0] > recalls[1] + 0.1 and recalls[0] == measure_recall(many, held_out, 128)
 
 
 def test_a_base_equal_to_its_student_changes_nothing(expert):
