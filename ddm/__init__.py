@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from data_partition.errors import DataError
     from data_partition.partition import Partition
     from ddm.commands import compress, evaluate, load_config, plan, run, submit
-    from ddm.pipeline import DDMPipeline
+    from ddm.pipeline import DDMModularPipeline, DDMPipeline
     from ddm.runs import Run, StageStatus
     from ddm.training import train_expert, train_router
     from ddm_core.artifacts import ArtifactError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ensemble.config import SamplingConfig
     from ensemble.ensemble import Ensemble, EnsembleError
     from ensemble.pipelines.call import PipelineOutput
-    from ensemble.pipelines.modular import DDMModularPipeline
     from ensemble.pipelines.paris import import_paris
     from experts.conditions.condition import Condition
     from experts.config import CodecConfig, ExpertConfig, TrainingConfig
@@ -39,7 +38,7 @@ _MODULES = {
     "Condition": "experts.conditions.condition",
     "ConfigError": "orchestrator.errors",
     "DDMError": "ddm_core.errors",
-    "DDMModularPipeline": "ensemble.pipelines.modular",
+    "DDMModularPipeline": "ddm.pipeline",
     "DDMPipeline": "ddm.pipeline",
     "DataError": "data_partition.errors",
     "Ensemble": "ensemble.ensemble",

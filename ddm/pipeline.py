@@ -11,6 +11,7 @@ from ddm.model_card import render_model_card
 from ensemble.config import SamplingConfig
 from ensemble.pipeline_folder import INDEX, PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
+from ensemble.pipelines.modular import EnsembleModularPipeline
 from ensemble.pipelines.schedulers import SOLVER_SCHEDULERS
 from orchestrator.config.schema import RunConfig
 from orchestrator.reporting.results import find_pipeline, resolve_selection
@@ -49,20 +50,14 @@ class DDMPipeline(EnsembleDiffusionPipeline):
         first. Raises `PipelineError`, an `ArtifactError` or `RunFolderError` for what
         cannot be loaded; nothing in a folder is executed.
         """
-        path, sampling, run = Path(name).expanduser(), SamplingConfig(), None
-        if (path / "config.yaml").is_file():
-            run = RunFolder(path)
-            name, sampling = find_pipeline(run, monolith=False), sampling_of_run(run, run.load_config())
-            scheduler = scheduler or SOLVER_SCHEDULERS[sampling.solver]()
-        elif path.is_dir() and not (path / INDEX).is_file():
-            raise PipelineError(f"{path} is neither a pipeline folder (no {INDEX}) nor a run folder (no config.yaml)")
+        folder, sampling, run = find_ensemble(name)
         pipeline = super().from_pretrained(
-            name,
+            folder,
             dtype=dtype,
             device_map=device_map,
             max_memory=max_memory,
             quantization_config=quantization_config,
-            scheduler=scheduler,
+            scheduler=scheduler or (SOLVER_SCHEDULERS[sampling.solver]() if run else None),
             text_encoder=text_encoder,
             revision=revision,
             token=token,
@@ -100,6 +95,48 @@ class DDMPipeline(EnsembleDiffusionPipeline):
         return super().push_to_hub(
             repo_id, card=card, commit_message=commit_message, private=private, token=token, client=client
         )
+
+
+class DDMModularPipeline(EnsembleModularPipeline):
+    """An ensemble whose experts are loaded and unloaded by name; a call loads those that it needs."""
+
+    def __init__(
+        self,
+        name: str | os.PathLike[str],
+        *,
+        max_memory: int | str | None = None,
+        dtype: torch.dtype | None = None,
+        scheduler: Any = None,
+        text_encoder: Any = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Open what `DDMPipeline.from_pretrained` opens, without its experts' weights; the arguments are the same."""
+        folder, sampling, run = find_ensemble(name)
+        super().__init__(
+            folder,
+            max_memory=max_memory,
+            dtype=dtype,
+            scheduler=scheduler or (SOLVER_SCHEDULERS[sampling.solver]() if run else None),
+            text_encoder=text_encoder,
+            revision=revision,
+            token=token,
+        )
+        self.ensemble_pipeline.sampling = sampling
+
+
+def find_ensemble(name: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], SamplingConfig, RunFolder | None]:
+    """Return the ensemble of a run folder with its sampling settings and the run; any other name as it is.
+
+    Raises `PipelineError` for a folder of neither kind, and what `find_pipeline` raises.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.yaml").is_file():
+        run = RunFolder(path)
+        return find_pipeline(run, monolith=False), sampling_of_run(run, run.load_config()), run
+    if path.is_dir() and not (path / INDEX).is_file():
+        raise PipelineError(f"{path} is neither a pipeline folder (no {INDEX}) nor a run folder (no config.yaml)")
+    return name, SamplingConfig(), None
 
 
 def sampling_of_run(run: RunFolder, config: RunConfig) -> SamplingConfig:

@@ -6,7 +6,7 @@ A call loads the experts that it needs; where the budget is full, those that wer
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, ModularPipeline
@@ -86,7 +86,7 @@ class EnsembleBlock(ModularPipelineBlocks):  # type: ignore[misc, unused-ignore]
         return components, state
 
 
-class DDMModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
+class EnsembleModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
     """An ensemble whose experts are loaded and unloaded by name; a call loads those that it needs."""
 
     def __init__(
@@ -95,6 +95,7 @@ class DDMModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
         *,
         max_memory: int | str | None = None,
         dtype: torch.dtype | None = None,
+        scheduler: Any = None,
         text_encoder: Any = None,
         revision: str | None = None,
         token: str | None = None,
@@ -117,7 +118,7 @@ class DDMModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
             choose_residency(experts, self.pager.max_bytes, keeps_expert=True)
         loaded = EnsemblePipeline.from_pretrained(folder, partial(PagedExpert.open, pager=self.pager))
         self.ensemble_pipeline: Any = EnsembleDiffusionPipeline.from_ensemble(
-            loaded, load_scheduler(folder / "scheduler"), text_encoder or UnmaskedTextEncoder.find(folder)
+            loaded, scheduler or load_scheduler(folder / "scheduler"), text_encoder or UnmaskedTextEncoder.find(folder)
         )
         parts = {
             part: getattr(self.ensemble_pipeline, part) for part in ("scheduler", "codec", "router", "text_encoder")
@@ -131,7 +132,7 @@ class DDMModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
         self.pager.on_change = self._show
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> "DDMModularPipeline":
+    def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> Self:
         """Open a folder; the arguments are those of the constructor."""
         return cls(name, **settings)
 
@@ -155,7 +156,7 @@ class DDMModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ignore]
         for name in chosen:
             self.pager.drop(self._paged[name].folder)
 
-    def to(self, *args: Any, **kwargs: Any) -> "DDMModularPipeline":
+    def to(self, *args: Any, **kwargs: Any) -> "EnsembleModularPipeline":
         """Move or convert the parts, as `DDMPipeline.to` does; experts are loaded to there from now on."""
         self.ensemble_pipeline.to(*args, **kwargs)
         return self

@@ -7,7 +7,7 @@ from diffusers import ModularPipeline
 from ddm_core.artifacts import ArtifactError
 from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
-from ensemble.pipelines.modular import DDMModularPipeline
+from ensemble.pipelines.modular import EnsembleModularPipeline
 from ensemble.pipelines.paging import weight_bytes
 
 ARGUMENTS = {"seeds": range(10), "class_labels": ["a", "b"] * 5, "num_inference_steps": 3, "guidance_scale": 2.0}
@@ -18,7 +18,7 @@ def largest(folder):
 
 
 def test_components_are_loaded_and_unloaded_by_name(folder, pipe):
-    modular = DDMModularPipeline.from_pretrained(folder, max_memory=2 * largest(folder))
+    modular = EnsembleModularPipeline.from_pretrained(folder, max_memory=2 * largest(folder))
     assert isinstance(modular, ModularPipeline)
     assert modular.null_component_names == ["expert_0", "expert_1", "expert_2"]
     modular.load_components(["expert_1", "expert_2"])
@@ -34,7 +34,7 @@ def test_components_are_loaded_and_unloaded_by_name(folder, pipe):
 @pytest.mark.parametrize("in_memory", [1, 3])
 @pytest.mark.parametrize("selection", ["sticky", "full"])
 def test_call_loads_what_it_needs(folder, in_memory, selection):
-    modular = DDMModularPipeline.from_pretrained(folder, max_memory=in_memory * largest(folder))
+    modular = EnsembleModularPipeline.from_pretrained(folder, max_memory=in_memory * largest(folder))
     whole = EnsembleDiffusionPipeline.from_pretrained(folder)
     for each in (modular.ensemble_pipeline, whole):
         each.set_progress_bar_config(disable=True)
@@ -46,12 +46,12 @@ def test_call_loads_what_it_needs(folder, in_memory, selection):
 
 def test_unknown_components_and_broken_folders_are_refused(folder):
     with pytest.raises(PipelineError, match=r"no model_index\.json; a run has one in artifacts/ensemble"):
-        DDMModularPipeline.from_pretrained(folder.parent)
+        EnsembleModularPipeline.from_pretrained(folder.parent)
     (folder / "pipeline.py").touch()
     with pytest.raises(PipelineError, match="code of a folder is never run"):
-        DDMModularPipeline.from_pretrained(folder)
+        EnsembleModularPipeline.from_pretrained(folder)
     (folder / "pipeline.py").unlink()
-    modular = DDMModularPipeline.from_pretrained(folder)
+    modular = EnsembleModularPipeline.from_pretrained(folder)
     with pytest.raises(PipelineError, match="no component 'expert_7'"):
         modular.load_components(["expert_7"])
     with pytest.raises(PipelineError, match="'router' is no expert"):

@@ -18,7 +18,7 @@ from benchmarks.testbed.paris_layout import (
 )
 from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.diffusion_pipeline import EnsembleDiffusionPipeline
-from ensemble.pipelines.modular import DDMModularPipeline
+from ensemble.pipelines.modular import EnsembleModularPipeline
 from ensemble.pipelines.paris import convert_expert, convert_router, import_paris
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import set_null_text
@@ -101,7 +101,7 @@ def test_folder_samples_from_prompts(paris, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert torch.equal(again("a", **arguments | {"seeds": [1]}).latents, sticky.latents)
     assert again.expert_0.norm_out.eps == 1e-5
-    modular = DDMModularPipeline.from_pretrained(tmp_path / "ours")
+    modular = EnsembleModularPipeline.from_pretrained(tmp_path / "ours")
     assert torch.equal(modular(prompt="a", **arguments | {"seeds": [1]}, output="latents"), sticky.latents)
 
 
