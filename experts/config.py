@@ -264,10 +264,11 @@ class CodecConfig:
 class TextConfig:
     """The encoder of captions; its length is part of every model that reads its texts."""
 
-    kind: Literal["none", "minilm", "clip", "t5", "transformers"] = "none"
+    kind: Literal["none", "minilm", "clip", "t5", "transformers", "diffusers"] = "none"
     """`none`: models read no text. `minilm`: sentence embeddings from a small package. `clip`, `t5`: encoders of
     published image models; networks read the padding of `clip` like tokens, as Stable Diffusion does.
-    `transformers`: any other encoder of that library."""
+    `transformers`: any other encoder of that library. `diffusers`: all encoders of a pipeline together, as Stable
+    Diffusion XL and 3 and Flux have them; networks read their padding too."""
 
     path: str | None = None
     """Folder of the encoder and its tokenizer, or its id on the Hugging Face Hub; None: the package of `minilm`."""

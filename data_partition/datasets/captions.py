@@ -36,7 +36,10 @@ def find_captions(path: Path, root: Path, config: DataConfig) -> tuple[str, More
         if os.path.isfile(sidecar):  # noqa: PTH113 - a name that is too long is no file
             if sidecar.stat().st_size > MAX_ANNOTATION_BYTES:
                 raise ValueError(f"its {sidecar.suffix} has more than {MAX_ANNOTATION_BYTES} bytes")
-            return split_captions(sidecar.read_text(encoding="utf-8-sig"))
+            try:
+                return split_captions(sidecar.read_text(encoding="utf-8-sig"))
+            except UnicodeDecodeError:
+                raise ValueError(f"its caption {sidecar.name!r} is not UTF-8; save it as UTF-8") from None
     for folder in path.parents:
         fields = read_table(folder, config.caption_key).get(path.relative_to(folder).as_posix())
         if fields is not None:
@@ -44,6 +47,25 @@ def find_captions(path: Path, root: Path, config: DataConfig) -> tuple[str, More
         if folder == root:
             break
     return "", ()
+
+
+def check_captions(images: Iterable[Path], root: Path, config: DataConfig) -> None:
+    """Look for a caption of any of these images; raises `InvalidCaptions` if none has one that can be used."""
+    read_table.cache_clear()
+    paths, fault = list(images), ""
+    for path in paths:
+        try:
+            caption, more = find_captions(path, root, config)
+        except ValueError as error:
+            fault = fault or f" ({path.relative_to(root).as_posix()!r}: {error})"
+        else:
+            if caption or more:
+                return
+    raise InvalidCaptions(
+        f"data.captions=true, and none of {len(paths)} images has a caption{fault}: a caption of x.jpg is in x.txt "
+        f"beside it, or in a metadata.jsonl, .csv or .parquet with {FILE_NAME} and {' or '.join(KEYS)}; "
+        "data.captions=false trains without"
+    )
 
 
 def has_held_out_words(caption: str, held_out: Iterable[str]) -> bool:
@@ -110,7 +132,8 @@ def read_table(folder: Path, key: str | None) -> dict[str, Mapping[str, object]]
             pick_caption(row, key)
             rows[name] = row
     except (ValueError, OSError, RecursionError, csv.Error) as error:
-        raise InvalidCaptions(f"{table} cannot be used: {error}; correct it, or set data.captions=false") from error
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise InvalidCaptions(f"{table} cannot be used: {reason}; correct it, or set data.captions=false") from error
     return rows
 
 
@@ -119,7 +142,7 @@ def _read_rows(table: Path) -> Iterator[Mapping[str, object]]:
         for batch in open_parquet(table).iter_batches():
             yield from batch.to_pylist()
         return
-    with table.open(encoding="utf-8", newline="") as file:
+    with table.open(encoding="utf-8-sig", newline="") as file:
         yield from _read_json_lines(file) if table.suffix == ".jsonl" else csv.DictReader(file)
 
 

@@ -57,6 +57,7 @@ def read_image_tree(
     root: Path, class_names: tuple[str, ...], config: DataConfig | None = None
 ) -> Iterator[Sample | Unreadable]:
     """Yield every file below `root` in the order of its path; label -1 outside the folders of `class_names`."""
+    read_table.cache_clear()
     label_of = {name: label for label, name in enumerate(class_names)}
     folders: set[Path] = set()
     for found in iter_files(root, root, root.resolve()):
@@ -144,6 +145,8 @@ def explain_suffix(path: Path, stems: set[str]) -> str:
     suffix = path.suffix.lower()
     if path.name in TABLES or (suffix in SIDECARS and path.stem in stems):
         return f"{CAPTION}, which data.captions=true reads"
+    if suffix in SIDECARS:
+        return "no image has the name of this caption"
     if suffix in UNREAD_IMAGES:
         return f"{suffix} is not read; convert it to PNG or JPEG"
     if suffix in ARCHIVES:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from data_partition.config import DataConfig
+from data_partition.datasets.captions import check_captions
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS, find_fashion
 from data_partition.datasets.image_folder import check_root, iter_image_files, list_class_names, make_key
 from data_partition.datasets.parquet_source import list_rows
@@ -43,7 +44,7 @@ class Survey:
 def survey_source(config: DataConfig) -> Survey | None:
     """Count the samples of a source; None for remote ones.
 
-    Raises `SourceMissing`, `NoSamples`, `ShardError`, `UnprintableName` or `UrlRefused`.
+    Raises `SourceMissing`, `NoSamples`, `InvalidCaptions`, `ShardError`, `UnprintableName` or `UrlRefused`.
     """
     if config.source == "fashion_full":
         if config.path is not None:
@@ -57,6 +58,9 @@ def survey_source(config: DataConfig) -> Survey | None:
         raise SourceMissing(f"data.path={config.path} cannot be read: {error.strerror}: {error.filename!r}") from error
     if survey.train + survey.held_out == 0:
         raise NoSamples(f"data.path={config.path} has no image; {describe_others(Path(str(config.path)))}")
+    if config.captions and config.source == "image_folder":
+        root = check_root(config.path)
+        check_captions(islice(iter_image_files(root, root.resolve()), MAX_LISTED), root, config)
     return survey
 
 

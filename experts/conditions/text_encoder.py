@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from ddm_core.json_values import from_json
+from experts.conditions.joint_text_model import JointTextModel
 from experts.conditions.text_embedding import TextEmbedding
-from experts.conditions.text_files import TextError, encoder_checksum, find_encoder, find_tokenizer
+from experts.conditions.text_files import TextError, encoder_checksum, find_encoder, find_tokenizer, read_layout
 from experts.config import TextConfig
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class TextEncoder:
     config: TextConfig
     """With the checksum of the encoder's files."""
     tokenizer: Any
-    model: "PreTrainedModel"
+    """None for the encoders of a pipeline, whose model has one for each."""
+    model: "PreTrainedModel | JointTextModel"
 
     @classmethod
     def from_config(cls, config: TextConfig) -> "TextEncoder | None":
@@ -50,7 +53,7 @@ class TextEncoder:
         if config.kind == "none":
             return None
         folder = find_encoder(config)
-        digest = encoder_checksum(folder)
+        digest = encoder_checksum(config, folder)
         if config.checksum not in ("", digest):
             raise TextError(
                 f"the text encoder in {folder} is not the one of the training, by the checksum of its files; restore "
@@ -97,16 +100,33 @@ class TextEncoder:
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Return the number of tokens of every caption, before it is cut."""
-        return [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]] if captions else []
+        if not captions:
+            return []
+        if isinstance(self.model, JointTextModel):
+            return self.model.count_tokens(captions)
+        return [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
 
     @cached_property
     def null_text(self) -> TextEmbedding:
-        """Return the encoded "", one row with at least one token."""
+        """Return the encoded "", one row with at least one token; zeros where the encoders' pipeline says so."""
+        if isinstance(self.model, JointTextModel) and (zeros := self.model.null_text()) is not None:
+            return zeros
         return replace(self.encode_padded([""]), is_null=torch.ones(1).bool())
 
     @torch.inference_mode()
     def encode_padded(self, texts: list[str]) -> TextEmbedding:
         """Return a row of the fixed length for each text, also for an empty one; cuts without a message."""
+        if isinstance(self.model, JointTextModel):
+            sequence, pooled = self.model.encode(texts)
+            mask = torch.ones(sequence.shape[:2], dtype=torch.bool)
+        else:
+            sequence, mask, pooled = self._encode_alone(texts)
+        is_null = torch.zeros(len(texts), dtype=torch.bool)
+        # Rounded as they are stored for training, so that a prompt is encoded as its caption was.
+        return TextEmbedding(sequence.half().float().clone(), mask, pooled.half().float().clone(), is_null)
+
+    def _encode_alone(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sequence, mask and pooled vector of one network."""
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.config.length, return_tensors="pt"
         )
@@ -119,9 +139,7 @@ class TextEncoder:
             mask = torch.ones_like(mask)
         sequence = output.last_hidden_state.float().cpu() * mask[:, :, None]
         pooled = output.pooler_output.float().cpu() if is_clip else sequence.sum(1) / mask.sum(1, keepdim=True)
-        is_null = torch.zeros(len(texts), dtype=torch.bool)
-        # Rounded as they are stored for training, so that a prompt is encoded as its caption was.
-        return TextEmbedding(sequence.half().float().clone(), mask, pooled.half().float().clone(), is_null)
+        return sequence, mask, pooled
 
 
 def read_text_config(folder: Path) -> TextConfig | None:
@@ -134,8 +152,19 @@ def read_text_config(folder: Path) -> TextConfig | None:
         raise CorruptArtifact(f"{folder / SETTINGS} does not describe a text encoder: {error}") from error
 
 
-def _load_parts(config: TextConfig, folder: Path) -> tuple[Any, "PreTrainedModel"]:
+def _load_parts(config: TextConfig, folder: Path) -> tuple[Any, "PreTrainedModel | JointTextModel"]:
     """Load tokenizer and network from a folder; raises `TextError`."""
+    if config.kind == "diffusers":
+        return None, JointTextModel(read_layout(config, folder), _load_part)
+    tokenizer, encoder = _load_part(folder, MODEL_CLASSES[config.kind])
+    longest = getattr(encoder.config, "max_position_embeddings", None) or config.length
+    if config.length > longest:
+        raise TextError(f"text.length must be at most {longest}, the positions of {folder}; got {config.length}")
+    return tokenizer, encoder
+
+
+def _load_part(folder: Path, class_name: str) -> tuple[Any, "PreTrainedModel"]:
+    """Load a tokenizer and a network of this class; raises `TextError`."""
     try:
         import transformers
     except ImportError as error:
@@ -146,7 +175,7 @@ def _load_parts(config: TextConfig, folder: Path) -> tuple[Any, "PreTrainedModel
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(find_tokenizer(folder), local_files_only=True)
-        model, loaded = getattr(transformers, MODEL_CLASSES[config.kind]).from_pretrained(
+        model, loaded = getattr(transformers, class_name).from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -158,12 +187,9 @@ def _load_parts(config: TextConfig, folder: Path) -> tuple[Any, "PreTrainedModel
             raise ValueError(f"its weights lack {', '.join(missing)}")
     except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise TextError(f"{folder} does not hold a text encoder of kind {config.kind}: {reason}") from error
+        raise TextError(f"{folder} does not hold a text encoder of class {class_name}: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     encoder: PreTrainedModel = model.get_encoder() if model.config.is_encoder_decoder else model
-    longest = getattr(encoder.config, "max_position_embeddings", None) or config.length
-    if config.length > longest:
-        raise TextError(f"text.length must be at most {longest}, the positions of {folder}; got {config.length}")
     return tokenizer, encoder

@@ -12,6 +12,7 @@ from data_partition.config import DataConfig
 from data_partition.datasets.captions import MAX_CAPTION, find_captions, normalize_caption, read_table
 from data_partition.datasets.image_folder import read_image_tree
 from data_partition.datasets.source import Unreadable
+from data_partition.datasets.survey import survey_source
 from data_partition.errors import InvalidCaptions
 from data_partition.shards.shards import Sample
 from data_partition.shards.untrusted import is_printable
@@ -89,7 +90,7 @@ def test_key_of_the_caption_is_configured(tmp_path: Path):
         ("metadata.jsonl", b'{"file": "x.png", "text": "a"}\n', "has the columns file, text, but needs file_name"),
         ("metadata.jsonl", b'{"file_name": "x.png", "title": "a"}\n', "but needs file_name and caption or text"),
         ("metadata.jsonl", b'{"file_name": "x.png", "text": 3}\n', "its caption 'text' is a int"),
-        ("metadata.jsonl", b"\xff\n", "cannot be used"),
+        ("metadata.jsonl", b"\xff\n", "it is not UTF-8; correct it"),
         ("metadata.csv", b"file_name,label\nx.png,3\n", "has the columns file_name, label"),
         ("metadata.parquet", b"not parquet", "metadata.parquet cannot be used"),
     ],
@@ -99,6 +100,42 @@ def test_table_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidCaptions, match=message):
         list(read_image_tree(tmp_path, (), CAPTIONED))
+
+
+def test_table_of_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    write(tmp_path / "x.png")
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text\nx.png,a duck\n")
+    assert find_captions(tmp_path / "x.png", tmp_path, CAPTIONED) == ("a duck", ())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"none of 2 images has a caption: a caption of x\.jpg is in x\.txt beside it"),
+        ({"x.txt": b"", "y.txt": b" \t\n\n"}, "none of 2 images has a caption: "),
+        ({"x.txt": b"caf\xe9", "y.txt": b"caf\xe9"}, r"caption \('x\.png': its caption 'x\.txt' is not UTF-8; save it"),
+        ({"metadata.csv": b"file_name,text\nz.png,a duck\n"}, "none of 2 images has a caption: "),
+        ({"metadata.csv": b"file_name,txet\nx.png,a duck\n"}, "has the columns file_name, txet, but needs"),
+    ],
+)
+def test_folder_without_captions_is_refused_before_it_is_read(tmp_path: Path, files: dict[str, bytes], message: str):
+    for name in ("x.png", "y.png"):
+        write(tmp_path / name)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    config = dataclasses.replace(CAPTIONED, path=str(tmp_path))
+    with pytest.raises(InvalidCaptions, match=message):
+        survey_source(config)
+    (tmp_path / "y.txt").write_text("a duck")
+    (tmp_path / "metadata.csv").unlink(missing_ok=True)
+    assert survey_source(config)
+
+
+def test_caption_without_its_image_is_named(tmp_path: Path):
+    write(tmp_path / "x.png")
+    (tmp_path / "y.txt").write_text("a duck")
+    _, note = read_image_tree(tmp_path, (), CAPTIONED)
+    assert isinstance(note, Unreadable) and note.reason == "no image has the name of this caption"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a" * (MAX_CAPTION + 1), b"a" * (2**20 + 1)])

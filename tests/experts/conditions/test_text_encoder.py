@@ -10,11 +10,11 @@ import torch
 
 from experts.conditions.condition import Condition
 from experts.conditions.text_encoder import ROWS, TextEncoder
-from experts.conditions.text_files import TextError
+from experts.conditions.text_files import TextError, read_text_shape
 from experts.config import DiffusersConfig, TextConfig
 from experts.networks.registry import build_network, call_network
 from experts.training.encode import caption_flops
-from tests.text_encoders import save_tiny_encoder
+from tests.text_encoders import JOINT, save_tiny_encoder, save_tiny_pipeline
 
 CAPTIONS = ["a dark ankle boot", "", "a shirt", "a dark ankle boot", "one two three four five six seven eight"]
 
@@ -89,6 +89,55 @@ def test_clip_and_unet_equal_stable_diffusions_own_pipeline(tmp_path):
     assert (own - unpadded).abs().max() > 1e-3, "padding is read"
 
 
+TEXTS_OF_PIPELINES = {
+    "StableDiffusionXLPipeline": ((32, 16, 12), {}),
+    "StableDiffusion3Pipeline": ((42, 24, 24), {"max_sequence_length": 10}),
+    "FluxPipeline": ((9, 24, 8), {"max_sequence_length": 9}),
+}
+"""Shapes of the texts, and arguments of diffusers."""
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_encoders_of_a_pipeline_make_the_texts_of_diffusers(name, tmp_path):
+    shape, arguments = TEXTS_OF_PIPELINES[name]
+    config = TextConfig(kind="diffusers", path=str(save_tiny_pipeline(tmp_path, name)), length=shape[0])
+    encoder, prompts = TextEncoder.from_config(config), ["a dark ankle boot", "a shirt"]
+    model = "unet" if name == "StableDiffusionXLPipeline" else "transformer"
+    components = {"vae": None, model: None, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    for number, (tokenizer, network) in enumerate(zip(encoder.model.tokenizers, encoder.model.networks, strict=True)):
+        suffix, tokenizer.model_max_length = f"_{number + 1}" if number else "", 32
+        components |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": network}
+    arguments |= {f"prompt_{number}": prompts for number in range(2, len(JOINT[name]) + 1)}
+    theirs = getattr(diffusers, name)(**components).encode_prompt(prompt=prompts, device="cpu", **arguments)
+    text = encoder.encode([*prompts, ""])
+    assert text.shape == shape == read_text_shape(config)
+    assert torch.equal(text.sequence[:2], theirs[0].half().float())
+    assert torch.equal(text.pooled[:2], theirs[1 if name == "FluxPipeline" else 2].half().float())
+    assert text.mask[:2].all() and text.is_null.tolist() == [False, False, True]
+    assert encoder.null_text.sequence.any() != (name == "StableDiffusionXLPipeline"), "its null text is zeros"
+    assert encoder.encode_and_count(["a shirt", " ".join(["boot"] * 40)])[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "damage", "message"),
+    [
+        ("StableDiffusionXLPipeline", 33, "", "at most 32"),
+        ("StableDiffusion3Pipeline", 32, "", "above 32, the tokens of CLIP before those of T5"),
+        ("FluxPipeline", 9, "text_encoder_2", "for a single encoder take text=clip"),
+        ("StableDiffusion3Pipeline", 42, "text_encoder", "those that go together are Stable Diffusion XL"),
+        ("FluxPipeline", 9, "text_encoder/tokenizer.json", "has no tokenizer"),
+    ],
+)
+def test_pipeline_whose_encoders_do_not_fit_is_one_error(tmp_path, name, length, damage, message):
+    path = save_tiny_pipeline(tmp_path, name) / damage
+    if path.is_file():
+        without_tokenizer(path.parent)
+    elif damage:
+        shutil.rmtree(path)
+    with pytest.raises(TextError, match=message):
+        TextEncoder.from_config(TextConfig(kind="diffusers", path=str(tmp_path), length=length))
+
+
 def test_flops_of_a_caption_are_those_of_its_padded_length(tmp_path):
     folder, length, width = save_tiny_encoder(tmp_path, "transformers"), 8, 8
     encoder = TextEncoder.from_config(TextConfig(kind="transformers", path=str(folder), length=length))
@@ -154,7 +203,7 @@ def with_truncated_weights(folder):
     [
         (without_tokenizer, "has no tokenizer"),
         (with_pickle_only, "pickles are never read; it has .*pytorch_model.bin"),
-        (with_remote_code, "does not hold a text encoder of kind transformers"),
+        (with_remote_code, "does not hold a text encoder of class AutoModel"),
         (with_truncated_weights, "does not hold a text encoder"),
         (shutil.rmtree, "must be a folder with a text encoder"),
     ],
