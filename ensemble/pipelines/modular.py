@@ -6,7 +6,7 @@ A call loads the experts that it needs; where the budget is full, those that wer
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, ModularPipeline
@@ -132,7 +132,7 @@ class EnsembleModularPipeline(ModularPipeline):  # type: ignore[misc, unused-ign
         self.pager.on_change = self._show
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> Self:
+    def from_pretrained(cls, name: str | os.PathLike[str], **settings: Any) -> "EnsembleModularPipeline":
         """Open a folder; the arguments are those of the constructor."""
         return cls(name, **settings)
 
