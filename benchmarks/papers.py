@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.arms import compression_rows, pruning_rows, replication_rows
+from benchmarks.arms import compression_rows, few_step_rows, pruning_rows, replication_rows
 from benchmarks.arms.paper_networks import (
     ring_of_gaussians,
     select_digits,
@@ -225,6 +225,7 @@ MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     "consistency": measure_consistency,
     **compression_rows.ROWS,
     **replication_rows.ROWS,
+    **few_step_rows.ROWS,
 }
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ class SiDConfig:
 
 
 MEAN_FLOW_TRAINING = TrainingConfig(
-    steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, t_mean=-0.4, t_std=1.0, checkpoint_every=200
+    steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, t_mean=0.4, t_std=1.6, checkpoint_every=200
 )
 
 
@@ -160,13 +160,15 @@ class MeanFlowConfig:
     velocity: Literal["student", "data", "expert"] = "student"
     """Where the velocity in the target comes from. `data`: noise and sample (MeanFlow). `student`: the same, but the
     derivative follows the student's own velocity, which has less variance (iMF). `expert`: the expert's velocity."""
-    velocity_share: Annotated[float, Field(ge=0, lt=1)] = 0.75
-    """Share of the batch that trains on the velocity itself, a jump of no length."""
+    velocity_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the batch that trains on the velocity itself, a jump of no length; empty is .5, and 0 with the expert's
+    velocity, which the student has from the start."""
     derivative_step: Annotated[float, Field(ge=0, le=0.1)] = 0.02
     """The derivative is taken over t plus and minus this step; 0 takes it exactly, by forward-mode differentiation,
     with all ripples of the network's embedding of t."""
-    power: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Rows count by their squared error to minus this power; 0 is the plain squared error."""
+    power: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Rows count by their squared error to minus this power; 0 is the plain squared error. Empty is 1, and .5 with the
+    expert's velocity, where short jumps have hardly an error and would count most."""
     guidance: float = 1.0
     """Guidance scale of the velocity that is averaged; guided samples then cost one call a jump too."""
 

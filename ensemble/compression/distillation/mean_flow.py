@@ -90,9 +90,23 @@ def make_update_step(expert: Expert, teacher: Teacher, dataset: LatentDataset, c
         velocity = noise_schedule.velocity(batch.clean, batch.noise, t)
         flow = MeanFlow(student=student, teacher=teacher, condition=batch.condition)
         target = flow.target(noised, t, r, velocity, config)
-        yield "student", mean_flow_losses(flow.average(noised, t, r), target, config.power)
+        yield "student", mean_flow_losses(flow.average(noised, t, r), target, error_power(config))
 
     return update_step
+
+
+def velocity_share(config: MeanFlowConfig) -> float:
+    """Return the share of jumps without length."""
+    if config.velocity_share is not None:
+        return config.velocity_share
+    return 0.0 if config.velocity == "expert" else 0.5
+
+
+def error_power(config: MeanFlowConfig) -> float:
+    """Return the power of the squared error by which a row is divided."""
+    if config.power is not None:
+        return config.power
+    return 0.5 if config.velocity == "expert" else 1.0
 
 
 def sample_jumps(t: Times, config: MeanFlowConfig, step: int) -> tuple[Times, Times]:
@@ -101,7 +115,7 @@ def sample_jumps(t: Times, config: MeanFlowConfig, step: int) -> tuple[Times, Ti
     generator = torch.Generator().manual_seed(derive_seed(Stream.MEAN_FLOW, training.seed, step))
     other = torch.randn(len(t), generator=generator).mul(training.t_std).add(training.t_mean).sigmoid()
     other = shift_times(other, training.t_shift)
-    is_velocity = torch.rand(len(t), generator=generator) < config.velocity_share
+    is_velocity = torch.rand(len(t), generator=generator) < velocity_share(config)
     other = torch.where(is_velocity, t, other)
     return torch.maximum(t, other), torch.minimum(t, other)
 
@@ -158,7 +172,7 @@ def mean_flow_losses(average: Latents, target: Latents, power: float) -> dict[st
 
 def mean_flow_flops(student_flops: float, teacher_flops: float, config: MeanFlowConfig) -> float:
     """Return the FLOPs of the training, from those of a row: a call with gradient, and what the target takes."""
-    rows, jumps = config.training.steps * config.training.batch_size, 1 - config.velocity_share
+    rows, jumps = config.training.steps * config.training.batch_size, 1 - velocity_share(config)
     guided = config.guidance != 1
     student_calls = 3 + jumps * (DERIVATIVE_CALLS + (config.velocity == "student"))
     if config.velocity == "expert":
