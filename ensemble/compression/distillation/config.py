@@ -163,7 +163,7 @@ class MeanFlowConfig:
     velocity_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the batch that trains on the velocity itself, a jump of no length; empty is .5, and 0 with the expert's
     velocity, which the student has from the start."""
-    derivative_step: Annotated[float, Field(ge=0, le=0.1)] = 0.02
+    derivative_step: Annotated[float, Field(ge=0, le=0.25)] = 0.1
     """The derivative is taken over t plus and minus this step; 0 takes it exactly, by forward-mode differentiation,
     with all ripples of the network's embedding of t."""
     power: Annotated[float, Field(ge=0, le=1)] | None = None
