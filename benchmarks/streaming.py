@@ -75,12 +75,16 @@ class Size:
     tars: int = 80
     samples: int = 100
     """Of a tar."""
-    steps: int = 240
+    steps: int = 160
     batch_size: int = 64
     rate: float = 2000.0
     """Samples a second of the simulated network."""
     resumes: int = 20
-    kills: int = 20
+    kills: int = 10
+
+    def at(self, rate: float) -> "Size":
+        """Return the same for so many samples a second, and as many seconds."""
+        return replace(self, rate=rate, steps=max(2, round(self.steps * rate / self.rate)))
 
     @property
     def training(self) -> TrainingConfig:
@@ -107,7 +111,7 @@ def main() -> None:
     """Measure, write docs/benchmarks/streaming.json and print it; with --tiny only measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a few seconds, which shows that it works")
-    parser.add_argument("--rates", type=float, nargs="*", default=[1000], help="further samples a second")
+    parser.add_argument("--rates", type=float, nargs="*", default=[1000, 500, 250], help="further samples a second")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started, size = time.monotonic(), TINY_SIZE if options.tiny else Size()
@@ -132,7 +136,7 @@ def measure(folder: Path, size: Size, rates: Sequence[float] = ()) -> tuple[list
             with nullcontext() if name == "S3" else slow_disk():
                 dataset = open_dataset(folder / name.replace(" ", "_"), f"{path}/{names}")
                 for rate in (size.rate, *rates):
-                    stall, figures = measure_stall(dataset, replace(size, rate=rate), folder / "cache")
+                    stall, figures = measure_stall(dataset, size.at(rate), folder / "cache")
                     rows.append((name, f"{rate:g}", f"{stall:.3f}", *figures))
                     if rate == size.rate:
                         claims.append(
@@ -360,8 +364,8 @@ def _fork(source: Path, size: Size, scratch: Path, kill_after_s: float | None) -
 
 
 def measure_copies(folder: Path, size: Size, mode: str) -> dict[str, float]:
-    """Return, by stage, how many bytes a run keeps for each byte that its tars have more: of 12 tars against 4."""
-    counts = (4, 12) if size.tars >= 12 else (2, 4)
+    """Return, by stage, how many bytes a run keeps for each byte that its tars have more: of 8 tars against 4."""
+    counts = (4, 8) if size.tars >= 8 else (2, 4)
     small, large = (run_bytes(folder, count, mode) for count in counts)
     paths = sorted((folder / "tars").iterdir())[counts[0] : counts[1]]
     added = sum(path.stat().st_size for path in paths)
