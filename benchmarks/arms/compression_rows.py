@@ -32,9 +32,11 @@ from experts.training.latent_dataset import Batch
 from router.config import SelectionConfig
 
 TUNING = TrainingConfig(steps=120, batch_size=32, lr=1e-3, warmup_steps=10, checkpoint_every=10**6)
+LONG_TUNING = replace(TUNING, steps=400)
+"""Tuning of the U-Net's sensitive layers, its convolutions among them."""
 QUEST = QuESTConfig(time_embedding=TUNING, sensitive=TUNING, min_elements=256)
 CALIBRATED = replace(QUEST, adaptive_rounding=False, time_embedding=None, sensitive=None)
-SVDQUANT = SVDQuantConfig(rank=16, rank_share=1, branch_bits=8, refine=10, rest_bits=None)
+SVDQUANT = SVDQuantConfig(rank=16, rank_share=1, branch_bits=8, refine=10, grid=10, rest_bits=None)
 NAIVE = replace(SVDQUANT, rank=0, smooth=False, refine=0)
 CACHE = CacheConfig(policy="adaptive", rows=8)
 CACHED_STEPS = 20
@@ -47,7 +49,7 @@ def measure_quest(folder: Path, kind: str) -> PaperRow:
     expert, dataset = train_digits(kind, folder)
     held_out = calibration_batches(select_digits(kind, held_out=True), 64, NEW_SEED, 4)
     errors, results = dict[str, float](), dict[str, ExpertResult]()
-    full = replace(QUEST, sensitive_convolutions=kind == "unet")
+    full = replace(QUEST, sensitive=LONG_TUNING, sensitive_convolutions=True) if kind == "unet" else QUEST
     one_grid = replace(CALIBRATED, channelwise=False, timewise=False)
     for name, config in {"tuned": full, "calibrated": CALIBRATED, "one grid a layer": one_grid}.items():
         results[name] = quantize_quest(expert, dataset, config, Workspace.at(folder / f"quest_{kind}_{name}"))

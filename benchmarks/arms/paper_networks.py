@@ -42,7 +42,7 @@ NETWORKS: dict[str, NetworkConfig] = {
     ),
 }
 TRAINING = TrainingConfig(steps=600, batch_size=64, lr=2e-3, warmup_steps=30, checkpoint_every=10**6)
-WIDE_STEPS = 100
+WIDE_STEPS = 50
 """Training steps of the wide network, whose bytes are counted."""
 
 
