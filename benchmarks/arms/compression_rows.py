@@ -34,6 +34,7 @@ from router.config import SelectionConfig
 TUNING = TrainingConfig(steps=120, batch_size=32, lr=1e-3, warmup_steps=10, checkpoint_every=10**6)
 LONG_TUNING = replace(TUNING, steps=400)
 """Tuning of the U-Net's sensitive layers, its convolutions among them."""
+UNET_SETTINGS = " quantize.sensitive_convolutions=true quantize.sensitive.steps=400"
 QUEST = QuESTConfig(time_embedding=TUNING, sensitive=TUNING, min_elements=256)
 CALIBRATED = replace(QUEST, adaptive_rounding=False, time_embedding=None, sensitive=None)
 SVDQUANT = SVDQuantConfig(rank=16, rank_share=1, branch_bits=8, refine=10, grid=10, rest_bits=None)
@@ -63,7 +64,7 @@ def measure_quest(folder: Path, kind: str) -> PaperRow:
         paper=f"QuEST (2402.03666), {'U-Net' if kind == 'unet' else 'DiT'}",
         says="tuning of the time embeddings, then of the sensitive layers, makes W4A4 usable",
         file="ensemble/compression/quantization/quest.py",
-        command="ddm compress RUN quantize=quest",
+        command=f"ddm compress RUN quantize=quest{UNET_SETTINGS if kind == 'unet' else ''}",
         criterion="W4A4 error on held-out digits and new noise ≤ .75 × calibrated only; a load gives the same output",
         ours=(
             f"{ratio:.3f} × ({errors['tuned']:.4f} against {errors['calibrated']:.4f}; one grid a layer "
