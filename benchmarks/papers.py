@@ -55,14 +55,14 @@ caching, EcoDiff, SVDQuant by error, SiD, MMD-DDM and base first.
 Not built:
 """
 NOT_BUILT = (
-    "CAT-DM's retraining below t_start, and its implicit start; Trajectory Diffuser's draft under a return",
-    "DiffusionDrive's training from t_start and its confidence head (centroids as drafts: `accelerate=truncate`)",
+    "CAT-DM's implicit start by a generator of its own; Trajectory Diffuser's draft under a return",
+    "DiffusionDrive's confidence head for prompts (for classes, shares of the anchors are exact)",
     "reward-directed generation, and the error off the support of the data",
     "A-SDM's assembly, ME-CondConv, inheritance at three granularities, and its removal of redundancy",
     "DivControl's learngenes by SVD with gates and tailors",
     "a control that is trained on the base and works on the student (Distilling Diversity and Control)",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
-    "MeanFlow, and continuous-time consistency with normalized tangents (sCM, rCM)",
+    "rCM's score term beside continuous-time consistency; guidance of a mean flow as an input",
     "SpeedUpNet, AnimateLCM, SIGN, experts trained on a range of timesteps each, and task-routing masks",
 )
 
