@@ -16,7 +16,7 @@ from experts.config import TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule, expand
 from experts.expert import Expert
-from tests.ensemble.compression.distillation.test_sid import distance, generate
+from tests.ensemble.compression.distillation.test_sid import FULL, distance, generate
 from tests.ensemble.compression.trained import digits, trained
 from tests.oracles import gaussian_velocity
 
@@ -210,3 +210,11 @@ def test_few_student_steps_beat_one_plain_step(method, settings, training_steps,
     training = replace(TRAINING, steps=training_steps)
     student = distill(method, teacher, Workspace.at(tmp_path / "student"), training=training, **settings)
     assert distance(generate(student)) < 0.6 * distance(generate(teacher))
+
+
+@pytest.mark.integration
+def test_two_jumps_of_a_transformer_are_as_good_as_fifty_steps(tmp_path):
+    teacher = trained("dit", Workspace.at(tmp_path / "teacher"), 800)
+    settings = {"velocity": "expert", "steps": 2, "training": replace(TRAINING, steps=500)}
+    student = distill("mean_flow", teacher, Workspace.at(tmp_path / "student"), **settings)
+    assert distance(generate(student)) < 1.1 * distance(generate(teacher, replace(FULL, steps=50)))
