@@ -154,6 +154,8 @@ def desk(tmp_path_factory) -> Iterator[Desk]:
     made = Desk(folder, environment, [])
     yield made
     made.stop_servers()
+    for command in ("ddm islands down", "ddm pool down local --yes"):  # of a page that failed half-way
+        subprocess.run(["bash", "-c", command], cwd=folder, env=environment, check=False, capture_output=True)
 
 
 @pytest.fixture
