@@ -197,11 +197,13 @@ def logs(
         typer.Argument(help="The stage, such as expert_3; empty prints the journal", autocompletion=complete_stage),
     ] = "",
     attempt: Annotated[int, typer.Option(help="Attempt number; 0 is the latest", min=0)] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new lines until the stage, or the run, has ended")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print a stage's settings, losses, time left and log, or the journal of the run."""
-    from orchestrator.reporting.status import describe_stage, find_log_file, load_stage_facts, print_file
+    from orchestrator.reporting.status import describe_stage, find_log_file, has_ended, load_stage_facts, print_file
 
     folder = open_run(run)
     file = find_log_file(folder, stage, attempt)
@@ -210,7 +212,8 @@ def logs(
         return
     if stage:
         typer.echo(describe_stage(folder, stage, file.parent))
-    print_file(file, follow=follow)
+    attempt_folder = file.parent if stage else None
+    print_file(file, (lambda: has_ended(folder, attempt_folder)) if follow else lambda: True)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -318,15 +318,22 @@ def _figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
     return sorted(shown, key=lambda pair: pair[0] != "step")
 
 
-def print_file(path: Path, *, follow: bool) -> None:
-    """Copy a text file to standard output; `follow` also copies what is appended, until Ctrl-C."""
+def has_ended(run: RunFolder, attempt: Path | None) -> bool:
+    """Return whether an attempt, or the run if None, is over: it has its outcome, or nobody works on the run."""
+    holder = read_holder(run)
+    return bool(attempt and load_outcome(attempt)) or holder is None or not holder.is_alive
+
+
+def print_file(path: Path, has_ended: Callable[[], bool] = lambda: True) -> None:
+    """Copy a text file to standard output, and what is appended to it until `has_ended`."""
     if not path.is_file():
         raise RunFolderError(f"{path} does not exist yet: its worker has not started")
     with path.open(encoding="utf-8", errors="replace") as file:
-        while True:
+        is_last = False
+        while not is_last:
+            is_last = has_ended()
             while text := file.read(PRINTED_AT_ONCE):
                 sys.stdout.write(ESCAPES.sub("\N{REPLACEMENT CHARACTER}", text))
             sys.stdout.flush()
-            if not follow:
-                return
-            time.sleep(0.5)
+            if not is_last:
+                time.sleep(0.5)

@@ -16,13 +16,17 @@ from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting import status
 from orchestrator.reporting.status import (
     describe_stage,
+    find_log_file,
+    has_ended,
     load_facts,
     load_status,
     merge_experts,
+    print_file,
     status_table,
     watch_status,
 )
 from orchestrator.run.attempts import load_all_attempts
+from orchestrator.run.lease import hold_lease
 from orchestrator.ui.report import write_report
 
 EXPERTS, ROWS = 40, 60
@@ -113,3 +117,22 @@ def test_reading_command_imports_no_numeric_library(run, command):
     root = Path(__file__).parents[3]
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
     assert output.endswith("[]\n")
+
+
+def test_following_ends_with_the_stage_and_with_the_run(run, tmp_path):
+    attempt = find_log_file(run, "expert_1", 0).parent
+    assert has_ended(run, attempt) and has_ended(run, None)
+    with hold_lease(run):
+        assert has_ended(run, attempt) and not has_ended(run, None)
+
+
+def test_what_is_written_before_the_end_is_printed(tmp_path, capsys):
+    log, looks = tmp_path / "log.txt", []
+
+    def has_ended() -> bool:
+        looks.append(log.write_text(f"{log.read_text()}line {len(looks)}\n"))
+        return len(looks) == 3
+
+    log.write_text("")
+    print_file(log, has_ended)
+    assert capsys.readouterr().out == "line 0\nline 1\nline 2\n"
