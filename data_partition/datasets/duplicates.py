@@ -66,7 +66,7 @@ class Duplicate:
 
 
 def find_duplicates(images: Iterable[Image]) -> list[Duplicate]:
-    """Return the images that repeat an earlier one, by their position; an image that does is no original of others.
+    """Return the images that repeat an earlier one, by their position, with the first of all that repeat each other.
 
     Time grows with the square of the number of images, memory with the number: about ten kilobytes each.
     """
@@ -77,12 +77,26 @@ def find_duplicates(images: Iterable[Image]) -> list[Duplicate]:
         if (original := first.setdefault(digest, row)) != row:
             equal[original, row] = 0.0
         pictures.append(_shrink(image).half())
-    duplicates: dict[int, Duplicate] = {}
     pairs = (_aligned_pairs(torch.stack(pictures)) if pictures else Pairs()) | equal
-    for (original, row), residual in sorted(pairs.items()):
-        if original not in duplicates and row not in duplicates:
-            duplicates[row] = Duplicate(row=row, original=original, residual=residual)
-    return [duplicates[row] for row in sorted(duplicates)]
+    return _group(pairs)
+
+
+def _group(pairs: Pairs) -> list[Duplicate]:
+    """Return the duplicates: images of one chain of pairs repeat its first one, though only neighbors were aligned."""
+    earlier, residuals = dict[int, int](), dict[int, float]()
+
+    def first_of(row: int) -> int:
+        while row in earlier:
+            row = earlier[row]
+        return row
+
+    for (one, other), residual in pairs.items():
+        first, second = sorted((first_of(one), first_of(other)))
+        if first != second:
+            earlier[second] = first
+        for row in (one, other):
+            residuals[row] = min(residual, residuals.get(row, residual))
+    return [Duplicate(row=row, original=first_of(row), residual=residuals[row]) for row in sorted(earlier)]
 
 
 def _shrink(image: Image) -> Float[Tensor, "channel side side"]:

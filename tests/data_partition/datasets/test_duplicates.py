@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_partition.config import DataConfig
-from data_partition.datasets.duplicates import REPEATED, find_duplicates, remove_duplicates
+from data_partition.datasets.duplicates import CANDIDATES, REPEATED, find_duplicates, remove_duplicates
 from data_partition.datasets.source import Source
 from data_partition.shards.shards import Sample
 from ddm_core.artifacts import Workspace
@@ -70,6 +70,13 @@ def test_first_of_several_is_the_original(pictures: np.ndarray) -> None:
     first, second = pictures[:2]
     found = find_duplicates([first, second, first[:, ::-1], first, second])
     assert [(one.row, one.original, one.residual) for one in found] == [(2, 0, 0.0), (3, 0, 0.0), (4, 1, 0.0)]
+
+
+def test_more_copies_than_candidates_are_all_found(pictures: np.ndarray) -> None:
+    rng = np.random.default_rng(2)
+    copies = [CHANGES["all" if number % 2 else "crop"](pictures[3], rng) for number in range(3 * CANDIDATES)]
+    found = find_duplicates([*pictures[:6], *copies])
+    assert [(one.row, one.original) for one in found] == [(6 + number, 3) for number in range(len(copies))]
 
 
 def test_source_leaves_out_what_repeats(pictures: np.ndarray, tmp_path) -> None:
