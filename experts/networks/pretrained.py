@@ -20,7 +20,7 @@ from experts.config import ExpertConfig, Prediction
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.networks.adapters.adapter import DataShape
 from experts.networks.adapters.registry import ADAPTERS
-from experts.networks.pretrained_files import InitError, init_files
+from experts.networks.pretrained_files import InitError, check_fits, init_files
 from experts.networks.registry import (
     build_network,
     enable_gradient_checkpointing,
@@ -70,14 +70,14 @@ def _from_checkpoint(
 ) -> InitialModel:
     init_files(folder)
     try:
-        model = load_network(folder)
+        model: Any = load_network(folder)
     except ArtifactError as error:
         raise InitError(f"expert.init: {error}") from error
     _drop_learned_variance(model)
     text_shape = None if null_text is None else null_text.shape
     data = DataShape(latent_shape=latent_shape, num_classes=num_classes, text_shape=text_shape)
     _fit_condition(model, folder, data, null_text)
-    _check_fits(model, folder, data)
+    check_fits(type(model).__name__, model.config, folder, data)
     metadata = read_json(folder / "expert.json") if (folder / "expert.json").is_file() else {}
     prediction = metadata.get("prediction", config.init_prediction)
     name = metadata.get("noise_schedule", config.init_noise_schedule)
@@ -103,36 +103,6 @@ def _drop_learned_variance(model: Any) -> None:
     layer.out_features //= 2
     model.out_channels = channels
     model.register_to_config(out_channels=channels)
-
-
-ANY_SIDE = "sample_size"
-"""The setting that networks with text ignore: they take latents of any side."""
-
-
-def _check_fits(model: Any, folder: Path, data: DataShape) -> None:
-    """Raise `InitError` unless the settings of a checkpoint that follow from the data are those of these data."""
-    adapter, settings = ADAPTERS[type(model).__name__], model.config
-    expected = adapter.data_settings(settings, data) if adapter.is_flat or len(data.latent_shape) == 3 else {}
-    if adapter.reads_text:
-        expected.pop(ANY_SIDE, None)
-    unlike = {name: value for name, value in expected.items() if not _is_equal(name, settings[name], value)}
-    if unlike or not expected:
-        theirs = ", ".join(f"{name}={settings[name]}" for name in unlike) or "latents of images"
-        ours = ", ".join(f"{name}={value}" for name, value in unlike.items()) or f"latents of shape {data.latent_shape}"
-        raise InitError(
-            f"init={folder} has {theirs}, and the data need {ours}; choose another codec, data.image_size, "
-            "text encoder or data.labels, or another checkpoint"
-        )
-
-
-def _is_equal(name: str, setting: Any, expected: Any) -> bool:
-    """Return whether a checkpoint's setting is the expected one.
-
-    Without `out_channels` it returns as many as it takes; no class embedding is as good as one of the null class alone.
-    """
-    if setting is None:
-        return name == "out_channels" or expected in (None, 1)
-    return bool((tuple(setting) if isinstance(expected, tuple) else setting) == expected)
 
 
 def _fit_condition(model: nn.Module, folder: Path, data: DataShape, null_text: TextEmbedding | None) -> None:

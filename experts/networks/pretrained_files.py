@@ -1,10 +1,16 @@
 """Files and checksum of a checkpoint folder to start from; imports no torch."""
 
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ddm_core.artifacts import MANIFEST, ArtifactError, checksum, fingerprint, read_json
 from ddm_core.errors import DDMError
 from experts.config import ExpertConfig
+from experts.networks.adapters.adapter import DataShape
+from experts.networks.adapters.registry import ADAPTERS
+from experts.networks.class_settings import default_settings
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
@@ -79,3 +85,52 @@ def check_unchanged(config: ExpertConfig) -> None:
         raise InitError(
             f"{config.init} has changed since this run was composed; restore the old files, or start a new run"
         )
+
+
+def check_init_settings(folder: Path, data: DataShape) -> None:
+    """Raise `InitError` if the `config.json` of a checkpoint alone shows that it does not fit the data.
+
+    Classes are left to the training: their number may not be known yet.
+    """
+    init_files(folder)
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in ADAPTERS:
+        raise InitError(f"init={folder} holds a network of class {name!r}; known are {', '.join(ADAPTERS)}")
+    settings = {**default_settings(ADAPTERS[name]), **config}
+    if settings.get("out_channels") == 2 * (settings.get("in_channels") or 0):  # a learned variance is left out
+        settings["out_channels"] = settings["in_channels"]
+    ones, twos = (ADAPTERS[name].data_settings(settings, replace(data, num_classes=count)) for count in (1, 2))
+    check_fits(name, settings, folder, data, ignored={key for key in ones if ones[key] != twos[key]})
+
+
+ANY_SIDE = "sample_size"
+"""The setting that networks with text ignore: they take latents of any side."""
+
+
+def check_fits(
+    class_name: str, settings: Mapping[str, Any], folder: Path, data: DataShape, ignored: Set[str] = frozenset()
+) -> None:
+    """Raise `InitError` unless the settings of a checkpoint that follow from the data are those of these data."""
+    adapter = ADAPTERS[class_name]
+    expected = adapter.data_settings(settings, data) if adapter.is_flat or len(data.latent_shape) == 3 else {}
+    left_out = ignored | ({ANY_SIDE} if adapter.reads_text else set())
+    checked = {name: value for name, value in expected.items() if name not in left_out}
+    unlike = {name: value for name, value in checked.items() if not _is_equal(name, settings[name], value)}
+    if unlike or not checked:
+        theirs = ", ".join(f"{name}={settings[name]}" for name in unlike) or "latents of images"
+        ours = ", ".join(f"{name}={value}" for name, value in unlike.items()) or f"latents of shape {data.latent_shape}"
+        raise InitError(
+            f"init={folder} has {theirs}, and the data need {ours}; choose another codec, data.image_size, "
+            "text encoder or data.labels, or another checkpoint"
+        )
+
+
+def _is_equal(name: str, setting: Any, expected: Any) -> bool:
+    """Return whether a checkpoint's setting is the expected one.
+
+    Without `out_channels` it returns as many as it takes; no class embedding is as good as one of the null class alone.
+    """
+    if setting is None:
+        return name == "out_channels" or expected in (None, 1)
+    return bool((tuple(setting) if isinstance(expected, tuple) else setting) == expected)

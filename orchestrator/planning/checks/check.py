@@ -23,6 +23,7 @@ from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
 from experts.conditions.text_files import TextError, read_text_shape
 from experts.errors import CodecError
+from experts.networks.adapters.adapter import DataShape
 from experts.networks.class_settings import NetworkError, class_settings
 from experts.networks.latent_shapes import (
     IMAGE_COMPONENTS,
@@ -31,6 +32,7 @@ from experts.networks.latent_shapes import (
     count_pca_values,
     latent_shape_of,
 )
+from experts.networks.pretrained_files import InitError, check_init_settings
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, RunFolderError
@@ -119,7 +121,7 @@ def check_own_images(run: RunFolder, stage: Stage | None) -> Iterator[str]:
 
 
 def check_text(config: RunConfig) -> Iterator[str]:
-    """Yield why experts cannot read the text, or the classes, of a configuration."""
+    """Yield why experts cannot read the text or the classes of a configuration, or checkpoints its latents."""
     try:
         text_shape = read_text_shape(config.text)
     except (TextError, ArtifactError) as error:
@@ -131,8 +133,13 @@ def check_text(config: RunConfig) -> Iterator[str]:
         try:
             if expert.init is None:
                 check_condition(expert.network, int(has_classes), text_shape)
-        except NetworkError as error:
+            else:
+                shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
+                check_init_settings(Path(expert.init), DataShape(latent_shape=shape, text_shape=text_shape))
+        except (NetworkError, InitError) as error:
             mistakes.append(str(error))
+        except CodecError:  # the check of the data says so, with what would fit
+            continue
     yield from dict.fromkeys(mistakes)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ddm_core.artifacts import write_json
 from experts.conditions.text_files import read_text_shape
 from experts.config import TextConfig
 from orchestrator.config.hydra_compose import compose
@@ -147,6 +148,35 @@ def test_text_of_a_known_shape_passes(tmp_path):
     assert read_text_shape(TextConfig(kind="clip", path=str(tmp_path / "encoder"), length=9)) == (9, 8, 8)
     assert read_text_shape(TextConfig(kind="minilm")) == (16, 384, 384)
     assert read_text_shape(TextConfig(kind="t5", path="google/t5-v1_1-xxl", length=120)) == (120, 4096, 4096)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"in_channels": 16, "out_channels": 16},
+            "has in_channels=16, out_channels=16, .* need in_channels=12",
+        ),
+        (
+            {"in_channels": 12, "out_channels": 24, "caption_channels": 768},
+            "caption_channels=768.* need .*=384",
+        ),
+        ({"_class_name": "Flux2Transformer2DModel"}, "class 'Flux2Transformer2DModel'; known are"),
+        ({"in_channels": 12, "out_channels": 24, "caption_channels": 384}, None),
+    ],
+)
+def test_checkpoint_that_cannot_fit_is_refused(tmp_path, settings, message):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    write_json(checkpoint / "config.json", {"_class_name": "PixArtTransformer2DModel", **settings})
+    (checkpoint / "diffusion_pytorch_model.safetensors").touch()
+    words = ("data=fashion_captions", "data.labels=false", "text=minilm", "codec=patch_pca", "codec.patch_size=4")
+    overrides = (*words, f"expert.init={checkpoint}", "expert=pixart_small")
+    if message is None:
+        check(tmp_path / "run", *overrides)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check(tmp_path / "run", *overrides)
 
 
 @pytest.mark.parametrize(
