@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data_partition.config import DataConfig
-from data_partition.datasets.captions import open_parquet, pick_captions
+from data_partition.datasets.captions import KEYS, open_parquet, pick_captions
 from data_partition.datasets.source import Unreadable
 from data_partition.datasets.webdataset_source import read_class
-from data_partition.errors import ShardError, SourceMissing, UnreadableImage
+from data_partition.errors import InvalidCaptions, ShardError, SourceMissing, UnreadableImage
 from data_partition.shards.images import decode_with_remarks
 from data_partition.shards.shards import Sample
 from data_partition.shards.tar import MAX_SAMPLE_BYTES, quote_key
@@ -34,6 +34,18 @@ def list_rows(path: str | None) -> Iterator[tuple[str, None]]:
         table = _open(file)
         _find_image_column(file, table.schema_arrow)
         yield from ((make_row_key(number, file, row), None) for row in range(table.metadata.num_rows))
+
+
+def check_caption_column(config: DataConfig) -> None:
+    """Raise `InvalidCaptions` if no file has a column of captions; raises like `read_parquet` too."""
+    columns = sorted({name for file in list_parquet(config.path) for name in _open(file).schema_arrow.names})
+    wanted = (*([config.caption_key] if config.caption_key else KEYS), *(config.more_captions or ()))
+    if not set(wanted) & set(columns):
+        raise InvalidCaptions(
+            f"data.captions=true, and the Parquet files of data.path={config.shown_path} have no column "
+            f"{' or '.join(wanted)}; they have {', '.join(map(make_printable, columns))}: name one with "
+            "data.caption_key, or set data.captions=false"
+        )
 
 
 def make_row_key(number: int, file: Path, row: int) -> str:

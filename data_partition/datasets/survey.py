@@ -11,7 +11,7 @@ from data_partition.config import DataConfig
 from data_partition.datasets.captions import check_captions
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS, find_fashion
 from data_partition.datasets.image_folder import check_root, iter_image_files, list_class_names, make_key
-from data_partition.datasets.parquet_source import list_rows
+from data_partition.datasets.parquet_source import check_caption_column, list_rows
 from data_partition.datasets.source import is_held_out
 from data_partition.datasets.webdataset_source import IMAGE_EXTENSIONS, list_urls, make_tar_key
 from data_partition.errors import NoSamples, SourceMissing
@@ -123,6 +123,8 @@ def _list_tar(number: int, url: str) -> Iterator[Listed]:
 
 
 def _list_parquet(config: DataConfig) -> tuple[tuple[str, ...], Iterator[Listed]]:
+    if config.captions:
+        check_caption_column(config)
     return (), iter(list_rows(config.path))
 
 

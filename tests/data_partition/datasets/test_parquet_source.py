@@ -93,6 +93,9 @@ def test_no_caption_at_all_is_one_error(tmp_path):
     write_table(tmp_path / "data", "a.parquet", range(20))
     with pytest.raises(InvalidCaptions, match="none of 20 images has a caption"):
         build(config_of(tmp_path / "data"), tmp_path)
+    for key, wanted in ((None, "caption or text"), ("prompt", "prompt")):
+        with pytest.raises(InvalidCaptions, match=f"have no column {wanted}; they have .*: name one with"):
+            survey_source(config_of(tmp_path / "data", caption_key=key))
 
 
 def test_missing_path_is_one_error(tmp_path):
