@@ -5,7 +5,7 @@ The settings of diffusers' classes are read from their source, since importing o
 
 import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -64,8 +64,16 @@ def _unet_settings(config: UNetConfig) -> dict[str, Any]:
         "down_block_types": (*down_blocks, "AttnDownBlock2D" if config.attention else "DownBlock2D"),
         "up_block_types": ("AttnUpBlock2D" if config.attention else "UpBlock2D", *up_blocks),
         "add_attention": config.attention,
-        "norm_num_groups": math.gcd(32, *config.channels),
+        "norm_num_groups": _count_groups(config.channels),
     }
+
+
+def _count_groups(channels: Sequence[int]) -> int:
+    """Return the groups of a U-Net's normalizations, of four channels or more where all levels have four.
+
+    t and the class are added to each channel alone, so that normalizing groups of one channel would remove them.
+    """
+    return math.gcd(32, *channels, *(max(1, count // 4) for count in channels))
 
 
 @cache

@@ -13,6 +13,7 @@ TINY = {
     "residual_mlp": (ResidualMLPConfig(width=16, depth=2), (6,)),
     "residual_mlp_skip": (ResidualMLPConfig(width=16, depth=2, input_skip=True), (6,)),
     "unet": (UNetConfig(channels=(8, 16)), (1, 8, 8)),
+    "unet_equal": (UNetConfig(channels=(8, 8)), (1, 8, 8)),
     "dit": (DiTConfig(patch_size=2, heads=2, head_width=8, depth=2), (2, 8, 8)),
 }
 

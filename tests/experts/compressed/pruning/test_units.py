@@ -104,13 +104,13 @@ def test_pruned_heads_shrink_their_projections():
 
 
 def test_resnet_channels_are_pruned_in_norm_groups():
-    model = network(UNetConfig(channels=(8, 24), layers_per_block=1))
+    model = network(UNetConfig(channels=(32, 96), layers_per_block=1))
     path = "mid_block.resnets.0"
     assert prunable_units(model)[path] == 8
     prune_units(model, {path: [1, 2, 7]})
     resnet = model.get_submodule(path)
-    assert (resnet.norm2.num_groups, resnet.norm2.num_channels) == (3, 9)
-    assert resnet.conv1.weight.shape[0] == resnet.conv2.weight.shape[1] == resnet.time_emb_proj.weight.shape[0] == 9
+    assert (resnet.norm2.num_groups, resnet.norm2.num_channels) == (3, 36)
+    assert resnet.conv1.weight.shape[0] == resnet.conv2.weight.shape[1] == resnet.time_emb_proj.weight.shape[0] == 36
 
 
 def test_pruned_network_can_be_pruned_trained_and_quantized(tmp_path):
