@@ -23,6 +23,16 @@ class JointTextModel(nn.Module):
         self.tokenizers = [tokenizer for tokenizer, _ in parts]
         self.networks = nn.ModuleList(network for _, network in parts)
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the networks; diffusers' pipelines ask all components for it."""
+        return next(self.networks.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the parameters."""
+        return next(self.networks.parameters()).dtype
+
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Return the tokens of every caption; more than the length of a text if one of the tokenizers cuts it."""
         length, counts = self.layout.shape[0], [0] * len(captions)
@@ -37,7 +47,7 @@ class JointTextModel(nn.Module):
         for part, tokenizer, network in zip(self.layout.parts, self.tokenizers, self.networks, strict=True):
             settings = {"padding": "max_length", "truncation": True, "max_length": part.length}
             ids = tokenizer(texts, **settings, return_tensors="pt").input_ids
-            output = network(input_ids=ids.to(next(network.parameters()).device), output_hidden_states=True)
+            output = network(input_ids=ids.to(self.device), output_hidden_states=True)
             if part.class_name == T5:
                 behind.append(output.last_hidden_state)
             elif part.width:

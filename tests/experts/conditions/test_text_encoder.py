@@ -109,6 +109,7 @@ def test_encoders_of_a_pipeline_make_the_texts_of_diffusers(name, tmp_path):
         components |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": network}
     arguments |= {f"prompt_{number}": prompts for number in range(2, len(JOINT[name]) + 1)}
     theirs = getattr(diffusers, name)(**components).encode_prompt(prompt=prompts, device="cpu", **arguments)
+    assert (encoder.model.device.type, encoder.model.dtype) == ("cpu", torch.float32)
     text = encoder.encode([*prompts, ""])
     assert text.shape == shape == read_text_shape(config)
     assert torch.equal(text.sequence[:2], theirs[0].half().float())
