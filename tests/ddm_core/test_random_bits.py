@@ -22,6 +22,7 @@ def test_stream_ids_never_change():
         "HELD_OUT_NOISE": 11,
         "TAR_ORDER": 12,
         "BLOCK_ORDER": 13,
+        "MEAN_FLOW": 14,
         "EXPERT_SAMPLES": 1000,
     }
 
