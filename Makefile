@@ -51,7 +51,7 @@ islands: install ## Start two islands on this machine, check them, run a small p
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 
 .PHONY: test
-test: install ## Run the tests (ten minutes on two idle cores)
+test: install ## Run the tests (twelve minutes on two idle cores)
 	$(PYTEST) -m 'not integration'
 
 .PHONY: integration
