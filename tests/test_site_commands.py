@@ -59,7 +59,12 @@ SMALL = {
         "ensemble.steps=4",
         "scores.num_samples=32",
     ),
-    "experiment=emoji": ("expert.training.steps=4", "router.training.steps=4", "scores.num_samples=32"),
+    "experiment=emoji": (
+        "expert.training.steps=4",
+        "router.training.steps=4",
+        "codec.decoder_training.steps=20",
+        "scores.num_samples=32",
+    ),
     "experiment=digits": ("data.limit=200", "router.training.steps=20", "scores.num_samples=32"),
     "data=image_folder": ("expert.training.steps=20", "router.training.steps=20", "compute=inline"),
     "--config pictures.yaml": ("expert.training.steps=20", "router.training.steps=20", "compute=inline"),
