@@ -44,6 +44,7 @@ ELSEWHERE = {
     r"ddm pool (up|down) aws": "an account",
     r"ddm pool render aws_spot  ": "an account's network, which the line below names",
     r"compute=(mine|my_islands|my_pool)": "the reader's clusters",
+    r"ddm stop": "a run at work; of a finished one it says so, with exit code 1",
     r"ddm submit": "a cluster that runs already",
     r"compute=slurm": "Slurm's sbatch",
     r"expert=pixart_xl_2": "downloaded models",
