@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import torch
 from torch import distributed
 
 from benchmarks.record import Claim, Listing, median_and_range, write_result
+from benchmarks.testbed.forked_commands import run_killed
 from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
 from data_partition.shards.shards import Sample, ShardWriter, read_samples
@@ -169,19 +169,7 @@ def equals_after_kill(folder: Path, number: int) -> bool:
 
 def _fork(folder: Path, scratch: Path, kill_after_s: float | None) -> None:
     """Encode in a child process, which is killed after some seconds."""
-    child = os.fork()
-    if child == 0:
-        try:
-            encode(folder, Workspace.at(scratch))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if kill_after_s is None and status:
-        raise RuntimeError(f"the encoding in {scratch} ended with status {status}")
+    run_killed(lambda: encode(folder, Workspace.at(scratch)), scratch.with_suffix(".log"), kill_after_s)
 
 
 def _contents(folder: Path) -> dict[str, str]:

@@ -16,7 +16,6 @@ import io
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks.record import Claim, Listing, write_result
+from benchmarks.testbed.forked_commands import run_killed
 from benchmarks.testbed.tiny_run import TINY
 from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
@@ -348,19 +348,7 @@ def count_equal_after_kill(folder: Path, size: Size) -> int:
 
 def _fork(source: Path, size: Size, scratch: Path, kill_after_s: float | None) -> None:
     """Train in a child process, which is killed after some seconds."""
-    child = os.fork()
-    if child == 0:
-        try:
-            train(source, size, scratch)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if kill_after_s is None and status:
-        raise RuntimeError(f"the training in {scratch} ended with status {status}")
+    run_killed(lambda: train(source, size, scratch), scratch.with_suffix(".log"), kill_after_s)
 
 
 def measure_copies(folder: Path, size: Size, mode: str) -> dict[str, float]:

@@ -18,6 +18,9 @@ from orchestrator.reporting import progress
 TIMEOUT_S = 20.0
 """A command of a tiny run that takes longer hangs."""
 
+UNKILLED_S = 3600.0
+"""Time after which a child that is not to be killed hangs."""
+
 WIDTH = 400
 """Columns of the terminal: no line is folded at a place that depends on a time."""
 
@@ -72,6 +75,16 @@ def run_forked(
         else:
             time.sleep(0.002)
     return Result(code=code, output=output.read_text(encoding="utf-8", errors="replace"))
+
+
+def run_killed(function: Callable[[], object], output: Path, kill_after_s: float | None) -> None:
+    """Call a function in a forked child that is killed after some seconds; None lets it end.
+
+    Raises `RuntimeError` if one that may end fails.
+    """
+    result = run_forked(function, output, timeout_s=UNKILLED_S if kill_after_s is None else kill_after_s)
+    if kill_after_s is None and result.code:
+        raise RuntimeError(f"the process of {output} ended with code {result.code}: {result.output}")
 
 
 def _run_in_child(function: Callable[[], object], output: Path) -> None:
