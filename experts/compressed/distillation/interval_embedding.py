@@ -64,11 +64,6 @@ def add_interval_embedding(model: nn.Module, path: str, settings: Mapping[str, A
     layers.register_forward_hook(_add_interval)
 
 
-def has_intervals(model: nn.Module) -> bool:
-    """Return whether a network takes an interval."""
-    return any(isinstance(module, IntervalEmbedding) for module in model.modules())
-
-
 @contextmanager
 def jumping(model: nn.Module, length: RowTimes | None) -> Iterator[None]:
     """Let the network predict the average over jumps of these lengths within the context; None changes nothing."""
