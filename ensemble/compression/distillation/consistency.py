@@ -24,7 +24,7 @@ from ensemble.compression.common.alternating_trainer import Update, UpdateStep, 
 from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.distillation.config import ConsistencyConfig
 from ensemble.compression.distillation.student import predict_clean, with_network
-from ensemble.compression.distillation.teacher import Teacher, copy_frozen
+from ensemble.compression.distillation.teacher import Teacher, copy_as_teacher
 from ensemble.compression.method import ExpertResult, StageError
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import expand
@@ -59,8 +59,7 @@ def train_consistency(
     expert: Expert, dataset: LatentDataset, config: ConsistencyConfig, workspace: Workspace
 ) -> ExpertResult:
     """Train a student of one expert; raises what `train_alternating` raises."""
-    teacher = copy_frozen(expert, config.training.device)
-    teacher_flops = network_flops(expert.model, expert.latent_shape)
+    teacher, teacher_flops = copy_as_teacher(expert, config.training.device)
     return train_consistency_student(expert, teacher, teacher_flops, dataset, config, workspace)
 
 

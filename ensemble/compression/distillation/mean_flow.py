@@ -23,7 +23,7 @@ from ensemble.compression.common.alternating_trainer import Update, UpdateStep, 
 from ensemble.compression.common.directional_derivative import DERIVATIVE_CALLS, directional_derivative
 from ensemble.compression.distillation.config import MeanFlowConfig
 from ensemble.compression.distillation.student import check_can_distill, guided_velocity, with_network
-from ensemble.compression.distillation.teacher import Teacher, copy_frozen
+from ensemble.compression.distillation.teacher import Teacher, copy_as_teacher
 from ensemble.compression.method import ExpertResult
 from experts.compressed.distillation.interval_embedding import jumping
 from experts.conditions.condition import Condition
@@ -43,8 +43,7 @@ def train_mean_flow(
     expert: Expert, dataset: LatentDataset, config: MeanFlowConfig, workspace: Workspace
 ) -> ExpertResult:
     """Train a student of one expert; raises what `train_mean_flow_student` raises."""
-    teacher = copy_frozen(expert, config.training.device)
-    teacher_flops = network_flops(expert.model, expert.latent_shape)
+    teacher, teacher_flops = copy_as_teacher(expert, config.training.device)
     return train_mean_flow_student(expert, teacher, teacher_flops, dataset, config, workspace)
 
 

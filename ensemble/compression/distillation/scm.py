@@ -22,7 +22,7 @@ from ensemble.compression.common.alternating_trainer import Update, UpdateStep, 
 from ensemble.compression.common.directional_derivative import DERIVATIVE_CALLS, directional_derivative
 from ensemble.compression.distillation.config import SCMConfig
 from ensemble.compression.distillation.student import check_can_distill, guided_velocity, with_network
-from ensemble.compression.distillation.teacher import Teacher, copy_frozen
+from ensemble.compression.distillation.teacher import Teacher, copy_as_teacher
 from ensemble.compression.method import ExpertResult
 from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
@@ -53,8 +53,7 @@ class LossWeight(nn.Module):
 
 def train_scm(expert: Expert, dataset: LatentDataset, config: SCMConfig, workspace: Workspace) -> ExpertResult:
     """Train a student of one expert; raises what `train_scm_student` raises."""
-    teacher = copy_frozen(expert, config.training.device)
-    teacher_flops = network_flops(expert.model, expert.latent_shape)
+    teacher, teacher_flops = copy_as_teacher(expert, config.training.device)
     return train_scm_student(expert, teacher, teacher_flops, dataset, config, workspace)
 
 

@@ -27,7 +27,7 @@ from ensemble.compression.distillation.student import (
     sample_conditions,
     with_network,
 )
-from ensemble.compression.distillation.teacher import Teacher, copy_frozen
+from ensemble.compression.distillation.teacher import Teacher, copy_as_teacher
 from ensemble.compression.method import ExpertResult, StageError
 from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
@@ -48,8 +48,7 @@ def distill_sid(
     expert: Expert, dataset: LatentDataset, config: SiDConfig, workspace: Workspace, start: nn.Module | None = None
 ) -> ExpertResult:
     """Train a student of one expert, from its parameters or from `start`; raises what `distill_sid_student` raises."""
-    teacher = copy_frozen(expert, config.training.device)
-    teacher_flops = network_flops(expert.model, expert.latent_shape)
+    teacher, teacher_flops = copy_as_teacher(expert, config.training.device)
     initial = expert if start is None else replace(expert, model=start)
     return distill_sid_student(initial, expert.model, teacher, teacher_flops, dataset, config, workspace)
 

@@ -14,7 +14,7 @@ from ensemble.compression.method import StageError
 from ensemble.ensemble import Ensemble, RouterModel
 from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import NoiseSchedule, expand, to_schedule
-from experts.expert import Expert
+from experts.expert import Expert, network_flops
 from experts.training.flops import forward_flops
 from experts.training.trainer import check_device
 from experts.types import Latents, Times
@@ -83,6 +83,11 @@ def copy_frozen(expert: Expert, device: str) -> Expert:
     """Copy an expert to a device and freeze it."""
     model = deepcopy(expert.model).to(check_device(device)).eval().requires_grad_(False)
     return replace(expert, model=model, cache=None)
+
+
+def copy_as_teacher(expert: Expert, device: str) -> tuple[Expert, float]:
+    """Return a frozen copy of an expert, and its FLOPs on one row: the teacher of its own student."""
+    return copy_frozen(expert, device), network_flops(expert.model, expert.latent_shape)
 
 
 def _router(ensemble: Ensemble) -> RouterModel:
