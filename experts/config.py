@@ -19,6 +19,9 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 REFINED_SUFFIX = "_conv"
 """What the kind of a codec with a convolutional decoder adds to that of its encoder."""
 
+DEFAULT_CACHE_GB = 10.0
+"""Disk for streamed shards of a network that are read ahead."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ResidualMLPConfig:
@@ -141,7 +144,7 @@ class TrainingConfig:
     """With `data.mode=stream`: the shards are read in a random order, and the samples of so many are shuffled."""
     cache_gb: Annotated[float, Field(ge=0)] | None = field(default=None, metadata=UNHASHED)
     """Most disk, in GB, for shards that are read ahead, with `data.mode=stream`; at least two blocks of
-    `shuffle_shards`. 0: none, each image is one request. None: 10, and 0 for files of a disk."""
+    `shuffle_shards`. 0: none, each image is one request. None: `DEFAULT_CACHE_GB`, and 0 for files of a disk."""
     readers: Annotated[int, Field(ge=1)] = field(default=4, metadata=UNHASHED)
     """Threads that read and decode the images of coming steps, with `data.mode=stream`."""
     log_every: Annotated[int, Field(ge=1)] = 25

@@ -21,14 +21,12 @@ from data_partition.shards.images import Pixels, decode_image, fit_image
 from data_partition.shards.range_cache import RangeCache
 from data_partition.shards.shards import open_offsets
 from experts.codec import Codec
-from experts.config import TrainingConfig
+from experts.config import DEFAULT_CACHE_GB, TrainingConfig
 from experts.training.streaming.shard_order import ShardOrder
 from experts.types import Latents, RowIds
 
 IMAGES = "images"
 """Folder with the offset index of samples, below that of their latents."""
-
-DEFAULT_CACHE_GB = 10.0
 
 DIRECT_READERS = 4
 """Threads of single reads outside a training."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from data_partition.shards.offset_index import MAX_WINDOW, ROW, WINDOWS_AHEAD
-from experts.config import CodecConfig
+from experts.config import DEFAULT_CACHE_GB, CodecConfig
 from experts.networks.latent_shapes import latent_shape_of
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage_configs import latents_config
@@ -50,7 +50,7 @@ def measure_data(config: RunConfig) -> tuple[DataSize, ...]:
     features = reading + config.partition.batch_size * COPIES * pixels
     training = config.expert.training
     ahead = training.batch_size * COPIES * pixels
-    cache_gb = 10.0 if training.cache_gb is None else training.cache_gb
+    cache_gb = DEFAULT_CACHE_GB if training.cache_gb is None else training.cache_gb
     return (
         DataSize(kind="dataset", image_bytes=sample, memory_bytes=reading + COPIES * pixels),
         DataSize(kind="latents", image_bytes=latents, memory_bytes=reading + encoding),
