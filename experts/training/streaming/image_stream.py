@@ -53,8 +53,10 @@ class ImageStream:
         self.parts = list(tars.values())
         """Of each tar of the user, its parts as (folder, tar of this folder)."""
         ranges = [self._rows_of(*part) for part in itertools.chain.from_iterable(self.parts)]
-        self._starts = torch.tensor([rows.start for rows in ranges])
-        self._ends = torch.tensor([len(rows) for rows in ranges]).cumsum(0)
+        sizes = torch.tensor([len(rows) for rows in ranges])
+        self._ends = sizes.cumsum(0)
+        self._shifts = torch.tensor([rows.start for rows in ranges]) - (self._ends - sizes)
+        """From positions in the order of the tars to rows, by part."""
         self.counts = tuple(sum(len(self._rows_of(*part)) for part in parts) for parts in self.parts)
         self._cache: RangeCache | None = None
         self._readers: ThreadPoolExecutor | None = None
@@ -94,9 +96,7 @@ class ImageStream:
         order = ShardOrder(self.counts, config.shuffle_shards, config.seed)
         self._read_ahead(order, step * config.batch_size)
         positions = order.rows(config.batch_size, step)
-        part = torch.searchsorted(self._ends, positions, right=True)
-        sizes = self._ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        return self._starts[part] + positions - (self._ends - sizes)[part]
+        return positions + self._shifts[torch.searchsorted(self._ends, positions, right=True)]
 
     @contextmanager
     def reading(self, config: TrainingConfig, cache: Path) -> Iterator[None]:
