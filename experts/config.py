@@ -331,6 +331,11 @@ class ExpertConfig:
     """The block, counted from 1, after which the tokens are aligned."""
     align_until: Annotated[float, Field(gt=0, le=1)] = field(default=0.5, metadata=UNHASHED_IF_DEFAULT)
     """Share of the steps after which there is no alignment."""
+    task_share: Annotated[float, Field(gt=0, le=1)] = field(default=1.0, metadata=UNHASHED_IF_DEFAULT)
+    """Share of the channels of every block that a t activates, 0.8 in its paper (Denoising Task Routing); the others
+    pass the block by. 1: all of them."""
+    task_power: Annotated[float, Field(gt=0)] = field(default=4.0, metadata=UNHASHED_IF_DEFAULT)
+    """Exponent of t in the place of these channels: the higher, the more of them small t have in common."""
     training: TrainingConfig = TrainingConfig()
     """Steps, batch, learning rate and other training settings."""
     init: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)

@@ -20,6 +20,7 @@ from ensemble.pipelines.components import expert_name
 from ensemble.routing import INITIAL_LEVEL
 from experts.codec import PixelCodec
 from experts.codecs.autoencoder import AutoencoderCodec, _shift_and_scale
+from experts.compressed.quantization.registry import quantized_modules
 from experts.conditions.condition import Condition
 from experts.networks.adapters.adapter import Adapter, CallInputs, pixel_sizes, position_ids
 from experts.networks.adapters.registry import ADAPTERS
@@ -187,6 +188,8 @@ def _check_exportable(pipeline: Any) -> Adapter:
         if len(networks) > 1
         else f"{name} is no class of diffusers"
         if ADAPTERS[name].module.startswith("experts.")
+        else "its networks have layers of this package"
+        if any(quantized_modules(network) for expert in experts.values() for network in expert.networks())
         else "its experts predict no velocity, or have a few-step schedule"
         if kinds != {("velocity", None)}
         else "its codec is neither pixels nor an autoencoder of diffusers"

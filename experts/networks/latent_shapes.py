@@ -106,6 +106,16 @@ def check_condition(config: AnyNetworkConfig, num_classes: int, text_shape: tupl
         raise NetworkError(f"{name} needs the pooled vector of a text; choose a text encoder with one")
 
 
+def check_blocks(class_name: str) -> None:
+    """Raise `NetworkError` for a class without blocks whose channels a t can select."""
+    if not ADAPTERS[class_name].blocks:
+        able = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.blocks)
+        raise NetworkError(
+            f"expert.task_share selects channels of blocks of one width, and {class_name} has none; choose one of "
+            f"{able}, or leave it at 1"
+        )
+
+
 def network_name(config: AnyNetworkConfig) -> str:
     """Return the name of a configured network in messages."""
     return class_settings(config).class_name if config.kind == "diffusers" else config.kind

@@ -25,6 +25,7 @@ from experts.networks.registry import (
     build_network,
     enable_gradient_checkpointing,
     load_network,
+    route_tasks,
     set_attention_backend,
 )
 
@@ -54,6 +55,8 @@ def build_initial_model(
         initial_model = InitialModel(
             model=model, prediction=config.prediction, noise_schedule=NOISE_SCHEDULES[config.noise_schedule]
         )
+    if config.task_share < 1:
+        route_tasks(initial_model.model, config.task_share, config.task_power)
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(initial_model.model)
     if config.training.attention_backend is not None:

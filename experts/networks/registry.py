@@ -13,6 +13,8 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from experts.architectures.task_routing import NAME as TASK_ROUTING
+from experts.architectures.task_routing import add_task_routing, set_task_times
 from experts.compressed.distillation.interval_embedding import NAME as INTERVAL
 from experts.compressed.distillation.interval_embedding import add_interval_embedding
 from experts.conditions.condition import Condition
@@ -21,7 +23,7 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.networks.adapters.adapter import Adapter, CallInputs, DataShape
 from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.class_settings import AnyNetworkConfig, NetworkError, class_settings
-from experts.networks.latent_shapes import check_condition, check_latent_shape, complete_settings
+from experts.networks.latent_shapes import check_blocks, check_condition, check_latent_shape, complete_settings
 from experts.networks.model_io import load_model, read_class_name
 from experts.types import Latents, RowTimes, Times
 
@@ -101,7 +103,9 @@ def resolve_call(model: nn.Module, noised: Latents, t: Times) -> tuple[NetworkCa
             f"this network takes one t a row, not t of shape {tuple(t.shape)}; pass {len(noised)} numbers"
         )
     name = type(model).__name__.removeprefix("FSDP")  # a sharded network has a class of its own
-    return CALLS[name], t if t.ndim and len(t) == len(noised) else t.expand(len(noised))
+    t = t if t.ndim and len(t) == len(noised) else t.expand(len(noised))
+    set_task_times(model, t)
+    return CALLS[name], t
 
 
 def load_network(folder: Path) -> nn.Module:
@@ -138,6 +142,25 @@ def extend_by_intervals(model: nn.Module) -> nn.Module:
             add_interval_embedding(model, f"{path}.{INTERVAL}")
     except ValueError as error:
         raise NetworkError(f"this {type(model).__name__} takes no interval: {error}; quantize it afterwards") from error
+    return model
+
+
+def route_tasks(model: nn.Module, share: float, power: float) -> nn.Module:
+    """Let each t activate a share of the channels of every block, in place, and return the network.
+
+    Raises `NetworkError` for a class without such blocks, and for a network that is routed already.
+    """
+    name, adapter = type(model).__name__, ADAPTERS[type(model).__name__]
+    check_blocks(name)
+    blocks = [path for path, _ in model.named_modules() if re.fullmatch(adapter.blocks, path)]
+    settings = {"share": share, "power": power, "blocks": blocks, "output": adapter.block_output}
+    try:
+        add_task_routing(model, TASK_ROUTING, settings)
+    except ValueError as error:
+        raise NetworkError(
+            f"this {name} cannot be routed by t: {error}; leave expert.task_share at 1, which keeps the routing of a "
+            "checkpoint"
+        ) from error
     return model
 
 

@@ -110,6 +110,10 @@ class Adapter:
     """Whether it has diffusers' methods for LoRA; peft can inject adapters in any."""
     time_embedding: str = r"(.*\.)?timestep_embedder"
     """The paths of the layers that turn features of t into an embedding, as a regular expression."""
+    blocks: str = r"(.*\.)?(single_|joint_)?transformer_blocks\.\d+"
+    """The paths of the blocks that add to hidden states of one width, as a regular expression; empty for none."""
+    block_output: int = -1
+    """The entry with the hidden states of an image, where a block returns a tuple."""
     has_attention_backends: bool = False
     """Whether diffusers' `set_attention_backend` has an effect."""
 

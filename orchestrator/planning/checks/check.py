@@ -27,6 +27,7 @@ from experts.networks.adapters.adapter import DataShape
 from experts.networks.class_settings import NetworkError, class_settings
 from experts.networks.latent_shapes import (
     IMAGE_COMPONENTS,
+    check_blocks,
     check_condition,
     check_latent_shape,
     count_pca_values,
@@ -133,6 +134,8 @@ def check_text(config: RunConfig) -> Iterator[str]:
         try:
             if expert.init is None:
                 check_condition(expert.network, int(has_classes), text_shape)
+                if expert.task_share < 1:
+                    check_blocks(class_settings(expert.network).class_name)
             else:
                 shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
                 check_init_settings(Path(expert.init), DataShape(latent_shape=shape, text_shape=text_shape))

@@ -1,6 +1,7 @@
 """Every class of network at a tiny size: what an expert needs of it holds for all of them."""
 
 import inspect
+from copy import deepcopy
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from experts.networks.registry import (
     extend_by_intervals,
     load_network,
     pack_latents,
+    route_tasks,
     set_attention_backend,
     unpack_latents,
 )
@@ -64,6 +66,36 @@ def test_an_interval_changes_nothing_until_it_is_trained(case, tmp_path):
         assert torch.equal(call_network(loaded, noised, t, condition), call_network(model, noised, t, condition))
         with jumping(loaded, t / 2):
             assert not torch.allclose(call_network(loaded, noised, t, condition), base)
+
+
+@each_case
+def test_task_routing_passes_channels_by_every_block(case, tmp_path):
+    model, (noised, t, condition) = build(case), inputs(case)
+    if not adapter_of(case).blocks:
+        with pytest.raises(NetworkError, match="UNet2DModel has none; choose one of .*DiTTransformer2DModel"):
+            route_tasks(model, 0.5, 4.0)
+        return
+    with torch.no_grad():
+        base = call_network(model, noised, t, condition)
+        assert torch.equal(call_network(route_tasks(deepcopy(model), 1.0, 4.0), noised, t, condition), base)
+        route_tasks(model, 0.5, 4.0)
+        routing, seen, index = model.task_routing, [], adapter_of(case).block_output
+        block = model.get_submodule(routing.blocks[-1])
+        block.register_forward_pre_hook(lambda _, args: seen.append(routing.passing))
+        block.register_forward_hook(lambda _, args, output: seen.append(output))
+        block.forward, own = (lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1]), block.forward
+        routed = call_network(model, noised, t, condition)
+        passing, inner, outer = seen
+        inner, outer = (part[index] if isinstance(part, tuple) else part for part in (inner, outer))
+        assert passing.any() and not passing.masked_select(routing.window(passing)).any()
+        torch.testing.assert_close(outer - inner, passing, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(routed, base)
+        del block.forward
+        save_model(model, tmp_path)
+        assert torch.equal(call_network(load_network(tmp_path), noised, t, condition), routed)
+        assert torch.equal(call_network(deepcopy(model), noised, t, condition), routed)
+    with pytest.raises(NetworkError, match="leave expert.task_share at 1"):
+        route_tasks(model, 0.5, 4.0)
 
 
 @each_case

@@ -33,4 +33,5 @@ ADAPTER = Adapter(
     checkpointing_fault="it has none of diffusers' blocks",
     has_lora=False,
     time_embedding="time_embedding",
+    blocks=r"blocks\.\d+",
 )

@@ -38,4 +38,5 @@ ADAPTER = Adapter(
     side_multiple=count_halvings,
     has_lora=False,
     time_embedding="time_embedding",
+    blocks="",
 )

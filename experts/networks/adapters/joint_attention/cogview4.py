@@ -37,4 +37,5 @@ ADAPTER = Adapter(
     arguments=_arguments,
     reads_text=True,
     reads_padding=True,
+    block_output=0,
 )

@@ -28,4 +28,5 @@ ADAPTER = Adapter(
     sign=-1,
     reads_text=True,
     reads_lengths=True,
+    blocks=r"layers\.\d+",
 )

@@ -29,4 +29,5 @@ ADAPTER = Adapter(
     has_lora=False,
     has_attention_backends=True,
     time_embedding="time_in",
+    blocks=r"blocks\.\d+",
 )

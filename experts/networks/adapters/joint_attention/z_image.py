@@ -34,4 +34,5 @@ ADAPTER = Adapter(
     side_multiple=lambda settings: int(settings["all_patch_size"][0]),
     has_attention_backends=True,
     time_embedding="t_embedder",
+    blocks=r"layers\.\d+",
 )
