@@ -12,7 +12,14 @@ from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from ensemble.compression.acceleration.config import BaseFirstConfig, CacheConfig, HookConfig, TruncateConfig
-from ensemble.compression.distillation.config import ConsistencyConfig, MeanFlowConfig, MMDConfig, SCMConfig, SiDConfig
+from ensemble.compression.distillation.config import (
+    ConsistencyConfig,
+    MeanFlowConfig,
+    MMDConfig,
+    SCMConfig,
+    SiDConfig,
+    SignConfig,
+)
 from ensemble.compression.pruning.config import EcoDiffConfig, LaptopConfig
 from ensemble.compression.quantization.config import MixedPrecisionConfig, QuESTConfig, SharedBaseConfig, SVDQuantConfig
 from ensemble.config import SamplingConfig
@@ -59,7 +66,7 @@ class StitchConfig:
     """Where the compressed ensemble is used. `late`: below `t`, where samples are nearly clean. `early`: above `t`."""
 
 
-AnyDistillConfig = SiDConfig | ConsistencyConfig | MMDConfig | MeanFlowConfig | SCMConfig
+AnyDistillConfig = SiDConfig | ConsistencyConfig | MMDConfig | MeanFlowConfig | SCMConfig | SignConfig
 DistillConfig = Annotated[AnyDistillConfig, Field(discriminator="method")]
 AccelerateConfig = Annotated[CacheConfig | HookConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
 PruneConfig = Annotated[LaptopConfig | EcoDiffConfig, Field(discriminator="method")]

@@ -29,6 +29,7 @@ from ensemble.compression.distillation.mmd import finetune_mmd
 from ensemble.compression.distillation.scm import train_scm
 from ensemble.compression.distillation.shared_student import distill_shared_student, train_shared_warmup
 from ensemble.compression.distillation.sid import distill_sid
+from ensemble.compression.distillation.sign import train_sign
 from ensemble.compression.handover import hand_over_after_base, stitch
 from ensemble.compression.measurement import compare
 from ensemble.compression.method import (
@@ -65,6 +66,7 @@ EXPERT_METHODS: dict[str, Method] = {
     "mmd": finetune_mmd,
     "mean_flow": train_mean_flow,
     "scm": train_scm,
+    "sign": train_sign,
     "laptop": prune_laptop,
     "ecodiff": prune_ecodiff,
     "svdquant": quantize_svdquant,

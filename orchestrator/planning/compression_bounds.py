@@ -2,7 +2,6 @@
 
 from ensemble.compression.acceleration.config import CacheConfig, HookConfig
 from ensemble.compression.config import QuantizeConfig
-from ensemble.compression.distillation.config import ConsistencyConfig, MMDConfig, SiDConfig
 from ensemble.compression.quantization.config import MixedPrecisionConfig
 from orchestrator.config.schema import RunConfig
 
@@ -16,9 +15,7 @@ def least_ratios(config: RunConfig) -> dict[str, float]:
     kept = 1.0 if config.prune is None else 1.0 - config.prune.ratio
     experts = config.partition.num_experts
     bits = FLOAT_BITS if config.quantize is None else _least_bits(config.quantize, experts)
-    is_shared = (
-        isinstance(config.distill, SiDConfig | ConsistencyConfig | MMDConfig) and config.distill.students == "shared"
-    )
+    is_shared = config.distill is not None and config.distill.students == "shared"
     solver_steps = config.ensemble.steps * 2
     steps = solver_steps if config.distill is None else min(solver_steps, config.distill.steps)
     interval = config.accelerate.interval if isinstance(config.accelerate, CacheConfig | HookConfig) else 1.0

@@ -198,3 +198,31 @@ class SCMConfig:
     """c of the normalized tangent g / (|g| + c)."""
     guidance: float = 1.0
     """Guidance scale of the expert."""
+
+
+SIGN_TRAINING = TrainingConfig(
+    steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, t_mean=0.7, t_std=1.6, checkpoint_every=200
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SignConfig:
+    """A one-step student that maps noise and corrupted latents alike to data, and leaves data as they are."""
+
+    method: Literal["sign"] = "sign"
+    students: Literal["per_expert", "shared"] = "per_expert"
+    """`per_expert`: one student per expert, trained on its cluster. `shared`: one for all, without router."""
+    steps: Literal[1] = 1
+    """Sampling steps of the student."""
+    training: WholeBatchTraining = SIGN_TRAINING
+    """Training of student and fake score, including the distribution of t, of both the scores and the corruption."""
+    data_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance from the student of latents, half of them corrupted, to the latents."""
+    idempotence_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance from the student of its own samples to these samples."""
+    flow_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the samples of the expert from the same noise."""
+    flow_steps: Annotated[int, Field(ge=1)] = 8
+    """Heun steps of the expert for these samples."""
+    guidance: float = 1.0
+    """Guidance scale of the expert."""

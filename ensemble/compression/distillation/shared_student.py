@@ -15,6 +15,7 @@ from ensemble.compression.distillation.mean_flow import train_mean_flow_student
 from ensemble.compression.distillation.mmd import finetune_mmd
 from ensemble.compression.distillation.scm import train_scm_student
 from ensemble.compression.distillation.sid import distill_sid_student
+from ensemble.compression.distillation.sign import train_sign_student
 from ensemble.compression.distillation.teacher import Teacher, build_ensemble_teacher, router_flops
 from ensemble.compression.method import CompressionContext, EnsembleResult, ExpertResult, StageError
 from ensemble.pipeline import EnsemblePipeline
@@ -26,6 +27,7 @@ TEACHER_METHODS: Mapping[str, Callable[[Expert, Teacher, float, LatentDataset, A
     "consistency": train_consistency_student,
     "mean_flow": train_mean_flow_student,
     "scm": train_scm_student,
+    "sign": train_sign_student,
 }
 """Methods that train a student on data with a teacher, by name."""
 

@@ -18,12 +18,14 @@ from ensemble.compression.distillation.config import (
     MMDConfig,
     SCMConfig,
     SiDConfig,
+    SignConfig,
 )
 from ensemble.compression.distillation.consistency import train_consistency
 from ensemble.compression.distillation.mean_flow import train_mean_flow
 from ensemble.compression.distillation.mmd import finetune_mmd
 from ensemble.compression.distillation.scm import train_scm
 from ensemble.compression.distillation.sid import distill_sid
+from ensemble.compression.distillation.sign import train_sign
 from ensemble.compression.method import Clusters, StageError
 from ensemble.config import ClassifierConfig, ExpertSamplesConfig
 from ensemble.pipeline_folder import PipelineError
@@ -77,6 +79,7 @@ def dataset(expert):
         (train_consistency, ConsistencyConfig(training=TRAINING)),
         (train_mean_flow, MeanFlowConfig(training=TRAINING, guidance=2)),
         (train_scm, SCMConfig(training=TRAINING, guidance=2)),
+        (train_sign, SignConfig(training=TRAINING, guidance=2)),
     ],
 )
 def test_distilled_student_reads_text(distill, config, expert, dataset, tmp_path):

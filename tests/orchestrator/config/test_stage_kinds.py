@@ -11,11 +11,19 @@ from pydantic import ValidationError
 
 from ensemble.compression.acceleration.config import TruncateConfig
 from ensemble.compression.config import DynamicInt8Config, StitchConfig
-from ensemble.compression.distillation.config import ConsistencyConfig, MeanFlowConfig, MMDConfig, SCMConfig, SiDConfig
+from ensemble.compression.distillation.config import (
+    ConsistencyConfig,
+    MeanFlowConfig,
+    MMDConfig,
+    SCMConfig,
+    SiDConfig,
+    SignConfig,
+)
 from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.mean_flow import mean_flow_flops
 from ensemble.compression.distillation.scm import scm_flops
 from ensemble.compression.distillation.sid import sid_flops
+from ensemble.compression.distillation.sign import sign_flops
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.config import SamplingConfig
 from experts.config import CodecConfig, ExpertConfig, TrainingConfig
@@ -120,6 +128,7 @@ def test_work_of_every_kind_is_estimated(config):
 TRAINING = TrainingConfig(steps=10, batch_size=8)
 SID, CONSISTENCY = SiDConfig(training=TRAINING), ConsistencyConfig(training=TRAINING)
 MEAN_FLOW, SCM = MeanFlowConfig(training=TRAINING), SCMConfig(training=TRAINING, guidance=2)
+SIGN = SignConfig(training=TRAINING, guidance=2)
 ROW, ENSEMBLE_ROW = 1e6, 4 * 1e6 + 1e5
 
 
@@ -132,6 +141,7 @@ ROW, ENSEMBLE_ROW = 1e6, 4 * 1e6 + 1e5
         (CONSISTENCY, 4 * consistency_flops(ROW, ROW, CONSISTENCY)),
         (MEAN_FLOW, 4 * mean_flow_flops(ROW, ROW, MEAN_FLOW)),
         (replace(SCM, students="shared"), scm_flops(ROW, ENSEMBLE_ROW, SCM)),
+        (SIGN, 4 * sign_flops(ROW, ROW, SIGN)),
         (MMDConfig(training=TRAINING, steps=2), 4 * 80 * (4 * 2 + 3) * ROW),
     ],
 )
