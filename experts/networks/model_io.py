@@ -80,16 +80,9 @@ DERIVED = {"AutoencoderTiny": ("block_out_channels",)}
 def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
     """Load a model of one of these classes for inference; raise `CorruptArtifact` if that fails."""
     by_name: dict[str, Any] = {candidate.__name__: candidate for candidate in classes}
-    name = read_class_name(folder, by_name)
-    model_class = by_name[name]
+    model_class = by_name[read_class_name(folder, by_name)]
     config = read_json(folder / "config.json")
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    if settings.get(DIFFUSERS_CONFIG) == COMPRESSED:
-        del settings[DIFFUSERS_CONFIG]
-    for key in DERIVED.get(name, ()):
-        settings.pop(key, None)
-    if unknown := sorted(settings.keys() - inspect.signature(model_class).parameters.keys()):
-        raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not take: {', '.join(unknown[:5])}")
+    settings = _read_settings(model_class, config, folder)
     try:
         _check_size(model_class, settings, folder)
         with SkipRandomInit():
@@ -103,11 +96,60 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
         found = _copy_tensors(model, folder)
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise CorruptArtifact(f"{folder} does not hold a complete {name}: {reason}; {REMEDY}") from error
+        raise CorruptArtifact(
+            f"{folder} does not hold a complete {model_class.__name__}: {reason}; {REMEDY}"
+        ) from error
+    _check_names(model, found, folder)
+    return model.eval()
+
+
+def check_tensors(model_class: type[nn.Module], folder: Path) -> None:
+    """Raise `CorruptArtifact` if the files of an original network lack tensors or have others; name every one.
+
+    Reads no weights, and allocates none. Compressed networks are left to `load_model`.
+    """
+    if (folder / STRUCTURE).exists() or (folder / QUANTIZATION_CONFIG).exists():
+        return
+    settings = _read_settings(model_class, read_json(folder / "config.json"), folder)
+    found: set[str] = set()
+    try:
+        _check_size(model_class, settings, folder)
+        with torch.device("meta"):
+            model = model_class(**settings)
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as tensors, torch.device("meta"):
+                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+                found |= _rename_tensors(model, {name: torch.empty(shape) for name, shape in shapes.items()}).keys()
+    except (SafetensorError, FileNotFoundError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CorruptArtifact(
+            f"{folder} does not hold a complete {model_class.__name__}: {reason}; {REMEDY}"
+        ) from error
+    _check_names(model, found, folder)
+
+
+def _read_settings(model_class: type[nn.Module], config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the arguments of a network from its `config.json`; raise `CorruptArtifact` for one it does not take."""
+    name = model_class.__name__
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    if settings.get(DIFFUSERS_CONFIG) == COMPRESSED:
+        del settings[DIFFUSERS_CONFIG]
+    for key in DERIVED.get(name, ()):
+        settings.pop(key, None)
+    if unknown := sorted(settings.keys() - inspect.signature(model_class).parameters.keys()):
+        raise CorruptArtifact(f"{folder / 'config.json'} has keys that {name} does not take: {', '.join(unknown[:5])}")
+    return settings
+
+
+def _check_names(model: nn.Module, found: Collection[str], folder: Path) -> None:
+    """Raise `CorruptArtifact` with the name of every tensor that is missing or unknown."""
     expected = model.state_dict().keys()
     if faults := _list_names("has no", expected - found) + _list_names("has the unknown", found - expected):
-        raise CorruptArtifact(f"{folder} does not hold a complete {name}: it {' and '.join(faults)}; {REMEDY}")
-    return model.eval()
+        raise _incomplete(type(model), folder, f"it {' and '.join(faults)}")
+
+
+def _incomplete(model_class: type[nn.Module], folder: Path, reason: str) -> CorruptArtifact:
+    return CorruptArtifact(f"{folder} does not hold a complete {model_class.__name__}: {reason}; {REMEDY}")
 
 
 def _list_names(what: str, names: Collection[str]) -> list[str]:
@@ -181,10 +223,15 @@ def _copy_tensors(model: Any, folder: Path) -> set[str]:
     """
     names: set[str] = set()
     for path in weight_files(folder):
-        tensors = load_file(path)
-        model._fix_state_dict_keys_on_load(tensors)
-        for name in model._keys_to_ignore_on_load_unexpected or ():
-            tensors.pop(name, None)
+        tensors = _rename_tensors(model, load_file(path))
         model.load_state_dict(tensors, strict=False)
         names |= tensors.keys()
     return names
+
+
+def _rename_tensors(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a file by their present names, without those that the class ignores; changes the dictionary."""
+    model._fix_state_dict_keys_on_load(tensors)
+    for name in model._keys_to_ignore_on_load_unexpected or ():
+        tensors.pop(name, None)
+    return tensors

@@ -24,7 +24,7 @@ from experts.networks.adapters.adapter import Adapter, CallInputs, DataShape
 from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.class_settings import AnyNetworkConfig, NetworkError, class_settings
 from experts.networks.latent_shapes import check_blocks, check_condition, check_latent_shape, complete_settings
-from experts.networks.model_io import load_model, read_class_name
+from experts.networks.model_io import check_tensors, load_model, read_class_name
 from experts.types import Latents, RowTimes, Times
 
 NetworkCall = Callable[[Any, Latents, Tensor, Condition], Tensor]
@@ -112,6 +112,11 @@ def load_network(folder: Path) -> nn.Module:
     """Load a network for inference; raise an `ArtifactError` if it is invalid or of another kind."""
     model_class = ADAPTERS[read_class_name(folder, ADAPTERS)].model_class()
     return set_null_text(_without_label_dropout(load_model((model_class,), folder)), load_null_text(folder))
+
+
+def check_network_files(folder: Path) -> None:
+    """Raise an `ArtifactError` if a network's files lack tensors or have unknown ones; reads no weights."""
+    check_tensors(ADAPTERS[read_class_name(folder, ADAPTERS)].model_class(), folder)
 
 
 def enable_gradient_checkpointing(model: nn.Module, function: Callable[..., Any] | None = None) -> None:

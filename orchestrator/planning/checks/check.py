@@ -139,11 +139,21 @@ def check_text(config: RunConfig) -> Iterator[str]:
             else:
                 shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
                 check_init_settings(Path(expert.init), DataShape(latent_shape=shape, text_shape=text_shape))
+                _check_tensors(Path(expert.init))
         except (NetworkError, InitError) as error:
             mistakes.append(str(error))
         except CodecError:  # the check of the data says so, with what would fit
             continue
     yield from dict.fromkeys(mistakes)
+
+
+def _check_tensors(folder: Path) -> None:
+    from experts.networks.registry import check_network_files  # imports torch and diffusers: seconds
+
+    try:
+        check_network_files(folder)
+    except ArtifactError as error:
+        raise InitError(f"expert.init: {error}") from error
 
 
 def _check_resources(compute: ComputeConfig) -> Iterator[str]:

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from ddm_core.artifacts import write_json
 from experts.conditions.text_files import read_text_shape
@@ -150,6 +153,16 @@ def test_text_of_a_known_shape_passes(tmp_path):
     assert read_text_shape(TextConfig(kind="t5", path="google/t5-v1_1-xxl", length=120)) == (120, 4096, 4096)
 
 
+OVERRIDES_OF_TEXT = (
+    "data=fashion_captions",
+    "data.labels=false",
+    "text=minilm",
+    "codec=patch_pca",
+    "codec.patch_size=4",
+    "expert=pixart_small",
+)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -162,7 +175,6 @@ def test_text_of_a_known_shape_passes(tmp_path):
             "caption_channels=768.* need .*=384",
         ),
         ({"_class_name": "Flux2Transformer2DModel"}, "class 'Flux2Transformer2DModel'; known are"),
-        ({"in_channels": 12, "out_channels": 24, "caption_channels": 384}, None),
     ],
 )
 def test_checkpoint_that_cannot_fit_is_refused(tmp_path, settings, message):
@@ -170,13 +182,22 @@ def test_checkpoint_that_cannot_fit_is_refused(tmp_path, settings, message):
     checkpoint.mkdir()
     write_json(checkpoint / "config.json", {"_class_name": "PixArtTransformer2DModel", **settings})
     (checkpoint / "diffusion_pytorch_model.safetensors").touch()
-    words = ("data=fashion_captions", "data.labels=false", "text=minilm", "codec=patch_pca", "codec.patch_size=4")
-    overrides = (*words, f"expert.init={checkpoint}", "expert=pixart_small")
-    if message is None:
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path / "run", *OVERRIDES_OF_TEXT, f"expert.init={checkpoint}")
+
+
+def test_checkpoint_that_lacks_tensors_is_refused_before_a_run(tmp_path):
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "cross_attention_dim": 32}
+    model = PixArtTransformer2DModel(**size, in_channels=12, out_channels=24, sample_size=7, caption_channels=384)
+    model.save_pretrained(tmp_path / "checkpoint")
+    overrides = (*OVERRIDES_OF_TEXT, f"expert.init={tmp_path / 'checkpoint'}")
+    check(tmp_path / "run", *overrides)
+    path = tmp_path / "checkpoint" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["proj_out.bias"], tensors["scale_shift_table"]
+    save_file(tensors | {"lora.weight": torch.zeros(2)}, path)
+    with pytest.raises(ConfigError, match=r"has no proj_out.bias, scale_shift_table and has the unknown lora.weight"):
         check(tmp_path / "run", *overrides)
-    else:
-        with pytest.raises(ConfigError, match=message):
-            check(tmp_path / "run", *overrides)
 
 
 @pytest.mark.parametrize(
