@@ -73,7 +73,7 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models bench-serve bench-training bench-streaming bench-recipes bench-gpu chaos
+.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models bench-serve bench-training bench-streaming bench-recipes bench-own-pictures bench-gpu chaos
 bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
@@ -147,6 +147,10 @@ bench-codecs: install ## Compare the codecs at equal numbers and CPU time (ten C
 
 bench-real-models: install ## Train the demo and the emoji with three seeds, and see what their captions do (two core-hours)
 	$(BIN)/python -m benchmarks.real_models
+	$(BIN)/python -m benchmarks.page
+
+bench-own-pictures: install ## Train on folders of own pictures, fitted and plain (OWN="FOLDER …"; half an hour a folder)
+	$(BIN)/python -m benchmarks.own_pictures $(OWN)
 	$(BIN)/python -m benchmarks.page
 
 bench-serve: install ## Measure the service over HTTP: throughput, overload, faults, fuzzing, memory (half an hour)
