@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from ddm_core.artifacts import STRICT, UNHASHED, UNHASHED_IF_DEFAULT
 from ddm_core.url_queries import hide_queries, without_secrets
 
 MAX_FEATURES = 8192
@@ -31,6 +31,10 @@ class DataConfig:
     store_latents: bool | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """With `mode=stream`, whether latents are stored before trainings, instead of images being encoded while networks
     train. None: unless the codec is `pixels`, whose latents are larger than the images."""
+
+    engine: Literal["local", "ray"] = field(default="local", metadata=UNHASHED)
+    """Where the stages `features`, `latents` and `partition` compute: in their own process, or with Ray Data on
+    `compute.stages.<kind>.workers` processes of the Ray cluster; both give the same bytes."""
 
     path: str | None = None
     """Folder of images, or a brace-expanded URL of tars; only some sources need one.

@@ -10,6 +10,7 @@ most training samples around its nearest fine centroid belong to.
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from data_partition.features.store import FEATURES, KEYS
 from data_partition.progress import ProgressTracker
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import Workspace, read_json, save_arrays, write_json
+from ddm_core.engine import row_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,9 @@ def evenness(counts: Int64[np.ndarray, " cluster"]) -> float:
     shares = counts[counts > 0] / counts.sum()
     return 1.0 if len(counts) == 1 else float(-(shares * np.log(shares)).sum() / np.log(len(counts)))
 
+
+PIECE_ROWS = 16 * BLOCK_ROWS
+"""Rows of features that are assigned in one go."""
 
 TENSORS, METADATA, EXTRACTOR = "partition.safetensors", "partition.json", "extractor"
 
@@ -152,7 +157,13 @@ def make_partition(
     fine = choose_num_fine(config.num_fine, index.count, config.num_experts)
     centroids = fit_fine_centroids(values, fine, config.iterations, config.seed)
     fine_ids = store_ids(
-        workspace.scratch / "fine_ids.npy", index.count, tracker.track_batches(_nearest_blocks(values, centroids))
+        workspace.scratch / "fine_ids.npy",
+        index.count,
+        tracker.track_batches(
+            workspace.engine.map(
+                partial(_start_assignment, features, index.count, centroids), row_ranges(0, index.count, PIECE_ROWS)
+            )
+        ),
     )
     fine_counts = count_ids(fine_ids, fine, BLOCK_ROWS)
     assignment = STRATEGIES[config.by](
@@ -196,11 +207,17 @@ def open_features(folder: Path, count: int) -> Float32[np.ndarray, "sample featu
     return values
 
 
-def _nearest_blocks(
-    values: Float32[np.ndarray, "sample feature"], centroids: Float32[np.ndarray, "fine feature"]
-) -> Iterator[Int64[np.ndarray, " block"]]:
-    for start in range(0, len(values), BLOCK_ROWS):
-        yield assign_nearest(values[start : start + BLOCK_ROWS], centroids)
+def _start_assignment(
+    folder: Path, count: int, centroids: Float32[np.ndarray, "fine feature"]
+) -> Callable[[tuple[int, int]], Iterator[Int64[np.ndarray, " block"]]]:
+    """Return the function that yields the nearest fine centroids of the rows of a range, in blocks."""
+    values = open_features(folder, count)
+
+    def assign(rows: tuple[int, int]) -> Iterator[Int64[np.ndarray, " block"]]:
+        for start, stop in row_ranges(*rows, BLOCK_ROWS):
+            yield assign_nearest(values[start:stop], centroids)
+
+    return assign
 
 
 def _count_clusters(

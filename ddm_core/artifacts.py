@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
+from ddm_core.engine import Engine, LocalEngine
 from ddm_core.errors import DDMError
 
 if TYPE_CHECKING:
@@ -342,6 +343,8 @@ class Workspace:
     """The stage does the same once this returns True, after a SIGTERM."""
     notices: list[str] = field(default_factory=list)
     """What the person who started the run should know, by `notify`."""
+    engine: Engine = field(default_factory=LocalEngine)
+    """Where pieces of the work are computed."""
     _clock: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod

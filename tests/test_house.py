@@ -15,6 +15,7 @@ ROOMS = ["ddm_core", "data_partition", "experts", "router", "ensemble", "orchest
 IMPORTERS = {
     "ray": {
         "orchestrator/backends/ray_cluster.py",
+        "orchestrator/backends/ray_data.py",
         "orchestrator/backends/ray_tasks.py",
         "orchestrator/backends/ray_train.py",
         "orchestrator/islands/client.py",

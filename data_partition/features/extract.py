@@ -8,8 +8,10 @@ To add an extractor (DINOv2, for example), write a class with the members of `Fe
 add it to `EXTRACTORS`.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -33,8 +35,11 @@ from ddm_core.artifacts import (
     read_json,
     write_json,
 )
+from ddm_core.engine import row_ranges
 
 EXTRACTOR = "extractor.json"
+PIECE_ROWS = 2048
+"""Images that are read in one go, as many as a shard has by default."""
 
 
 @runtime_checkable
@@ -118,8 +123,10 @@ def extract_features(config: PartitionConfig, dataset: Path, out: Path, workspac
     cache = workspace.scratch / f"features-{_cache_key(config, shards)}"
     extractor = _load_or_fit_extractor(config, shards, cache / "extractor")
     with FeatureFile(cache, count, extractor.dimension) as file:
-        for batch in read_batches(shards, config.batch_size, start=file.rows):
-            file.append(batch.keys, extractor(batch.images))
+        start = partial(_start_extraction, cache / "extractor", shards, config.batch_size)
+        pieces = row_ranges(file.rows, count, config.batch_size * max(1, PIECE_ROWS // config.batch_size))
+        for keys, features in workspace.engine.map(start, pieces):
+            file.append(keys, features)
             workspace.report_progress(file.rows, count, unit="images")
             if file.rows < count and workspace.stop_requested():
                 raise Preempted(f"stopped after the features of {file.rows} of {count} images, which are kept")
@@ -127,6 +134,21 @@ def extract_features(config: PartitionConfig, dataset: Path, out: Path, workspac
     save_extractor(config.features, extractor, out / "extractor")
     flops = count * (extractor.flops_per_image + extractor.fit_flops_per_image)
     return FeatureSummary(count=count, dimension=extractor.dimension, flops=flops)
+
+
+def _start_extraction(
+    folder: Path, shards: Path, batch_size: int
+) -> Callable[[tuple[int, int]], Iterator[tuple[list[str], Float32[np.ndarray, "batch feature"]]]]:
+    """Return the function that yields keys and features of the rows of a range, in batches."""
+    extractor = load_extractor(folder)
+
+    def extract(rows: tuple[int, int]) -> Iterator[tuple[list[str], Float32[np.ndarray, "batch feature"]]]:
+        start, stop = rows
+        batches = read_batches(shards, batch_size, start)
+        for batch in itertools.islice(batches, -(-(stop - start) // batch_size)):
+            yield batch.keys, extractor(batch.images)
+
+    return extract
 
 
 def _cache_key(config: PartitionConfig, shards: Path) -> str:

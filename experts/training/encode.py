@@ -9,8 +9,10 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,90 +107,83 @@ class FrozenCodec:
         return {"codec": self.checksums, "stored_type": str(self.stored_type)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Encoding:
-    """A codec, a text encoder, and how many of how many samples they have encoded."""
+OpenModels = Callable[[], tuple[FrozenCodec, TextEncoder | None]]
+"""Loads the codec and the text encoder."""
+
+
+@dataclass(frozen=True)
+class _ShardEncoder:
+    """Encodes the shards of a folder, each into a folder below `out`, with a codec and a text encoder."""
 
     codec: FrozenCodec
     text: TextEncoder | None
-    workspace: Workspace
-    total: int
-    group: DataParallelGroup = DataParallelGroup()
-    """Workers that encode together, each its share of the shards."""
-    stores_latents: bool = True
+    shards: Path
+    out: Path
+    flip: bool
+    """Whether the mirrored images are encoded too."""
+    stores_latents: bool
     """Whether images are encoded, and not only captions."""
-    done: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     """Of the current shard: captions that were `cut`, and bytes that captions take less than their encodings."""
+
+    @classmethod
+    def start(cls, open_models: OpenModels, *arguments: Any) -> Callable[[int], Iterator[int]]:
+        """Load the models and return the function that encodes a shard."""
+        return cls(*open_models(), *arguments).encode_shard
+
+    @cached_property
+    def index(self) -> ShardIndex:
+        """Return the index of the shards."""
+        return read_index(self.shards)
 
     @property
     def reads_classes(self) -> bool:
         """Return whether models read the classes of the samples."""
         return self.text is None or self.text.config.classes
 
-    def encode_shards(self, shards: Path, out: Path, *, flip: bool = False) -> list[Path]:
-        """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`.
+    def encode_shard(self, number: int) -> Iterator[int]:
+        """Encode a shard, unless it is encoded; yield the number of its samples that were encoded since the last."""
+        index, shapes, part = self.index, self.codec.shapes(self.index), part_folder(self.out, number)
+        count, start, done = index.shard_counts[number], sum(index.shard_counts[:number]), 0
+        origin = {"shard": index.checksums[number], **self.codec.origin, "text": self.text and self.text.config}
+        origin |= ({"flip": True} if self.flip else {}) | ({} if self.stores_latents else {"images": STREAMED})
+        if is_reusable(part, origin):
+            yield count
+            return
+        class_names = index.class_names if self.reads_classes else ()
+        with atomic_folder(part) as temporary, LatentWriter(temporary, class_names, origin) as writer:
+            for batch, ids in self._read(start, count, f"{self.shards}, shard {number}"):
+                yield done
+                encoded = self._encode(batch, ids)
+                writer.add(encoded.in_bucket(index.bucket_of(number), shapes) if shapes else encoded)
+                done = len(ids)
+            writer.counts.update(self.counts)
+            self.counts.clear()
+        yield done
 
-        With `flip` the mirrored images are encoded too. A worker of a group leaves the shards of the others to them.
-        """
-        index = read_index(shards)
-        start, parts, shapes = 0, [], self.codec.shapes(index)
-        for number, (count, digest) in enumerate(zip(index.shard_counts, index.checksums, strict=True)):
-            part = out / f"{number:05d}"
-            origin = {"shard": digest, **self.codec.origin, "text": self.text and self.text.config}
-            origin |= ({"flip": True} if flip else {}) | ({} if self.stores_latents else {"images": STREAMED})
-            is_ours = number % self.group.size == self.group.rank
-            if is_ours and is_reusable(part, origin):
-                self.done.append(count)
-            elif is_ours:
-                class_names = index.class_names if self.reads_classes else ()
-                with atomic_folder(part) as temporary, LatentWriter(temporary, class_names, origin) as writer:
-                    for batch, ids in self._read(shards, start, count, f"{shards}, shard {number}"):
-                        encoded = self._encode(batch, ids, flip=flip)
-                        writer.add(encoded.in_bucket(index.bucket_of(number), shapes) if shapes else encoded)
-                    writer.counts.update(self.counts)
-                    self.counts.clear()
-            start += count
-            parts.append(part)
-        return parts
-
-    def _read(self, shards: Path, start: int, count: int, name: str) -> Iterator[tuple[ImageBatch, list[int]]]:
-        """Yield samples of a shard in batches, with their hashes; without images if these are not encoded.
-
-        Raises `Preempted` before a batch if the workspace requests a stop.
-        """
+    def _read(self, start: int, count: int, name: str) -> Iterator[tuple[ImageBatch, list[int]]]:
+        """Yield samples of a shard in batches, with their hashes; without images if these are not encoded."""
         if not self.stores_latents:
-            identities = itertools.islice(read_identities(shards), start, start + count)
+            identities = itertools.islice(read_identities(self.shards), start, start + count)
             for first in range(start, start + count, MATCH_ROWS):
-                self._check_stop()
-                batch = read_without_images(shards, first, min(first + MATCH_ROWS, start + count))
+                batch = read_without_images(self.shards, first, min(first + MATCH_ROWS, start + count))
                 yield batch, [sample_id for _, sample_id in itertools.islice(identities, len(batch.keys))]
             return
-        samples = itertools.islice(read_encoded(shards, start), count)
-        for block in _batches(samples, _batch_rows(read_index(shards).image_shape)):
-            self._check_stop()
+        samples = itertools.islice(read_encoded(self.shards, start), count)
+        for block in _batches(samples, _batch_rows(self.index.image_shape)):
             yield stack_samples([decode_sample(encoded, name) for encoded in block]), list(map(identify_sample, block))
 
-    def _encode(self, batch: ImageBatch, sample_ids: list[int], *, flip: bool) -> LatentDataset:
+    def _encode(self, batch: ImageBatch, sample_ids: list[int]) -> LatentDataset:
         """Encode some samples."""
-        clean = self._encode_images(batch.images)
-        dataset = LatentDataset(
+        clean, mirrored = self._encode_images(batch.images), np.ascontiguousarray(batch.images[:, :, ::-1])
+        return LatentDataset(
             clean=clean,
             class_id=torch.from_numpy(batch.labels if self.reads_classes else np.full_like(batch.labels, NULL_CLASS)),
             cluster_id=torch.zeros(len(clean), dtype=torch.int64),
             sample_id=torch.tensor(sample_ids, dtype=torch.int64),
             captions=None if self.text is None else self._encode_captions(self.text, batch),
-            flipped=self._encode_images(np.ascontiguousarray(batch.images[:, :, ::-1])) if flip else None,
+            flipped=self._encode_images(mirrored) if self.flip else None,
         )
-        self.done.append(len(clean))
-        all_done = min(sum(self.done) * self.group.size, self.total)
-        self.workspace.report_progress(all_done, self.total, unit="images encoded")
-        return dataset
-
-    def _check_stop(self) -> None:
-        if self.workspace.stop_requested():
-            done = f"{sum(self.done)} of {self.total}"
-            raise Preempted(f"stopped after {done} images; run the same command again to continue")
 
     def _encode_images(self, images: Images) -> Latents:
         return self.codec.encode(images) if self.stores_latents else torch.zeros(len(images), 0)
@@ -210,6 +205,41 @@ class _Encoding:
         return EncodedCaptions.from_rows(rows, text.null_text, counts, weights)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Encoding:
+    """Folders of shards that are encoded one after the other, and how many of how many samples are done."""
+
+    open_models: OpenModels
+    workspace: Workspace
+    total: int
+    group: DataParallelGroup = DataParallelGroup()
+    """Workers that encode together, each its share of the shards."""
+    done: list[int] = field(default_factory=list)
+
+    def encode_shards(self, shards: Path, out: Path, *, flip: bool = False, stores_latents: bool = True) -> list[Path]:
+        """Encode every shard of a folder into a folder below `out`, unless it is there; raises `Preempted`.
+
+        With `flip` the mirrored images are encoded too. A worker of a group leaves the shards of the others to them.
+        """
+        numbers = range(len(read_index(shards).shards))
+        start = partial(_ShardEncoder.start, self.open_models, shards, out, flip, stores_latents)
+        ours = numbers[self.group.rank :: self.group.size]
+        with closing(self.workspace.engine.map(start, ours)) as counts:
+            for count in counts:
+                self.done.append(count)
+                all_done = min(sum(self.done) * self.group.size, self.total)
+                self.workspace.report_progress(all_done, self.total, unit="images encoded")
+                if self.workspace.stop_requested():
+                    done = f"{sum(self.done)} of {self.total}"
+                    raise Preempted(f"stopped after {done} images; run the same command again to continue")
+        return [part_folder(out, number) for number in numbers]
+
+
+def part_folder(out: Path, shard: int) -> Path:
+    """Return the folder of the latents of a shard."""
+    return out / f"{shard:05d}"
+
+
 def encode_dataset(
     dataset: Path,
     codec: FrozenCodec,
@@ -219,6 +249,7 @@ def encode_dataset(
     *,
     flip: bool = False,
     stores_latents: bool = True,
+    open_models: OpenModels | None = None,
 ) -> float:
     """Encode the training and the held-out samples of a data set into `out/train` and `out/holdout`.
 
@@ -226,11 +257,11 @@ def encode_dataset(
     Returns the FLOPs of the text encoder, in all attempts.
     Says before it starts how much they will take, and afterwards how many captions were cut. Raises `Preempted`; the
     next attempt continues with the shards that are not finished. Workers of a group divide the shards, and rank 0
-    writes `out`.
+    writes `out`. Other processes of the workspace's engine load codec and text encoder with `open_models`.
     """
     total, group = sum(read_index(dataset / name).count for name in ("train", "holdout")), DataParallelGroup.join()
     encoding = _Encoding(
-        codec=codec, text=text, workspace=workspace, total=total, group=group, stores_latents=stores_latents
+        open_models=open_models or (lambda: (codec, text)), workspace=workspace, total=total, group=group
     )
     size = _sample_bytes(codec, text, copies=(1 + flip) * stores_latents)
     if group.is_main:
@@ -238,7 +269,7 @@ def encode_dataset(
             f"{total:,} samples, at most {size / 2**10:.2f} KiB of latents each, {total * size / 2**20:.1f} MiB in all"
         )
     with group.worker_loss_as_error():
-        parts = _encode_both(encoding, dataset, flip=flip)
+        parts = _encode_both(encoding, dataset, flip=flip, stores_latents=stores_latents)
     if not group.is_main:
         return 0.0
     for part in parts:
@@ -260,13 +291,14 @@ def encode_dataset(
     return caption_flops(text) * sum(count_captions(part, as_text=False) for part in parts) if text else 0.0
 
 
-def _encode_both(encoding: _Encoding, dataset: Path, *, flip: bool) -> list[Path]:
+def _encode_both(encoding: _Encoding, dataset: Path, *, flip: bool, stores_latents: bool) -> list[Path]:
     """Encode training and held-out samples, wait for the other workers of the group, and return all folders."""
     parts, notice = [], None
     try:
         for name in ("train", "holdout"):
             folder = encoding.workspace.scratch / CACHE / "parts" / name
-            parts += encoding.encode_shards(dataset / name, folder, flip=flip and name == "train")
+            is_flipped = flip and name == "train"
+            parts += encoding.encode_shards(dataset / name, folder, flip=is_flipped, stores_latents=stores_latents)
     except Preempted as error:
         notice = error
     if encoding.group.any_rank(notice is not None):
@@ -296,7 +328,7 @@ def text_flops(folders: Sequence[Path]) -> float:
 def encode_folder(shards: Path, codec: FrozenCodec, text: TextEncoder | None, out: Path, workspace: Workspace) -> int:
     """Encode a folder of shards into folders below `out`, and return the number of samples; raises `Preempted`."""
     total = read_index(shards).count
-    encoding = _Encoding(codec=codec, text=text, workspace=workspace, total=total)
+    encoding = _Encoding(open_models=lambda: (codec, text), workspace=workspace, total=total)
     for part in encoding.encode_shards(shards, workspace.scratch / CACHE / "parts" / out.name):
         shutil.copytree(part, out / part.name, copy_function=_link)
     return total
@@ -371,7 +403,7 @@ def _prepare(
     """Encode the folders of shards, check those of latents, and join all in `out`."""
     shards = [path for path in folders if not has_latents(path)]
     total, frozen = sum(read_index(path).count for path in shards), FrozenCodec.open(codec_folder, codec)
-    encoding = _Encoding(codec=frozen, text=text, workspace=workspace, total=total)
+    encoding = _Encoding(open_models=lambda: (frozen, text), workspace=workspace, total=total)
     parts = []
     for number, path in enumerate(folders):
         if path in shards:

@@ -12,6 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from ddm_core.signals import sigterm_flag
 from orchestrator.backends.ray_cluster import RayCluster
+from orchestrator.backends.ray_data import RayEngine, ray_options
 from orchestrator.backends.ray_train_driver import TrainDrivers
 from orchestrator.config.compute import ComputeConfig
 from orchestrator.errors import ConfigError
@@ -31,7 +32,7 @@ def _execute(job: Job) -> AttemptOutcome:
     from orchestrator.run.worker import execute  # torch is imported in the worker, never in the controller
 
     with sigterm_flag() as stopping:
-        return execute(job, stopping)
+        return execute(job, stopping, None if job.engine == "local" else RayEngine(job.resources))
 
 
 def _import_early() -> None:
@@ -71,15 +72,12 @@ class RayBackend:
         """Queue the job; Ray starts it on a node with free resources."""
         resources = job.resources
         self._check_resources(job)
-        if resources.workers > 1:
+        if resources.workers > 1 and job.engine == "local":
             self._groups.start(job, self._cluster.address)
             return
         task = ray.remote(_execute).options(
             name=job.stage,
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            memory=int(resources.memory_gb * 2**30) or None,
-            label_selector=resources.label_selector,
+            **(ray_options(resources) if job.engine == "local" else {"num_cpus": 0}),
             max_retries=0,
         )
         self._running[task.remote(job)] = job

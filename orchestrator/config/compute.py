@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
-from orchestrator.config.stage_kinds import PARALLEL_KINDS
+from orchestrator.config.stage_kinds import ENGINE_KINDS, PARALLEL_KINDS
 
 CONTROLLER = "controller"
 """Name of the controller's own place; stages there run on an embedded Ray cluster."""
@@ -35,7 +35,7 @@ class ResourcesConfig:
     """Free memory that the node must have, in GB; 0 requires none."""
     workers: Annotated[int, Field(ge=1)] = 1
     """Workers that train together inside one island (Ray Train, DDP), or divide the shards of the stage `latents`;
-    each gets the CPUs and GPUs above."""
+    with `data.engine=ray`, processes of `features`, `latents` or `partition`. Each gets the CPUs and GPUs above."""
     labels: tuple[Annotated[str, Field(pattern=r"^[^=\s]+=.+$")], ...] = ()
     """Labels of the nodes that may run it, as Ray selects them: `ray.io/accelerator-type=H100`,
     `ray.io/market-type=!spot`, `zone=in(a,b)`; on a running Ray cluster or on islands."""
@@ -208,7 +208,7 @@ class ComputeConfig:
                 f"got backend={self.backend} and {len(self.islands)} island(s)"
             )
         parallel = sorted(kind for kind, resources in vars(self.stages).items() if resources.workers > 1)
-        if set(parallel) - set(PARALLEL_KINDS) or (parallel and self.backend in ("inline", "slurm")):
+        if set(parallel) - {*PARALLEL_KINDS, *ENGINE_KINDS} or (parallel and self.backend in ("inline", "slurm")):
             raise ValueError(
                 f"several workers need one of {', '.join(PARALLEL_KINDS)}, and backend=ray or backend=islands; "
                 f"got stages.{', '.join(parallel)} with backend={self.backend}"

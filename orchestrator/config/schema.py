@@ -25,11 +25,11 @@ from ensemble.compression.config import (
 from ensemble.config import EvaluationConfig, ReplicationLimits, SamplingConfig, SelectionSearchConfig
 from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig, TextConfig
-from orchestrator.config.compute import ComputeConfig
+from orchestrator.config.compute import CONTROLLER, ComputeConfig
 from orchestrator.config.expert_overrides import complete_expert_overrides
 from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.injection_guard import check_printable
-from orchestrator.config.stage_kinds import COMPRESSION_KINDS
+from orchestrator.config.stage_kinds import COMPRESSION_KINDS, ENGINE_KINDS, PARALLEL_KINDS
 from orchestrator.errors import ConfigError
 from router.config import AUTO, RouterConfig, SelectionConfig
 
@@ -180,6 +180,7 @@ class RunConfig:
                 f"router.noise_schedule={self.router.noise_schedule} and "
                 f"expert.noise_schedule={self.expert.noise_schedule}"
             )
+        check_engine(self)
         check_buckets(self)
         check_experts(self)
         check_auto_selection(self)
@@ -187,6 +188,20 @@ class RunConfig:
         stages = {kind: getattr(self, kind) for kind in COMPRESSION_KINDS}
         check_order(stages, reflects=self.ensemble.reflection is not None)
         return self
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raise `ValueError` for resources of the data's stages that their engine cannot use."""
+    compute, stages = config.compute, {kind: getattr(config.compute.stages, kind) for kind in ENGINE_KINDS}
+    if config.data.engine == "ray":
+        away = [kind for kind, resources in stages.items() if set(resources.islands) - {CONTROLLER}]
+        if away or compute.backend not in ("ray", "islands"):
+            raise ValueError(
+                "data.engine=ray computes on the Ray cluster of this run: set compute.backend=ray, or islands with "
+                f"these stages in the controller's place; got backend={compute.backend}, on islands {away or 'none'}"
+            )
+    elif several := [kind for kind in ENGINE_KINDS if stages[kind].workers > 1 and kind not in PARALLEL_KINDS]:
+        raise ValueError(f"several workers of {', '.join(several)} need data.engine=ray; got data.engine=local")
 
 
 def check_buckets(config: RunConfig) -> None:

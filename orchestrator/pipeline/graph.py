@@ -26,6 +26,7 @@ from experts.config import ExpertConfig
 from orchestrator.config.compute import ResourcesConfig
 from orchestrator.config.finetune import ALL_IMAGES, AdapterStageConfig
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.stage_kinds import ENGINE_KINDS
 from orchestrator.pipeline.stage import Input, Stage
 from orchestrator.pipeline.stage_configs import (
     EnsembleStageConfig,
@@ -113,6 +114,7 @@ class _GraphBuilder:
             config=config,
             inputs=inputs,
             resources=resources,
+            engine=self.config.data.engine if kind in ENGINE_KINDS else "local",
             optional=optional,
             rank=0 if name == "expert_0" else RANKS.get(kind, 0),
         )

@@ -3,15 +3,17 @@
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ddm_core.artifacts import Workspace
+from ddm_core.engine import LocalEngine
 from experts.baselines.cluster_conditioned import train_cluster_conditioned
 from experts.baselines.distilled_monolith import train_distilled_monolith
 from experts.codecs.refined import fit_decoder
 from experts.codecs.registry import fit_codec, load_codec, stored_type
 from experts.conditions.text_encoder import TextEncoder
-from experts.config import CodecConfig, ExpertConfig
+from experts.config import CodecConfig, ExpertConfig, TextConfig
 from experts.expert import Expert, train_expert
 from experts.networks.pretrained_files import check_unchanged, init_files
 from experts.training.encode import FrozenCodec, encode_dataset
@@ -44,17 +46,24 @@ def run_decoder(config: CodecConfig, inputs: Inputs, out: Path, workspace: Works
 
 def run_latents(config: LatentsStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
     """Encode all images, and their captions if the models read text; the text encoder's FLOPs are counted."""
-    text, device = TextEncoder.from_config(config.text), check_device(config.device)
-    codec = FrozenCodec.open(inputs["codec"], load_codec(inputs["codec"]), device, stored_type(inputs["codec"]))
+    is_here = isinstance(workspace.engine, LocalEngine)
+    codec, text = _open_models(config.text, inputs["codec"], config.device if is_here else "cpu")
     return encode_dataset(
         inputs["dataset"],
         codec,
-        text and text.to(device),
+        text,
         out,
         workspace,
         flip=config.flip,
         stores_latents=config.store,
+        open_models=None if is_here else partial(_open_models, config.text, inputs["codec"], config.device),
     )
+
+
+def _open_models(text: TextConfig, folder: Path, device: str) -> tuple[FrozenCodec, TextEncoder | None]:
+    """Load the codec in `folder` and a text encoder."""
+    encoder, place = TextEncoder.from_config(text), check_device(device)
+    return FrozenCodec.open(folder, load_codec(folder), place, stored_type(folder)), encoder and encoder.to(place)
 
 
 def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

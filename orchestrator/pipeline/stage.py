@@ -49,6 +49,8 @@ class Stage:
     """Artifacts by role."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     """Resources of one attempt."""
+    engine: str = "local"
+    """`data.engine`, for kinds that have one."""
     optional: bool = False
     """Whether the run continues without it after it has failed for good."""
     rank: int = 0

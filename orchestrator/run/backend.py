@@ -31,6 +31,8 @@ class Job:
     attempt: int
     stop_files: tuple[str, ...]
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    engine: str = "local"
+    """Where it computes: in its own process, or on `resources.workers` processes of Ray Data."""
     commit: str = ""
     island: str = ""
     """Where it runs; empty for backends with only one place."""

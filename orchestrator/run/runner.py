@@ -176,6 +176,7 @@ class Runner:
             stop_files=(str(self.run.stop), str(self.run.attempt(stage, attempt) / "stop")),
             island=island,
             resources=stage.resources,
+            engine=stage.engine,
             commit=self.commit,
             preemption_count=self.queue.preemption_count(stage),
         )

@@ -24,6 +24,7 @@ from threadpoolctl import ThreadpoolController
 
 from data_partition.errors import DownloadFailed, SourceUnreachable
 from ddm_core.artifacts import Preempted, Workspace, is_finished, publish, verify, write_record
+from ddm_core.engine import Engine
 from ddm_core.environment import environment_variables
 from experts.training.checkpoint import DamagedCheckpoint
 from experts.training.parallel.distributed import DataParallelGroup, WorkerLost
@@ -62,13 +63,15 @@ TRANSIENT = (OSError, MemoryError, DownloadFailed, SourceUnreachable, DamagedChe
 log = logging.getLogger(__name__)
 
 
-def execute(job: Job, stopping: Callable[[], bool] = lambda: False) -> AttemptOutcome:
+def execute(job: Job, stopping: Callable[[], bool] = lambda: False, engine: Engine | None = None) -> AttemptOutcome:
     """Run the job and return its outcome, also written to `outcome.json` for a controller that returns later.
 
+    Without an `engine` it computes in this process.
     On a stop request, from `stopping` or one of the job's stop files, it saves its work and ends as preempted.
     """
     folder = attempt_folder(job)
     workspace = _make_workspace(job, folder, stopping)
+    workspace = workspace if engine is None else replace(workspace, engine=engine)
     try:
         write_record(folder / "worker.json", this_process() | {"time": time.time()})
         with hold_worker_lock(folder), _attempt(job, workspace) as attempt:

@@ -104,6 +104,11 @@ def check_machine(config: RunConfig) -> Iterator[str]:
         yield f"efficientnet_lite0 is not installed: {EFFICIENTNET_REMEDY}"
     if compute.backend == "slurm" and find_spec("submitit") is None:
         yield "compute.backend=slurm is not installed: pip install 'decentralized-diffusion[slurm]'"
+    if config.data.engine == "ray" and (missing := [name for name in ("pandas", "pyarrow") if not find_spec(name)]):
+        yield (
+            f"data.engine=ray needs {' and '.join(missing)}, not installed here: pip install "
+            "'decentralized-diffusion[workers]' on every node, or data.engine=local"
+        )
     if compute.backend == "inline" or (compute.backend == "ray" and compute.address is None):
         yield from _check_resources(compute)
         devices = {"expert.training": config.expert.training.device, "router.training": config.router.training.device}

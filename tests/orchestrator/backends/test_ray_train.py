@@ -251,6 +251,8 @@ def test_inline_with_two_workers_is_an_error(tmp_path):
             "backend=ray or backend=islands; got stages.expert with backend=inline",
         ),
         (["compute.stages.dataset.workers=2"], "several workers need one of latents, expert"),
+        (["compute.stages.features.workers=2"], "several workers of features need data.engine=ray"),
+        (["compute=inline", "data.engine=ray"], "set compute.backend=ray, .*got backend=inline"),
         (['compute.stages.expert.labels=["zone=west"]'], "labels select nodes .* backend=ray"),
         (["compute.stages.router.workers=7"], "7 workers of router"),
         (["compute.stages.expert.workers=7"], "7 workers of expert"),

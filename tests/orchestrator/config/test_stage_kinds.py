@@ -31,7 +31,7 @@ from orchestrator.config.compute import ComputeConfig, ResourcesConfig, StagesCo
 from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.hydra_compose import OPTIONAL
 from orchestrator.config.schema import RunConfig
-from orchestrator.config.stage_kinds import COMPRESSION_KINDS, OUR_KINDS, STAGE_KINDS, TRAINING_KINDS
+from orchestrator.config.stage_kinds import COMPRESSION_KINDS, ENGINE_KINDS, OUR_KINDS, STAGE_KINDS, TRAINING_KINDS
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.planning.cost_model import DatasetFacts, estimate_work
 from orchestrator.planning.dry_run import ExtractorCost
@@ -95,9 +95,9 @@ def test_compression_kinds_are_sections_of_a_run():
 
 
 @pytest.mark.parametrize("name", sorted(STAGE_KINDS.keys() - {"nothing"}))
-def test_only_trainings_and_latents_may_have_several_workers(name):
+def test_trainings_and_engines_may_have_several_workers(name):
     stages = StagesConfig(**{name: ResourcesConfig(workers=2)})
-    if name in (*TRAINING_KINDS, "latents"):
+    if name in (*TRAINING_KINDS, *ENGINE_KINDS):
         assert getattr(ComputeConfig(stages=stages).stages, name).workers == 2
     else:
         with pytest.raises(ValidationError, match=f"expert, router, monolith.*stages.{name}"):

@@ -54,11 +54,11 @@ def test_every_sample_is_encoded_once_a_run(tmp_path, monkeypatch):
             (pictures / f"{number}.txt").write_text(f"a {('dark', 'light')[number % 2]} boot number {number}")
     encoder = save_tiny_encoder(tmp_path / "encoder", "transformers")
     images, captions = Counter(), Counter()
-    encode_images, encode_texts = encode._Encoding._encode, TextEncoder.encode_and_count
+    encode_images, encode_texts = encode._ShardEncoder._encode, TextEncoder.encode_and_count
     monkeypatch.setattr(
-        encode._Encoding,
+        encode._ShardEncoder,
         "_encode",
-        lambda self, batch, ids, flip: images.update(batch.keys) or encode_images(self, batch, ids, flip=flip),
+        lambda self, batch, ids: images.update(batch.keys) or encode_images(self, batch, ids),
     )
     monkeypatch.setattr(
         TextEncoder, "encode_and_count", lambda self, texts: captions.update(texts) or encode_texts(self, texts)
