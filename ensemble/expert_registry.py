@@ -6,13 +6,14 @@ To add a kind of expert, derive it from `ExpertModel` and add the file that mark
 from collections.abc import Callable
 from pathlib import Path
 
-from ensemble.multi_network_experts import TIME_SPLIT, TRUNCATED, TimeSplitExpert, TruncatedExpert
+from ensemble.multi_network_experts import TRUNCATED, TruncatedExpert
 from experts.baselines.cluster_conditioned import (
     ClusterConditionedExpert,
     is_cluster_conditioned,
 )
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
+from experts.time_split import TIME_SPLIT, TimeSplitExpert
 
 EXPERT_KINDS: dict[str, Callable[[Path], ExpertModel]] = {
     TIME_SPLIT: TimeSplitExpert.load,
@@ -28,8 +29,10 @@ def load_expert(folder: Path) -> ExpertModel:
 
 
 def load_single_network(folder: Path) -> Expert | ClusterConditionedExpert:
-    """Load a trained expert, or a cluster-conditioned one for cluster 0.
+    """Load a trained expert, the first network of one that divides t, or a cluster-conditioned one for cluster 0.
 
-    Raises an `ArtifactError` for folders of several networks.
+    Raises an `ArtifactError` for other folders of several networks.
     """
+    if (folder / TIME_SPLIT).is_file():
+        return Expert.load(folder / "0")
     return ClusterConditionedExpert.load_all(folder)[0] if is_cluster_conditioned(folder) else Expert.load(folder)

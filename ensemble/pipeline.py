@@ -57,6 +57,7 @@ from experts.errors import CodecError
 from experts.expert import EARLY, METADATA_FILE, Expert
 from experts.expert_model import ExpertModel
 from experts.networks.adapters.registry import ADAPTERS
+from experts.time_split import TIME_SPLIT
 from experts.training.encode import caption_flops
 from experts.training.flops import forward_flops
 from router.router import Router
@@ -324,7 +325,8 @@ def assemble(
 
 def _common_shift(expert_folders: Mapping[int, Path]) -> float:
     """Return the experts' shift of t; raise `PipelineError` if they differ."""
-    files = [folder / METADATA_FILE for folder in expert_folders.values()]
+    folders = [folder / "0" if (folder / TIME_SPLIT).is_file() else folder for folder in expert_folders.values()]
+    files = [folder / METADATA_FILE for folder in folders]
     shifts = {float(read_json(file).get("t_shift", 1.0)) if file.is_file() else 1.0 for file in files}
     if len(shifts) > 1:
         raise PipelineError(

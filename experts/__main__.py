@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +23,7 @@ from experts.conditions.text_encoder import SETTINGS, TextEncoder
 from experts.config import CodecConfig, ExpertConfig
 from experts.expert import train_expert
 from experts.networks.pretrained_files import init_checksum
+from experts.time_split import train_intervals
 
 PREEMPTED = 75
 """Exit code of a training that has saved a checkpoint and can resume (EX_TEMPFAIL)."""
@@ -89,18 +91,16 @@ def train(arguments: argparse.Namespace, config: ExpertConfig, stopping: Callabl
         raise ValueError(f"--text {arguments.text} has no text_encoder.json; name the folder of an ensemble with text")
 
     def fill(folder: Path) -> float:
-        summary = train_expert(
-            config,
-            arguments.shards,
-            arguments.codec,
-            folder,
-            workspace,
+        train = partial(
+            train_expert,
+            shards=arguments.shards,
+            codec=arguments.codec,
             num_classes=arguments.num_classes,
             cluster_id=arguments.cluster_id,
             text=text,
             held_out=arguments.held_out,
         )
-        return summary.flops
+        return train_intervals(config, folder, workspace, train).flops
 
     inputs = input_fingerprints(arguments)
     if config.init is not None:

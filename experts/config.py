@@ -1,6 +1,7 @@
 """Configuration of an expert: latent space, network and training; imports no torch."""
 
 from dataclasses import field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,9 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 REFINED_SUFFIX = "_conv"
 """What the kind of a codec with a convolutional decoder adds to that of its encoder."""
+
+MIN_INTERVAL = 0.125
+"""Shortest interval of t that a network is trained on."""
 
 DEFAULT_CACHE_GB = 10.0
 """Disk for streamed shards of a network that are read ahead."""
@@ -336,6 +340,9 @@ class ExpertConfig:
     pass the block by. 1: all of them."""
     task_power: Annotated[float, Field(gt=0)] = field(default=4.0, metadata=UNHASHED_IF_DEFAULT)
     """Exponent of t in the place of these channels: the higher, the more of them small t have in common."""
+    time_bounds: tuple[float, ...] = field(default=(), metadata=UNHASHED_IF_DEFAULT)
+    """The t at which one network hands over to the next: with [0.25, 0.75] an expert is three networks, each trained
+    on its own interval of t with a third of the batch. Intervals have a length of an eighth at least. Empty: one."""
     training: TrainingConfig = TrainingConfig()
     """Steps, batch, learning rate and other training settings."""
     init: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
@@ -351,6 +358,17 @@ class ExpertConfig:
     `prediction` and `noise_schedule` above, to which outputs are converted at equal noise-to-signal ratio."""
     init_checksum: str = field(default="", metadata=UNHASHED_IF_DEFAULT)
     """Checksum of that folder, set when a run is composed; a folder that has changed since is an error."""
+
+    @field_validator("time_bounds")
+    @classmethod
+    def _divides_time(cls, bounds: tuple[float, ...]) -> tuple[float, ...]:
+        """Check that every interval has one of the t at which held-out samples are measured."""
+        if any(high - low < MIN_INTERVAL for low, high in pairwise((0.0, *bounds, 1.0))):
+            raise ValueError(
+                f"time_bounds rise from 0 to 1 in steps of at least {MIN_INTERVAL}, so that each interval has held-out "
+                "losses; write [0.5], or [0.25,0.75]"
+            )
+        return bounds
 
     @model_validator(mode="after")
     def _aligns_whole_blocks(self) -> "ExpertConfig":

@@ -21,10 +21,12 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import ExpertConfig, NoiseScheduleName, Prediction, TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
+from experts.diffusion.intervals import WHOLE, Interval, restrict_loss
 from experts.diffusion.loss_weights import build_loss_weight
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, RECTIFIED_FLOW, NoiseSchedule, to_schedule
 from experts.diffusion.predictions import clamp_noise_level, clean_and_noise_at
 from experts.expert_model import ExpertModel
+from experts.networks.class_settings import NetworkError
 from experts.networks.model_io import move_model, save_model
 from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
@@ -32,8 +34,7 @@ from experts.networks.registry import call_network, load_network, resolve_call
 from experts.training.alignment import AlignedNetwork, align
 from experts.training.encode import read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
-from experts.training.held_out import Measure, TrainingData, count_held_out, measure_held_out, take_evenly
-from experts.training.latent_dataset import LatentDataset
+from experts.training.held_out import TIMES, Measure, TrainingData, count_held_out, measure_held_out, take_evenly
 from experts.training.loss import converted_loss, expert_loss
 from experts.training.memory import part_rows
 from experts.training.optimizers.ema import SNAPSHOTS
@@ -220,14 +221,20 @@ def train_expert(  # noqa: PLR0913 - one for each input of a training
     text: TextEncoder | None = None,
     on_checkpoint: Callable[[Callable[[], Expert]], None] | None = None,
     held_out: Sequence[Path] = (),
+    interval: Interval = WHOLE,
 ) -> ExpertSummary:
     """Train one expert on the samples of the shard folders and write it to `out`, with metrics and a summary.
 
     `config.training.batch_size` is the batch of this expert alone; `num_classes` defaults to the classes of the shards.
     `text` encodes the captions of shards; latents have their own.
     `on_checkpoint` is called after every checkpoint, with a function that copies the expert as it is by then.
-    `held_out` are folders of samples on which its error is measured while it trains.
+    `held_out` are folders of samples on which its error is measured while it trains. It trains on `interval` of t;
+    raises `NetworkError` with `time_bounds`, which are several networks.
     """
+    if config.time_bounds:
+        raise NetworkError(
+            "this trains one network, and time_bounds are for several; use experts.time_split.train_intervals"
+        )
     data = TrainingData.open(shards, held_out, load_codec(codec), codec, workspace, text)
     if num_classes is None:
         num_classes = len(read_class_names(shards[0]))
@@ -236,6 +243,10 @@ def train_expert(  # noqa: PLR0913 - one for each input of a training
     initial_model = build_initial_model(config, data.samples.latent_shape, num_classes, data.samples.null_text)
     loss: LossFn = _create_loss(config, initial_model)
     extra_flops = text_flops(shards)
+    if interval != WHOLE:
+        _check_schedule(config, initial_model)
+        loss = restrict_loss(loss, interval, config.training)
+        data = replace(data, times=[t for t in TIMES if interval[0] <= t < interval[1]])
     if config.align_weight:
         aligned, loss = align(config, initial_model.model, loss, load_codec(codec))
         initial_model = replace(initial_model, model=aligned)
@@ -256,6 +267,15 @@ def _create_loss(config: ExpertConfig, initial_model: InitialModel) -> LossFn:
     if config.init is not None and config.init_loss == "converted":
         return partial(converted_loss, source=source, target=target, weight=weight)
     return partial(expert_loss, prediction=source[0], noise_schedule=source[1], weight=weight)
+
+
+def _check_schedule(config: ExpertConfig, initial_model: InitialModel) -> None:
+    """Raise `NetworkError` for a checkpoint whose t is not that of the ensemble."""
+    if initial_model.noise_schedule.name != config.noise_schedule:
+        raise NetworkError(
+            f"time_bounds divide the t of noise_schedule={config.noise_schedule}, and the checkpoint has "
+            f"{initial_model.noise_schedule.name}; choose one of the same, or leave time_bounds empty"
+        )
 
 
 def train_network(
@@ -290,7 +310,7 @@ def train_network(
         report(lambda: as_expert(copy_model()))
 
     forward = network_flops(as_expert(initial_model.model).model, dataset.latent_shape)
-    measure = _measure_by(lambda model: as_expert(model).velocity, data.held_out, training)
+    measure = _measure_by(lambda model: as_expert(model).velocity, data, training)
     watch = Watch(measure=measure, sample_flops=training_flops(forward, 1, 1), stops_spikes=True)
     on_model = None if on_checkpoint is None else partial(report_checkpoint, report=on_checkpoint)
     trained = fit(initial_model.model, loss, dataset, training, workspace, on_model, watch)
@@ -314,17 +334,19 @@ def train_network(
 
 
 def _measure_by(
-    velocity_of: Callable[[nn.Module], Callable[..., Latents]], held_out: LatentDataset | None, training: TrainingConfig
+    velocity_of: Callable[[nn.Module], Callable[..., Latents]],
+    data: TrainingData,
+    training: TrainingConfig,
 ) -> Measure | None:
     """Return how a network is measured while it trains; None without held-out samples, or if it is not to be."""
-    if held_out is None or training.held_out_every is None:
+    if data.held_out is None or training.held_out_every is None:
         return None
-    samples, device = take_evenly(held_out, count_held_out(training)), torch.device(training.device)
+    samples, device = take_evenly(data.held_out, count_held_out(training)), torch.device(training.device)
 
     def measure(model: nn.Module) -> dict[str, float]:
         velocity = partial(velocity_of(model), noise_schedule=RECTIFIED_FLOW)
         group = DataParallelGroup.join()
-        return measure_held_out(velocity, samples, RECTIFIED_FLOW, part_rows(training), device, group)
+        return measure_held_out(velocity, samples, RECTIFIED_FLOW, part_rows(training), device, group, data.times)
 
     return measure
 

@@ -15,11 +15,11 @@ from ensemble.compression.acceleration.config import BaseFirstConfig
 from ensemble.compression.config import StitchConfig
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
 from ensemble.evaluation.metrics import neighbor_radii, share_covered
-from ensemble.multi_network_experts import TimeSplitExpert
 from ensemble.solvers import make_noise, sample_few_step
 from experts.diffusion.few_step import FewStepSchedule
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
+from experts.time_split import TimeSplitExpert
 from experts.training.latent_dataset import LatentDataset
 
 BASE_STEPS = (1, 2, 3, 4)

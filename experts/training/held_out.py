@@ -47,6 +47,8 @@ class TrainingData:
 
     samples: LatentDataset
     held_out: LatentDataset | None = None
+    times: Sequence[float] = TIMES
+    """The t at which the error on held-out samples is measured."""
 
     @classmethod
     def open(
@@ -106,16 +108,17 @@ def measure_held_out(
     block_rows: int,
     device: torch.device,
     group: DataParallelGroup | None = None,
+    at: Sequence[float] = TIMES,
 ) -> dict[str, float]:
     """Return the mean squared error of a velocity on `noise_schedule`, `held_out`, and `held_out_<t>` for each t.
 
-    At most `block_rows` rows are computed at once; a group divides them among its workers.
+    The t are those of `at`. At most `block_rows` rows are computed at once; a group divides them among its workers.
     """
     group = group or DataParallelGroup()
-    totals = torch.zeros(len(TIMES), device=device)
-    times = torch.tensor(TIMES)
+    totals = torch.zeros(len(at), device=device)
+    times = torch.tensor(at)
     for samples_of_bucket in _buckets(samples):
-        pairs = torch.cartesian_prod(samples_of_bucket, torch.arange(len(TIMES)))
+        pairs = torch.cartesian_prod(samples_of_bucket, torch.arange(len(at)))
         pairs, count = _pad(pairs, group.size), len(pairs)
         own = torch.arange(group.rank, len(pairs), group.size)
         for numbers in torch.split(own, block_rows):
@@ -130,7 +133,7 @@ def measure_held_out(
             totals.index_add_(0, block[:, 1].to(device), error.square().flatten(1).mean(1) * counts)
     means = (group.mean({"totals": totals})["totals"] * group.size / len(samples)).tolist()
     return {HELD_OUT: sum(means) / len(means)} | {
-        f"{HELD_OUT}_{t:.4f}": mean for t, mean in zip(TIMES, means, strict=True)
+        f"{HELD_OUT}_{t:.4f}": mean for t, mean in zip(at, means, strict=True)
     }
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from ensemble.compression.config import DynamicInt8Config
 from ensemble.compression.report import REPORT_FILE, CompressionReport, describe
 from orchestrator.config.hydra_compose import compose
-from orchestrator.config.schema import RunConfig, parse_config
+from orchestrator.config.schema import RunConfig, change_config, parse_config
 from orchestrator.config.stage_kinds import COMPRESSION_KINDS
 from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError, RunFailed
@@ -163,7 +163,7 @@ def with_compression(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     compressed = parse_config(compose([*overrides, f"seed={config.seed}"]))
     if not compression_configs(compressed):
         raise ConfigError("a compression needs at least one stage; write for example quantize=int8_weight_only")
-    return replace(config, **{kind: getattr(compressed, kind) for kind in COMPRESSION_KINDS})
+    return change_config(config, {kind: getattr(compressed, kind) for kind in COMPRESSION_KINDS})
 
 
 def start_from(run: RunFolder, config: RunConfig, ensemble: Path | None) -> RunConfig:

@@ -90,6 +90,7 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter of every chosen expert on images, each alone, as stages of the run; its experts stay."""
     from orchestrator.config.finetune import FinetuneConfig
+    from orchestrator.config.schema import change_config
     from orchestrator.controller import run_pipeline
     from orchestrator.errors import RunFailed
     from orchestrator.planning.checks.check import check_folder
@@ -111,7 +112,7 @@ def finetune(
             config.expert.training, steps=steps, batch_size=batch_size, lr=lr, warmup_steps=min(100, steps // 10)
         ),
     )
-    config = replace(config, folder=str(folder.root), finetune=finetune)
+    config = change_config(config, {"folder": str(folder.root), "finetune": finetune})
     if run_pipeline(config, console).stopped:
         raise RunFailed("stopped; run the same command to continue")
     _copy_adapters(folder, config, out)
@@ -205,10 +206,11 @@ def _rows(pipeline: Any) -> list[dict[str, Any]]:
         rows.append({"expert_id": k, "data_share": share, "is_missing": k not in pipeline.ensemble.experts})
         if k in pipeline.ensemble.experts:
             expert = pipeline.ensemble.experts[k]
-            expert = getattr(expert, "shared", expert)
+            networks = [*expert.networks()]
+            expert = next((part for part in expert.parts().values()), getattr(expert, "shared", expert))
             rows[k] |= {
-                "network": type(expert.model).__name__,
-                "parameters": count_parameters(expert.model),
+                "network": ", ".join(dict.fromkeys(type(network).__name__ for network in networks)),
+                "parameters": sum(map(count_parameters, networks)),
                 "prediction": expert.prediction,
                 "noise_schedule": expert.noise_schedule.name,
             }

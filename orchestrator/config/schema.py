@@ -5,6 +5,7 @@ mistake at once. Code in the packages below receives only its own dataclass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -17,9 +18,11 @@ from ddm_core.artifacts import STRICT, to_jsonable
 from ensemble.compression.config import (
     AccelerateConfig,
     DistillConfig,
+    DynamicInt8Config,
     PruneConfig,
     QuantizeConfig,
     StitchConfig,
+    WeightOnlyConfig,
     check_order,
 )
 from ensemble.config import EvaluationConfig, ReplicationLimits, SamplingConfig, SelectionSearchConfig
@@ -183,6 +186,7 @@ class RunConfig:
         check_engine(self)
         check_buckets(self)
         check_experts(self)
+        check_time_bounds(self)
         check_auto_selection(self)
         check_reflection(self)
         stages = {kind: getattr(self, kind) for kind in COMPRESSION_KINDS}
@@ -243,6 +247,37 @@ def check_experts(config: RunConfig) -> None:
         raise ValueError(f"expert ids must be in 0 ... {count - 1}; got distilled_monolith.from_expert={expert_id}")
 
 
+def check_time_bounds(config: RunConfig) -> None:
+    """Raise `ValueError` for parts of a run that need experts of one network each, beside experts of several t."""
+    for expert in (config.expert, *config.experts.values()):
+        training, networks = expert.training, len(expert.time_bounds) + 1
+        rows = config.partition.num_experts * config.compute.stages.expert.workers * networks
+        if networks > 1 and training.batch_size % rows:
+            raise ValueError(
+                f"expert.time_bounds={list(expert.time_bounds)} are {networks} networks with a part of the batch each, "
+                f"so expert.training.batch_size must be divisible by {rows}; got {training.batch_size}; try "
+                f"{-(-training.batch_size // rows) * rows}"
+            )
+    compressions = {kind: getattr(config, kind) for kind in COMPRESSION_KINDS}
+    needs = {
+        f"router.kind={config.router.kind}": config.router.kind == "density",
+        "router.data=samples": config.router.data == "samples",
+        "baselines=[distilled_monolith]": "distilled_monolith" in config.baselines,
+        "ddm finetune": config.finetune is not None,
+        "expert.training.early_checkpoint": config.expert.training.early_checkpoint is not None,
+    } | {
+        f"{kind}={method.method}": not isinstance(method, WeightOnlyConfig | DynamicInt8Config)
+        for kind, method in compressions.items()
+        if method is not None
+    }
+    has_bounds = any(expert.time_bounds for expert in (config.expert, *config.experts.values()))
+    if has_bounds and (found := [name for name, is_set in needs.items() if is_set]):
+        raise ValueError(
+            f"{found[0]} needs experts of one network each, and expert.time_bounds={list(config.expert.time_bounds)} "
+            "divides them by t; leave one of them out (quantize=int8_dynamic and the weight-only ones work with both)"
+        )
+
+
 def check_auto_selection(config: RunConfig) -> None:
     """Raise `ValueError` if a selection search lacks the feature spaces of its comparison."""
     is_auto = any(selection.name == AUTO for selection in (config.ensemble.selection, *config.scores.selections))
@@ -275,6 +310,14 @@ def parse_config(composed: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(format_mistakes(error, "configuration", known_keys)) from None
     check_printable(to_jsonable(config))
     return config
+
+
+def change_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return a configuration with other sections; raises `ConfigError` if they do not fit the rest."""
+    try:
+        return replace(config, **changes)
+    except ValidationError as error:
+        raise ConfigError(format_mistakes(error, "configuration", known_keys)) from None
 
 
 def known_keys(location: tuple[str | int, ...]) -> list[str]:

@@ -16,6 +16,7 @@ from experts.conditions.text_encoder import TextEncoder
 from experts.config import CodecConfig, ExpertConfig, TextConfig
 from experts.expert import Expert, train_expert
 from experts.networks.pretrained_files import check_unchanged, init_files
+from experts.time_split import train_intervals
 from experts.training.encode import FrozenCodec, encode_dataset
 from experts.training.trainer import check_device
 from orchestrator.pipeline.flop_matching import flop_matched_config
@@ -96,16 +97,16 @@ def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: 
             log.warning("no samples of this expert alone", exc_info=True)
         is_drawn = True
 
-    summary = train_expert(
-        expert,
-        [inputs["latents"]],
-        inputs["codec"],
-        out,
-        workspace,
+    train = partial(
+        train_expert,
+        shards=[inputs["latents"]],
+        codec=inputs["codec"],
         cluster_id=config.cluster_id,
-        on_checkpoint=draw,
         held_out=[inputs["holdout"]] if "holdout" in inputs else [],
     )
+    if expert.time_bounds:
+        return train_intervals(expert, out, workspace, train).flops
+    summary = train(config=expert, out=out, workspace=workspace, on_checkpoint=draw)
     draw(lambda: Expert.load(out), expert.training.steps)
     return summary.flops
 

@@ -166,7 +166,7 @@ def build_stage_configs(config: RunConfig) -> StageConfigs:
         evaluation=evaluation,
         experts=experts,
         monolith=MonolithStageConfig(
-            expert=config.expert,
+            expert=replace(config.expert, time_bounds=()),
             router=_router_cost(config.router) if num_experts > 1 else None,
             num_experts=num_experts,
             experts=_expert_costs(experts, _divide_batch(config.expert, num_experts)),
@@ -264,7 +264,7 @@ def _distilled_monolith_config(config: RunConfig) -> DistilledMonolithStageConfi
     """Return the monolith's configuration with the student's own steps and batch size."""
     training, student = config.expert.training, config.distilled_monolith
     steps, batch_size = student.steps or training.steps, student.batch_size or training.batch_size
-    expert = replace(config.expert, training=replace(training, steps=steps, batch_size=batch_size))
+    expert = replace(config.expert, time_bounds=(), training=replace(training, steps=steps, batch_size=batch_size))
     return DistilledMonolithStageConfig(expert=expert, from_expert=student.from_expert)
 
 

@@ -85,10 +85,12 @@ def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: in
         elif stage.kind == "router":
             sizes[stage.name] = _measure_router(config.router, config.partition.num_experts, data)
         elif isinstance(expert := getattr(stage.config, "expert", None), ExpertConfig):
-            training = expert.training
-            key = repr((expert.network, replace(training, seed=0)))
-            by_config[key] = by_config.get(key) or measure_expert(expert, data)
-            sizes[stage.name] = by_config[key]
+            networks = len(expert.time_bounds) + 1  # trained one after the other, each with its part of the batch
+            training = replace(expert.training, seed=0, batch_size=expert.training.batch_size // networks)
+            key = repr((expert.network, training))
+            by_config[key] = by_config.get(key) or measure_expert(replace(expert, training=training), data)
+            size = by_config[key]
+            sizes[stage.name] = replace(size, parameters=networks * size.parameters, flops=networks * size.flops)
     return sizes
 
 

@@ -6,12 +6,12 @@ import torch
 from ddm_core.artifacts import CorruptArtifact, write_json
 from ensemble.ensemble import Ensemble
 from ensemble.evaluation.generate import RowFlops
-from ensemble.multi_network_experts import TIME_SPLIT, TimeSplitExpert
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.prompts import Prompts
 from experts.conditions.condition import Condition
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
+from experts.time_split import TIME_SPLIT, TimeSplitExpert
 from tests.ensemble.test_pipeline import FULL, SHAPE, make_expert, parts, put_together
 
 __all__ = ["parts"]

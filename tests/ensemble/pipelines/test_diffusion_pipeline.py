@@ -9,7 +9,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 
 from ddm_core.artifacts import list_files
 from ensemble.config import SamplingConfig
-from ensemble.multi_network_experts import TimeSplitExpert
 from ensemble.pipeline_folder import PipelineError
 from ensemble.pipelines.call import check_output_type, check_selection
 from ensemble.pipelines.components import expert_ids
@@ -20,6 +19,7 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.networks.registry import build_network
+from experts.time_split import TimeSplitExpert
 from router.config import SelectionConfig
 from tests.ensemble.pipelines.conftest import SHAPE, make_ensemble, make_expert
 

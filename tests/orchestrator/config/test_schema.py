@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.hydra_compose import compose, config_folder
-from orchestrator.config.schema import RunConfig, known_keys, parse_config
+from orchestrator.config.schema import RunConfig, change_config, known_keys, parse_config
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline.graph import build_graph
 
@@ -153,3 +153,32 @@ def test_monolith_as_weak_model_is_an_input_of_scores_and_search():
     assert stages["score_monolith"].config.sampling.reflection is None
     plain = {stage.name for stage in build_graph(parse_config(compose(["experiment=digits", *config[1:]])))}
     assert plain == stages.keys()
+
+
+BOUNDS = "expert.time_bounds=[0.5]"
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("router=density", "router.kind=density"),
+        ("router.data=samples", "router.data=samples"),
+        ("baselines=[distilled_monolith]", r"baselines=\[distilled_monolith\]"),
+        ("expert.training.early_checkpoint=0.5", "expert.training.early_checkpoint"),
+        ("quantize=shared_base", "quantize=shared_base"),
+        ("prune=laptop", "prune=laptop"),
+    ],
+)
+def test_parts_of_a_run_that_need_one_network_refuse_time_bounds(override, name):
+    with pytest.raises(ConfigError, match=rf"{name} needs experts of one network each.*time_bounds=\[0.5\]"):
+        parse_config(compose([BOUNDS, override]))
+
+
+def test_compression_of_a_run_with_time_bounds_is_checked():
+    config = parse_config(compose([BOUNDS, "quantize=int8_dynamic", "baselines=[monolith]"]))
+    stages = {stage.name: stage.config for stage in build_graph(config)}
+    assert stages["expert_0"].expert.time_bounds == (0.5,) and not stages["monolith"].expert.time_bounds
+    with pytest.raises(ConfigError, match="distill=sid needs experts of one network each"):
+        change_config(config, {"distill": parse_config(compose(["distill=sid"])).distill})
+    with pytest.raises(ConfigError, match="must be divisible by 8; got 12; try 16"):
+        parse_config(compose([BOUNDS, "partition.num_experts=4", "expert.training.batch_size=12"]))

@@ -15,11 +15,11 @@ from ensemble.compression.config import DynamicInt8Config
 from ensemble.compression.method import Clusters, CompressionContext, StageError
 from ensemble.compression.quantization.weight_only import quantize_dynamic_int8
 from ensemble.config import SamplingConfig
-from ensemble.multi_network_experts import TimeSplitExpert
 from experts.compressed.caching.diffusers_hooks import CacheHook, apply_cache_hook
 from experts.compressed.caching.plan import CacheSchedule
 from experts.compressed.pruning.layers import remove_layers
 from experts.expert import Expert, network_flops
+from experts.time_split import TimeSplitExpert
 from tests.ensemble.compression.acceleration.test_feature_cache import SAMPLING, STEPS, generate, relative_distance
 from tests.ensemble.compression.trained import trained
 

@@ -22,13 +22,14 @@ from ensemble.compression.handover import measure_recall, split_by_time
 from ensemble.compression.method import StageError
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.multi_network_experts import TimeSplitExpert, TruncatedExpert
+from ensemble.multi_network_experts import TruncatedExpert
 from ensemble.sampling.sample import sample
 from ensemble.solvers import make_noise, sample_few_step
 from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
+from experts.time_split import TimeSplitExpert
 from router.config import SelectionConfig
 from tests.ensemble.compression.acceleration.test_feature_cache import CODEC
 from tests.ensemble.compression.trained import digits, trained
