@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.common.calibration_data import calibration_batches, record_calls, run_network, subsample_rows
 from ensemble.compression.quantization.config import QuESTConfig
-from experts.compressed.quantization.activation_quant import Grids, TimestepRecorder, quantize_input
+from experts.compressed.conditional.timestep_recorder import TimestepRecorder
+from experts.compressed.quantization.activation_quant import Grids, quantize_input
 from experts.compressed.quantization.attention_quant import AttentionProducts, attention_layers, quantize_operand
 from experts.compressed.quantization.fake_quant import search_grids
 from experts.expert import Expert

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from experts.compressed.conditional.timestep_recorder import TimestepRecorder, find_recorder
 from experts.compressed.quantization.fake_quant import fake_quantize_at, scaled_gradient
 
 Activations = Float[Tensor, "batch *feature"]
@@ -23,18 +24,6 @@ NAME = "timed_input"
 """Name of the quantizer in its layer."""
 LR_FACTOR = 10.0
 """Learning rate of step sizes relative to that of weights; Wang et al. 2025 (arXiv:2402.03666): 1e-4 and 1e-5."""
-
-
-class TimestepRecorder:
-    """Records the timesteps of a network's latest call, in the network's unit."""
-
-    def __init__(self) -> None:
-        self.timestep: Float[Tensor, " batch"] | None = None
-
-    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the timesteps, the network's second argument or one of the names that classes give it."""
-        t = args[1] if len(args) > 1 else kwargs["timestep"] if "timestep" in kwargs else kwargs["t"]
-        self.timestep = t.detach()
 
 
 class TimestepActivationQuantizer(nn.Module):
@@ -127,13 +116,3 @@ def replace_with_timestep_quantizer(model: nn.Module, path: str, settings: Mappi
 def _round_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     quantizer = layer.get_submodule(NAME)
     return (quantizer(args[0]), *args[1:])
-
-
-def find_recorder(model: nn.Module) -> TimestepRecorder:
-    """Return the network's recorder; add one if it has none."""
-    for module in model.modules():
-        if isinstance(module, TimestepActivationQuantizer):
-            return module.recorder
-    recorder = TimestepRecorder()
-    model.register_forward_pre_hook(recorder, with_kwargs=True)
-    return recorder

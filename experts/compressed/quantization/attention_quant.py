@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer, find_recorder
+from experts.compressed.conditional.timestep_recorder import find_recorder
+from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer
 
 Query = Float[Tensor, "batch head token width"]
 Key = Float[Tensor, "batch head source width"]

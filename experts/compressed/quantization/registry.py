@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from experts.architectures.task_routing import TaskRouting, add_task_routing
+from experts.compressed.conditional.kernel_experts import KernelExperts, replace_with_kernel_experts
 from experts.compressed.distillation.interval_embedding import IntervalEmbedding, add_interval_embedding
 from experts.compressed.quantization.activation_quant import (
     TimestepActivationQuantizer,
@@ -46,6 +47,7 @@ QUANTIZED_MODULES: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]
     AttentionOperandQuantizer.KIND: replace_with_operand_quantizer,
     IntervalEmbedding.KIND: add_interval_embedding,
     TaskRouting.KIND: add_task_routing,
+    KernelExperts.KIND: replace_with_kernel_experts,
 }
 """By kind: a function (model, path, settings) that replaces the module at a path by an empty quantized one."""
 

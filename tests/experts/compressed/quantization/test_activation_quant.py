@@ -8,11 +8,8 @@ import torch
 from torch import nn
 
 from ddm_core.artifacts import CorruptArtifact
-from experts.compressed.quantization.activation_quant import (
-    TimestepActivationQuantizer,
-    TimestepRecorder,
-    quantize_input,
-)
+from experts.compressed.conditional.timestep_recorder import TimestepRecorder
+from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer, quantize_input
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
 from experts.conditions.condition import Condition

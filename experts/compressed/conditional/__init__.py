@@ -1,0 +1,1 @@
+"""Weights that depend on the time at which a network is called."""
