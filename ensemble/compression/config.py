@@ -20,7 +20,7 @@ from ensemble.compression.distillation.config import (
     SiDConfig,
     SignConfig,
 )
-from ensemble.compression.pruning.config import EcoDiffConfig, LaptopConfig
+from ensemble.compression.pruning.config import AssemblyConfig, EcoDiffConfig, LaptopConfig
 from ensemble.compression.quantization.config import MixedPrecisionConfig, QuESTConfig, SharedBaseConfig, SVDQuantConfig
 from ensemble.config import SamplingConfig
 
@@ -69,7 +69,7 @@ class StitchConfig:
 AnyDistillConfig = SiDConfig | ConsistencyConfig | MMDConfig | MeanFlowConfig | SCMConfig | SignConfig
 DistillConfig = Annotated[AnyDistillConfig, Field(discriminator="method")]
 AccelerateConfig = Annotated[CacheConfig | HookConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
-PruneConfig = Annotated[LaptopConfig | EcoDiffConfig, Field(discriminator="method")]
+PruneConfig = Annotated[LaptopConfig | EcoDiffConfig | AssemblyConfig, Field(discriminator="method")]
 QuantizeConfig = Annotated[
     WeightOnlyConfig | DynamicInt8Config | SVDQuantConfig | QuESTConfig | SharedBaseConfig | MixedPrecisionConfig,
     Field(discriminator="method"),

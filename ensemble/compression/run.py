@@ -42,6 +42,7 @@ from ensemble.compression.method import (
     StageError,
 )
 from ensemble.compression.per_expert import RESULT_FILE, compress_each_expert
+from ensemble.compression.pruning.assembly import prune_assembly
 from ensemble.compression.pruning.ecodiff import prune_ecodiff
 from ensemble.compression.pruning.laptop import prune_laptop
 from ensemble.compression.quantization.mixed_precision import quantize_mixed_precision
@@ -69,6 +70,7 @@ EXPERT_METHODS: dict[str, Method] = {
     "sign": train_sign,
     "laptop": prune_laptop,
     "ecodiff": prune_ecodiff,
+    "assembly": prune_assembly,
     "svdquant": quantize_svdquant,
     "quest": quantize_quest,
 }

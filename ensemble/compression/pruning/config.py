@@ -66,3 +66,38 @@ class LaptopConfig:
     """Divide each feature distance by the mean square of the original's features."""
     seed: int = 0
     """Seed of the samples, the random sets and the random criterion."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AssemblyConfig:
+    """Assembles a network of less FLOPs from the kept layers of each block, trained block by block, then as a whole."""
+
+    method: Literal["assembly"] = "assembly"
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the network's FLOPs that is removed, to within .01: whole layers, then units of others."""
+    order: Literal["shallow", "output_loss", "random"] = "output_loss"
+    """Which layers are removed first. `shallow`: those of most FLOPs per parameter, one of each block in turn, as the
+    paper does. `output_loss`: those whose absence changes the output least per FLOP. `random`: a baseline."""
+    rows: Annotated[int, Field(ge=1)] = 128
+    """Samples on which the output loss of each layer is measured."""
+    incubation: TrainingConfig | None = field(
+        default_factory=lambda: TrainingConfig(steps=100, batch_size=32, lr=5e-4, warmup_steps=10)
+    )
+    """Training of each shortened block alone, behind the blocks before it and in front of original ones; empty skips
+    it."""
+    kernels: Annotated[int, Field(ge=1, le=16)] = 1
+    """Kernels of each layer next to a removed one, merged into one by the time of a call; 1 keeps plain layers."""
+    inherit: bool = True
+    """Begin with the kernels of removed layers of the same shape beside the layer's own; False begins with copies."""
+    finetune: TrainingConfig | None = field(
+        default_factory=lambda: TrainingConfig(steps=400, batch_size=32, lr=5e-4, warmup_steps=20)
+    )
+    """Fine-tuning of the assembled network; empty skips it."""
+    output_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the original's output in both trainings."""
+    feature_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distances to the original's features in both trainings."""
+    normalize: bool = True
+    """Divide each feature distance by the mean square of the original's features."""
+    seed: int = 0
+    """Seed of the samples and of the random order."""

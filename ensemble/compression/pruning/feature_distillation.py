@@ -8,20 +8,26 @@ l runs over the ends of a U-Net's stages and a transformer's blocks, from the fi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddm_core.artifacts import Workspace
 from ensemble.compression.common.calibration_data import at_few_step_times, run_network
 from ensemble.compression.common.network_stages import STAGE, image_features
-from ensemble.compression.pruning.config import LaptopConfig
+from ensemble.compression.distillation.teacher import copy_frozen
+from ensemble.compression.pruning.config import AssemblyConfig, LaptopConfig
 from experts.config import TrainingConfig
 from experts.diffusion.predictions import training_target
 from experts.expert import Expert
-from experts.training.latent_dataset import Batch
-from experts.training.trainer import LossFn
+from experts.training.latent_dataset import Batch, LatentDataset
+from experts.training.trainer import LossFn, fit
+
+RecoveryConfig = LaptopConfig | AssemblyConfig
+"""Settings with weights of the loss's terms, and of a fine-tuning."""
 
 
 def stages_behind(model: nn.Module, removed: Sequence[str]) -> list[str]:
@@ -50,7 +56,11 @@ def run_with_features(
 
 
 def distillation_loss(
-    teacher: Expert, paths: Sequence[str], weights: Mapping[str, float], config: LaptopConfig, training: TrainingConfig
+    teacher: Expert,
+    paths: Sequence[str],
+    weights: Mapping[str, float],
+    config: RecoveryConfig,
+    training: TrainingConfig,
 ) -> LossFn:
     """Return the loss above for a pruned network, at the times of the teacher's few-step schedule if it has one.
 
@@ -83,3 +93,22 @@ def feature_weights(teacher: Expert, paths: Sequence[str], batch: Batch, *, norm
     """Return w_l of each stage, or 1 without normalization."""
     features = run_with_features(teacher.model, paths, batch, teacher)[1]
     return {path: float(1 / features[path].square().mean()) if normalize else 1.0 for path in paths}
+
+
+def finetune_pruned(
+    pruned: Expert,
+    teacher: Expert,
+    dataset: LatentDataset,
+    batch: Batch,
+    removed: Sequence[str],
+    config: RecoveryConfig,
+    workspace: Workspace,
+) -> nn.Module:
+    """Return the pruned network after fine-tuning against the original one; `batch` gives the weights of features."""
+    if config.finetune is None:
+        return pruned.model
+    paths = stages_behind(teacher.model, removed) if config.feature_weight else []
+    weights = feature_weights(teacher, paths, batch, normalize=config.normalize)
+    frozen = copy_frozen(teacher, config.finetune.device)
+    loss = distillation_loss(frozen, paths, weights, config, config.finetune)
+    return fit(deepcopy(pruned.model), loss, dataset, config.finetune, workspace).model

@@ -21,10 +21,9 @@ from torch.nn import functional
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.common.calibration_data import HELD_OUT, calibration_batches, output_error, run_network
 from ensemble.compression.common.knapsack import choose_items
-from ensemble.compression.distillation.teacher import copy_frozen
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import LaptopConfig
-from ensemble.compression.pruning.feature_distillation import distillation_loss, feature_weights, stages_behind
+from ensemble.compression.pruning.feature_distillation import finetune_pruned
 from experts.compressed.pruning.layers import (
     layer_sizes,
     layers_disabled,
@@ -34,7 +33,6 @@ from experts.compressed.pruning.layers import (
 from experts.expert import Expert, network_flops
 from experts.training.flops import count_parameters, training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
-from experts.training.trainer import fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +88,7 @@ def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, w
             f"prune.ratio is {config.ratio:.0%}, and the {len(units)} removable layers of expert {expert.cluster_id} "
             f"have only {sum(sizes.values()) / total:.0%} of its parameters; lower prune.ratio"
         )
-    measure_loss = _loss_function(model, expert, batch, units, workspace)
+    measure_loss = loss_without_layers(model, expert, batch, units, workspace)
     costs = [measure_loss([index]) for index in range(len(units))] if config.criterion == "output_loss" else []
     details: dict[str, Any] = {"costs": dict(zip(units, costs, strict=False))}
     if costs and config.additivity_sets:
@@ -103,7 +101,9 @@ def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, w
     details["error_pruned"] = output_error(model, expert, measuring)
     flops = (len(costs) + config.additivity_sets + 2) * config.rows * row_flops
     if config.finetune is not None:
-        pruned = replace(pruned, model=_finetune(pruned, expert, dataset, batch, details["removed"], config, workspace))
+        pruned = replace(
+            pruned, model=finetune_pruned(pruned, expert, dataset, batch, details["removed"], config, workspace)
+        )
         pruned_flops = network_flops(pruned.model, expert.latent_shape)
         rows = config.finetune.batch_size * config.finetune.steps
         flops += training_flops(pruned_flops, config.finetune.batch_size, config.finetune.steps) + rows * row_flops
@@ -112,7 +112,7 @@ def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, w
     return ExpertResult(expert=pruned, modules=len(chosen), flops=flops, details=details)
 
 
-def _loss_function(
+def loss_without_layers(
     model: nn.Module, expert: Expert, batch: Batch, units: Sequence[str], workspace: Workspace
 ) -> Callable[[list[int]], float]:
     """Return a function from indices of units to the mean squared change of the output without them, on one batch."""
@@ -149,25 +149,6 @@ def _choose_layers(
     while sum(size for items, size in sizes.items() if items <= set(chosen)) < target:
         chosen.append(order[len(chosen)])
     return sorted(chosen)
-
-
-def _finetune(
-    pruned: Expert,
-    teacher: Expert,
-    dataset: LatentDataset,
-    batch: Batch,
-    removed: Sequence[str],
-    config: LaptopConfig,
-    workspace: Workspace,
-) -> nn.Module:
-    """Return the pruned network after fine-tuning against the original one."""
-    if config.finetune is None:
-        return pruned.model
-    paths = stages_behind(teacher.model, removed) if config.feature_weight else []
-    weights = feature_weights(teacher, paths, batch, normalize=config.normalize)
-    frozen = copy_frozen(teacher, config.finetune.device)
-    loss = distillation_loss(frozen, paths, weights, config, config.finetune)
-    return fit(deepcopy(pruned.model), loss, dataset, config.finetune, workspace).model
 
 
 def _magnitude(module: nn.Module) -> float:
