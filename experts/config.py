@@ -142,6 +142,9 @@ class TrainingConfig:
     parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=UNHASHED_IF_DEFAULT)
     """How several workers train one network. `ddp`: each has all of it. `fsdp`: each keeps a part of every parameter,
     gradient, moment and average. It is no part of a checkpoint, so that a training resumes with the other one."""
+    offload: tuple[Literal["optimizer", "average"], ...] = field(default=(), metadata=UNHASHED_IF_DEFAULT)
+    """What stays in the host's memory. `optimizer`: the moments of `adamw`, whose steps run there. `average`: the
+    moving averages. Gradients and parameters then travel at every step, and the device waits."""
     device: str = "cpu"
     """Torch device of the training."""
     shuffle_shards: Annotated[int, Field(ge=1)] = field(default=16, metadata=UNHASHED_IF_DEFAULT)
@@ -181,6 +184,15 @@ class TrainingConfig:
                 f"training.parallel=fsdp gives every worker parts of the tensors, but training.{found[0]} needs whole "
                 "ones; remove it, or set training.parallel=ddp"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_offloaded(self) -> "TrainingConfig":
+        """Check that the optimizer can run on the host, and that no worker has parts only."""
+        if "optimizer" in self.offload and self.optimizer != "adamw":
+            raise ValueError(f"training.offload=[optimizer] needs training.optimizer=adamw, got {self.optimizer}")
+        if self.offload and self.parallel == "fsdp":
+            raise ValueError("training.offload needs whole tensors; remove it, or set training.parallel=ddp")
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Peak memory of a training step, from a forward and a backward pass on the meta device: nothing is allocated."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
-from experts.config import OptimizerName, TrainingConfig
+from experts.config import TrainingConfig
 from experts.training.flops import FUSED_ATTENTION, count_parameters
 from experts.training.optimizers.registry import OPTIMIZERS
 
@@ -24,15 +24,15 @@ FLOAT_BYTES = 4
 def peak_training_bytes(network: nn.Module, call: Callable[[], Tensor], training: TrainingConfig) -> int:
     """Return the peak bytes of training steps in float32: parameters, gradients, optimizer, average and activations.
 
-    `network` and the inputs of `call`, of `part_rows(training)` rows, are on the meta device. Attention counts as a
-    fused kernel.
+    What `training.offload` names is not counted. `network` and the inputs of `call`, of `part_rows(training)` rows, are
+    on the meta device. Attention counts as a fused kernel.
     """
     live = LiveBytes(network.parameters())
     with live, FusedAttention():
         for _ in range(min(2, training.accumulate)):  # from the second part on, gradients exist before
             torch.autograd.backward(call().square().mean())
     network.zero_grad(set_to_none=True)
-    return kept_bytes(network, training.optimizer) + live.peak
+    return kept_bytes(network, training, training.offload) + live.peak
 
 
 def part_rows(training: TrainingConfig) -> int:
@@ -40,9 +40,13 @@ def part_rows(training: TrainingConfig) -> int:
     return -(-training.batch_size // training.accumulate)
 
 
-def kept_bytes(network: nn.Module, optimizer: OptimizerName) -> int:
-    """Return the bytes that a training keeps besides the parameters: the optimizer's state, and the average."""
-    return FLOAT_BYTES * (OPTIMIZERS[optimizer].count_values(network) + count_parameters(network))
+def kept_bytes(network: nn.Module, training: TrainingConfig, left_out: Collection[str] = ()) -> int:
+    """Return the bytes that a training keeps besides the parameters: the optimizer's state, and the average.
+
+    `left_out` names what is not counted, as `training.offload` does.
+    """
+    counts = {"optimizer": OPTIMIZERS[training.optimizer].count_values(network), "average": count_parameters(network)}
+    return FLOAT_BYTES * sum(count for name, count in counts.items() if name not in left_out)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

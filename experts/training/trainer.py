@@ -232,12 +232,13 @@ def init_training_state(model: nn.Module, config: TrainingConfig, group: DataPar
         shard_network(model, group)
     if config.compile:
         model.compile()
+    widths, is_on_host = SNAPSHOT_WIDTHS if config.ema_snapshots else (), "average" in config.offload
     return TrainingState(
         config=config,
         model=model,
         template=template,
-        average=MovingAverage(model, config.ema_width),
-        profiles=[MovingAverage(model, width) for width in SNAPSHOT_WIDTHS] if config.ema_snapshots else [],
+        average=MovingAverage(model, config.ema_width, is_on_host=is_on_host),
+        profiles=[MovingAverage(model, width, is_on_host=is_on_host) for width in widths],
         optimizer=OPTIMIZERS[config.optimizer].build(model, config),
         scaler=torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.autocast == "float16"),
     )

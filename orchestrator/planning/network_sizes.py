@@ -124,7 +124,7 @@ def _size_of(network: nn.Module, call: Callable[[], Tensor], training: TrainingC
         parameters=parameters,
         flops=flops,
         memory_bytes=peak_training_bytes(network, call, training),
-        checkpoint_bytes=FLOAT_BYTES * parameters + kept_bytes(network, training.optimizer),
+        checkpoint_bytes=FLOAT_BYTES * parameters + kept_bytes(network, training),
     )
 
 

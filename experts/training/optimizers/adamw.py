@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from experts.config import TrainingConfig
+from experts.training.optimizers.adamw_on_host import AdamWOnHost
 
 
 def build_adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return AdamW of all parameters."""
+    """Return AdamW of all parameters, on the host with `offload=[optimizer]`."""
+    if "optimizer" in config.offload:
+        return AdamWOnHost(model.parameters(), config)
     return adamw_of(model.parameters(), config)
 
 

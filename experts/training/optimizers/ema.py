@@ -43,10 +43,13 @@ class MovingAverage:
     The first step replaces the initial parameters.
     """
 
-    def __init__(self, model: nn.Module, width: float) -> None:
+    def __init__(self, model: nn.Module, width: float, *, is_on_host: bool = False) -> None:
         self.gamma = power_law_gamma(width)
         self.source = dict(model.named_parameters())
-        self.average = {name: parameter.detach().clone() for name, parameter in self.source.items()}
+        place = torch.device("cpu") if is_on_host else None
+        self.average = {
+            name: parameter.detach().to(place or parameter.device, copy=True) for name, parameter in self.source.items()
+        }
         self._targets = [own_part(average) for average in self.average.values()]
         self._sources = [own_part(parameter.detach()) for parameter in self.source.values()]
 
@@ -56,7 +59,10 @@ class MovingAverage:
 
     def update(self, step: int) -> None:
         """Add the parameters after `step` steps to the average."""
-        torch._foreach_lerp_(self._targets, self._sources, 1 - self.decay(step))
+        sources = self._sources
+        if sources and sources[0].device != self._targets[0].device:
+            sources = [source.to(target.device) for source, target in zip(sources, self._targets, strict=True)]
+        torch._foreach_lerp_(self._targets, sources, 1 - self.decay(step))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
