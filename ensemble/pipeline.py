@@ -12,7 +12,6 @@ scheduler/             a diffusers scheduler for tools that look for one; `Sampl
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ddm_core.artifacts import (
     read_json,
     write_json,
 )
+from ddm_core.links import link_or_copy
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.expert_registry import load_single_network
@@ -288,10 +288,10 @@ def assemble(
     class_names: Sequence[str] = (),
     text: TextConfig | None = None,
 ) -> EnsemblePipeline:
-    """Copy finished parts into one pipeline folder `out`, and load it, which checks that they fit.
+    """Put finished parts into one pipeline folder `out`, and load it, which checks that they fit.
 
-    `text` is the encoder of the captions that the parts were trained on. Files are copied byte for byte. Raises what
-    `EnsemblePipeline.from_pretrained` raises.
+    `text` is the encoder of the captions that the parts were trained on. Files are linked, or copied to another disk.
+    Raises what `EnsemblePipeline.from_pretrained` raises.
     """
     if not expert_folders:
         raise PipelineError("a pipeline needs an expert, and all are missing; finish at least one")
@@ -341,9 +341,9 @@ def _load_text_encoder(config: TextConfig) -> TextEncoder | None:
 
 
 def _copy(folder: Path, target: Path) -> None:
-    """Copy a part's files; raise `CorruptArtifact` for a link, which could bring in any file of this machine."""
+    """Link a part's files; raise `CorruptArtifact` for a symbolic link, which could bring in any file."""
     for file in list_files(folder):
         if file.name not in NOT_COPIED:
             copy = target / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            link_or_copy(file, copy)

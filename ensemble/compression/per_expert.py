@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm_core.artifacts import Preempted, Workspace, atomic_folder, read_json, to_jsonable, write_json
+from ddm_core.links import link_or_copy
 from ensemble.compression.acceleration.feature_cache import refit_cache
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.pipeline import EnsemblePipeline
@@ -51,7 +52,7 @@ def compress_each_expert(
         records[k] = ExpertRecord(**read_json(finished / RESULT_FILE))
         if not records[k].modules:
             raise StageError(f"{method} would change nothing in expert {k}; remove the stage or change its settings")
-        shutil.copytree(finished, out / f"expert_{k}")
+        shutil.copytree(finished, out / f"expert_{k}", copy_function=link_or_copy)
     return records
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ddm_core.artifacts import Workspace, read_json, to_jsonable, write_json
+from ddm_core.links import link_or_copy
 from ensemble.compression.acceleration.diffusers_hooks import hook_all
 from ensemble.compression.acceleration.feature_cache import cache_all
 from ensemble.compression.acceleration.truncated_start import truncate
@@ -163,7 +164,7 @@ def _compress_ensemble(
     compressed = replace(pipeline, ensemble=replace(pipeline.ensemble, experts=result.experts, router=router))
     temporary = context.workspace.scratch / "pipeline"
     compressed.save_pretrained(temporary)
-    shutil.copytree(temporary, out, dirs_exist_ok=True)
+    shutil.copytree(temporary, out, dirs_exist_ok=True, copy_function=link_or_copy)
     write_json(
         out / RESULT_FILE, {"modules": result.modules, "flops": result.flops, "details": to_jsonable(result.details)}
     )

@@ -6,7 +6,6 @@ A sample is known by a hash of its key and its files: latents of a renamed or ch
 
 import itertools
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from data_partition.shards.shards import (
 )
 from ddm_core.artifacts import CACHE, Preempted, Workspace, atomic_folder, checksum, list_files
 from ddm_core.json_values import from_json
+from ddm_core.links import link_or_copy
 from experts.codec import Codec, encoder_folder
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import NULL_CLASS
@@ -273,7 +273,7 @@ def encode_dataset(
     if not group.is_main:
         return 0.0
     for part in parts:
-        shutil.copytree(part, out / part.parent.name / part.name, copy_function=_link)
+        shutil.copytree(part, out / part.parent.name / part.name, copy_function=link_or_copy)
     if text is not None:
         (out / TEXT).mkdir()
         text.save(out / TEXT)
@@ -330,7 +330,7 @@ def encode_folder(shards: Path, codec: FrozenCodec, text: TextEncoder | None, ou
     total = read_index(shards).count
     encoding = _Encoding(open_models=lambda: (codec, text), workspace=workspace, total=total)
     for part in encoding.encode_shards(shards, workspace.scratch / CACHE / "parts" / out.name):
-        shutil.copytree(part, out / part.name, copy_function=_link)
+        shutil.copytree(part, out / part.name, copy_function=link_or_copy)
     return total
 
 
@@ -365,7 +365,7 @@ def divide_latents(parts: Path, clusters: Sequence[Path], out: Path) -> None:
                     part = int(np.searchsorted(starts, run[0], "right")) - 1
                     writer.add(latents[part].select(torch.from_numpy(run - starts[part])))
         if are_streamed(folders):
-            shutil.copytree(shards, out / str(k) / IMAGES, copy_function=_link)
+            shutil.copytree(shards, out / str(k) / IMAGES, copy_function=link_or_copy)
 
 
 def encode_latents(
@@ -472,11 +472,3 @@ def _sample_ids(latents: LatentDataset) -> np.ndarray:
     if latents.sample_id is None:
         raise LatentError("these latents do not say to which samples they belong; encode the images again")
     return latents.sample_id.numpy()
-
-
-def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the disk has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

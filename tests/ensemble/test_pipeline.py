@@ -89,6 +89,12 @@ def test_save_is_byte_identical_to_assemble(parts: Path) -> None:
         assert file.read_bytes() == (parts / "pipeline" / file.relative_to(parts / "again")).read_bytes(), file.name
 
 
+def test_pipeline_takes_no_disk_for_its_networks(parts: Path) -> None:
+    put_together(parts)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (parts / "pipeline" / "expert_1" / name).samefile(parts / "trained_1" / name)
+
+
 def test_shift_of_the_experts_reaches_scheduler_and_samples(parts: Path) -> None:
     plain = put_together(parts)([1, 2], FULL).latents
     for k in range(3):
