@@ -21,7 +21,13 @@ from ensemble.compression.distillation.config import (
     SignConfig,
 )
 from ensemble.compression.pruning.config import AssemblyConfig, EcoDiffConfig, LaptopConfig
-from ensemble.compression.quantization.config import MixedPrecisionConfig, QuESTConfig, SharedBaseConfig, SVDQuantConfig
+from ensemble.compression.quantization.config import (
+    LearngenesConfig,
+    MixedPrecisionConfig,
+    QuESTConfig,
+    SharedBaseConfig,
+    SVDQuantConfig,
+)
 from ensemble.config import SamplingConfig
 
 
@@ -71,7 +77,13 @@ DistillConfig = Annotated[AnyDistillConfig, Field(discriminator="method")]
 AccelerateConfig = Annotated[CacheConfig | HookConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
 PruneConfig = Annotated[LaptopConfig | EcoDiffConfig | AssemblyConfig, Field(discriminator="method")]
 QuantizeConfig = Annotated[
-    WeightOnlyConfig | DynamicInt8Config | SVDQuantConfig | QuESTConfig | SharedBaseConfig | MixedPrecisionConfig,
+    WeightOnlyConfig
+    | DynamicInt8Config
+    | SVDQuantConfig
+    | QuESTConfig
+    | SharedBaseConfig
+    | LearngenesConfig
+    | MixedPrecisionConfig,
     Field(discriminator="method"),
 ]
 MethodConfig = Annotated[
@@ -106,9 +118,9 @@ def check_order(stages: Mapping[str, Any], *, reflects: bool) -> None:
         ),
         "prune removes layers for which diffusers' hooks were calibrated; set accelerate=cache": prune
         and isinstance(accelerate, HookConfig),
-        "shared_base and mixed_precision need experts of one network each, and a draft or base_first gives them two; "
-        "set quantize to another method": has_two_networks
-        and isinstance(quantize, SharedBaseConfig | MixedPrecisionConfig),
+        "shared_base, learngenes and mixed_precision need experts of one network each, and a draft or base_first gives "
+        "them two; set quantize to another method": has_two_networks
+        and isinstance(quantize, SharedBaseConfig | LearngenesConfig | MixedPrecisionConfig),
         "ensemble.reflection works between solver steps; students and drafts have none, and a cache counts them; "
         "remove ensemble.reflection": reflects and (distill or accelerate),
     }

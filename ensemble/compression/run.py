@@ -46,6 +46,7 @@ from ensemble.compression.per_expert import RESULT_FILE, compress_each_expert
 from ensemble.compression.pruning.assembly import prune_assembly
 from ensemble.compression.pruning.ecodiff import prune_ecodiff
 from ensemble.compression.pruning.laptop import prune_laptop
+from ensemble.compression.quantization.learngenes import quantize_learngenes
 from ensemble.compression.quantization.mixed_precision import quantize_mixed_precision
 from ensemble.compression.quantization.quest import quantize_quest
 from ensemble.compression.quantization.shared_base import quantize_shared_base
@@ -82,6 +83,7 @@ ENSEMBLE_METHODS: dict[str, EnsembleMethod] = {
     "truncate": truncate,
     "base_first": hand_over_after_base,
     "shared_base": quantize_shared_base,
+    "learngenes": quantize_learngenes,
     "mixed_precision": quantize_mixed_precision,
     "stitch": stitch,
 }

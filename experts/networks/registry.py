@@ -150,6 +150,12 @@ def extend_by_intervals(model: nn.Module) -> nn.Module:
     return model
 
 
+def block_paths(model: nn.Module) -> list[str]:
+    """Return the paths of the blocks that add to hidden states of one width, in their order; none for `UNet2DModel`."""
+    pattern = ADAPTERS[type(model).__name__].blocks
+    return [path for path, _ in model.named_modules() if pattern and re.fullmatch(pattern, path)]
+
+
 def route_tasks(model: nn.Module, share: float, power: float) -> nn.Module:
     """Let each t activate a share of the channels of every block, in place, and return the network.
 
@@ -157,8 +163,7 @@ def route_tasks(model: nn.Module, share: float, power: float) -> nn.Module:
     """
     name, adapter = type(model).__name__, ADAPTERS[type(model).__name__]
     check_blocks(name)
-    blocks = [path for path, _ in model.named_modules() if re.fullmatch(adapter.blocks, path)]
-    settings = {"share": share, "power": power, "blocks": blocks, "output": adapter.block_output}
+    settings = {"share": share, "power": power, "blocks": block_paths(model), "output": adapter.block_output}
     try:
         add_task_routing(model, TASK_ROUTING, settings)
     except ValueError as error:

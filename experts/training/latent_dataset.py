@@ -196,7 +196,7 @@ class Batch:
         ends = [count * part // parts for part in range(parts + 1)]
         return [self.rows(slice(*pair)) for pair in itertools.pairwise(ends)]
 
-    def rows(self, index: slice) -> "Batch":
+    def rows(self, index: slice | RowIds) -> "Batch":
         """Return these rows."""
         return Batch(
             clean=self.clean[index],

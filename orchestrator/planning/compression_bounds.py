@@ -29,4 +29,4 @@ def _least_bits(quantize: QuantizeConfig, experts: int) -> float:
     """Return the bits of a stored weight, without scales."""
     if isinstance(quantize, MixedPrecisionConfig):
         return float(min(quantize.choices))
-    return float(quantize.bits) / (experts if quantize.method == "shared_base" else 1)
+    return float(quantize.bits) / (experts if quantize.method in ("shared_base", "learngenes") else 1)

@@ -106,6 +106,34 @@ class SharedBaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class LearngenesConfig:
+    """Large weights as a base and rank-one tailors, both for all experts, and the gates of each expert on the tailors.
+
+    It needs a common initialization, as a `shared_base` of low rank, and has no more bits than that of the same `rank`.
+    """
+
+    method: Literal["learngenes"] = "learngenes"
+    base_bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
+    """Bits per element of the base."""
+    bits: Literal[2, 3, 4, 5, 6, 8, 16] = 8
+    """Bits per element of the tailors."""
+    rank: Annotated[float, Field(gt=0, le=1)] = 0.125
+    """Tailors per expert, as a share of the smaller side of the weight."""
+    learn_gates: bool = True
+    """Fit the gates of every expert on all tailors; False leaves each tailor to the expert that it was found in."""
+    rounds: Annotated[int, Field(ge=1)] = 60
+    """Rounds in which base, tailors and gates are fitted to the weights by least squares."""
+    training: TrainingConfig | None = TrainingConfig(steps=300, batch_size=32, lr=1e-3, warmup_steps=10)
+    """Training of base, tailors and gates on the outputs of the experts, which follows; empty skips it."""
+    align_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the alignment of the features after the first third of the blocks with those of the expert; 0: none."""
+    group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64
+    """Neighboring weights of a row that share one 16-bit scale."""
+    min_elements: Annotated[int, Field(ge=1)] = 1024
+    """Matrices with fewer elements are not shared."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SVDQuantConfig:
     """Linear layers with weights and activations in few bits, plus a low-rank branch in higher precision.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
-from ensemble.compression.quantization.config import SharedBaseConfig
+from ensemble.compression.quantization.config import LearngenesConfig, SharedBaseConfig
 from ensemble.compression.quantization.weight_only import large_weights
 from experts.compressed.quantization.shared_weight import (
     DELTA,
@@ -49,7 +49,7 @@ def share_base(experts: Mapping[int, Expert], config: SharedBaseConfig, workspac
     """
     ids = sorted(experts)
     models = [deepcopy(experts[k].model) for k in ids]
-    names = _common_weights(models, config)
+    names = common_weights(models, config)
     bases, report, flops = [], {}, 0.0
     for number, name in enumerate(names):
         workspace.report_progress(number, len(names), unit="weights")
@@ -58,7 +58,7 @@ def share_base(experts: Mapping[int, Expert], config: SharedBaseConfig, workspac
         weights = torch.stack([model.get_parameter(name).detach().float() for model in models])
         base, shared = _share_weight(models, name, weights, config)
         bases.append(base)
-        report[name] = _measure(weights, shared)
+        report[name] = measure_weights(weights, shared)
         flops += _estimate_flops(weights.flatten(2), config)
     sizes = {
         "bytes_before": sum(sum(parameter.nbytes for parameter in experts[k].model.parameters()) for k in ids),
@@ -73,10 +73,12 @@ def share_base(experts: Mapping[int, Expert], config: SharedBaseConfig, workspac
     )
 
 
-def _common_weights(models: Sequence[nn.Module], config: SharedBaseConfig) -> list[str]:
-    """Return the names of large weights that all models have in the same shape."""
+def common_weights(models: Sequence[nn.Module], config: SharedBaseConfig | LearngenesConfig) -> list[str]:
+    """Return the names of large weights that all models have in the same shape; raise `StageError` without one."""
     if len(models) < 2:
-        raise StageError(f"shared_base needs two experts or more, not {len(models)}; set quantize to another method")
+        raise StageError(
+            f"{config.method} needs two experts or more, not {len(models)}; set quantize to another method"
+        )
     shapes = [
         {name: model.get_parameter(name).shape for name in large_weights(model, config.min_elements)}
         for model in models
@@ -84,9 +86,9 @@ def _common_weights(models: Sequence[nn.Module], config: SharedBaseConfig) -> li
     names = [name for name, shape in shapes[0].items() if all(other.get(name) == shape for other in shapes)]
     if not names:
         raise StageError(
-            f"shared_base needs a matrix of at least {config.min_elements} elements that all experts have in the same "
-            "shape, and there is none; lower quantize.min_elements, or use experts of one architecture that no other "
-            "stage has packed"
+            f"{config.method} needs a matrix of at least {config.min_elements} elements that all experts have in the "
+            "same shape, and there is none; lower quantize.min_elements, or use experts of one architecture that no "
+            "other stage has packed"
         )
     return names
 
@@ -107,7 +109,7 @@ def _share_weight(
         directions=directions,
     )
     parts = (
-        _leading_directions(stack, directions) if directions else {FULL: _fit_base(stack, sharing.rank, config.rounds)}
+        _leading_directions(stack, directions) if directions else {FULL: fit_base(stack, sharing.rank, config.rounds)}
     )
     if FULL in parts:
         parts = {FULL: parts[FULL].reshape(sharing.shape)}
@@ -119,18 +121,18 @@ def _share_weight(
     for model, weight in zip(models, stack, strict=True):
         coefficients = _fit_coefficients(weight, base) if directions else None
         remainder = weight - base.weight(weight.device, coefficients).flatten(1)
-        delta = {DELTA: remainder.reshape(sharing.shape)} if not sharing.rank else _factorize(remainder, sharing.rank)
+        delta = {DELTA: remainder.reshape(sharing.shape)} if not sharing.rank else factorize(remainder, sharing.rank)
         shared.append(share_weight(model, name, sharing, base, delta, coefficients))
     return base, shared
 
 
-def _fit_base(stack: Stack, rank: int, rounds: int) -> Matrix:
+def fit_base(stack: Stack, rank: int, rounds: int) -> Matrix:
     """Return the base: the mean, or the best matrix under differences of this rank."""
     # min_{B, L_k: rank(L_k) <= r} sum_k |W_k - B - L_k|^2, alternately over B and the L_k; no iteration raises it.
     base = stack.mean(0)
     for _ in range(rounds - 1 if rank else 0):
         fitted = torch.stack(
-            [parts[LEFT].T @ parts[RIGHT] for parts in (_factorize(delta, rank) for delta in stack - base)]
+            [parts[LEFT].T @ parts[RIGHT] for parts in (factorize(delta, rank) for delta in stack - base)]
         )
         base = (stack - fitted).mean(0)
     return base
@@ -152,7 +154,7 @@ def _fit_coefficients(weight: Matrix, base: SharedBase) -> Float[Tensor, " direc
     return solution.squeeze(1).float()
 
 
-def _factorize(matrix: Matrix, rank: int) -> dict[str, Tensor]:
+def factorize(matrix: Matrix, rank: int) -> dict[str, Tensor]:
     """Return two matrices, one direction per row, with the closest product of this rank (Eckart & Young 1936)."""
     is_wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix.double() if is_wide else matrix.double().T
@@ -166,7 +168,7 @@ def _factorize(matrix: Matrix, rank: int) -> dict[str, Tensor]:
     return dict(zip((LEFT, RIGHT) if is_wide else (RIGHT, LEFT), halves, strict=True))
 
 
-def _measure(weights: Tensor, shared: Sequence[SharedWeight]) -> dict[str, float]:
+def measure_weights(weights: Tensor, shared: Sequence[SharedWeight]) -> dict[str, float]:
     """Return the distance of the experts from their mean, and from their stored form, relative to their norm."""
     norm = torch.linalg.vector_norm(weights)
     stored = torch.stack([weight(weights) for weight in shared])

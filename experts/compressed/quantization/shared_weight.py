@@ -3,6 +3,7 @@
     W_k = base + left_k^T right_k                low_rank
     W_k = base + q(W_k - base)                   packed
     W_k = U^T diag(s_k) V + left_k^T right_k     tailors: U, V are shared; s_k, left_k and right_k are the expert's
+    W_k = base + U^T diag(s_k) V                 gates: U, V are shared; s_k are the expert's
 
 Without gradients the weight that was built last is kept in the base: one expert's weights are in memory, besides the
 base and the differences, and they are rebuilt when another expert is called.
@@ -26,7 +27,8 @@ from experts.compressed.quantization.packing import BITS, Packing, Weight, empty
 
 FLOAT16_BITS = 16
 FULL, LEFT, RIGHT = "whole", "left", "right"
-"""Parts of a base: the weight itself, or left and right singular directions, one a row."""
+"""Parts of a base: the weight itself, and left and right singular directions, one a row."""
+BASES = ({FULL}, {LEFT, RIGHT}, {FULL, LEFT, RIGHT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +97,9 @@ class SharedBase:
     """The part of one weight that all experts share; copies of a model share it too."""
 
     def __init__(self, parts: Mapping[str, StoredMatrix]) -> None:
-        """Take `whole` alone, or `left` and `right`; raise `ValueError` for anything else."""
-        if set(parts) not in ({FULL}, {LEFT, RIGHT}):
-            raise ValueError(f"a base is {FULL}, or {LEFT} and {RIGHT}; got {sorted(parts)}")
+        """Take `whole`, `left` and `right`, or all three; raise `ValueError` for anything else."""
+        if set(parts) not in BASES:
+            raise ValueError(f"a base is {FULL}, or {LEFT} and {RIGHT}, or all; got {sorted(parts)}")
         self.parts = nn.ModuleDict(parts)
         self._devices: dict[torch.device, nn.ModuleDict] = {}
         self.built: tuple[weakref.ref[SharedWeight], Weight] | None = None
@@ -126,13 +128,15 @@ class SharedBase:
         return {name: part.format.shape for name, part in self.parts.items() if isinstance(part, StoredMatrix)}
 
     def weight(self, device: torch.device, coefficients: Float[Tensor, " direction"] | None = None) -> Weight:
-        """Return the full weight, or the matrix of the directions with an expert's coefficients."""
+        """Return the full weight plus the matrix of the directions with an expert's coefficients, or one of them."""
         parts = self._parts_on(device)
+        full: Tensor | None = parts[FULL]() if FULL in parts else None
         if coefficients is None:
-            full: Tensor = parts[FULL]()
+            if full is None:
+                raise ValueError("directions need the coefficients of an expert; pass those of its shared weight")
             return full
         combined: Tensor = (parts[LEFT]() * coefficients.unsqueeze(1)).T @ parts[RIGHT]()
-        return combined
+        return combined if full is None else full + combined.reshape(full.shape)
 
     def _parts_on(self, device: torch.device) -> nn.ModuleDict:
         """Return the parts on a device, copied once for each device."""
@@ -152,7 +156,7 @@ def _copy(part: nn.Module, device: torch.device) -> nn.Module:
     return copied.to(device)
 
 
-Delta = Literal["low_rank", "packed", "tailors"]
+Delta = Literal["low_rank", "packed", "tailors", "gates"]
 DELTA = "own"
 
 
@@ -166,18 +170,18 @@ class SharedWeightConfig:
     shape: tuple[int, ...]
     """Of the weight."""
     rank: int = 0
-    """Of the delta, unless it is packed."""
+    """Of the delta, for low rank and tailors."""
     directions: int = 0
-    """Shared directions that the expert has coefficients for; for tailors only."""
+    """Shared directions that the expert has coefficients for, for tailors and gates."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for inconsistent fields."""
         MatrixFormat(bits=self.bits, group_size=self.group_size, shape=self.shape)
-        has_rank = self.rank == 0 if self.delta == "packed" else self.rank > 0
-        has_directions = self.directions > 0 if self.delta == "tailors" else self.directions == 0
+        has_rank = self.rank == 0 if self.delta in ("packed", "gates") else self.rank > 0
+        has_directions = self.directions > 0 if self.delta in ("tailors", "gates") else self.directions == 0
         if self.delta not in get_args(Delta) or len(self.shape) < 2 or not has_rank or not has_directions:
             raise ValueError(
-                f"a shared weight needs a rank unless packed, and directions for tailors only; got {self.delta!r}, "
+                f"a shared weight needs a rank or directions, tailors both and packed none; got {self.delta!r}, "
                 f"rank {self.rank} and {self.directions} directions of shape {self.shape}"
             )
 
@@ -191,6 +195,8 @@ class SharedWeightConfig:
         matrix_format = MatrixFormat(bits=self.bits, group_size=self.group_size, shape=self.shape)
         if self.delta == "packed":
             return {DELTA: matrix_format}
+        if self.delta == "gates":
+            return {}
         row, column = self.matrix
         return {LEFT: matrix_format.with_shape((self.rank, row)), RIGHT: matrix_format.with_shape((self.rank, column))}
 
@@ -217,7 +223,7 @@ class SharedWeight(nn.Module):
     def link(self, base: SharedBase) -> None:
         """Add the delta to this base from now on; raise `ValueError` if it has another shape."""
         actual, expected = (base.shape, base.directions), (self.config.shape, self.config.directions)
-        if self.config.directions:
+        if self.config.delta == "tailors":
             expected = (self.config.matrix, self.config.directions)
         if actual != expected:
             raise ValueError(f"a base needs (shape, directions) {expected} of its weight; got {actual}")
@@ -241,7 +247,7 @@ class SharedWeight(nn.Module):
         """Return base plus delta."""
         coefficients: Tensor | None = self.get_buffer("coefficients") if self.config.directions else None
         weight = base.weight(device, coefficients).reshape(self.config.shape)
-        return weight + self.compute_delta().reshape(self.config.shape)
+        return weight + self.compute_delta().reshape(self.config.shape) if self.parts else weight
 
     def compute_delta(self) -> Weight:
         """Return the expert's delta to the base; a matrix if it has low rank."""
