@@ -16,6 +16,7 @@ DataError
 ├── MixedSizes          an image has another size than configured
 ├── MissingLabels       a sample has no class
 ├── MixedLabels         classes are words in one sample and numbers in another
+├── UnknownClass        a class that earlier data, to which the sample is added, do not have
 ├── OneClass            all training samples are of one class
 ├── InvalidCaptions     a table of captions cannot be read, or no sample has a caption
 ├── TooManyFeatures     a covariance would not fit into memory
@@ -91,6 +92,10 @@ class MissingLabels(DataError):
 
 class MixedLabels(DataError):
     """Classes are words in one sample and numbers in another."""
+
+
+class UnknownClass(DataError):
+    """A sample of a later delivery has a class that the earlier data do not have."""
 
 
 class OneClass(DataError):

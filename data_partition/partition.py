@@ -211,9 +211,9 @@ def _start_assignment(
     folder: Path, count: int, centroids: Float32[np.ndarray, "fine feature"]
 ) -> Callable[[tuple[int, int]], Iterator[Int64[np.ndarray, " block"]]]:
     """Return the function that yields the nearest fine centroids of the rows of a range, in blocks."""
-    values = open_features(folder, count)
 
     def assign(rows: tuple[int, int]) -> Iterator[Int64[np.ndarray, " block"]]:
+        values = open_features(folder, count)  # for each range anew: what was read of it leaves the memory with it
         for start, stop in row_ranges(*rows, BLOCK_ROWS):
             yield assign_nearest(values[start:stop], centroids)
 

@@ -91,17 +91,20 @@ def assign_by_labels(inputs: PartitionInputs) -> ClusterAssignment:
 def assign_by_random(inputs: PartitionInputs) -> ClusterAssignment:
     """Assign samples at random, by a hash of seed, part and row: clusters have equal expected size."""
 
-    def hash_rows(part: int, count: int) -> Callable[[slice], ClusterIds]:
-        def ids(rows: slice) -> ClusterIds:
-            keys = np.arange(*rows.indices(count), dtype=np.uint64) + np.uint64(part << 40)
-            seed = np.uint64(inputs.config.seed % 2**32) << np.uint64(48)
-            return (splitmix64_finalize(keys ^ seed) % np.uint64(inputs.config.num_experts)).astype(np.int64)
+    def hash_rows(part: str) -> Callable[[slice], ClusterIds]:
+        count = read_index(inputs.dataset / part).count
+        return lambda rows: hash_clusters(inputs.config, part, slice(*rows.indices(count)))
 
-        return ids
-
-    counts = [read_index(inputs.dataset / part).count for part in ("train", "holdout")]
-    training, holdout = hash_rows(0, counts[0]), hash_rows(1, counts[1])
+    training, holdout = hash_rows("train"), hash_rows("holdout")
     return ClusterAssignment(fine_to_cluster=_majority_clusters(inputs, training), training=training, holdout=holdout)
+
+
+def hash_clusters(config: PartitionConfig, part: str, rows: slice) -> ClusterIds:
+    """Return random clusters of the rows of `train` or `holdout`, from `rows.start` to `rows.stop`."""
+    keys = np.arange(rows.start, rows.stop, rows.step, dtype=np.uint64)
+    seed = np.uint64(config.seed % 2**32) << np.uint64(48)
+    mixed = splitmix64_finalize((keys + np.uint64((part == "holdout") << 40)) ^ seed)
+    return (mixed % np.uint64(config.num_experts)).astype(np.int64)
 
 
 STRATEGIES: dict[str, Callable[[PartitionInputs], ClusterAssignment]] = {

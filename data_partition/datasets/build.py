@@ -11,7 +11,15 @@ from data_partition.datasets.duplicates import remove_duplicates
 from data_partition.datasets.notices import Notices
 from data_partition.datasets.source import Source, Unreadable, holdout_share, is_held_out
 from data_partition.datasets.sources import SOURCES
-from data_partition.errors import InvalidCaptions, MissingLabels, MixedLabels, NoSamples, OneClass, TooManyUnreadable
+from data_partition.errors import (
+    InvalidCaptions,
+    MissingLabels,
+    MixedLabels,
+    NoSamples,
+    OneClass,
+    TooManyUnreadable,
+    UnknownClass,
+)
 from data_partition.shards.images import fit_image, is_enlarged
 from data_partition.shards.index_writer import OffsetIndexWriter
 from data_partition.shards.shards import Sample, ShardWriter, read_index
@@ -40,15 +48,18 @@ class DatasetSummary:
     """Samples of which something was converted or left out, by remark."""
 
 
-def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> DatasetSummary:
+def build_dataset(
+    config: DataConfig, out: Path, workspace: Workspace, known: tuple[str, ...] | None = None
+) -> DatasetSummary:
     """Write `out/train`, `out/holdout` and `out/dataset.json`.
 
+    `known` are the classes of earlier data that these are added to, in the order of their numbers.
     Raises one of the errors in `errors.py` if the images do not match `config`.
     """
     source = SOURCES[config.source](config)
     if config.duplicates == "remove":
         source = remove_duplicates(source, config, workspace)
-    build = _Build(config, source, out, workspace)
+    build = _Build(config, source, out, workspace, known)
     with build.train, build.holdout:
         for sample in build.notices.readable(source.train()):
             held_out = source.test is None and is_held_out(sample.key, config.holdout)
@@ -65,8 +76,10 @@ def build_dataset(config: DataConfig, out: Path, workspace: Workspace) -> Datase
 class _Build:
     """Both shard writers, and the counts so far."""
 
-    def __init__(self, config: DataConfig, source: Source, out: Path, workspace: Workspace) -> None:
-        self.config, self.source, self.out, self.workspace = config, source, out, workspace
+    def __init__(
+        self, config: DataConfig, source: Source, out: Path, workspace: Workspace, known: tuple[str, ...] | None
+    ) -> None:
+        self.config, self.source, self.out, self.workspace, self.known = config, source, out, workspace, known
         shape, *buckets = [(*size, config.channels) for size in config.sizes]
         self.train, self.holdout = (
             OffsetIndexWriter(out / name, config, shape)
@@ -75,7 +88,7 @@ class _Build:
             for name in ("train", "holdout")
         )
         self.notices = Notices()
-        self.classes = _Classes()
+        self.classes = _Classes() if known is None else _KnownClasses(known, source.class_names)
         self.num_captions = 0
         self.smallest_share = 1.0
 
@@ -100,7 +113,7 @@ class _Build:
     def finish(self) -> DatasetSummary:
         """Check the counts, close the shards, write the summary; raises one of the errors of `_check`."""
         self._check()
-        class_names = self.source.class_names or self.classes.names()
+        class_names = self.known or self.source.class_names or self.classes.names()
         class_names = class_names if self.config.labels else ()
         for writer in (self.train, self.holdout):
             writer.class_names = class_names
@@ -146,12 +159,12 @@ class _Build:
                 f"data.source={self.config.source} with data.path={self.config.shown_path} gave no training "
                 f"image of {num_read}: {there}; check the path, and that data.holdout leaves some images"
             )
-        if self.holdout.count == 0:
+        if self.holdout.count == 0 and self.known is None:
             raise NoSamples(
                 f"none of {num_read} images is held out, so nothing can be scored; raise data.holdout from "
                 f"{self.config.holdout} to {math.ceil(self.smallest_share * 1000 + 1) / 1000}, or add images"
             )
-        if self.config.labels and len(self.classes.counts) == 1:
+        if self.config.labels and len(self.classes.counts) == 1 and self.known is None:
             raise OneClass(
                 f"all {self.train.count} training images are of one class; set data.labels=false to train without "
                 "classes, or raise data.limit if it leaves only one"
@@ -195,6 +208,25 @@ class _Classes:
     def names(self) -> tuple[str, ...]:
         """Return the words, or the numbers from 0 to the highest."""
         return tuple(self.words) or tuple(str(label) for label in range(self.highest + 1))
+
+
+class _KnownClasses(_Classes):
+    """The classes of earlier data; no other one may appear."""
+
+    def __init__(self, known: tuple[str, ...], own: tuple[str, ...]) -> None:
+        super().__init__()
+        self.known, self.own = known, own
+
+    def number(self, sample: Sample) -> int:
+        """Return the number of a sample's class among the known; raises `MissingLabels` or `UnknownClass`."""
+        label = super().number(sample)
+        word = sample.class_name or (self.own[label] if label < len(self.own) else str(label))
+        if word not in self.known:
+            raise UnknownClass(
+                f"{sample.name or sample.key} has the class {word!r}, and the data that it is added to have "
+                f"{join_names(self.known)}; leave it out, or start a run with all data"
+            )
+        return self.known.index(word)
 
 
 def _empty_classes(summary: DatasetSummary) -> list[str]:

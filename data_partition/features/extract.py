@@ -24,7 +24,7 @@ from data_partition.features.efficientnet import EfficientNetFeatures
 from data_partition.features.pixels import PixelFeatures
 from data_partition.features.random_conv import RandomConvFeatures
 from data_partition.features.store import FeatureFile
-from data_partition.shards.shards import read_batches, read_index
+from data_partition.shards.shards import ImageBatch, read_batches, read_index
 from ddm_core.artifacts import (
     Preempted,
     Workspace,
@@ -143,12 +143,15 @@ def _start_extraction(
     extractor = load_extractor(folder)
 
     def extract(rows: tuple[int, int]) -> Iterator[tuple[list[str], Float32[np.ndarray, "batch feature"]]]:
-        start, stop = rows
-        batches = read_batches(shards, batch_size, start)
-        for batch in itertools.islice(batches, -(-(stop - start) // batch_size)):
+        for batch in iter_batches(shards, batch_size, *rows):
             yield batch.keys, extractor(batch.images)
 
     return extract
+
+
+def iter_batches(shards: Path, batch_size: int, start: int, stop: int) -> Iterator[ImageBatch]:
+    """Yield the images of the rows from `start` to `stop`, in batches; `stop` ends a batch, or is that of all."""
+    return itertools.islice(read_batches(shards, batch_size, start), -(-(stop - start) // batch_size))
 
 
 def _cache_key(config: PartitionConfig, shards: Path) -> str:

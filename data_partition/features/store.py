@@ -1,7 +1,6 @@
 """Crash-safe storage of features: a kill loses at most the batch in progress."""
 
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from ddm_core.artifacts import read_json, write_json
+from ddm_core.links import link_or_copy
 from ddm_core.memmaps import create_memmap
 
 FEATURES, KEYS, PROGRESS = "features.npy", "keys.txt", "progress.json"
@@ -49,7 +49,7 @@ class FeatureFile:
         write_json(self.folder / PROGRESS, {"rows": self.rows, "key_bytes": self._keys.tell()})
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the finished array and its keys into `folder`."""
+        """Give the finished array and its keys a second name in `folder`, or copy them."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in (FEATURES, KEYS):
-            shutil.copyfile(self.folder / name, folder / name)
+            link_or_copy(self.folder / name, folder / name)

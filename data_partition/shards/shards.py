@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -208,9 +207,7 @@ class ShardWriter:
             buckets=self.buckets,
             shard_buckets=tuple(self.shard_buckets) if self.buckets else (),
         )
-        content = to_jsonable(index)
-        del content["source"]
-        write_record(self.folder / INDEX, content if self.buckets else _without_buckets(content))
+        write_index(self.folder, index)
         return index
 
     def _close_tars(self) -> None:
@@ -219,8 +216,11 @@ class ShardWriter:
             tar.close()
 
 
-def _without_buckets(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if not name.endswith("buckets")}
+def write_index(folder: Path, index: ShardIndex) -> None:
+    """Write the index of a folder of tars; without buckets it has no fields for them."""
+    omitted = {"source"} if index.buckets else {"source", "buckets", "shard_buckets"}
+    content = {name: value for name, value in to_jsonable(index).items() if name not in omitted}
+    write_record(folder / INDEX, content)
 
 
 def shard_name(number: int) -> str:

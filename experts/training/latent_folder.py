@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_partition.shards.join import join_shards
 from ddm_core.artifacts import ArtifactError, CorruptArtifact, checksum, read_with_checksum, to_jsonable, write_record
 from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
@@ -146,6 +147,28 @@ def with_images(dataset: LatentDataset, folders: Sequence[Path], codec: Codec) -
     if not are_streamed(folders):
         return dataset
     return replace(dataset, images=ImageStream(codec, [folder / IMAGES for folder in folders]))
+
+
+def join_latents(folders: Sequence[Path], out: Path) -> None:
+    """Write the latents of some folders into one, in their order, with their offset indices if they have some.
+
+    Raises `LatentError` if codec, texts or classes differ.
+    """
+    records = [read_record(folder) for folder in folders]
+    if any(
+        (record["origin"], record["class_names"]) != (records[0]["origin"], records[0]["class_names"])
+        for record in records
+    ):
+        raise LatentError(
+            f"{', '.join(map(str, folders))} have another codec, text encoder or classes; encode them again"
+        )
+    with LatentWriter(out, records[0]["class_names"], records[0]["origin"]) as writer:
+        for folder in folders:
+            check_latents(folder)
+            for block in iter_blocks(read_latents(folder)):
+                writer.add(block)
+    if are_streamed(folders):
+        join_shards([folder / IMAGES for folder in folders], out / IMAGES)
 
 
 def check_latents(folder: Path) -> None:

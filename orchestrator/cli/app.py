@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from orchestrator.cli.analyze import audit, classify
 from orchestrator.cli.exits import run_command
 from orchestrator.cli.experts import app as experts_app
-from orchestrator.cli.experts import finetune
+from orchestrator.cli.experts import extend, finetune
 from orchestrator.cli.init import init
 from orchestrator.cli.machines.islands import app as islands_app
 from orchestrator.cli.machines.pools import app as pool_app
@@ -55,6 +55,7 @@ COMMANDS = (
     "classify",
     "compress",
     "experts",
+    "extend",
     "finetune",
     "verify",
     "submit",
@@ -85,6 +86,7 @@ app.add_typer(islands_app, name="islands")
 app.add_typer(pool_app, name="pool")
 app.command()(init)
 app.command()(audit)
+app.command()(extend)
 app.command()(finetune)
 app.command()(verify)
 app.command()(classify)

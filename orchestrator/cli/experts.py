@@ -119,6 +119,33 @@ def finetune(
     console.print(f'{out}: pipe.load_lora_weights("{out}")', soft_wrap=True, highlight=False, markup=False)
 
 
+def extend(
+    run: RunArgument,
+    path: Annotated[str, typer.Argument(help="The later data, as data.path names the first; without the first")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each expert; empty: a quarter of the first")
+    ] = None,
+    version: Annotated[str, typer.Option(help="As data.version; another one reads the path again")] = "",
+    trust: Annotated[bool, typer.Option("--trust", help="Use the settings of a run that someone else wrote")] = False,
+) -> None:
+    """Add later data to the clusters of a run, and train its experts on, and its router anew; centroids stay."""
+    from orchestrator.cli.pipelines import report_result
+    from orchestrator.config.delivery import DeliveryConfig
+    from orchestrator.controller import run_pipeline
+    from orchestrator.run.run_folder import RunFolder
+    from orchestrator.run.trust import require_trust
+
+    folder = RunFolder(run.expanduser())
+    config = folder.load_config()
+    require_trust(folder, config, trust=trust)
+    steps = steps or max(1, config.expert.training.steps // 4)
+    delivery = DeliveryConfig(path=str(replace(config.data, path=path).path), version=version, steps=steps)
+    if delivery not in config.deliveries:
+        config = replace(config, deliveries=(*config.deliveries, delivery))
+    config = replace(config, folder=str(folder.root))
+    report_result(config, run_pipeline(config, console))
+
+
 def _fingerprint_images(images: Path) -> str:
     """Return one fingerprint of all files in a folder; raise `NoSamples` if it is none."""
     from data_partition.errors import NoSamples

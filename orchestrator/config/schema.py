@@ -29,6 +29,7 @@ from ensemble.config import EvaluationConfig, ReplicationLimits, SamplingConfig,
 from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig, TextConfig
 from orchestrator.config.compute import CONTROLLER, ComputeConfig
+from orchestrator.config.delivery import DeliveryConfig
 from orchestrator.config.expert_overrides import complete_expert_overrides
 from orchestrator.config.finetune import FinetuneConfig
 from orchestrator.config.injection_guard import check_printable
@@ -131,6 +132,8 @@ class RunConfig:
     """The original ensemble on one side of a t, the compressed one on the other."""
     finetune: FinetuneConfig | None = None
     """Adapters of the experts, trained on images of their own; set by `ddm finetune`."""
+    deliveries: tuple[DeliveryConfig, ...] = ()
+    """Later data, in order; set by `ddm extend`."""
     scores: ScoresConfig = ScoresConfig()
     """The scoring of samples."""
     compute: ComputeConfig = ComputeConfig()

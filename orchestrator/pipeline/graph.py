@@ -13,6 +13,9 @@ The baselines `cluster_conditioned` and `distilled_monolith` are built like the 
 experts. A router with `data=samples` reads `expert_samples`, which the experts generate; the router `density` reads
 the experts. The selection `auto` adds a `selection_search` between the ensemble and its score. `ddm finetune` adds
 `adapter_images`, and an `adapter_<k>` for each chosen expert.
+
+`ddm extend` adds a data set, its latents and a partition for each delivery of data. The experts before it stay in the
+graph as `before_<number>_expert_<k>`, from which those after it begin.
 """
 
 from collections import deque
@@ -24,6 +27,7 @@ from ensemble.compression.config import compression_label
 from ensemble.config import ReplicationLimits, SamplingConfig
 from experts.config import ExpertConfig
 from orchestrator.config.compute import ResourcesConfig
+from orchestrator.config.delivery import DeliveryConfig
 from orchestrator.config.finetune import ALL_IMAGES, AdapterStageConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import ENGINE_KINDS
@@ -86,7 +90,13 @@ class _GraphBuilder:
         latents = self._add("latents", self.stage_configs.latents, data_inputs | {"codec": self.codec})
         self.text = {} if self.config.text.kind == "none" else {"text": Input(stage=latents, part="text")}
         partition_inputs = data_inputs | {"features": self.features, "latents": Input(stage=latents)}
-        self.partition = Input(stage=self._add("partition", self.config.partition, partition_inputs))
+        names = [*(f"before_{number}_partition" for number in range(1, len(self.config.deliveries) + 1)), "partition"]
+        partition = self._add("partition", self.config.partition, partition_inputs, names[0], identity="partition")
+        self.partitions = [Input(stage=partition)]
+        """Before the first delivery, and after each."""
+        for number, delivery in enumerate(self.config.deliveries, start=1):
+            self._add_delivery(number, delivery, data_inputs["dataset"], names[number])
+        self.partition = self.partitions[-1]
         reference_inputs = data_inputs | {"codec": self.decoder}
         self.reference = Input(stage=self._add("reference", self.stage_configs.evaluation, reference_inputs))
         self.weak: dict[str, Input] = {}
@@ -105,7 +115,14 @@ class _GraphBuilder:
         return self.stages
 
     def _add(
-        self, kind: str, config: object, inputs: dict[str, Input], name: str = "", *, optional: bool = False
+        self,
+        kind: str,
+        config: object,
+        inputs: dict[str, Input],
+        name: str = "",
+        *,
+        optional: bool = False,
+        identity: str = "",
     ) -> Stage:
         resources: ResourcesConfig = getattr(self.config.compute.stages, kind)
         stage = Stage(
@@ -116,10 +133,20 @@ class _GraphBuilder:
             resources=resources,
             engine=self.config.data.engine if kind in ENGINE_KINDS else "local",
             optional=optional,
+            identity="" if identity == (name or kind) else identity,
             rank=0 if name == "expert_0" else RANKS.get(kind, 0),
         )
         self.stages.append(stage)
         return stage
+
+    def _add_delivery(self, number: int, delivery: DeliveryConfig, earlier: Input, name: str) -> None:
+        """Add the stages that read, encode and assign later data."""
+        data = replace(self.stage_configs.dataset, path=delivery.path, version=delivery.version, limit=None)
+        inputs = {"dataset": Input(stage=self._add("dataset", data, {"earlier": earlier}, f"dataset_{number}"))}
+        latents = self._add("latents", self.stage_configs.latents, inputs | {"codec": self.codec}, f"latents_{number}")
+        inputs |= {"latents": Input(stage=latents), "earlier": self.partitions[-1]}
+        partition = self._add("partition", self.config.partition, inputs, name, identity="partition")
+        self.partitions.append(Input(stage=partition))
 
     def _add_ensemble(self) -> dict[str, Input]:
         """Add experts, router, ensemble, scores and compressions; return the trained models by role."""
@@ -203,12 +230,22 @@ class _GraphBuilder:
         return Input(stage=self._add("router", self.config.router, inputs))
 
     def _add_expert(self, k: int) -> Input:
+        """Add an expert, once for the first data and once for each delivery, and return the last."""
         expert, init = self._split_init(self.stage_configs.experts[k])
-        inputs = {"latents": self._partition_part(f"latents/{k}"), "codec": self.codec} | init
-        if expert.training.held_out_every is not None:  # of the same artifact as its latents
-            inputs["holdout"] = replace(self._partition_part(f"holdout_latents/{k}"), is_hashed=False)
-        config = ExpertStageConfig(expert=expert, cluster_id=k)
-        return Input(stage=self._add("expert", config, inputs, f"expert_{k}", optional=self.num_experts > 1))
+        steps, identity = (
+            [expert.training.steps, *(delivery.steps for delivery in self.config.deliveries)],
+            f"expert_{k}",
+        )
+        for number, partition in enumerate(self.partitions, start=1):
+            training = replace(expert.training, steps=steps[number - 1])
+            inputs = {"latents": replace(partition, part=f"latents/{k}"), "codec": self.codec} | init
+            if training.held_out_every is not None:  # of the same artifact as its latents
+                inputs["holdout"] = replace(partition, part=f"holdout_latents/{k}", is_hashed=False)
+            config = ExpertStageConfig(expert=replace(expert, training=training), cluster_id=k)
+            name = identity if number == len(self.partitions) else f"before_{number}_{identity}"
+            stage = self._add("expert", config, inputs, name, optional=self.num_experts > 1, identity=identity)
+            init = {"init": Input(stage=stage)}
+        return Input(stage=stage)
 
     def _add_monolith(self, kind: str) -> Stage:
         """Add the monolith or the cluster-conditioned one, each with as many FLOPs as our whole side."""
@@ -217,7 +254,7 @@ class _GraphBuilder:
         for k in range(len(config.experts)):
             _, expert_init = self._split_init(self.stage_configs.experts[k])
             init |= {f"init_{k}": checkpoint for checkpoint in expert_init.values()}
-        inputs = {"codec": self.codec, "partition": self.partition, "features": self.features}
+        inputs = {"codec": self.codec, "partition": self.partitions[0], "features": self.features}
         return self._add(kind, replace(config, expert=expert), inputs | init)
 
     def _add_distilled_monolith(self, trained: dict[str, Input]) -> Stage:

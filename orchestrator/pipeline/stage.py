@@ -53,13 +53,16 @@ class Stage:
     """`data.engine`, for kinds that have one."""
     optional: bool = False
     """Whether the run continues without it after it has failed for good."""
+    identity: str = ""
+    """The name in its fingerprint and of its folder, if it is another: one that the stage had before it was followed
+    by a later one of its name (`ddm extend`)."""
     rank: int = 0
     """Of the stages that can start, those of the lowest rank start first."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Return the hash of name, configuration and the inputs' fingerprints."""
-        return fingerprint(self.name, self.config, self.input_fingerprints)
+        return fingerprint(self.identity or self.name, self.config, self.input_fingerprints)
 
     @property
     def input_fingerprints(self) -> dict[str, str]:
@@ -69,7 +72,7 @@ class Stage:
     @property
     def folder_name(self) -> str:
         """Return the name that its artifact and its scratch folder share."""
-        return f"{self.name}-{self.fingerprint[:12]}"
+        return f"{self.identity or self.name}-{self.fingerprint[:12]}"
 
 
 def remove_stage(graph: Sequence[Stage], name: str) -> list[Stage]:

@@ -99,7 +99,7 @@ def load_loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str
 
 def load_missing_share(run: RunFolder, graph: Sequence[Stage], missing: Sequence[str]) -> float:
     """Return the share of the training images whose experts, such as `expert_3`, are missing."""
-    partition = next(stage for stage in graph if stage.kind == "partition")
+    partition = next(stage for stage in graph if stage.name == "partition")
     ids = [int(name.removeprefix("expert_")) for name in missing if name.startswith("expert_")]
     if not ids or not run.is_finished(partition):
         return 0.0

@@ -164,7 +164,7 @@ def _prepare_stage(job: Job, workspace: Workspace) -> tuple[object, Fill]:
 def _publish_arguments(job: Job, config: object) -> dict[str, Any]:
     """Return the manifest's fields, and the fence: an attempt may publish only while no later attempt exists."""
     return {
-        "stage": job.stage,
+        "stage": Path(job.artifact).name.rpartition("-")[0] or job.stage,
         "config": config,
         "inputs": job.input_fingerprints,
         "island": socket.gethostname() if job.island in ("", CONTROLLER) else job.island,
