@@ -55,11 +55,10 @@ BASE = (
     "scores.num_samples=2048",
     "scores.seed=0",
     "scores.conditional=false",
-    "monolith=false",
     "wandb.mode=disabled",
 )
 
-SELECTIONS = "scores.selections=[{name: full}, {name: top_k, k: 1}, {name: redraw}]"
+SELECTIONS = "scores.selections=[{name: full}, {name: top_k, k: 1}, {name: sticky_resample}]"
 GUIDED = (
     "scores.conditional=true",
     "ensemble.guidance_scale=2",
