@@ -9,9 +9,9 @@ from torch import nn
 from ensemble.compression.acceleration.config import CacheConfig
 from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import StageError
-from experts.compressed.pruning.layers import SkipLayer, ZeroLayer
+from experts.compressed.pruning.layers import REPLACEMENTS
 
-ATTENTION = re.compile(r"\.(attn1|attn2|attentions)(\.|$)")
+ATTENTION = re.compile(r"\.(attn[12]?|attentions)(\.|$)")
 """In the paths of attention layers; the others (feed-forward, residual, whole blocks) take part in the union."""
 PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
     "PixArtTransformer2DModel": {
@@ -23,6 +23,13 @@ PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
         "block": re.compile(r"transformer_blocks\.\d+"),
         "layer": re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
         "unit": re.compile(r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0|2))"),
+    },
+    "SD3Transformer2DModel": {
+        "block": re.compile(r"transformer_blocks\.\d+"),
+        "layer": re.compile(r"transformer_blocks\.\d+\.(attn|ff|ff_context)"),
+        "unit": re.compile(
+            r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0|2))"
+        ),
     },
     "UNet2DModel": {
         "block": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"),
@@ -42,18 +49,21 @@ def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
     """Return the paths of the modules to cache, in the network's order; raise `StageError` if there are none."""
     if config.policy == "deepcache":
         return modules_below_branch(model, config.branch)
-    pattern = PATTERNS.get(type(model).__name__, {}).get(config.level)
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if pattern and pattern.fullmatch(path) and not isinstance(module, SkipLayer | ZeroLayer)
-    ]
+    levels = {level: _matches(model, pattern) for level, pattern in PATTERNS.get(type(model).__name__, {}).items()}
+    paths = levels.get(config.level, [])
     if not paths:
+        known = ", ".join(f"{level}: {found[0]} …" for level, found in levels.items() if found) or "none"
         raise StageError(
             f"this {type(model).__name__} has no modules of level {config.level}, so nothing would be cached; set "
-            f"another accelerate.level (its layers: {describe_layers(model)})"
+            f"another accelerate.level (levels with modules: {known}; its layers: {describe_layers(model)})"
         )
     return paths
+
+
+def _matches(model: nn.Module, pattern: re.Pattern[str]) -> list[str]:
+    """Return the paths that match and are not of removed layers."""
+    modules = model.named_modules()
+    return [path for path, module in modules if pattern.fullmatch(path) and not isinstance(module, REPLACEMENTS)]
 
 
 def modules_below_branch(model: Any, branch: int) -> list[str]:

@@ -3,14 +3,14 @@
     output(t) = f(t) at compute steps, else a Taylor series of `order` around the last of them (0: its output)
 
 DeepCache (Ma et al. 2024, arXiv:2312.00858), TaylorSeer (Liu et al. 2025, arXiv:2503.06923) and block-wise adaptive
-caching (2025, arXiv:2506.13456). Networks are not changed. Adaptive schedules depend on features along the expert's own
+caching (2025, arXiv:2506.13456); with a `level` also A-SDM's feature inheritance (Zhu et al. 2024,
+arXiv:2406.00210). Networks are not changed. Adaptive schedules depend on features along the expert's own
 trajectories, so each expert can have its own, or all share the schedule of their mean.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ensemble.compression.acceleration.adaptive_schedule import (
 from ensemble.compression.acceleration.cacheable_modules import ATTENTION, cacheable_modules, uniform_compute_steps
 from ensemble.compression.acceleration.config import CacheConfig
 from ensemble.compression.common.calibration_data import record_calls
+from ensemble.compression.common.network_stages import image_features
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
 from ensemble.config import SamplingConfig
 from ensemble.solvers import euler_step, make_noise, uniform_times
@@ -144,9 +145,13 @@ def observe_modules(
     outputs: dict[str, list[Tensor]] = {path: [] for path in paths}
     noised = make_noise(range(config.seed, config.seed + config.rows), expert.latent_shape)
     condition = Condition.null(config.rows)
+
+    def record(path: str, _: Tensor, output: Tensor) -> None:
+        outputs[path].append(image_features(expert.model.get_submodule(path), output).flatten(1))
+
     with (
         torch.no_grad(),
-        record_calls(expert.model, paths, lambda path, _, output: outputs[path].append(_flatten(output))),
+        record_calls(expert.model, paths, record),
     ):
         for t, t_next in pairwise([*times, 0.0]):
             if workspace.stop_requested():
@@ -157,10 +162,6 @@ def observe_modules(
         similarities={path: cosine_similarity(steps) for path, steps in stacked.items()},
         changes={path: output_variation(steps) for path, steps in stacked.items()},
     )
-
-
-def _flatten(output: Tensor | tuple[Any, ...]) -> Tensor:
-    return (output if isinstance(output, Tensor) else output[0]).flatten(1)
 
 
 def _mean(observed: list[ObservedModules]) -> ObservedModules:

@@ -170,7 +170,9 @@ def _finite_difference(late: CachedOutput, early: CachedOutput) -> Any:
 
 
 def _map_tensors(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
-    """Apply a function of tensors to tensors, or to nested tuples of them element by element."""
+    """Apply a function of tensors to tensors, or to nested tuples of them element by element; None stays None."""
+    if first is None:
+        return None
     if isinstance(first, Tensor):
         return function(first, *others)
     return tuple(_map_tensors(function, *parts) for parts in zip(first, *others, strict=True))

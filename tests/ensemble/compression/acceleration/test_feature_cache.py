@@ -31,6 +31,7 @@ from experts.networks.registry import call_network
 from experts.training.flops import forward_flops
 from router.config import SelectionConfig
 from tests.ensemble.compression.trained import trained
+from tests.experts.compressed.pruning.test_layers import NETWORKS, network
 from tests.oracles import MixtureOfGaussians
 
 STEPS = 12
@@ -251,3 +252,24 @@ def test_steps_match_the_interval_and_cluster_at_the_center(center, power):
 def test_a_network_without_known_modules_is_an_error():
     with pytest.raises(StageError, match="has no modules of level layer"):
         cacheable_modules(torch.nn.Linear(2, 2), CONFIG)
+
+
+@pytest.mark.parametrize("level", ["block", "layer", "unit"])
+def test_an_mmdit_inherits_features_at_every_level(level, tmp_path):
+    """Its attention returns images and texts, and its last block no text."""
+    expert = Expert(
+        model=network(NETWORKS[-1]),
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=(1, 8, 8),
+        num_classes=0,
+        cluster_id=0,
+    )
+    plain = generate(expert)
+    assert torch.equal(generate(with_cache(expert, tmp_path, level=level, interval=1)).latents, plain.latents)
+    for policy, order in (("uniform", 1), ("adaptive", 0)):
+        settings = {"level": level, "interval": 3, "policy": policy, "order": order}
+        cached = with_cache(expert, tmp_path / policy, **settings)
+        samples = generate(cached)
+        assert samples.calls.full_calls["0"] < 0.9 * plain.calls.full_calls["0"]
+        assert relative_distance(samples, plain) > 0
