@@ -29,11 +29,11 @@ from ensemble.compression.distillation.teacher import copy_frozen
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import AssemblyConfig
 from ensemble.compression.pruning.feature_distillation import distillation_loss, feature_weights, finetune_pruned
-from ensemble.compression.pruning.importance import magnitude_importance
+from ensemble.compression.pruning.importance import Scores, magnitude_importance
 from ensemble.compression.pruning.laptop import loss_without_layers
 from experts.compressed.conditional.kernel_experts import put_kernel_experts
 from experts.compressed.pruning.layers import layers_disabled, removable_layers, remove_layers
-from experts.compressed.pruning.units import prune_units
+from experts.compressed.pruning.units import prune_units, unit_groups
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
 from experts.networks.adapters.registry import ADAPTERS
@@ -43,7 +43,7 @@ from experts.training.trainer import fit
 
 TOLERANCE = 0.01
 """Largest difference between the wanted share of FLOPs and the one that is removed."""
-KERNELS = re.compile(r"\.?(conv[12]|net\.0\.proj|net\.2|inner|outer)")
+KERNELS = re.compile(r"\.(conv[12]|to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|inner|outer)")
 """Paths, within a removable layer, of the convolutions and linear layers that can have several kernels."""
 
 
@@ -63,7 +63,8 @@ def prune_assembly(
     row_flops = network_flops(expert.model, expert.latent_shape)
     batch = calibration_batches(dataset, config.rows, config.seed, 1, few_step=expert.few_step)[0]
     order = order_layers(expert, units, batch, config, workspace)
-    model, removed, narrowed = assemble(expert, order, config.ratio)
+    measured = batch if config.order == "output_loss" else None
+    model, removed, narrowed = assemble(expert, order, config.ratio, measured)
     measuring = calibration_batches(dataset, config.rows, config.seed, 2, HELD_OUT, expert.few_step)
     details: dict[str, Any] = {
         "order": order,
@@ -110,33 +111,35 @@ def order_layers(
     return sorted(units, key=depth)
 
 
-def assemble(expert: Expert, order: Sequence[str], ratio: float) -> tuple[nn.Module, list[str], dict[str, int]]:
+def assemble(
+    expert: Expert, order: Sequence[str], ratio: float, batch: Batch | None = None
+) -> tuple[nn.Module, list[str], dict[str, int]]:
     """Return a network without the first layers of the order that fit, their paths, and the units left of others.
 
-    Raises `StageError` if the removed share of FLOPs is not within .01 of `ratio`.
+    Those are the next in the order, or with a batch those whose narrowing changes the output on it least. Raises
+    `StageError` if the removed share of FLOPs is not within .01 of `ratio`.
     """
     shape, model, removed = expert.latent_shape, deepcopy(expert.model), list[str]()
-    total = network_flops(model, shape)
+    target, tolerance = (1 - ratio) * network_flops(model, shape), TOLERANCE * network_flops(model, shape)
     for path in order:
         trial = deepcopy(model)
         remove_layers(trial, [path])
-        if network_flops(trial, shape) >= (1 - ratio) * total:
+        if network_flops(trial, shape) >= target:
             model = trial
             removed.append(path)
-    narrowed, scores = dict[str, int](), magnitude_importance(model)
-    for path in order:
-        missing = network_flops(model, shape) - (1 - ratio) * total
-        if path in removed or len(scores.get(path, [])) < 2:
-            continue
-        ranked, trial = scores[path].argsort(descending=True).tolist(), deepcopy(model)
-        prune_units(trial, {path: ranked[:-1]})
-        unit = max(1.0, network_flops(model, shape) - network_flops(trial, shape))
-        is_last = abs(missing - round(missing / unit) * unit) <= TOLERANCE * total
-        count = min(round(missing / unit) if is_last else int(missing / unit), len(ranked) - 1)
-        if count > 0:
-            narrowed[path] = len(ranked) - count
-            prune_units(model, {path: ranked[:-count]})
-    share = 1 - network_flops(model, shape) / total
+    scores = magnitude_importance(model)
+    rest = [path for path in order if path not in removed and len(scores.get(path, [])) > 1]
+    if batch is not None:
+        changes = {path: output_error(_narrow(expert, model, scores, path, target), expert, [batch]) for path in rest}
+        rest.sort(key=lambda path: changes[path])
+    narrowed = dict[str, int]()
+    for path in rest:
+        if abs(network_flops(model, shape) - target) <= tolerance:
+            break
+        trial = _narrow(expert, model, scores, path, target)
+        if (count := unit_groups(trial)[path].count) < len(scores[path]):
+            model, narrowed[path] = trial, count
+    share = 1 - network_flops(model, shape) / network_flops(expert.model, shape)
     if abs(share - ratio) > TOLERANCE or not (removed or narrowed):
         raise StageError(
             f"prune.ratio is {ratio:.1%} of the FLOPs, and without {len(removed)} of the {len(order)} removable layers "
@@ -144,6 +147,18 @@ def assemble(expert: Expert, order: Sequence[str], ratio: float) -> tuple[nn.Mod
             f"prune.ratio={share:.3f} or another order"
         )
     return model, removed, narrowed
+
+
+def _narrow(expert: Expert, model: nn.Module, scores: Scores, path: str, target: float) -> nn.Module:
+    """Return a copy without the least units of a layer, as many as bring the FLOPs near to `target` or leave one."""
+    ranked, trial, narrowed = scores[path].argsort(descending=True).tolist(), deepcopy(model), deepcopy(model)
+    prune_units(trial, {path: ranked[:-1]})
+    flops, total = network_flops(model, expert.latent_shape), network_flops(expert.model, expert.latent_shape)
+    missing, unit = flops - target, max(1.0, flops - network_flops(trial, expert.latent_shape))
+    is_enough = abs(missing - round(missing / unit) * unit) <= TOLERANCE * total
+    count = round(missing / unit) if is_enough else int(missing / unit)
+    prune_units(narrowed, {path: ranked[: max(1, len(ranked) - max(0, count))]})
+    return narrowed
 
 
 def add_kernels(
