@@ -97,6 +97,9 @@ class AssemblyConfig:
     """Weight of the distance to the original's output in both trainings."""
     feature_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the distances to the original's features in both trainings."""
+    semantic_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight in both trainings of the relative distance between features of the clean samples that both networks
+    estimate; the features are those of the original's middle stage."""
     normalize: bool = True
     """Divide each feature distance by the mean square of the original's features."""
     seed: int = 0

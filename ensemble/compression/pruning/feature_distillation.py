@@ -4,7 +4,10 @@
     w_l = 1 / E |f_l(teacher)|^2
 
 Zhang et al. 2024, LAPTOP-Diff, arXiv:2404.11098, section 3.3: w_l gives features of different magnitudes equal weight.
-l runs over the ends of a U-Net's stages and a transformer's blocks, from the first removed layer on.
+l runs over the ends of a U-Net's stages and a transformer's blocks, from the first removed layer on. A-SDM adds a
+semantic supervision (Zhu et al. 2023, arXiv:2312.15516), here of the clean samples x that both networks estimate:
+
+    c |phi(x_teacher) - phi(x_student)|^2 / E |phi(x_teacher)|^2,    phi features of the teacher
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +21,11 @@ from torch.nn import functional
 from ddm_core.artifacts import Workspace
 from ensemble.compression.common.calibration_data import at_few_step_times, run_network
 from ensemble.compression.common.network_stages import STAGE, image_features
+from ensemble.compression.distillation.mmd_features import latent_features
 from ensemble.compression.distillation.teacher import copy_frozen
 from ensemble.compression.pruning.config import AssemblyConfig, LaptopConfig
 from experts.config import TrainingConfig
-from experts.diffusion.predictions import training_target
+from experts.diffusion.predictions import to_clean_and_noise, training_target
 from experts.expert import Expert
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import LossFn, fit
@@ -66,7 +70,9 @@ def distillation_loss(
 
     The task term is left out for a distilled teacher, whose outputs do not match its training targets.
     """
-    few_step = teacher.few_step
+    few_step, schedule = teacher.few_step, teacher.noise_schedule
+    semantic_weight = config.semantic_weight if isinstance(config, AssemblyConfig) else 0.0
+    describe = latent_features("expert", teacher, config.seed, training.device) if semantic_weight else None
     has_task = few_step is None or not few_step.is_distilled
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
@@ -82,6 +88,14 @@ def distillation_loss(
         distances = [weights[path] * functional.mse_loss(features[path], target_features[path]) for path in paths]
         terms["features"] = torch.stack(distances).sum() if distances else output.new_zeros(())
         total = config.output_weight * terms["output"] + config.feature_weight * terms["features"]
+        if describe is not None:
+            noised = schedule.add_noise(batch.clean, batch.noise, batch.t)
+            exact, estimate = (
+                describe(to_clean_and_noise(teacher.prediction, predicted, noised, batch.t, schedule).clean)
+                for predicted in (target_output, output)
+            )
+            terms["semantic"] = functional.mse_loss(estimate, exact) / exact.square().mean()
+            total = total + semantic_weight * terms["semantic"]
         total = total + terms["task"] if has_task else total
         return {"loss": total} | {name: term.detach() for name, term in terms.items()}
 

@@ -11,6 +11,7 @@ from ensemble.compression.common.calibration_data import calibration_batches, ru
 from ensemble.compression.method import StageError
 from ensemble.compression.pruning.assembly import add_kernels, assemble, prune_assembly
 from ensemble.compression.pruning.config import AssemblyConfig
+from ensemble.compression.pruning.feature_distillation import distillation_loss
 from experts.compressed.pruning.layers import removable_layers
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
@@ -59,6 +60,22 @@ def test_trained_blocks_fit_and_the_original_stays(original, tmp_path):
     assert inherited and all(torch.equal(state[name], value) for name, value in inherited.items())
 
 
+def test_semantic_supervision_adds_features_of_the_clean_estimate(original):
+    """The term is zero for the teacher itself, grows with the distance, and is part of the loss."""
+    model, batch = deepcopy(original.model), calibration_batches(digits(), 8, 0, 1)[0]
+    losses = [
+        distillation_loss(original, [], {}, AssemblyConfig(semantic_weight=weight), SHORT) for weight in (2.0, 0.0)
+    ]
+    assert float(losses[0](model, batch)["semantic"]) == 0 and "semantic" not in losses[1](model, batch)
+    terms = []
+    for scale in (1.1, 1.5):
+        next(model.parameters()).data.mul_(scale)
+        terms.append(losses[0](model, batch))
+        plain = losses[1](model, batch)["loss"]
+        torch.testing.assert_close(terms[-1]["loss"] - plain, 2 * terms[-1]["semantic"], rtol=1e-3, atol=1e-6)
+    assert 0 < terms[0]["semantic"] < terms[1]["semantic"]
+
+
 def test_kernels_of_removed_layers_are_inherited_and_saved(original, tmp_path):
     kept, removed, name, ratio = PARTS[hasattr(original.model, "mid_block")]
     others = [path for path in removable_layers(original.model) if "attn" in path or "up_blocks.1" in path]
@@ -80,6 +97,6 @@ def test_what_cannot_be_assembled_is_an_error(original, tmp_path):
     with pytest.raises(StageError, match=r"set prune\.ratio=0\.\d+ or another order"):
         run(original, tmp_path, ratio=0.99, order="random")
     with pytest.raises(StageError, match=r"set prune\.kernels=1"):
-        run(original, tmp_path, ratio=0.03, order="random", kernels=2)
+        add_kernels(deepcopy(original.model), original.model, [], AssemblyConfig(kernels=2))
     with pytest.raises(StageError, match=r"removes no layers of a Linear; .* \(its layers: 1 Linear\)"):
         run(replace(original, model=torch.nn.Linear(2, 2)), tmp_path)
