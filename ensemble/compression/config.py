@@ -68,8 +68,9 @@ class StitchConfig:
     method: Literal["stitch"] = "stitch"
     t: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The time at which sampling switches from one ensemble to the other."""
-    small: Literal["late", "early"] = "late"
-    """Where the compressed ensemble is used. `late`: below `t`, where samples are nearly clean. `early`: above `t`."""
+    small: Literal["late", "early", "auto"] = "late"
+    """Where the compressed ensemble is used. `late`: below `t`, where samples are nearly clean. `early`: above `t`.
+    `auto`: on as many of the run's steps as are below `t`, at the end where samples are nearer to the original's."""
 
 
 AnyDistillConfig = SiDConfig | ConsistencyConfig | MMDConfig | MeanFlowConfig | SCMConfig | SignConfig

@@ -24,6 +24,8 @@ from experts.training.latent_dataset import LatentDataset
 
 BASE_STEPS = (1, 2, 3, 4)
 NEIGHBOURS = 3
+ORDER_ROWS = 64
+"""Samples by which the order of two networks is chosen."""
 
 
 def hand_over_after_base(config: BaseFirstConfig, context: CompressionContext) -> EnsembleResult:
@@ -117,7 +119,7 @@ def stitch(config: StitchConfig, context: CompressionContext) -> EnsembleResult:
     if context.ensemble == context.original:
         raise StageError("stitch needs a compressed ensemble besides the original one; add prune=… or quantize=…")
     compressed, originals = context.load_single_networks("stitch"), context.load_experts(original=True)
-    experts: dict[int, ExpertModel] = {}
+    pairs = dict[int, tuple[Expert, Expert]]()
     for k, small in compressed.items():
         full = originals[k]
         if small.few_step is not None or not isinstance(full, Expert):
@@ -125,6 +127,57 @@ def stitch(config: StitchConfig, context: CompressionContext) -> EnsembleResult:
                 f"stitch needs experts that can be evaluated at any t, and expert {k} cannot; after distill=… set "
                 "accelerate=base_first"
             )
-        networks = (small, full) if config.small == "late" else (full, small)
-        experts[k] = TimeSplitExpert(experts=networks, bounds=(config.t,))
-    return EnsembleResult(experts=experts, modules=len(experts), flops=0.0)
+        pairs[k] = (small, full)
+    if config.small != "auto":
+        experts = {k: stitch_by_time(*pair, config.t, is_late=config.small == "late") for k, pair in pairs.items()}
+        return EnsembleResult(experts=experts, modules=len(experts), flops=0.0)
+    orders = {
+        k: order_by_distance(*pairs[k], config.t, context.sampling.steps, latents)
+        for k, latents in context.load_latents(sorted(pairs)).items()
+    }
+    late, early = (sum(order[index][1] for order in orders.values()) / len(orders) for index in (0, 1))
+    experts = {k: order[int(early < late)][0] for k, order in orders.items()}
+    note = f"distance to the original's samples with the small network late: {late:.4f}, early: {early:.4f}"
+    return EnsembleResult(
+        experts=experts, modules=len(experts), flops=0.0, details={"late": late, "early": early}, notes=(note,)
+    )
+
+
+def stitch_by_time(small: Expert, full: Expert, t: float, *, is_late: bool) -> TimeSplitExpert:
+    """Combine two networks that hand over at `t`."""
+    return TimeSplitExpert(experts=(small, full) if is_late else (full, small), bounds=(t,))
+
+
+@torch.inference_mode()
+def order_by_distance(
+    small: Expert, full: Expert, t: float, steps: int, latents: LatentDataset
+) -> list[tuple[TimeSplitExpert, float]]:
+    """Return both orders, the small network late and early, with the relative distance of samples to the original's.
+
+    Both use the small network on as many of the Euler steps as are below `t`; raises `StageError` if those are all or
+    none.
+    """
+    whole = FewStepSchedule.uniform(steps, "euler")
+    count = sum(time < t for time in whole.times)
+    if not 0 < count < steps:
+        raise StageError(
+            f"stitch.t={t:g} leaves {count} of {steps} steps below it; choose a t with steps on both sides"
+        )
+    index = torch.arange(min(ORDER_ROWS, len(latents)))
+    condition, noise_schedule = latents.condition(index), full.noise_schedule
+
+    def generate(expert: ExpertModel) -> torch.Tensor:
+        return sample_few_step(
+            lambda noised, time: expert.velocity(noised, time, condition, noise_schedule),
+            make_noise(index.tolist(), full.latent_shape),
+            whole,
+            noise_schedule,
+            lambda step: make_noise(index.tolist(), full.latent_shape, 1 + step),
+        )
+
+    exact, orders = generate(full), list[tuple[TimeSplitExpert, float]]()
+    for is_late, first in ((True, steps - count), (False, count)):
+        bound = (whole.times[first - 1] + whole.times[first]) / 2
+        combined = stitch_by_time(small, full, bound, is_late=is_late)
+        orders.append((combined, float((generate(combined) - exact).norm() / exact.norm())))
+    return orders
