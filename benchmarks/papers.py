@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.arms import compression_rows, few_step_rows, pruning_rows, replication_rows
+from benchmarks.arms import assembly_rows, compression_rows, few_step_rows, pruning_rows, replication_rows
 from benchmarks.arms.paper_networks import (
     ring_of_gaussians,
     select_digits,
@@ -58,7 +58,7 @@ NOT_BUILT = (
     "CAT-DM's implicit start by a generator of its own; Trajectory Diffuser's draft under a return",
     "DiffusionDrive's confidence head for prompts (for classes, shares of the anchors are exact)",
     "reward-directed generation, and the error off the support of the data",
-    "A-SDM's assembly, ME-CondConv, inheritance at three granularities, and its removal of redundancy",
+    "A-SDM's global-regional attention",
     "DivControl's learngenes by SVD with gates and tailors",
     "a control that is trained on the base and works on the student (Distilling Diversity and Control)",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
@@ -221,6 +221,7 @@ def _joined(values: Sequence[float]) -> str:
 MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     "reflection": measure_reflection,
     **pruning_rows.ROWS,
+    **assembly_rows.ROWS,
     "classifier": measure_classifier,
     "density_router": measure_density_router,
     "consistency": measure_consistency,
