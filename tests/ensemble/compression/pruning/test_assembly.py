@@ -60,7 +60,7 @@ def test_trained_blocks_fit_and_the_original_stays(original, tmp_path):
     assert inherited and all(torch.equal(state[name], value) for name, value in inherited.items())
 
 
-def test_semantic_supervision_adds_features_of_the_clean_estimate(original):
+def test_semantic_supervision_is_part_of_the_loss(original):
     """The term is zero for the teacher itself, grows with the distance, and is part of the loss."""
     model, batch = deepcopy(original.model), calibration_batches(digits(), 8, 0, 1)[0]
     losses = [
