@@ -33,7 +33,7 @@ from ensemble.compression.pruning.importance import Scores, magnitude_importance
 from ensemble.compression.pruning.laptop import loss_without_layers
 from experts.compressed.conditional.kernel_experts import put_kernel_experts
 from experts.compressed.pruning.layers import layers_disabled, removable_layers, remove_layers
-from experts.compressed.pruning.units import prune_units, unit_groups
+from experts.compressed.pruning.units import prune_units, unit_counts, unit_groups
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
 from experts.networks.adapters.registry import ADAPTERS
@@ -166,13 +166,13 @@ def add_kernels(
 ) -> dict[str, list[str]]:
     """Give the kept layer nearest to each removed one several kernels, in place; return the donors by receiver.
 
-    A receiver has the same shapes as the removed layer; its donors are the nearest first. Raises `StageError` if no
-    removed layer has one.
+    A receiver had the same shapes as the removed layer; its donors are the nearest first, and lose as many units as it
+    did. Raises `StageError` if no removed layer has one.
     """
     kept, position = removable_layers(model), {path: index for index, path in enumerate(removable_layers(original))}
     donors = dict[str, list[str]]()
     for path in removed:
-        alike = [other for other in kept if _kernel_shapes(model, other) == _kernel_shapes(original, path) != {}]
+        alike = [other for other in kept if _kernel_shapes(original, other) == _kernel_shapes(original, path) != {}]
         if alike:
             nearest = min(alike, key=lambda other: abs(position[other] - position[path]))
             donors.setdefault(nearest, []).append(path)
@@ -182,12 +182,17 @@ def add_kernels(
             f"convolutions or feed-forward layers of the shape of a kept one ({', '.join(kept) or 'none'}); set "
             "prune.kernels=1, or another order or ratio"
         )
+    widths, donated, scores = unit_counts(model), deepcopy(original), magnitude_importance(original)
+    for receiver, paths in donors.items():
+        if receiver in widths:
+            best = {path: scores[path].argsort(descending=True)[: widths[receiver]].tolist() for path in paths}
+            prune_units(donated, best)
     scale = 1000.0 if ADAPTERS[type(model).__name__].time == "1000 t" else 1.0
     generator = torch.Generator().manual_seed(config.seed)
     for receiver, paths in donors.items():
         paths.sort(key=lambda path: abs(position[path] - position[receiver]))
         for name in _kernel_shapes(model, receiver):
-            layers: list[Any] = [original.get_submodule(f"{path}{name}") for path in paths if config.inherit]
+            layers: list[Any] = [donated.get_submodule(f"{path}{name}") for path in paths if config.inherit]
             layer = put_kernel_experts(model, f"{receiver}{name}", config.kernels, scale)
             layer.inherit(layers[: config.kernels - 1], generator)
     return donors

@@ -16,6 +16,7 @@ from torch import nn
 from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.config import DynamicInt8Config, WeightOnlyConfig
 from ensemble.compression.method import ExpertResult, StageError
+from experts.compressed.conditional.kernel_experts import KernelExperts
 from experts.compressed.quantization.int8_linear import NO_INT8_INSTRUCTIONS, Int8Linear, computes_in_int8
 from experts.compressed.quantization.packed_weight import pack_weight
 from experts.compressed.quantization.packing import Packing
@@ -66,7 +67,8 @@ def pack_all(model: nn.Module, config: WeightOnlyConfig | DynamicInt8Config) -> 
 
 def large_weights(model: nn.Module, min_elements: int) -> Iterator[str]:
     """Yield the names of unquantized parameters with at least two dimensions and `min_elements` elements."""
-    quantized = tuple(f"{path}." for path in quantized_modules(model))
+    entries = quantized_modules(model).items()
+    quantized = tuple(f"{path}." for path, entry in entries if entry["kind"] != KernelExperts.KIND)
     for name, weight in model.named_parameters():
         if weight.ndim >= 2 and weight.numel() >= min_elements and not name.startswith(quantized):
             yield name

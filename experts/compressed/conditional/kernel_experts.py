@@ -74,14 +74,14 @@ class KernelExperts(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Return its number of kernels and the network's timestep at t = 1; shapes are those of the layer."""
-        return {"experts": len(self.kernels), "scale": self.scale}
+        return {"experts": self.router.out_features, "scale": self.scale}
 
     def routing(self, rows: int) -> Float[Tensor, "row expert"]:
         """Return r of every row, or of one if all rows are at the same time."""
         timestep = self.recorder.timestep
         if timestep is None:
             raise RuntimeError("this layer needs the time of a call; call the whole network, not the layer alone")
-        t = timestep.reshape(-1).to(self.kernels.dtype) / self.scale
+        t = timestep.reshape(-1).to(self.router.weight.dtype) / self.scale
         if bool((t == t[0]).all()):
             t = t[:1]
         elif len(t) != rows:
@@ -93,7 +93,8 @@ class KernelExperts(nn.Module):
     def merged(self, rows: int) -> tuple[Tensor, Float[Tensor, "row out"] | None]:
         """Return W(t), of shape (row, *kernel), and b(t): of every row, or of one if all rows are at the same time."""
         gates = self.routing(rows)
-        weight = (gates @ self.kernels.flatten(1)).reshape(len(gates), *self.kernels.shape[1:])
+        kernels = self.kernels  # read once: quantized ones are unpacked
+        weight = (gates @ kernels.flatten(1)).reshape(len(gates), *kernels.shape[1:])
         return weight, None if self.biases is None else gates @ self.biases
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 
 from ddm_core.artifacts import Workspace
 from ensemble.compression.common.calibration_data import calibration_batches, run_network
+from ensemble.compression.config import WeightOnlyConfig
 from ensemble.compression.method import StageError
 from ensemble.compression.pruning.assembly import add_kernels, assemble, prune_assembly
 from ensemble.compression.pruning.config import AssemblyConfig
 from ensemble.compression.pruning.feature_distillation import distillation_loss
+from ensemble.compression.quantization.weight_only import quantize_weights
 from experts.compressed.pruning.layers import removable_layers
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
@@ -89,8 +91,13 @@ def test_kernels_of_removed_layers_are_inherited_and_saved(original, tmp_path):
         kernels = several.get_submodule(f"{kept}{name}").kernels
         assert torch.equal(kernels, torch.stack([layer.weight for layer in sources]))
         assert float((predict(several, original) - plain).norm() / plain.norm()) < error
-    replace(original, model=several).save(tmp_path)
-    assert torch.equal(predict(Expert.load(tmp_path).model, original), predict(several, original))
+    expert = replace(original, model=several)
+    packed = quantize_weights(expert, WeightOnlyConfig(group_size=8)).network
+    for number, saved in enumerate((expert, packed)):
+        saved.save(tmp_path / str(number))
+        loaded = Expert.load(tmp_path / str(number))
+        assert torch.equal(predict(loaded.model, original), predict(saved.model, original))
+    assert not [weight for weight in packed.model.parameters() if weight.ndim > 2 and weight.numel() >= 1024]
 
 
 def test_what_cannot_be_assembled_is_an_error(original, tmp_path):
