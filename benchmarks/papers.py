@@ -14,7 +14,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.arms import assembly_rows, compression_rows, few_step_rows, pruning_rows, replication_rows
+from benchmarks.arms import (
+    assembly_rows,
+    compression_rows,
+    few_step_rows,
+    learngenes_rows,
+    pruning_rows,
+    replication_rows,
+)
 from benchmarks.arms.paper_networks import (
     ring_of_gaussians,
     select_digits,

@@ -20,6 +20,7 @@ from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig, DiTConfig, NetworkConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
+from experts.diffusion.intervals import WHOLE, Interval, restrict_loss
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert
 from experts.networks.registry import build_network
@@ -34,6 +35,7 @@ HELD_OUT = 6
 """Every so-manieth digit is held out."""
 NETWORKS: dict[str, NetworkConfig] = {
     "dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=5),
+    "small_dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=3),
     "wide_dit": DiTConfig(patch_size=2, heads=6, head_width=64, depth=2),
     "unet": UNetConfig(channels=(32, 64, 64), layers_per_block=1),
     "mmdit": DiffusersConfig(
@@ -60,7 +62,7 @@ def train_digits(kind: str, folder: Path) -> tuple[Expert, LatentDataset]:
         torch.manual_seed(0)
         model = build_network(NETWORKS[kind], (1, 8, 8), num_classes, dataset.null_text)
     steps = WIDE_STEPS if kind == "wide_dit" else TRAINING.steps
-    expert = _fit(model, dataset, num_classes, replace(TRAINING, steps=steps), folder / kind)
+    expert = fit_digits(model, dataset, num_classes, replace(TRAINING, steps=steps), folder / kind)
     expert.save(saved)
     return expert, dataset
 
@@ -88,10 +90,12 @@ def select_digits(kind: str, *, held_out: bool) -> LatentDataset:
     return dataset.select(((torch.arange(count) % HELD_OUT == 0) == held_out).nonzero().squeeze(1))
 
 
-def train_experts(folder: Path) -> tuple[dict[int, Expert], LatentDataset, LatentDataset]:
+def train_experts(
+    folder: Path, kind: str = "dit", steps: int = TRAINING.steps
+) -> tuple[dict[int, Expert], LatentDataset, LatentDataset]:
     """Train four experts on digits clustered by k-means on pixels; return them, the data and the held-out data.
 
-    The batch is divided by the number of experts, and the classes are not a condition.
+    The batch is divided by the number of experts, and the classes are not a condition. The folder keeps them.
     """
     parts = [select_digits("dit", held_out=held_out) for held_out in (False, True)]
     means = KMeans(EXPERTS, n_init=4, random_state=0).fit(parts[0].clean.flatten(1))
@@ -105,17 +109,29 @@ def train_experts(folder: Path) -> tuple[dict[int, Expert], LatentDataset, Laten
     )
     batch_size, experts = TRAINING.batch_size // EXPERTS, dict[int, Expert]()
     for k in range(EXPERTS):
-        cluster = data.select((data.cluster_id == k).nonzero().squeeze(1))
-        experts[k] = train_velocity(NETWORKS["dit"], cluster, TRAINING, batch_size, folder / f"expert_{k}")
+        cluster, saved = data.select((data.cluster_id == k).nonzero().squeeze(1)), folder / f"{kind}_{k}" / "expert"
+        if not saved.is_dir():
+            training = replace(TRAINING, steps=steps)
+            train_velocity(NETWORKS[kind], cluster, training, batch_size, saved.parent).save(saved)
+        experts[k] = Expert.load(saved)
     return experts, data, held_out
 
 
-def _fit(
-    model: torch.nn.Module, dataset: LatentDataset, num_classes: int, training: TrainingConfig, folder: Path
+def fit_digits(
+    model: torch.nn.Module,
+    dataset: LatentDataset,
+    num_classes: int,
+    training: TrainingConfig,
+    folder: Path,
+    interval: Interval = WHOLE,
 ) -> Expert:
+    """Train a network on the error of the velocity, on an interval of t."""
+
     def loss(network: torch.nn.Module, batch: object) -> dict[str, Tensor]:
         return {"loss": expert_loss(network, batch, "velocity", RECTIFIED_FLOW)}  # type: ignore[arg-type]
 
+    if interval != WHOLE:
+        loss = restrict_loss(loss, interval, training)
     trained = fit(model, loss, dataset, training, Workspace.at(folder)).model
     return Expert(
         model=trained,
@@ -134,7 +150,7 @@ def train_velocity(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_network(network, dataset.latent_shape, 0)
-    return _fit(model, dataset, 0, replace(training, batch_size=batch_size), folder)
+    return fit_digits(model, dataset, 0, replace(training, batch_size=batch_size), folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,8 +123,9 @@ class LearngenesConfig:
     """Fit the gates of every expert on all tailors; False leaves each tailor to the expert that it was found in."""
     rounds: Annotated[int, Field(ge=1)] = 60
     """Rounds in which base, tailors and gates are fitted to the weights by least squares."""
-    training: TrainingConfig | None = TrainingConfig(steps=300, batch_size=32, lr=1e-3, warmup_steps=10)
-    """Training of base, tailors and gates on the outputs of the experts, which follows; empty skips it."""
+    training: TrainingConfig | None = TUNING
+    """Training of base, tailors and gates on the outputs of the experts, which follows and is kept if it lowers their
+    error; empty skips it."""
     align_weight: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the alignment of the features after the first third of the blocks with those of the expert; 0: none."""
     group_size: Annotated[int, Field(ge=8, multiple_of=2)] = 64

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from ddm_core.artifacts import Preempted, Workspace
-from ensemble.compression.common.calibration_data import at_few_step_times, record_calls, run_network
+from ensemble.compression.common.calibration_data import HELD_OUT, at_few_step_times, record_calls, run_network
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
 from ensemble.compression.quantization.config import LearngenesConfig
 from ensemble.compression.quantization.shared_base import Stack, common_weights, factorize, fit_base, measure_weights
@@ -42,11 +42,12 @@ from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.model_io import move_model
 from experts.networks.registry import block_paths
 from experts.training.flops import training_flops
-from experts.training.latent_dataset import Batch, LatentDataset
+from experts.training.latent_dataset import Batch, LatentDataset, make_batch
 from experts.training.trainer import check_device, fit
 
 Gates = Float[Tensor, "expert tailor"]
 GATE_BITS = 32
+MEASURED_BATCHES = 8
 START_ROUNDS = 3
 """Rounds of the low-rank fit from which tailors start."""
 RIDGE = 1e-9
@@ -77,9 +78,9 @@ def share_learngenes(
             raise Preempted(f"stopped after {number} of {len(names)} weights; the fit restarts from the first")
         weights = torch.stack([model.get_parameter(name).detach().float() for model in models])
         fitted[name] = fit_tailors(weights, config)
-    flops = 0.0
+    flops, errors = 0.0, dict[str, float]()
     if config.training is not None and data is not None:
-        flops = _train(fitted, experts, data, config, config.training, workspace)
+        flops, errors = _train(fitted, experts, data, config, config.training, workspace)
     bases, report = [], {}
     for name, tailors in fitted.items():
         weights = torch.stack([model.get_parameter(name).detach().float() for model in models])
@@ -95,7 +96,7 @@ def share_learngenes(
         experts={k: replace(experts[k], model=model) for k, model in zip(ids, models, strict=True)},
         modules=len(names) * len(ids),
         flops=flops,
-        details=sizes | {"weights": report},
+        details=sizes | {"weights": report} | errors,
     )
 
 
@@ -269,11 +270,11 @@ def _train(
     config: LearngenesConfig,
     training: TrainingConfig,
     workspace: Workspace,
-) -> float:
-    """Train tailors on the outputs of the experts, in place, and return the FLOPs."""
+) -> tuple[float, dict[str, float]]:
+    """Train tailors on the outputs of the experts, in place if that lowers their error; return FLOPs and errors."""
     ids, device = sorted(experts), check_device(training.device)
     present = torch.isin(data.cluster_id, torch.tensor(ids)).nonzero().squeeze(-1)
-    model = GatedExperts([deepcopy(experts[k].model) for k in ids], fitted)
+    model = GatedExperts([deepcopy(experts[k].model) for k in ids], deepcopy(dict(fitted)))
     loss = AlignmentLoss(
         experts=[replace(experts[k], model=deepcopy(experts[k].model)) for k in ids],
         ids=ids,
@@ -283,11 +284,23 @@ def _train(
     )
     for expert in loss.experts:
         move_model(expert.model, device)
-    trained = fit(model, loss, data.select(present), training, workspace.part("learngenes")).model
-    for tailors, own in zip(fitted.values(), trained.get_submodule("tailors").children(), strict=True):
-        tailors.load_state_dict(own.state_dict())
+    own_data = data.select(present)
+    batches = [make_batch(own_data, training, HELD_OUT + step) for step in range(MEASURED_BATCHES)]
+    errors = {"error_fitted": _mean_error(loss, model.to(device), batches)}
+    trained = fit(model, loss, own_data, training, workspace.part("learngenes")).model
+    errors["error_trained"] = _mean_error(loss, trained.to(device), batches)
+    if errors["error_trained"] < errors["error_fitted"]:
+        for tailors, own in zip(fitted.values(), trained.get_submodule("tailors").children(), strict=True):
+            tailors.load_state_dict(own.state_dict())
     row = network_flops(experts[ids[0]].model, data.latent_shape)
-    return training_flops(row, training.batch_size, training.steps) * 4 / 3
+    return training_flops(row, training.batch_size, training.steps) * 4 / 3, errors
+
+
+def _mean_error(loss: AlignmentLoss, model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Return the mean squared error of the outputs on batches that no training draws."""
+    with torch.no_grad():
+        errors = [loss(model, batch.to(next(model.parameters()).device))["error"] for batch in batches]
+    return float(torch.stack(errors).mean())
 
 
 def _early_block(model: nn.Module) -> str:

@@ -75,6 +75,16 @@ def test_training_lowers_the_error_of_outputs(workspace):
         for result in (before, trained)
     ]
     assert errors[1] < 0.95 * errors[0] and trained.flops > 0
+    assert trained.details["error_trained"] < trained.details["error_fitted"]
+
+
+def test_training_that_raises_the_error_is_dropped(workspace):
+    experts = make_experts("residual_mlp", count=2)
+    config = replace(UNTRAINED, training=replace(TRAINING, lr=0.05, steps=4), align_weight=0.0)
+    wrong = share_learngenes(experts, latents(experts=2), config, workspace)
+    assert wrong.details["error_trained"] > wrong.details["error_fitted"]
+    for k, expert in share_learngenes(experts, None, UNTRAINED, workspace).experts.items():
+        torch.testing.assert_close(velocity(wrong.experts[k]), velocity(expert), rtol=0.05, atol=0.01)
 
 
 def test_alignment_without_blocks_is_refused(workspace):
