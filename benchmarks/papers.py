@@ -21,6 +21,7 @@ from benchmarks.arms import (
     learngenes_rows,
     pruning_rows,
     replication_rows,
+    time_rows,
 )
 from benchmarks.arms.paper_networks import (
     ring_of_gaussians,
@@ -66,11 +67,11 @@ NOT_BUILT = (
     "DiffusionDrive's confidence head for prompts (for classes, shares of the anchors are exact)",
     "reward-directed generation, and the error off the support of the data",
     "A-SDM's global-regional attention",
-    "DivControl's learngenes by SVD with gates and tailors",
+    "DivControl's adapter for several conditions, whose gates a network computes from the condition's text",
     "a control that is trained on the base and works on the student (Distilling Diversity and Control)",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
     "rCM's score term beside continuous-time consistency; guidance of a mean flow as an input",
-    "SpeedUpNet, AnimateLCM, SIGN, experts trained on a range of timesteps each, and task-routing masks",
+    "SpeedUpNet, AnimateLCM, SIGN",
 )
 
 
@@ -235,6 +236,8 @@ MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     **compression_rows.ROWS,
     **replication_rows.ROWS,
     **few_step_rows.ROWS,
+    **time_rows.ROWS,
+    **learngenes_rows.ROWS,
 }
 
 if __name__ == "__main__":

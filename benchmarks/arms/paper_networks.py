@@ -35,7 +35,7 @@ HELD_OUT = 6
 """Every so-manieth digit is held out."""
 NETWORKS: dict[str, NetworkConfig] = {
     "dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=5),
-    "small_dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=3),
+    "small_dit": DiTConfig(patch_size=2, heads=4, head_width=16, depth=2),
     "wide_dit": DiTConfig(patch_size=2, heads=6, head_width=64, depth=2),
     "unet": UNetConfig(channels=(32, 64, 64), layers_per_block=1),
     "mmdit": DiffusersConfig(
@@ -91,7 +91,7 @@ def select_digits(kind: str, *, held_out: bool) -> LatentDataset:
 
 
 def train_experts(
-    folder: Path, kind: str = "dit", steps: int = TRAINING.steps
+    folder: Path, kind: str = "dit", training: TrainingConfig = TRAINING
 ) -> tuple[dict[int, Expert], LatentDataset, LatentDataset]:
     """Train four experts on digits clustered by k-means on pixels; return them, the data and the held-out data.
 
@@ -107,11 +107,10 @@ def train_experts(
         )
         for part in parts
     )
-    batch_size, experts = TRAINING.batch_size // EXPERTS, dict[int, Expert]()
+    batch_size, experts = training.batch_size // EXPERTS, dict[int, Expert]()
     for k in range(EXPERTS):
         cluster, saved = data.select((data.cluster_id == k).nonzero().squeeze(1)), folder / f"{kind}_{k}" / "expert"
         if not saved.is_dir():
-            training = replace(TRAINING, steps=steps)
             train_velocity(NETWORKS[kind], cluster, training, batch_size, saved.parent).save(saved)
         experts[k] = Expert.load(saved)
     return experts, data, held_out
