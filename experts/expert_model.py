@@ -71,6 +71,12 @@ class ExpertModel(ABC):
         """Return whether its trajectories start from `initial_latents` instead of noise."""
         return False
 
+    @property
+    def takes_any_t(self) -> bool:
+        """Return whether its velocity can be evaluated at any t, outside a trajectory."""
+        skips = len([*self.networks(with_cache=False)]) < len([*self.networks()])
+        return self.few_step is None and not self.has_draft and not skips
+
     @abstractmethod
     def velocity(self, noised: Latents, t: Tensor, condition: Condition, noise_schedule: NoiseSchedule) -> Latents:
         """Return the velocity of every row on `noise_schedule`."""

@@ -109,7 +109,7 @@ def _measure_membership(
 ) -> tuple[float | None, float]:
     """Return the AUC of an expert's losses and its error; None and 0 where it has none."""
     folders = partition / "latents" / str(k), partition / "holdout_latents" / str(k)
-    if expert.few_step is not None or expert.needs_cache or not all(path.is_dir() for path in folders):
+    if not expert.takes_any_t or not all(path.is_dir() for path in folders):
         return None, 0.0
     if any(keeps_texts(path) for path in folders):
         return None, 0.0

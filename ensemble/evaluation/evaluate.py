@@ -25,7 +25,6 @@ from ensemble.pipeline import EnsemblePipeline
 from ensemble.sampling.images import encode_png, image_grid
 from ensemble.sampling.trajectories import write_trajectories
 from experts.conditions.condition import Condition
-from experts.expert_model import ExpertModel
 from experts.training.held_out import HELD_OUT, TIMES, measure_held_out, take_evenly
 from experts.training.latent_folder import keeps_texts, read_latents, with_images
 from experts.types import Latents, RowTimes
@@ -102,7 +101,7 @@ def measure_ensemble(pipeline_folder: Path, partition: Path, sampling: SamplingC
     opened = [with_images(read_latents(path), [path], pipeline.codec) for path in folders if not keeps_texts(path)]
     found, ensemble = [latents for latents in opened if len(latents)], pipeline.ensemble.to(sampling.device)
     experts = ensemble.experts.values()
-    if not found or any(e.few_step is not None or e.has_draft or _skips(e) for e in experts):
+    if not found or not all(expert.takes_any_t for expert in experts):
         return None
 
     def velocity(noised: Latents, t: RowTimes, condition: Condition) -> Latents:
@@ -117,11 +116,6 @@ def measure_ensemble(pipeline_folder: Path, partition: Path, sampling: SamplingC
         losses.append(measured[HELD_OUT] * len(samples))
         counts.append(len(samples))
     return sum(losses) / sum(counts)
-
-
-def _skips(expert: ExpertModel) -> bool:
-    """Return whether a network of the expert skips modules on some steps."""
-    return len([*expert.networks(with_cache=False)]) < len([*expert.networks()])
 
 
 def _write_images(out: Path, images: UInt8[np.ndarray, "batch height width channel"], seeds: range) -> None:

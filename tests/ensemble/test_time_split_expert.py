@@ -25,6 +25,7 @@ def test_velocity_uses_the_network_of_each_interval(tmp_path):
     experts = load_experts(tmp_path)
     expert = TimeSplitExpert(experts=experts, bounds=(0.4,))
     noised, t = torch.randn(5, *SHAPE), torch.tensor([0.0, 0.39, 0.4, 0.7, 1.0])
+    assert expert.takes_any_t
     velocity = expert.velocity(noised, t, Condition.null(5), RECTIFIED_FLOW)
     low, high = (part.velocity(noised, t, Condition.null(5), RECTIFIED_FLOW) for part in experts)
     torch.testing.assert_close(velocity, torch.cat([low[:2], high[2:]]), rtol=1e-5, atol=1e-6)
