@@ -73,7 +73,7 @@ style: install ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models bench-serve bench-training bench-streaming bench-recipes bench-own-pictures bench-gpu chaos
+.PHONY: bench bench-latents bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale bench-codecs bench-pipeline bench-guidance bench-real-models bench-serve bench-training bench-streaming bench-preparation bench-recipes bench-own-pictures bench-gpu chaos
 bench: bench-first-minutes bench-overhead bench-quality bench-compress bench-accelerate bench-score-laws bench-papers bench-backbones bench-scale ## Run every benchmark and write docs/benchmarks.md
 
 bench-first-minutes: install ## Measure imports, the first line, and the time in which no stage is at work
@@ -122,6 +122,10 @@ bench-training: install ## Compare the trainer and the sampler with plain loops 
 
 bench-streaming: install ## Measure training from tars in S3 and on a slow disk: stalls, resumes, kills, bytes (ten minutes)
 	$(BIN)/python -m benchmarks.streaming
+	$(BIN)/python -m benchmarks.page
+
+bench-preparation: install ## Measure the partition of a million to 10^8 rows: time, memory, two workers (four CPU minutes)
+	$(BIN)/python -m benchmarks.preparation
 	$(BIN)/python -m benchmarks.page
 
 bench-recipes: install ## Compare optimizers, schedules, shifts, averages and REPA on one transformer (an hour on one thread)

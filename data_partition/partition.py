@@ -161,7 +161,7 @@ def make_partition(
         index.count,
         tracker.track_batches(
             workspace.engine.map(
-                partial(_start_assignment, features, index.count, centroids), row_ranges(0, index.count, PIECE_ROWS)
+                partial(start_assignment, features, index.count, centroids), row_ranges(0, index.count, PIECE_ROWS)
             )
         ),
     )
@@ -207,7 +207,7 @@ def open_features(folder: Path, count: int) -> Float32[np.ndarray, "sample featu
     return values
 
 
-def _start_assignment(
+def start_assignment(
     folder: Path, count: int, centroids: Float32[np.ndarray, "fine feature"]
 ) -> Callable[[tuple[int, int]], Iterator[Int64[np.ndarray, " block"]]]:
     """Return the function that yields the nearest fine centroids of the rows of a range, in blocks."""

@@ -69,12 +69,12 @@ class OffsetIndexWriter:
         row["offset"], row["length"], row["digest"] = place.start, place.length, place.digest
         row["sample_id"], row["label"] = identify_sample(encode_sample(sample)), sample.label
         text = json.dumps([sample.key, sample.caption, sample.more_captions]).encode()
-        self._append(place.tar, row, text)
+        self.append(place.tar, row, text)
 
     def copy_row(self, index: OffsetIndex, row: int) -> None:
         """Append a sample of another index."""
         stored, text = index.raw(row)
-        self._append(index.tars[index.tar_of(row)], np.array([stored], ROW), text)
+        self.append(index.tars[index.tar_of(row)], np.array([stored], ROW), text)
 
     def close(self) -> ShardIndex:
         """Finish the last tar and write the index."""
@@ -96,7 +96,8 @@ class OffsetIndexWriter:
     def _is_new(self, tar: SourceTar) -> bool:
         return not self.tars or self.tars[-1] != tar
 
-    def _append(self, tar: SourceTar, row: np.ndarray, text: bytes) -> None:
+    def append(self, tar: SourceTar, row: np.ndarray, text: bytes) -> None:
+        """Append a row as it is stored, whose image is in `tar`; its `text_end` is set."""
         if self._is_new(tar):
             self._flush()
             self.tars.append(tar)
