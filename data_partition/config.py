@@ -33,8 +33,8 @@ class DataConfig:
     train. None: unless the codec is `pixels`, whose latents are larger than the images."""
 
     engine: Literal["local", "ray"] = field(default="local", metadata=UNHASHED)
-    """Where the stages `features`, `latents` and `partition` compute: in their own process, or with Ray Data on
-    `compute.stages.<kind>.workers` processes of the Ray cluster; both give the same bytes."""
+    """Where the stages `dataset`, `features`, `latents` and `partition` compute: in their own process, or with Ray Data
+    on `compute.stages.<kind>.workers` processes of the Ray cluster; both give the same bytes."""
 
     path: str | None = None
     """Folder of images, or a brace-expanded URL of tars; only some sources need one.

@@ -4,7 +4,7 @@ A piece is a range of rows, a shard or a tar. `LocalEngine` computes one after t
 `data.engine=ray` (`orchestrator/backends/ray_data.py`) on many processes at once.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from typing import Protocol, TypeVar
 
 Piece = TypeVar("Piece")
@@ -15,7 +15,7 @@ class Engine(Protocol):
     """Maps pieces to results."""
 
     def map(
-        self, start: Callable[[], Callable[[Piece], Iterable[Result]]], pieces: Sequence[Piece]
+        self, start: Callable[[], Callable[[Piece], Iterable[Result]]], pieces: Iterable[Piece]
     ) -> Generator[Result]:
         """Yield the results of all pieces, in the order of the pieces.
 
@@ -29,7 +29,7 @@ class LocalEngine:
     """Computes piece after piece in this process, each result when it is needed."""
 
     def map(
-        self, start: Callable[[], Callable[[Piece], Iterable[Result]]], pieces: Sequence[Piece]
+        self, start: Callable[[], Callable[[Piece], Iterable[Result]]], pieces: Iterable[Piece]
     ) -> Generator[Result]:
         """Yield the results of all pieces, in the order of the pieces."""
         work = start()

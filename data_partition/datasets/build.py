@@ -2,15 +2,18 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_partition.config import DataConfig
 from data_partition.datasets.captions import has_held_out_words
-from data_partition.datasets.duplicates import remove_duplicates
+from data_partition.datasets.duplicates import find_repeated, leave_out_repeated, mark_repeated
 from data_partition.datasets.notices import Notices
-from data_partition.datasets.source import Source, Unreadable, holdout_share, is_held_out
-from data_partition.datasets.sources import SOURCES
+from data_partition.datasets.source import Reading, Source, Unreadable, holdout_share, is_held_out
+from data_partition.datasets.sources import SOURCES, open_reading
 from data_partition.errors import (
     InvalidCaptions,
     MissingLabels,
@@ -20,7 +23,7 @@ from data_partition.errors import (
     TooManyUnreadable,
     UnknownClass,
 )
-from data_partition.shards.images import fit_image, is_enlarged
+from data_partition.shards.images import encode_png, fit_image, is_enlarged
 from data_partition.shards.index_writer import OffsetIndexWriter
 from data_partition.shards.shards import Sample, ShardWriter, read_index
 from ddm_core.artifacts import Preempted, Workspace, write_json
@@ -57,19 +60,22 @@ def build_dataset(
     Raises one of the errors in `errors.py` if the images do not match `config`.
     """
     source = SOURCES[config.source](config)
-    if config.duplicates == "remove":
-        source = remove_duplicates(source, config, workspace)
+    repeated = find_repeated(source, config, workspace) if config.duplicates == "remove" else {}
     build = _Build(config, source, out, workspace, known)
     with build.train, build.holdout:
-        for sample in build.notices.readable(source.train()):
+        samples = build.read("train", source.train)
+        if config.duplicates == "remove":
+            samples = leave_out_repeated(samples, source, config, repeated)
+        for sample in build.notices.readable(samples):
             held_out = source.test is None and is_held_out(sample.key, config.holdout)
             captions = (sample.caption, *(caption for caption, _ in sample.more_captions))
             held_out = held_out or any(has_held_out_words(text, config.held_out_captions) for text in captions)
             build.add(sample, build.holdout if held_out else build.train)
             if build.train.count == config.limit:
                 break
-        for sample in build.notices.readable(source.test() if source.test else iter(())):
-            build.add(sample, build.holdout)
+        if source.test is not None:
+            for sample in build.notices.readable(mark_repeated(build.read("test", source.test), repeated)):
+                build.add(sample, build.holdout)
         return build.finish()
 
 
@@ -92,18 +98,19 @@ class _Build:
         self.num_captions = 0
         self.smallest_share = 1.0
 
+    def read(self, part: str, reading: Reading) -> Iterator[Sample | Unreadable]:
+        """Yield the samples of `train` or `test` at the configured size, as files."""
+        return self.workspace.engine.map(partial(_start_reading, part, self.config), reading.list_pieces())
+
     def add(self, sample: Sample, writer: ShardWriter | OffsetIndexWriter) -> None:
-        """Write one sample at the configured size; raises `MissingLabels`, `MixedLabels`, `MixedSizes`, `Preempted`."""
+        """Write one sample; raises `MissingLabels`, `MixedLabels` or `Preempted`."""
         label = self.classes.number(sample) if self.config.labels else -1
-        image = fit_image(sample.image, self.config, sample.name or sample.key)
-        source = sample.source if image is sample.image else None
-        writer.add(replace(sample, label=label, image=image, source=source))
+        writer.add(replace(sample, label=label))
         if writer is self.train:
             self.classes.counts[label] = self.classes.counts.get(label, 0) + 1
         self.num_captions += bool(sample.caption)
         lacks_caption = self.config.captions and not sample.caption
-        remarks = (NO_CAPTION,) * lacks_caption + (ENLARGED,) * is_enlarged(sample.image, image, self.config)
-        self.notices.remark(sample, remarks)
+        self.notices.remark(sample, (NO_CAPTION,) * lacks_caption)
         self.smallest_share = min(self.smallest_share, holdout_share(sample.key))
         done = self.train.count + self.holdout.count
         self.workspace.report_progress(done, None, unit="images")
@@ -174,6 +181,27 @@ class _Build:
                 f"data.captions=true, and none of {num_read} images has a caption; see data.captions for where they "
                 "are looked for, or set it to false"
             )
+
+
+def _start_reading(part: str, config: DataConfig) -> Callable[[Any], Iterator[Sample | Unreadable]]:
+    """Return the function that yields the samples of a piece at the configured size, each with the file that is stored.
+
+    It raises `MixedSizes`.
+    """
+    reading = open_reading(part, config)
+
+    def read(piece: Any) -> Iterator[Sample | Unreadable]:
+        for sample in reading.read_piece(piece):
+            yield _as_stored(sample, config) if isinstance(sample, Sample) else sample
+
+    return read
+
+
+def _as_stored(sample: Sample, config: DataConfig) -> Sample:
+    image = fit_image(sample.image, config, sample.name or sample.key)
+    source = sample.source if image is sample.image else None
+    remarks = (*sample.remarks, *(ENLARGED,) * is_enlarged(sample.image, image, config))
+    return replace(sample, image=image, source=source or ("png", encode_png(image)), remarks=remarks)
 
 
 class _Classes:

@@ -8,11 +8,13 @@ same kind. So features only propose pairs. Each pair is aligned (Lucas and Kanad
 shift), and is a duplicate if what remains is a small part of the picture's contrast.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import chain
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from data_partition.config import DataConfig
-from data_partition.datasets.source import Source, Unreadable, is_held_out
+from data_partition.datasets.source import Reading, Source, Unreadable, is_held_out
+from data_partition.datasets.sources import open_reading
 from data_partition.shards.images import fit_image
 from data_partition.shards.shards import Sample
 from ddm_core.artifacts import Preempted, Workspace
@@ -47,8 +50,10 @@ MIN_CONTRAST = 0.02
 BLOCK = 128
 """Pictures that are compared with all others at once."""
 
+T = TypeVar("T")
 Image = UInt8[np.ndarray, "height width channel"]
 Pictures = Float[Tensor, "image channel height width"]
+Reduced = tuple[bytes, Float[Tensor, "channel side side"]]
 Crops = Float[Tensor, "image 4"]
 Pairs = dict[tuple[int, int], float]
 """Positions of two images, the first of which comes earlier, to what remains after alignment."""
@@ -70,13 +75,22 @@ def find_duplicates(images: Iterable[Image]) -> list[Duplicate]:
 
     Time grows with the square of the number of images, memory with the number: about ten kilobytes each.
     """
+    return compare_pictures(map(reduce_image, images))
+
+
+def reduce_image(image: Image) -> Reduced:
+    """Return a hash of an image and its mirror image, and a small picture of it: what is compared."""
+    return min(sha256(side.tobytes()).digest() for side in (image, image[:, ::-1])), _shrink(image).half()
+
+
+def compare_pictures(reduced: Iterable[Reduced]) -> list[Duplicate]:
+    """Return the duplicates among images that are reduced, like `find_duplicates`."""
     first: dict[bytes, int] = {}
     equal, pictures = Pairs(), list[Tensor]()
-    for row, image in enumerate(images):
-        digest = min(sha256(side.tobytes()).digest() for side in (image, image[:, ::-1]))
+    for row, (digest, picture) in enumerate(reduced):
         if (original := first.setdefault(digest, row)) != row:
             equal[original, row] = 0.0
-        pictures.append(_shrink(image).half())
+        pictures.append(picture)
     pairs = (_aligned_pairs(torch.stack(pictures)) if pictures else Pairs()) | equal
     return _group(pairs)
 
@@ -142,6 +156,8 @@ def _aligned_pairs(pictures: Pictures) -> Pairs:
         similarity[torch.arange(len(rows)), rows] = -1.0
         nearest = similarity.topk(min(CANDIDATES, len(pictures))).indices
         first, column = (similarity.gather(1, nearest) > MIN_SIMILARITY).nonzero(as_tuple=True)
+        if not len(first):
+            continue
         second = nearest[first, column]
         crop = crop_of[first, second]
         source = sides[first + (crop % 2) * len(rows)]
@@ -172,49 +188,73 @@ def _align(source: Pictures, target: Pictures, crop: Crops) -> Float[Tensor, " i
 REPEATED = "repeats an earlier image"
 
 
-def remove_duplicates(source: Source, config: DataConfig, workspace: Workspace) -> Source:
-    """Return the source without repeated images; a test image that repeats a training image is left out too.
+def find_repeated(source: Source, config: DataConfig, workspace: Workspace) -> dict[str, str]:
+    """Return the keys of repeated images, with those of the first; a test image that repeats a training image is one.
 
-    `data.limit` counts the images before. Raises `Preempted`.
+    `data.limit` counts the images before any is left out. Raises `Preempted`.
     """
-    train, test = partial(_read_train, source, config), source.test
     keys: list[str] = []
-    samples = chain(train(), test() if test else ())
-    duplicates = find_duplicates(_read_images(samples, config, workspace, keys))
-    originals = {keys[one.row]: keys[one.original] for one in duplicates}
-    return Source(
-        class_names=source.class_names,
-        train=lambda: _mark_repeated(train(), originals),
-        test=None if test is None else lambda: _mark_repeated(test(), originals),
-    )
+    readings = [until_limit(_map_reduced(workspace, "train", config, source.train), source, config, itemgetter(0))]
+    if source.test is not None:
+        readings.append(_map_reduced(workspace, "test", config, source.test))
+    duplicates = compare_pictures(_count_images(chain(*readings), workspace, keys))
+    return {keys[one.row]: keys[one.original] for one in duplicates}
 
 
-def _read_train(source: Source, config: DataConfig) -> Iterator[Sample | Unreadable]:
-    """Yield the training samples, and those held out between them, until the limit."""
+def _map_reduced(
+    workspace: Workspace, part: str, config: DataConfig, reading: Reading
+) -> Iterator[tuple[str, Reduced]]:
+    """Yield key and reduced image of every readable sample."""
+    return workspace.engine.map(partial(_start_reducing, part, config), reading.list_pieces())
+
+
+def _start_reducing(part: str, config: DataConfig) -> Callable[[Any], Iterator[tuple[str, Reduced]]]:
+    reading = open_reading(part, config)
+
+    def reduce(piece: Any) -> Iterator[tuple[str, Reduced]]:
+        for sample in reading.read_piece(piece):
+            if isinstance(sample, Sample):
+                yield sample.key, reduce_image(fit_image(sample.image, config, sample.name or sample.key))
+
+    return reduce
+
+
+def until_limit(samples: Iterable[T], source: Source, config: DataConfig, key_of: Callable[[T], str]) -> Iterator[T]:
+    """Yield the training samples, and those held out between them, until the limit; an empty key does not count."""
     count = 0
-    for sample in source.train():
+    for sample in samples:
         yield sample
-        count += isinstance(sample, Sample) and not (source.test is None and is_held_out(sample.key, config.holdout))
+        key = key_of(sample)
+        count += bool(key) and not (source.test is None and is_held_out(key, config.holdout))
         if count == config.limit:
             break
 
 
-def _read_images(
-    samples: Iterable[Sample | Unreadable], config: DataConfig, workspace: Workspace, keys: list[str]
-) -> Iterator[np.ndarray]:
-    """Yield the images, and append their keys."""
-    for sample in samples:
-        if isinstance(sample, Sample):
-            keys.append(sample.key)
-            yield fit_image(sample.image, config, sample.name or sample.key)
-            workspace.report_progress(len(keys), None, unit="images")
-            if workspace.stop_requested():
-                raise Preempted(f"stopped after {len(keys)} images; reading starts again")
+def _key_of(sample: Sample | Unreadable) -> str:
+    return sample.key if isinstance(sample, Sample) else ""
 
 
-def _mark_repeated(
+def _count_images(samples: Iterable[tuple[str, Reduced]], workspace: Workspace, keys: list[str]) -> Iterator[Reduced]:
+    """Yield the reduced images, and append their keys."""
+    for key, reduced in samples:
+        keys.append(key)
+        yield reduced
+        workspace.report_progress(len(keys), None, unit="images")
+        if workspace.stop_requested():
+            raise Preempted(f"stopped after {len(keys)} images; reading starts again")
+
+
+def leave_out_repeated(
+    samples: Iterable[Sample | Unreadable], source: Source, config: DataConfig, repeated: Mapping[str, str]
+) -> Iterator[Sample | Unreadable]:
+    """Yield the training samples of which `find_repeated` found the repeated ones, until the same limit."""
+    return mark_repeated(until_limit(samples, source, config, _key_of), repeated)
+
+
+def mark_repeated(
     samples: Iterable[Sample | Unreadable], originals: Mapping[str, str]
 ) -> Iterator[Sample | Unreadable]:
+    """Yield the samples, an `Unreadable` in place of each that repeats another one."""
     for sample in samples:
         original = originals.get(sample.key)
         if original is None or not isinstance(sample, Sample):

@@ -1,7 +1,7 @@
 """A folder of images, whose subfolders may be classes; every file in it is read, or named with the reason why not."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_partition.config import DataConfig
@@ -57,8 +57,27 @@ def read_image_tree(
     root: Path, class_names: tuple[str, ...], config: DataConfig | None = None
 ) -> Iterator[Sample | Unreadable]:
     """Yield every file below `root` in the order of its path; label -1 outside the folders of `class_names`."""
-    read_table.cache_clear()
+    return read_found(root, class_names, config, list_image_tree(root, class_names, config))
+
+
+def read_found(
+    root: Path, class_names: tuple[str, ...], config: DataConfig | None, found: Iterable[Path | Unreadable]
+) -> Iterator[Sample | Unreadable]:
+    """Read the images among what `list_image_tree` found."""
     label_of = {name: label for label, name in enumerate(class_names)}
+    for entry in found:
+        if isinstance(entry, Unreadable):
+            yield entry
+        else:
+            parts = entry.relative_to(root).parts
+            yield read_sample(entry, root, label_of.get(parts[0], -1) if len(parts) > 1 else -1, config)
+
+
+def list_image_tree(
+    root: Path, class_names: tuple[str, ...], config: DataConfig | None = None
+) -> Iterator[Path | Unreadable]:
+    """Yield the images below `root` in the order of their paths, and what is passed over."""
+    read_table.cache_clear()
     folders: set[Path] = set()
     for found in iter_files(root, root, root.resolve()):
         if isinstance(found, Unreadable):
@@ -66,9 +85,7 @@ def read_image_tree(
                 yield found
             continue
         folders.update(found.parents)
-        relative = found.relative_to(root)
-        label = label_of.get(relative.parts[0], -1) if len(relative.parts) > 1 else -1
-        yield read_sample(found, root, label, config)
+        yield found
     if config is not None and config.captions:
         for folder in sorted(folder for folder in folders if folder.is_relative_to(root)):
             named = (Path(f"{folder}/{name}") for name in read_table(folder, config.caption_key))

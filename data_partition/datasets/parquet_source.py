@@ -64,17 +64,20 @@ def read_class_list(path: str | None) -> tuple[str, ...]:
     return names if all(isinstance(name, str) and is_printable(name) for name in names) else ()
 
 
-def read_parquet(path: str | None, config: DataConfig) -> Iterator[Sample | Unreadable]:
-    """Yield every row of every file, whichever split the files are named after; raises `ShardError`."""
-    for number, file in enumerate(list_parquet(path)):
-        table = _open(file)
-        image = _find_image_column(file, table.schema_arrow)
-        try:
-            rows = (row for batch in table.iter_batches(ROWS) for row in batch.to_pylist())
-            for row, fields in enumerate(rows):
-                yield _read_row(make_row_key(number, file, row), f"{file.name}: row {row}", fields, image, config)
-        except (ValueError, OSError) as error:
-            raise ShardError(f"{file} is damaged: {error}; download it again") from error
+def read_parquet_file(config: DataConfig, numbered: tuple[int, Path]) -> Iterator[Sample | Unreadable]:
+    """Yield every row of a file, with its number in the keys, whichever split it is named after.
+
+    Raises `ShardError`.
+    """
+    number, file = numbered
+    table = _open(file)
+    image = _find_image_column(file, table.schema_arrow)
+    try:
+        rows = (row for batch in table.iter_batches(ROWS) for row in batch.to_pylist())
+        for row, fields in enumerate(rows):
+            yield _read_row(make_row_key(number, file, row), f"{file.name}: row {row}", fields, image, config)
+    except (ValueError, OSError) as error:
+        raise ShardError(f"{file} is damaged: {error}; download it again") from error
 
 
 def _open(file: Path) -> Any:

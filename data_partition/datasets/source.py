@@ -1,8 +1,9 @@
 """The interface of all data sources."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from data_partition.shards.shards import Sample
 
@@ -19,14 +20,33 @@ class Unreadable:
     """Whether it was meant to be an image: only these count towards `DataConfig.max_unreadable`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Samples in pieces, such as tars; any process may read any piece."""
+
+    list_pieces: Callable[[], Iterable[Any]]
+    """What is sent to the processes: names, no images."""
+    read_piece: Callable[[Any], Iterable[Sample | Unreadable]]
+
+    @classmethod
+    def whole(cls, read: Callable[[], Iterable[Sample | Unreadable]]) -> "Reading":
+        """Return the reading of a source that is read in one piece."""
+        return cls(lambda: [None], lambda piece: read())
+
+    def __call__(self) -> Iterator[Sample | Unreadable]:
+        """Yield the samples of all pieces in their order."""
+        for piece in self.list_pieces():
+            yield from self.read_piece(piece)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Training samples, and test samples if the data set has its own."""
 
     class_names: tuple[str, ...]
     """Empty: the classes have no names, or the samples no classes."""
-    train: Callable[[], Iterator[Sample | Unreadable]]
-    test: Callable[[], Iterator[Sample | Unreadable]] | None = None
+    train: Reading
+    test: Reading | None = None
     """None: samples are held out by `DataConfig.holdout`."""
 
 

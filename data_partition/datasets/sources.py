@@ -4,24 +4,32 @@ A source yields samples at their original size, or an `Unreadable` in place of o
 function, add it to `SOURCES` and its name to `DataConfig.source`.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import distribution
+from typing import TypeVar
 
 import numpy as np
 
 from data_partition.config import DataConfig
 from data_partition.datasets.fashion_mnist import CLASS_NAMES, HELD_OUT_ROWS, find_fashion, read_split
-from data_partition.datasets.image_folder import check_root, list_class_names, read_image_tree
+from data_partition.datasets.image_folder import check_root, list_class_names, list_image_tree, read_found
 from data_partition.datasets.packaged import EMOJI_CATEGORIES, read_emoji, read_packaged_fashion
-from data_partition.datasets.parquet_source import read_class_list, read_parquet
-from data_partition.datasets.source import Source
-from data_partition.datasets.webdataset_source import read_urls
+from data_partition.datasets.parquet_source import list_parquet, read_class_list, read_parquet_file
+from data_partition.datasets.source import Reading, Source
+from data_partition.datasets.webdataset_source import list_urls, read_numbered_tar
 from data_partition.shards.shards import Sample
+
+T = TypeVar("T")
+
+BLOCK_FILES = 256
+"""Files of a folder that are read in one go."""
 
 
 def fashion(config: DataConfig) -> Source:
     """Return the source of 8,000 Fashion-MNIST images that this package contains; no download."""
-    return Source(class_names=CLASS_NAMES, train=lambda: read_packaged_fashion(captions=config.captions))
+    return Source(class_names=CLASS_NAMES, train=Reading.whole(lambda: read_packaged_fashion(captions=config.captions)))
 
 
 def emoji(config: DataConfig) -> Source:
@@ -31,8 +39,8 @@ def emoji(config: DataConfig) -> Source:
     """
     return Source(
         class_names=EMOJI_CATEGORIES,
-        train=lambda: read_emoji(config.holdout, held_out=False),
-        test=lambda: read_emoji(config.holdout, held_out=True),
+        train=Reading.whole(lambda: read_emoji(config.holdout, held_out=False)),
+        test=Reading.whole(lambda: read_emoji(config.holdout, held_out=True)),
     )
 
 
@@ -44,32 +52,50 @@ def fashion_full(config: DataConfig) -> Source:
     folder = find_fashion(config.path)
     return Source(
         class_names=CLASS_NAMES,
-        train=lambda: read_split(folder, "train", 60_000),
-        test=lambda: read_split(folder, "t10k", HELD_OUT_ROWS),
+        train=Reading.whole(lambda: read_split(folder, "train", 60_000)),
+        test=Reading.whole(lambda: read_split(folder, "t10k", HELD_OUT_ROWS)),
     )
 
 
 def digits(config: DataConfig) -> Source:
     """Return the source of 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn."""
-    return Source(class_names=tuple("0123456789"), train=_digits)
+    return Source(class_names=tuple("0123456789"), train=Reading.whole(_digits))
 
 
 def image_folder(config: DataConfig) -> Source:
     """Return the source of a folder of images; its direct subfolders are the classes, in the order of their names."""
     root = check_root(config.path)
     class_names = list_class_names(root) if config.labels else ()
-    return Source(class_names=class_names, train=lambda: read_image_tree(root, class_names, config))
+    return Source(
+        class_names=class_names,
+        train=Reading(
+            lambda: in_blocks(list_image_tree(root, class_names, config)),
+            partial(read_found, root, class_names, config),
+        ),
+    )
 
 
 def webdataset(config: DataConfig) -> Source:
     """Return the source of tars at a brace-expanded path or URL, such as `s3://bucket/train-{0000..0099}.tar`."""
-    return Source(class_names=(), train=lambda: read_urls(config.path, config))
+    return Source(
+        class_names=(), train=Reading(lambda: enumerate(list_urls(config.path)), partial(read_numbered_tar, config))
+    )
 
 
 def parquet(config: DataConfig) -> Source:
     """Return the source of a Parquet file, or of all those in a folder, such as a saved Hugging Face data set."""
     class_names = read_class_list(config.path) if config.labels else ()
-    return Source(class_names=class_names, train=lambda: read_parquet(config.path, config))
+    return Source(
+        class_names=class_names,
+        train=Reading(lambda: enumerate(list_parquet(config.path)), partial(read_parquet_file, config)),
+    )
+
+
+def in_blocks(found: Iterable[T], size: int = BLOCK_FILES) -> Iterator[list[T]]:
+    """Yield consecutive lists of at most `size` entries."""
+    entries = iter(found)
+    while block := list(itertools.islice(entries, size)):
+        yield block
 
 
 def _digits() -> Iterator[Sample]:
@@ -89,3 +115,9 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "webdataset": webdataset,
     "parquet": parquet,
 }
+
+
+def open_reading(part: str, config: DataConfig) -> Reading:
+    """Return the reading of `train` or `test` of a configured source."""
+    source = SOURCES[config.source](config)
+    return source.test if part == "test" and source.test is not None else source.train

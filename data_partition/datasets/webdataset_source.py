@@ -38,12 +38,17 @@ def read_urls(path: str | None, config: DataConfig | None = None) -> Iterator[Sa
 
     Raises `SourceMissing`, `UrlRefused`, `AccessDenied`, `SourceUnreachable` or `ShardError`.
     """
-    config = config or DataConfig(captions=True)
-    for number, url in enumerate(list_urls(path)):
-        tar = describe_tar(url) if config.mode == "stream" else None
-        for encoded in read_url(url):
-            if encoded.files or not is_dropping(PurePosixPath(encoded.key).name):
-                yield parse_sample(encoded, number, url, config, tar)
+    for numbered in enumerate(list_urls(path)):
+        yield from read_numbered_tar(config or DataConfig(captions=True), numbered)
+
+
+def read_numbered_tar(config: DataConfig, numbered: tuple[int, str]) -> Iterator[Sample | Unreadable]:
+    """Yield the samples of one tar, whose number is in their keys; raises like `read_urls`."""
+    number, url = numbered
+    tar = describe_tar(url) if config.mode == "stream" else None
+    for encoded in read_url(url):
+        if encoded.files or not is_dropping(PurePosixPath(encoded.key).name):
+            yield parse_sample(encoded, number, url, config, tar)
 
 
 def list_urls(path: str | None) -> list[str]:

@@ -5,6 +5,7 @@ back in the order of the pieces, through Ray's object store, which holds the pro
 A process that dies is started again, and its piece with it. The stage itself holds no CPU while it waits.
 """
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,21 @@ from orchestrator.config.compute import ResourcesConfig
 MAX_BLOCKS = 4096
 """Largest number of blocks that a plan begins with; more pieces share them."""
 
+SEND_S = 0.1
+"""Time for which a process collects results before it sends them."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
-    """An error of a piece, as a result: Ray would wrap it, and print it as its own."""
+class _Results:
+    """Some results, of a class that Arrow does not know, so that they come back as they were."""
 
-    error: Exception
+    values: list[Any]
+    error: Exception | None = None
+    """What followed them; Ray would wrap it, and print it as its own."""
 
 
 class _Worker:
-    """A process of the pool; yields the results of one piece, each in a block of its own."""
+    """A process of the pool; yields the results of one piece."""
 
     def __init__(
         self, start: Callable[[], Callable[[Piece], Iterable[Result]]], pieces: Sequence[Piece], cpus: int
@@ -38,19 +44,25 @@ class _Worker:
         self._work: Callable[[Piece], Iterable[Result]] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        values: list[Any] = []
+        sent, error = time.monotonic(), None
         try:
             self._work = self._work or self._start()
             for number in batch["piece"]:
-                for result in self._work(self._pieces[number]):
-                    yield _as_block(result)
-        except Exception as error:  # noqa: BLE001 - the border between a piece and the stage, which raises it
-            yield _as_block(_Failure(error))
+                for value in self._work(self._pieces[number]):
+                    values.append(value)
+                    if time.monotonic() - sent > SEND_S:
+                        yield _as_block(_Results(values))
+                        values, sent = [], time.monotonic()
+        except Exception as caught:  # noqa: BLE001 - the border between a piece and the stage, which raises it
+            error = caught
+        yield _as_block(_Results(values, error))
 
 
-def _as_block(result: Any) -> dict[str, np.ndarray]:
+def _as_block(results: _Results) -> dict[str, np.ndarray]:
     column = np.empty(1, dtype=object)
-    column[0] = result
-    return {"result": column}
+    column[0] = results
+    return {"results": column}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +72,32 @@ class RayEngine:
     resources: ResourcesConfig
 
     def map(
-        self, start: Callable[[], Callable[[Piece], Iterable[Result]]], pieces: Sequence[Piece]
+        self, start: Callable[[], Callable[[Piece], Iterable[Result]]], pieces: Iterable[Piece]
     ) -> Generator[Result]:
         """Yield the results of all pieces, in the order of the pieces."""
         import ray.data  # it imports pandas and pyarrow, which the controller does not need
 
-        if not pieces:
+        listed = list(pieces)
+        if not listed:
             return
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.target_max_block_size = 1
         plan = ray.data.from_items(
-            [{"piece": number} for number in range(len(pieces))], override_num_blocks=min(len(pieces), MAX_BLOCKS)
+            [{"piece": number} for number in range(len(listed))], override_num_blocks=min(len(listed), MAX_BLOCKS)
         ).map_batches(
             _Worker,
             batch_size=1,
-            fn_constructor_args=(start, pieces, self.resources.cpus),
+            fn_constructor_args=(start, listed, self.resources.cpus),
             compute=ray.data.ActorPoolStrategy(size=self.resources.workers),
             **ray_options(self.resources),
         )
         for row in plan.iter_rows():
-            if isinstance(row["result"], _Failure):
-                raise row["result"].error
-            yield row["result"]
+            results: _Results = row["results"]
+            yield from results.values
+            if results.error is not None:
+                raise results.error
 
 
 def ray_options(resources: ResourcesConfig) -> dict[str, Any]:

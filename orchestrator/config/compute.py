@@ -35,7 +35,7 @@ class ResourcesConfig:
     """Free memory that the node must have, in GB; 0 requires none."""
     workers: Annotated[int, Field(ge=1)] = 1
     """Workers that train together inside one island (Ray Train, DDP), or divide the shards of the stage `latents`;
-    with `data.engine=ray`, processes of `features`, `latents` or `partition`. Each gets the CPUs and GPUs above."""
+    with `data.engine=ray`, processes of the data's stages. Each gets the CPUs and GPUs above."""
     labels: tuple[Annotated[str, Field(pattern=r"^[^=\s]+=.+$")], ...] = ()
     """Labels of the nodes that may run it, as Ray selects them: `ray.io/accelerator-type=H100`,
     `ray.io/market-type=!spot`, `zone=in(a,b)`; on a running Ray cluster or on islands."""

@@ -135,7 +135,7 @@ STAGE_KINDS: dict[str, StageKind] = {
     "nothing": StageKind(f"{_CONFIGS}:NothingConfig", "run_data:run_nothing", "estimate_nothing"),
 }
 
-ENGINE_KINDS = ("features", "latents", "partition")
+ENGINE_KINDS = ("dataset", "features", "latents", "partition")
 """Kinds that compute where `data.engine` says."""
 
 PARALLEL_KINDS = ("latents", *(name for name, kind in STAGE_KINDS.items() if kind.is_training))

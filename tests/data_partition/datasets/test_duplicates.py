@@ -1,14 +1,23 @@
 """Planted duplicates are found, and other pictures are not."""
 
 import io
+from itertools import chain
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_partition.config import DataConfig
-from data_partition.datasets.duplicates import CANDIDATES, REPEATED, find_duplicates, remove_duplicates
-from data_partition.datasets.source import Source
+from data_partition.datasets.duplicates import (
+    CANDIDATES,
+    REPEATED,
+    find_duplicates,
+    find_repeated,
+    leave_out_repeated,
+    mark_repeated,
+)
+from data_partition.datasets.source import Reading, Source
+from data_partition.datasets.sources import SOURCES
 from data_partition.shards.shards import Sample
 from ddm_core.artifacts import Workspace
 
@@ -79,13 +88,19 @@ def test_more_copies_than_candidates_are_all_found(pictures: np.ndarray) -> None
     assert [(one.row, one.original) for one in found] == [(6 + number, 3) for number in range(len(copies))]
 
 
-def test_source_leaves_out_what_repeats(pictures: np.ndarray, tmp_path) -> None:
+def test_source_leaves_out_what_repeats(pictures: np.ndarray, tmp_path, monkeypatch) -> None:
     images = [pictures[0], pictures[1], pictures[0], pictures[2], pictures[3]]
     train = [Sample(key=f"t{row}", image=image, label=0) for row, image in enumerate(images)]
     test = [Sample(key="h0", image=pictures[1][:, ::-1], label=0), Sample(key="h1", image=pictures[4], label=0)]
-    source = Source(class_names=(), train=lambda: iter(train), test=lambda: iter(test))
+    source = Source(class_names=(), train=Reading.whole(lambda: train), test=Reading.whole(lambda: test))
+    monkeypatch.setitem(SOURCES, "image_folder", lambda config: source)
     config = DataConfig(source="image_folder", path=".", image_size=64, channels=3, duplicates="remove", limit=4)
-    filtered = remove_duplicates(source, config, Workspace.at(tmp_path))
-    assert filtered.test is not None
-    kept = {one.key: getattr(one, "reason", "") for one in (*filtered.train(), *filtered.test())}
+    repeated = find_repeated(source, config, Workspace.at(tmp_path))
+    filtered = chain(leave_out_repeated(train, source, config, repeated), mark_repeated(test, repeated))
+    kept = {one.key: getattr(one, "reason", "") for one in filtered}
     assert kept == {"t0": "", "t1": "", "t2": REPEATED, "t3": "", "h0": REPEATED, "h1": ""}
+
+
+def test_images_without_anything_alike_are_no_duplicates() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (4, 24, 24, 3), dtype=np.uint8)
+    assert find_duplicates(noise) == []

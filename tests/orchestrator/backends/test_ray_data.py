@@ -1,18 +1,23 @@
 """`data.engine=ray` on a real Ray cluster: the bytes of `data.engine=local`, also after kills; errors and stops."""
 
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from ddm_core.artifacts import checksum, list_files
+from data_partition.datasets.duplicates import REPEATED
+from ddm_core.artifacts import checksum, list_files, read_json
 from ddm_core.engine import LocalEngine, row_ranges
 from orchestrator.backends.ray_cluster import RayCluster
 from orchestrator.backends.ray_data import RayEngine
 from orchestrator.backends.ray_tasks import RayBackend
 from orchestrator.config.compute import ComputeConfig, ResourcesConfig
+from orchestrator.config.stage_kinds import ENGINE_KINDS
 from orchestrator.run.backend import Job, attempt_folder
 
 ENGINE = RayEngine(ResourcesConfig(workers=2))
@@ -68,32 +73,46 @@ def job(folder: Path, kind: str, config: dict, inputs: dict[str, str], engine: s
         scratch=str(place / f"{kind}_work" / "state"),
         attempt=1,
         stop_files=(),
-        resources=ResourcesConfig(workers=2 if engine == "ray" and kind in ("features", "latents", "partition") else 1),
-        engine=engine if kind in ("features", "latents", "partition") else "local",
+        resources=ResourcesConfig(workers=2 if engine == "ray" and kind in ENGINE_KINDS else 1),
+        engine=engine if kind in ENGINE_KINDS else "local",
     )
     attempt_folder(made).mkdir(parents=True)
     return made
 
 
-STAGES = [
-    ("dataset", {"source": "fashion", "limit": 600, "image_size": 28, "shard_samples": 100, "captions": True}, {}),
-    ("codec", {"kind": "pca"}, {"shards": "dataset/train"}),
-    ("features", {"features": "random_conv", "batch_size": 48}, {"dataset": "dataset"}),
-    ("latents", {"text": {"kind": "minilm"}, "flip": True}, {"dataset": "dataset", "codec": "codec"}),
-    (
-        "partition",
-        {"num_experts": 3, "features": "random_conv"},
-        {"dataset": "dataset", "features": "features", "latents": "latents"},
-    ),
-]
+FEATURES = {"dataset": "dataset"}
+LATENTS = {"dataset": "dataset", "codec": "codec"}
+PARTITION = {"dataset": "dataset", "features": "features", "latents": "latents"}
+
+
+def stages(folder: Path) -> list[tuple[str, dict, dict[str, str]]]:
+    """Write pictures, two of them alike and one unreadable, and return stages that read them."""
+    draws = np.random.default_rng(0)
+    for number in range(300):
+        name = folder / "pictures" / f"{number % 2}" / f"{number:03d}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        pixels = draws.integers(0, 256, (7, 7, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        Image.fromarray(pixels).save(name)
+        name.with_suffix(".txt").write_text(f"picture number {number}")
+    shutil.copyfile(folder / "pictures" / "0" / "000.png", folder / "pictures" / "1" / "copy.png")
+    (folder / "pictures" / "1" / "no.png").write_bytes(b"no picture")
+    data = {"source": "image_folder", "path": str(folder / "pictures"), "image_size": 24, "channels": 3}
+    data |= {"fit": "crop", "shard_samples": 50, "captions": True, "duplicates": "remove"}
+    return [
+        ("dataset", data, {}),
+        ("codec", {"kind": "pca"}, {"shards": "dataset/train"}),
+        ("features", {"features": "random_conv", "batch_size": 48}, FEATURES),
+        ("latents", {"text": {"kind": "minilm"}, "flip": True}, LATENTS),
+        ("partition", {"num_experts": 3, "features": "random_conv"}, PARTITION),
+    ]
 
 
 @pytest.mark.integration
 def test_both_engines_write_the_same_artifacts(tmp_path):
-    backend = RayBackend(ComputeConfig(cpus=2))
+    backend, pipeline = RayBackend(ComputeConfig(cpus=2)), stages(tmp_path)
     try:
         for engine in ("local", "ray"):
-            for kind, config, inputs in STAGES:
+            for kind, config, inputs in pipeline:
                 backend.submit(job(tmp_path, kind, config, inputs, engine))
                 while not (outcomes := backend.poll(1.0)):
                     pass
@@ -103,13 +122,14 @@ def test_both_engines_write_the_same_artifacts(tmp_path):
     contents = [
         {
             str(path.relative_to(tmp_path / engine)): checksum(path)
-            for kind, _, _ in STAGES
+            for kind, _, _ in pipeline
             for path in list_files(tmp_path / engine / kind)
             if path.name != "manifest.json"
         }
         for engine in ("local", "ray")
     ]
     assert len(contents[0]) > 50 and contents[0] == contents[1]
+    assert read_json(tmp_path / "ray" / "dataset" / "dataset.json")["skipped_counts"].keys() >= {REPEATED}
 
 
 def test_ranges_are_cut_at_multiples():

@@ -250,7 +250,7 @@ def test_inline_with_two_workers_is_an_error(tmp_path):
             ["compute=inline", "compute.stages.expert.workers=2"],
             "backend=ray or backend=islands; got stages.expert with backend=inline",
         ),
-        (["compute.stages.dataset.workers=2"], "several workers need one of latents, expert"),
+        (["compute.stages.ensemble.workers=2"], "several workers need one of latents, expert"),
         (["compute.stages.features.workers=2"], "several workers of features need data.engine=ray"),
         (["compute=inline", "data.engine=ray"], "set compute.backend=ray, .*got backend=inline"),
         (['compute.stages.expert.labels=["zone=west"]'], "labels select nodes .* backend=ray"),
