@@ -37,6 +37,8 @@ class Stream(IntEnum):
     """The order of the samples of a block of tars; indexed by the blocks of all epochs."""
     MEAN_FLOW = 14
     """Ends of the jumps of a mean flow's training; indexed by step."""
+    SPEEDUP = 15
+    """Scales and negative conditions of a training of guidance in one call; indexed by step."""
     EXPERT_SAMPLES = 1000
     """Initial noise of the latents that expert k generates for the router is stream `EXPERT_SAMPLES + k`; indexed by
     row. It is the last id, so that the streams of any number of experts collide with no other."""

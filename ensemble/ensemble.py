@@ -126,6 +126,11 @@ class Ensemble:
         return next(iter(schedules))
 
     @property
+    def guides_in_one_call(self) -> bool:
+        """Return whether every expert follows the guidance of a condition in one call."""
+        return all(expert.guides_in_one_call for expert in self.experts.values())
+
+    @property
     def missing(self) -> tuple[int, ...]:
         """Return the ids of the missing experts."""
         return tuple(k for k in range(self.num_experts) if k not in self.experts)

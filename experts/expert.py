@@ -14,6 +14,7 @@ from ddm_core.json_values import from_json
 from experts.codecs.registry import load_codec
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.compressed.caching.plan import CacheSchedule
+from experts.compressed.distillation.guidance_branch import guidance_branches, guiding
 from experts.compressed.distillation.interval_embedding import jumping
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text
@@ -78,8 +79,9 @@ class Expert(ExpertModel):
         network_input = clamp_noise_level(self.prediction, sample, self.noise_schedule)
         call, row_times = resolve_call(self.model, network_input.noised, network_input.t)
         lengths = None if self.few_step is None else self.few_step.jump_lengths(sample.t.expand(len(noised)))
-        with jumping(self.model, lengths):
-            predicted = call(self.model, network_input.noised, row_times, condition.filled(get_null_text(self.model)))
+        condition = condition.filled(get_null_text(self.model))
+        with jumping(self.model, lengths), guiding(self.model, condition, sample.t):
+            predicted = call(self.model, network_input.noised, row_times, condition)
         if self.prediction == "velocity" and noise_schedule.name == self.noise_schedule.name:
             return predicted
         parts = clean_and_noise_at(self.prediction, predicted, network_input, sample, self.noise_schedule)
@@ -123,6 +125,11 @@ class Expert(ExpertModel):
     def is_conditional(self) -> bool:
         """Return whether the network reads classes or text."""
         return self.num_classes > 0 or get_null_text(self.model) is not None
+
+    @property
+    def guides_in_one_call(self) -> bool:
+        """Return whether its network has branches for the guidance of a condition."""
+        return bool(guidance_branches(self.model))
 
     @property
     def needs_cache(self) -> bool:

@@ -67,6 +67,12 @@ class ExpertModel(ABC):
         return False
 
     @property
+    def guides_in_one_call(self) -> bool:
+        """Return whether one call follows the guidance of a condition."""
+        parts = self.parts().values()
+        return bool(parts) and all(part.guides_in_one_call for part in parts)
+
+    @property
     def has_draft(self) -> bool:
         """Return whether its trajectories start from `initial_latents` instead of noise."""
         return False
@@ -115,8 +121,10 @@ class ExpertModel(ABC):
 
     def call_flops(self, noise_schedule: NoiseSchedule) -> CallFlops:
         """Count the FLOPs of its networks on one row on the CPU, without those of rebuilding shared weights."""
-        row, t = torch.zeros(1, *self.latent_shape), torch.full((1,), 0.5)
-        velocity = partial(self.velocity, row, t, Condition.null(1), noise_schedule)
+        row, t, condition = torch.zeros(1, *self.latent_shape), torch.full((1,), 0.5), Condition.null(1)
+        if self.guides_in_one_call:
+            condition = condition.guided(2.0)
+        velocity = partial(self.velocity, row, t, condition, noise_schedule)
         with torch.no_grad():
             velocity()  # shared weights are kept from here on
         flops = forward_flops(velocity)

@@ -19,6 +19,7 @@ from ensemble.compression.distillation.config import (
     SCMConfig,
     SiDConfig,
     SignConfig,
+    SpeedUpNetConfig,
 )
 from ensemble.compression.pruning.config import AssemblyConfig, EcoDiffConfig, LaptopConfig
 from ensemble.compression.quantization.config import (
@@ -74,7 +75,7 @@ class StitchConfig:
 
 
 AnyDistillConfig = SiDConfig | ConsistencyConfig | MMDConfig | MeanFlowConfig | SCMConfig | SignConfig
-DistillConfig = Annotated[AnyDistillConfig, Field(discriminator="method")]
+DistillConfig = Annotated[AnyDistillConfig | SpeedUpNetConfig, Field(discriminator="method")]
 AccelerateConfig = Annotated[CacheConfig | HookConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
 PruneConfig = Annotated[LaptopConfig | EcoDiffConfig | AssemblyConfig, Field(discriminator="method")]
 QuantizeConfig = Annotated[
@@ -95,6 +96,7 @@ MethodConfig = Annotated[
 def check_order(stages: Mapping[str, Any], *, reflects: bool) -> None:
     """Raise `ValueError` for stages, by kind, that cannot be combined with each other or with reflection."""
     distill, accelerate, prune = (stages.get(kind) for kind in ("distill", "accelerate", "prune"))
+    distill = None if isinstance(distill, SpeedUpNetConfig) else distill
     quantize, stitch = (stages.get(kind) for kind in ("quantize", "stitch"))
     is_cached = isinstance(accelerate, CacheConfig | HookConfig)
     draft = accelerate.draft if isinstance(accelerate, TruncateConfig) else None

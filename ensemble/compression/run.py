@@ -31,6 +31,7 @@ from ensemble.compression.distillation.scm import train_scm
 from ensemble.compression.distillation.shared_student import distill_shared_student, train_shared_warmup
 from ensemble.compression.distillation.sid import distill_sid
 from ensemble.compression.distillation.sign import train_sign
+from ensemble.compression.distillation.speedup import train_speedup
 from ensemble.compression.handover import hand_over_after_base, stitch
 from ensemble.compression.measurement import compare
 from ensemble.compression.method import (
@@ -70,6 +71,7 @@ EXPERT_METHODS: dict[str, Method] = {
     "mean_flow": train_mean_flow,
     "scm": train_scm,
     "sign": train_sign,
+    "speedup": train_speedup,
     "laptop": prune_laptop,
     "ecodiff": prune_ecodiff,
     "assembly": prune_assembly,

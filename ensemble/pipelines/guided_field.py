@@ -83,7 +83,10 @@ class GuidedField:
         cls, ensemble: Ensemble, condition: Condition, negative: Condition, routing: RoutingState, guidance: Guidance
     ) -> "GuidedField":
         """Start trajectories whose experts have been drawn; `routing` has one branch."""
-        has_negative = guidance.weak is None and (guidance.scale != 1 or guidance.guider is not None)
+        in_one_call = ensemble.guides_in_one_call and guidance.guider is None
+        has_negative = guidance.weak is None and (
+            guidance.guider is not None or (guidance.scale != 1 and not in_one_call)
+        )
         weak = guidance.weak
         weak_routing = None if weak is None else weak.init_routing(routing.seeds, condition, routing.selection)
         routing = routing.repeat(2) if has_negative else routing
@@ -107,6 +110,9 @@ class GuidedField:
         if guidance.weak is not None and self.weak_routing is not None:
             weak = guidance.weak.velocity(noised, times, self.condition, self.weak_routing)
             return guidance.apply(self._conditional(noised, times), weak)
+        if self.routing.branches == 1:
+            condition = self.condition.guided(guidance.scale, self.negative)
+            return self.ensemble.velocity(noised, times, condition, self.routing)
         both = self.ensemble.velocity(
             torch.cat([noised, noised]),
             torch.cat([times, times]),

@@ -59,8 +59,11 @@ def guided_velocity(
 ) -> GuidedVelocity:
     """Build the velocity field of these trajectories; a scale of 1 never evaluates the unconditional branch.
 
-    `negative` is the condition of that branch; None is the null condition.
+    `negative` is the condition of that branch; None is the null condition. Experts that guide in one call get both with
+    the condition.
     """
+    if guidance_scale != 1 and ensemble.guides_in_one_call:
+        condition, guidance_scale = condition.guided(guidance_scale, negative), 1.0
     if guidance_scale != 1:
         negative = negative or Condition.null(len(condition), condition.class_id.device)
         condition = Condition.concatenate([condition, negative])

@@ -1,7 +1,7 @@
 """Conditions of samples: a class and a text; null is a value of both, not a missing argument."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,8 @@ class Condition:
     """Class of every row; -1 is the null condition."""
     text: TextEmbedding | None = None
     """Text of every row; None is the null text in all rows."""
+    guidance: "tuple[Float[Tensor, ' batch'], Condition] | None" = None
+    """Scale and negative condition of every row, for networks that are guided in one call; None is no guidance."""
 
     @classmethod
     def null(cls, batch: int, device: torch.device | str = "cpu") -> "Condition":
@@ -43,7 +45,13 @@ class Condition:
 
     def rows(self, index: Int[Tensor, " row"] | Bool[Tensor, " batch"] | slice) -> "Condition":
         """Return the selected rows."""
-        return Condition(self.class_id[index], None if self.text is None else self.text.rows(index))
+        guidance = self.guidance and (self.guidance[0][index], self.guidance[1].rows(index))
+        return Condition(self.class_id[index], None if self.text is None else self.text.rows(index), guidance)
+
+    def guided(self, scale: "Float[Tensor, ' batch'] | float", negative: "Condition | None" = None) -> "Condition":
+        """Return the condition with guidance away from a negative one, which is null by default."""
+        scales = torch.as_tensor(scale, dtype=torch.float32, device=self.class_id.device).expand(len(self))
+        return replace(self, guidance=(scales, negative or Condition.null(len(self), self.class_id.device)))
 
     def drop(self, mask: Bool[Tensor, " batch"]) -> "Condition":
         """Return the condition with null where `mask` is true."""
@@ -63,7 +71,8 @@ class Condition:
     def to(self, device: torch.device | str) -> "Condition":
         """Return the condition on another device; the copy from pinned memory does not wait for the device."""
         class_id = self.class_id.to(device, non_blocking=self.class_id.is_pinned())
-        return Condition(class_id, None if self.text is None else self.text.to(device))
+        guidance = self.guidance and (self.guidance[0].to(device), self.guidance[1].to(device))
+        return Condition(class_id, None if self.text is None else self.text.to(device), guidance)
 
     def pin_memory(self) -> "Condition":
         """Return the condition in pinned memory."""
@@ -94,13 +103,14 @@ class Condition:
             if self.text is not None:
                 raise ValueError("this network was trained without text; leave the text out of the condition")
             return self
+        guidance = None if self.guidance is None else (self.guidance[0], self.guidance[1].filled(null_text))
         text = TextEmbedding.all_null(len(self), null_text.to(self.class_id.device)) if self.text is None else self.text
         if text.shape != null_text.shape:
             raise ValueError(
                 "this network takes texts of (tokens, features, pooled features) "
                 f"{null_text.shape}, not {text.shape}; pad the text to its length, and use its text encoder"
             )
-        return Condition(self.class_id, text.fill_null(null_text))
+        return Condition(self.class_id, text.fill_null(null_text), guidance)
 
     def __len__(self) -> int:
         return self.class_id.shape[0]

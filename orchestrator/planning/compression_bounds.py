@@ -2,6 +2,7 @@
 
 from ensemble.compression.acceleration.config import CacheConfig, HookConfig
 from ensemble.compression.config import QuantizeConfig
+from ensemble.compression.distillation.config import SpeedUpNetConfig
 from ensemble.compression.quantization.config import MixedPrecisionConfig
 from orchestrator.config.schema import RunConfig
 
@@ -17,7 +18,8 @@ def least_ratios(config: RunConfig) -> dict[str, float]:
     bits = FLOAT_BITS if config.quantize is None else _least_bits(config.quantize, experts)
     is_shared = config.distill is not None and config.distill.students == "shared"
     solver_steps = config.ensemble.steps * 2
-    steps = solver_steps if config.distill is None else min(solver_steps, config.distill.steps)
+    distill = config.ensemble if isinstance(config.distill, SpeedUpNetConfig) else config.distill
+    steps = solver_steps if distill is None else min(solver_steps, distill.steps)
     interval = config.accelerate.interval if isinstance(config.accelerate, CacheConfig | HookConfig) else 1.0
     return {
         "bytes": MARGIN * kept * bits / FLOAT_BITS / (experts if is_shared else 1),

@@ -20,6 +20,7 @@ from ensemble.compression.distillation.mean_flow import mean_flow_flops
 from ensemble.compression.distillation.scm import scm_flops
 from ensemble.compression.distillation.sid import sid_flops
 from ensemble.compression.distillation.sign import sign_flops
+from ensemble.compression.distillation.speedup import speedup_flops
 from ensemble.config import EvaluationConfig, ExpertSamplesConfig, SamplingConfig, SelectionSearchConfig, count_repeats
 from ensemble.evaluation.reference import MAX_HELD_OUT, MAX_PROBE_IMAGES, PROBE
 from experts.codecs.registry import CODECS
@@ -331,6 +332,7 @@ DISTILLATION_FLOPS: Mapping[str, Callable[[float, float, Any], float]] = {
     "mean_flow": mean_flow_flops,
     "scm": scm_flops,
     "sign": sign_flops,
+    "speedup": speedup_flops,
 }
 """Maps (FLOPs of the student on a row, of the teacher on a row, settings) to those of a training, by method."""
 

@@ -226,3 +226,23 @@ class SignConfig:
     """Heun steps of the expert for these samples."""
     guidance: float = 1.0
     """Guidance scale of the expert."""
+
+
+SPEEDUP_TRAINING = TrainingConfig(steps=2000, batch_size=64, lr=1e-3, warmup_steps=50, checkpoint_every=200)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SpeedUpNetConfig:
+    """Guidance at any scale and with any negative condition in one call, by branches of the expert's layers."""
+
+    method: Literal["speedup"] = "speedup"
+    students: Literal["per_expert"] = "per_expert"
+    """Every expert has branches of its own, trained on its cluster."""
+    training: WholeBatchTraining = SPEEDUP_TRAINING
+    """Training of the branches; the expert's own parameters stay as they are."""
+    rank: Annotated[int, Field(ge=1)] = 32
+    """Hidden features of a branch."""
+    max_guidance: Annotated[float, Field(gt=1)] = 6.0
+    """Largest guidance scale of the training."""
+    null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of rows with the null condition as the negative one; the others have that of another row."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from experts.architectures.task_routing import TaskRouting, add_task_routing
 from experts.compressed.conditional.kernel_experts import KernelExperts, replace_with_kernel_experts
+from experts.compressed.distillation.guidance_branch import GuidanceBranch, add_guidance_branch
 from experts.compressed.distillation.interval_embedding import IntervalEmbedding, add_interval_embedding
 from experts.compressed.quantization.activation_quant import (
     TimestepActivationQuantizer,
@@ -46,6 +47,7 @@ QUANTIZED_MODULES: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]
     TimestepActivationQuantizer.KIND: replace_with_timestep_quantizer,
     AttentionOperandQuantizer.KIND: replace_with_operand_quantizer,
     IntervalEmbedding.KIND: add_interval_embedding,
+    GuidanceBranch.KIND: add_guidance_branch,
     TaskRouting.KIND: add_task_routing,
     KernelExperts.KIND: replace_with_kernel_experts,
 }

@@ -19,6 +19,7 @@ from ensemble.compression.distillation.config import (
     SCMConfig,
     SiDConfig,
     SignConfig,
+    SpeedUpNetConfig,
 )
 from ensemble.compression.distillation.consistency import train_consistency
 from ensemble.compression.distillation.mean_flow import train_mean_flow
@@ -26,6 +27,7 @@ from ensemble.compression.distillation.mmd import finetune_mmd
 from ensemble.compression.distillation.scm import train_scm
 from ensemble.compression.distillation.sid import distill_sid
 from ensemble.compression.distillation.sign import train_sign
+from ensemble.compression.distillation.speedup import train_speedup
 from ensemble.compression.method import Clusters, StageError
 from ensemble.config import ClassifierConfig, ExpertSamplesConfig
 from ensemble.pipeline_folder import PipelineError
@@ -80,6 +82,7 @@ def dataset(expert):
         (train_mean_flow, MeanFlowConfig(training=TRAINING, guidance=2)),
         (train_scm, SCMConfig(training=TRAINING, guidance=2)),
         (train_sign, SignConfig(training=TRAINING, guidance=2)),
+        (train_speedup, SpeedUpNetConfig(training=TRAINING)),
     ],
 )
 def test_distilled_student_reads_text(distill, config, expert, dataset, tmp_path):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from benchmarks.testbed.backbones import SHAPE, TINY, UNUSED, adapter_of, build, config_of, gradients, inputs, text
+from experts.compressed.distillation.guidance_branch import extend_by_guidance, guidance_branches, guiding
 from experts.compressed.distillation.interval_embedding import IntervalEmbedding, jumping
 from experts.conditions.condition import Condition
+from experts.conditions.null_text import get_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.config import DiffusersConfig
 from experts.networks.adapters.registry import ADAPTERS
@@ -66,6 +68,34 @@ def test_an_interval_changes_nothing_until_it_is_trained(case, tmp_path):
         assert torch.equal(call_network(loaded, noised, t, condition), call_network(model, noised, t, condition))
         with jumping(loaded, t / 2):
             assert not torch.allclose(call_network(loaded, noised, t, condition), base)
+
+
+@each_case
+def test_branches_of_guidance_fit_every_network(case, tmp_path):
+    model, (noised, t, condition) = build(case), inputs(case)
+    null_text = get_null_text(model)
+    negative = condition.rows(torch.tensor([1, 2, 0])).filled(null_text)
+    condition = condition.filled(null_text).guided(3.0, negative)
+    with torch.no_grad():
+        base = call_network(model, noised, t, condition)
+        text_width, pooled_width = (0, 0) if null_text is None else null_text.shape[1:]
+        assert extend_by_guidance(model, 4, 3, text_width, pooled_width)
+        with guiding(model, condition, t):
+            assert torch.equal(call_network(model, noised, t, condition), base)
+        for branch in guidance_branches(model).values():
+            torch.nn.init.normal_(branch.outer.weight, std=0.1)
+        save_model(model, tmp_path)
+        loaded = load_network(tmp_path)
+        assert torch.equal(call_network(loaded, noised, t, condition), base), "nothing without guidance"
+        with guiding(loaded, condition, t):
+            guided = call_network(loaded, noised, t, condition)
+        assert not torch.allclose(guided, base)
+        first = condition.rows(slice(0, 1))
+        with guiding(model, first, t[:1]):
+            alone = call_network(model, noised[:1], t[:1], first)
+        torch.testing.assert_close(alone, guided[:1], atol=5e-6, rtol=5e-6)
+        with guiding(model, condition.guided(3.0, condition.rows(torch.tensor([2, 0, 1]))), t):
+            assert not torch.allclose(call_network(model, noised, t, condition), guided), "the negative one matters"
 
 
 @each_case

@@ -65,7 +65,7 @@ def test_compose_unknown_key_lists_known_keys(override, messages):
     assert all(message in str(caught.value) for message in messages), caught.value
 
 
-@pytest.mark.parametrize("method", ["sid", "mmd", "consistency", "mean_flow", "scm", "sign"])
+@pytest.mark.parametrize("method", ["sid", "mmd", "consistency", "mean_flow", "scm", "sign", "speedup"])
 def test_distillation_in_parts_of_a_batch_is_refused(method):
     with pytest.raises(ConfigError, match="whole batch at once; got accumulate=2; set it to 1"):
         parse_config(compose([f"distill={method}", "distill.training.accumulate=2"]))

@@ -18,12 +18,14 @@ from ensemble.compression.distillation.config import (
     SCMConfig,
     SiDConfig,
     SignConfig,
+    SpeedUpNetConfig,
 )
 from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.mean_flow import mean_flow_flops
 from ensemble.compression.distillation.scm import scm_flops
 from ensemble.compression.distillation.sid import sid_flops
 from ensemble.compression.distillation.sign import sign_flops
+from ensemble.compression.distillation.speedup import speedup_flops
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.config import SamplingConfig
 from experts.config import CodecConfig, ExpertConfig, TrainingConfig
@@ -128,7 +130,7 @@ def test_work_of_every_kind_is_estimated(config):
 TRAINING = TrainingConfig(steps=10, batch_size=8)
 SID, CONSISTENCY = SiDConfig(training=TRAINING), ConsistencyConfig(training=TRAINING)
 MEAN_FLOW, SCM = MeanFlowConfig(training=TRAINING), SCMConfig(training=TRAINING, guidance=2)
-SIGN = SignConfig(training=TRAINING, guidance=2)
+SIGN, SPEEDUP = SignConfig(training=TRAINING, guidance=2), SpeedUpNetConfig(training=TRAINING)
 ROW, ENSEMBLE_ROW = 1e6, 4 * 1e6 + 1e5
 
 
@@ -142,6 +144,7 @@ ROW, ENSEMBLE_ROW = 1e6, 4 * 1e6 + 1e5
         (MEAN_FLOW, 4 * mean_flow_flops(ROW, ROW, MEAN_FLOW)),
         (replace(SCM, students="shared"), scm_flops(ROW, ENSEMBLE_ROW, SCM)),
         (SIGN, 4 * sign_flops(ROW, ROW, SIGN)),
+        (SPEEDUP, 4 * speedup_flops(ROW, ROW, SPEEDUP)),
         (MMDConfig(training=TRAINING, steps=2), 4 * 80 * (4 * 2 + 3) * ROW),
     ],
 )
