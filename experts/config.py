@@ -283,11 +283,11 @@ class CodecConfig:
 class TextConfig:
     """The encoder of captions; its length is part of every model that reads its texts."""
 
-    kind: Literal["none", "minilm", "clip", "t5", "transformers", "diffusers"] = "none"
-    """`none`: models read no text. `minilm`: sentence embeddings from a small package. `clip`, `t5`: encoders of
-    published image models; networks read the padding of `clip` like tokens, as Stable Diffusion does.
-    `transformers`: any other encoder of that library. `diffusers`: all encoders of a pipeline together, as Stable
-    Diffusion XL and 3 and Flux have them; networks read their padding too."""
+    kind: Literal["none", "number", "minilm", "clip", "t5", "transformers", "diffusers"] = "none"
+    """`none`: models read no text. `number`: captions are numbers, such as a reward. `minilm`: sentence embeddings from
+    a small package. `clip`, `t5`: encoders of published image models; networks read the padding of `clip` like tokens,
+    as Stable Diffusion does. `transformers`: any other encoder of that library. `diffusers`: all encoders of a pipeline
+    together, as Stable Diffusion XL and 3 and Flux have them; networks read their padding too."""
 
     path: str | None = None
     """Folder of the encoder and its tokenizer, or its id on the Hugging Face Hub; None: the package of `minilm`."""
@@ -315,7 +315,7 @@ class TextConfig:
     @model_validator(mode="after")
     def _has_a_path(self) -> "TextConfig":
         """Check that an encoder outside the package has a path."""
-        if self.path is None and self.kind not in ("none", "minilm"):
+        if self.path is None and self.kind not in ("none", "number", "minilm"):
             raise ValueError(f"text={self.kind} needs text.path=…, the folder or Hub id of the encoder")
         return self
 

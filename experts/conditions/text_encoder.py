@@ -18,6 +18,7 @@ from torch import Tensor
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from ddm_core.json_values import from_json
 from experts.conditions.joint_text_model import JointTextModel
+from experts.conditions.number_text import NumberText
 from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_files import TextError, encoder_checksum, find_encoder, find_tokenizer, read_layout
 from experts.config import TextConfig
@@ -41,8 +42,8 @@ class TextEncoder:
     config: TextConfig
     """With the checksum of the encoder's files."""
     tokenizer: Any
-    """None for the encoders of a pipeline, whose model has one for each."""
-    model: "PreTrainedModel | JointTextModel"
+    """None for numbers, and for the encoders of a pipeline, whose model has one for each."""
+    model: "PreTrainedModel | JointTextModel | NumberText"
 
     @classmethod
     def from_config(cls, config: TextConfig) -> "TextEncoder | None":
@@ -52,6 +53,8 @@ class TextEncoder:
         """
         if config.kind == "none":
             return None
+        if config.kind == "number":
+            return cls(config, None, NumberText(config.length))
         folder = find_encoder(config)
         digest = encoder_checksum(config, folder)
         if config.checksum not in ("", digest):
@@ -102,21 +105,21 @@ class TextEncoder:
         """Return the number of tokens of every caption, before it is cut."""
         if not captions:
             return []
-        if isinstance(self.model, JointTextModel):
+        if isinstance(self.model, JointTextModel | NumberText):
             return self.model.count_tokens(captions)
         return [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
 
     @cached_property
     def null_text(self) -> TextEmbedding:
         """Return the encoded "", one row with at least one token; zeros where the encoders' pipeline says so."""
-        if isinstance(self.model, JointTextModel) and (zeros := self.model.null_text()) is not None:
+        if isinstance(self.model, JointTextModel | NumberText) and (zeros := self.model.null_text()) is not None:
             return zeros
         return replace(self.encode_padded([""]), is_null=torch.ones(1).bool())
 
     @torch.inference_mode()
     def encode_padded(self, texts: list[str]) -> TextEmbedding:
         """Return a row of the fixed length for each text, also for an empty one; cuts without a message."""
-        if isinstance(self.model, JointTextModel):
+        if isinstance(self.model, JointTextModel | NumberText):
             sequence, pooled = self.model.encode(texts)
             mask = torch.ones(sequence.shape[:2], dtype=torch.bool)
         else:

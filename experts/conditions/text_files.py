@@ -21,6 +21,8 @@ WIDTHS = {
     "stabilityai/stable-diffusion-xl-base-1.0": (2048, 1280),
 }
 """Features of a token and of the pooled vector, of the encoders on the Hub that configurations name."""
+NUMBER_WIDTH = 32
+"""Features of a number."""
 READ = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt")
 """Patterns of the files that are read or downloaded: never a pickle, never code."""
 READ_OF_PIPELINE = ("model_index.json", *(f"{part}*/{name}" for part in ("text_encoder", "tokenizer") for name in READ))
@@ -162,6 +164,8 @@ def read_text_shape(config: TextConfig) -> tuple[int, int, int] | None:
     """
     if config.kind == "none":
         return None
+    if config.kind == "number":
+        return config.length, NUMBER_WIDTH, NUMBER_WIDTH
     if widths := WIDTHS.get(config.path or ""):
         return config.length, *widths
     is_remote = config.path is not None and not Path(config.path).is_absolute()
