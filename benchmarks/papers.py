@@ -20,7 +20,9 @@ from benchmarks.arms import (
     few_step_rows,
     learngenes_rows,
     pruning_rows,
+    recipe_rows,
     replication_rows,
+    reward_rows,
     time_rows,
 )
 from benchmarks.arms.paper_networks import (
@@ -65,13 +67,11 @@ Not built:
 NOT_BUILT = (
     "CAT-DM's implicit start by a generator of its own; Trajectory Diffuser's draft under a return",
     "DiffusionDrive's confidence head for prompts (for classes, shares of the anchors are exact)",
-    "reward-directed generation, and the error off the support of the data",
     "A-SDM's global-regional attention",
     "DivControl's adapter for several conditions, whose gates a network computes from the condition's text",
-    "a control that is trained on the base and works on the student (Distilling Diversity and Control)",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
     "rCM's score term beside continuous-time consistency; guidance of a mean flow as an input",
-    "SpeedUpNet, AnimateLCM, SIGN",
+    "AnimateLCM; SpeedUpNet's consistency over several steps; a stage that fits a regressor of rewards",
 )
 
 
@@ -236,6 +236,8 @@ MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     **compression_rows.ROWS,
     **replication_rows.ROWS,
     **few_step_rows.ROWS,
+    **recipe_rows.ROWS,
+    **reward_rows.ROWS,
     **time_rows.ROWS,
     **learngenes_rows.ROWS,
 }

@@ -19,6 +19,7 @@ from ensemble.solvers import make_noise, sample_few_step, uniform_times
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
+from experts.conditions.text_encoder import TextEncoder
 from experts.config import DiffusersConfig, DiTConfig, NetworkConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.diffusion.intervals import WHOLE, Interval, restrict_loss
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
@@ -44,6 +45,8 @@ NETWORKS: dict[str, NetworkConfig] = {
     ),
 }
 TRAINING = TrainingConfig(steps=600, batch_size=64, lr=2e-3, warmup_steps=30, checkpoint_every=10**6)
+CAPTIONED_STEPS = 1500
+"""Training steps of an MLP on captioned latents, each a tenth of a transformer's."""
 WIDE_STEPS = 50
 """Training steps of the wide network, whose bytes are counted."""
 
@@ -140,6 +143,24 @@ def fit_digits(
         num_classes=num_classes,
         cluster_id=0,
     )
+
+
+def train_captioned(clean: Tensor, captions: Sequence[str], encoder: TextEncoder, folder: Path) -> Expert:
+    """Train an MLP on flat latents under their encoded captions."""
+    texts, count, nothing = encoder.encode(captions), len(clean), torch.full((len(clean),), -1)
+    encoded = EncodedCaptions(
+        token_features=texts.sequence.flatten(0, 1),
+        first_token=torch.arange(count + 1) * texts.shape[0],
+        pooled=texts.pooled,
+        weight=torch.ones(count),
+        first_caption=torch.arange(count + 1),
+        null_text=encoder.null_text,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_network(ResidualMLPConfig(width=128, depth=3), tuple(clean.shape[1:]), 0, encoder.null_text)
+    dataset = LatentDataset(clean=clean, class_id=nothing, cluster_id=0 * nothing, captions=encoded)
+    return fit_digits(model, dataset, 0, replace(TRAINING, steps=CAPTIONED_STEPS), folder)
 
 
 def train_velocity(
