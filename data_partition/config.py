@@ -170,8 +170,12 @@ class PartitionConfig:
     by: Literal["features", "labels", "random"] = "features"
     """Criterion of the clusters; `data_partition/clustering/strategies.py` has one function for each."""
 
-    features: Literal["pixels", "random_conv", "efficientnet_lite0"] = "pixels"
+    features: Literal["pixels", "random_conv", "efficientnet_lite0", "transformers"] = "pixels"
     """Feature space of the clustering; `data_partition/features/extract.py` has one extractor for each."""
+
+    features_path: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Folder, or repository of the Hub such as `facebook/dinov2-base`, of the network of `features=transformers`:
+    DINOv2, DINOv3, SigLIP, CLIP and their kin."""
 
     components: Annotated[int, Field(ge=2)] = 64
     """Principal components of `pixels` features."""
@@ -190,3 +194,20 @@ class PartitionConfig:
 
     seed: int = 0
     """Two partitions with the same seed and data are equal."""
+
+    @field_validator("features_path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        """Make the path of a folder absolute, so that a run may be resumed from another folder."""
+        is_folder = path is not None and Path(path).expanduser().is_dir()
+        return str(Path(path).expanduser().absolute()) if path is not None and is_folder else path
+
+    @model_validator(mode="after")
+    def _names_its_network(self) -> "PartitionConfig":
+        """Check that a network has a path, and nothing else has one."""
+        if (self.features == "transformers") != (self.features_path is not None):
+            raise ValueError(
+                "partition.features=transformers needs partition.features_path=…, a folder or a repository of the Hub, "
+                f"and others have none; got features={self.features} with features_path={self.features_path}"
+            )
+        return self

@@ -3,8 +3,9 @@
     pixels              principal components of the pixels
     random_conv         a convolutional network with fixed random parameters
     efficientnet_lite0  a small network trained on ImageNet, from two PyPI packages
+    transformers        DINOv2, DINOv3, SigLIP, CLIP …, from a folder or the Hub
 
-To add an extractor (DINOv2, for example), write a class with the members of `FeatureExtractor`, `fit` and `load`, and
+To add an extractor, write a class with the members of `FeatureExtractor`, `fit` and `load`, and
 add it to `EXTRACTORS`.
 """
 
@@ -24,6 +25,7 @@ from data_partition.features.efficientnet import EfficientNetFeatures
 from data_partition.features.pixels import PixelFeatures
 from data_partition.features.random_conv import RandomConvFeatures
 from data_partition.features.store import FeatureFile
+from data_partition.features.vision_model import VisionFeatures
 from data_partition.shards.shards import ImageBatch, read_batches, read_index
 from ddm_core.artifacts import (
     Preempted,
@@ -70,7 +72,8 @@ class ExtractorKind:
     """Constructors of one kind of extractor."""
 
     fit: Callable[[Path, int, int], FeatureExtractor]
-    """(shards, number of components, seed) -> extractor; an extractor ignores the arguments it does not need."""
+    """(shards, or the network for `transformers`; number of components; seed) -> extractor; an extractor ignores the
+    arguments it does not need."""
     load: Callable[[Path], FeatureExtractor]
 
 
@@ -78,6 +81,7 @@ EXTRACTORS: dict[str, ExtractorKind] = {
     "pixels": ExtractorKind(PixelFeatures.fit, PixelFeatures.load),
     "random_conv": ExtractorKind(RandomConvFeatures.fit, RandomConvFeatures.load),
     "efficientnet_lite0": ExtractorKind(EfficientNetFeatures.fit, EfficientNetFeatures.load),
+    "transformers": ExtractorKind(VisionFeatures.fit, VisionFeatures.load),
 }
 
 
@@ -156,7 +160,7 @@ def iter_batches(shards: Path, batch_size: int, start: int, stop: int) -> Iterat
 
 def _cache_key(config: PartitionConfig, shards: Path) -> str:
     """Return a hash of everything that the features depend on, as 16 hex digits."""
-    settings = (config.features, config.components, config.seed, config.batch_size)
+    settings = (config.features, config.components, config.seed, config.batch_size, config.features_path)
     files = {path.name: checksum(path) for path in list_files(shards)}
     return fingerprint("features", settings, files)[:16]
 
@@ -164,7 +168,8 @@ def _cache_key(config: PartitionConfig, shards: Path) -> str:
 def _load_or_fit_extractor(config: PartitionConfig, shards: Path, folder: Path) -> FeatureExtractor:
     """Load the extractor of an earlier attempt, or fit a new one."""
     if not folder.exists():
-        extractor = fit_extractor(config.features, shards, config.components, config.seed)
+        source = shards if config.features_path is None else Path(config.features_path)
+        extractor = fit_extractor(config.features, source, config.components, config.seed)
         with atomic_folder(folder) as temporary:
             save_extractor(config.features, extractor, temporary)
     return load_extractor(folder)

@@ -284,7 +284,11 @@ def _expert_samples_config(config: RunConfig) -> ExpertSamplesConfig:
 def _features_config(config: PartitionConfig) -> PartitionConfig:
     """Return what the features depend on; a run with another K then reuses finished features."""
     return PartitionConfig(
-        features=config.features, components=config.components, batch_size=config.batch_size, seed=config.seed
+        features=config.features,
+        features_path=config.features_path,
+        components=config.components,
+        batch_size=config.batch_size,
+        seed=config.seed,
     )
 
 
