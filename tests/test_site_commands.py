@@ -31,6 +31,7 @@ WALK = [
     "docs/serving.md",
     "docs/ui.md",
     "docs/guides/own_pictures.md",
+    "docs/guides/large_data.md",
     "docs/guides/text_to_image.md",
     "docs/guides/publish.md",
     "docs/guides/two_clusters.md",
@@ -47,7 +48,8 @@ ELSEWHERE = {
     r"ddm stop": "a run at work; of a finished one it says so, with exit code 1",
     r"ddm submit": "a cluster that runs already",
     r"compute=slurm": "Slurm's sbatch",
-    r"expert=pixart_xl_2": "downloaded models",
+    r"expert=pixart_xl_2|=facebook/": "downloaded models",
+    r"s3://": "a bucket",
     r"list\|remove\|add": "a choice",
 }
 """Commands that are parsed only, with what they need."""

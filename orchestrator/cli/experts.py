@@ -138,6 +138,10 @@ def extend(
     folder = RunFolder(run.expanduser())
     config = folder.load_config()
     require_trust(folder, config, trust=trust)
+    if config.data.path is None:
+        raise ConfigError(
+            f"data.source={config.data.source} has no later data; extend a run whose data have a data.path"
+        )
     steps = steps or max(1, config.expert.training.steps // 4)
     delivery = DeliveryConfig(path=str(replace(config.data, path=path).path), version=version, steps=steps)
     if delivery not in config.deliveries:

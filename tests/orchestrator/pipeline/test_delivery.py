@@ -71,12 +71,14 @@ def test_a_delivery_joins_the_clusters(tmp_path, by):
         assert after[f"expert_{k}"] != before[f"expert_{k}"]
         assert (after[f"expert_{k}"] / "training.json").read_text().count('"steps": 4')
     assert ddm("extend", run.root, later, "--steps", 4)[1].count("nothing to do") == 1
+    if by == "labels":
+        check_second_delivery(run, tmp_path)
     if by == "features":
         code, output = ddm("extend", run.root, draw(tmp_path / "odd", range(200, 220), ("blue",)), "--steps", 4)
         assert code and "has the class 'blue'" in output and "dark, light" in output
 
 
-def check_partition(earlier, after, by):
+def check_partition(earlier, after, by, labels=frozenset({1})):
     """Compare a partition with the one before it and with the samples that were added."""
     old, new, delivered = Partition.load(earlier), load_partition(after["partition"]), after["dataset_1"] / "train"
     assert np.array_equal(old.fine_centroids, new.fine_centroids)
@@ -85,12 +87,12 @@ def check_partition(earlier, after, by):
         table = {row["key"]: int(row["cluster_id"]) for row in csv.DictReader(file)}
     assert len(table) == new.counts.sum() and Counter(table.values()) == Counter(dict(enumerate(new.counts.tolist())))
     added = list(read_samples(delivered))
-    assert {sample.label for sample in added} == {1}, "the only class of the delivery is the second of the run"
+    assert {sample.label for sample in added} == labels, "a class has the number that the run gave it"
     if by == "features":
         expected = new.assign_images(np.stack([sample.image for sample in added]))
         assert [table[sample.key] for sample in added] == expected.tolist()
     if by == "labels":
-        assert len({table[sample.key] for sample in added}) == 1
+        assert len({table[sample.key] for sample in added}) == len(labels)
     for k, count in enumerate(new.counts.tolist()):
         clusters, latents = after["partition"] / "clusters" / str(k), after["partition"] / "latents" / str(k)
         keys = [sample.key for sample in read_samples(clusters)]
@@ -100,3 +102,18 @@ def check_partition(earlier, after, by):
         assert keys[: len(old_keys)] == old_keys
         held_out = read_index(after["partition"] / "holdout" / str(k)).count
         assert held_out == len(read_latents(after["partition"] / "holdout_latents" / str(k)))
+
+
+def check_second_delivery(run, folder):
+    """Extend a run again, and look at what a user looks at then."""
+    before = artifacts(run)
+    code, output = ddm("extend", run.root, draw(folder / "last", range(300, 330)))
+    assert code == 0, output
+    after = artifacts(run)
+    assert after["before_2_expert_0"] == before["expert_0"] and after["before_2_partition"] == before["partition"]
+    assert after["before_1_expert_0"] == before["before_1_expert_0"]
+    check_partition(before["partition"], after | {"dataset_1": after["dataset_2"]}, "labels", {0, 1})
+    code, output = ddm("status", run.root)
+    assert code == 0 and "before_2_expert_1" in output and "dataset_2" in output
+    code, output = ddm("sample", run.root, "--seeds", "0-3", "--out", folder / "images.png")
+    assert code == 0 and (folder / "images.png").is_file(), output
