@@ -22,6 +22,7 @@ from jaxtyping import Float32, UInt8
 from data_partition.config import PartitionConfig
 from data_partition.errors import UnknownExtractor
 from data_partition.features.efficientnet import EfficientNetFeatures
+from data_partition.features.fit_sample import count_fit_images
 from data_partition.features.pixels import PixelFeatures
 from data_partition.features.random_conv import RandomConvFeatures
 from data_partition.features.store import FeatureFile
@@ -136,7 +137,7 @@ def extract_features(config: PartitionConfig, dataset: Path, out: Path, workspac
                 raise Preempted(f"stopped after the features of {file.rows} of {count} images, which are kept")
         file.copy_to(out)
     save_extractor(config.features, extractor, out / "extractor")
-    flops = count * (extractor.flops_per_image + extractor.fit_flops_per_image)
+    flops = count * extractor.flops_per_image + count_fit_images(count) * extractor.fit_flops_per_image
     return FeatureSummary(count=count, dimension=extractor.dimension, flops=flops)
 
 

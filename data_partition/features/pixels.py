@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch.nn import functional
 
+from data_partition.features.fit_sample import read_fit_batches
 from data_partition.features.pca import PCA, fit_pca, l2_normalize
-from data_partition.shards.shards import read_batches
 
 FILE = "pca.safetensors"
 FIT_BATCH = 512
@@ -24,8 +24,9 @@ class PixelFeatures:
 
     @classmethod
     def fit(cls, shards: Path, components: int, seed: int) -> "PixelFeatures":
-        """Fit on every image in `shards`; deterministic, `seed` is unused."""
-        return cls(fit_pca((flatten_pixels(batch.images) for batch in read_batches(shards, FIT_BATCH)), components))
+        """Fit on the images in `shards`, at most 2^18; deterministic, `seed` is unused."""
+        batches = read_fit_batches(shards, FIT_BATCH)
+        return cls(fit_pca((flatten_pixels(batch.images) for batch in batches), components))
 
     @property
     def dimension(self) -> int:

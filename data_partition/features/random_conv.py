@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_partition.features.cnn_input import cnn_input
+from data_partition.features.fit_sample import read_fit_batches
 from data_partition.features.pca import l2_normalize
-from data_partition.shards.shards import read_batches
 
 FILE = "random_conv.safetensors"
 SIDE = 32
@@ -36,10 +36,10 @@ class RandomConvFeatures:
 
     @classmethod
     def fit(cls, shards: Path, components: int, seed: int) -> "RandomConvFeatures":
-        """Sample the filters from `seed` and compute the mean of their activations on the images in `shards`."""
+        """Sample the filters from `seed` and compute the mean of their activations on at most 2^18 of the images."""
         filters = make_random_filters(seed)
         total, count = np.zeros(CELLS * WIDTHS[-1]), 0
-        for batch in read_batches(shards, FIT_BATCH):
+        for batch in read_fit_batches(shards, FIT_BATCH):
             total += compute_responses(filters, batch.images).sum(axis=0, dtype=np.float64)
             count += len(batch.images)
         return cls(filters, (total / max(count, 1)).astype(np.float32))

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, UInt8
 
 from data_partition.datasets.captions import find_word
 from data_partition.features.extract import FeatureExtractor, fit_extractor, save_extractor
+from data_partition.features.fit_sample import count_fit_images
 from data_partition.features.pixels import flatten_pixels
 from data_partition.shards.shards import read_batches, read_index
 from ddm_core.artifacts import Preempted, Workspace, save_arrays, write_json
@@ -174,7 +175,7 @@ def build_reference(
         flops=training.flops
         + held_out.flops
         + decoded.flops
-        + sum(count * extractor.fit_flops_per_image for extractor in extractors.values()),
+        + sum(count_fit_images(count) * extractor.fit_flops_per_image for extractor in extractors.values()),
     )
     statistics = {"config": requested, "fitted": config, "spaces": spaces, "probe": probe, "classes": classes}
     write_json(out / "reference.json", statistics | {"summary": summary})

@@ -13,6 +13,7 @@ from data_partition.config import DataConfig, PartitionConfig
 from data_partition.datasets.fashion_mnist import HELD_OUT_ROWS
 from data_partition.datasets.image_folder import check_root, iter_image_files
 from data_partition.datasets.parquet_source import list_rows
+from data_partition.features.fit_sample import count_fit_images
 from ensemble.compression.config import AnyDistillConfig, CompressionConfig
 from ensemble.compression.distillation.config import MMDConfig, SiDConfig
 from ensemble.compression.distillation.consistency import consistency_flops
@@ -155,7 +156,7 @@ def estimate_features(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) -
     if facts.images is None:
         return UNKNOWN
     extractor = facts.extractors["partition"]
-    flops = facts.images * (extractor.flops + extractor.fit_flops)
+    flops = facts.images * extractor.flops + count_fit_images(facts.images) * extractor.fit_flops
     return Work(flops=flops, parts=(Part(speed="features", count=facts.images),))
 
 
@@ -181,7 +182,7 @@ def estimate_reference(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) 
     for name, extractor in _score_extractors(facts):
         limit = MAX_PROBE_IMAGES if name == PROBE else config.num_samples
         rows = min(limit, facts.images) + 2 * min(MAX_HELD_OUT, facts.held_out)
-        flops += rows * extractor.flops + facts.images * extractor.fit_flops
+        flops += rows * extractor.flops + count_fit_images(facts.images) * extractor.fit_flops
     return Work(flops=flops, parts=(Part(speed="reference", count=facts.images + facts.held_out),))
 
 

@@ -9,8 +9,9 @@ import pytest
 from data_partition.config import PartitionConfig
 from data_partition.errors import MissingExtra, UnknownExtractor
 from data_partition.features.extract import EXTRACTORS, extract_features, fit_extractor, load_extractor, save_extractor
+from data_partition.features.fit_sample import read_fit_batches
 from data_partition.features.random_conv import make_random_filters
-from data_partition.shards.shards import read_batches
+from data_partition.shards.shards import read_batches, read_samples
 from ddm_core.artifacts import Preempted, Workspace, write_json
 from tests.data_partition.conftest import read_files
 
@@ -101,3 +102,11 @@ def test_unknown_extractor_raises(tmp_path: Path):
     write_json(tmp_path / "extractor.json", {"name": "dinov9", "dimension": 3})
     with pytest.raises(UnknownExtractor, match="'dinov9', known are pixels"):
         load_extractor(tmp_path)
+
+
+def test_fit_reads_a_spread_sample_of_many_images(digits):
+    batches = list(read_fit_batches(digits / "train", 16, limit=96))
+    rows = [int(key.removeprefix("digits-")) for batch in batches for key in batch.keys]
+    assert 80 <= len(rows) <= 128 and rows == sorted(set(rows)) and max(rows) > 500
+    whole = [key for batch in read_fit_batches(digits / "train", 16) for key in batch.keys]
+    assert whole == [sample.key for sample in read_samples(digits / "train")]
