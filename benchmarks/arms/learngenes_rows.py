@@ -29,9 +29,8 @@ ARMS = {
 def measure_learngenes(folder: Path) -> PaperRow:
     """Compress four experts of one start by differences of low rank, and by tailors with free and with fixed gates."""
     experts, data, held_out = train_experts(folder, KIND, TRAINING)
-    low_rank = share_base(
-        experts, SharedBaseConfig(delta="low_rank", bits=LEARNGENES.bits), Workspace.at(folder / "low_rank")
-    )
+    plain = SharedBaseConfig(delta="low_rank", bits=LEARNGENES.bits, rounds=LEARNGENES.rounds)
+    low_rank = share_base(experts, plain, Workspace.at(folder / "low_rank"))
     error, size = _error(low_rank, experts, held_out), _bytes(low_rank)
     ratios: dict[str, float] = {}
     smaller = True
@@ -45,7 +44,7 @@ def measure_learngenes(folder: Path) -> PaperRow:
         says="singular components that all share, with gates, keep what conditions differ by",
         file="ensemble/compression/quantization/learngenes.py",
         command="ddm compress RUN quantize=learngenes",
-        criterion="no more bytes: held-out error ≤ 1.0 × low rank's, also trained (low rank alike); gates fixed: above",
+        criterion="bytes, rounds as low rank: error ≤ 1.0 × its, trained ≤ fixed gates trained; gates fixed > 1.0",
         ours=(
             f"{ratios['gates']:.3f} × low rank's ({error:.3f}), gates fixed {ratios['fixed']:.3f} ×; trained "
             f"{ratios['gates, trained']:.3f} × and {ratios['fixed, trained']:.3f} ×, without alignment "
