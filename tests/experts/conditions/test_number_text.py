@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.arms.paper_networks import train_captioned
+from benchmarks.arms.reward_rows import QUANTILES, draw_plane, label_all, sample_under
 from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import TextError, read_text_shape
 from experts.config import TextConfig
@@ -30,3 +32,14 @@ def test_numbers_have_their_own_encoding_alone_and_together(encoder, tmp_path):
 def test_captions_that_are_no_numbers_are_refused(encoder, caption):
     with pytest.raises(TextError, match="captions that are finite numbers, and one is"):
         encoder.encode(["1", caption])
+
+
+@pytest.mark.integration
+def test_samples_follow_the_reward_they_are_asked_for(encoder, tmp_path):
+    clean, plane, reward = draw_plane()
+    values = label_all(clean, reward)
+    expert = train_captioned(clean, [f"{value:.3f}" for value in values.tolist()], encoder, tmp_path)
+    levels = [float(values.quantile(q)) for q in QUANTILES]
+    means = [float((sample_under(expert, encoder, level) @ plane[:, 0]).mean()) for level in levels]
+    assert means == sorted(means)
+    assert means == pytest.approx(levels, abs=0.3)
