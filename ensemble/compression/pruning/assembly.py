@@ -166,20 +166,20 @@ def add_kernels(
 ) -> dict[str, list[str]]:
     """Give the kept layer nearest to each removed one several kernels, in place; return the donors by receiver.
 
-    A receiver had the same shapes as the removed layer; its donors are the nearest first, and lose as many units as it
-    did. Raises `StageError` if no removed layer has one.
+    A receiver had the same shapes as the removed layer, and is of its kind if one is; its donors are the nearest first,
+    and lose as many units as it did. Raises `StageError` if no removed layer has one.
     """
     kept, position = removable_layers(model), {path: index for index, path in enumerate(removable_layers(original))}
     donors = dict[str, list[str]]()
     for path in removed:
         alike = [other for other in kept if _kernel_shapes(original, other) == _kernel_shapes(original, path) != {}]
         if alike:
-            nearest = min(alike, key=lambda other: abs(position[other] - position[path]))
+            nearest = min(alike, key=lambda other: (_kind(other) != _kind(path), abs(position[other] - position[path])))
             donors.setdefault(nearest, []).append(path)
     if not donors:
         raise StageError(
             f"prune.kernels is {config.kernels}, and none of the removed layers ({', '.join(removed) or 'none'}) has "
-            f"convolutions or feed-forward layers of the shape of a kept one ({', '.join(kept) or 'none'}); set "
+            f"convolutions or linear layers of the shapes of a kept one ({', '.join(kept) or 'none'}); set "
             "prune.kernels=1, or another order or ratio"
         )
     widths, donated, scores = unit_counts(model), deepcopy(original), magnitude_importance(original)
@@ -246,6 +246,11 @@ def _kernel_shapes(model: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
         and type(layer) in (nn.Linear, nn.Conv2d)
         and isinstance(layer.weight, torch.Tensor)
     }
+
+
+def _kind(path: str) -> str:
+    """Return the name of a layer without numbers: resnets, attn1, ff."""
+    return re.sub(r"\.\d+", "", path).rpartition(".")[2]
 
 
 def _stage_of(path: str) -> str:
