@@ -82,12 +82,12 @@ def measure_assembly(folder: Path, kind: str) -> PaperRow:
 def measure_kernels(folder: Path, kind: str) -> PaperRow:
     """Train a shortened network with one kernel a layer, with copies, and with the kernels of removed layers."""
     expert, _ = train_digits(kind, folder)
-    half = replace(ASSEMBLY, ratio=0.4)
+    base = replace(ASSEMBLY, ratio=0.2)
     results = {
-        "one": _assemble(folder, kind, "one", half),
-        "copies": _assemble(folder, kind, "copies", replace(half, kernels=KERNELS, inherit=False)),
-        "inherited": _assemble(folder, kind, "inherited", replace(half, kernels=KERNELS)),
-        "semantic": _assemble(folder, kind, "semantic", replace(half, kernels=KERNELS, semantic_weight=0.1)),
+        "one": _assemble(folder, kind, "one", base),
+        "copies": _assemble(folder, kind, "copies", replace(base, kernels=KERNELS, inherit=False)),
+        "inherited": _assemble(folder, kind, "inherited", replace(base, kernels=KERNELS)),
+        "semantic": _assemble(folder, kind, "semantic", replace(base, kernels=KERNELS, semantic_weight=0.1)),
     }
     errors = {name: _error(result, kind, folder) for name, result in results.items()}
     flops = {name: _batch_flops(result.network) for name, result in results.items()}
@@ -96,7 +96,7 @@ def measure_kernels(folder: Path, kind: str) -> PaperRow:
         paper=f"A-SDM (2312.15516, 2406.00210), kernels merged by the time, {NAMES[kind]}",
         says="several kernels a layer, those of pruned layers among them, recover quality at the speed of one",
         file="experts/compressed/conditional/kernel_experts.py",
-        command="ddm compress RUN prune=assembly prune.ratio=0.4 prune.kernels=4",
+        command="ddm compress RUN prune=assembly prune.ratio=0.2 prune.kernels=4",
         criterion=f"FLOPs at {BATCH} images ≤ 1.1 × one kernel's; error after equal training ≤ one kernel's",
         ours=(
             f"{cost:.4f} × the FLOPs ({flops['one'] / whole:.3f} of the original's); error {errors['inherited']:.4f} "

@@ -70,7 +70,7 @@ class LaptopConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AssemblyConfig:
-    """Assembles a network of less FLOPs from the kept layers of each block, trained block by block, then as a whole."""
+    """Assembles a network of less FLOPs from the kept layers of each block, and distils it."""
 
     method: Literal["assembly"] = "assembly"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
@@ -80,11 +80,9 @@ class AssemblyConfig:
     paper does. `output_loss`: those whose absence changes the output least per FLOP. `random`: a baseline."""
     rows: Annotated[int, Field(ge=1)] = 128
     """Samples on which the output loss of each layer is measured."""
-    incubation: TrainingConfig | None = field(
-        default_factory=lambda: TrainingConfig(steps=100, batch_size=32, lr=5e-4, warmup_steps=10)
-    )
+    incubation: TrainingConfig | None = None
     """Training of each shortened block alone, behind the blocks before it and in front of original ones; empty skips
-    it."""
+    it, which was better in as many steps."""
     kernels: Annotated[int, Field(ge=1, le=16)] = 1
     """Kernels of each layer next to a removed one, merged into one by the time of a call; 1 keeps plain layers."""
     inherit: bool = True
