@@ -35,6 +35,8 @@ TRAINING_STEPS = 150
 TUNING = TrainingConfig(steps=TRAINING_STEPS, batch_size=32, lr=1e-3, warmup_steps=5, checkpoint_every=10**6)
 ASSEMBLY = AssemblyConfig(ratio=0.3, rows=64, incubation=None, finetune=TUNING)
 KERNELS = 4
+KERNEL_RATIOS = {"unet": 0.2, "dit": 0.2, "mmdit": 0.4}
+"""The larger of .2 and .4 at which some kept layer has the shapes of a removed one."""
 NEW_SEED = 10**3
 STEPS = 20
 BATCH = 64
@@ -82,7 +84,8 @@ def measure_assembly(folder: Path, kind: str) -> PaperRow:
 def measure_kernels(folder: Path, kind: str) -> PaperRow:
     """Train a shortened network with one kernel a layer, with copies, and with the kernels of removed layers."""
     expert, _ = train_digits(kind, folder)
-    base = replace(ASSEMBLY, ratio=0.2)
+    ratio = KERNEL_RATIOS[kind]
+    base = replace(ASSEMBLY, ratio=ratio)
     results = {
         "one": _assemble(folder, kind, "one", base),
         "copies": _assemble(folder, kind, "copies", replace(base, kernels=KERNELS, inherit=False)),
@@ -96,7 +99,7 @@ def measure_kernels(folder: Path, kind: str) -> PaperRow:
         paper=f"A-SDM (2312.15516, 2406.00210), kernels merged by the time, {NAMES[kind]}",
         says="several kernels a layer, those of pruned layers among them, recover quality at the speed of one",
         file="experts/compressed/conditional/kernel_experts.py",
-        command="ddm compress RUN prune=assembly prune.ratio=0.2 prune.kernels=4",
+        command=f"ddm compress RUN prune=assembly prune.ratio={ratio} prune.kernels=4",
         criterion=f"FLOPs at {BATCH} images ≤ 1.1 × one kernel's; error after equal training ≤ one kernel's",
         ours=(
             f"{cost:.4f} × the FLOPs ({flops['one'] / whole:.3f} of the original's); error {errors['inherited']:.4f} "
