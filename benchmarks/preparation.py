@@ -63,7 +63,7 @@ class Size:
     flat_rows: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)
     flat_fine: int = 64
     narrow_rows: int = 100_000_000
-    ray_rows: int = 262_144
+    ray_rows: int = 1_000_000
     turns: int = 2
     stage_rows: tuple[int, ...] = (50_000, 200_000)
 
@@ -299,7 +299,7 @@ def measure_workers(folder: Path, centroids: np.ndarray, size: Size) -> tuple[Cl
     """Compare two processes of Ray Data with one."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     start = partial(start_counting, partial(start_assignment, folder, size.rows, centroids))
-    pieces, rows, ratios = row_ranges(0, size.ray_rows, max(1, size.ray_rows // 16)), [], []
+    pieces, rows, ratios = row_ranges(0, size.ray_rows, max(1, size.block // 4)), [], []
     cluster = RayCluster(ComputeConfig(cpus=2))
     try:
         for _ in range(size.turns):
