@@ -44,7 +44,7 @@ EFFICIENCY = 0.3
 TRAINED_SHARE = 0.5
 """Share of the time for the experts' steps; the rest is for all other stages."""
 
-MAX_EPOCHS = 400
+MAX_EPOCHS = 300
 """Passes over the images after which networks of this size learn them by heart."""
 
 STEPS = (200, 20_000)
