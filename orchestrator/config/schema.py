@@ -378,5 +378,5 @@ def _explain(mistake: Mapping[str, Any], title: str, known: Callable[[tuple[str 
         return f"{where}: the method is missing; choose a file of this group, such as those in cluster_configs/{where}"
     if mistake["type"] == "tuple_type" and isinstance(value, str):
         return f"{where}: a list is expected; write {where}=[{value}]"
-    suffix = "" if isinstance(value, dict) else f" (got {value!r})"
+    suffix = f" (got {value!r})" if value is None or isinstance(value, str | int | float | list | tuple) else ""
     return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{suffix}"

@@ -90,7 +90,7 @@ def test_with_compression_invalid_override_names_remedy(overrides, message):
 
 def test_with_compression_students_reject_reflection():
     reflected = parse_config(compose(["experiment=digits", *REFLECTED]))
-    with pytest.raises(ValueError, match=r"remove ensemble\.reflection"):
+    with pytest.raises(ConfigError, match=r"remove ensemble\.reflection$"):
         with_compression(reflected, ["distill=sid"])
 
 
