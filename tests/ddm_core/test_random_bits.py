@@ -23,6 +23,7 @@ def test_stream_ids_never_change():
         "TAR_ORDER": 12,
         "BLOCK_ORDER": 13,
         "MEAN_FLOW": 14,
+        "SPEEDUP": 15,
         "EXPERT_SAMPLES": 1000,
     }
 

@@ -52,10 +52,11 @@ def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
     levels = {level: _matches(model, pattern) for level, pattern in PATTERNS.get(type(model).__name__, {}).items()}
     paths = levels.get(config.level, [])
     if not paths:
-        known = ", ".join(f"{level}: {found[0]} …" for level, found in levels.items() if found) or "none"
+        known = ", ".join(f"{level}: {found[0]} …" for level, found in levels.items() if found)
+        remedy = f"set another accelerate.level (levels with modules: {known}" if known else "leave the stage out ("
         raise StageError(
-            f"this {type(model).__name__} has no modules of level {config.level}, so nothing would be cached; set "
-            f"another accelerate.level (levels with modules: {known}; its layers: {describe_layers(model)})"
+            f"this {type(model).__name__} has no modules of level {config.level}, so nothing would be cached; {remedy}"
+            f"{'; ' if known else ''}its layers: {describe_layers(model)})"
         )
     return paths
 
