@@ -281,7 +281,7 @@ def measure_stall(dataset: LatentDataset, size: Size, cache: Path) -> tuple[floa
                 started = time.perf_counter()
             else:
                 waited += time.perf_counter() - asked
-            most_bytes = max(most_bytes, sum(path.stat().st_size for path in cache.iterdir() if path.exists()))
+            most_bytes = max(most_bytes, sum(map(file_bytes, cache.iterdir())))
             time.sleep(step_s)
     cpu_ms = 1e3 * (time.process_time() - cpu) / (config.steps * size.batch_size)
     return waited / (time.perf_counter() - started), (
@@ -289,6 +289,14 @@ def measure_stall(dataset: LatentDataset, size: Size, cache: Path) -> tuple[floa
         f"{cpu_ms:.2f}",
         f"{most_bytes / size.data_bytes:.3f}",
     )
+
+
+def file_bytes(path: Path) -> int:
+    """Return the size of a file of a cache, which may be renamed or removed meanwhile."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def fingerprint(batch: Batch) -> str:
