@@ -3,12 +3,14 @@
 import os
 import shutil
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from ray import cloudpickle
 
 from data_partition.datasets.duplicates import REPEATED
 from ddm_core.artifacts import checksum, list_files, read_json
@@ -47,7 +49,7 @@ def start_numbering(folder: Path):
 
 @pytest.mark.integration
 def test_results_keep_their_order_when_a_worker_dies(cluster, tmp_path):
-
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     start = partial(start_numbering, tmp_path)
     found = list(ENGINE.map(start, range(20)))
     assert (tmp_path / "died").exists()
