@@ -95,10 +95,7 @@ def load_model(classes: tuple[type[nn.Module], ...], folder: Path) -> nn.Module:
             set_last_epsilon(model, float(config[LAST_EPSILON]))
         found = _copy_tensors(model, folder)
     except (SafetensorError, FileNotFoundError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CorruptArtifact(
-            f"{folder} does not hold a complete {model_class.__name__}: {reason}; {REMEDY}"
-        ) from error
+        raise _incomplete(model_class, folder, " ".join(str(error).split())) from error
     _check_names(model, found, folder)
     return model.eval()
 
@@ -121,10 +118,7 @@ def check_tensors(model_class: type[nn.Module], folder: Path) -> None:
                 shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
                 found |= _rename_tensors(model, {name: torch.empty(shape) for name, shape in shapes.items()}).keys()
     except (SafetensorError, FileNotFoundError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CorruptArtifact(
-            f"{folder} does not hold a complete {model_class.__name__}: {reason}; {REMEDY}"
-        ) from error
+        raise _incomplete(model_class, folder, " ".join(str(error).split())) from error
     _check_names(model, found, folder)
 
 
