@@ -134,7 +134,7 @@ def check_text(config: RunConfig) -> Iterator[str]:
         yield str(error)
         return
     has_classes = config.data.labels and (text_shape is None or config.text.classes)
-    mistakes = []
+    mistakes, read = [], set[str]()
     for expert in (config.expert, *config.experts.values()):
         try:
             if expert.init is None:
@@ -144,7 +144,9 @@ def check_text(config: RunConfig) -> Iterator[str]:
             else:
                 shape = latent_shape_of(config.codec, config.data.image_size, config.data.channels)
                 check_init_settings(Path(expert.init), DataShape(latent_shape=shape, text_shape=text_shape))
-                _check_tensors(Path(expert.init))
+                if expert.init not in read:
+                    read.add(expert.init)
+                    _check_tensors(Path(expert.init))
         except (NetworkError, InitError) as error:
             mistakes.append(str(error))
         except CodecError:  # the check of the data says so, with what would fit
