@@ -8,9 +8,11 @@ et al. 2023, arXiv:2308.16725). The t of a sample is known, so that no router ch
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,7 @@ def join_rows(parts: Sequence[Sequence[MetricsRow]], shares: Sequence[float]) ->
     """Return one row for every step at which a network has one; a network that has ended counts by its last."""
     joined = []
     for step in sorted({int(row["step"]) for rows in parts for row in rows}):
-        latest = [next(row for row in reversed(rows) if row["step"] <= step) for rows in parts]
+        latest = [rows[bisect_right(rows, step, key=itemgetter("step")) - 1] for rows in parts]
         names = set.intersection(*map(set, latest)) - {"step", "lr"}
         row: MetricsRow = {"step": step, "lr": latest[0]["lr"]}
         row |= {
