@@ -131,6 +131,7 @@ def extend(
     """Add later data to the clusters of a run, and train its experts on, and its router anew; centroids stay."""
     from orchestrator.cli.pipelines import report_result
     from orchestrator.config.delivery import DeliveryConfig
+    from orchestrator.config.schema import change_config
     from orchestrator.controller import run_pipeline
     from orchestrator.run.run_folder import RunFolder
     from orchestrator.run.trust import require_trust
@@ -144,9 +145,8 @@ def extend(
         )
     steps = steps or max(1, config.expert.training.steps // 4)
     delivery = DeliveryConfig(path=str(replace(config.data, path=path).path), version=version, steps=steps)
-    if delivery not in config.deliveries:
-        config = replace(config, deliveries=(*config.deliveries, delivery))
-    config = replace(config, folder=str(folder.root))
+    deliveries = tuple(dict.fromkeys((*config.deliveries, delivery)))
+    config = change_config(config, {"folder": str(folder.root), "deliveries": deliveries})
     report_result(config, run_pipeline(config, console))
 
 
@@ -238,7 +238,7 @@ def _rows(pipeline: Any) -> list[dict[str, Any]]:
         if k in pipeline.ensemble.experts:
             expert = pipeline.ensemble.experts[k]
             networks = [*expert.networks()]
-            expert = next((part for part in expert.parts().values()), getattr(expert, "shared", expert))
+            expert = next(iter(expert.parts().values()), getattr(expert, "shared", expert))
             rows[k] |= {
                 "network": ", ".join(dict.fromkeys(type(network).__name__ for network in networks)),
                 "parameters": sum(map(count_parameters, networks)),
