@@ -31,9 +31,11 @@ from experts.codecs.autoencoder import AutoencoderCodec
 from experts.codecs.registry import load_codec
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TextConfig
-from experts.training.encode import FrozenCodec, divide_latents, encode_dataset
 from experts.training.latent_dataset import LatentError
-from experts.training.latent_folder import read_latents
+from experts.training.latents.divide import divide_latents
+from experts.training.latents.encode import encode_dataset
+from experts.training.latents.folder import read_latents
+from experts.training.latents.shard_encoder import FrozenCodec
 
 SIDE, SHARD = 32, 32
 BAR = 1.7

@@ -28,8 +28,8 @@ from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES
 from experts.networks.registry import build_network
-from experts.training.encode import encode_latents
 from experts.training.latent_dataset import LatentDataset, make_batch
+from experts.training.latents.training_set import encode_latents
 from experts.training.loss import expert_loss
 from experts.training.optimizers.ema import MovingAverage
 from experts.training.optimizers.lr_schedules import learning_rate

@@ -47,8 +47,11 @@ from data_partition.shards.urls import read_range
 from ddm_core.artifacts import CACHE, Workspace, to_json
 from experts.codec import PixelCodec
 from experts.config import TrainingConfig
-from experts.training.encode import FrozenCodec, divide_latents, encode_dataset, encode_latents
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch
+from experts.training.latents.divide import divide_latents
+from experts.training.latents.encode import encode_dataset
+from experts.training.latents.shard_encoder import FrozenCodec
+from experts.training.latents.training_set import encode_latents
 from experts.training.streaming.batches import BatchesAhead
 from experts.training.trainer import fit
 from orchestrator.config.hydra_compose import compose

@@ -58,8 +58,8 @@ from experts.expert import EARLY, METADATA_FILE, Expert
 from experts.expert_model import ExpertModel
 from experts.networks.adapters.registry import ADAPTERS
 from experts.time_split import TIME_SPLIT
-from experts.training.encode import caption_flops
 from experts.training.flops import forward_flops
+from experts.training.latents.caption_costs import caption_flops
 from router.router import Router
 
 NOT_COPIED = (MANIFEST, "metrics.jsonl")

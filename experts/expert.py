@@ -33,9 +33,10 @@ from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.pretrained_files import check_unchanged
 from experts.networks.registry import call_network, load_network, resolve_call
 from experts.training.alignment import AlignedNetwork, align
-from experts.training.encode import read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.held_out import TIMES, Measure, TrainingData, count_held_out, measure_held_out, take_evenly
+from experts.training.latents.caption_costs import text_flops
+from experts.training.latents.folder import read_class_names
 from experts.training.loss import converted_loss, expert_loss
 from experts.training.memory import part_rows
 from experts.training.optimizers.ema import SNAPSHOTS

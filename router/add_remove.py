@@ -16,10 +16,10 @@ from experts.conditions.null_text import get_null_text, set_null_text
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TrainingConfig
 from experts.training.checkpoint import MetricsRow
-from experts.training.encode import encode_latents
 from experts.training.flops import forward_flops, training_flops
 from experts.training.held_out import check_classes
 from experts.training.latent_dataset import LatentDataset
+from experts.training.latents.training_set import encode_latents
 from experts.training.trainer import write_rows
 from router.calibration.text_prior import fit_text_prior
 from router.models.density_ratio import DensityRatioRouter, divide_batch, make_seeded_head, train_head

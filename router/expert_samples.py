@@ -1,6 +1,6 @@
 """A folder of latents that the experts generated, for training a router without the data.
 
-latents.json, clean.bin …     same format as encoded images in `experts.training.latent_folder`
+latents.json, clean.bin …     same format as encoded images in `experts.training.latents.folder`
 prior_counts.json             the clusters' true counts by class, the only facts about the data
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from experts.training.latent_dataset import LatentDataset
-from experts.training.latent_folder import LatentWriter, read_latents
+from experts.training.latents.folder import LatentWriter, read_latents
 
 PRIOR_COUNTS = "prior_counts.json"
 

@@ -17,10 +17,12 @@ from experts.conditions.null_text import set_null_text
 from experts.conditions.text_embedding import TextEmbedding
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 from experts.expert_model import ExpertModel
-from experts.training.encode import encode_latents, read_class_names, text_flops
 from experts.training.flops import count_parameters, forward_flops
 from experts.training.held_out import check_classes
 from experts.training.latent_dataset import Batch, LatentDataset
+from experts.training.latents.caption_costs import text_flops
+from experts.training.latents.folder import read_class_names
+from experts.training.latents.training_set import encode_latents
 from experts.training.trainer import TrainingResult, fit, write_rows
 from router.calibration.temperature import fit_temperatures
 from router.calibration.text_prior import fit_text_prior

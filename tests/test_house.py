@@ -100,7 +100,7 @@ PARENT_MODULES = {
     },
     "ensemble.compression": {"config", "method"},
     "experts.networks.adapters": {"adapter"},
-    "experts.training": {"latent_dataset"},
+    "experts.training": {"flops", "latent_dataset"},
     "experts": {"codec", "condition", "config", "errors", "expert", "expert_model", "serialization", "types"},
     "orchestrator": {"config", "controller", "errors"},
     "orchestrator.islands": {"client", "token", "wheel"},

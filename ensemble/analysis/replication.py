@@ -31,7 +31,7 @@ from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert_model import ExpertModel
 from experts.training.held_out import TIMES, take_evenly
 from experts.training.latent_dataset import LatentDataset
-from experts.training.latent_folder import keeps_texts, read_latents, with_images
+from experts.training.latents.folder import keeps_texts, read_latents, with_images
 
 MAX_IMAGES = 256
 """Most training images, and most held-out images, of a cluster whose losses are compared."""

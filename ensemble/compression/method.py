@@ -12,8 +12,8 @@ from ensemble.pipeline import EnsemblePipeline
 from experts.codecs.registry import load_codec
 from experts.expert import Expert
 from experts.expert_model import ExpertModel
-from experts.training.encode import encode_latents
 from experts.training.latent_dataset import LatentDataset
+from experts.training.latents.training_set import encode_latents
 
 
 class StageError(DDMError, ValueError):

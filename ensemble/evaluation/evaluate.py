@@ -26,7 +26,7 @@ from ensemble.sampling.images import encode_png, image_grid
 from ensemble.sampling.trajectories import write_trajectories
 from experts.conditions.condition import Condition
 from experts.training.held_out import HELD_OUT, TIMES, measure_held_out, take_evenly
-from experts.training.latent_folder import keeps_texts, read_latents, with_images
+from experts.training.latents.folder import keeps_texts, read_latents, with_images
 from experts.types import Latents, RowTimes
 from router.config import SelectionConfig, selection_label
 

@@ -21,9 +21,9 @@ from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.expert import Expert, ExpertSummary, train_network
 from experts.expert_model import ExpertModel
 from experts.networks.pretrained import build_initial_model
-from experts.training.encode import read_class_names
 from experts.training.held_out import TrainingData
 from experts.training.latent_dataset import Batch
+from experts.training.latents.folder import read_class_names
 from experts.training.loss import expert_loss
 from experts.types import Latents, Times
 

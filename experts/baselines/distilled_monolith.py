@@ -21,9 +21,9 @@ from experts.diffusion.predictions import from_velocity, training_target
 from experts.expert import Expert, ExpertSummary, network_flops, train_network
 from experts.networks.pretrained import build_initial_model
 from experts.networks.registry import call_network
-from experts.training.encode import read_class_names
 from experts.training.held_out import TrainingData
 from experts.training.latent_dataset import Batch
+from experts.training.latents.folder import read_class_names
 from experts.training.loss import mean_squared_error
 
 

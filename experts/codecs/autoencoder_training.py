@@ -17,9 +17,9 @@ from experts.architectures.conv_decoder import decoder_loss
 from experts.codec import PixelCodec
 from experts.codecs.autoencoder import AutoencoderCodec, raw_latents
 from experts.config import CodecConfig
-from experts.training.encode import encode_latents
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import Batch
+from experts.training.latents.training_set import encode_latents
 from experts.training.trainer import fit, write_rows
 
 SCALE_BATCH, SCALE_BATCHES = 256, 16

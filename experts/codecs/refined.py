@@ -17,9 +17,9 @@ from experts.codecs.patch_pca import PatchPCACodec, fit_patch_pca_codec, load_pa
 from experts.codecs.pca import PCACodec, fit_pca_codec, load_pca_codec
 from experts.config import REFINED_SUFFIX, CodecConfig
 from experts.networks.model_io import load_model, save_model
-from experts.training.encode import encode_latents
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import Batch
+from experts.training.latents.training_set import encode_latents
 from experts.training.trainer import fit, write_rows
 from experts.types import DecodedImages, Images, Latents
 

@@ -19,9 +19,9 @@ from experts.conditions.condition import Condition
 from experts.conditions.text_encoder import TextEncoder
 from experts.config import TrainingConfig
 from experts.diffusion.noise_schedule import NoiseSchedule
-from experts.training.encode import encode_latents
 from experts.training.latent_dataset import LatentDataset, LatentError, derive_seed
-from experts.training.latent_folder import has_latents, read_latents
+from experts.training.latents.folder import has_latents, read_latents
+from experts.training.latents.training_set import encode_latents
 from experts.training.parallel.distributed import DataParallelGroup
 from experts.types import Latents, RowIds, RowTimes
 

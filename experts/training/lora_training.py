@@ -12,9 +12,9 @@ from experts.codec import Codec
 from experts.config import TrainingConfig
 from experts.expert import Expert, ExpertSummary, network_flops
 from experts.networks.lora import add_new_lora, extract_lora, save_lora
-from experts.training.encode import encode_latents
 from experts.training.flops import training_flops
 from experts.training.held_out import check_classes
+from experts.training.latents.training_set import encode_latents
 from experts.training.loss import expert_loss
 from experts.training.trainer import fit, write_rows
 

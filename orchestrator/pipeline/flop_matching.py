@@ -9,9 +9,8 @@ from ensemble.sampling.expert_samples import expert_samples_flops, proportional_
 from experts.codecs.registry import load_codec
 from experts.config import ExpertConfig
 from experts.expert import expert_flops
-from experts.training.encode import read_class_names
 from experts.training.flops import training_flops
-from experts.training.latent_folder import read_latents
+from experts.training.latents.folder import read_class_names, read_latents
 from orchestrator.pipeline.stage_configs import MonolithStageConfig
 from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders, with_init_checkpoint
 from router.config import RouterConfig

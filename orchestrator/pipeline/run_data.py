@@ -13,8 +13,8 @@ from data_partition.features.extract import extract_features
 from data_partition.partition import make_partition
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import Workspace
-from experts.training.encode import divide_latents
-from experts.training.latent_folder import join_latents
+from experts.training.latents.divide import divide_latents
+from experts.training.latents.folder import join_latents
 from orchestrator.pipeline.stage_configs import NothingConfig
 from orchestrator.pipeline.stage_inputs import Inputs, cluster_folders
 

@@ -14,7 +14,8 @@ from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core.artifacts import CACHE, Workspace, read_json, write_json
 from experts.codecs.registry import load_codec, stored_type
 from experts.conditions.text_encoder import TextEncoder
-from experts.training.encode import FrozenCodec, encode_folder
+from experts.training.latents.encode import encode_folder
+from experts.training.latents.shard_encoder import FrozenCodec
 from experts.training.lora_training import train_lora
 from experts.training.trainer import check_device
 from orchestrator.config.finetune import ALL_IMAGES, AdapterImagesStageConfig, AdapterStageConfig

@@ -17,7 +17,8 @@ from experts.config import CodecConfig, ExpertConfig, TextConfig
 from experts.expert import Expert, train_expert
 from experts.networks.pretrained_files import check_unchanged, init_files
 from experts.time_split import train_intervals
-from experts.training.encode import FrozenCodec, encode_dataset
+from experts.training.latents.encode import encode_dataset
+from experts.training.latents.shard_encoder import FrozenCodec
 from experts.training.trainer import check_device
 from orchestrator.pipeline.flop_matching import flop_matched_config
 from orchestrator.pipeline.stage import FIRST_SAMPLES, STEP_SAMPLES

@@ -31,8 +31,8 @@ from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import read_text_shape
 from experts.expert import expert_flops
-from experts.training.encode import caption_flops
 from experts.training.flops import forward_flops, training_flops
+from experts.training.latents.caption_costs import caption_flops
 from experts.training.trainer import DeviceError
 from orchestrator.config.compute import CONTROLLER, IslandConfig, ResourcesConfig
 from orchestrator.config.schema import RunConfig, parse_config

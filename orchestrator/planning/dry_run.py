@@ -25,7 +25,7 @@ from experts.codec import Codec, encoder_folder
 from experts.codecs.registry import CODECS, load_codec
 from experts.config import CodecConfig
 from experts.networks.latent_shapes import IMAGE_COMPONENTS
-from experts.training.encode import read_class_names
+from experts.training.latents.folder import read_class_names
 from experts.types import Images
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.stage_kinds import STAGE_KINDS

@@ -13,7 +13,7 @@ from ensemble.sampling.images import to_bytes
 from ensemble.sampling.prompts import PromptError, Prompts
 from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import TextError
-from experts.training.encode import caption_flops
+from experts.training.latents.caption_costs import caption_flops
 from orchestrator.cli.sample import SamplingRequest, save_grid
 from router.config import SelectionConfig
 from tests.ensemble.test_pipeline import parts, put_together  # noqa: F401 - a fixture

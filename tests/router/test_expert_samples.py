@@ -6,8 +6,8 @@ import torch
 from ddm_core.artifacts import CorruptArtifact, read_json
 from experts.codecs.registry import load_codec
 from experts.config import TrainingConfig
-from experts.training.encode import encode_latents
 from experts.training.latent_dataset import LatentDataset
+from experts.training.latents.training_set import encode_latents
 from router.config import RouterConfig
 from router.expert_samples import ExpertSamples
 from router.router import Router

@@ -38,9 +38,11 @@ from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert, train_expert
-from experts.training.encode import FrozenCodec, divide_latents, encode_dataset
 from experts.training.held_out import measure_held_out
-from experts.training.latent_folder import read_latents
+from experts.training.latents.divide import divide_latents
+from experts.training.latents.encode import encode_dataset
+from experts.training.latents.folder import read_latents
+from experts.training.latents.shard_encoder import FrozenCodec
 from router.config import RouterConfig, SelectionConfig
 from router.train import train_router
 

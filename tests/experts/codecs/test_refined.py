@@ -15,7 +15,7 @@ from experts.codec import ENCODER
 from experts.codecs.refined import fit_decoder
 from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, TrainingConfig
-from experts.training.encode import FrozenCodec
+from experts.training.latents.shard_encoder import FrozenCodec
 
 CONFIG = CodecConfig(
     kind="pca_conv",

@@ -13,7 +13,7 @@ from experts.conditions.text_encoder import ROWS, TextEncoder
 from experts.conditions.text_files import TextError, read_text_shape
 from experts.config import DiffusersConfig, TextConfig
 from experts.networks.registry import build_network, call_network
-from experts.training.encode import caption_flops
+from experts.training.latents.caption_costs import caption_flops
 from tests.text_encoders import JOINT, save_tiny_encoder, save_tiny_pipeline
 
 CAPTIONS = ["a dark ankle boot", "", "a shirt", "a dark ankle boot", "one two three four five six seven eight"]

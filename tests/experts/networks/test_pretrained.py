@@ -18,7 +18,7 @@ from experts.networks.pretrained import build_initial_model
 from experts.networks.pretrained_files import WEIGHTS, InitError, check_unchanged, init_checksum
 from experts.networks.registry import build_network, call_network, load_network
 from experts.training.latent_dataset import make_batch
-from experts.training.latent_folder import read_latents
+from experts.training.latents.folder import read_latents
 from experts.training.loss import converted_loss
 
 SHAPE = (1, 4, 4)

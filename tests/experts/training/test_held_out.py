@@ -9,8 +9,8 @@ from experts.codecs.registry import fit_codec, load_codec
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.expert import Expert, train_expert
-from experts.training.encode import encode_latents
 from experts.training.held_out import TIMES, count_held_out, measure_held_out, stopped_gaining, take_evenly
+from experts.training.latents.training_set import encode_latents
 from experts.training.optimizers.ema import rebuild_average
 
 SHORT = TrainingConfig(steps=15, batch_size=8, warmup_steps=3, log_every=4, checkpoint_every=5, held_out_every=5)

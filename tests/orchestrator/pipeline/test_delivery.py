@@ -12,7 +12,7 @@ from benchmarks.testbed.tiny_run import TINY
 from data_partition.partition import Partition, load_partition
 from data_partition.shards.shards import read_index, read_samples
 from ddm_core.artifacts import list_files, verify
-from experts.training.latent_folder import read_latents
+from experts.training.latents.folder import read_latents
 from orchestrator.cli.app import app
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.run.run_folder import RunFolder

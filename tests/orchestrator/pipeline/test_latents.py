@@ -16,8 +16,8 @@ from ensemble.pipeline import EnsemblePipeline
 from ensemble.pipeline_folder import PipelineError
 from experts.conditions.text_encoder import TextEncoder
 from experts.diffusion.noise_schedule import NoiseSchedule
-from experts.training import encode
-from experts.training.latent_folder import read_latents
+from experts.training.latents import shard_encoder
+from experts.training.latents.folder import read_latents
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config
 from orchestrator.controller import run_pipeline
@@ -54,9 +54,9 @@ def test_every_sample_is_encoded_once_a_run(tmp_path, monkeypatch):
             (pictures / f"{number}.txt").write_text(f"a {('dark', 'light')[number % 2]} boot number {number}")
     encoder = save_tiny_encoder(tmp_path / "encoder", "transformers")
     images, captions = Counter(), Counter()
-    encode_images, encode_texts = encode._ShardEncoder._encode, TextEncoder.encode_and_count
+    encode_images, encode_texts = shard_encoder.ShardEncoder._encode, TextEncoder.encode_and_count
     monkeypatch.setattr(
-        encode._ShardEncoder,
+        shard_encoder.ShardEncoder,
         "_encode",
         lambda self, batch, ids: images.update(batch.keys) or encode_images(self, batch, ids),
     )

@@ -18,8 +18,10 @@ from experts.conditions.text_encoder import TextEncoder
 from experts.config import TextConfig, TrainingConfig
 from experts.networks.registry import build_network, call_network
 from experts.training.checkpoint import CheckpointError
-from experts.training.encode import FrozenCodec, encode_dataset, encode_latents
 from experts.training.latent_dataset import LatentDataset
+from experts.training.latents.encode import encode_dataset
+from experts.training.latents.shard_encoder import FrozenCodec
+from experts.training.latents.training_set import encode_latents
 from experts.training.parallel.distributed import DataParallelGroup, GroupError, WorkerLost
 from experts.training.trainer import TrainingDiverged, fit
 from tests.experts.training.test_trainer import NETWORKS, Killed, killed_at, stopping_at, velocity_loss

@@ -20,9 +20,12 @@ from data_partition.shards.shards import open_offsets, read_samples
 from ddm_core.artifacts import Preempted, Workspace
 from experts.codec import PixelCodec
 from experts.config import TrainingConfig
-from experts.training.encode import FrozenCodec, divide_latents, encode_dataset, encode_latents
 from experts.training.latent_dataset import Batch, LatentDataset, LatentError, make_batch
-from experts.training.latent_folder import has_latents, read_latents
+from experts.training.latents.divide import divide_latents
+from experts.training.latents.encode import encode_dataset
+from experts.training.latents.folder import has_latents, read_latents
+from experts.training.latents.shard_encoder import FrozenCodec
+from experts.training.latents.training_set import encode_latents
 from experts.training.streaming.image_stream import ImageStream
 from experts.training.trainer import fit
 from tests.data_partition.shards.test_offset_index import SIDE, stream_config, write_tars

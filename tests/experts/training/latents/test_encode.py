@@ -16,19 +16,14 @@ from experts.codec import PixelCodec
 from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import TextError
 from experts.config import TextConfig, TrainingConfig
-from experts.training import encode
-from experts.training.encode import (
-    TEXT,
-    FrozenCodec,
-    caption_flops,
-    divide_latents,
-    encode_dataset,
-    encode_latents,
-    read_class_names,
-    text_flops,
-)
 from experts.training.latent_dataset import LatentError, draw_flips, make_batch
-from experts.training.latent_folder import iter_blocks, read_latents
+from experts.training.latents import shard_encoder
+from experts.training.latents.caption_costs import caption_flops, text_flops
+from experts.training.latents.divide import divide_latents
+from experts.training.latents.encode import TEXT, encode_dataset
+from experts.training.latents.folder import iter_blocks, read_class_names, read_latents
+from experts.training.latents.shard_encoder import FrozenCodec
+from experts.training.latents.training_set import encode_latents
 from tests.text_encoders import save_tiny_encoder
 
 SHAPE = (4, 4, 1)
@@ -126,7 +121,7 @@ def test_empty_shards_are_refused(tmp_path, workspace):
 
 def test_blocks_are_all_samples_in_order(shards, workspace, monkeypatch):
     latents = encode_pixels([shards], workspace)
-    monkeypatch.setattr("experts.training.latent_folder.BLOCK_BYTES", 4 * 16 * 7)
+    monkeypatch.setattr("experts.training.latents.folder.BLOCK_BYTES", 4 * 16 * 7)
     blocks = list(iter_blocks(latents))
     assert [len(block) for block in blocks] == [7, 7, 7, 7, 7, 5]
     assert torch.equal(torch.cat([block.clean for block in blocks]), latents.clean)
@@ -269,7 +264,9 @@ def test_stopped_encoding_continues_with_the_next_shard(dataset, codec_folder, t
     encode_and_divide(dataset, codec_folder, text, tmp_path / "whole", [])
     calls = []
     monkeypatch.setattr(
-        encode, "identify_sample", lambda sample, known=encode.identify_sample: calls.append(sample) or known(sample)
+        shard_encoder,
+        "identify_sample",
+        lambda sample, known=shard_encoder.identify_sample: calls.append(sample) or known(sample),
     )
     workspace, out = Workspace.at(tmp_path / "work"), tmp_path / "latents"
     arguments = (dataset, frozen(codec_folder), text, out)
@@ -288,7 +285,8 @@ import sys
 from pathlib import Path
 from ddm_core.artifacts import Workspace
 from experts.codec import PixelCodec
-from experts.training.encode import FrozenCodec, encode_dataset
+from experts.training.latents.shard_encoder import FrozenCodec
+from experts.training.latents.encode import encode_dataset
 root = Path(sys.argv[1])
 print("begin", flush=True)
 codec = FrozenCodec.open(root / "codec", PixelCodec(image_shape=(4, 4, 1)))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_partition.shards.join import join_shards
+from data_partition.shards.shards import read_index
 from ddm_core.artifacts import ArtifactError, CorruptArtifact, checksum, read_with_checksum, to_jsonable, write_record
 from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
@@ -226,3 +227,8 @@ def _read_captions(arrays: Mapping[str, Tensor]) -> EncodedCaptions:
         first_caption=first_caption,
         null_text=TextEmbedding(null[0], null[1], null[2], torch.ones(1, dtype=torch.bool)),
     )
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the classes of a folder of latents or of shards."""
+    return tuple(read_record(folder)["class_names"]) if has_latents(folder) else read_index(folder).class_names
