@@ -116,7 +116,7 @@ bench-gpu: install ## Measure training, sampling and packed layers on one GPU in
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.page
 
-bench-training: install ## Compare the trainer and the sampler with plain loops of PyTorch and diffusers (fifteen CPU minutes)
+bench-training: install ## Compare the trainer and the sampler with plain loops of PyTorch and diffusers (half an hour of CPU time)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.page
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.testbed.backbones import (
     inputs,
     text,
 )
+from benchmarks.testbed.peak_memory import watching_memory
 from ddm_core.artifacts import Workspace, to_jsonable
 from experts.conditions.condition import Condition
 from experts.conditions.text_embedding import TextEmbedding
@@ -185,27 +185,18 @@ def run_training(name: str) -> dict[str, float]:
     network = configured or expert_config(name).network
     training = TrainingConfig(batch_size=batch_size, steps=3, warmup_steps=0, log_every=3)
     planned = measure_expert(ExpertConfig(network=network, training=training), data)
-    before = anonymous_bytes()
-    peak, done = [before], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak.append(anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     seconds = time.monotonic()
-    null_text = None if data.text_shape is None else TextEmbedding.zeros(*data.text_shape)
-    model = build_network(network, data.latent_shape, data.num_classes, null_text)
-    row, t, condition = torch.zeros(1, *data.latent_shape), torch.ones(1), Condition.null(1)
-    measured_flops = 3 * forward_flops(lambda: call_network(model.eval(), row, t, condition))
-    generator = torch.Generator().manual_seed(0)
-    dataset = LatentDataset(
-        clean=torch.randn(batch_size, *data.latent_shape, generator=generator),
-        class_id=torch.full((batch_size,), -1),
-        cluster_id=torch.zeros(batch_size, dtype=torch.int64),
-    )
-    with tempfile.TemporaryDirectory() as folder:
+    with watching_memory() as seen, tempfile.TemporaryDirectory() as folder:
+        null_text = None if data.text_shape is None else TextEmbedding.zeros(*data.text_shape)
+        model = build_network(network, data.latent_shape, data.num_classes, null_text)
+        row, t, condition = torch.zeros(1, *data.latent_shape), torch.ones(1), Condition.null(1)
+        measured_flops = 3 * forward_flops(lambda: call_network(model.eval(), row, t, condition))
+        generator = torch.Generator().manual_seed(0)
+        dataset = LatentDataset(
+            clean=torch.randn(batch_size, *data.latent_shape, generator=generator),
+            class_id=torch.full((batch_size,), -1),
+            cluster_id=torch.zeros(batch_size, dtype=torch.int64),
+        )
         fit(
             model,
             lambda network, batch: expert_loss(network, batch, "velocity", RECTIFIED_FLOW),
@@ -213,22 +204,14 @@ def run_training(name: str) -> dict[str, float]:
             training,
             Workspace.at(Path(folder)),
         )
-    done.set()
-    watcher.join()
     return {
         "parameters": planned.parameters,
         "planned_flops": planned.flops / training.steps / batch_size,
         "measured_flops": measured_flops,
         "planned_bytes": planned.memory_bytes,
-        "measured_bytes": max(peak) - before,
+        "measured_bytes": max(seen),
         "seconds": time.monotonic() - seconds,
     }
-
-
-def anonymous_bytes() -> int:
-    """Return the memory of this process that is no mapped file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
 
 def law_claims(laws: dict[str, Laws]) -> Iterator[Claim]:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.arms import bare_loop
+from benchmarks.arms.trainer.cases import LOSS
+from benchmarks.arms.trainer.sampling import make_ensemble
 from benchmarks.record import Claim, Listing, describe_machine, write_result
-from benchmarks.training import LOSS, make_ensemble
 from ddm_core.artifacts import Workspace
 from ensemble.compression.quantization.layers import pack_rest
 from ensemble.pipeline import EnsemblePipeline

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.arms.trainer.steps import CountWaits
 from ddm_core.artifacts import Preempted, Workspace
 from experts.training.latent_dataset import draw_noise, make_batch
 from experts.training.streaming.batches import BatchesAhead
@@ -62,18 +62,6 @@ def test_spikes_are_left_alone_without_a_factor(make_dataset, workspace):
     dataset = make_dataset(shape=(6,))
     rows, _ = train(dataset, workspace, poisoned(dataset, 7, by=1000.0), replace(CONFIG, spike_factor=None))
     assert rows[7]["loss"] > 100 and not workspace.notices
-
-
-class CountWaits(TorchDispatchMode):
-    """Counts the operators that wait for the device: those that make a Python number of a tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", ["residual_mlp", "dit"])

@@ -1,11 +1,7 @@
 """Two workers that keep parts of one network each (FSDP2, over gloo), started once, against one worker."""
 
-import multiprocessing
-import os
-import random
 import shutil
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +12,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import distributed
 
+from benchmarks.testbed import sharded_training
 from benchmarks.testbed.backbones import TINY, build, gradients
-from ddm_core.artifacts import Preempted, Workspace, checksum, read_with_checksum
+from benchmarks.testbed.sharded_training import KILLED, kill_at_random, predict, start_workers
+from ddm_core.artifacts import Preempted, Workspace
 from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.networks.registry import build_network, call_network
-from experts.training.checkpoint import STATE, TENSORS
 from experts.training.held_out import measure_held_out
 from experts.training.parallel.distributed import DataParallelGroup
 from experts.training.parallel.sharding import shard_network, whole
@@ -30,7 +27,6 @@ from experts.training.trainer import Watch, fit
 from tests.experts.training.parallel.test_distributed import are_equal, dataset, predictions, worker_workspace
 from tests.experts.training.test_trainer import NETWORKS, stopping_at, velocity_loss
 
-SIZE = 2
 CONFIG = TrainingConfig(
     steps=12, batch_size=8, warmup_steps=3, log_every=4, checkpoint_every=5, held_out_every=4, parallel="fsdp"
 )
@@ -68,25 +64,6 @@ def scenario(rank, folder):
         shutil.copytree(folder / "stopped", folder / "for_one")
     torch.save(train("dit", Workspace.at(folder / "stopped")), folder / f"stopped_{rank}.pt")
     torch.save(train("dit", Workspace.at(folder / "of_one")), folder / f"of_one_{rank}.pt")
-
-
-def run_worker(rank, folder, work):
-    """Run one worker of the group in a subprocess."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = distributed.FileStore(str(folder / f"meeting-{work.__name__}"), SIZE)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
-    work(rank, folder)
-    distributed.destroy_process_group()
-
-
-def start_workers(folder, work):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    workers = [context.Process(target=run_worker, args=(rank, folder, work)) for rank in range(SIZE)]
-    for worker in workers:
-        worker.start()
-    return workers
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -157,30 +134,10 @@ def test_tensors_written_one_by_one_are_read_by_safetensors(kinds):
         assert are_equal(load_file(path), tensors)
 
 
-def train_until_killed(rank, folder):
-    """Train slowly enough to be killed at any instant."""
-    torch.save(train("dit", worker_workspace(folder / "killed", rank), SLOW), folder / f"killed_{rank}.pt")
-
-
-SLOW = replace(CONFIG, steps=60, checkpoint_every=1)
-
-
 @pytest.mark.integration
 def test_workers_killed_at_random_leave_whole_checkpoints(tmp_path):
-    checkpoints, kills = tmp_path / "killed" / "checkpoints", 0
-    while not (tmp_path / "killed_1.pt").exists():
-        workers = start_workers(tmp_path, train_until_killed)
-        if kills < 20:
-            while not checkpoints.exists() and any(worker.is_alive() for worker in workers):
-                time.sleep(0.01)
-            time.sleep(random.Random(kills).uniform(0, 3))
-            for worker in workers:
-                worker.kill()
-            kills += 1
-        for worker in workers:
-            worker.join(300)
-        for folder in checkpoints.glob("step-*"):
-            assert checksum(folder / TENSORS) == read_with_checksum(folder / STATE)["sha256"]
-        (tmp_path / "meeting-train_until_killed").unlink(missing_ok=True)
-    killed, _ = torch.load(tmp_path / "killed_0.pt", weights_only=True)
-    assert_close("dit", killed, train("dit", Workspace.at(tmp_path / "whole"), SLOW)[0])
+    found = kill_at_random(tmp_path, 20, 1.5)
+    assert found.kills == 20 <= found.read and found.torn == 0
+    killed = torch.load(tmp_path / "killed_0.pt", weights_only=True)
+    alone = sharded_training.train(Workspace.at(tmp_path / "whole"), KILLED)
+    torch.testing.assert_close(predict(killed), predict(alone), rtol=1e-5, atol=1e-5)

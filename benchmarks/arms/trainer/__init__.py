@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.training`: each returns its claims and its tables."""

@@ -1,0 +1,112 @@
+"""Two workers that share one network (FSDP2, over gloo) against one, resumed with one after two, and killed."""
+
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.arms.trainer.cases import Effort, Measured
+from benchmarks.record import Claim
+from benchmarks.testbed.sharded_training import (
+    KILLED,
+    kill_at_random,
+    predict,
+    start_workers,
+    stopping_at,
+    train,
+    worker_workspace,
+)
+from ddm_core.artifacts import Preempted, Workspace
+
+KILLS = 20
+LONGEST_S = 1.5
+"""Most seconds before a kill, the start of the workers included."""
+
+
+def measure_sharding(effort: Effort) -> Measured:
+    """Train with two workers and with one, and kill both workers; a tiny measurement kills them once."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        claims = compare_workers(folder / "compared")
+        claims += kill_workers(folder / "killed", 1 if effort.is_tiny else KILLS)
+    return claims, []
+
+
+def compare_workers(folder: Path) -> list[Claim]:
+    """Compare trainings by two workers and by one, stopped and resumed by as many, fewer or more."""
+    folder.mkdir()
+    with suppress(Preempted):
+        train(stopping_at(6, folder / "by_one"))
+    workers = start_workers(folder, train_in_two)
+    alone = predict(train(Workspace.at(folder / "alone")))
+    for worker in workers:
+        worker.join(300)
+    results = {name: load(folder / f"{name}_0.pt") for name in ("whole", "stopped", "by_one")}
+    equal = all(torch.equal(results["whole"][name], value) for name, value in results["stopped"].items())
+    across = {name: relative(predict(results[name]), alone) for name in ("whole", "by_one")}
+    across["by_two"] = relative(predict(train(Workspace.at(folder / "by_two"))), alone)
+    return [
+        Claim(
+            name="sharding: FSDP2 by two workers, stopped and resumed by two, has the bits of an unbroken training",
+            bar="all",
+            value="all" if equal else "not all",
+            spread=f"n = {len(results['whole'])} tensors",
+            holds=equal,
+        ),
+        Claim(
+            name="sharding: predictions by two workers against one, resumed by two after one, and by one after two",
+            bar="≤ 1e-5",
+            value=f"{max(across.values()):.1e}",
+            spread=", ".join(f"{value:.1e}" for value in across.values()),
+            holds=max(across.values()) <= 1e-5,
+        ),
+    ]
+
+
+def train_in_two(rank: int, folder: Path) -> None:
+    """Train to the end; stop and resume; resume what one worker stopped; leave one for one worker."""
+    torch.save(train(worker_workspace(folder / "whole", rank)), folder / f"whole_{rank}.pt")
+    with suppress(Preempted):
+        train(stopping_at(6, folder / "stopped"))
+    if rank == 0:
+        shutil.copytree(folder / "stopped", folder / "by_two")
+    torch.save(train(Workspace.at(folder / "stopped")), folder / f"stopped_{rank}.pt")
+    torch.save(train(Workspace.at(folder / "by_one")), folder / f"by_one_{rank}.pt")
+
+
+def kill_workers(folder: Path, kills: int) -> list[Claim]:
+    """Kill both workers at random instants, and compare what they end with."""
+    folder.mkdir()
+    found = kill_at_random(folder, kills, LONGEST_S)
+    killed = predict(load(folder / "killed_0.pt"))
+    alone = predict(train(Workspace.at(folder / "whole"), KILLED))
+    return [
+        Claim(
+            name="sharding: torn checkpoints after both workers were killed at random instants",
+            bar="0",
+            value=f"{found.torn} of {KILLED.steps} written",
+            spread=f"{found.kills} kills, {found.read} checkpoints read after them",
+            holds=found.torn == 0 and found.kills == kills,
+        ),
+        Claim(
+            name="sharding: predictions of the killed training against one worker's that was never stopped",
+            bar="≤ 1e-5",
+            value=f"{relative(killed, alone):.1e}",
+            spread=f"{KILLED.steps} steps",
+            holds=relative(killed, alone) <= 1e-5,
+        ),
+    ]
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Return the tensors that a worker saved."""
+    tensors: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return tensors
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference relative to the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
