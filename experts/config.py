@@ -279,6 +279,11 @@ class CodecConfig:
         )
 
 
+def _make_absolute(path: str | None) -> str | None:
+    folder = Path(path or "").expanduser()
+    return str(folder.absolute()) if path and (folder.is_dir() or path.startswith((".", "~"))) else path
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TextConfig:
     """The encoder of captions; its length is part of every model that reads its texts."""
@@ -309,8 +314,7 @@ class TextConfig:
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
         """Make the path of a folder absolute; leave an id of the Hub as it is."""
-        folder = Path(path or "").expanduser()
-        return str(folder.absolute()) if path and (folder.is_dir() or path.startswith((".", "~"))) else path
+        return _make_absolute(path)
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "TextConfig":
@@ -339,10 +343,13 @@ class ExpertConfig:
     align_weight: Annotated[float, Field(ge=0)] = field(default=0.0, metadata=UNHASHED_IF_DEFAULT)
     """Weight of the alignment of a transformer's tokens with features of the clean image (REPA), 0.5 in its paper; 0:
     none. The images are decoded from the latents in every step."""
-    align_teacher: Literal["random_conv", "efficientnet_lite0"] = field(
+    align_teacher: Literal["random_conv", "efficientnet_lite0", "transformers"] = field(
         default="efficientnet_lite0", metadata=UNHASHED_IF_DEFAULT
     )
-    """The network whose features these are: one that can cluster the data and has features at positions."""
+    """The network whose features these are: one that can cluster the data and has features at positions.
+    `transformers`: that of `align_path`, such as DINOv2, the teacher of the paper."""
+    align_path: str | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Folder or Hub repository of that vision network; on islands, the folder lies on each of them."""
     align_block: Annotated[int, Field(ge=1)] = field(default=2, metadata=UNHASHED_IF_DEFAULT)
     """The block, counted from 1, after which the tokens are aligned."""
     align_until: Annotated[float, Field(gt=0, le=1)] = field(default=0.5, metadata=UNHASHED_IF_DEFAULT)
@@ -370,6 +377,22 @@ class ExpertConfig:
     `prediction` and `noise_schedule` above, to which outputs are converted at equal noise-to-signal ratio."""
     init_checksum: str = field(default="", metadata=UNHASHED_IF_DEFAULT)
     """Checksum of that folder, set when a run is composed; a folder that has changed since is an error."""
+
+    @field_validator("align_path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        """Make the path of a folder absolute; leave an id of the Hub as it is."""
+        return _make_absolute(path)
+
+    @model_validator(mode="after")
+    def _names_its_teacher(self) -> "ExpertConfig":
+        """Check that a vision network has a path, and no other teacher has one."""
+        if (self.align_teacher == "transformers") != (self.align_path is not None):
+            raise ValueError(
+                "expert.align_teacher=transformers needs expert.align_path=…, a folder or a repository of the Hub, and "
+                f"other teachers have none; got align_teacher={self.align_teacher} with align_path={self.align_path}"
+            )
+        return self
 
     @field_validator("time_bounds")
     @classmethod

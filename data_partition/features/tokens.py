@@ -1,14 +1,17 @@
 """Features at every position of an image, of the networks that cluster the data; as teachers of experts."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from data_partition.errors import UnknownExtractor
 from data_partition.features import efficientnet, random_conv
 from data_partition.features.cnn_input import resize_to_rgb
+from data_partition.features.vision_model import VisionFeatures
 
 Images = Float[Tensor, "batch channel height width"]
 """From 0 to 1."""
@@ -16,7 +19,7 @@ Features = Float[Tensor, "batch feature row column"]
 TokenNetwork = Callable[[Images], Features]
 
 
-def load_random_conv() -> TokenNetwork:
+def load_random_conv(_path: Path | None) -> TokenNetwork:
     """Return the last of three layers of random filters: 64 features at 4 x 4 positions."""
     filters = random_conv.make_random_filters(0)
 
@@ -26,7 +29,7 @@ def load_random_conv() -> TokenNetwork:
     return compute
 
 
-def load_efficientnet() -> TokenNetwork:
+def load_efficientnet(_path: Path | None) -> TokenNetwork:
     """Return the last channels of EfficientNet-lite0: 1,280 at 2 x 2 positions; raises `MissingExtra`."""
     network = efficientnet.load_network()
 
@@ -38,9 +41,17 @@ def load_efficientnet() -> TokenNetwork:
     return compute
 
 
-TOKEN_NETWORKS: dict[str, Callable[[], TokenNetwork]] = {
+def load_vision_network(path: Path | None) -> TokenNetwork:
+    """Return the patch tokens of a network of transformers; raises `MissingExtra` or `UnknownExtractor`."""
+    if path is None:
+        raise UnknownExtractor("a vision network needs its folder, or its name on the Hub; got none")
+    return VisionFeatures.open(path).compute_patches
+
+
+TOKEN_NETWORKS: dict[str, Callable[[Path | None], TokenNetwork]] = {
     "random_conv": load_random_conv,
     "efficientnet_lite0": load_efficientnet,
+    "transformers": load_vision_network,
 }
 """By the names of `EXTRACTORS` that have features at positions; `pixels` has none."""
 

@@ -6,7 +6,6 @@ repository is executed, and weights are safetensors.
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_partition.errors import MissingExtra, UnknownExtractor
-from data_partition.features.cnn_input import cnn_input
+from data_partition.features.cnn_input import cnn_input, resize_to_rgb
 from data_partition.features.pca import l2_normalize
 from ddm_core.hub_files import HubError, download_snapshot
 
@@ -41,25 +40,30 @@ class VisionFeatures:
 
     @classmethod
     def fit(cls, path: Path, components: int, seed: int) -> "VisionFeatures":
+        """Return the network of a folder or a repository of the Hub; nothing is fitted. Raises like `open`."""
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "VisionFeatures":
         """Return the network of a folder or a repository of the Hub; raises `MissingExtra` or `UnknownExtractor`."""
         folder = path.expanduser()
         try:
             features = cls(folder if folder.is_dir() else download_snapshot(str(path), FILES))
         except HubError as error:
             raise UnknownExtractor(
-                f"partition.features_path={path} is no folder, and the Hub does not give it: {error}"
+                f"{path} is no folder of a vision network, and the Hub does not give it: {error}"
             ) from error
         features.network  # noqa: B018 - a folder that holds none is an error here
         return features
 
     @cached_property
-    def network(self) -> Callable[..., Any]:
+    def network(self) -> Any:
         """Load the part of the network that reads images."""
         try:
             import transformers
         except ImportError as error:
             raise MissingExtra(
-                "partition.features=transformers needs transformers: pip install 'decentralized-diffusion[text]'"
+                "a vision network needs transformers: pip install 'decentralized-diffusion[text]'"
             ) from error
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -72,8 +76,7 @@ class VisionFeatures:
         part: Any = getattr(model, "vision_model", model)
         if getattr(part, "main_input_name", "") != "pixel_values":
             raise UnknownExtractor(f"{self.folder} holds a {type(model).__name__}, which reads no images; name another")
-        network: Callable[..., Any] = part.eval().requires_grad_(False)
-        return network
+        return part.eval().requires_grad_(False)
 
     @cached_property
     def settings(self) -> tuple[int, Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
@@ -81,7 +84,7 @@ class VisionFeatures:
         file = self.folder / "preprocessor_config.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
         mean, deviation = found.get("image_mean", IMAGENET[0]), found.get("image_std", IMAGENET[1])
-        size = found.get("crop_size") or found.get("size") or getattr(self.network, "config").image_size  # noqa: B009
+        size = found.get("crop_size") or found.get("size") or self.network.config.image_size
         side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
         return int(side), torch.tensor(mean)[:, None, None], torch.tensor(deviation)[:, None, None]
 
@@ -112,6 +115,20 @@ class VisionFeatures:
             pooled = getattr(output, "pooler_output", None)
             rows.append(output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1))
         return l2_normalize(torch.cat(rows).numpy())
+
+    @torch.no_grad()
+    def compute_patches(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch feature row column"]:
+        """Return the last features of every patch, of images from 0 to 1; of convolutions, of every position."""
+        side, mean, deviation = self.settings
+        scaled = (resize_to_rgb(images, side) - mean.to(images.device)) / deviation.to(images.device)
+        hidden: Tensor = self.network.to(images.device)(pixel_values=scaled).last_hidden_state
+        if hidden.ndim == 4:
+            return hidden
+        rows = side // self.network.config.patch_size
+        patches = hidden[:, -rows * rows :]  # class and register tokens are before those of the patches
+        return patches.transpose(1, 2).reshape(len(images), -1, rows, rows)
 
     def save(self, folder: Path) -> None:
         """Copy the network's files."""

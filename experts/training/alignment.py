@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def align(
     config: ExpertConfig, network: nn.Module, loss: Callable[[nn.Module, Batch], Loss], codec: Codec
 ) -> tuple[AlignedNetwork, AlignedLoss]:
     """Return the network with a projection, initialized from the training's seed, and its loss."""
-    teacher = TOKEN_NETWORKS[config.align_teacher]()
+    teacher = TOKEN_NETWORKS[config.align_teacher](None if config.align_path is None else Path(config.align_path))
     height, width, channels = codec.image_shape
     image = torch.zeros(1, channels, height, width)
     with torch.random.fork_rng(devices=[]):

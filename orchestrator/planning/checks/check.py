@@ -24,6 +24,7 @@ from ensemble.config import MIN_HELD_OUT
 from experts.conditions.text_files import TextError, read_text_shape
 from experts.errors import CodecError
 from experts.networks.adapters.adapter import DataShape
+from experts.networks.alignment_settings import check_alignment
 from experts.networks.class_settings import NetworkError, class_settings
 from experts.networks.latent_shapes import (
     IMAGE_COMPONENTS,
@@ -309,6 +310,12 @@ class DataCheck:
                 if len(shape) == 1:
                     self.config = replace(self.config, codec=replace(self.config.codec, kind="pixels"))
                     self.advice["codec"] = "pixels"
+            try:
+                if expert.init is None and expert.align_weight:
+                    check_alignment(expert)
+            except NetworkError as error:
+                self.mistakes.append(f"{key}: {error}")
+                self.is_mendable = False
 
     def check_classes(self) -> None:
         """Leave the classes out where a network reads the text alone; without the advice `check_text` says so."""

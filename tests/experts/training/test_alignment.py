@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from pydantic import ValidationError
 from torch import nn
 
+from data_partition.errors import UnknownExtractor
 from data_partition.features.efficientnet import EfficientNetFeatures
 from data_partition.features.pca import l2_normalize
 from data_partition.features.random_conv import compute_responses, make_random_filters
 from data_partition.features.tokens import TOKEN_NETWORKS, compute_tokens
+from data_partition.features.vision_model import IMAGENET, VisionFeatures
 from ddm_core.artifacts import Preempted, Workspace
 from experts.codec import PixelCodec
 from experts.codecs.registry import fit_codec
@@ -50,19 +54,76 @@ def test_loss_is_that_of_the_network_and_one_minus_the_cosine(make_dataset):
     assert loss(model, make_batch(dataset, TRAINING, 9)).keys() == {"loss"}, "no alignment after its last step"
 
 
-@pytest.mark.parametrize("name", TOKEN_NETWORKS)
+@pytest.mark.parametrize("name", ["random_conv", "efficientnet_lite0"])
 def test_teacher_is_the_network_that_clusters(name):
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3)).astype(np.uint8)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    grid = TOKEN_NETWORKS[name]()(pixels)
+    grid = TOKEN_NETWORKS[name](None)(pixels)
     if name == "random_conv":
         expected = compute_responses(make_random_filters(0), images)
         np.testing.assert_allclose(grid.flatten(1), expected, rtol=1e-4, atol=1e-5)
     else:
         expected = EfficientNetFeatures.load(Path())(images)
         np.testing.assert_allclose(l2_normalize(grid.mean(dim=(2, 3)).numpy()), expected, rtol=1e-3, atol=1e-5)
-    tokens = compute_tokens(TOKEN_NETWORKS[name](), pixels, *grid.shape[2:])
+    tokens = compute_tokens(TOKEN_NETWORKS[name](None), pixels, *grid.shape[2:])
     torch.testing.assert_close(tokens[:, 1], nn.functional.normalize(grid[:, :, 0, 1], dim=-1))
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+IMAGE = {"image_size": 32, "patch_size": 8}
+VISION_NETWORKS = {
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, **IMAGE)),
+    "registers": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**SIZES, **IMAGE, num_register_tokens=4)
+    ),
+    "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES, **IMAGE)),
+    "convolutions": lambda: transformers.ConvNextModel(
+        transformers.ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], image_size=64)
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "grid"), [("dinov2", 4), ("registers", 4), ("siglip", 4), ("convolutions", 2)])
+def test_vision_network_teaches_by_its_patches(name, grid, make_dataset, tmp_path):
+    torch.manual_seed(0)
+    VISION_NETWORKS[name]().save_pretrained(tmp_path)
+    network = transformers.AutoModel.from_pretrained(tmp_path)
+    config = replace(EXPERT, align_teacher="transformers", align_path=str(tmp_path))
+    model, loss = aligned(config)
+    images = torch.rand(3, 3, 48, 48)
+    with torch.no_grad():
+        scaled = nn.functional.interpolate(images, (network.config.image_size,) * 2, mode="bilinear", antialias=True)
+        mean, deviation = (torch.tensor(part)[:, None, None] for part in IMAGENET)
+        hidden = getattr(network, "vision_model", network)((scaled - mean) / deviation).last_hidden_state
+    found = loss.teacher(images)
+    assert found.shape == (3, 16, grid, grid)
+    expected = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+    torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected[:, -grid * grid :])
+    batch = make_batch(make_dataset(shape=CODEC.latent_shape), TRAINING, 3)
+    assert -1 <= loss(model, batch)["alignment"] <= 1
+
+
+def test_patches_keep_their_places(tmp_path):
+    VISION_NETWORKS["dinov2"]().save_pretrained(tmp_path)
+    network = VisionFeatures.open(tmp_path)
+    with torch.no_grad():
+        for layer in network.network.encoder.layer:
+            layer.attention.o_proj.weight.zero_()
+        network.network.embeddings.position_embeddings.zero_()
+    images = torch.rand(1, 3, 32, 32)
+    changed = images.clone()
+    changed[:, :, 8:16, 16:24] = 0
+    moved = (network.compute_patches(images) - network.compute_patches(changed)).abs().amax((0, 1)) > 1e-4
+    assert moved.nonzero().tolist() == [[1, 2]]
+
+
+def test_vision_network_needs_its_folder(tmp_path):
+    with pytest.raises(ValidationError, match="needs expert.align_path"):
+        ExpertConfig(align_teacher="transformers")
+    with pytest.raises(ValidationError, match="other teachers have none"):
+        ExpertConfig(align_path=str(tmp_path))
+    with pytest.raises(UnknownExtractor, match="does not hold a vision network"):
+        aligned(replace(EXPERT, align_teacher="transformers", align_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

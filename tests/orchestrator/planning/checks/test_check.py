@@ -47,6 +47,27 @@ def test_scores_may_ask_for_captions_without_classes(tmp_path):
     check(tmp_path / "run", *data, "data.labels=false", "text=minilm", "scores.conditional=true")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("expert=unet",), "UNet2DModel has none"),
+        (("expert=dit", "expert.align_block=9"), "is past the 4 blocks of DiTTransformer2DModel"),
+        (
+            (
+                "expert=dit",
+                "expert.align_teacher=transformers",
+                "expert.align_path={folder}",
+            ),
+            "has no config.json",
+        ),
+    ],
+)
+def test_alignment_that_cannot_be_is_refused(tmp_path, overrides, message):
+    named = [part.format(folder=tmp_path) for part in overrides]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check(tmp_path / "run", "experiment=digits", "codec=pixels", "expert.align_weight=0.5", *named)
+
+
 @settings(max_examples=8, deadline=None)
 @example(
     counts=(0, 35), experts=1, expert="residual_mlp", components=2, holdout=0.0625, codec="pca", patch_size=1
