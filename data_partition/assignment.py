@@ -127,7 +127,9 @@ def _index_clusters(
     for first in range(0, num_clusters, OPEN_TARS // 2):
         with contextlib.ExitStack() as stack:
             writers = {
-                k: stack.enter_context(OffsetIndexWriter(out / str(k), config, index.image_shape, index.class_names))
+                k: stack.enter_context(
+                    OffsetIndexWriter(out / str(k), config, index.image_shape, index.class_names, index.buckets)
+                )
                 for k in range(first, min(first + OPEN_TARS // 2, num_clusters))
             }
             for row in range(index.count):

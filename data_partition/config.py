@@ -30,7 +30,8 @@ class DataConfig:
 
     store_latents: bool | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """With `mode=stream`, whether latents are stored before trainings, instead of images being encoded while networks
-    train. None: unless the codec is `pixels`, whose latents are larger than the images."""
+    train. None: unless the codec is `pixels`, whose latents are larger than the images; always with
+    `aspect_buckets`."""
 
     engine: Literal["local", "ray"] = field(default="local", metadata=UNHASHED)
     """Where the stages `dataset`, `features`, `latents` and `partition` compute: in their own process, or with Ray Data
@@ -128,7 +129,7 @@ class DataConfig:
 
     @model_validator(mode="after")
     def _streams_from_tars(self) -> "DataConfig":
-        """Check that images which stay where they are can be read there, all at one size."""
+        """Check that images which stay where they are can be read there, and of several sizes their latents."""
         if self.mode == "copy" and self.store_latents is not None:
             raise ValueError("data.store_latents needs data.mode=stream; a copied data set always stores its latents")
         if self.mode == "stream" and self.source != "webdataset":
@@ -136,8 +137,12 @@ class DataConfig:
                 f"data.mode=stream reads ranges of tars, and data.source={self.source} has none; set "
                 "data.source=webdataset with data.path=…tar, or data.mode=copy"
             )
-        if self.mode == "stream" and self.aspect_buckets:
-            raise ValueError("data.mode=stream has images of one size; leave data.aspect_buckets out, or copy")
+        if self.aspect_buckets and self.store_latents is False:
+            raise ValueError(
+                "data.store_latents=false reads the images of a batch from blocks of shards, and with "
+                "data.aspect_buckets a batch has those of one size alone; set data.store_latents=true, or leave the "
+                "buckets out"
+            )
         return self
 
     @model_validator(mode="after")

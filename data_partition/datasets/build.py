@@ -88,7 +88,7 @@ class _Build:
         self.config, self.source, self.out, self.workspace, self.known = config, source, out, workspace, known
         shape, *buckets = [(*size, config.channels) for size in config.sizes]
         self.train, self.holdout = (
-            OffsetIndexWriter(out / name, config, shape)
+            OffsetIndexWriter(out / name, config, shape, buckets=tuple(buckets))
             if config.mode == "stream"
             else ShardWriter(out / name, config.shard_samples, image_shape=shape, buckets=tuple(buckets))
             for name in ("train", "holdout")

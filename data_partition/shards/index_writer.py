@@ -1,6 +1,7 @@
 """Write an offset index: the same interface as `ShardWriter`, for samples that stay in tars of the user."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -28,14 +29,26 @@ from ddm_core.url_queries import without_secrets
 class OffsetIndexWriter:
     """Appends samples to a folder; `close` writes the index, and a folder without an index is unfinished."""
 
-    def __init__(self, folder: Path, config: DataConfig, image_shape: Shape, class_names: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: DataConfig,
+        image_shape: Shape,
+        class_names: tuple[str, ...] = (),
+        buckets: tuple[Shape, ...] = (),
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.config, self.image_shape, self.class_names = folder, config, image_shape, class_names
+        self.buckets = buckets
+        self.count = 0
+        """Samples written so far."""
         self.tars: list[SourceTar] = []
         self.shard_counts: list[int] = []
+        self.shard_buckets: list[int] = []
         self._checksums: list[str] = []
-        self._rows, self._texts = bytearray(), bytearray()
-        """Of the current tar."""
+        self._tar: SourceTar | None = None
+        self._pending: dict[int, tuple[bytearray, bytearray]] = {}
+        """Rows and texts of the current tar, by the bucket of their images; `text_end` counts from the first."""
         self._text_end = 0
         self._files: list[BinaryIO] = [(folder / name).open("wb") for name in (OFFSETS, TEXTS)]
 
@@ -48,17 +61,12 @@ class OffsetIndexWriter:
         for file in self._files:
             file.close()
 
-    @property
-    def count(self) -> int:
-        """Return the number of samples written so far."""
-        return sum(self.shard_counts)
-
     def add(self, sample: Sample) -> None:
         """Append a sample of a tar; raises `ShardError` if no range of the tar has its image."""
         place = sample.place
         if place is None:
             raise ValueError(f"{sample.key} is in no tar; read it with data.mode=stream")
-        if self._is_new(place.tar):
+        if self._tar != place.tar:
             data = read_range(place.tar.url, place.start, place.start + place.length)
             if digest(data) != place.digest:
                 raise ShardError(
@@ -69,12 +77,14 @@ class OffsetIndexWriter:
         row["offset"], row["length"], row["digest"] = place.start, place.length, place.digest
         row["sample_id"], row["label"] = identify_sample(encode_sample(sample)), sample.label
         text = json.dumps([sample.key, sample.caption, sample.more_captions]).encode()
-        self.append(place.tar, row, text)
+        bucket = (self.image_shape, *self.buckets).index(sample.image.shape) if self.buckets else 0
+        self.append(place.tar, row, text, bucket)
 
     def copy_row(self, index: OffsetIndex, row: int) -> None:
         """Append a sample of another index."""
-        stored, text = index.raw(row)
-        self.append(index.tars[index.tar_of(row)], np.array([stored], ROW), text)
+        (stored, text), shard = index.raw(row), index.tar_of(row)
+        bucket = index.shard_buckets[shard] if index.shard_buckets else 0
+        self.append(index.tars[shard], np.array([stored], ROW), text, bucket)
 
     def close(self) -> ShardIndex:
         """Finish the last tar and write the index."""
@@ -88,31 +98,36 @@ class OffsetIndexWriter:
             shards=tuple(shard_name(number) for number in range(len(self.tars))),
             shard_counts=tuple(self.shard_counts),
             checksums=tuple(self._checksums),
-            source=StreamSource(tars=tuple(self.tars), config=self.config),
+            buckets=self.buckets,
+            shard_buckets=tuple(self.shard_buckets) if self.buckets else (),
+            source=StreamSource(tars=tuple(self.tars), config=replace(self.config, engine="local")),
         )
         write_record(self.folder / INDEX, to_jsonable(index))
         return index
 
-    def _is_new(self, tar: SourceTar) -> bool:
-        return not self.tars or self.tars[-1] != tar
-
-    def append(self, tar: SourceTar, row: np.ndarray, text: bytes) -> None:
-        """Append a row as it is stored, whose image is in `tar`; its `text_end` is set."""
-        if self._is_new(tar):
+    def append(self, tar: SourceTar, row: np.ndarray, text: bytes, bucket: int = 0) -> None:
+        """Append a row as it is stored, whose image is in `tar` and of a bucket's shape; its `text_end` is set."""
+        if self._tar != tar:
             self._flush()
-            self.tars.append(tar)
-            self.shard_counts.append(0)
-        self._text_end += len(text)
-        row["text_end"] = self._text_end
-        self._rows += row.tobytes()
-        self._texts += text
-        self.shard_counts[-1] += 1
+            self._tar = tar
+        rows, texts = self._pending.setdefault(bucket, (bytearray(), bytearray()))
+        texts += text
+        row["text_end"] = len(texts)
+        rows += row.tobytes()
+        self.count += 1
 
     def _flush(self) -> None:
-        """Write the rows of the current tar."""
-        if not self.tars:
+        """Write the rows of the current tar, those of each bucket together."""
+        if (tar := self._tar) is None:
             return
-        for file, content in zip(self._files, (self._rows, self._texts), strict=True):
-            file.write(content)
-        self._checksums.append(rows_checksum(bytes(self._rows), bytes(self._texts)))
-        self._rows, self._texts = bytearray(), bytearray()
+        for bucket, (content, texts) in sorted(self._pending.items()):
+            rows = np.frombuffer(content, ROW).copy()
+            rows["text_end"] += self._text_end
+            self._text_end += len(texts)
+            for file, data in zip(self._files, (rows.tobytes(), bytes(texts)), strict=True):
+                file.write(data)
+            self._checksums.append(rows_checksum(rows.tobytes(), bytes(texts)))
+            self.tars.append(tar)
+            self.shard_counts.append(len(rows))
+            self.shard_buckets.append(bucket)
+        self._pending = {}

@@ -23,7 +23,7 @@ def join_shards(folders: Sequence[Path], out: Path) -> ShardIndex:
             "joined; read all of them with the settings of the first"
         )
     if first.source is not None:
-        with OffsetIndexWriter(out, first.source.config, first.image_shape, first.class_names) as writer:
+        with OffsetIndexWriter(out, first.source.config, first.image_shape, first.class_names, first.buckets) as writer:
             for folder in folders:
                 offsets, _ = open_offsets(folder)
                 for row in range(len(offsets.rows)):

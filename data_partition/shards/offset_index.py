@@ -1,6 +1,6 @@
 """The offset index: where the images of samples lie in tars of the user, so that each is read by one range of bytes.
 
-    folder/offsets.bin    one row a sample; those of a tar are together, in its order
+    folder/offsets.bin    one row a sample; those of a tar and of one shape are together, in its order
     folder/texts.bin      key and captions of every sample, as JSON
 
 Every image is compared with its hash when it is read: a tar that was changed or cut after it was indexed is an error.
@@ -81,10 +81,17 @@ class OffsetIndex:
     """The rows of a folder, memory-mapped, and the images that they name."""
 
     def __init__(
-        self, folder: Path, tars: Sequence[SourceTar], counts: Sequence[int], checksums: Sequence[str]
+        self,
+        folder: Path,
+        tars: Sequence[SourceTar],
+        counts: Sequence[int],
+        checksums: Sequence[str],
+        shard_buckets: Sequence[int] = (),
     ) -> None:
         """Open a folder; raises `ShardError` if its files have not as many rows as the tars."""
         self.folder, self.tars, self.checksums = folder, tuple(tars), tuple(checksums)
+        self.shard_buckets = tuple(shard_buckets)
+        """Position of the shape of the images of each tar; empty: all have one. A tar of several is there for each."""
         self.ends = np.cumsum([0, *counts], dtype=np.int64)
         """First row of every tar, and the number of rows."""
         self.rows = _map(folder / OFFSETS, ROW)

@@ -307,7 +307,8 @@ def open_offsets(folder: Path) -> tuple[OffsetIndex, DataConfig]:
     index = read_index(folder)
     if index.source is None:
         raise ShardError(f"{folder} has tars of its own; only data.mode=stream makes an offset index")
-    return OffsetIndex(folder, index.source.tars, index.shard_counts, index.checksums), index.source.config
+    offsets = OffsetIndex(folder, index.source.tars, index.shard_counts, index.checksums, index.shard_buckets)
+    return offsets, index.source.config
 
 
 def read_identities(folder: Path) -> Iterator[tuple[str, int]]:
@@ -330,12 +331,13 @@ def read_labels(folder: Path) -> Iterator[int]:
 def read_samples(folder: Path, start: int = 0) -> Iterator[Sample]:
     """Yield samples `start`, `start` + 1, … in their order, with images of the first shape; raises `ShardError`."""
     index = read_index(folder)
-    if index.source is not None:
-        yield from _read_indexed(folder, start)
-        return
     height, width, _ = index.image_shape
-    for shard, encoded in _read_shards(folder, start):
-        sample = decode_sample(encoded, shard)
+    samples = (
+        (decode_sample(encoded, shard) for shard, encoded in _read_shards(folder, start))
+        if index.source is None
+        else _read_indexed(folder, start)
+    )
+    for sample in samples:
         yield replace(sample, image=crop_to(sample.image, height, width)) if index.buckets else sample
 
 

@@ -220,7 +220,7 @@ def latents_config(config: RunConfig) -> LatentsStageConfig:
     """Return what is encoded before the trainings; of pixels that are streamed, nothing but captions."""
     data, store = config.data, config.data.store_latents
     if store is None:
-        store = data.mode == "copy" or config.codec.kind != "pixels"
+        store = data.mode == "copy" or config.codec.kind != "pixels" or bool(data.aspect_buckets)
     return LatentsStageConfig(text=config.text, device=config.codec.device, flip=data.flip, store=store)
 
 

@@ -54,7 +54,8 @@ def divide_latents(parts: Path, clusters: Sequence[Path], out: Path) -> None:
                     part = int(np.searchsorted(starts, run[0], "right")) - 1
                     writer.add(latents[part].select(torch.from_numpy(run - starts[part])))
         if are_streamed(folders):
-            shutil.copytree(shards, out / str(k) / IMAGES, copy_function=link_or_copy)
+            shutil.rmtree(images := out / str(k) / IMAGES, ignore_errors=True)
+            shutil.copytree(shards, images, copy_function=link_or_copy)
 
 
 def _iter_identities(shards: Path) -> Iterator[tuple[list[str], np.ndarray]]:

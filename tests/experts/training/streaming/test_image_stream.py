@@ -78,6 +78,12 @@ def test_latents_equal_those_that_are_stored(root, tmp_path):
     assert torch.equal(chosen.sample_id, expected.sample_id)
 
 
+def test_latents_are_divided_again_after_a_stop(root, tmp_path):
+    for _ in range(2):
+        divide_latents(root / "latents" / "train", [root / "dataset" / "train"], tmp_path)
+    assert len(open_offsets(tmp_path / "0" / "images")[0].rows) == len(read_latents(tmp_path / "0"))
+
+
 def test_batches_do_not_depend_on_threads_or_cache(root, tmp_path):
     dataset = open_samples(root, tmp_path)
     whole = draw(dataset, TRAINING, tmp_path / "none", range(9))
