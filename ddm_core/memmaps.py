@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 from numpy.typing import DTypeLike
+
+
+def open_rows(path: Path) -> Int64[np.ndarray, " row"]:
+    """Map a file of 64-bit numbers, which may be empty."""
+    return np.memmap(path, np.int64, "r") if path.stat().st_size else np.zeros(0, np.int64)
 
 
 def create_memmap(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[Any]]:
