@@ -17,10 +17,12 @@ import torch
 from benchmarks.arms import (
     assembly_rows,
     compression_rows,
+    decoupled_rows,
     few_step_rows,
     learngenes_rows,
     pruning_rows,
     recipe_rows,
+    regional_rows,
     replication_rows,
     reward_rows,
     time_rows,
@@ -67,11 +69,10 @@ Not built:
 NOT_BUILT = (
     "CAT-DM's implicit start by a generator of its own; Trajectory Diffuser's draft under a return",
     "DiffusionDrive's confidence head for prompts (for classes, shares of the anchors are exact)",
-    "A-SDM's global-regional attention",
     "DivControl's adapter for several conditions, whose gates a network computes from the condition's text",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
-    "rCM's score term beside continuous-time consistency; guidance of a mean flow as an input",
-    "AnimateLCM; SpeedUpNet's consistency over several steps; a stage that fits a regressor of rewards",
+    "guidance of a mean flow as an input",
+    "SpeedUpNet's consistency over several steps; a stage that fits a regressor of rewards",
 )
 
 
@@ -234,6 +235,7 @@ MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     "reflection": measure_reflection,
     **pruning_rows.ROWS,
     **assembly_rows.ROWS,
+    **regional_rows.ROWS,
     "classifier": measure_classifier,
     "density_router": measure_density_router,
     "consistency": measure_consistency,
@@ -241,6 +243,7 @@ MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     **replication_rows.ROWS,
     **few_step_rows.ROWS,
     **recipe_rows.ROWS,
+    **decoupled_rows.ROWS,
     **reward_rows.ROWS,
     **time_rows.ROWS,
     **learngenes_rows.ROWS,

@@ -108,7 +108,7 @@ def measure_kernels(folder: Path, kind: str) -> PaperRow:
             f"{results['inherited'].details['parameters']:.2f} against {results['one'].details['parameters']:.2f}"
         ),
         theirs="22 % faster U-Net at the quality of Stable Diffusion",
-        differs="routing by t alone, not by features of the input; no global-regional attention",
+        differs="routing by t alone, not by features of the input",
         holds=cost <= 1.1 and errors["inherited"] <= errors["one"],
     )
 

@@ -21,7 +21,7 @@ from ensemble.compression.distillation.config import (
     SignConfig,
     SpeedUpNetConfig,
 )
-from ensemble.compression.pruning.config import AssemblyConfig, EcoDiffConfig, LaptopConfig
+from ensemble.compression.pruning.config import AssemblyConfig, EcoDiffConfig, LaptopConfig, RegionalConfig
 from ensemble.compression.quantization.config import (
     LearngenesConfig,
     MixedPrecisionConfig,
@@ -77,7 +77,7 @@ class StitchConfig:
 AnyDistillConfig = SiDConfig | ConsistencyConfig | MMDConfig | MeanFlowConfig | SCMConfig | SignConfig
 DistillConfig = Annotated[AnyDistillConfig | SpeedUpNetConfig, Field(discriminator="method")]
 AccelerateConfig = Annotated[CacheConfig | HookConfig | TruncateConfig | BaseFirstConfig, Field(discriminator="method")]
-PruneConfig = Annotated[LaptopConfig | EcoDiffConfig | AssemblyConfig, Field(discriminator="method")]
+PruneConfig = Annotated[LaptopConfig | EcoDiffConfig | AssemblyConfig | RegionalConfig, Field(discriminator="method")]
 QuantizeConfig = Annotated[
     WeightOnlyConfig
     | DynamicInt8Config

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from torch import nn
+
 from ddm_core.artifacts import Workspace, read_json, to_jsonable, write_json
 from ddm_core.links import link_or_copy
 from ensemble.compression.acceleration.diffusers_hooks import hook_all
@@ -23,7 +25,7 @@ from ensemble.compression.config import (
     WeightOnlyConfig,
     compression_label,
 )
-from ensemble.compression.distillation.config import SiDConfig
+from ensemble.compression.distillation.config import WarmedConfig
 from ensemble.compression.distillation.consistency import train_consistency
 from ensemble.compression.distillation.mean_flow import train_mean_flow
 from ensemble.compression.distillation.mmd import finetune_mmd
@@ -47,6 +49,7 @@ from ensemble.compression.per_expert import RESULT_FILE, compress_each_expert
 from ensemble.compression.pruning.assembly import prune_assembly
 from ensemble.compression.pruning.ecodiff import prune_ecodiff
 from ensemble.compression.pruning.laptop import prune_laptop
+from ensemble.compression.pruning.regional import prune_regional
 from ensemble.compression.quantization.learngenes import quantize_learngenes
 from ensemble.compression.quantization.mixed_precision import quantize_mixed_precision
 from ensemble.compression.quantization.quest import quantize_quest
@@ -57,8 +60,14 @@ from ensemble.compression.report import REPORT_FILE
 from ensemble.pipeline import EnsemblePipeline
 from experts.conditions.text_encoder import read_text_config
 from experts.expert import Expert
+from experts.training.latent_dataset import LatentDataset
 from router.router import Router
 
+WARMED_METHODS: dict[str, Callable[[Expert, LatentDataset, Any, Workspace, nn.Module | None], ExpertResult]] = {
+    "sid": distill_sid,
+    "consistency": train_consistency,
+}
+"""Methods whose students may start from another network, by name."""
 DATA_FREE_METHODS: dict[str, Callable[[Expert, Any], ExpertResult]] = {
     "weight_only": quantize_weights,
     "dynamic_int8": quantize_dynamic_int8,
@@ -75,6 +84,7 @@ EXPERT_METHODS: dict[str, Method] = {
     "laptop": prune_laptop,
     "ecodiff": prune_ecodiff,
     "assembly": prune_assembly,
+    "regional": prune_regional,
     "svdquant": quantize_svdquant,
     "quest": quantize_quest,
 }
@@ -135,21 +145,23 @@ def _compress_experts(method: Any, context: CompressionContext, out: Path) -> tu
     """Compress each expert separately; return the number of changed modules, and the FLOPs."""
     if isinstance(method, AnyDistillConfig):
         context.check_noise_schedules(method.method)
-    has_warmup = isinstance(method, SiDConfig) and method.shared_warmup_steps > 0
-    start, warmup_flops = train_shared_warmup(method, context) if has_warmup else (None, 0.0)
+    has_warmup = isinstance(method, WarmedConfig) and method.shared_warmup_steps > 0
+    warmup = train_shared_warmup(method, context) if has_warmup else None
 
     def compress(expert: Expert, workspace: Workspace) -> ExpertResult:
         if method.method in DATA_FREE_METHODS:
             return DATA_FREE_METHODS[method.method](expert, method)
         latents = context.data.load_latents(expert.cluster_id, workspace)
-        if start is not None:
-            return distill_sid(expert, latents, method, workspace, start)
+        if warmup is not None:
+            return WARMED_METHODS[method.method](expert, latents, method, workspace, warmup.start_of(expert, method))
         return EXPERT_METHODS[method.method](expert, latents, method, workspace)
 
     records = compress_each_expert(method.method, compress, context.ensemble, out, context.workspace).values()
     if isinstance(method, WeightOnlyConfig | DynamicInt8Config) and method.router and (out / "router").is_dir():
         _pack_router(out / "router", method)
-    return sum(record.modules for record in records), warmup_flops + sum(record.flops for record in records)
+    return sum(record.modules for record in records), sum(
+        (record.flops for record in records), warmup.flops if warmup else 0.0
+    )
 
 
 def _compress_ensemble(

@@ -175,20 +175,38 @@ def remove_lora(network: nn.Module) -> None:
     vars(network).pop("peft_config", None)
 
 
+def merge_lora(network: nn.Module) -> None:
+    """Add all active adapters to the weights, in place; the network has its own layers again."""
+    for layer in _lora_layers(network).values():
+        layer.merge()
+    remove_lora(network)
+
+
 def add_new_lora(network: nn.Module, layers: Sequence[str], rank: int) -> None:
-    """Inject an adapter to be trained into these linear layers, in place; it changes nothing yet.
+    """Inject an adapter to be trained into these linear or convolutional layers, in place; it changes nothing yet.
 
     Its parameters are the only ones with gradients, and come from torch's global generator.
     """
     lora = {}
     for path in layers:
-        outputs, inputs = network.get_submodule(path).weight.shape
-        down = nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=math.sqrt(5))
-        lora[path] = LoraLayerWeights(down=down, up=torch.zeros(outputs, rank), alpha=float(rank))
+        outputs, *inputs = network.get_submodule(path).weight.shape
+        down = nn.init.kaiming_uniform_(torch.empty(rank, *inputs), a=math.sqrt(5))
+        up = torch.zeros(outputs, rank, *[1] * (len(inputs) - 1))
+        lora[path] = LoraLayerWeights(down=down, up=up, alpha=float(rank))
     add_lora(network, lora, NEW)
     for layer in _lora_layers(network).values():
         for part in (layer.lora_A, layer.lora_B):
             part.requires_grad_(requires_grad=True)
+
+
+def layers_above_rank(network: nn.Module, rank: int) -> list[str]:
+    """Return the linear and convolutional layers whose weights have more elements than an adapter of this rank."""
+    return [
+        path
+        for path, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        if layer.weight.numel() > rank * (len(layer.weight) + layer.weight[0].numel())
+    ]
 
 
 def extract_lora(network: nn.Module) -> Lora:

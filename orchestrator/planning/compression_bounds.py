@@ -3,6 +3,7 @@
 from ensemble.compression.acceleration.config import CacheConfig, HookConfig
 from ensemble.compression.config import QuantizeConfig
 from ensemble.compression.distillation.config import SpeedUpNetConfig
+from ensemble.compression.pruning.config import RegionalConfig
 from ensemble.compression.quantization.config import MixedPrecisionConfig
 from orchestrator.config.schema import RunConfig
 
@@ -13,7 +14,9 @@ MARGIN = 0.5
 
 def least_ratios(config: RunConfig) -> dict[str, float]:
     """Return the least bytes and FLOPs, relative to the original ensemble, that the compression stages can reach."""
-    kept = 1.0 if config.prune is None else 1.0 - config.prune.ratio
+    # Regions keep the parameters, and what share of the FLOPs is attention depends on the size of the maps.
+    is_regional = isinstance(config.prune, RegionalConfig)
+    kept = 1.0 if config.prune is None or isinstance(config.prune, RegionalConfig) else 1.0 - config.prune.ratio
     experts = config.partition.num_experts
     bits = FLOAT_BITS if config.quantize is None else _least_bits(config.quantize, experts)
     is_shared = config.distill is not None and config.distill.students == "shared"
@@ -23,7 +26,7 @@ def least_ratios(config: RunConfig) -> dict[str, float]:
     interval = config.accelerate.interval if isinstance(config.accelerate, CacheConfig | HookConfig) else 1.0
     return {
         "bytes": MARGIN * kept * bits / FLOAT_BITS / (experts if is_shared else 1),
-        "flops": MARGIN * kept * steps / solver_steps / interval,
+        "flops": 0.0 if is_regional else MARGIN * kept * steps / solver_steps / interval,
     }
 
 

@@ -15,7 +15,7 @@ from data_partition.datasets.image_folder import check_root, iter_image_files
 from data_partition.datasets.parquet_source import list_rows
 from data_partition.features.fit_sample import count_fit_images
 from ensemble.compression.config import AnyDistillConfig, CompressionConfig
-from ensemble.compression.distillation.config import MMDConfig, SiDConfig
+from ensemble.compression.distillation.config import MMDConfig, WarmedConfig
 from ensemble.compression.distillation.consistency import consistency_flops
 from ensemble.compression.distillation.mean_flow import mean_flow_flops
 from ensemble.compression.distillation.scm import scm_flops
@@ -309,7 +309,7 @@ def estimate_distill(stage: Stage, facts: DatasetFacts, earlier: EarlierWork) ->
         flops = _distillation_flops(method, row, ensemble_row)
     else:
         flops = num_experts * _distillation_flops(method, row, row)
-    if isinstance(method, SiDConfig) and method.shared_warmup_steps:
+    if isinstance(method, WarmedConfig) and method.shared_warmup_steps:
         warmup = replace(method, training=replace(method.training, steps=method.shared_warmup_steps))
         flops += _distillation_flops(warmup, row, ensemble_row)
     comparison = estimate_compression(stage, facts, earlier)

@@ -1,11 +1,12 @@
 """Settings of the distillation methods; imports no torch."""
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from ddm_core.artifacts import STRICT
+from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
 from experts.config import TrainingConfig
 
 
@@ -15,6 +16,14 @@ def _check_whole_batch(training: TrainingConfig) -> TrainingConfig:
             f"a distillation's losses need the whole batch at once; got accumulate={training.accumulate}; set it to 1"
         )
     return training
+
+
+def _check_has_own_students(shared_warmup_steps: int, students: str) -> None:
+    if shared_warmup_steps and students == "shared":
+        raise ValueError(
+            "distill.shared_warmup_steps applies to one student per expert; with distill.students=shared set "
+            "distill.training.steps"
+        )
 
 
 WholeBatchTraining = Annotated[TrainingConfig, AfterValidator(_check_whole_batch)]
@@ -56,6 +65,25 @@ class ConsistencyConfig:
     fixed_scales: bool | None = None
     """Freeze the scales of layer, group and root-mean-square norms, so that they cannot amplify outliers; empty freezes
     those that the network has, and true fails if it has none."""
+    shared_warmup_steps: Annotated[int, Field(ge=0)] = field(default=0, metadata=UNHASHED_IF_DEFAULT)
+    """Training steps of one shared student on all clusters, from which each expert's student then starts; 0 starts from
+    the expert."""
+    shared_start: Literal["student", "change"] = field(default="student", metadata=UNHASHED_IF_DEFAULT)
+    """`student`: start from the shared student. `change`: from the expert plus what the shared training changed, for
+    experts of one common start."""
+    adapter_rank: Annotated[int, Field(ge=1)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Train only an adapter of this rank in the linear and convolutional layers of each expert's student; empty trains
+    all parameters."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> "ConsistencyConfig":
+        _check_has_own_students(self.shared_warmup_steps, self.students)
+        if self.shared_start == "change" and not self.shared_warmup_steps:
+            raise ValueError(
+                "distill.shared_start=change adds what a shared training changed, and distill.shared_warmup_steps=0 "
+                "has none; set shared_warmup_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_intervals(self) -> "ConsistencyConfig":
@@ -133,13 +161,12 @@ class SiDConfig:
 
     @model_validator(mode="after")
     def _check_warmup(self) -> "SiDConfig":
-        if self.shared_warmup_steps and self.students == "shared":
-            raise ValueError(
-                "distill.shared_warmup_steps applies to one student per expert; with distill.students=shared set "
-                "distill.training.steps"
-            )
+        _check_has_own_students(self.shared_warmup_steps, self.students)
         return self
 
+
+WarmedConfig = SiDConfig | ConsistencyConfig
+"""Methods whose students may start from one shared student."""
 
 MEAN_FLOW_TRAINING = TrainingConfig(
     steps=2000, batch_size=64, lr=3e-4, warmup_steps=50, t_mean=0.4, t_std=1.6, checkpoint_every=200
@@ -198,6 +225,8 @@ class SCMConfig:
     """c of the normalized tangent g / (|g| + c)."""
     guidance: float = 1.0
     """Guidance scale of the expert."""
+    score_weight: Annotated[float, Field(ge=0)] = field(default=0.0, metadata=UNHASHED_IF_DEFAULT)
+    """Weight of score distillation on the student's own samples beside consistency (rCM); 0 leaves it out."""
 
 
 SIGN_TRAINING = TrainingConfig(

@@ -6,6 +6,10 @@ x_s has the same sample and noise as x_t (training), or is one Euler step of the
 Song et al. 2023, arXiv:2303.01469; Song & Dhariwal 2023, arXiv:2310.14189; Dao et al. 2025, arXiv:2502.01441: Cauchy
 loss, coupling, c that follows the discretization, a diffusion loss at small t, layer norms of fixed scale. f is the
 clean estimate of the student's velocity, for instance noised - t velocity, which is the identity at t = 0.
+
+Decoupled learning (AnimateLCM, Wang et al. 2024, arXiv:2402.00769): consistency is learned once for all data, and an
+adapter W + up down learns what one kind of data adds, from up = 0, so that it begins as the shared student. The paper
+adds a second kind of data, videos; here each cluster is one.
 """
 
 import math
@@ -29,6 +33,8 @@ from ensemble.compression.method import ExpertResult, StageError
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import expand
 from experts.expert import Expert, network_flops
+from experts.networks.lora import add_new_lora, layers_above_rank, merge_lora
+from experts.training.flops import count_parameters
 from experts.training.latent_dataset import LatentDataset, derive_seed, make_batch
 from experts.types import Latents, Times
 
@@ -56,11 +62,16 @@ LOSSES: dict[str, Callable[[Squared, float], Squared]] = {
 
 
 def train_consistency(
-    expert: Expert, dataset: LatentDataset, config: ConsistencyConfig, workspace: Workspace
+    expert: Expert,
+    dataset: LatentDataset,
+    config: ConsistencyConfig,
+    workspace: Workspace,
+    start: nn.Module | None = None,
 ) -> ExpertResult:
-    """Train a student of one expert; raises what `train_alternating` raises."""
+    """Train a student of one expert, from its parameters or from `start`; raises what the training below raises."""
     teacher, teacher_flops = copy_as_teacher(expert, config.training.device)
-    return train_consistency_student(expert, teacher, teacher_flops, dataset, config, workspace)
+    initial = expert if start is None else replace(expert, model=start)
+    return train_consistency_student(initial, teacher, teacher_flops, dataset, config, workspace)
 
 
 def train_consistency_student(
@@ -71,7 +82,10 @@ def train_consistency_student(
     config: ConsistencyConfig,
     workspace: Workspace,
 ) -> ExpertResult:
-    """Train a student from the expert's parameters; `teacher_flops` are those of the teacher on one row."""
+    """Train a student from the expert's parameters; `teacher_flops` are those of the teacher on one row.
+
+    Raises `StageError` for norms or an adapter that the network has no layers for, and what `train_alternating` raises.
+    """
     student = deepcopy(expert.model).requires_grad_(True)
     num_fixed = 0 if config.fixed_scales is False else freeze_scales(student)
     if config.fixed_scales and not num_fixed:
@@ -79,16 +93,39 @@ def train_consistency_student(
             f"distill.fixed_scales needs layer or group norms with scales, and expert {expert.cluster_id} has none; "
             f"leave it out (its layers: {describe_layers(student)})"
         )
+    if config.adapter_rank is not None:
+        _add_adapter(student, config.adapter_rank, expert.cluster_id, config.training.seed)
+    trained_share = count_trainable(student) / count_parameters(expert.model)
     trained = train_alternating(
         {"student": student}, make_update_step(expert, teacher, dataset, config), config.training, workspace
     )
     few_step = FewStepSchedule.uniform(config.steps, "renoise", is_distilled=True)
+    model = trained.models["student"]
+    merge_lora(model)
     return ExpertResult(
-        expert=replace(expert, model=trained.models["student"], few_step=few_step, cache=None),
+        expert=replace(expert, model=model.requires_grad_(True), few_step=few_step, cache=None),
         modules=1,
         flops=consistency_flops(network_flops(expert.model, expert.latent_shape), teacher_flops, config),
-        details={"losses": trained.rows, "fixed_scales": num_fixed},
+        details={"losses": trained.rows, "fixed_scales": num_fixed, "trained_share": trained_share},
     )
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Return the number of parameters with gradients."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _add_adapter(model: nn.Module, rank: int, cluster_id: int, seed: int) -> None:
+    """Inject an adapter that changes nothing yet, in place; raise `StageError` if every layer is smaller than it."""
+    layers = layers_above_rank(model, rank)
+    if not layers:
+        raise StageError(
+            f"distill.adapter_rank={rank} is no smaller than any layer of expert {cluster_id}; lower it, or leave it "
+            f"out (its layers: {describe_layers(model)})"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_new_lora(model, layers, rank)
 
 
 def make_update_step(expert: Expert, teacher: Teacher, dataset: LatentDataset, config: ConsistencyConfig) -> UpdateStep:

@@ -1,7 +1,8 @@
 """Distill all experts and their router into one shared student, which replaces the ensemble."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ddm_core.artifacts import Workspace, atomic_folder, read_json, write_json
 from ensemble.compression.config import DistillConfig
-from ensemble.compression.distillation.config import MMDConfig, SiDConfig
+from ensemble.compression.distillation.config import MMDConfig, SiDConfig, WarmedConfig
 from ensemble.compression.distillation.consistency import train_consistency_student
 from ensemble.compression.distillation.mean_flow import train_mean_flow_student
 from ensemble.compression.distillation.mmd import finetune_mmd
@@ -53,27 +54,60 @@ def distill_shared_student(config: DistillConfig, context: CompressionContext) -
     )
 
 
-def train_shared_warmup(config: SiDConfig, context: CompressionContext) -> tuple[nn.Module, float]:
-    """Train the shared student from which every expert's student starts; return it and the FLOPs.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedWarmup:
+    """A shared student, the network that it was trained from, and the FLOPs."""
+
+    student: nn.Module
+    start: nn.Module
+    flops: float
+
+    def start_of(self, expert: Expert, config: WarmedConfig) -> nn.Module:
+        """Return the network from which an expert's student starts."""
+        if isinstance(config, SiDConfig) or config.shared_start == "student":
+            return self.student
+        return add_change(expert.model, self.student, self.start)
+
+
+def add_change(model: nn.Module, trained: nn.Module, start: nn.Module) -> nn.Module:
+    """Return a copy of `model` with every parameter W + trained - start (arXiv:2402.00769, fusion of weights)."""
+    fused, pairs = deepcopy(model), zip(trained.parameters(), start.parameters(), strict=True)
+    with torch.no_grad():
+        for parameter, (after, before) in zip(fused.parameters(), pairs, strict=True):
+            parameter.add_(after - before)
+    return fused
+
+
+def train_shared_warmup(config: WarmedConfig, context: CompressionContext) -> SharedWarmup:
+    """Train the shared student from which every expert's student starts.
 
     A restarted stage loads it from the scratch folder.
     """
     finished = context.workspace.scratch / "common"
+    experts = context.load_single_networks(config.method).values()
     if not finished.exists():
         training = replace(config.training, steps=config.shared_warmup_steps)
         warmup_context = replace(context, workspace=context.workspace.part("common_work"))
-        experts = context.load_single_networks(config.method).values()
         kinds = {(expert.prediction, type(expert.model), _parameter_shapes(expert)) for expert in experts}
         if len(kinds) > 1:
             raise StageError(
                 "a shared warm-up needs experts of one architecture, and these differ; set "
                 "distill.shared_warmup_steps=0"
             )
-        result = distill_shared_student(replace(config, shared_warmup_steps=0, training=training), warmup_context)
+        settings: WarmedConfig = (
+            replace(config, shared_warmup_steps=0, training=training)
+            if isinstance(config, SiDConfig)
+            else replace(config, shared_warmup_steps=0, shared_start="student", adapter_rank=None, training=training)
+        )
+        result = distill_shared_student(settings, warmup_context)
         with atomic_folder(finished) as temporary:
             result.experts[0].save(temporary)
             write_json(temporary / SHARED_WARMUP, {"flops": result.flops})
-    return Expert.load(finished).model, float(read_json(finished / SHARED_WARMUP)["flops"])
+    return SharedWarmup(
+        student=Expert.load(finished).model,
+        start=next(iter(experts)).model,
+        flops=float(read_json(finished / SHARED_WARMUP)["flops"]),
+    )
 
 
 def _parameter_shapes(expert: Expert) -> tuple[torch.Size, ...]:

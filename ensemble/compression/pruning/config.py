@@ -102,3 +102,28 @@ class AssemblyConfig:
     """Divide each feature distance by the mean square of the original's features."""
     seed: int = 0
     """Seed of the samples and of the random order."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RegionalConfig:
+    """Lets self-attention over large maps read the tokens of a region and a summary of every other region."""
+
+    method: Literal["regional"] = "regional"
+    min_tokens: Annotated[int, Field(ge=4)] = 256
+    """Tokens of the smallest map that is divided; attention over smaller ones stays."""
+    region: Annotated[int, Field(ge=2)] | None = None
+    """Side of a region in tokens; empty takes the one with the fewest keys, which reads n + N / n of N."""
+    rows: Annotated[int, Field(ge=1)] = 128
+    """Samples that give the weights of the features, and on which errors are measured."""
+    finetune: TrainingConfig | None = field(
+        default_factory=lambda: TrainingConfig(steps=400, batch_size=32, lr=5e-4, warmup_steps=20)
+    )
+    """Fine-tuning of the divided network; empty skips it."""
+    output_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the original's output in fine-tuning."""
+    feature_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distances to the original's features in fine-tuning."""
+    normalize: bool = True
+    """Divide each feature distance by the mean square of the original's features."""
+    seed: int = 0
+    """Seed of the samples."""

@@ -23,14 +23,14 @@ from ensemble.compression.common.calibration_data import at_few_step_times, run_
 from ensemble.compression.common.network_stages import STAGE, image_features
 from ensemble.compression.distillation.mmd_features import latent_features
 from ensemble.compression.distillation.teacher import copy_frozen
-from ensemble.compression.pruning.config import AssemblyConfig, LaptopConfig
+from ensemble.compression.pruning.config import AssemblyConfig, LaptopConfig, RegionalConfig
 from experts.config import TrainingConfig
 from experts.diffusion.predictions import to_clean_and_noise, training_target
 from experts.expert import Expert
 from experts.training.latent_dataset import Batch, LatentDataset
 from experts.training.trainer import LossFn, fit
 
-RecoveryConfig = LaptopConfig | AssemblyConfig
+RecoveryConfig = LaptopConfig | AssemblyConfig | RegionalConfig
 """Settings with weights of the loss's terms, and of a fine-tuning."""
 
 

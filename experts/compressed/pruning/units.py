@@ -22,6 +22,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from experts.architectures.residual_mlp import ResidualBlock
+from experts.compressed.attention.regional import NAME as REGIONAL
+from experts.compressed.attention.regional import RegionalSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +177,8 @@ def _prune_group(module: nn.Module, units: UnitGroup, remaining: list[int]) -> N
     if isinstance(module, Attention):
         module.heads, module.sliceable_head_dim = len(remaining), len(remaining)
         module.inner_dim, module.inner_kv_dim = len(entries), len(entries)
+        if isinstance(summary := getattr(module, REGIONAL, None), RegionalSummary):
+            summary.keep_heads(remaining)
 
 
 def _select_rows(layer: Any, rows: Tensor) -> None:

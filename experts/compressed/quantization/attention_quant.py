@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from experts.compressed.attention.regional import NAME as REGIONAL
 from experts.compressed.conditional.timestep_recorder import find_recorder
 from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer
 
@@ -83,8 +84,12 @@ class AttentionOperandQuantizer(TimestepActivationQuantizer):
 
 
 def attention_layers(model: nn.Module) -> list[str]:
-    """Return the paths of the attention layers, in the network's order."""
-    return [path for path, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    """Return the paths of the attention layers, in the network's order, without those divided into regions."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if type(module).__name__.endswith("Attention") and not hasattr(module, REGIONAL)
+    ]
 
 
 def quantize_operand(

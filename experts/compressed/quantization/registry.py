@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from experts.architectures.task_routing import TaskRouting, add_task_routing
+from experts.compressed.attention.regional import RegionalSummary, add_regional_summary
 from experts.compressed.conditional.kernel_experts import KernelExperts, replace_with_kernel_experts
 from experts.compressed.distillation.guidance_branch import GuidanceBranch, add_guidance_branch
 from experts.compressed.distillation.interval_embedding import IntervalEmbedding, add_interval_embedding
@@ -49,6 +50,7 @@ QUANTIZED_MODULES: dict[str, Callable[[nn.Module, str, Mapping[str, Any]], None]
     IntervalEmbedding.KIND: add_interval_embedding,
     GuidanceBranch.KIND: add_guidance_branch,
     TaskRouting.KIND: add_task_routing,
+    RegionalSummary.KIND: add_regional_summary,
     KernelExperts.KIND: replace_with_kernel_experts,
 }
 """By kind: a function (model, path, settings) that replaces the module at a path by an empty quantized one."""

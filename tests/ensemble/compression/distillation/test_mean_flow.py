@@ -1,6 +1,7 @@
 """Mean flows: the exact average velocity is a fixed point, training finds it, and students sample by it."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ BRIEF = TrainingConfig(steps=6, batch_size=8, lr=3e-4, warmup_steps=2, checkpoin
 METHODS = {
     "mean_flow": (train_mean_flow, MeanFlowConfig),
     "scm": (train_scm, SCMConfig),
+    "rcm": (train_scm, partial(SCMConfig, score_weight=0.5)),
     "sign": (train_sign, SignConfig),
 }
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -182,7 +184,7 @@ def test_a_student_of_a_student_is_refused(method, teacher, tmp_path):
         distill(method, student, Workspace.at(tmp_path))
 
 
-@pytest.mark.parametrize(("method", "steps"), [("mean_flow", 2), ("mean_flow", 4), ("scm", 2), ("sign", 1)])
+@pytest.mark.parametrize(("method", "steps"), [("mean_flow", 2), ("mean_flow", 4), ("scm", 2), ("rcm", 2), ("sign", 1)])
 def test_a_saved_student_samples_the_same_alone_and_in_a_batch(method, steps, teacher, tmp_path):
     student = distill(method, teacher, Workspace.at(tmp_path / "work"), steps=steps)
     student.save(tmp_path / "student")

@@ -1,0 +1,1 @@
+"""Attention that reads fewer tokens."""
