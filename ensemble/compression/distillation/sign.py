@@ -122,7 +122,7 @@ def score_loss(
     t: Times,
     condition: Condition,
     teacher: Teacher,
-    fake: Expert,
+    fake: Teacher,
     guidance: float,
 ) -> torch.Tensor:
     """Return a loss whose gradient to the sample is that of distribution matching, (g - f) / |x - f|_1 an element."""
