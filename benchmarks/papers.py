@@ -15,10 +15,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.arms import (
+    anchor_rows,
     assembly_rows,
     compression_rows,
     decoupled_rows,
     few_step_rows,
+    guided_flow_rows,
     learngenes_rows,
     pruning_rows,
     recipe_rows,
@@ -68,10 +70,8 @@ Not built:
 """
 NOT_BUILT = (
     "CAT-DM's implicit start by a generator of its own; Trajectory Diffuser's draft under a return",
-    "DiffusionDrive's confidence head for prompts (for classes, shares of the anchors are exact)",
     "DivControl's adapter for several conditions, whose gates a network computes from the condition's text",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
-    "guidance of a mean flow as an input",
     "SpeedUpNet's consistency over several steps; a stage that fits a regressor of rewards",
 )
 
@@ -242,6 +242,8 @@ MEASUREMENTS: Mapping[str, Callable[[Path], PaperRow]] = {
     **compression_rows.ROWS,
     **replication_rows.ROWS,
     **few_step_rows.ROWS,
+    **guided_flow_rows.ROWS,
+    **anchor_rows.ROWS,
     **recipe_rows.ROWS,
     **decoupled_rows.ROWS,
     **reward_rows.ROWS,

@@ -131,6 +131,12 @@ class Ensemble:
         return all(expert.guides_in_one_call for expert in self.experts.values())
 
     @property
+    def includes_guidance(self) -> bool:
+        """Return whether the experts are students that were distilled with a guidance scale, which cannot be chosen."""
+        few_step = self.few_step
+        return few_step is not None and few_step.is_distilled and not self.guides_in_one_call
+
+    @property
     def missing(self) -> tuple[int, ...]:
         """Return the ids of the missing experts."""
         return tuple(k for k in range(self.num_experts) if k not in self.experts)

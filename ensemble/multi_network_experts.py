@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ddm_core.artifacts import CorruptArtifact, read_json, write_json
 from ensemble.solvers import sample_few_step, scale_initial_noise
-from experts.architectures.draft_generators import DRAFT_GENERATORS
+from experts.architectures.draft_generators import DRAFT_GENERATORS, PromptedAnchors
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
@@ -106,7 +106,9 @@ class TruncatedExpert(ExpertModel):
         draft_noise, draft = noise(DRAFT_NOISE_INDEX), self.draft
         if not isinstance(draft, Expert):
             cache.count(float(len(draft_noise)))
-            clean: Latents = draft(draft_noise, condition.embedding_index(self.num_classes))
+            index = condition.embedding_index(self.num_classes)
+            is_prompted = isinstance(draft, PromptedAnchors)
+            clean: Latents = draft(draft_noise, index, condition.text) if is_prompted else draft(draft_noise, index)
             return clean
         few_step = draft.few_step or FewStepSchedule.uniform(1, "euler")
         cache.count(float(len(draft_noise) * len(few_step.times)))

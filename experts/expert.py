@@ -15,7 +15,7 @@ from experts.codecs.registry import load_codec
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.compressed.caching.plan import CacheSchedule
 from experts.compressed.distillation.guidance_branch import guidance_branches, guiding
-from experts.compressed.distillation.interval_embedding import jumping
+from experts.compressed.distillation.interval_embedding import jumping, takes_guidance
 from experts.conditions.condition import Condition
 from experts.conditions.null_text import get_null_text
 from experts.conditions.text_embedding import TextEmbedding
@@ -42,7 +42,7 @@ from experts.training.memory import part_rows
 from experts.training.optimizers.ema import SNAPSHOTS
 from experts.training.parallel.distributed import DataParallelGroup
 from experts.training.trainer import LossFn, Watch, fit, write_rows
-from experts.types import Latents, RowIds, Times
+from experts.types import Latents, RowIds, RowTimes, Times
 
 METADATA_FILE, CACHE_FILE = "expert.json", "cache.json"
 EARLY = "early"
@@ -80,13 +80,26 @@ class Expert(ExpertModel):
         network_input = clamp_noise_level(self.prediction, sample, self.noise_schedule)
         call, row_times = resolve_call(self.model, network_input.noised, network_input.t)
         lengths = None if self.few_step is None else self.few_step.jump_lengths(sample.t.expand(len(noised)))
+        scale = self._input_scale(condition)
         condition = condition.filled(get_null_text(self.model))
-        with jumping(self.model, lengths), guiding(self.model, condition, sample.t):
+        with jumping(self.model, lengths, scale), guiding(self.model, condition, sample.t):
             predicted = call(self.model, network_input.noised, row_times, condition)
         if self.prediction == "velocity" and noise_schedule.name == self.noise_schedule.name:
             return predicted
         parts = clean_and_noise_at(self.prediction, predicted, network_input, sample, self.noise_schedule)
         return noise_schedule.velocity(parts.clean, parts.noise, t)
+
+    def _input_scale(self, condition: Condition) -> RowTimes | None:
+        """Return the guidance scale of every row for a network that takes it: 1 for rows without a condition."""
+        if condition.guidance is None or not takes_guidance(self.model):
+            return None
+        scale, negative = condition.guidance
+        if not bool(negative.is_null.all()):
+            raise ValueError(
+                f"expert {self.cluster_id} was distilled with guidance away from the null condition alone; leave the "
+                "negative prompt out"
+            )
+        return torch.where(condition.is_null, 1.0, scale)
 
     def cached_velocity(
         self,
@@ -129,8 +142,8 @@ class Expert(ExpertModel):
 
     @property
     def guides_in_one_call(self) -> bool:
-        """Return whether its network has branches for the guidance of a condition."""
-        return bool(guidance_branches(self.model))
+        """Return whether its network has branches for the guidance of a condition, or takes the scale as an input."""
+        return bool(guidance_branches(self.model)) or takes_guidance(self.model)
 
     @property
     def needs_cache(self) -> bool:

@@ -213,7 +213,7 @@ def measure_anchors(folder: Path) -> PaperRow:
         criterion="best of 20: error ≤ .9 × and spread ≥ 1.5 × those of 20 steps; below anchors alone, random anchors",
         ours="; ".join(f"{name} {errors[name]:.3f} (spread {spreads[name]:.2f})" for name in errors),
         theirs="PDMS 88.1, +3.5 over a policy from noise, with a tenth of the steps",
-        differs="digits without condition instead of trajectories; confidence is the anchors' share in a class",
+        differs="digits without condition instead of trajectories",
         holds=errors["trained"] <= 0.9 * errors["20 steps"]
         and spreads["trained"] >= 1.5 * spreads["20 steps"]
         and errors["trained"] < min(errors["anchors"], errors["random"]),

@@ -309,7 +309,8 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, OptimizationMetho
     ) -> Guidance:
         few_step = self.ensemble.few_step
         is_distilled = few_step is not None and few_step.is_distilled
-        if is_distilled and (scale is not None or guider is not None or weak is not None):
+        includes_guidance = self.ensemble.includes_guidance
+        if (includes_guidance and scale is not None) or (is_distilled and (guider is not None or weak is not None)):
             raise PipelineError(
                 "guidance is part of these distilled students; leave guidance_scale, guider and weak out"
             )
@@ -317,7 +318,7 @@ class EnsembleDiffusionPipeline(FolderMethods, AdapterMethods, OptimizationMetho
             raise PipelineError("guidance leads away from a weak model or a negative prompt; leave one of them out")
         if scale is not None and guider is not None:
             raise PipelineError("a guider has a scale of its own; leave guidance_scale out")
-        if is_distilled or (weak is None and bool(condition.is_null.all())):
+        if includes_guidance or (weak is None and bool(condition.is_null.all())):
             return Guidance()
         default = self.sampling.guidance_scale if scale is None else scale
         return Guidance(scale=default, interval=interval, guider=guider, weak=weak and weak.ensemble)

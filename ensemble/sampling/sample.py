@@ -157,8 +157,7 @@ def _device_rows(condition: Condition | None, rows: RowIds, config: SamplingConf
 
 def guidance_scale_of(ensemble: Ensemble, config: SamplingConfig) -> float:
     """Return the guidance scale of conditional samples; 1 for students that were distilled with guidance."""
-    few_step = ensemble.few_step
-    return 1.0 if few_step and few_step.is_distilled else config.guidance_scale
+    return 1.0 if ensemble.includes_guidance else config.guidance_scale
 
 
 def _reporter(on_progress: Progress | None, start: int, size: int, total: int) -> Callable[[float], None]:

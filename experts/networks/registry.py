@@ -133,10 +133,11 @@ def enable_gradient_checkpointing(model: nn.Module, function: Callable[..., Any]
     checkpointed.enable_gradient_checkpointing(function)
 
 
-def extend_by_intervals(model: nn.Module) -> nn.Module:
+def extend_by_intervals(model: nn.Module, *, has_guidance: bool = False) -> nn.Module:
     """Let a network take the length of a jump beside t, in place, and return it; its output stays until it is trained.
 
-    Raises `NetworkError` for a network whose embedding of t is not found.
+    With `has_guidance`, a guidance scale is an input too. Raises `NetworkError` for a network whose embedding of t is
+    not found.
     """
     pattern = ADAPTERS[type(model).__name__].time_embedding
     paths = [path for path, _ in model.named_modules() if re.fullmatch(pattern, path)]
@@ -144,7 +145,7 @@ def extend_by_intervals(model: nn.Module) -> nn.Module:
         raise NetworkError(f"no layers of this {type(model).__name__} embed t: none is called {pattern}")
     try:
         for path in paths:
-            add_interval_embedding(model, f"{path}.{INTERVAL}")
+            add_interval_embedding(model, f"{path}.{INTERVAL}", {"has_guidance": True} if has_guidance else None)
     except ValueError as error:
         raise NetworkError(f"this {type(model).__name__} takes no interval: {error}; quantize it afterwards") from error
     return model

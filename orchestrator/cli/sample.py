@@ -132,7 +132,7 @@ def prepare_sampling(run: RunFolder, out: Path, options: SamplingOptions) -> Sam
             f"--steps applies only to experts that predict at any t; the experts in {folder} have a few-step schedule "
             f"of {len(few_step.times)} steps: leave --steps out"
         )
-    if few_step is not None and few_step.is_distilled and guidance_scale is not None:
+    if pipeline.ensemble.includes_guidance and guidance_scale is not None:
         raise ConfigError(
             f"--guidance-scale applies only to experts without distilled guidance; the students in {folder} have it: "
             "leave --guidance-scale out"

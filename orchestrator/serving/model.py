@@ -308,7 +308,7 @@ def _describe(source: ModelSource, pipeline: EnsemblePipeline) -> ModelFacts:
         selection=sampling.selection.name,
         selections=tuple(source.selections),
         is_few_step=few_step is not None,
-        has_guidance=few_step is None or not few_step.is_distilled,
+        has_guidance=not pipeline.ensemble.includes_guidance,
         adapters=tuple(source.adapters),
         compressions=source.compressions,
     )

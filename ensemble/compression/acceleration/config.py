@@ -79,7 +79,8 @@ class TruncateConfig:
     method: Literal["truncate"] = "truncate"
     draft: Literal["student", "expert", "anchors", "autoregressive"] = "anchors"
     """What generates the draft. `student`: the distilled ensemble. `expert`: the expert in `draft_steps` steps.
-    `anchors`: centroids of the cluster. `autoregressive`: a recurrent network trained on the cluster, which generates a
+    `anchors`: centroids of the cluster, by their shares in a class, or by a head that reads the texts.
+    `autoregressive`: a recurrent network trained on the cluster, which generates a
     latent row by row."""
     steps: Annotated[int, Field(ge=1)] = 2
     """Euler steps in which the expert refines the draft."""
@@ -95,9 +96,9 @@ class TruncateConfig:
     anchors: Annotated[int, Field(ge=1)] = 64
     """`anchors`: number of centroids, at most one per sample of the cluster."""
     width: Annotated[int, Field(ge=8)] = 128
-    """`autoregressive`: hidden width of the network."""
+    """`autoregressive`, and `anchors` with texts: hidden width of the network or the head."""
     training: TrainingConfig = DRAFT_TRAINING
-    """`autoregressive`: training of the network."""
+    """`autoregressive`, and `anchors` with texts: training of the network or the head."""
     tune: Literal["no", "data", "anchors"] = "no"
     """Train a copy of each expert below its start time. `data`: on noised samples. `anchors`: from noised anchors to
     the samples nearest to them. The copies are kept if they lower the held-out score."""

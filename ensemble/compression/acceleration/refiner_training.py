@@ -5,7 +5,7 @@
 
 CAT-DM (Zeng et al. 2024, arXiv:2311.18405) trains below t_start. DiffusionDrive (Liao et al. 2024, arXiv:2411.15139)
 also starts from noised anchors in training, so the network learns the step from an anchor to the samples around it. Its
-head for the confidence in an anchor is exact here, where conditions are classes: the anchors' shares in each class.
+head for the confidence in an anchor reads texts; where conditions are classes, the anchors' shares in each are exact.
 """
 
 from copy import deepcopy

@@ -23,7 +23,7 @@ from ensemble.compression.distillation.mmd import FINE, median_kernel, squared_m
 from ensemble.compression.method import CompressionContext, EnsembleResult, StageError
 from ensemble.multi_network_experts import TruncatedExpert
 from ensemble.solvers import make_noise, sample_few_step
-from experts.architectures.draft_generators import Anchors, Autoregressive
+from experts.architectures.draft_generators import Anchors, Autoregressive, PromptedAnchors
 from experts.compressed.caching.feature_cache import ExpertCache
 from experts.conditions.condition import Condition
 from experts.diffusion.few_step import FewStepSchedule
@@ -204,13 +204,14 @@ def fit_draft(
         return student, 0.0
     if config.draft == "expert":
         return replace(expert, few_step=FewStepSchedule.uniform(config.draft_steps, "euler")), 0.0
+    if config.draft == "anchors":
+        anchors = fit_anchors(dataset, expert.num_classes, config)
+        return (anchors, 0.0) if dataset.captions is None else train_confidence(anchors, dataset, config, workspace)
     if dataset.captions is not None:
         raise StageError(
-            f"accelerate.draft={config.draft} sees classes and no text; choose accelerate.draft=expert or "
-            "accelerate.draft=student"
+            f"accelerate.draft={config.draft} sees classes and no text; choose accelerate.draft=anchors, "
+            "accelerate.draft=expert or accelerate.draft=student"
         )
-    if config.draft == "anchors":
-        return fit_anchors(dataset, expert.num_classes, config), 0.0
     return _train_autoregressive(expert, dataset, config, workspace)
 
 
@@ -228,6 +229,28 @@ def fit_anchors(dataset: LatentDataset, num_classes: int, config: TruncateConfig
     means = torch.from_numpy(centroids).reshape(count, *dataset.latent_shape)
     anchors: Anchors = Anchors.from_means(means, shares / shares.sum(1, keepdim=True))
     return anchors
+
+
+def train_confidence(
+    anchors: Anchors, dataset: LatentDataset, config: TruncateConfig, workspace: Workspace
+) -> tuple[PromptedAnchors, float]:
+    """Train a head that predicts the anchor from classes and texts; return anchors with it and the FLOPs."""
+    classes, first = len(anchors.shares) - 1, dataset.condition(torch.arange(1))
+    if first.text is None:
+        raise StageError("a head for texts needs latents with captions, and these have none; use their anchors' shares")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = PromptedAnchors.from_anchors(anchors, first.text.shape[1:], config.width)
+
+    def loss(network: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        condition = batch.condition
+        return {"loss": network.loss(batch.clean, condition.embedding_index(classes), condition.text)}  # type: ignore[operator]
+
+    forward = forward_flops(lambda: model.logits(first.embedding_index(classes), first.text))
+    trained = fit(model, loss, dataset, config.training, workspace).model
+    if not isinstance(trained, PromptedAnchors):
+        raise TypeError(f"training a head of anchors returned a {type(trained).__name__}")
+    return trained, training_flops(forward, config.training.batch_size, config.training.steps)
 
 
 def _train_autoregressive(

@@ -198,6 +198,18 @@ class MeanFlowConfig:
     expert's velocity, where short jumps have hardly an error and would count most."""
     guidance: float = 1.0
     """Guidance scale of the velocity that is averaged; guided samples then cost one call a jump too."""
+    max_guidance: Annotated[float, Field(gt=1)] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
+    """Train for every guidance scale from 1 to this one, which becomes an input of the student: samples then have the
+    run's guidance, or any other, at one call a jump. Empty trains for `guidance` alone."""
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> "MeanFlowConfig":
+        if self.max_guidance is not None and self.guidance != 1:
+            raise ValueError(
+                f"distill.max_guidance={self.max_guidance} makes guidance an input, and distill.guidance="
+                f"{self.guidance} fixes it; leave one of them out"
+            )
+        return self
 
 
 SCM_TRAINING = TrainingConfig(

@@ -7,6 +7,9 @@ differentiation. Jumps of no length train the velocity itself. Geng et al. 2025,
 (iMF), arXiv:2512.02012: the derivative follows the student's own velocity instead of that of one sample and noise. The
 student starts from the expert, whose time embedding gets one of the jump's length beside it. The identity holds on any
 noise schedule, as the velocity there is d noised / dt.
+
+With guidance v is v(null) + w (v - v(null)). iMF makes w an input: every row of a batch has another one, drawn with a
+density of 1 / w up to `max_guidance`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +36,7 @@ from experts.diffusion.noise_schedule import expand, shift_times
 from experts.expert import Expert, network_flops
 from experts.networks.registry import extend_by_intervals
 from experts.training.latent_dataset import LatentDataset, derive_seed, make_batch
-from experts.types import Latents, Times
+from experts.types import Latents, RowTimes, Times
 
 MIN_SQUARED_ERROR = 1e-3
 """Added to a row's squared error in its weight, as in Geng et al."""
@@ -60,10 +63,13 @@ def train_mean_flow_student(
     Raises `StageError` for an expert that is a student already, guidance of one without conditions, or a network
     without derivative; `NetworkError` for one without embedding of t; and what `train_alternating` raises.
     """
-    check_can_distill(expert, dataset, config.guidance)
+    takes_scale = config.max_guidance is not None
+    check_can_distill(
+        expert, dataset, config.max_guidance or config.guidance, "max_guidance" if takes_scale else "guidance"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        student = extend_by_intervals(deepcopy(expert.model)).requires_grad_(True)
+        student = extend_by_intervals(deepcopy(expert.model), has_guidance=takes_scale).requires_grad_(True)
     trained = train_alternating(
         {"student": student}, make_update_step(expert, teacher, dataset, config), config.training, workspace
     )
@@ -87,7 +93,8 @@ def make_update_step(expert: Expert, teacher: Teacher, dataset: LatentDataset, c
         student, noise_schedule = with_network(expert, networks["student"]), expert.noise_schedule
         noised = noise_schedule.add_noise(batch.clean, batch.noise, t)
         velocity = noise_schedule.velocity(batch.clean, batch.noise, t)
-        flow = MeanFlow(student=student, teacher=teacher, condition=batch.condition)
+        scale = None if config.max_guidance is None else sample_scales(len(t), config.max_guidance).to(t)
+        flow = MeanFlow(student=student, teacher=teacher, condition=batch.condition, scale=scale)
         target = flow.target(noised, t, r, velocity, config)
         yield "student", mean_flow_losses(flow.average(noised, t, r), target, error_power(config))
 
@@ -119,6 +126,11 @@ def sample_jumps(t: Times, config: MeanFlowConfig, step: int) -> tuple[Times, Ti
     return torch.maximum(t, other), torch.minimum(t, other)
 
 
+def sample_scales(rows: int, max_guidance: float) -> RowTimes:
+    """Return guidance scales from 1 to `max_guidance`, with equal logarithmic spacing; from the global generator."""
+    return max_guidance ** torch.rand(rows)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanFlow:
     """A student on the rows of one batch, and what its target is made of."""
@@ -126,25 +138,40 @@ class MeanFlow:
     student: Expert
     teacher: Teacher
     condition: Condition
+    scale: RowTimes | None = None
+    """Guidance scale of every row, an input of the student; None is that of the configuration, which is not."""
 
     def average(self, noised: Latents, t: Times, r: Times) -> Latents:
         """Return the student's average velocity from t to r."""
+        condition = self.condition if self.scale is None else self.condition.guided(self.scale)
         with jumping(self.student.model, t - r):
-            return self.student.velocity(noised, t, self.condition)
+            return self.student.velocity(noised, t, condition)
 
     def rows(self, index: Tensor) -> "MeanFlow":
         """Return the same of some rows."""
-        return replace(self, condition=self.condition.rows(index))
+        scale = None if self.scale is None else self.scale[index]
+        return replace(self, condition=self.condition.rows(index), scale=scale)
+
+    def guided(self, noised: Latents, t: Times, velocity: Latents, config: MeanFlowConfig) -> Latents:
+        """Return the velocity with guidance, from the expert's or from that of the samples and their noise."""
+        if self.scale is None and config.velocity == "expert":
+            return guided_velocity(self.teacher, noised, t, self.condition, config.guidance)
+        if config.velocity == "expert":
+            velocity = self.teacher.velocity(noised, t, self.condition)
+        if self.scale is None and config.guidance == 1:
+            return velocity
+        nothing = Condition.null(len(t), noised.device)
+        if config.velocity == "expert":
+            null = self.teacher.velocity(noised, t, nothing)
+        else:
+            null = replace(self, condition=nothing, scale=None).average(noised, t, t)
+        scale = torch.full_like(t, config.guidance) if self.scale is None else self.scale
+        return null + expand(torch.where(self.condition.is_null, 1.0, scale).to(noised), noised) * (velocity - null)
 
     def target(self, noised: Latents, t: Times, r: Times, velocity: Latents, config: MeanFlowConfig) -> Latents:
         """Return v - (t - r) du/dt, without gradient; `velocity` is that of the samples and their noise."""
         with torch.no_grad():
-            if config.velocity == "expert":
-                velocity = guided_velocity(self.teacher, noised, t, self.condition, config.guidance)
-            elif config.guidance != 1:
-                null = replace(self, condition=Condition.null(len(t), noised.device)).average(noised, t, t)
-                scale = torch.where(self.condition.is_null, 1.0, config.guidance).to(noised)
-                velocity = null + expand(scale, noised) * (velocity - null)
+            velocity = self.guided(noised, t, velocity, config)
             (jumps,) = (t > r).nonzero(as_tuple=True)
             if not len(jumps):
                 return velocity
@@ -172,7 +199,7 @@ def mean_flow_losses(average: Latents, target: Latents, power: float) -> dict[st
 def mean_flow_flops(student_flops: float, teacher_flops: float, config: MeanFlowConfig) -> float:
     """Return the FLOPs of the training, from those of a row: a call with gradient, and what the target takes."""
     rows, jumps = config.training.steps * config.training.batch_size, 1 - velocity_share(config)
-    guided = config.guidance != 1
+    guided = config.guidance != 1 or config.max_guidance is not None
     student_calls = 3 + jumps * (DERIVATIVE_CALLS + (config.velocity == "student"))
     if config.velocity == "expert":
         return rows * (student_calls * student_flops + (1 + guided) * teacher_flops)

@@ -62,8 +62,11 @@ def guided_velocity(
     return null + guidance * (velocity - null)
 
 
-def check_can_distill(expert: Expert, dataset: LatentDataset, guidance: float) -> None:
-    """Raise `StageError` for an expert that is a student already, and for guidance of an expert without conditions."""
+def check_can_distill(expert: Expert, dataset: LatentDataset, guidance: float, name: str = "guidance") -> None:
+    """Raise `StageError` for an expert that is a student already, and for guidance of an expert without conditions.
+
+    `name` is that of the setting.
+    """
     if expert.few_step is not None:
         raise StageError(
             f"this method needs experts that can be evaluated at any t, and expert {expert.cluster_id} is a few-step "
@@ -71,8 +74,8 @@ def check_can_distill(expert: Expert, dataset: LatentDataset, guidance: float) -
         )
     if guidance != 1 and not (expert.is_conditional and dataset.has_conditions):
         raise StageError(
-            f"distill.guidance={guidance} needs an expert that was trained with classes or text, and expert "
-            f"{expert.cluster_id} has none; set it to 1"
+            f"distill.{name}={guidance} needs an expert that was trained with classes or text, and expert "
+            f"{expert.cluster_id} has none; set it to {'1' if name == 'guidance' else 'null'}"
         )
 
 

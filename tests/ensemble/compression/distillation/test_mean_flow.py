@@ -1,23 +1,35 @@
 """Mean flows: the exact average velocity is a fixed point, training finds it, and students sample by it."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.compression.distillation.config import MeanFlowConfig, SCMConfig, SignConfig
-from ensemble.compression.distillation.mean_flow import MeanFlow, mean_flow_losses, sample_jumps, train_mean_flow
+from ensemble.compression.distillation.mean_flow import (
+    MeanFlow,
+    mean_flow_losses,
+    sample_jumps,
+    sample_scales,
+    train_mean_flow,
+)
 from ensemble.compression.distillation.scm import train_scm
 from ensemble.compression.distillation.sign import train_sign
 from ensemble.compression.method import StageError
+from ensemble.ensemble import Ensemble
+from ensemble.sampling.sample import guidance_scale_of, sample
 from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule, expand
 from experts.expert import Expert
+from experts.networks.registry import extend_by_intervals
+from tests.ensemble.compression.acceleration.test_feature_cache import CODEC
 from tests.ensemble.compression.distillation.test_sid import FULL, distance, generate
 from tests.ensemble.compression.trained import digits, trained
 from tests.oracles import gaussian_velocity
@@ -225,3 +237,64 @@ def test_two_jumps_of_a_transformer_are_as_good_as_fifty_steps(tmp_path):
     settings = {"velocity": "expert", "steps": 2, "training": replace(TRAINING, steps=500)}
     student = distill("mean_flow", teacher, Workspace.at(tmp_path / "student"), **settings)
     assert distance(generate(student)) < 1.1 * distance(generate(teacher, replace(FULL, steps=50)))
+
+
+def test_scales_are_spaced_by_their_logarithm():
+    torch.manual_seed(0)
+    scales = sample_scales(4000, 9.0)
+    assert float(scales.min()) >= 1 and float(scales.max()) <= 9
+    assert float(scales.median()) == pytest.approx(3, abs=0.15)
+
+
+@pytest.mark.parametrize("velocity", ["expert", "data"])
+def test_targets_without_a_jump_are_guided_by_the_scale_of_each_row(velocity, teacher):
+    torch.manual_seed(0)
+    noised, t, sampled = torch.randn(6, 1, 8, 8), torch.linspace(0.2, 0.9, 6), torch.randn(6, 1, 8, 8)
+    condition, scale = Condition(torch.tensor([0, 1, 2, -1, 4, 5])), torch.tensor([1.0, 1.5, 2.0, 3.0, 4.0, 2.5])
+    student = replace(teacher, model=extend_by_intervals(deepcopy(teacher.model), has_guidance=True))
+    flow = MeanFlow(student=student, teacher=teacher, condition=condition, scale=scale)
+    got = flow.target(noised, t, t, sampled, MeanFlowConfig(velocity=velocity, max_guidance=4.0))
+    for row, w in enumerate(scale.tolist()):
+        at = slice(row, row + 1)
+        null = teacher.velocity(noised[at], t[at], Condition.null(1))
+        own = sampled[at] if velocity == "data" else teacher.velocity(noised[at], t[at], condition.rows(at))
+        expected = own if row == 3 else null + w * (own - null)
+        torch.testing.assert_close(got[at], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def scaled(teacher, tmp_path_factory):
+    settings = {"velocity": "expert", "max_guidance": 4.0, "steps": 2, "training": replace(BRIEF, lr=0.01)}
+    return distill("mean_flow", teacher, Workspace.at(tmp_path_factory.mktemp("scaled")), **settings)
+
+
+def test_the_scale_is_an_input_in_one_call_a_jump(scaled, tmp_path):
+    scaled.save(tmp_path)
+    loaded = Expert.load(tmp_path)
+    noised, t, classes = torch.randn(3, 1, 8, 8), torch.ones(3), Condition(torch.tensor([1, -1, 2]))
+    plain, one, three = (
+        loaded.velocity(noised, t, condition) for condition in (classes, classes.guided(1.0), classes.guided(3.0))
+    )
+    assert torch.equal(plain, one), "1 is no guidance"
+    assert torch.equal(three[1], plain[1]), "nor is there any without a condition"
+    assert not torch.allclose(three[0], plain[0]) and not torch.allclose(three[2], plain[2])
+    assert loaded.guides_in_one_call
+    with pytest.raises(ValueError, match="away from the null condition alone; leave the negative prompt out"):
+        loaded.velocity(noised, t, classes.guided(2.0, Condition(torch.tensor([5, 5, 5]))))
+    samples = {}
+    for scale in (1.0, 3.0):
+        ensemble = Ensemble(experts={0: loaded}, noise_schedule=NOISE_SCHEDULES["rectified_flow"])
+        assert guidance_scale_of(ensemble, replace(FULL, guidance_scale=scale)) == scale
+        samples[scale] = sample(ensemble, CODEC, range(3), replace(FULL, guidance_scale=scale), condition=classes)
+        assert sum(samples[scale].calls.full_calls.values()) == 3 * 2
+    assert not torch.allclose(samples[1.0].latents, samples[3.0].latents)
+
+
+def test_a_student_of_one_scale_refuses_others(teacher, tmp_path):
+    student = distill("mean_flow", teacher, Workspace.at(tmp_path), guidance=2.0)
+    ensemble = Ensemble(experts={0: student}, noise_schedule=NOISE_SCHEDULES["rectified_flow"])
+    assert ensemble.includes_guidance and guidance_scale_of(ensemble, replace(FULL, guidance_scale=3.0)) == 1
+    with pytest.raises(ValidationError, match=r"distill\.guidance=2\.0 fixes it; leave one of them out"):
+        MeanFlowConfig(guidance=2.0, max_guidance=4.0)
+    with pytest.raises(StageError, match=r"distill\.max_guidance=4\.0 needs an expert .* set it to null"):
+        distill("mean_flow", teacher, Workspace.at(tmp_path / "b"), digits().without_conditions(), max_guidance=4.0)
