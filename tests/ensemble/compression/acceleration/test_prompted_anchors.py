@@ -38,7 +38,7 @@ def texts_of_classes():
 
 def shares(anchors, condition):
     confidence = anchors.logits(condition.embedding_index(0), condition.text).sigmoid()
-    return confidence / confidence.sum(1, keepdim=True)
+    return (confidence / confidence.sum(1, keepdim=True)).detach()
 
 
 @pytest.fixture(scope="module")
