@@ -46,7 +46,7 @@ def trained_head(tmp_path_factory):
     return train_confidence(ANCHORS, DATA, CONFIG, Workspace.at(tmp_path_factory.mktemp("head")))
 
 
-def test_before_training_every_text_has_the_shares_of_the_cluster():
+def test_before_training_texts_have_the_shares_of_the_cluster():
     head = PromptedAnchors.from_anchors(ANCHORS, (10, 10), 16)
     for row in shares(head, texts_of_classes()):
         torch.testing.assert_close(row, ANCHORS.shares[-1], atol=1e-4, rtol=1e-3)

@@ -39,7 +39,7 @@ def teacher(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_new_adapter_changes_nothing_and_a_merged_one_keeps_the_output(kind):
+def test_new_adapters_change_nothing_and_merged_ones_stay(kind):
     torch.manual_seed(0)
     network = build_network(NETWORKS[kind], (1, 8, 8), 10)
     for parameter in network.parameters():
@@ -61,7 +61,7 @@ def test_a_new_adapter_changes_nothing_and_a_merged_one_keeps_the_output(kind):
     assert kinds == {"Linear", "Conv2d"}
 
 
-def test_an_adapted_student_differs_from_its_start_by_matrices_of_the_rank(teacher, tmp_path):
+def test_an_adapted_student_differs_by_matrices_of_its_rank(teacher, tmp_path):
     torch.manual_seed(1)
     start = deepcopy(teacher.model)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_an_adapter_that_no_layer_is_larger_than_is_refused(teacher, tmp_path):
         train_consistency(teacher, digits(), replace(ADAPTED, adapter_rank=4096), Workspace.at(tmp_path))
 
 
-def test_students_start_from_the_shared_one_or_from_the_expert_plus_its_change(teacher):
+def test_students_start_from_the_shared_one_or_its_change(teacher):
     first, trained_network = (deepcopy(teacher.model) for _ in range(2))
     with torch.no_grad():
         for parameter in trained_network.parameters():

@@ -247,7 +247,7 @@ def test_scales_are_spaced_by_their_logarithm():
 
 
 @pytest.mark.parametrize("velocity", ["expert", "data"])
-def test_targets_without_a_jump_are_guided_by_the_scale_of_each_row(velocity, teacher):
+def test_targets_are_guided_by_the_scale_of_each_row(velocity, teacher):
     torch.manual_seed(0)
     noised, t, sampled = torch.randn(6, 1, 8, 8), torch.linspace(0.2, 0.9, 6), torch.randn(6, 1, 8, 8)
     condition, scale = Condition(torch.tensor([0, 1, 2, -1, 4, 5])), torch.tensor([1.0, 1.5, 2.0, 3.0, 4.0, 2.5])

@@ -116,7 +116,7 @@ def test_score_distillation_finds_the_deviation_of_the_data():
     assert float(deviation.detach()) == pytest.approx(DEVIATION, abs=0.02)
 
 
-def test_samples_of_the_score_term_have_gradients_of_their_last_call_alone(tmp_path):
+def test_score_samples_have_gradients_of_their_last_call_alone(tmp_path):
     student, condition, config = trained("mlp", Workspace.at(tmp_path)), Condition.null(3), SCMConfig(steps=2)
     lasts = set()
     for seed in range(6):

@@ -95,7 +95,7 @@ def test_one_region_and_regions_of_one_token_are_plain_attention(seed, region, t
 
 
 @given(st.integers(0, 1000))
-def test_equal_keys_and_values_of_a_region_are_summarized_exactly(seed):
+def test_equal_tokens_of_a_region_are_summarized_exactly(seed):
     query, key, value = operands(seed)
     summary = summary_of(2, seed)
     flat = [summary.to_map(summary.to_regions(part)[:, :, :, :1].expand(-1, -1, -1, 4, -1)) for part in (key, value)]
