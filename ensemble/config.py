@@ -1,9 +1,9 @@
 """Configuration of sampling, scoring and analyses; imports no torch."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
@@ -119,6 +119,51 @@ class SamplingConfig:
         """Raise for diffusers' schedulers: they keep state between steps, so no step can be reflected."""
         if self.reflection is not None and self.solver.startswith("flow_match"):
             raise ValueError(f"reflection needs the solver euler or heun, not {self.solver}; change one of the two")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ValidationConfig:
+    """Pictures and distances of each expert alone, from its averaged parameters, while it trains."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two validations, each at the next checkpoint. None: as often as the pictures cost a hundredth of
+    the training's FLOPs, at most six times."""
+    prompts: tuple[str, ...] = ()
+    """Captions or names of classes, one picture each, from the same noise every time; empty: 16 without a condition."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Guidance of samples with a condition; 1 is none."""
+    steps: Annotated[int, Field(ge=1)] = 10
+    """Euler steps of a sample."""
+    kid_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples of an expert that are compared with as many held-out images of its cluster, at most as many as there are,
+    by the kernel distance (KID) in EfficientNet's features; needs `every`. 0: none."""
+    beside: bool = False
+    """Whether a process of its own validates, so that the training never waits: it skips a validation while the one
+    before still runs. Otherwise the training waits."""
+    device: str | None = None
+    """Torch device of that process, such as `cpu` or `cuda:1`; None: the training's."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _name_numbered_classes(cls, prompts: Any) -> Any:
+        """Accept classes that are numbers, such as [3, 7]."""
+        if not isinstance(prompts, list | tuple):
+            return prompts
+        return tuple(str(prompt) if type(prompt) is int else prompt for prompt in prompts)
+
+    @model_validator(mode="after")
+    def _is_asked_for(self) -> "ValidationConfig":
+        """Check that a distance has a time, and a device a process."""
+        if self.kid_samples == 1 or (self.kid_samples and self.every is None):
+            raise ValueError(
+                "validation.kid_samples, two at least, needs validation.every=<steps>, because it costs more than "
+                f"pictures; got kid_samples={self.kid_samples} with every={self.every}"
+            )
+        if self.device is not None and not self.beside:
+            raise ValueError(
+                "validation.device is that of a process of its own; set validation.beside=true, or leave it out"
+            )
         return self
 
 

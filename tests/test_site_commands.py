@@ -32,6 +32,7 @@ WALK = [
     "docs/ui.md",
     "docs/guides/own_pictures.md",
     "docs/guides/large_data.md",
+    "docs/guides/training.md",
     "docs/guides/text_to_image.md",
     "docs/guides/publish.md",
     "docs/guides/two_clusters.md",

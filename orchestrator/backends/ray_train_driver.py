@@ -15,9 +15,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from ddm_core.artifacts import to_jsonable
+from ddm_core.die_with_parent import die_with_parent
 from ddm_core.signals import sigterm_flag
 from orchestrator.run.backend import AttemptOutcome, Job, attempt_folder, read_outcome
-from orchestrator.run.die_with_parent import die_with_parent
 
 
 class TrainDrivers:

@@ -5,8 +5,8 @@ A killed trial leaves the state of any killed controller, and the next controlle
 
 import sys
 
+from ddm_core.die_with_parent import die_with_parent
 from orchestrator.cli.app import main
-from orchestrator.run.die_with_parent import die_with_parent
 
 if __name__ == "__main__":
     die_with_parent()

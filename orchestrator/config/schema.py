@@ -25,7 +25,7 @@ from ensemble.compression.config import (
     WeightOnlyConfig,
     check_order,
 )
-from ensemble.config import EvaluationConfig, ReplicationLimits, SamplingConfig, SelectionSearchConfig
+from ensemble.config import EvaluationConfig, ReplicationLimits, SamplingConfig, SelectionSearchConfig, ValidationConfig
 from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.config import CodecConfig, DistilledMonolithConfig, ExpertConfig, TextConfig
 from orchestrator.config.compute import CONTROLLER, ComputeConfig
@@ -106,6 +106,8 @@ class RunConfig:
     """Overrides of `expert` by expert id; the batch size of an override is divided by the number of experts too."""
     router: RouterConfig = RouterConfig()
     """The router."""
+    validation: ValidationConfig = ValidationConfig()
+    """Pictures and distances of each expert while it trains."""
     budget_minutes: Annotated[float, Field(ge=0)] = 15.0
     """Minutes to which `ddm run data=image_folder` fits, for this machine, what the user leaves open; 0: nothing."""
     monolith: bool | None = None
@@ -190,6 +192,7 @@ class RunConfig:
         check_buckets(self)
         check_experts(self)
         check_time_bounds(self)
+        check_validation(self)
         check_auto_selection(self)
         check_reflection(self)
         stages = {kind: getattr(self, kind) for kind in COMPRESSION_KINDS}
@@ -250,6 +253,19 @@ def check_experts(config: RunConfig) -> None:
         raise ValueError(f"expert ids must be in 0 ... {count - 1}; got distilled_monolith.from_expert={expert_id}")
 
 
+def check_validation(config: RunConfig) -> None:
+    """Raise `ValueError` for prompts that no expert follows, and a distance without stored held-out samples."""
+    prompts, needs = config.validation.prompts, ""
+    if prompts and config.text.kind == "none" and not config.data.labels:
+        needs = f"validation.prompts={list(prompts)} need classes or captions; set data.labels=true, or text=minilm"
+    elif config.validation.kid_samples and config.data.mode == "stream":
+        needs = "validation.kid_samples needs latents of held-out samples; set data.mode=copy, or kid_samples=0"
+    elif config.validation.kid_samples and config.expert.training.held_out_every is None:
+        needs = "validation.kid_samples needs held-out samples; set expert.training.held_out_every=<steps>"
+    if needs:
+        raise ValueError(needs)
+
+
 def check_time_bounds(config: RunConfig) -> None:
     """Raise `ValueError` for parts of a run that need experts of one network each, beside experts of several t."""
     for expert in (config.expert, *config.experts.values()):
@@ -268,6 +284,7 @@ def check_time_bounds(config: RunConfig) -> None:
         "baselines=[distilled_monolith]": "distilled_monolith" in config.baselines,
         "ddm finetune": config.finetune is not None,
         "expert.training.early_checkpoint": config.expert.training.early_checkpoint is not None,
+        "validation.every": config.validation.every is not None,
     } | {
         f"{kind}={method.method}": not isinstance(method, WeightOnlyConfig | DynamicInt8Config)
         for kind, method in compressions.items()

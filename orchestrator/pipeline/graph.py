@@ -241,7 +241,9 @@ class _GraphBuilder:
             inputs = {"latents": replace(partition, part=f"latents/{k}"), "codec": self.codec} | init
             if training.held_out_every is not None:  # of the same artifact as its latents
                 inputs["holdout"] = replace(partition, part=f"holdout_latents/{k}", is_hashed=False)
-            config = ExpertStageConfig(expert=replace(expert, training=training), cluster_id=k)
+            config = ExpertStageConfig(
+                expert=replace(expert, training=training), cluster_id=k, validation=self.config.validation
+            )
             name = identity if number == len(self.partitions) else f"before_{number}_{identity}"
             stage = self._add("expert", config, inputs, name, optional=self.num_experts > 1, identity=identity)
             init = {"init": Input(stage=stage)}

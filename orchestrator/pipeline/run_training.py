@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from experts.training.latents.encode import encode_dataset
 from experts.training.latents.shard_encoder import FrozenCodec
 from experts.training.trainer import check_device
 from orchestrator.pipeline.flop_matching import flop_matched_config
-from orchestrator.pipeline.stage import FIRST_SAMPLES, STEP_SAMPLES
 from orchestrator.pipeline.stage_configs import (
     DistilledMonolithStageConfig,
     ExpertStageConfig,
@@ -80,24 +78,10 @@ def run_init(config: InitStageConfig, inputs: Inputs, out: Path, workspace: Work
 
 
 def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:
-    """Train one expert on the latents of its cluster; draw from it alone at some checkpoints, beside its log."""
-    expert, is_drawn = with_init_checkpoint(config.expert, inputs), False
+    """Train one expert on the latents of its cluster, and validate it alone at some checkpoints."""
+    from orchestrator.pipeline.validation import Validator
 
-    def draw(load: Callable[[], Expert], step: int = 0) -> None:
-        nonlocal is_drawn
-        try:
-            from ensemble.sampling.first_samples import picture_steps, write_first_samples
-
-            planned, step = picture_steps(expert.training), step or _saved_step(workspace)
-            picture = workspace.attempt / STEP_SAMPLES.format(step)
-            if planned and (step in planned or not is_drawn):
-                write_first_samples(load(), inputs["codec"], expert.training, picture)
-                if not is_drawn:
-                    shutil.copyfile(picture, workspace.attempt / FIRST_SAMPLES)
-        except Exception:  # whatever is wrong with the picture, the expert is trained
-            log.warning("no samples of this expert alone", exc_info=True)
-        is_drawn = True
-
+    expert = with_init_checkpoint(config.expert, inputs)
     train = partial(
         train_expert,
         shards=[inputs["latents"]],
@@ -107,14 +91,13 @@ def run_expert(config: ExpertStageConfig, inputs: Inputs, out: Path, workspace: 
     )
     if expert.time_bounds:
         return train_intervals(expert, out, workspace, train).flops
-    summary = train(config=expert, out=out, workspace=workspace, on_checkpoint=draw)
-    draw(lambda: Expert.load(out), expert.training.steps)
+    validator = Validator(config=config.validation, training=expert.training, inputs=inputs, workspace=workspace)
+    try:
+        summary = train(config=expert, out=out, workspace=workspace, on_checkpoint=validator.on_checkpoint)
+        validator.finish(lambda: Expert.load(out))
+    finally:
+        validator.stop()
     return summary.flops
-
-
-def _saved_step(workspace: Workspace) -> int:
-    """Return the step of the newest checkpoint."""
-    return max(int(path.name.removeprefix("step-")) for path in workspace.scratch.glob("checkpoints/step-*"))
 
 
 def run_router(config: RouterConfig, inputs: Inputs, out: Path, workspace: Workspace) -> float:

@@ -18,6 +18,9 @@ FIRST_SAMPLES = "samples.png"
 STEP_SAMPLES = "samples-{:08d}.png"
 """The same at a step: that one, and some later ones."""
 
+VALIDATION = "validation.jsonl"
+"""Rows in the same folder with the step and the distance of the expert's samples from held-out images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Input:

@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_partition.config import DataConfig, PartitionConfig
-from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from ddm_core.artifacts import STRICT, UNHASHED, UNHASHED_IF_DEFAULT
 from ensemble.compression.config import CompressionConfig, MethodConfig, TimingConfig
 from ensemble.config import (
     EvaluationConfig,
@@ -21,6 +21,7 @@ from ensemble.config import (
     ReplicationLimits,
     SamplingConfig,
     SelectionSearchConfig,
+    ValidationConfig,
 )
 from experts.config import ExpertConfig, TextConfig, TrainingConfig
 from orchestrator.config.finetune import AdapterImagesStageConfig
@@ -51,6 +52,8 @@ class ExpertStageConfig:
     """The expert's configuration; its batch is the global batch divided by K."""
     cluster_id: Annotated[int, Field(ge=0)]
     """The cluster on which it is trained; equals the expert's id."""
+    validation: ValidationConfig = field(default=ValidationConfig(), metadata=UNHASHED)
+    """What is drawn from it while it trains."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -10,6 +10,7 @@ from ddm_core.artifacts import read_small_file
 from orchestrator.errors import RunFolderError
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.step_samples import find_step_samples
 from orchestrator.run.trust import may_read_images
 from orchestrator.ui.facts import overview
 from orchestrator.ui.facts.catalog import require_inside
@@ -53,10 +54,10 @@ def show_frame(request: Request, key: str, stage: str, seed: int, frame: int) ->
 def show_step_samples(request: Request, key: str, stage: str, step: int) -> Response:
     """Return the samples that an expert drew at a step of its training."""
     run = find_run(request, key).run
-    pictures = overview.find_step_samples(run, find_stage(run, stage))
+    pictures = find_step_samples(run, find_stage(run, stage))
     if step not in pictures:
         raise RunFolderError(f"{stage} has drawn no samples at step {step}")
-    return Response(read_small_file(require_inside(run, pictures[step])), media_type="image/png")
+    return Response(read_small_file(require_inside(run, pictures[step].picture)), media_type="image/png")
 
 
 @router.get("/run/{key}/cluster/{cluster}/{number}.png")

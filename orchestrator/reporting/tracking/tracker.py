@@ -26,8 +26,12 @@ from orchestrator.reporting.costs import load_costs
 from orchestrator.reporting.results import current_graph
 from orchestrator.reporting.tracking.library import TrackedStage, load_library
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.step_samples import find_step_samples
 
 POLL_EVERY_S, RETRY_AFTER_S = 2.0, 60.0
+
+VALIDATED = ".validation"
+"""Suffix of the files with the last step whose pictures were logged."""
 
 MAX_GROUP_LENGTH = 80
 """Characters of the run's name in the ids; wandb allows 128 for the whole id."""
@@ -82,6 +86,7 @@ class Tracker:
         for stage in graph:
             if stage.kind in TRAINING_KINDS and self.run.attempts(stage):
                 self._log_rows(stage)
+                self._log_validations(stage)
 
     def finish(self, graph: list[Stage]) -> None:
         """Log the remaining rows, the pictures, the scores and the costs, and finish every record."""
@@ -102,6 +107,15 @@ class Tracker:
             self._tracked(stage).log(figures, row["step"])
         if rows:
             self._save_step(stage, rows[-1]["step"])
+
+    def _log_validations(self, stage: Stage) -> None:
+        """Log the pictures that an expert drew while it trained, with their steps and distances, each once."""
+        logged = self._last_logged_step(stage, VALIDATED)
+        for step, samples in find_step_samples(self.run, stage).items():
+            if step > logged:
+                kid = {} if samples.kid is None else {"validation/kid": samples.kid[0]}
+                self._tracked(stage).log_image("validation", samples.picture, {"validation/step": step} | kid)
+                self._save_step(stage, step, VALIDATED)
 
     def _load_rows(self, stage: Stage) -> list[dict[str, Any]]:
         """Return the complete rows of the latest attempt that has any."""
@@ -126,13 +140,13 @@ class Tracker:
             self._stages[stage.name] = self.library.open(self.config, self.run.root, names, settings)
         return self._stages[stage.name]
 
-    def _last_logged_step(self, stage: Stage) -> int:
+    def _last_logged_step(self, stage: Stage, suffix: str = "") -> int:
         """Return the last step that was logged; 0 for none."""
-        path = self.run.tracking / f"{stage.folder_name}.json"
+        path = self.run.tracking / f"{stage.folder_name}{suffix}.json"
         return int(read_json(path)["step"]) if path.is_file() else 0
 
-    def _save_step(self, stage: Stage, step: int) -> None:
-        write_json(self.run.tracking / f"{stage.folder_name}.json", {"step": step})
+    def _save_step(self, stage: Stage, step: int, suffix: str = "") -> None:
+        write_json(self.run.tracking / f"{stage.folder_name}{suffix}.json", {"step": step})
 
 
 def require_account(config: TrackingConfig) -> None:

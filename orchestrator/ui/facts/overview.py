@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import UndefinedError
@@ -10,7 +9,7 @@ from jinja2 import UndefinedError
 from ddm_core.errors import DDMError
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import RunFolderError
-from orchestrator.pipeline.stage import FIRST_SAMPLES, Stage
+from orchestrator.pipeline.stage import Stage
 from orchestrator.reporting.costs import CostRow, format_costs, load_costs, sum_costs
 from orchestrator.reporting.progress import format_clock
 from orchestrator.reporting.results import current_graph, load_score_rows
@@ -20,6 +19,7 @@ from orchestrator.reporting.tables.ranking import ScoreRow
 from orchestrator.run.attempts import Attempt, load_all_attempts
 from orchestrator.run.lease import read_holder
 from orchestrator.run.run_folder import RunFolder
+from orchestrator.run.step_samples import StepSamples, find_step_samples
 from orchestrator.ui.facts.catalog import RunEntry, last_change
 from orchestrator.ui.facts.look import Look, look
 from orchestrator.ui.facts.projection import project_costs
@@ -111,25 +111,13 @@ class Overview:
         return any(row.name == name and row.state == "finished" for row in self.rows)
 
     @property
-    def step_samples(self) -> dict[str, list[int]]:
-        """Return the steps at which each expert drew samples; 0 stands for the first checkpoint in older runs."""
+    def step_samples(self) -> dict[str, list[StepSamples]]:
+        """Return what each expert drew while it trained, in the order of the steps."""
         return {
-            stage.name: steps
+            stage.name: [*found.values()]
             for stage in self.graph
-            if stage.kind == "expert" and (steps := sorted(find_step_samples(self.entry.run, stage)))
+            if stage.kind == "expert" and (found := find_step_samples(self.entry.run, stage))
         }
-
-
-def find_step_samples(run: RunFolder, stage: Stage) -> dict[int, Path]:
-    """Return the pictures that an expert drew while it trained, by step; of equal steps that of the latest attempt."""
-    attempts, found = run.attempts(stage), {}
-    for attempt in attempts:
-        for path in attempt.glob("samples-*.png"):
-            if (step := path.stem.removeprefix("samples-")).isdecimal():
-                found[int(step)] = path
-    if not found and attempts and (old := attempts[-1] / FIRST_SAMPLES).is_file():
-        found[0] = old
-    return found
 
 
 def find_stage(graph: Sequence[Stage], name: str) -> Stage:

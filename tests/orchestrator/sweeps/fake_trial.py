@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ddm_core.artifacts import publish
+from ddm_core.die_with_parent import die_with_parent
 from orchestrator.controller import _stop_on_signals
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.run.die_with_parent import die_with_parent
 from orchestrator.run.lease import hold_lease
 from orchestrator.run.run_folder import RunFolder
 

@@ -157,6 +157,7 @@ def page_facts(folder: Path, *, with_monolith: bool) -> dict:
         "router_loss_chart": None,
         "router_charts": router_charts(router_quality()),
         "flops": list_flops(flops),
+        "step_samples": [("expert_0, step 500, KID 0.100 ± 0.010", b"png")],
     }
 
 
@@ -169,6 +170,11 @@ def test_page_is_one_file_without_scripts(page):
     text, _ = page
     assert text.lstrip().startswith("<!doctype html>") and "<script" not in text
     assert 'src="http' not in text and 'href="http' not in text and "url(http" not in text
+
+
+def test_samples_of_experts_alone_are_labelled(page):
+    text, _ = page
+    assert 'alt="Samples of expert_0, step 500, KID 0.100 ± 0.010"' in text
 
 
 def test_scores_of_text_stand_beside_real_images_and_chance(page):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 
 from ddm_core.artifacts import write_text
@@ -24,6 +25,7 @@ from orchestrator.config.schema import TrackingConfig, parse_config
 from orchestrator.controller import run_pipeline
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline.graph import build_graph
+from orchestrator.pipeline.stage import STEP_SAMPLES, VALIDATION
 from orchestrator.reporting.tracking.process import track_run
 from orchestrator.reporting.tracking.tracker import MAX_GROUP_LENGTH, require_account, safe_name
 from orchestrator.run.run_folder import RunFolder
@@ -80,6 +82,8 @@ def trained_run(folder: Path, tracking: TrackingConfig, name: str = "digits") ->
     run.attempt(expert, 1).mkdir(parents=True)
     rows = [json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)]
     write_text(run.attempt(expert, 1) / "metrics.jsonl", "".join(rows))
+    Image.new("L", (8, 8)).save(run.attempt(expert, 1) / STEP_SAMPLES.format(2))
+    write_text(run.attempt(expert, 1) / VALIDATION, json.dumps({"step": 2, "kid": 0.25, "kid_std": 0.1}) + "\n")
     return run
 
 
@@ -111,6 +115,7 @@ def test_offline_run_with_any_name_is_logged_once(tmp_path):
             pass
     (record,) = run.root.glob("wandb/offline-run-*expert_0*/*.wandb")
     assert b"loss" in record.read_bytes() and not warnings
+    assert len([*run.root.glob("wandb/offline-run-*/files/media/images/validation*.png")]) == 1
     links = [path for path in run.root.rglob("*") if path.is_symlink()]
     assert all(path.resolve().is_relative_to(run.root.resolve()) for path in links)
 
@@ -123,8 +128,11 @@ def test_trackio_records_each_step_once(tmp_path):
         with track_run(run, offline, warnings.append):
             pass
     with sqlite3.connect(run.root / "trackio" / "ddm.db") as database:
-        steps = [step for (step,) in database.execute("select step from metrics order by step")]
-    assert steps == [1, 2, 3] and not warnings
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by step")]
+    assert [row["loss"] for row in rows if "loss" in row] == [1, 1 / 2, 1 / 3] and not warnings
+    (validated,) = [row for row in rows if "validation" in row]
+    assert (validated["validation/step"], validated["validation/kid"]) == (2, 0.25)
+    assert len([*(run.root / "trackio").rglob("*.png")]) == 1
 
 
 def test_missing_library_is_named_before_the_run(tmp_path, monkeypatch):
