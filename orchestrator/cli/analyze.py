@@ -90,7 +90,7 @@ def _score_ensemble(run: Any, ensemble: Path, row: str) -> str:
 
 def _open_finished(run: Path) -> Any:
     """Return the folder of a finished run that can be written; raises before anything heavy is imported."""
-    from orchestrator.planning.checks.check import check_folder
+    from orchestrator.planning.checks.machine import check_folder
     from orchestrator.reporting.results import find_pipeline
     from orchestrator.run.run_folder import RunFolder
 

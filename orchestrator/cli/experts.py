@@ -93,7 +93,7 @@ def finetune(
     from orchestrator.config.schema import change_config
     from orchestrator.controller import run_pipeline
     from orchestrator.errors import RunFailed
-    from orchestrator.planning.checks.check import check_folder
+    from orchestrator.planning.checks.machine import check_folder
     from orchestrator.reporting.results import find_pipeline
     from orchestrator.run.run_folder import RunFolder
     from orchestrator.run.trust import require_trust
@@ -196,7 +196,7 @@ def _copy_adapters(run: Any, config: Any, out: Path) -> None:
 
 def _open_base(run: Path, ensemble: Path | None, output: Path | None = None) -> Any:
     """Return an ensemble after its checksums are verified, if a folder can be written at `output`."""
-    from orchestrator.planning.checks.check import check_folder
+    from orchestrator.planning.checks.machine import check_folder
     from orchestrator.run.run_folder import RunFolder
 
     folder = RunFolder(run.expanduser())

@@ -173,7 +173,7 @@ def report_result(config: Any, result: Any, *, as_json: bool = False) -> None:
 
 def write_report_of(run: Path) -> Path:
     """Write the report of a run, and return its path."""
-    from orchestrator.planning.checks.check import check_folder
+    from orchestrator.planning.checks.machine import check_folder
 
     folder = open_run(run)
     check_folder(folder.root)

