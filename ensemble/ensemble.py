@@ -3,7 +3,7 @@
 u(x, t | c) = sum_k p(k | x, t, c) u_k(x, t | c)      McAllister et al. 2025, arXiv:2501.05450, equation (7)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddm_core.errors import DDMError
-from ensemble.routing import RoutingState
+from ensemble.routing import RoutingState, called_experts
 from ensemble.solvers import scale_initial_noise
 from experts.compressed.quantization.shared_weight import shared_weights
 from experts.conditions.condition import Condition
@@ -63,6 +63,7 @@ class ExpertOutput:
     """Velocity of one expert on the rows where its gate is positive."""
 
     rows: Int[Tensor, " row"]
+    """In rising order."""
     gates: Float[Tensor, " row"]
     velocity: Latents
 
@@ -72,10 +73,15 @@ def combine_velocities(like: Latents, outputs: Sequence[ExpertOutput]) -> Latent
 
     Experts are mixed here and nowhere else, in velocity space.
     """
+    weighted = [
+        (expand(output.gates, output.velocity).to(output.velocity.dtype) * output.velocity).to(like.dtype)
+        for output in outputs
+    ]
+    if len(outputs) == 1 and len(weighted[0]) == len(like):
+        return weighted[0]
     total = torch.zeros_like(like)
-    for output in outputs:
-        weighted = expand(output.gates, output.velocity).to(output.velocity.dtype) * output.velocity
-        total = total.index_add(0, output.rows, weighted.to(total.dtype))
+    for output, part in zip(outputs, weighted, strict=True):
+        total = total.index_add(0, output.rows, part)
     return total
 
 
@@ -149,9 +155,10 @@ class Ensemble:
         called = [] if gates is None else [self.experts[k] for k in called_experts(gates)]
         return any(True for expert in called for model in expert.networks() for _ in shared_weights(model))
 
-    def to(self, device: torch.device | str) -> "Ensemble":
-        """Return the ensemble with its networks moved to a device, in place."""
-        experts = {k: expert.to(device) for k, expert in self.experts.items()}
+    def to(self, device: torch.device | str, expert_ids: Collection[int] | None = None) -> "Ensemble":
+        """Return the ensemble with its networks moved to a device, in place; of these experts alone, None for all."""
+        moved = self.experts if expert_ids is None else expert_ids
+        experts = {k: expert.to(device) if k in moved else expert for k, expert in self.experts.items()}
         return replace(self, experts=experts, router=self.router and self.router.to(device))
 
     def init_routing(self, seeds: Sequence[int], condition: Condition, selection: SelectionConfig) -> RoutingState:
@@ -175,8 +182,8 @@ class Ensemble:
         """Return the marginal velocity; each expert is called at most once, on the rows where its gate is positive."""
         gates = self.gates(noised, t, condition, routing)
         outputs = []
-        for k in called_experts(gates):
-            expert, rows = self.experts[k], gates[:, k].nonzero().squeeze(-1)
+        for called in routing.expert_rows(gates):
+            k, rows, expert = called.expert_id, called.rows, self.experts[called.expert_id]
             inputs = noised, t, condition, self.noise_schedule
             if len(rows) < len(noised):
                 inputs = noised[rows], t[rows], condition.rows(rows), self.noise_schedule
@@ -186,7 +193,7 @@ class Ensemble:
             else:
                 velocity = expert.velocity(*inputs)
                 cache.count(float(len(rows)))
-            outputs.append(ExpertOutput(rows=rows, gates=gates[rows, k], velocity=velocity))
+            outputs.append(ExpertOutput(rows=rows, gates=called.gates, velocity=velocity))
             routing.calls.experts[k] += len(rows)
         return combine_velocities(noised, outputs)
 
@@ -222,12 +229,6 @@ class Ensemble:
         if self.router is None:
             return torch.zeros(len(condition), 1, device=condition.class_id.device)
         return self.router.prior_logits(condition, self._present(condition.class_id.device))
-
-
-def called_experts(gates: Gates) -> list[int]:
-    """Return the ids of the experts with a positive gate in any row."""
-    ids: list[int] = (gates > 0).any(0).nonzero().squeeze(-1).tolist()
-    return ids
 
 
 def _select_rows(noise: NoiseSource, rows: Int[Tensor, " row"]) -> NoiseSource:

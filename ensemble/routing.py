@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ddm_core.random_bits import splitmix64_finalize
 from experts.compressed.caching.feature_cache import ExpertCache
+from experts.types import RowIds
 from router.config import SelectionConfig
-from router.selection import Selection, get_selection, maximal_coupling, sample
+from router.selection import Selection, get_selection, maximal_coupling, never, sample
 
 Gates = Float[Tensor, "batch expert"]
 Logits = Float[Tensor, "batch expert"]
@@ -64,6 +65,15 @@ class CallCounts:
             self.weak.add(other.weak)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRows:
+    """The rows that an expert is called on, and its gate in each of them."""
+
+    expert_id: int
+    rows: RowIds
+    gates: Float[Tensor, " row"]
+
+
 @dataclass(slots=True, kw_only=True)
 class TrajectoryState:
     """What a selection needs from earlier evaluations, one row per trajectory and branch."""
@@ -76,6 +86,8 @@ class TrajectoryState:
     """Whether the gates stay fixed until t = 0."""
     evaluations: int = 0
     """Number of evaluations so far."""
+    found: tuple[Gates, Sequence[ExpertRows]] | None = None
+    """The last gates whose rows were looked for, and these rows."""
 
     def repeat(self, times: int) -> "TrajectoryState":
         """Return `times` branches with equal states, which evolve independently."""
@@ -83,6 +95,15 @@ class TrajectoryState:
             gates=None if self.gates is None else self.gates.repeat(times, 1),
             probability=None if self.probability is None else self.probability.repeat(times, 1),
             is_frozen=None if self.is_frozen is None else self.is_frozen.repeat(times),
+            evaluations=self.evaluations,
+        )
+
+    def rows(self, index: RowIds) -> "TrajectoryState":
+        """Return the state of these rows."""
+        return TrajectoryState(
+            gates=None if self.gates is None else self.gates[index],
+            probability=None if self.probability is None else self.probability[index],
+            is_frozen=None if self.is_frozen is None else self.is_frozen[index],
             evaluations=self.evaluations,
         )
 
@@ -116,6 +137,11 @@ class RoutingState:
         state = self.state.repeat(times)
         return replace(self, seeds=self.seeds * times, branches=self.branches * times, state=state, caches={})
 
+    def rows(self, index: RowIds) -> "RoutingState":
+        """Return new trajectories of these rows, which have no branches yet, with calls and caches of their own."""
+        seeds = tuple(self.seeds[row] for row in index.tolist())
+        return RoutingState(seeds=seeds, selection=self.selection, state=self.state.rows(index))
+
     @property
     def gates(self) -> Gates:
         """Return the gates of the last evaluation or of the prior; raise `ValueError` if there are none yet."""
@@ -125,7 +151,17 @@ class RoutingState:
 
     def fixed_gates(self, t: Times) -> Gates | None:
         """Return the gates if they stay fixed in every row, so that no router call is needed; else None."""
-        return self.state.gates if self.state.gates is not None and self._keeps_gates(t).all() else None
+        gates = self.state.gates
+        if gates is None or get_selection(self.selection).queries_router is never:
+            return gates
+        return gates if self._keeps_gates(t).all() else None
+
+    def expert_rows(self, gates: Gates) -> Sequence[ExpertRows]:
+        """Return the rows of every expert with a positive gate; those of gates that stay are looked for once."""
+        found = self.state.found
+        if found is None or found[0] is not gates:
+            found = self.state.found = gates, find_expert_rows(gates)
+        return found[1]
 
     def update_gates(self, logits: Logits, t: Times) -> Gates:
         """Compute the gates of this evaluation from the router's logits and the state."""
@@ -158,6 +194,18 @@ class RoutingState:
             return time_uniforms(self.seeds, t, draws)
         occasion = 1 if rule.draw_key == "trajectory" else 1 + self.state.evaluations
         return occasion_uniforms(self.seeds, draws, occasion).to(t.device)
+
+
+def called_experts(gates: Gates) -> list[int]:
+    """Return the ids of the experts with a positive gate in any row."""
+    ids: list[int] = (gates > 0).any(0).nonzero().squeeze(-1).tolist()
+    return ids
+
+
+def find_expert_rows(gates: Gates) -> Sequence[ExpertRows]:
+    """Return the rows of every expert with a positive gate in any of them."""
+    rows = {k: gates[:, k].nonzero().squeeze(-1) for k in called_experts(gates)}
+    return [ExpertRows(expert_id=k, rows=index, gates=gates[index, k]) for k, index in rows.items()]
 
 
 def time_uniforms(seeds: Sequence[int], t: Times, draws: int) -> Float[Tensor, "batch draw"]:

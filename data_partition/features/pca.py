@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float, Float32
 from safetensors.numpy import load_file
 
@@ -75,6 +74,8 @@ def _new_accumulators(features: int) -> tuple[Float[np.ndarray, " feature"], Flo
 def _leading_components(
     mean: Float[np.ndarray, " feature"], covariance: Float[np.ndarray, "feature feature"], k: int
 ) -> PCA:
+    import scipy.linalg  # half a second to import, and a fitted basis needs none of it
+
     features = len(mean)
     first = max(features - k, 0)
     variances, vectors = scipy.linalg.eigh(covariance, subset_by_index=(first, features - 1))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
-from ensemble.routing import CallCounts
-from ensemble.sampling.batches import Gates, plan_batches
+from ensemble.routing import CallCounts, RoutingState, called_experts
+from ensemble.sampling.batches import plan_batches
 from ensemble.sampling.guidance import GuidedVelocity, guided_velocity, reflected_solver
 from ensemble.solvers import SOLVERS, TimeGrid, VelocityField, make_noise, sample_few_step, uniform_times
 from experts.codec import Codec
@@ -64,16 +64,19 @@ def sample(
     """
     _check_request(ensemble, weak, seeds, condition, negative, config)
     start_s, calls, latents, images = time.monotonic(), CallCounts(), [], []
-    ensemble, weak = ensemble.to(config.device), weak and weak.to(config.device)
+    ensemble, weak = ensemble.to(config.device, ()), weak and weak.to(config.device)
+    kept = _kept_routing(ensemble, seeds, condition, config)
+    gates = None if kept is None else kept.gates
+    ensemble = ensemble.to(config.device, None if gates is None else called_experts(gates))
     if config.compile:
         compile_networks(ensemble.experts.values())
-    gates = _kept_gates(ensemble, seeds, condition, config)
     batches = plan_batches(len(seeds), config.batch_size, gates, one_expert=ensemble.shares_weights(gates))
     for number, rows in enumerate(batches):
         given = _device_rows(condition, rows, config), _device_rows(negative, rows, config)
         report = _reporter(on_progress, sum(map(len, batches[:number])), len(rows), len(seeds))
         with torch.inference_mode():
-            run = _start(ensemble, weak, codec, [seeds[row] for row in rows.tolist()], *given, config, report)
+            routing = kept and kept.rows(rows)
+            run = _start(ensemble, weak, codec, [seeds[row] for row in rows.tolist()], *given, config, report, routing)
             if (few_step := ensemble.few_step) is None:
                 clean = run.solver(run.velocity, run.initial, uniform_times(config.steps, ensemble.t_shift))
             else:
@@ -114,12 +117,13 @@ def _start(
     negative: Condition | None,
     config: SamplingConfig,
     report: Callable[[float], None],
+    routing: RoutingState | None,
 ) -> _Trajectories:
-    """Build the trajectories of one batch: their noise, routing state, velocity field and solver."""
+    """Build the trajectories of one batch: their noise, routing state if there is none yet, velocity field, solver."""
     solver = SOLVERS[config.solver]
     guidance_scale = 1.0 if condition is None else guidance_scale_of(ensemble, config)
     condition = condition or Condition.null(len(seeds), config.device)
-    routing = ensemble.init_routing(seeds, condition, config.selection)
+    routing = routing or ensemble.init_routing(seeds, condition, config.selection)
 
     def on_evaluation(noised: Latents, t: Times) -> None:
         report(float(t[0]))
@@ -141,14 +145,15 @@ def _start(
     )
 
 
-def _kept_gates(
+def _kept_routing(
     ensemble: Ensemble, seeds: Sequence[int], condition: Condition | None, config: SamplingConfig
-) -> Gates | None:
-    """Return the gates that every image keeps from its first draw to its end; None if they change on the way."""
+) -> RoutingState | None:
+    """Return the state of all images if each keeps its first expert to its end; None if gates change on the way."""
     if config.selection.name != "sticky":
         return None
     given = Condition.null(len(seeds)) if condition is None else condition
-    return ensemble.init_routing(seeds, given.to(config.device), config.selection).gates
+    with torch.inference_mode():
+        return ensemble.init_routing(seeds, given.to(config.device), config.selection)
 
 
 def _device_rows(condition: Condition | None, rows: RowIds, config: SamplingConfig) -> Condition | None:

@@ -1,11 +1,14 @@
 """Routing state: gates over a trajectory, independence of the batch, branches of guidance."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
+from ensemble.routing import ExpertRows, find_expert_rows
 from ensemble.sampling.guidance import guided_velocity
 from ensemble.sampling.sample import sample
 from ensemble.solvers import SOLVERS, uniform_times
@@ -32,12 +35,12 @@ def noise(rows: int, seed: int = 0) -> Tensor:
 def gates_along(selection: SelectionConfig, seeds: list[int], solver: str = "heun", steps: int = 8) -> Tensor:
     """Return the gates of every evaluation of a trajectory."""
     ensemble, null = make_ensemble(), Condition.null(len(seeds))
-    routing = ensemble.init_routing(seeds, null, selection)
+    state = ensemble.init_routing(seeds, null, selection)
     gates = []
 
     def velocity(noised: Tensor, t: Tensor) -> Tensor:
-        result = ensemble.velocity(noised, t, null, routing)
-        gates.append(routing.state.gates.double())
+        result = ensemble.velocity(noised, t, null, state)
+        gates.append(state.state.gates.double())
         return result
 
     start = torch.cat([noise(1, seed % 2**20) for seed in seeds])
@@ -54,6 +57,27 @@ def test_gates_do_not_depend_on_the_batch(name: str, solver: str) -> None:
         torch.testing.assert_close(gates_along(selection, [SEEDS[row]], solver, 5), together[:, row : row + 1])
     backwards = gates_along(selection, SEEDS[::-1], solver, 5)
     torch.testing.assert_close(backwards.flip(1), together)
+
+
+@pytest.mark.parametrize(("name", "searches"), [("sticky", 1), ("full", 5)])
+def test_rows_of_gates_that_stay_are_looked_for_once(name: str, searches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def find(gates: Tensor) -> Sequence[ExpertRows]:
+        seen.append(gates)
+        return find_expert_rows(gates)
+
+    monkeypatch.setattr("ensemble.routing.find_expert_rows", find)
+    gates_along(SelectionConfig(name=name), SEEDS, "euler", 5)
+    assert len(seen) == searches
+
+
+def test_rows_of_trajectories_are_those_of_their_seeds() -> None:
+    ensemble, selection, index = make_ensemble(), SelectionConfig(name="sticky"), torch.tensor([6, 1, 3])
+    chosen = ensemble.init_routing(SEEDS, NULL, selection).rows(index)
+    alone = ensemble.init_routing([SEEDS[row] for row in index.tolist()], Condition.null(3), selection)
+    assert chosen.seeds == alone.seeds and chosen.calls is not alone.calls
+    assert torch.equal(chosen.gates, alone.gates)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])

@@ -50,6 +50,15 @@ def test_calls_per_step_follow_selection_and_guidance(
     assert torch.equal(result.images.flatten(1), result.latents)
 
 
+@pytest.mark.parametrize(("name", "moved"), [("sticky", 1), ("full", 3)])
+def test_only_experts_that_are_called_are_moved(name: str, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ensemble, seen = make_ensemble(), []
+    monkeypatch.setattr(type(ensemble.experts[0]), "to", lambda expert, _device: seen.append(expert) or expert)
+    result = sample(ensemble, IdentityCodec(), [7], config(name))
+    assert len(seen) == moved == len(result.calls.experts)
+    assert {id(expert) for expert in seen} == {id(ensemble.experts[k]) for k in result.calls.experts}
+
+
 @pytest.mark.parametrize(("seeds", "class_ids"), [([], None), ([1, 2], [0])])
 def test_sample_with_unpaired_seeds_and_classes_raises(seeds: list[int], class_ids: list[int] | None) -> None:
     with pytest.raises(ValueError, match="at least one seed"):

@@ -107,6 +107,17 @@ class TestFinishedRun:
         expert_flops = sum(flops[name] for name in ("expert_0", "expert_1", "router", "features", "partition"))
         assert flops["monolith"] == pytest.approx(expert_flops, rel=0.02)
 
+    def test_sample_of_an_own_network_loads_only_what_it_needs(self, run, tmp_path):
+        heavy = ("scipy", "sklearn", "pandas", "ray", "faiss", "wandb", "matplotlib", "hydra", "peft", "torchao")
+        heavy += ("transformers.models", "diffusers.hooks", "diffusers.models.unets", "diffusers.models.transformers")
+        words = ["sample", str(run), "--seeds", "0", "--out", str(tmp_path / "one.png")]
+        code = (
+            f"import sys; from orchestrator.cli.app import app\napp({words!r}, standalone_mode=False)\n"
+            f"print([name for name in {heavy!r} if name in sys.modules])"
+        )
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert process.stdout.splitlines()[-1] == "[]"
+
     def test_status_finished_run_lists_every_stage(self, run):
         output = ddm("status", run)
         assert output.count("finished") == 14 and "no controller" in output
