@@ -133,6 +133,12 @@ def enable_gradient_checkpointing(model: nn.Module, function: Callable[..., Any]
     checkpointed.enable_gradient_checkpointing(function)
 
 
+def compile_for_training(model: nn.Module) -> None:
+    """Call `torch.compile` on a network that is trained, in place."""
+    # With the optimization of layouts of torch 2.13, most layers of a U-Net get gradients of zero on a CPU.
+    model.compile(options={"layout_optimization": False})
+
+
 def extend_by_intervals(model: nn.Module, *, has_guidance: bool = False) -> nn.Module:
     """Let a network take the length of a jump beside t, in place, and return it; its output stays until it is trained.
 

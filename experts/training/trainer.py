@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from ddm_core.artifacts import CACHE, Preempted, Workspace, write_text
 from ddm_core.errors import DDMError
 from experts.config import TrainingConfig
-from experts.training.checkpoint import (
-    MetricsRow,
-    TrainingState,
-    collect_tensors,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from experts.networks.registry import compile_for_training
+from experts.training.checkpoint import MetricsRow, TrainingState, collect_tensors, restore_checkpoint, save_checkpoint
 from experts.training.held_out import HELD_OUT, Measure, stopped_gaining
 from experts.training.latent_dataset import Batch, LatentDataset, make_batch, step_seed
 from experts.training.optimizers.ema import SNAPSHOT_WIDTHS, SNAPSHOTS, MovingAverage, write_snapshots
@@ -231,7 +226,7 @@ def init_training_state(model: nn.Module, config: TrainingConfig, group: DataPar
     if is_sharded:
         shard_network(model, group)
     if config.compile:
-        model.compile()
+        compile_for_training(model)
     widths, is_on_host = SNAPSHOT_WIDTHS if config.ema_snapshots else (), "average" in config.offload
     return TrainingState(
         config=config,

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.arms.trainer.cases import LOSS, Case, Effort, Measured, make_dataset, make_network
 from benchmarks.record import Claim, Listing
 from experts.config import ResidualMLPConfig, TrainingConfig
-from experts.networks.registry import enable_gradient_checkpointing
+from experts.networks.registry import compile_for_training, enable_gradient_checkpointing
 from experts.training.latent_dataset import Batch, make_batch
 
 WAYS = ("4 × 16", "checkpointing", "compiled")
@@ -60,7 +60,7 @@ def gradients_by(way: str, model: nn.Module, batch: Batch) -> list[torch.Tensor]
     if way == "checkpointing":
         enable_gradient_checkpointing(model)
     if way == "compiled":
-        model.compile()
+        compile_for_training(model)
     return gradients(model, batch.divide(4) if way == "4 × 16" else [batch])
 
 
