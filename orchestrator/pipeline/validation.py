@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ddm_core.artifacts import Workspace, write_json
 from ensemble.config import ValidationConfig
-from ensemble.sampling.validation import EXPERT, TASK, ValidationTask, validate, validation_steps
+from ensemble.evaluation.validation import EXPERT, TASK, ValidationTask, validate, validation_steps
 from experts.config import TrainingConfig
 from experts.expert import Expert
 from orchestrator.pipeline.stage import FIRST_SAMPLES, STEP_SAMPLES, VALIDATION
@@ -90,7 +90,7 @@ class Validator:
         write_json(folder / TASK, task)
         with (self.workspace.attempt / "validation.log").open("wb") as output:
             self._beside = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ensemble.sampling.validation", str(folder.absolute())],
+                [sys.executable, "-P", "-m", "ensemble.evaluation.validation", str(folder.absolute())],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

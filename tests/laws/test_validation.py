@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from data_partition.features.efficientnet import EfficientNetFeatures
 from ddm_core.artifacts import Preempted, Workspace
 from ensemble.config import ValidationConfig
+from ensemble.evaluation import validation
 from ensemble.evaluation.feature_space import scale_features
 from ensemble.evaluation.metrics import kernel_distance
-from ensemble.sampling import validation
+from ensemble.evaluation.validation import COUNT, validation_steps
 from ensemble.sampling.images import to_bytes
-from ensemble.sampling.validation import COUNT, validation_steps
 from experts.config import TrainingConfig
 from orchestrator.config.hydra_compose import compose
 from orchestrator.config.schema import parse_config

@@ -1,7 +1,7 @@
 """Validation of one expert alone while it trains: pictures of fixed noise and prompts, and its kernel distance (KID).
 
 The process of the training validates, or one of its own, for which it does not wait:
-`python -m ensemble.sampling.validation FOLDER` reads `FOLDER/task.json` and the expert beside it.
+`python -m ensemble.evaluation.validation FOLDER` reads `FOLDER/task.json` and the expert beside it.
 """
 
 import itertools
