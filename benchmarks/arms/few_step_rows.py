@@ -34,8 +34,8 @@ TRAINING = TrainingConfig(
     steps=600, batch_size=64, lr=1e-3, warmup_steps=30, t_mean=0.4, t_std=1.6, checkpoint_every=10**6
 )
 SCM_TRAINING = replace(TRAINING, t_mean=-0.3, t_std=1.4)
-SCORE_WEIGHTS = (1.0, 0.1)
-"""Weights of score distillation; the first is the one that is judged."""
+SCORE_WEIGHTS = (1.0,)
+"""Weights of score distillation; the first is judged."""
 TRAINING_OF_REFINERS = TrainingConfig(steps=300, batch_size=64, lr=1e-3, warmup_steps=20, checkpoint_every=10**6)
 STARTS = (0.2, 0.35, 0.5, 0.7)
 
