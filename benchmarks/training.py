@@ -7,6 +7,7 @@ gradients  of a batch in four parts, with activations computed again, and compil
 memory     peak on the host of every class of network, in parts, with checkpointing and with offloading
 sharding   two workers that share one network against one, resumed with fewer and more, and killed
 sampling   with sticky experts against one dense model in a loop of diffusers, and against such loops of the experts
+wanted     what was slow when the trainer was first measured, as it is now: read from the other parts, and measured here
 
 `python -m benchmarks.training steps waits` measures these parts, and keeps what was measured of the others. Ratios of
 time are of CPU time, both sides in turns on one thread.
@@ -26,6 +27,7 @@ from benchmarks.arms.trainer.memory import measure_memory
 from benchmarks.arms.trainer.sampling import measure_sampling
 from benchmarks.arms.trainer.sharding import measure_sharding
 from benchmarks.arms.trainer.steps import measure_steps, measure_waits
+from benchmarks.arms.trainer.wanted import measure_wanted
 from benchmarks.record import RESULTS, Claim, Listing, write_result
 from ddm_core.artifacts import read_json
 
@@ -36,6 +38,7 @@ PARTS: Mapping[str, Callable[[Effort], Measured]] = {
     "memory": measure_memory,
     "sharding": measure_sharding,
     "sampling": measure_sampling,
+    "wanted": measure_wanted,
 }
 """The names of a part's claims and tables begin with the part's."""
 
