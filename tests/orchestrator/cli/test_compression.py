@@ -136,7 +136,7 @@ DISTILLED = (
     "distill.shared_warmup_steps=3",
     "accelerate=base_first",
     "prune=laptop",
-    "prune.ratio=0.2",
+    "prune.ratio=0.1",
     "prune.finetune.steps=4",
     "quantize=int8_dynamic",
 )
@@ -148,7 +148,7 @@ DRAFTED = (
 )
 DENSE = ("distill=consistency", "distill.students=shared", "distill.teacher=true", "distill.training.steps=4")
 DENSE_SID = ("distill=sid", "distill.students=shared", "distill.training.steps=3", "quantize=int8_weight_only")
-CACHED = ("accelerate=cache", "accelerate.interval=2", "prune=laptop", "prune.ratio=0.2", "prune.finetune.steps=4")
+CACHED = ("accelerate=cache", "accelerate.interval=2", "prune=laptop", "prune.ratio=0.1", "prune.finetune.steps=4")
 
 
 @pytest.mark.integration
