@@ -83,7 +83,7 @@ class DataConfig:
 
     duplicates: Literal["keep", "remove"] = field(default="keep", metadata=UNHASHED_IF_DEFAULT)
     """`remove` leaves out images that repeat an earlier one, also mirrored, slightly cropped or saved with loss: what
-    is there often is memorized. Time grows with the square of the number of images."""
+    is there often is memorized."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of training samples."""

@@ -5,12 +5,13 @@ A piece is a range of rows, a shard or a tar. `LocalEngine` computes one after t
 """
 
 from collections.abc import Callable, Generator, Iterable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Maps pieces to results."""
 

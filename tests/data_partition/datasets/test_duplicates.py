@@ -8,14 +8,15 @@ import pytest
 from PIL import Image
 
 from data_partition.config import DataConfig
+from data_partition.datasets import near_pairs
 from data_partition.datasets.duplicates import (
-    CANDIDATES,
     REPEATED,
     find_duplicates,
     find_repeated,
     leave_out_repeated,
     mark_repeated,
 )
+from data_partition.datasets.near_pairs import CANDIDATES
 from data_partition.datasets.source import Reading, Source
 from data_partition.datasets.sources import SOURCES
 from data_partition.shards.shards import Sample
@@ -86,6 +87,40 @@ def test_more_copies_than_candidates_are_all_found(pictures: np.ndarray) -> None
     copies = [CHANGES["all" if number % 2 else "crop"](pictures[3], rng) for number in range(3 * CANDIDATES)]
     found = find_duplicates([*pictures[:6], *copies])
     assert [(one.row, one.original) for one in found] == [(6 + number, 3) for number in range(len(copies))]
+
+
+def test_cells_find_what_a_scan_of_all_pairs_finds(pictures: np.ndarray, monkeypatch) -> None:
+    rng = np.random.default_rng(3)
+    images = [*pictures, *(CHANGES["all"](pictures[row], rng) for row in range(30))]
+    whole = find_duplicates(images)
+    monkeypatch.setattr(near_pairs, "CELL_ROWS", 10)
+    monkeypatch.setattr(near_pairs, "PROBES", 3)
+    monkeypatch.setattr(near_pairs, "PIECE", 25)
+    assert {(one.row, one.original) for one in find_duplicates(images)} == {(one.row, one.original) for one in whole}
+    assert len(whole) == 30
+
+
+def test_a_crop_is_found_from_the_larger_picture_and_from_the_smaller(pictures: np.ndarray) -> None:
+    smaller = np.asarray(Image.fromarray(pictures[5]).crop((5, 5, 64, 64)).resize((64, 64), Image.Resampling.BICUBIC))
+    for images in ([pictures[5], smaller, *pictures[6:40]], [smaller, pictures[5], *pictures[6:40]]):
+        assert [(one.row, one.original) for one in find_duplicates(images)] == [(1, 0)]
+
+
+def test_pictures_of_several_sizes_are_compared(pictures: np.ndarray, tmp_path, monkeypatch) -> None:
+    images = [pictures[0], pictures[1][:40], pictures[0], pictures[1][:40, ::-1], pictures[2][:, :40]]
+    train = [Sample(key=f"t{row}", image=image, label=0) for row, image in enumerate(images)]
+    source = Source(class_names=(), train=Reading.whole(lambda: train), test=None)
+    monkeypatch.setitem(SOURCES, "image_folder", lambda config: source)
+    config = DataConfig(
+        source="image_folder",
+        path=".",
+        image_size=32,
+        channels=3,
+        fit="crop",
+        duplicates="remove",
+        aspect_buckets=("32x20",),
+    )
+    assert find_repeated(source, config, Workspace.at(tmp_path)) == {"t2": "t0", "t3": "t1"}
 
 
 def test_source_leaves_out_what_repeats(pictures: np.ndarray, tmp_path, monkeypatch) -> None:
