@@ -14,6 +14,7 @@ from data_partition.datasets.duplicates import find_repeated, leave_out_repeated
 from data_partition.datasets.notices import Notices
 from data_partition.datasets.source import Reading, Source, Unreadable, holdout_share, is_held_out
 from data_partition.datasets.sources import SOURCES, open_reading
+from data_partition.datasets.webdataset_source import describe_annotations
 from data_partition.errors import (
     InvalidCaptions,
     MissingLabels,
@@ -151,6 +152,12 @@ class _Build:
         sizes = (f"{counts[shape]:,} of {shape[1]}x{shape[0]}" for shape in index.image_shapes)
         return [f"training images: {', '.join(sizes)}"]
 
+    def _describe_annotations(self) -> str:
+        if self.config.source != "webdataset":
+            return ""
+        key = self.config.caption_key or "caption or text"
+        return f" in .txt or in the field {key} of .json: {describe_annotations(self.config.path)}"
+
     def _check(self) -> None:
         """Raise `TooManyUnreadable`, `NoSamples`, `OneClass` or `InvalidCaptions`."""
         num_read, num_bad = self.train.count + self.holdout.count, self.notices.num_unreadable
@@ -178,8 +185,8 @@ class _Build:
             )
         if self.config.captions and self.num_captions == 0:
             raise InvalidCaptions(
-                f"data.captions=true, and none of {num_read} images has a caption; see data.captions for where they "
-                "are looked for, or set it to false"
+                f"data.captions=true, and none of {num_read} images has a caption{self._describe_annotations()}; see "
+                "data.captions for where they are looked for, or set it to false"
             )
 
 

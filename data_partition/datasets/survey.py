@@ -14,7 +14,7 @@ from data_partition.datasets.image_folder import check_root, iter_image_files, l
 from data_partition.datasets.parquet_source import check_caption_column, list_rows
 from data_partition.datasets.source import is_held_out
 from data_partition.datasets.webdataset_source import IMAGE_EXTENSIONS, list_urls, make_tar_key
-from data_partition.errors import NoSamples, SourceMissing
+from data_partition.errors import InvalidCaptions, NoSamples, SourceMissing
 from data_partition.shards.tar import list_members
 
 MAX_LISTED = 50_000
@@ -57,7 +57,10 @@ def survey_source(config: DataConfig) -> Survey | None:
     except OSError as error:
         raise SourceMissing(f"data.path={config.path} cannot be read: {error.strerror}: {error.filename!r}") from error
     if survey.train + survey.held_out == 0:
-        raise NoSamples(f"data.path={config.path} has no image; {describe_others(Path(str(config.path)))}")
+        others = describe_tars(config) if config.source == "webdataset" else describe_others(Path(str(config.path)))
+        raise NoSamples(f"data.path={config.path} has no image; {others}")
+    if config.captions and config.source == "webdataset":
+        _check_tars_have_captions(config, survey)
     if config.captions and config.source == "image_folder":
         root = check_root(config.path)
         check_captions(islice(iter_image_files(root, root.resolve()), MAX_LISTED), root, config)
@@ -136,6 +139,36 @@ def describe_others(root: Path) -> str:
         return "it holds no file at all; correct the path"
     found = ", ".join(f"{count} with {suffix}" for suffix, count in suffixes.most_common(MAX_SHOWN))
     return f"it holds other files: {found}; correct the path, or convert them"
+
+
+def describe_tars(config: DataConfig) -> str:
+    """Return what local tars hold instead of images, and what to do."""
+    extensions = _count_extensions(config)
+    if not extensions:
+        return "its tars hold no file at all; correct the path"
+    return (
+        f"its tars hold {_name_extensions(extensions)}; a sample is x.png, x.jpg, x.webp or another image, with x.cls, "
+        "x.txt or x.json beside it: make the tars again"
+    )
+
+
+def _check_tars_have_captions(config: DataConfig, survey: Survey) -> None:
+    """Raise `InvalidCaptions` if no file of local tars, all of which are listed, can hold a caption."""
+    if survey.is_complete and not (extensions := _count_extensions(config)).keys() & {"txt", "json"}:
+        raise InvalidCaptions(
+            f"data.captions=true, and the tars of data.path hold {_name_extensions(extensions)}: captions are in .txt, "
+            "or in a field of .json; add them, or set data.captions=false"
+        )
+
+
+def _count_extensions(config: DataConfig) -> Counter[str]:
+    """Return how many files of each extension local tars hold."""
+    members = (PurePosixPath(name).name for url in list_urls(config.path) for name in list_members(Path(url)))
+    return Counter(name.partition(".")[2].lower() for name in islice(members, 4 * MAX_LISTED))
+
+
+def _name_extensions(extensions: Counter[str]) -> str:
+    return ", ".join(f"{count} with .{extension}" for extension, count in extensions.most_common(MAX_SHOWN))
 
 
 LISTINGS = {

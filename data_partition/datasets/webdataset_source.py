@@ -1,5 +1,6 @@
 """Images in WebDataset tars from any origin, local or remote, with a class, a caption, or neither."""
 
+import contextlib
 import json
 import logging
 import os
@@ -86,6 +87,17 @@ def read_url(url: str) -> Iterator[Encoded]:
                 raise
             log.warning("%s; opened again in %.1f s", error, wait_s)
             time.sleep(wait_s)
+
+
+def describe_annotations(path: str | None) -> str:
+    """Return the files of the first sample of all, and the fields of its `.json`; raises like `read_url`."""
+    for encoded in read_url(list_urls(path)[0]):
+        fields: object = {}
+        with contextlib.suppress(ValueError, RecursionError):
+            fields = json.loads(read_annotation(encoded.files, "json")) if "json" in encoded.files else {}
+        names = ", ".join(make_printable(str(name))[:50] for name in fields) if isinstance(fields, dict) else ""
+        return f"its first sample has .{', .'.join(encoded.files)}" + (f" with the fields {names}" if names else "")
+    return "it has no sample"
 
 
 def parse_sample(

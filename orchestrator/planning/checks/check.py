@@ -166,9 +166,11 @@ class DataCheck:
         counts = survey.class_counts
         if survey.unlabelled:
             total = survey.train + survey.held_out
+            is_tar = self.config.data.source == "webdataset"
+            place = "put x.cls or x.json beside each" if is_tar else "put each into a folder of its class"
             self.mistakes.append(
                 f"data.labels=true needs a class for every sample, and {len(survey.unlabelled)} of {total} have none "
-                f"({join_names(survey.unlabelled)}); put each into a folder of its class, or train without classes"
+                f"({join_names(survey.unlabelled)}); {place}, or train without classes"
             )
             self.change("data", labels=False)
         elif empty := [name for name, count in counts.items() if count == 0 and survey.is_complete]:

@@ -45,7 +45,9 @@ def measure_data(config: RunConfig) -> tuple[DataSize, ...]:
     reading = WINDOWS_AHEAD * MAX_WINDOW if streams else pixels
     sample = ROW.itemsize + TEXT_BYTES if streams else pixels + FILE_OVERHEAD
     stored = latents_config(config).store
-    latents = 24 + stored * (1 + data.flip) * _latent_bytes(config.codec, data.image_size, data.channels)
+    # with buckets, each latent takes the place of the longest
+    longest = max(_latent_bytes(config.codec, size, data.channels) for size in data.sizes)
+    latents = 24 + stored * (1 + data.flip) * longest
     encoding = COPIES * min(ENCODED_IMAGES * pixels, ENCODED_BYTES)
     features = reading + config.partition.batch_size * COPIES * pixels
     training = config.expert.training
@@ -69,8 +71,11 @@ def measure_data(config: RunConfig) -> tuple[DataSize, ...]:
     )
 
 
-def _latent_bytes(codec: CodecConfig, image_size: int, channels: int) -> int:
-    return math.prod(latent_shape_of(codec, image_size, channels)) * (2 if codec.kind.startswith("autoencoder") else 4)
+def _latent_bytes(codec: CodecConfig, size: tuple[int, int], channels: int) -> int:
+    """Return the bytes of the latent of an image of a height and a width."""
+    by_height, by_width = (latent_shape_of(codec, side, channels) for side in size)
+    count = by_height[0] * by_height[1] * by_width[2] if len(by_height) == 3 else math.prod(by_height)
+    return count * (2 if codec.kind.startswith("autoencoder") else 4)
 
 
 def _feature_bytes(config: RunConfig) -> int:
