@@ -1,8 +1,10 @@
 """Decode, encode and resize images; all images of a data set have the same size."""
 
+import contextlib
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,10 +74,27 @@ def decode_image(data: bytes) -> Pixels:
 
 def decode_with_remarks(data: bytes) -> Decoded:
     """Decode an image file like `decode_image`, and say what was converted; raises `UnreadableImage`."""
+    with _opened(data) as image:
+        upright, remarks, is_turned = _turn_upright(image)
+        is_plain = not remarks and not is_turned and not any(name in image.info for name in METADATA)
+        extension = next((name for name, kind in STORED.items() if kind == image.format and is_plain), "")
+        return Decoded(to_pixels(upright), tuple(remarks), extension)
+
+
+def decode_fitted(data: bytes, config: DataConfig, key: str) -> Fitted:
+    """Return what `fit_image` makes of `decode_image`, without the pixels between; raises what both raise."""
+    with _opened(data) as image:
+        upright, _, _ = _turn_upright(image)
+        return to_pixels(_fit(upright, config, key))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image file; raises `UnreadableImage` for what Pillow raises meanwhile."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
-            return _decode(image)
-    except UnreadableImage:
+            yield image
+    except (UnreadableImage, MixedSizes):
         raise
     except UnidentifiedImageError as error:
         what = "it is empty" if not data else f"it is damaged, or none of {', '.join(FORMATS)}"
@@ -85,7 +104,8 @@ def decode_with_remarks(data: bytes) -> Decoded:
         raise UnreadableImage(f"not a readable image, its {len(data)} bytes are damaged ({reason})") from error
 
 
-def _decode(image: Image.Image) -> Decoded:
+def _turn_upright(image: Image.Image) -> tuple[Image.Image, list[str], bool]:
+    """Return an open image as gray or sRGB, upright, what was converted, and whether it was turned."""
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width}x{image.height} are more than {MAX_PIXELS} pixels")
     converted, remarks = to_gray_or_rgb(image)
@@ -93,10 +113,7 @@ def _decode(image: Image.Image) -> Decoded:
     frames = ["several frames, the first is used"] if getattr(image, "is_animated", False) else []
     method = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     upright = converted if method is None else converted.transpose(method)
-    remarks = [*frames, *remarks]
-    is_plain = not remarks and method is None and not any(name in image.info for name in METADATA)
-    extension = next((name for name, kind in STORED.items() if kind == image.format and is_plain), "")
-    return Decoded(to_pixels(upright), tuple(remarks), extension)
+    return upright, [*frames, *remarks], method is not None
 
 
 def to_pixels(image: Image.Image) -> Pixels:
@@ -144,21 +161,31 @@ def fit_image(pixels: Pixels, config: DataConfig, key: str) -> Fitted:
 
     Raises `MixedSizes` if scaling is not allowed.
     """
-    ratio = math.log(pixels.shape[1] / pixels.shape[0])
-    height, width = min(config.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
-    if pixels.shape == (height, width, config.channels):
+    size = _nearest_size(pixels.shape[1], pixels.shape[0], config)
+    if pixels.shape == (*size, config.channels):
         return pixels
-    if pixels.shape[:2] != (height, width) and config.fit == "exact":
+    return to_pixels(_fit(to_image(pixels), config, key))
+
+
+def _nearest_size(width: int, height: int, config: DataConfig) -> tuple[int, int]:
+    """Return the (height, width) of the nearest aspect ratio."""
+    ratio = math.log(width / height)
+    return min(config.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
+
+
+def _fit(image: Image.Image, config: DataConfig, key: str) -> Image.Image:
+    height, width = _nearest_size(image.width, image.height, config)
+    if image.size != (width, height) and config.fit == "exact":
         raise MixedSizes(
-            f"{key} is {pixels.shape[1]}x{pixels.shape[0]}, but with data.fit=exact every image must be "
+            f"{key} is {image.width}x{image.height}, but with data.fit=exact every image must be "
             f"{width}x{height}; set data.fit=crop, or data.image_size to the common size of all images"
         )
-    image = to_image(pixels)
     if image.size != (width, height) and config.fit == "pad":
         image = ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
     elif image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return to_pixels(image.convert("L" if config.channels == 1 else "RGB"))
+    mode = "L" if config.channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def is_enlarged(pixels: Pixels, fitted: Fitted, config: DataConfig) -> bool:

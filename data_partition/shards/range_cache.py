@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from jaxtyping import Int64
 
 from data_partition.errors import CacheFull
 from data_partition.shards.offset_index import OffsetIndex
@@ -37,6 +38,10 @@ class RangeCache:
         """Bytes of the parts that are there, the least recently used first."""
         self._coming: dict[str, Future[None]] = {}
         self._coming_bytes = 0
+        self._starts: dict[str, Int64[np.ndarray, " row"]] = {}
+        """Where the image of every row of a part begins, of those that were read."""
+        self._done: Future[None] = Future()
+        self._done.set_result(None)
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="fetch")
         for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
@@ -61,14 +66,13 @@ class RangeCache:
 
     def fetch(self, index: OffsetIndex, tar: int) -> Future[None]:
         """Have the part of a tar read, unless it is there; the result says when it is, or why it is not."""
-        name, size = _name(index, tar), int(index.sizes(index.rows_of(tar)).sum())
+        name = _name(index, tar)
         with self._lock:
             if name in self._kept:
                 self._kept.move_to_end(name)
-                done: Future[None] = Future()
-                done.set_result(None)
-                return done
+                return self._done
             if name not in self._coming:
+                size = int(index.sizes(index.rows_of(tar)).sum())
                 self._make_room(size)
                 self._coming_bytes += size
                 self._coming[name] = self._threads.submit(self._store, index, tar, name, size)
@@ -78,9 +82,12 @@ class RangeCache:
         """Return the image file of a row, after its part is there; raises `CacheFull`, or like `OffsetIndex.read`."""
         tar = index.tar_of(row)
         self.fetch(index, tar).result()
-        before = int(index.sizes(range(int(index.ends[tar]), row)).sum(dtype=np.int64))
-        with contextlib.suppress(OSError), (self.folder / _name(index, tar)).open("rb") as file:
-            data = os.pread(file.fileno(), int(index.rows["length"][row]), before)
+        name, first = _name(index, tar), int(index.ends[tar])
+        starts = self._starts.get(name)
+        if starts is None:
+            starts = self._starts[name] = np.cumsum([0, *index.sizes(range(first, int(index.ends[tar + 1])))])
+        with contextlib.suppress(OSError):
+            data = _read_part(self.folder / name, int(starts[row - first]), int(starts[row - first + 1]))
             if index.is_intact(row, data):
                 return data
         return index.read(row)
@@ -109,7 +116,17 @@ class RangeCache:
         """Delete the least recently used parts until there is room for so many bytes."""
         while self._kept and self.num_bytes + size > self.max_bytes:
             name, _ = self._kept.popitem(last=False)
+            self._starts.pop(name, None)
             (self.folder / name).unlink(missing_ok=True)
+
+
+def _read_part(path: Path, start: int, stop: int) -> bytes:
+    """Return some bytes of a file, by three calls of the system; raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, stop - start, start)
+    finally:
+        os.close(descriptor)
 
 
 def _name(index: OffsetIndex, tar: int) -> str:

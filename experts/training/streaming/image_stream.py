@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from data_partition.errors import CacheFull
-from data_partition.shards.images import Pixels, decode_image, fit_image
+from data_partition.shards.images import Pixels, decode_fitted
 from data_partition.shards.range_cache import RangeCache
 from data_partition.shards.shards import open_offsets
 from experts.codec import Codec
@@ -89,7 +89,7 @@ class ImageStream:
         number = int(np.searchsorted(self.first_rows, row, "right")) - 1
         index, local = self.indexes[number], row - int(self.first_rows[number])
         data = index.read(local) if self._cache is None else self._cache.read(index, local)
-        return fit_image(decode_image(data), self.configs[number], f"row {local} of {index.folder}")
+        return decode_fitted(data, self.configs[number], f"row {local} of {index.folder}")
 
     def batch_rows(self, config: TrainingConfig, step: int) -> RowIds:
         """Return the samples of a step, and begin to read those of its block and of the next ones."""

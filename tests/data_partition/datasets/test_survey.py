@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
 from data_partition.datasets.survey import survey_source
-from data_partition.errors import NoSamples, OneClass, ShardError, SourceMissing
+from data_partition.errors import InvalidCaptions, NoSamples, OneClass, ShardError, SourceMissing
+from data_partition.shards.images import encode_png
 from ddm_core.artifacts import Workspace
 from tests.data_partition.datasets.test_build import write_tree
 from tests.data_partition.shards.test_tar import make_tar
@@ -66,3 +68,33 @@ def test_survey_missing_or_truncated_tar_names_it(tmp_path: Path):
     (tmp_path / "1.tar").write_bytes(os.urandom(700))
     with pytest.raises(ShardError, match="1.tar"):
         survey_source(DataConfig(source="webdataset", path=f"{tmp_path}/{{0..1}}.tar"))
+
+
+def tar_config(folder: Path, files: dict[str, bytes], **settings: object) -> DataConfig:
+    (folder / "a.tar").write_bytes(make_tar(files).getvalue())
+    return DataConfig(source="webdataset", path=str(folder / "a.tar"), image_size=4, fit="crop", **settings)
+
+
+def test_tars_of_other_files_are_named_by_their_extensions(tmp_path: Path):
+    config = tar_config(tmp_path, {f"{number}.{kind}": b"0" for number in range(3) for kind in ("npy", "cls")})
+    with pytest.raises(NoSamples, match=r"has no image; its tars hold 3 with \.npy, 3 with \.cls; a sample is x\.png"):
+        survey_source(config)
+
+
+def test_tars_without_captions_are_refused_before_a_run(tmp_path: Path):
+    files = {f"{number}.{kind}": b"0" for number in range(3) for kind in ("png", "cls")}
+    with pytest.raises(InvalidCaptions, match=r"hold 3 with \.png, 3 with \.cls: captions are in \.txt"):
+        survey_source(tar_config(tmp_path, files, captions=True))
+    assert survey_source(tar_config(tmp_path, files | {"0.txt": b"a"}, captions=True)) is not None
+
+
+def test_wrong_field_of_captions_is_named_with_those_that_are_there(tmp_path: Path, workspace: Workspace):
+    image = encode_png(np.zeros((4, 4, 1), np.uint8))
+    files = {f"{number}.{kind}": image for number in range(20) for kind in ("png",)}
+    files |= {f"{number}.json": b'{"description": "a boot", "label": 1}' for number in range(20)}
+    config = tar_config(tmp_path, dict(sorted(files.items())), captions=True, labels=False)
+    message = (
+        "in the field caption or text of .json: its first sample has .json, .png with the fields description, label"
+    )
+    with pytest.raises(InvalidCaptions, match=message):
+        build_dataset(config, tmp_path / "out", workspace)

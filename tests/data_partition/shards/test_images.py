@@ -11,7 +11,7 @@ from PIL import Image
 from data_partition.config import DataConfig
 from data_partition.errors import MixedSizes, UnreadableImage
 from data_partition.shards import images
-from data_partition.shards.images import decode_image, encode_png, fit_image, is_enlarged
+from data_partition.shards.images import decode_fitted, decode_image, encode_png, fit_image, is_enlarged
 
 
 def encode_file(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -105,3 +105,28 @@ def test_buckets_are_sizes_of_their_own_and_need_scaling():
     for buckets in (("8x8",), ("8x4", "8x4"), ("8x2",)):
         with pytest.raises(ValueError, match="different sizes beside 8x8, of sides of 4"):
             DataConfig(image_size=8, fit="crop", aspect_buckets=buckets)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_what_is_fitted_while_it_is_decoded_is_the_same(
+    mode: str, channels: Literal[1, 3], fit: Literal["crop", "pad"]
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 9, 3), np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6
+    for size, kept in (((9, 13), None), ((8, 8), None), ((9, 13), exif)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize(size).convert(mode).save(buffer, "PNG", **({"exif": kept} if kept else {}))
+        config = DataConfig(image_size=8, channels=channels, fit=fit, aspect_buckets=("12x8",))
+        fitted = decode_fitted(buffer.getvalue(), config, "a")
+        np.testing.assert_array_equal(fitted, fit_image(decode_image(buffer.getvalue()), config, "a"))
+
+
+def test_errors_of_both_keep_their_kind():
+    config = DataConfig(image_size=8, channels=3)
+    with pytest.raises(MixedSizes, match="a is 9x8, but with data.fit=exact"):
+        decode_fitted(encode_file(Image.new("RGB", (9, 8))), config, "a")
+    with pytest.raises(UnreadableImage, match="damaged"):
+        decode_fitted(encode_file(Image.new("RGB", (64, 64)))[:60], config, "a")
