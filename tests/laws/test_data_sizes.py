@@ -16,3 +16,10 @@ def test_stages_take_no_more_disk_than_planned(tiny_run):
     for size in measure_data(config)[:-1]:
         taken = sum(path.stat().st_size for path in list_files(artifacts[size.kind]))
         assert taken <= 2 * 160 * size.image_bytes + FIXED, size.kind
+
+
+def test_a_fit_of_components_is_counted(tiny_run):
+    config = tiny_config(tiny_run)
+    sizes = {size.kind: size.memory_bytes for size in measure_data(config)}
+    matrix = 8 * (config.data.image_size**2 * config.data.channels) ** 2
+    assert sizes["features"] >= 4 * matrix and sizes["codec"] >= 4 * matrix

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 from data_partition.shards.offset_index import MAX_WINDOW, ROW, WINDOWS_AHEAD
+from ddm_core.hash_join import MAX_ROWS
 from experts.config import DEFAULT_CACHE_GB, CodecConfig
-from experts.networks.latent_shapes import latent_shape_of
+from experts.networks.latent_shapes import IMAGE_COMPONENTS, latent_shape_of
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage_configs import latents_config
 
@@ -20,6 +21,15 @@ ENCODED_IMAGES, ENCODED_BYTES = 512, 2**28
 
 TRAINING = "a training"
 """Where a network is trained on images that are streamed."""
+
+FIT_MATRICES = 4
+"""Square matrices of 64 bits, a row for each value of an image, that a fit of principal components has at a time."""
+
+MATCH_BYTES = 40 * MAX_ROWS
+"""Of the hashes by which latents are divided."""
+
+COMPARE_BYTES = 2**28
+"""Of similarities of images that are compared with others, at most."""
 
 COPIES = 5
 """Bytes in memory for one of an image that is computed on: as it is stored, and as numbers of 32 bits."""
@@ -49,18 +59,23 @@ def measure_data(config: RunConfig) -> tuple[DataSize, ...]:
     longest = max(_latent_bytes(config.codec, size, data.channels) for size in data.sizes)
     latents = 24 + stored * (1 + data.flip) * longest
     encoding = COPIES * min(ENCODED_IMAGES * pixels, ENCODED_BYTES)
-    features = reading + config.partition.batch_size * COPIES * pixels
+    fit = FIT_MATRICES * 8 * (data.image_size**2 * data.channels) ** 2
+    batch = reading + config.partition.batch_size * COPIES * pixels
+    features = batch + (fit if config.partition.features == "pixels" else 0)
+    codec = encoding + (fit if config.codec.kind in IMAGE_COMPONENTS else 0)
+    compared = COMPARE_BYTES if data.duplicates == "remove" else 0
     training = config.expert.training
     ahead = training.batch_size * COPIES * pixels
     cache_gb = DEFAULT_CACHE_GB if training.cache_gb is None else training.cache_gb
     return (
-        DataSize(kind="dataset", image_bytes=sample, memory_bytes=reading + COPIES * pixels),
+        DataSize(kind="dataset", image_bytes=sample, memory_bytes=reading + COPIES * pixels + compared),
+        DataSize(kind="codec", image_bytes=0, memory_bytes=reading + codec),
         DataSize(kind="latents", image_bytes=latents, memory_bytes=reading + encoding),
         DataSize(kind="features", image_bytes=_feature_bytes(config), memory_bytes=features),
         DataSize(
             kind="partition",
             image_bytes=sample + latents + TEXT_BYTES,
-            memory_bytes=features,
+            memory_bytes=batch + MATCH_BYTES,
         ),
         DataSize(
             kind=TRAINING,
