@@ -100,7 +100,7 @@ def test_cells_find_what_a_scan_of_all_pairs_finds(pictures: np.ndarray, monkeyp
     assert len(whole) == 30
 
 
-def test_a_crop_is_found_from_the_larger_picture_and_from_the_smaller(pictures: np.ndarray) -> None:
+def test_a_crop_is_found_in_either_direction(pictures: np.ndarray) -> None:
     smaller = np.asarray(Image.fromarray(pictures[5]).crop((5, 5, 64, 64)).resize((64, 64), Image.Resampling.BICUBIC))
     for images in ([pictures[5], smaller, *pictures[6:40]], [smaller, pictures[5], *pictures[6:40]]):
         assert [(one.row, one.original) for one in find_duplicates(images)] == [(1, 0)]

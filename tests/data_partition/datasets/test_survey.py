@@ -88,7 +88,7 @@ def test_tars_without_captions_are_refused_before_a_run(tmp_path: Path):
     assert survey_source(tar_config(tmp_path, files | {"0.txt": b"a"}, captions=True)) is not None
 
 
-def test_wrong_field_of_captions_is_named_with_those_that_are_there(tmp_path: Path, workspace: Workspace):
+def test_wrong_field_of_captions_is_named_with_others(tmp_path: Path, workspace: Workspace):
     image = encode_png(np.zeros((4, 4, 1), np.uint8))
     files = {f"{number}.{kind}": image for number in range(20) for kind in ("png",)}
     files |= {f"{number}.json": b'{"description": "a boot", "label": 1}' for number in range(20)}
