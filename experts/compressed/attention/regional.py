@@ -11,14 +11,15 @@ known by its abstract alone: the equation is ours.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from experts.compressed.attention.calls import AttentionCalls
 
 Query = Float[Tensor, "batch head token width"]
 Regions = Float[Tensor, "batch head region member width"]
@@ -125,27 +126,6 @@ class RegionalSummary(nn.Module):
 def _repeat(tokens: Query, regions: int) -> Regions:
     """Return the same tokens for every region."""
     return tokens[:, :, None].expand(-1, -1, regions, -1, -1)
-
-
-class AttentionCalls(TorchFunctionMode):
-    """Replaces torch's attention by another function while the context lasts."""
-
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.attend, self.calls = attend, 0
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call the other function for torch's attention, and any other function as it is."""
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self.attend(*args, **(kwargs or {}))
 
 
 def attention_maps(

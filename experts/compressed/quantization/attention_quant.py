@@ -6,15 +6,14 @@ Wang et al. 2025 (QuEST), arXiv:2402.03666: the probabilities have a grid of the
 call torch's attention are covered, whatever their class; `AttentionProducts` computes that call in parts.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from experts.compressed.attention.calls import AttentionCalls
 from experts.compressed.attention.regional import NAME as REGIONAL
 from experts.compressed.conditional.timestep_recorder import find_recorder
 from experts.compressed.quantization.activation_quant import TimestepActivationQuantizer
@@ -28,26 +27,13 @@ ACTIVE = "active_products"
 """Name of the attribute that holds the `AttentionProducts` of a running call."""
 
 
-class AttentionProducts(TorchFunctionMode):
+class AttentionProducts(AttentionCalls):
     """Passes query, key, value and probabilities of torch's attention through a function while the context lasts."""
 
     def __init__(self, change: Callable[[str, Tensor], Tensor]) -> None:
         """Take a function of an operand's name and its tensor, whose last axis has the channels."""
-        super().__init__()
-        self.change, self.calls = change, 0
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Compute torch's attention in parts, and call any other function."""
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
+        super().__init__(self._attend)
+        self.change = change
 
     def _attend(
         self,
