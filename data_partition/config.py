@@ -67,7 +67,8 @@ class DataConfig:
     `webdataset`: `.txt`, or a field of `.json`. `parquet`: a column."""
 
     caption_key: str | None = None
-    """Column of a table or field of `.json` that holds the caption; None: `caption`, else `text`."""
+    """Column of a table or field of `.json` that holds the caption, before a text file beside the image; None:
+    `caption`, else `text`, where there is no such file."""
 
     more_captions: dict[str, Annotated[float, Field(gt=0)]] | None = field(default=None, metadata=UNHASHED_IF_DEFAULT)
     """Further columns or fields that hold a caption of the same sample, each with how often it is trained on for once

@@ -28,10 +28,13 @@ MAX_CAPTION = 10_000
 
 
 def find_captions(path: Path, root: Path, config: DataConfig) -> tuple[str, MoreCaptions]:
-    """Return the captions of an image file below `root`, empty if it has none.
+    """Return the captions of an image file below `root`, empty if it has none; a table with the key that is named wins.
 
     Raises `ValueError` if the caption cannot be used, and `InvalidCaptions` for a table that cannot be read.
     """
+    in_table = _find_in_tables(path, root, config) if config.caption_key is not None else ("", ())
+    if in_table[0]:
+        return in_table
     for sidecar in map(path.with_suffix, SIDECARS):
         if os.path.isfile(sidecar):  # noqa: PTH113 - a name that is too long is no file
             if sidecar.stat().st_size > MAX_ANNOTATION_BYTES:
@@ -40,6 +43,11 @@ def find_captions(path: Path, root: Path, config: DataConfig) -> tuple[str, More
                 return split_captions(sidecar.read_text(encoding="utf-8-sig"))
             except UnicodeDecodeError:
                 raise ValueError(f"its caption {sidecar.name!r} is not UTF-8; save it as UTF-8") from None
+    return _find_in_tables(path, root, config)
+
+
+def _find_in_tables(path: Path, root: Path, config: DataConfig) -> tuple[str, MoreCaptions]:
+    """Return the captions in the table that is nearest above an image, empty if none names it."""
     for folder in path.parents:
         fields = read_table(folder, config.caption_key).get(path.relative_to(folder).as_posix())
         if fields is not None:

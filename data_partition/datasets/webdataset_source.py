@@ -146,9 +146,8 @@ def make_tar_key(number: int, url: str, key: str) -> str:
 
 def read_fields(files: dict[str, bytes], config: DataConfig) -> dict[str, object]:
     """Return the object in `.json` if something in it is needed; raises `ValueError` if it cannot be used."""
-    if "json" not in files or not (
-        (config.labels and "cls" not in files) or (config.captions and ("txt" not in files or config.more_captions))
-    ):
+    needs_caption = config.captions and ("txt" not in files or config.more_captions or config.caption_key)
+    if "json" not in files or not ((config.labels and "cls" not in files) or needs_caption):
         return {}
     fields = json.loads(read_annotation(files, "json"))
     if not isinstance(fields, dict):
@@ -184,9 +183,12 @@ def read_class(files: dict[str, bytes], fields: dict[str, object]) -> tuple[int,
 
 
 def read_captions(files: dict[str, bytes], fields: dict[str, object], config: DataConfig) -> tuple[str, MoreCaptions]:
-    """Return the captions in `.txt`, else in `.json`, and more of it; raises `ValueError` if one is unusable."""
+    """Return the captions in `.txt`, else in `.json`, and more of it; raises `ValueError` if one is unusable.
+
+    The field that `data.caption_key` names comes before `.txt`.
+    """
     caption, more = pick_captions(fields, config)
-    if "txt" not in files:
+    if "txt" not in files or (config.caption_key is not None and caption):
         return caption, more
     first, others = split_captions(read_annotation(files, "txt"))
     return first, (*others, *more)

@@ -80,6 +80,11 @@ def test_key_of_the_caption_is_configured(tmp_path: Path):
     write_table(tmp_path, "jsonl", [{"file_name": "x.png", "text": "long", "short": "brief"}])
     config = dataclasses.replace(CAPTIONED, caption_key="short", more_captions={"text": 0.5, "absent": 2})
     assert find_captions(tmp_path / "x.png", tmp_path, config) == ("brief", (("long", 0.5),))
+    (tmp_path / "x.txt").write_text("beside")
+    assert find_captions(tmp_path / "x.png", tmp_path, config)[0] == "brief"
+    assert find_captions(tmp_path / "x.png", tmp_path, CAPTIONED)[0] == "beside"
+    (tmp_path / "y.txt").write_text("beside")
+    assert find_captions(tmp_path / "y.png", tmp_path, config)[0] == "beside"
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,14 @@ def test_class_and_caption_are_parsed(tmp_path: Path, extra: dict[str, bytes], l
     assert (sample.label, sample.caption) == (label, caption)
 
 
+@pytest.mark.parametrize(("key", "caption"), [(None, "hat"), ("long", "a felt hat"), ("short", "hat")])
+def test_named_field_comes_before_the_text(tmp_path: Path, key: str | None, caption: str):
+    write(tmp_path / "a.tar", {"x.png": PNG, "x.txt": b"hat", "x.json": b'{"long": "a felt hat", "text": "other"}'})
+    config = DataConfig(source="webdataset", path=str(tmp_path / "a.tar"), captions=True, caption_key=key, labels=False)
+    (sample,) = read_urls(str(tmp_path / "a.tar"), config)
+    assert isinstance(sample, Sample) and sample.caption == caption
+
+
 @pytest.mark.parametrize(
     "files",
     [
