@@ -102,11 +102,11 @@ def validate(expert: Expert, task: ValidationTask) -> None:
     prompts = _to_prompts(task.config.prompts, pipeline) if task.config.prompts else None
     count = COUNT if prompts is None else len(prompts)
     images = pipeline(range(count), _sampling(task, guided=prompts is not None), prompts).images
-    image_grid(images, columns=isqrt(count)).save(task.picture)
     if task.config.kid_samples:
         kid, kid_std = measure_distance(ensemble, codec, task)
         with Path(task.distances).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": task.step, "kid": kid, "kid_std": kid_std}) + "\n")
+    image_grid(images, columns=isqrt(count)).save(task.picture)  # last: whoever finds it reads its distance
 
 
 def measure_distance(ensemble: Ensemble, codec: Codec, task: ValidationTask) -> tuple[float, float]:
