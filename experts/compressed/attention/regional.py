@@ -27,7 +27,7 @@ Regions = Float[Tensor, "batch head region member width"]
 NAME = "regional"
 """Name of the summary in the attention layer that it changes."""
 ACTIVE = "active_regional"
-"""Name of the attribute that holds the `RegionalProducts` of a running call."""
+"""Name of the attribute that holds the `AttentionCalls` of a running call."""
 IMAGE_FIRST = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0")
 """diffusers' processors whose tokens are those of the image, row by row, and then those of a text."""
 
