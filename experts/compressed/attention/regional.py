@@ -12,6 +12,7 @@ known by its abstract alone: the equation is ours.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -136,49 +137,45 @@ def attention_maps(
     Layers whose tokens are no map of this aspect (height, width), or come behind those of a text, are left out.
     """
     found: dict[str, tuple[int, int, int]] = {}
+    handles = []
     for path, layer in model.named_modules():
         if type(getattr(layer, "processor", None)).__name__ in IMAGE_FIRST:
-            _record(layer, path, aspect, run, found)
-    return found
-
-
-def _record(
-    layer: nn.Module,
-    path: str,
-    aspect: tuple[int, int],
-    run: Callable[[], object],
-    found: dict[str, tuple[int, int, int]],
-) -> None:
-    """Run once, and add the layer to `found` if it attends to a map."""
-    tokens: list[int] = []
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        count = hidden.shape[1] if hidden.ndim == 3 else math.prod(hidden.shape[2:])
-        layer_calls = AttentionCalls(attend)
-        tokens.append(count)
-        setattr(layer, ACTIVE, layer_calls)
-        layer_calls.__enter__()  # type: ignore[no-untyped-call]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        factor = math.gcd(*aspect)
-        sides = [(aspect[0] // factor * k, aspect[1] // factor * k) for k in range(1, factor + 1)]
-        fitting = [side for side in sides if math.prod(side) == tokens[-1]]
-        if fitting and query.shape == key.shape and settings.get("attn_mask") is None:
-            found[path] = (query.shape[1], *fitting[0])
-        attended: Tensor = functional.scaled_dot_product_attention(query, key, value, **settings)
-        return attended
-
-    handles = [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.register_forward_hook(_leave, always_call=True),
-    ]
+            enter = partial(_enter_recording, path=path, aspect=aspect, found=found)
+            handles += [
+                layer.register_forward_pre_hook(enter, with_kwargs=True),
+                layer.register_forward_hook(_leave, always_call=True),
+            ]
     try:
         with torch.no_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
+    return {path: found[path] for path, _ in model.named_modules() if path in found}
+
+
+def _enter_recording(
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: str,
+    aspect: tuple[int, int],
+    found: dict[str, tuple[int, int, int]],
+) -> None:
+    """Let the running call of a layer add it to `found` if it attends to a map."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    count = hidden.shape[1] if hidden.ndim == 3 else math.prod(hidden.shape[2:])
+    factor = math.gcd(*aspect)
+    sides = [(aspect[0] // factor * k, aspect[1] // factor * k) for k in range(1, factor + 1)]
+    fitting = [side for side in sides if math.prod(side) == count]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        if fitting and query.shape == key.shape and settings.get("attn_mask") is None:
+            found[path] = (query.shape[1], *fitting[0])
+        attended: Tensor = functional.scaled_dot_product_attention(query, key, value, **settings)
+        return attended
+
+    _start(layer, attend)
 
 
 def add_regional_summary(model: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
@@ -198,7 +195,12 @@ def add_regional_summary(model: nn.Module, path: str, settings: Mapping[str, Any
 
 
 def _enter(layer: nn.Module, args: tuple[Any, ...]) -> None:
-    calls = AttentionCalls(layer.get_submodule(NAME))
+    _start(layer, layer.get_submodule(NAME))
+
+
+def _start(layer: nn.Module, attend: Callable[..., Tensor]) -> None:
+    """Replace torch's attention until the call of the layer ends."""
+    calls = AttentionCalls(attend)
     setattr(layer, ACTIVE, calls)
     calls.__enter__()  # type: ignore[no-untyped-call]
 
