@@ -1,7 +1,7 @@
 """The trainer and the sampler against plain loops (`make bench-training`; half an hour on one thread).
 
-steps      `fit`, with its batches, loss, average, rows and progress, against `arms/bare_loop.py`, which shares nothing
-           with it
+steps      `fit`, with its batches, loss, average, rows and progress, against `arms/bare_loop.py` and against
+           `arms/script_loop.py`, which share nothing with it
 waits      operators between two log lines that wait for the device
 gradients  of a batch in four parts, with activations computed again, and compiled, against those of the plain step
 memory     peak on the host of every class of network, in parts, with checkpointing and with offloading
@@ -44,7 +44,9 @@ PARTS: Mapping[str, Callable[[Effort], Measured]] = {
 
 NOTES = [
     "steps: CPU time of whole calls. `fit` includes metrics rows with their speed, progress, and the thread that draws "
-    "batches. The plain loop draws with torch's global generator and prints nothing.",
+    "batches. The plain loop draws with torch's global generator and prints nothing. The script's loop is that of "
+    "diffusers' examples with accelerate, its progress bar writes to the null device, and it has no tracker; fused "
+    "AdamW and the average by foreach are faster than the scripts' defaults.",
     "memory: what belongs to the process alone, beyond its imports, which returns freed memory to the system "
     "(MALLOC_MMAP_THRESHOLD_=65536). On a CPU the host is the device, so offloading moves nothing there; how much "
     "leaves a device is counted, not measured on a GPU.",

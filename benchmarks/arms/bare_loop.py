@@ -18,6 +18,18 @@ Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 LR = 1e-3
 
+
+def calling_with_text(sequence: Tensor, pooled: Tensor) -> Call:
+    """Return a call of diffusers' SD3 that takes the number of a text for a class; the last text is the null text."""
+    return lambda model, x, t, label: model(
+        x,
+        timestep=1000 * t,
+        encoder_hidden_states=sequence[label],
+        pooled_projections=pooled[label],
+        return_dict=False,
+    )[0]
+
+
 CALLS: dict[str, Call] = {
     "mlp": lambda model, x, t, label: model(x, t, label),
     "unet": lambda model, x, t, label: model(x, 1000 * t, class_labels=label, return_dict=False)[0],
