@@ -18,7 +18,7 @@ class Stream(IntEnum):
     EPOCH_ORDER = 0
     """The permutation of the samples; indexed by epoch."""
     TRAINING_NOISE = 1
-    """Noise, t and dropped conditions of a training batch; indexed by step."""
+    """t and dropped conditions of a training batch; indexed by step."""
     TRAINING_STEP = 2
     """Random numbers inside the network, such as dropout; indexed by step."""
     SCORE_IDENTITY = 7
@@ -39,6 +39,8 @@ class Stream(IntEnum):
     """Ends of the jumps of a mean flow's training; indexed by step."""
     SPEEDUP = 15
     """Scales and negative conditions of a training of guidance in one call; indexed by step."""
+    ROW_NOISE = 16
+    """Noise of the rows of a training batch; indexed by step and block of rows."""
     EXPERT_SAMPLES = 1000
     """Initial noise of the latents that expert k generates for the router is stream `EXPERT_SAMPLES + k`; indexed by
     row. It is the last id, so that the streams of any number of experts collide with no other."""

@@ -28,6 +28,9 @@ from experts.config import TrainingConfig
 from experts.diffusion.noise_schedule import shift_times
 from experts.types import Latents, RowIds, RowTimes
 
+NOISE_BLOCK = 2**16
+"""Numbers of the noise that one generator draws, at least: fewer take less time than a generator."""
+
 
 class LatentError(DDMError, ValueError):
     """Latents or their conditions cannot be trained on."""
@@ -244,7 +247,7 @@ def make_batch(dataset: LatentDataset, config: TrainingConfig, step: int, local_
     is_flipped = None if epochs is None else draw_flips(rows, local(epochs), config.seed)
     clean = dataset.clean_rows(rows, is_flipped)
     generator = torch.Generator().manual_seed(derive_seed(Stream.TRAINING_NOISE, config.seed, step))
-    noise = draw_noise(len(batch_rows), clean.shape[1:], local_rows, generator)
+    noise = draw_noise(len(batch_rows), clean.shape[1:], local_rows, config.seed, step)
     t = torch.randn(len(batch_rows), generator=generator)
     if (config.t_mean, config.t_std) != (0, 1):
         t.mul_(config.t_std).add_(config.t_mean)
@@ -269,19 +272,20 @@ def _taking(rows: slice) -> Callable[[Tensor], Tensor]:
     return (lambda values: values) if rows == slice(None) else lambda values: values[rows]
 
 
-def draw_noise(count: int, shape: Sequence[int], rows: slice, generator: torch.Generator) -> Latents:
-    """Return these rows of `torch.randn(count, *shape)`, and leave the generator as that does.
+def draw_noise(count: int, shape: Sequence[int], rows: slice, seed: int, step: int) -> Latents:
+    """Return these rows of the noise of a step; other rows are not drawn, but for those that share a block with them.
 
-    torch's generator of a CPU makes blocks of 16 normal numbers of 16 uniform ones; rows of whole blocks are drawn
-    alone, and the other rows are skipped as uniform numbers, for half of the time.
+    A block of rows has at least `NOISE_BLOCK` numbers and a generator of its own, so that its bits do not depend on
+    which rows are asked for.
     """
-    size, (start, stop, _) = math.prod(shape), rows.indices(count)
-    if size % 16 or stop - start == count:
-        return torch.randn(count, *shape, generator=generator)[rows]
-    torch.empty(start * size).uniform_(generator=generator)
-    noise = torch.randn(stop - start, *shape, generator=generator)
-    torch.empty((count - stop) * size).uniform_(generator=generator)
-    return noise
+    block = max(16, -(-NOISE_BLOCK // math.prod(shape)))
+    start, stop, _ = rows.indices(count)
+    first = start // block * block
+    noise = torch.empty(min(-(-stop // block) * block, count) - first, *shape)
+    for at, part in enumerate(noise.split(block), start // block):
+        index = (step << 32) + at
+        part.normal_(generator=torch.Generator().manual_seed(derive_seed(Stream.ROW_NOISE, seed, index)))
+    return noise[start - first : stop - first]
 
 
 def sample_indices(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " batch"]:

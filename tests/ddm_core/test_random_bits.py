@@ -24,6 +24,7 @@ def test_stream_ids_never_change():
         "BLOCK_ORDER": 13,
         "MEAN_FLOW": 14,
         "SPEEDUP": 15,
+        "ROW_NOISE": 16,
         "EXPERT_SAMPLES": 1000,
     }
 

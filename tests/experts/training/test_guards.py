@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.arms.trainer.steps import CountWaits
 from ddm_core.artifacts import Preempted, Workspace
+from experts.training import latent_dataset
 from experts.training.latent_dataset import draw_noise, make_batch
 from experts.training.streaming.batches import BatchesAhead
 from experts.training.trainer import TrainingDiverged, Watch, fit
@@ -86,14 +87,24 @@ def test_live_rows_have_the_speed_and_saved_rows_do_not(make_dataset, workspace)
     assert live[3]["flops_per_s"] == pytest.approx(10 * live[3]["samples_per_s"])
 
 
-@pytest.mark.parametrize("shape", [(16,), (4, 4, 4), (5,)])
-def test_rows_of_a_worker_have_the_noise_of_the_whole_batch(shape):
-    whole = torch.Generator().manual_seed(3)
-    expected, after = torch.randn(12, *shape, generator=whole), torch.rand(3, generator=whole)
-    for rows in (slice(0, 4), slice(4, 8), slice(8, 12), slice(None)):
-        generator = torch.Generator().manual_seed(3)
-        assert torch.equal(draw_noise(12, torch.Size(shape), rows, generator), expected[rows])
-        assert torch.equal(torch.rand(3, generator=generator), after)
+@pytest.mark.parametrize("shape", [(1,), (4, 4, 4), (4, 32, 32)])
+def test_rows_of_a_worker_have_the_noise_of_the_whole_batch(shape, monkeypatch):
+    monkeypatch.setattr(latent_dataset, "NOISE_BLOCK", 2**11)
+    whole = draw_noise(100, shape, slice(None), 3, 7)
+    for rows in (slice(0, 16), slice(16, 40), slice(40, 41), slice(41, 100)):
+        assert torch.equal(draw_noise(100, shape, rows, 3, 7), whole[rows])
+    numbers = whole.flatten(1).double()
+    assert len(torch.unique(numbers[:, 0])) == 100
+    assert abs(numbers.mean()) < 5 / numbers.numel() ** 0.5
+    others = [draw_noise(100, shape, slice(None), *key) for key in ((3, 8), (4, 7))]
+    assert all((other != whole).all() for other in others)
+
+
+def test_worker_draws_no_blocks_of_others(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(latent_dataset, "derive_seed", lambda *key: drawn.append(key[2] & (2**32 - 1)) or 0)
+    draw_noise(256, (4, 32, 32), slice(64, 128), 0, 5)
+    assert drawn == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
