@@ -26,7 +26,8 @@ from benchmarks.testbed.forked_commands import run_killed
 from data_partition.config import DataConfig
 from data_partition.datasets.build import build_dataset
 from data_partition.shards.shards import Sample, ShardWriter, read_samples
-from ddm_core.artifacts import Workspace, checksum, list_files, to_json
+from ddm_core.artifacts import Workspace, list_files, to_json
+from ddm_core.files.checksums import checksum
 from experts.codecs.autoencoder import AutoencoderCodec
 from experts.codecs.registry import load_codec
 from experts.conditions.text_encoder import TextEncoder

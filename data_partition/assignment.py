@@ -20,7 +20,7 @@ from data_partition.shards.shards import (
     read_index,
 )
 from data_partition.shards.tar import Encoded
-from ddm_core.memmaps import create_memmap
+from ddm_core.files.memmaps import create_memmap
 
 
 class AssignmentTable:

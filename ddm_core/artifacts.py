@@ -23,6 +23,7 @@ from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from ddm_core.engine import Engine, LocalEngine
 from ddm_core.errors import DDMError
+from ddm_core.files.checksums import checksum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,12 +122,6 @@ def _identity(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _identity(item) for key, item in value.items()}
     return [_identity(item) for item in value] if isinstance(value, list | tuple) else to_jsonable(value)
-
-
-def checksum(path: Path) -> str:
-    """Compute the SHA-256 of one file, as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_files(folder: Path) -> list[Path]:

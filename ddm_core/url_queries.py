@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from ddm_core.exclusive_files import create_file
+from ddm_core.files.exclusive_files import create_file
 
 USER_FOLDER = "DDM_HOME"
 """Environment variable with the folder of this user's own files; the default is `~/.ddm`."""

@@ -26,7 +26,7 @@ from ddm_core.artifacts import (
     read_json,
     write_json,
 )
-from ddm_core.links import link_or_copy
+from ddm_core.files.links import link_or_copy
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
 from ensemble.expert_registry import load_single_network

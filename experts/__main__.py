@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from ddm_core.artifacts import Preempted, Workspace, checksum, fingerprint, list_files, publish
+from ddm_core.artifacts import Preempted, Workspace, fingerprint, list_files, publish
 from ddm_core.errors import DDMError
+from ddm_core.files.checksums import checksum
 from ddm_core.signals import sigterm_flag
 from experts.codec import encoder_folder
 from experts.codecs.registry import fit_codec

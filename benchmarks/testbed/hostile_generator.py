@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from ddm_core.artifacts import CHECKSUM_KEY, MANIFEST, ArtifactError, checksum, read_manifest, with_checksum
+from ddm_core.artifacts import CHECKSUM_KEY, MANIFEST, ArtifactError, read_manifest, with_checksum
+from ddm_core.files.checksums import checksum
 from orchestrator.run.lease import process_start_time
 from orchestrator.run.run_folder import CONFIG_SEAL
 

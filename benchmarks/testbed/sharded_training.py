@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from ddm_core.artifacts import Workspace, checksum, read_with_checksum
+from ddm_core.artifacts import Workspace, read_with_checksum
+from ddm_core.files.checksums import checksum
 from experts.conditions.condition import Condition
 from experts.config import DiTConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW

@@ -34,8 +34,8 @@ from data_partition.shards.images import fit_image
 from data_partition.shards.shards import Sample
 from ddm_core.artifacts import Preempted, Workspace
 from ddm_core.engine import Engine, LocalEngine, row_ranges
+from ddm_core.files.memmaps import create_memmap, open_rows
 from ddm_core.hash_join import find_positions
-from ddm_core.memmaps import create_memmap, open_rows
 
 HASHES = "hashes.bin"
 """File with the hash of every image."""

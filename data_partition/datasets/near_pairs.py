@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from data_partition.clustering.kmeans import assign_nearest, choose_training_rows, fit_fine_centroids
 from ddm_core.engine import Engine, row_ranges
-from ddm_core.memmaps import create_memmap
+from ddm_core.files.memmaps import create_memmap
 
 MAX_RESIDUAL = 0.25
 """Largest root mean square difference of two duplicates in any part of the picture, over the picture's contrast."""

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_partition.errors import EFFICIENTNET_REMEDY, MissingExtra
 from data_partition.features.cnn_input import cnn_input
 from data_partition.features.pca import l2_normalize
-from ddm_core.artifacts import checksum
+from ddm_core.files.checksums import checksum
 
 SIDE = 64
 CACHED_IMAGES = 32

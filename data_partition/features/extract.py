@@ -32,13 +32,13 @@ from ddm_core.artifacts import (
     Preempted,
     Workspace,
     atomic_folder,
-    checksum,
     fingerprint,
     list_files,
     read_json,
     write_json,
 )
 from ddm_core.engine import row_ranges
+from ddm_core.files.checksums import checksum
 
 EXTRACTOR = "extractor.json"
 PIECE_ROWS = 2048

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from ddm_core.artifacts import read_json, write_json
-from ddm_core.links import link_or_copy
-from ddm_core.memmaps import create_memmap
+from ddm_core.files.links import link_or_copy
+from ddm_core.files.memmaps import create_memmap
 
 FEATURES, KEYS, PROGRESS = "features.npy", "keys.txt", "progress.json"
 

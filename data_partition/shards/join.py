@@ -7,7 +7,7 @@ from pathlib import Path
 from data_partition.errors import ShardError
 from data_partition.shards.index_writer import OffsetIndexWriter
 from data_partition.shards.shards import ShardIndex, open_offsets, read_index, shard_name, write_index
-from ddm_core.links import link_or_copy
+from ddm_core.files.links import link_or_copy
 
 
 def join_shards(folders: Sequence[Path], out: Path) -> ShardIndex:

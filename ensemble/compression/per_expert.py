@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm_core.artifacts import Preempted, Workspace, atomic_folder, read_json, to_jsonable, write_json
-from ddm_core.links import link_or_copy
+from ddm_core.files.links import link_or_copy
 from ensemble.compression.acceleration.feature_cache import refit_cache
 from ensemble.compression.method import ExpertResult, StageError
 from ensemble.pipeline import EnsemblePipeline

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ddm_core.artifacts import Workspace, read_json, to_jsonable, write_json
-from ddm_core.links import link_or_copy
+from ddm_core.files.links import link_or_copy
 from ensemble.compression.acceleration.diffusers_hooks import hook_all
 from ensemble.compression.acceleration.feature_cache import cache_all
 from ensemble.compression.acceleration.truncated_start import truncate

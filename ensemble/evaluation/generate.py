@@ -16,7 +16,8 @@ import torch
 from jaxtyping import UInt8
 from safetensors.numpy import load_file
 
-from ddm_core.artifacts import Preempted, Workspace, checksum, fingerprint, list_files, save_arrays
+from ddm_core.artifacts import Preempted, Workspace, fingerprint, list_files, save_arrays
+from ddm_core.files.checksums import checksum
 from ensemble.config import SamplingConfig
 from ensemble.membership import missing_warning
 from ensemble.pipeline import EnsemblePipeline

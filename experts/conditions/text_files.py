@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from ddm_core.artifacts import checksum, fingerprint, read_json
+from ddm_core.artifacts import fingerprint, read_json
 from ddm_core.errors import DDMError
+from ddm_core.files.checksums import checksum
 from ddm_core.hub_files import HubError, download_snapshot
 from experts.config import TextConfig
 

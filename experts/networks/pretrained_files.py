@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddm_core.artifacts import MANIFEST, ArtifactError, checksum, fingerprint, read_json
+from ddm_core.artifacts import MANIFEST, ArtifactError, fingerprint, read_json
 from ddm_core.errors import DDMError
+from ddm_core.files.checksums import checksum
 from experts.config import ExpertConfig
 from experts.networks.adapters.adapter import DataShape
 from experts.networks.adapters.registry import ADAPTERS

@@ -19,15 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ddm_core.artifacts import (
-    ArtifactError,
-    atomic_folder,
-    checksum,
-    read_with_checksum,
-    to_jsonable,
-    write_record,
-)
+from ddm_core.artifacts import ArtifactError, atomic_folder, read_with_checksum, to_jsonable, write_record
 from ddm_core.errors import DDMError
+from ddm_core.files.checksums import checksum
 from experts.config import TrainingConfig
 from experts.training.optimizers.adamw_8bit import join_moment, split_moment
 from experts.training.optimizers.ema import MovingAverage

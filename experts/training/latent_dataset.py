@@ -282,7 +282,7 @@ def draw_noise(count: int, shape: Sequence[int], rows: slice, seed: int, step: i
     start, stop, _ = rows.indices(count)
     first = start // block * block
     noise = torch.empty(min(-(-stop // block) * block, count) - first, *shape)
-    for at, part in enumerate(noise.split(block), start // block):
+    for at, part in enumerate(torch.split(noise, block), start // block):
         index = (step << 32) + at
         part.normal_(generator=torch.Generator().manual_seed(derive_seed(Stream.ROW_NOISE, seed, index)))
     return noise[start - first : stop - first]

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from ddm_core.artifacts import with_checksum
-from ddm_core.exclusive_files import create_once
+from ddm_core.files.exclusive_files import create_once
 from ddm_core.json_values import read_record
 from ddm_core.signals import sigterm_flag
 from orchestrator.run.backend import EXIT_CODES, AttemptOutcome, Job

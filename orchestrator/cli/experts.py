@@ -153,7 +153,8 @@ def extend(
 def _fingerprint_images(images: Path) -> str:
     """Return one fingerprint of all files in a folder; raise `NoSamples` if it is none."""
     from data_partition.errors import NoSamples
-    from ddm_core.artifacts import checksum, fingerprint
+    from ddm_core.artifacts import fingerprint
+    from ddm_core.files.checksums import checksum
 
     if not images.is_dir():
         raise NoSamples(f"--images must be a folder of images; got {images}")

@@ -10,7 +10,6 @@ from typing import Any
 from ddm_core.artifacts import (
     MANIFEST,
     Workspace,
-    checksum,
     fingerprint,
     is_finished,
     list_files,
@@ -18,6 +17,7 @@ from ddm_core.artifacts import (
     read_manifest,
     verify,
 )
+from ddm_core.files.checksums import checksum
 from ensemble import membership
 from ensemble.pipeline import EnsemblePipeline
 from ensemble.pipeline_folder import INDEX

@@ -25,7 +25,7 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from ddm_core.artifacts import ArtifactError, UnfinishedArtifact, with_checksum, write_record
-from ddm_core.exclusive_files import create_once
+from ddm_core.files.exclusive_files import create_once
 from ddm_core.json_values import read_record
 from orchestrator.errors import LeaseLost, RunFolderError, RunIsLocked
 from orchestrator.run.run_folder import RunFolder

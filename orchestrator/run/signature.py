@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from ddm_core.artifacts import CorruptArtifact, read_small_file, write_text
-from ddm_core.exclusive_files import create_once
+from ddm_core.files.exclusive_files import create_once
 from ddm_core.url_queries import user_folder
 
 KEY_BYTES = 32

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ddm_core.exclusive_files import create_once
+from ddm_core.files.exclusive_files import create_once
 
 
 @pytest.mark.parametrize("error", [None, errno.EPERM, errno.ENOSYS])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ddm_core import hash_join
+from ddm_core.files.memmaps import create_memmap
 from ddm_core.hash_join import NOT_FOUND, find_positions
-from ddm_core.memmaps import create_memmap
 
 
 @pytest.mark.parametrize("max_rows", [None, 1000, 7])

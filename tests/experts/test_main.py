@@ -15,6 +15,7 @@ import torch
 from data_partition.shards.shards import Sample, ShardWriter
 from ddm_core import artifacts
 from ddm_core.artifacts import list_files, read_manifest, write_json
+from ddm_core.files.checksums import checksum
 from experts.__main__ import main
 from experts.conditions.null_text import get_null_text
 from experts.conditions.text_encoder import TextEncoder
@@ -140,7 +141,7 @@ def check_checkpoint(work, log):
         return
     assert [path.name for path in checkpoints] == [f"step-{int(log.split('stopped at step ')[1].split()[0]):08d}"]
     state = artifacts.read_with_checksum(checkpoints[0] / "state.json")
-    assert state["sha256"] == artifacts.checksum(checkpoints[0] / "state.safetensors")
+    assert state["sha256"] == checksum(checkpoints[0] / "state.safetensors")
     rows = (work / "attempt_1" / "metrics.jsonl").read_text().splitlines()
     assert state["step"] >= max((json.loads(row)["step"] for row in rows), default=0)
 

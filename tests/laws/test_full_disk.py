@@ -182,7 +182,7 @@ def test_full_disk_is_recognized_from_every_library(disk):
 
 def test_array_on_full_disk_raises_instead_of_crash(disk):
     code = (
-        "import errno, sys; from pathlib import Path; from ddm_core.memmaps import create_memmap\n"
+        "import errno, sys; from pathlib import Path; from ddm_core.files.memmaps import create_memmap\n"
         "try: create_memmap(Path(sys.argv[1]), 'float32', (10**7,))[:] = 1\n"
         "except OSError as error: print(errno.errorcode[error.errno])"
     )

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int64
 
 from data_partition.shards.shards import read_identities
+from ddm_core.files.links import link_or_copy
+from ddm_core.files.memmaps import create_memmap, open_rows
 from ddm_core.hash_join import NOT_FOUND, find_positions
-from ddm_core.links import link_or_copy
-from ddm_core.memmaps import create_memmap, open_rows
 from experts.training.latent_dataset import LatentDataset, LatentError
 from experts.training.latents.folder import (
     LatentWriter,

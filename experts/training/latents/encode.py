@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_partition.shards.shards import read_index
 from ddm_core.artifacts import CACHE, Preempted, Workspace
-from ddm_core.links import link_or_copy
+from ddm_core.files.links import link_or_copy
 from experts.conditions.text_encoder import TextEncoder
 from experts.training.latents.caption_costs import caption_flops, count_captions
 from experts.training.latents.folder import read_record

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from data_partition.shards.join import join_shards
 from data_partition.shards.shards import read_index
-from ddm_core.artifacts import ArtifactError, CorruptArtifact, checksum, read_with_checksum, to_jsonable, write_record
+from ddm_core.artifacts import ArtifactError, CorruptArtifact, read_with_checksum, to_jsonable, write_record
+from ddm_core.files.checksums import checksum
 from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.text_embedding import TextEmbedding

@@ -26,7 +26,8 @@ from data_partition.shards.shards import (
     read_without_images,
     stack_samples,
 )
-from ddm_core.artifacts import atomic_folder, checksum, list_files
+from ddm_core.artifacts import atomic_folder, list_files
+from ddm_core.files.checksums import checksum
 from experts.codec import Codec, encoder_folder
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.condition import NULL_CLASS

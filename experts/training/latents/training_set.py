@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from data_partition.shards.shards import read_index
-from ddm_core.artifacts import CACHE, Workspace, atomic_folder, checksum
+from ddm_core.artifacts import CACHE, Workspace, atomic_folder
+from ddm_core.files.checksums import checksum
 from experts.codec import Codec
 from experts.conditions.captions import EncodedCaptions
 from experts.conditions.text_encoder import TextEncoder

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ddm_core.artifacts import sync
-from ddm_core.exclusive_files import create_once
+from ddm_core.files.exclusive_files import create_once
 from orchestrator.islands.storage.errors import ErrorTypes
 from orchestrator.islands.storage.index import Entry
 from orchestrator.islands.storage.object_store import hash_stream

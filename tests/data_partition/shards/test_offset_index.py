@@ -27,7 +27,8 @@ from data_partition.shards.shards import (
     read_samples,
     read_without_images,
 )
-from ddm_core.artifacts import Workspace, checksum, list_files
+from ddm_core.artifacts import Workspace, list_files
+from ddm_core.files.checksums import checksum
 from tests.data_partition.shards.test_tar import make_tar
 
 SIDE = 16

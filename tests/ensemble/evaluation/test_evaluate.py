@@ -16,7 +16,8 @@ from data_partition.features.extract import extract_features
 from data_partition.features.pixels import flatten_pixels
 from data_partition.partition import make_partition
 from data_partition.shards.shards import ShardWriter, read_index, read_samples
-from ddm_core.artifacts import Preempted, Workspace, checksum, list_files, read_json, write_json
+from ddm_core.artifacts import Preempted, Workspace, list_files, read_json, write_json
+from ddm_core.files.checksums import checksum
 from ensemble.analysis.memorization import AuditedSamples, audit_samples
 from ensemble.config import (
     TRAJECTORIES,

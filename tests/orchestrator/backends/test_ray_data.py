@@ -13,8 +13,9 @@ from PIL import Image
 from ray import cloudpickle
 
 from data_partition.datasets.duplicates import REPEATED
-from ddm_core.artifacts import checksum, list_files, read_json
+from ddm_core.artifacts import list_files, read_json
 from ddm_core.engine import LocalEngine, row_ranges
+from ddm_core.files.checksums import checksum
 from orchestrator.backends.ray_cluster import RayCluster
 from orchestrator.backends.ray_data import RayEngine
 from orchestrator.backends.ray_tasks import RayBackend

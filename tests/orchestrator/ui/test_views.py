@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from data_partition.shards.images import decode_image
-from ddm_core.artifacts import checksum, publish, read_with_checksum, write_json, write_record
+from ddm_core.artifacts import publish, read_with_checksum, write_json, write_record
+from ddm_core.files.checksums import checksum
 from ensemble.config import TRAJECTORIES
 from ensemble.evaluation.held_out_prompts import load_held_out_conditions
 from orchestrator.pipeline.graph import build_graph

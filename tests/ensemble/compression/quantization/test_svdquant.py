@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddm_core.artifacts import Preempted, Workspace, checksum, list_files
+from ddm_core.artifacts import Preempted, Workspace, list_files
+from ddm_core.files.checksums import checksum
 from ensemble.compression.common.calibration_data import calibration_batches, run_network
 from ensemble.compression.method import StageError
 from ensemble.compression.quantization.config import SVDQuantConfig

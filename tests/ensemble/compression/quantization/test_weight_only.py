@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from ddm_core.artifacts import Preempted, Workspace, checksum, list_files, read_json
+from ddm_core.artifacts import Preempted, Workspace, list_files, read_json
+from ddm_core.files.checksums import checksum
 from ensemble.compression.config import CompressionConfig, DynamicInt8Config, WeightOnlyConfig
 from ensemble.compression.method import StageError
 from ensemble.compression.quantization.weight_only import quantize_weights

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data_partition.shards.shards import Sample, ShardWriter, read_samples
-from ddm_core.artifacts import CACHE, Preempted, Workspace, checksum, list_files
+from ddm_core.artifacts import CACHE, Preempted, Workspace, list_files
+from ddm_core.files.checksums import checksum
 from experts.codec import PixelCodec
 from experts.conditions.text_encoder import TextEncoder
 from experts.conditions.text_files import TextError

@@ -1,0 +1,1 @@
+"""Files: checksums, links, mapped arrays, and files that only one process creates."""
