@@ -8,7 +8,8 @@ from data_partition.config import DataConfig
 from data_partition.datasets.captions import SIDECARS, TABLES, find_captions, read_table
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import SourceMissing, UnprintableName, UnreadableImage
-from data_partition.shards.images import SUFFIXES, decode_with_remarks
+from data_partition.shards.decoded_images import IMAGES
+from data_partition.shards.images import SUFFIXES
 from data_partition.shards.shards import Sample
 from data_partition.shards.tar import MAX_SAMPLE_BYTES, quote_key
 from data_partition.shards.untrusted import is_printable, make_printable
@@ -110,7 +111,7 @@ def read_sample(path: Path, root: Path, label: int, config: DataConfig | None) -
     key, name = make_key(path.relative_to(root)), display_name(path, root)
     try:
         data = read_image(path)
-        decoded = decode_with_remarks(data)
+        decoded = IMAGES.decode(data)
         caption, more = find_captions(path, root, config) if config is not None and config.captions else ("", ())
     except (UnreadableImage, ValueError) as error:
         return Unreadable(key=key, reason=str(error), name=name)

@@ -10,7 +10,7 @@ from data_partition.datasets.captions import KEYS, open_parquet, pick_captions
 from data_partition.datasets.source import Unreadable
 from data_partition.datasets.webdataset_source import read_class
 from data_partition.errors import InvalidCaptions, ShardError, SourceMissing, UnreadableImage
-from data_partition.shards.images import decode_with_remarks
+from data_partition.shards.decoded_images import IMAGES
 from data_partition.shards.shards import Sample
 from data_partition.shards.tar import MAX_SAMPLE_BYTES, quote_key
 from data_partition.shards.untrusted import is_printable, make_printable
@@ -107,7 +107,7 @@ def _read_row(key: str, name: str, fields: Mapping[str, Any], image: str, config
             raise UnreadableImage(
                 "it has no bytes of an image" if data is None else f"it has more than {MAX_SAMPLE_BYTES} bytes"
             )
-        decoded = decode_with_remarks(data)
+        decoded = IMAGES.decode(data)
         label, class_name = read_class({}, dict(fields)) if config.labels else (-1, "")
         caption, more = pick_captions(fields, config) if config.captions else ("", ())
     except (UnreadableImage, ValueError) as error:

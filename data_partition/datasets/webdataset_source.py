@@ -15,7 +15,8 @@ from data_partition.config import DataConfig
 from data_partition.datasets.captions import MAX_ANNOTATION_BYTES, pick_captions, split_captions
 from data_partition.datasets.source import Unreadable, is_dropping
 from data_partition.errors import ShardError, SourceMissing, SourceUnreachable, UnreadableImage
-from data_partition.shards.images import SUFFIXES, decode_with_remarks
+from data_partition.shards.decoded_images import IMAGES
+from data_partition.shards.images import SUFFIXES
 from data_partition.shards.offset_index import ImagePlace, SourceTar, describe_tar, digest
 from data_partition.shards.shards import MoreCaptions, Sample
 from data_partition.shards.tar import Encoded, expand_urls, quote_key, read_tar
@@ -112,7 +113,7 @@ def parse_sample(
     if not images:
         return Unreadable(key=key, reason=f"no image among {sorted(encoded.files)}", name=name)
     try:
-        decoded = decode_with_remarks(encoded.files[images[0]])
+        decoded = IMAGES.decode(encoded.files[images[0]])
         fields = read_fields(encoded.files, config)
         label, class_name = read_class(encoded.files, fields) if config.labels else (-1, "")
         caption, more = read_captions(encoded.files, fields, config) if config.captions else ("", ())

@@ -27,17 +27,18 @@ from jaxtyping import Int64, UInt8
 
 from data_partition.config import DataConfig
 from data_partition.errors import ShardError, UnreadableImage
-from data_partition.shards.images import STORED, crop_to, decode_image, decode_with_remarks, encode_png, fit_image
+from data_partition.shards.decoded_images import IMAGES
+from data_partition.shards.images import STORED, crop_to, encode_png, fit_image
 from data_partition.shards.offset_index import ImagePlace, OffsetIndex, SourceTar
 from data_partition.shards.tar import Encoded, TarWriter, read_tar
 from ddm_core.artifacts import (
     CorruptArtifact,
     UnfinishedArtifact,
-    checksum,
     read_with_checksum,
     to_jsonable,
     write_record,
 )
+from ddm_core.files.checksums import checksum
 from ddm_core.json_values import from_json
 
 INDEX = "index.json"
@@ -243,7 +244,7 @@ def encode_sample(sample: Sample) -> Encoded:
 def decode_sample(encoded: Encoded, shard: str) -> Sample:
     """Decode a sample that `encode_sample` encoded; raises `ShardError` for other files."""
     try:
-        image = decode_image(next(encoded.files[name] for name in STORED if name in encoded.files))
+        image = IMAGES.decode(next(encoded.files[name] for name in STORED if name in encoded.files)).pixels
         label = decode_label(encoded)
         caption = encoded.files.get("txt", b"").decode()
         more = json.loads(encoded.files.get("json", b"{}")).get("more_captions", [])
@@ -396,7 +397,7 @@ def _read_indexed(folder: Path, start: int) -> Iterator[Sample]:
     index, config = open_offsets(folder)
     for row, data in index.read_in_order(start):
         key, caption, more_captions = index.text(row)
-        decoded = decode_with_remarks(data)
+        decoded = IMAGES.decode(data)
         image = fit_image(decoded.pixels, config, key)
         yield Sample(
             key=key,
