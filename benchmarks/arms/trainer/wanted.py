@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,11 +21,15 @@ from benchmarks.arms.finished_run import FinishedRun
 from benchmarks.arms.trainer.cases import CASES, Effort, Measured, make_dataset, make_network
 from benchmarks.arms.trainer.sampling import make_ensemble
 from benchmarks.record import RESULTS, Claim, Listing
+from data_partition.shards.decoded_images import IMAGES
 from ddm_core.artifacts import list_files, read_json
+from ddm_core.files.checksums import digest_once
 from ensemble.routing import called_experts
 from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
 from experts.training.latent_dataset import make_batch
+from orchestrator.run import worker
+from orchestrator.run.backend import AttemptOutcome, Job
 from router.config import SelectionConfig
 
 PICTURES = 2000
@@ -161,21 +165,56 @@ def write_pictures(folder: Path, count: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.png"))
 
 
-def folder_rows(pictures: Path, run: Path, count: int) -> Iterator[Wanted]:
-    """Yield how often a run decodes, copies and hashes its pictures."""
-    source_bytes, decoded, hashed = write_pictures(pictures, count), list[int](), list[int]()
-    open_picture, digest_file = PIL.Image.open, hashlib.file_digest
+@dataclass(frozen=True, slots=True)
+class FileWork:
+    """What a run did with the bytes of files."""
+
+    decodes: int
+    hashed_share: float
+    """Bytes hashed over the bytes of all files that were hashed."""
+
+
+def count_file_work(run: Path, settings: Sequence[str], *, forgets: bool) -> FileWork:
+    """Run the pipeline in this process and count; with `forgets` each stage starts as in a process of its own."""
+    decodes, hashed = list[int](), list[tuple[int, int]]()
+    open_picture, digest_file, execute = PIL.Image.open, hashlib.file_digest, worker.execute
 
     def opening(*arguments: object, **settings: object) -> PIL.Image.Image:
-        decoded.append(1)
+        decodes.append(1)
         return open_picture(*arguments, **settings)  # type: ignore[arg-type]
 
     def digesting(file: object, name: str) -> object:
-        hashed.append(os.fstat(file.fileno()).st_size)  # type: ignore[attr-defined]
+        status = os.fstat(file.fileno())  # type: ignore[attr-defined]
+        hashed.append((status.st_ino, status.st_size))
         return digest_file(file, name)  # type: ignore[arg-type]
 
-    with patch("PIL.Image.open", opening), patch("hashlib.file_digest", digesting):
-        FinishedRun.complete("wanted", [*SETTINGS, f"data.path={pictures}", f"folder={run}"])
+    def executing(job: Job) -> AttemptOutcome:
+        if forgets:
+            forget_files()
+        return execute(job)
+
+    forget_files()
+    with (
+        patch("PIL.Image.open", opening),
+        patch("hashlib.file_digest", digesting),
+        patch.object(worker, "execute", executing),
+    ):
+        FinishedRun.complete(f"wanted, {forgets=}", [*SETTINGS, *settings, f"folder={run}"])
+    total, once = (sum(size for _, size in files) for files in (hashed, set(hashed)))
+    return FileWork(len(decodes), total / once)
+
+
+def forget_files() -> None:
+    """Forget what this process knows of files, as a new one does."""
+    IMAGES.clear()
+    digest_once.cache_clear()
+
+
+def folder_rows(pictures: Path, run: Path, count: int) -> Iterator[Wanted]:
+    """Yield how often a run decodes, copies and hashes its pictures."""
+    source_bytes, settings = write_pictures(pictures, count), [f"data.path={pictures}"]
+    in_one = count_file_work(run.with_name("in_one"), settings, forgets=False)
+    by_stage = count_file_work(run, settings, forgets=True)
     files = {path.stat().st_ino: path for path in list_files(run / "artifacts")}
     kept = sum(path.stat().st_size for path in files.values())
     copies = sum(path.read_bytes().count(b"IHDR") for path in files.values() if path.suffix == ".tar")
@@ -183,7 +222,14 @@ def folder_rows(pictures: Path, run: Path, count: int) -> Iterator[Wanted]:
         path for path in list_files(run / "artifacts") if path.suffix == ".safetensors" and "expert_" in str(path)
     ]
     linked = sum(path.stat().st_nlink > 1 for path in weights)
-    yield Wanted("2,000 pictures, K = 4: decodes of a picture", "≤ 2", "10.2", *at_most(len(decoded) / count, 2))
+    where = "2,000 pictures, K = 4, a process for each stage (one for all)"
+    yield Wanted(
+        f"{where}: decodes of a picture",
+        "≤ 2",
+        "10.2",
+        f"{by_stage.decodes / count:.2f} ({in_one.decodes / count:.2f})",
+        by_stage.decodes <= 2 * count,
+    )
     yield Wanted("… copies of a picture in artifacts", "≤ 1", "2 and more", *at_most(copies / count, 1))
     yield Wanted(
         "… networks of experts and ensembles that share a file",
@@ -192,7 +238,13 @@ def folder_rows(pictures: Path, run: Path, count: int) -> Iterator[Wanted]:
         f"{linked} of {len(weights)}",
         linked == len(weights),
     )
-    yield Wanted("… bytes hashed over bytes of artifacts", "≤ 2", "not measured", *at_most(sum(hashed) / kept, 2))
+    yield Wanted(
+        "… bytes hashed over the bytes of all files that are",
+        "≤ 2",
+        "not measured",
+        f"{by_stage.hashed_share:.2f} ({in_one.hashed_share:.2f})",
+        by_stage.hashed_share <= 2,
+    )
     yield Wanted("… artifacts over the pictures", "stated", "28", f"{kept / source_bytes:.1f}", is_met=True)
 
 
