@@ -24,6 +24,10 @@ class NetworkError(DDMError, ValueError):
     """A network does not support these latents, conditions or settings."""
 
 
+class SettingsError(NetworkError):
+    """A class of networks is not supported, or its constructor has no such settings."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassSettings:
     """A network's class, and the arguments of its constructor that do not follow from the data."""
@@ -33,7 +37,11 @@ class ClassSettings:
 
     @property
     def adapter(self) -> Adapter:
-        """Return the class's conventions."""
+        """Return the class's conventions; raise `SettingsError` for a class that is not supported."""
+        if self.class_name not in ADAPTERS:
+            raise SettingsError(
+                f"expert.network.class_name must be one of {', '.join(ADAPTERS)}; got {self.class_name or 'none'}"
+            )
         return ADAPTERS[self.class_name]
 
 

@@ -13,6 +13,7 @@ from experts.networks.class_settings import (
     AnyNetworkConfig,
     ClassSettings,
     NetworkError,
+    SettingsError,
     class_settings,
     default_settings,
 )
@@ -86,7 +87,7 @@ def check_latent_shape(config: AnyNetworkConfig, latent_shape: tuple[int, ...], 
             f"{network_name(config)} needs latents of shape {shape}, not {latent_shape}; "
             "choose network residual_mlp, or codec pixels or patch_pca"
         )
-    _check_sides(config, network.adapter.side_multiple(complete), latent_shape[1:])
+    _check_sides(config, _side_multiple(network, complete), latent_shape[1:])
 
 
 def check_condition(config: AnyNetworkConfig, num_classes: int, text_shape: tuple[int, int, int] | None) -> None:
@@ -124,15 +125,27 @@ def network_name(config: AnyNetworkConfig) -> str:
 def complete_settings(network: ClassSettings) -> Settings:
     """Return a network's settings with the class's defaults.
 
-    Raises `NetworkError` for an unknown class or setting, and for a setting that follows from the data.
+    Raises `SettingsError` for an unknown class or setting, one that follows from the data, or one below zero.
     """
-    _check_names([network.class_name], ADAPTERS, "network.class_name")
     defaults = default_settings(network.adapter)
     _check_names(network.settings, defaults, f"network.settings of {network.class_name}")
     complete = {**defaults, **network.settings}
     if derived := sorted(network.settings.keys() & _data_names(network.adapter, complete)):
-        raise NetworkError(f"{', '.join(derived)} of {network.class_name} follow from the data; leave them out")
+        raise SettingsError(f"{', '.join(derived)} of {network.class_name} follow from the data; leave them out")
+    for name, value in network.settings.items():
+        if isinstance(value, int | float) and value < 0:
+            raise SettingsError(f"network.settings.{name} of {network.class_name} must not be negative; got {value}")
     return complete
+
+
+def _side_multiple(network: ClassSettings, complete: Settings) -> int:
+    try:
+        multiple = network.adapter.side_multiple(complete)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise NetworkError(f"network.settings of {network.class_name} cannot be read: {error}") from error
+    if multiple < 1:
+        raise NetworkError(f"{network.class_name} needs patches of side 1 or more; got {multiple}")
+    return multiple
 
 
 def _data_names(adapter: Adapter, settings: Settings) -> set[str]:
@@ -140,12 +153,13 @@ def _data_names(adapter: Adapter, settings: Settings) -> set[str]:
 
 
 def _check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise `SettingsError` for a name that is not known, with those that are."""
     known = sorted(known)
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise NetworkError(f"{what} has no {name}; {hint}known are {', '.join(known)}")
+            raise SettingsError(f"{what} has no {name}; {hint}known are {', '.join(known)}")
 
 
 def _check_sides(config: AnyNetworkConfig, multiple: int, sides: tuple[int, ...]) -> None:

@@ -82,7 +82,7 @@ def build_network(
     derived = network.adapter.data_settings(complete_settings(network), data)
     try:
         model = network.adapter.model_class()(**network.settings, **derived)
-    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+    except Exception as error:  # noqa: BLE001 - the border to classes of diffusers, which raise errors of any kind
         raise NetworkError(f"{network.class_name} cannot be built: {error}; change network.settings") from error
     return set_null_text(_without_label_dropout(model), null_text)
 

@@ -93,13 +93,13 @@ def quote_override(override: str, *, is_sweep: bool = False) -> str:
     """Return the override with its value quoted where Hydra's grammar would reject or change it.
 
     A path may have braces, a comma or a tilde, and the value of a text may look like a number. In a sweep, commas
-    separate several values. Keys below `experts`, `ensemble.reflection` and optional groups get the prefix `++`,
-    since Hydra may not know them; `parse_config` checks them.
+    separate several values. Keys below `experts`, `ensemble.reflection`, the settings of a network's class and optional
+    groups get the prefix `++`, since Hydra may not know them; the checks of the configuration do.
     """
     key, assigned, value = override.partition("=")
     if (
         key.split(".")[0] == "experts"
-        or key.startswith("ensemble.reflection.")
+        or key.startswith(("ensemble.reflection.", "expert.network.settings"))
         or ("." in key and key.split(".")[0] in OPTIONAL)
     ):
         return quote_override(f"++{override}", is_sweep=is_sweep)

@@ -8,15 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from experts.codecs.registry import CODECS
-from experts.conditions.condition import Condition
-from experts.conditions.text_embedding import TextEmbedding
 from experts.conditions.text_files import read_text_shape
 from experts.config import ExpertConfig, TrainingConfig
 from experts.networks.adapters.adapter import DataShape
-from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.latent_shapes import latent_shape_of
-from experts.networks.model_io import SkipRandomInit
-from experts.networks.registry import build_network, enable_gradient_checkpointing, resolve_call
+from experts.networks.registry import enable_gradient_checkpointing
 from experts.training.flops import count_parameters, forward_flops, training_flops
 from experts.training.memory import (
     FLOAT_BYTES,
@@ -29,6 +25,7 @@ from experts.training.memory import (
 from experts.training.trainer import DeviceError, check_device
 from orchestrator.config.schema import RunConfig
 from orchestrator.pipeline.stage import Stage
+from orchestrator.planning.checks.trial_call import Inputs, build_empty, empty_inputs, prepare_call
 from orchestrator.planning.microbenchmarks import measure
 from orchestrator.run.worker import limited_threads
 from router.config import RouterConfig
@@ -97,24 +94,14 @@ def measure_trainings(graph: Sequence[Stage], config: RunConfig, num_classes: in
 def measure_expert(config: ExpertConfig, data: DataShape) -> TrainingSize:
     """Return the size of an expert's training; `training.batch_size` is its own batch."""
     training = config.training
-    with torch.device("meta"), SkipRandomInit():
-        row = _inputs(1, data)
-        network = build_network(config.network, data.latent_shape, data.num_classes, row.condition.text).train()
-    has_lengths = ADAPTERS[type(network).__name__].reads_lengths
-
-    def call(rows: int) -> Callable[[], Tensor]:
-        with torch.device("meta"):
-            inputs = _inputs(rows, data, has_lengths=has_lengths)
-        function, t = resolve_call(network, inputs.noised, inputs.t)
-        return partial(function, network, inputs.noised, t, inputs.condition)
-
+    network = build_empty(config.network, data, "meta").train()
     with FusedAttention():
-        forward = forward_flops(call(1))
+        forward = forward_flops(prepare_call(network, 1, data, "meta"))
     flops = training_flops(forward, training.batch_size, training.steps)
     if training.gradient_checkpointing:
         enable_gradient_checkpointing(network, checkpoint_fused)
         flops *= 4 / 3
-    return _size_of(network, call(part_rows(training)), training, flops)
+    return _size_of(network, prepare_call(network, part_rows(training), data, "meta"), training, flops)
 
 
 def _size_of(network: nn.Module, call: Callable[[], Tensor], training: TrainingConfig, flops: float) -> TrainingSize:
@@ -139,33 +126,11 @@ def _measure_codec(probe: Callable[..., tuple[nn.Module, Callable[[], Tensor]]],
 
 def _measure_router(config: RouterConfig, num_experts: int, data: DataShape) -> TrainingSize:
     with torch.device("meta"):
-        row, batch = _inputs(1, data), _inputs(part_rows(config.training), data)
+        row, batch = empty_inputs(1, data), empty_inputs(part_rows(config.training), data)
         network = build_router(config, data.latent_shape, num_experts, data.num_classes, row.condition.text).train()
 
-    def call(inputs: _Inputs) -> Callable[[], Tensor]:
+    def call(inputs: Inputs) -> Callable[[], Tensor]:
         return partial(call_router, network, inputs.noised, inputs.t, inputs.condition, data.num_classes)
 
     flops = training_cost(config, forward_flops(call(row)), num_experts)
     return _size_of(network, call(batch), config.training, flops)
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    noised: Tensor
-    t: Tensor
-    condition: Condition
-
-
-def _inputs(rows: int, data: DataShape, *, has_lengths: bool = False) -> _Inputs:
-    """Return inputs on the meta device, with the longest texts; their mask has values with `has_lengths`."""
-    text = None
-    if data.text_shape is not None:
-        tokens, width, pooled_width = data.text_shape
-        text = TextEmbedding(
-            torch.zeros(rows, tokens, width),
-            torch.ones(rows, tokens, dtype=torch.bool, device="cpu" if has_lengths else None),
-            torch.zeros(rows, pooled_width),
-            torch.zeros(rows, dtype=torch.bool),
-        )
-    class_id = torch.zeros(rows, dtype=torch.int64)
-    return _Inputs(torch.zeros(rows, *data.latent_shape), torch.zeros(rows), Condition(class_id, text))

@@ -17,10 +17,12 @@ from ddm_core.artifacts import ArtifactError, read_json
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
 from experts.conditions.text_files import TextError, read_text_shape
+from experts.config import ExpertConfig
 from experts.errors import CodecError
 from experts.networks.adapters.adapter import DataShape
+from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.alignment_settings import check_alignment
-from experts.networks.class_settings import NetworkError, class_settings
+from experts.networks.class_settings import NetworkError, SettingsError, class_settings
 from experts.networks.latent_shapes import (
     IMAGE_COMPONENTS,
     check_blocks,
@@ -68,6 +70,7 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
             if check.advice and check.is_mendable and not mistakes:
                 mend = "\nAdd: " + " ".join(f"{key}={value}" for key, value in check.advice.items())
             mistakes += check.mistakes
+            mistakes += [] if mistakes else check_calls(config, survey)
     if mistakes:
         title = f"this run cannot succeed, for {len(mistakes)} reason{'s' * (len(mistakes) > 1)}; nothing has started:"
         raise ConfigError("\n  ".join([title, *mistakes]) + mend)
@@ -118,6 +121,32 @@ def _check_tensors(folder: Path) -> None:
         check_network_files(folder)
     except ArtifactError as error:
         raise InitError(f"expert.init: {error}") from error
+
+
+def check_calls(config: RunConfig, survey: Survey | None) -> Iterator[str]:
+    """Yield why a class of diffusers with these settings cannot be built and called; imports torch only for those."""
+    experts = {"expert": config.expert} | {f"experts.{k}": item for k, item in config.experts.items()}
+    networks = {repr(item.network): key for key, item in reversed(experts.items()) if _is_of_diffusers(item)}
+    if not networks:
+        return
+    from orchestrator.planning.checks.trial_call import try_network  # imports torch and diffusers: seconds
+
+    text_shape = read_text_shape(config.text)
+    num_classes = max(len(survey.class_counts) if survey else 0, 1) if config.data.labels else 0
+    data = DataShape(
+        latent_shape=latent_shape_of(config.codec, config.data.image_size, config.data.channels),
+        num_classes=num_classes if text_shape is None or config.text.classes else 0,
+        text_shape=text_shape,
+    )
+    for key in networks.values():
+        try:
+            try_network(experts[key].network, data)
+        except NetworkError as error:
+            yield f"{key}.network: {error}"
+
+
+def _is_of_diffusers(expert: ExpertConfig) -> bool:
+    return expert.init is None and expert.network.kind == "diffusers"
 
 
 def _read_survey(path: Path) -> Survey:
@@ -249,6 +278,8 @@ class DataCheck:
             try:
                 if expert.init is None:
                     check_latent_shape(expert.network, shape)
+            except SettingsError:  # `check_text` says so
+                self.is_mendable = False
             except NetworkError as error:
                 self.mistakes.append(f"{key}.network does not fit codec.kind={self.config.codec.kind}: {error}")
                 self.is_mendable &= len(shape) == 1
@@ -267,7 +298,8 @@ class DataCheck:
         experts = (self.config.expert, *self.config.experts.values())
         networks = [class_settings(expert.network) for expert in experts if expert.init is None]
         has_both = self.config.data.labels and self.config.text.kind != "none" and self.config.text.classes
-        if has_both and not all(network.adapter.reads_classes for network in networks):
+        known = [ADAPTERS[network.class_name] for network in networks if network.class_name in ADAPTERS]
+        if has_both and not all(adapter.reads_classes for adapter in known):
             self.change("text", classes=False)
 
     def check_prompts(self) -> None:

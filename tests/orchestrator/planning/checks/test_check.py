@@ -236,3 +236,59 @@ def test_classes_are_left_out_for_a_network_that_reads_text(expert, advice):
     data_check = DataCheck(parse_config(compose([*words, f"expert={expert}"])), None)
     data_check.run()
     assert data_check.advice == advice
+
+
+CAPTIONED = ("data=fashion_captions", "text=minilm", "text.classes=false", "codec=patch_pca", "codec.patch_size=7")
+SMALL_UNET = (*CAPTIONED, "expert=unet_text_small")
+SMALL_SD3 = (*CAPTIONED, "expert=sd3_small")
+SMALL_AURAFLOW = (
+    *(*CAPTIONED, "expert=diffusers", "expert.network.class_name=AuraFlowTransformer2DModel"),
+    *(f"expert.network.settings.{name}=1" for name in ("num_mmdit_layers", "num_single_dit_layers")),
+    *("expert.network.settings.attention_head_dim=16", "expert.network.settings.num_attention_heads=1"),
+    "expert.network.settings.caption_projection_dim=16",
+)
+SMALL_LUMINA = (
+    *(*CAPTIONED, "expert=diffusers", "expert.network.class_name=Lumina2Transformer2DModel"),
+    *(f"expert.network.settings.{name}=1" for name in ("num_layers", "num_refiner_layers", "num_kv_heads")),
+    *("expert.network.settings.hidden_size=24", "expert.network.settings.num_attention_heads=1"),
+    *("expert.network.settings.axes_dim_rope=[8,8,8]", "expert.network.settings.axes_lens=[32,16,16]"),
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((*SMALL_UNET, "expert.network.class_name=HunyuanDiT2DModel"), "must be one of .*got HunyuanDiT2DModel"),
+        (("expert=diffusers",), "class_name must be one of ResidualMLP, UNet2DModel.*got none"),
+        ((*SMALL_UNET, "expert.network.settings.norm_num_grops=8"), "did you mean norm_num_groups"),
+        ((*SMALL_UNET, "expert.network.settings.norm_num_groups=0"), "cannot be built"),
+        ((*SMALL_UNET, "expert.network.settings.attention_head_dim=0"), "cannot be built"),
+        ((*SMALL_UNET, "expert.network.settings.block_out_channels=32"), "cannot be read"),
+        ((*SMALL_UNET, "expert.network.settings.block_out_channels=[]"), "cannot be read"),
+        ((*SMALL_UNET, "expert.network.settings.layers_per_block=-1"), "layers_per_block.*not be negative; got -1"),
+        ((*SMALL_UNET, "expert.network.settings.encoder_hid_dim=7"), "expert.network: UNet2D.* cannot be called"),
+        ((*SMALL_SD3, "expert.network.settings.patch_size=0"), "patches of side 1 or more; got 0"),
+        ((*SMALL_SD3, "expert.network.settings.attention_head_dim=7"), "cannot be called"),
+        ((*SMALL_SD3, "expert.network.settings.pos_embed_max_size=1"), "cannot be called"),
+        ((*SMALL_AURAFLOW, "expert.network.settings.pos_embed_max_size=1"), "cannot be called: index"),
+    ],
+)
+def test_settings_of_a_class_are_tried_before_a_run(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        check(tmp_path, *overrides)
+    assert "for 1 reason;" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (
+            *SMALL_UNET,
+            *(f"expert.network.settings.{value}" for value in ("norm_num_groups=8", "block_out_channels=[32,48]")),
+        ),
+        SMALL_AURAFLOW,
+        SMALL_LUMINA,
+    ],
+)
+def test_a_class_gets_settings_that_its_file_does_not_name(tmp_path, overrides):
+    check(tmp_path, *overrides)
