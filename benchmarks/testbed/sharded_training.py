@@ -6,14 +6,15 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
 
-from ddm_core.artifacts import Workspace, read_with_checksum
+from ddm_core.artifacts import ArtifactError, Workspace, read_with_checksum
 from ddm_core.files.checksums import checksum
 from experts.conditions.condition import Condition
 from experts.config import DiTConfig, TrainingConfig
@@ -28,7 +29,12 @@ WORKERS = 2
 SHARDED = TrainingConfig(
     steps=12, batch_size=8, warmup_steps=3, log_every=4, checkpoint_every=5, held_out_every=None, parallel="fsdp"
 )
-KILLED = replace(SHARDED, steps=400, checkpoint_every=1)
+KILLED = replace(SHARDED, steps=240, checkpoint_every=1)
+PATIENCE_S = 60.0
+"""Most time that a worker waits for its peer, and that a worker without a peer takes to end."""
+POLL_S = 0.01
+MOST_CHECKPOINTS, LONGEST_S = 12, 0.3
+"""A kill is up to so long after up to so many checkpoints, less one."""
 NETWORK, SHAPE, CLASSES = DiTConfig(patch_size=4, heads=2, head_width=8, depth=2), (1, 8, 8), 3
 
 Work = Callable[[int, Path], None]
@@ -86,7 +92,9 @@ def run_worker(rank: int, folder: Path, work: Work) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = f"file://{meeting_place(folder, work)}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORKERS)
+    distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=WORKERS, timeout=timedelta(seconds=PATIENCE_S)
+    )
     work(rank, folder)
     distributed.destroy_process_group()
 
@@ -106,14 +114,54 @@ def start_workers(folder: Path, work: Work) -> list[ForkServerProcess]:
     return workers
 
 
+class CheckpointReader:
+    """Reads every checkpoint that it finds in a folder once, while a training writes there or after it was killed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Begin with no checkpoint read."""
+        self.folder = folder
+        self.read: set[str] = set()
+        self.torn: set[str] = set()
+
+    def look(self) -> int:
+        """Read the newest checkpoint if it is new, and return its step; 0 without one."""
+        newest = self._newest()
+        if newest is None:
+            return 0
+        if newest.name not in self.read:
+            is_whole = _is_whole(newest)
+            if is_whole or self._newest() == newest:  # an older one may be deleted while it is read
+                self.read.add(newest.name)
+                self.torn |= set() if is_whole else {newest.name}
+        return int(newest.name.removeprefix("step-"))
+
+    def _newest(self) -> Path | None:
+        return max(self.folder.glob("step-*"), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether the tensors of a checkpoint are those of its checksums."""
+    try:
+        return bool(checksum(checkpoint / TENSORS) == read_with_checksum(checkpoint / STATE)["sha256"])
+    except (ArtifactError, FileNotFoundError):
+        return False
+
+
 @dataclass(slots=True, kw_only=True)
 class Killings:
-    """What was found after both workers had been killed."""
+    """What was found of workers that were killed."""
 
     kills: int = 0
     read: int = 0
-    """Checkpoints that were found after a kill, and read."""
+    """Checkpoints that were read, while the workers trained and after they were killed."""
     torn: int = 0
+    left: list[int | None] = field(default_factory=list)
+    """Exit codes of workers whose peer was killed; None for one that did not end by itself."""
+
+    @property
+    def ended(self) -> int:
+        """Return how many of those workers ended by themselves."""
+        return sum(code is not None for code in self.left)
 
 
 def train_until_killed(rank: int, folder: Path) -> None:
@@ -121,25 +169,41 @@ def train_until_killed(rank: int, folder: Path) -> None:
     torch.save(train(worker_workspace(folder / "killed", rank), KILLED), folder / f"killed_{rank}.pt")
 
 
-def kill_at_random(folder: Path, kills: int, longest_s: float) -> Killings:
-    """Kill both workers so often, each time up to `longest_s` after a checkpoint exists; then let them finish.
+def kill_at_random(folder: Path, kills: int) -> Killings:
+    """Kill one worker or both so often, at random instants; then let them finish.
 
-    The result is that of `train_until_killed`; fewer kills happen if the training ends before.
+    An instant is a random time after a random number of new checkpoints, so that slow machines are killed as often
+    while they train as fast ones. A worker whose peer was killed gets `PATIENCE_S` to end by itself. The result is that
+    of `train_until_killed`; fewer kills happen if the training ends before.
     """
-    checkpoints, found = folder / "killed" / "checkpoints", Killings()
-    while not (folder / f"killed_{WORKERS - 1}.pt").exists():
+    reader, found = CheckpointReader(folder / "killed" / "checkpoints"), Killings()
+    while not all((folder / f"killed_{rank}.pt").exists() for rank in range(WORKERS)):
+        chance = random.Random(found.kills)
+        before, more = reader.look(), chance.randrange(MOST_CHECKPOINTS)
         workers = start_workers(folder, train_until_killed)
-        if found.kills < kills:
-            while not checkpoints.exists() and any(worker.is_alive() for worker in workers):
-                time.sleep(0.01)
-            time.sleep(random.Random(found.kills).uniform(0, longest_s))
-            for worker in workers:
-                worker.kill()
+        while all(worker.is_alive() for worker in workers) and (found.kills >= kills or reader.look() < before + more):
+            time.sleep(POLL_S)
+            reader.look()
+        if found.kills < kills and all(worker.is_alive() for worker in workers):
+            time.sleep(chance.uniform(0, LONGEST_S))
+            victims = chance.choice([workers, workers[:1], workers[1:]])
+            for victim in victims:
+                victim.kill()
             found.kills += 1
+            found.left += [end_of(worker) for worker in workers if worker not in victims]
         for worker in workers:
-            worker.join(300)
-        for checkpoint in checkpoints.glob("step-*"):
-            found.read += 1
-            found.torn += checksum(checkpoint / TENSORS) != read_with_checksum(checkpoint / STATE)["sha256"]
+            end_of(worker)
+        reader.look()
         meeting_place(folder, train_until_killed).unlink(missing_ok=True)
+    found.read, found.torn = len(reader.read), len(reader.torn)
     return found
+
+
+def end_of(worker: ForkServerProcess) -> int | None:
+    """Wait for a worker, and return its exit code; kill it after `PATIENCE_S`, and return None."""
+    worker.join(PATIENCE_S)
+    if worker.exitcode is None:
+        worker.kill()
+        worker.join()
+        return None
+    return worker.exitcode

@@ -2,7 +2,9 @@
 
 import shutil
 import tempfile
+from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +24,9 @@ from benchmarks.testbed.sharded_training import (
 from ddm_core.artifacts import Preempted, Workspace
 
 KILLS = 20
-LONGEST_S = 1.5
-"""Most seconds before a kill, the start of the workers included."""
+UNKILLED = replace(KILLED, checkpoint_every=10**6)
+CHECKPOINTS = 200
+"""Checkpoints that must be read."""
 
 
 def measure_sharding(effort: Effort) -> Measured:
@@ -78,27 +81,50 @@ def train_in_two(rank: int, folder: Path) -> None:
 
 
 def kill_workers(folder: Path, kills: int) -> list[Claim]:
-    """Kill both workers at random instants, and compare what they end with."""
+    """Kill one worker or both at random instants, and compare what they end with."""
     folder.mkdir()
-    found = kill_at_random(folder, kills, LONGEST_S)
-    killed = predict(load(folder / "killed_0.pt"))
-    alone = predict(train(Workspace.at(folder / "whole"), KILLED))
+    found = kill_at_random(folder, kills)
+    for worker in start_workers(folder, train_unkilled):
+        worker.join(300)
+    killed, unkilled = load(folder / "killed_0.pt"), load(folder / "unkilled_0.pt")
+    alone = predict(train(Workspace.at(folder / "whole"), UNKILLED))
+    equal = all(torch.equal(unkilled[name], value) for name, value in killed.items())
+    codes = Counter(found.left)
     return [
         Claim(
-            name="sharding: torn checkpoints after both workers were killed at random instants",
+            name="sharding: torn checkpoints of those that were read while one worker or both were killed",
             bar="0",
-            value=f"{found.torn} of {KILLED.steps} written",
-            spread=f"{found.kills} kills, {found.read} checkpoints read after them",
-            holds=found.torn == 0 and found.kills == kills,
+            value=f"{found.torn} of {found.read}",
+            spread=f"{found.kills} kills at random instants, of {KILLED.steps} checkpoints written",
+            holds=found.torn == 0 and found.kills == kills and found.read >= CHECKPOINTS,
+        ),
+        Claim(
+            name="sharding: workers that ended by themselves after their peer was killed",
+            bar="all",
+            value=f"{found.ended} of {len(found.left)}",
+            spread=", ".join(f"exit code {code}: {count}" for code, count in codes.items()),
+            holds=found.ended == len(found.left),
+        ),
+        Claim(
+            name="sharding: the killed training of two workers has the bits of one that was never stopped",
+            bar="all",
+            value="all" if equal else "not all",
+            spread=f"n = {len(killed)} tensors, {KILLED.steps} steps",
+            holds=equal,
         ),
         Claim(
             name="sharding: predictions of the killed training against one worker's that was never stopped",
             bar="≤ 1e-5",
-            value=f"{relative(killed, alone):.1e}",
+            value=f"{relative(predict(killed), alone):.1e}",
             spread=f"{KILLED.steps} steps",
-            holds=relative(killed, alone) <= 1e-5,
+            holds=relative(predict(killed), alone) <= 1e-5,
         ),
     ]
+
+
+def train_unkilled(rank: int, folder: Path) -> None:
+    """Train as long without being killed, and without a checkpoint."""
+    torch.save(train(worker_workspace(folder / "unkilled", rank), UNKILLED), folder / f"unkilled_{rank}.pt")
 
 
 def load(path: Path) -> dict[str, Tensor]:

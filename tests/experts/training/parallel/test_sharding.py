@@ -14,11 +14,12 @@ from torch import distributed
 
 from benchmarks.testbed import sharded_training
 from benchmarks.testbed.backbones import TINY, build, gradients
-from benchmarks.testbed.sharded_training import KILLED, kill_at_random, predict, start_workers
-from ddm_core.artifacts import Preempted, Workspace
+from benchmarks.testbed.sharded_training import KILLED, CheckpointReader, kill_at_random, predict, start_workers
+from ddm_core.artifacts import Preempted, Workspace, checksum, write_record
 from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.networks.registry import build_network, call_network
+from experts.training.checkpoint import STATE, TENSORS
 from experts.training.held_out import measure_held_out
 from experts.training.parallel.distributed import DataParallelGroup
 from experts.training.parallel.sharding import shard_network, whole
@@ -134,10 +135,29 @@ def test_tensors_written_one_by_one_are_read_by_safetensors(kinds):
         assert are_equal(load_file(path), tensors)
 
 
+def test_reader_counts_a_torn_checkpoint_and_no_deleted_one(tmp_path):
+    reader = CheckpointReader(tmp_path / "checkpoints")
+    assert reader.look() == 0
+    tensors = {"weight": torch.ones(3)}
+    for step in (1, 2, 3):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        write_tensors(folder / TENSORS, tensors, tensors.items())
+        write_record(folder / STATE, {"sha256": checksum(folder / TENSORS)})
+        if step == 1:
+            assert reader.look() == 1 == len(reader.read)
+            (folder / STATE).unlink()
+        if step == 3:
+            (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-1])
+        assert reader.look() == step
+    assert (len(reader.read), reader.torn) == (3, {"step-00000003"})
+
+
 @pytest.mark.integration
 def test_workers_killed_at_random_leave_whole_checkpoints(tmp_path):
-    found = kill_at_random(tmp_path, 20, 1.5)
-    assert found.kills == 20 <= found.read and found.torn == 0
+    found = kill_at_random(tmp_path, 20)
+    assert found.kills == 20 and found.read >= 200 and found.torn == 0
+    assert found.ended == len(found.left) > 0
     killed = torch.load(tmp_path / "killed_0.pt", weights_only=True)
     alone = sharded_training.train(Workspace.at(tmp_path / "whole"), KILLED)
     torch.testing.assert_close(predict(killed), predict(alone), rtol=1e-5, atol=1e-5)
