@@ -30,8 +30,9 @@ SHARDED = TrainingConfig(
     steps=12, batch_size=8, warmup_steps=3, log_every=4, checkpoint_every=5, held_out_every=None, parallel="fsdp"
 )
 KILLED = replace(SHARDED, steps=240, checkpoint_every=1)
-PATIENCE_S = 60.0
-"""Most time that a worker waits for its peer, and that a worker without a peer takes to end."""
+TIMEOUT_S, PATIENCE_S = 30.0, 90.0
+"""Most time that a worker waits for its peer, also for one that was killed before they met, and that it may take to end
+then."""
 POLL_S = 0.01
 MOST_CHECKPOINTS, LONGEST_S = 12, 0.3
 """A kill is up to so long after up to so many checkpoints, less one."""
@@ -93,7 +94,7 @@ def run_worker(rank: int, folder: Path, work: Work) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = f"file://{meeting_place(folder, work)}"
     distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=WORKERS, timeout=timedelta(seconds=PATIENCE_S)
+        "gloo", init_method=meeting, rank=rank, world_size=WORKERS, timeout=timedelta(seconds=TIMEOUT_S)
     )
     work(rank, folder)
     distributed.destroy_process_group()
