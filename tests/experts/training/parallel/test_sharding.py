@@ -15,7 +15,8 @@ from torch import distributed
 from benchmarks.testbed import sharded_training
 from benchmarks.testbed.backbones import TINY, build, gradients
 from benchmarks.testbed.sharded_training import KILLED, CheckpointReader, kill_at_random, predict, start_workers
-from ddm_core.artifacts import Preempted, Workspace, checksum, write_record
+from ddm_core.artifacts import Preempted, Workspace, write_record
+from ddm_core.files.checksums import checksum
 from experts.config import ExpertConfig, TrainingConfig
 from experts.diffusion.noise_schedule import RECTIFIED_FLOW
 from experts.networks.registry import build_network, call_network
