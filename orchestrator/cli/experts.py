@@ -133,6 +133,8 @@ def extend(
     from orchestrator.config.delivery import DeliveryConfig
     from orchestrator.config.schema import change_config
     from orchestrator.controller import run_pipeline
+    from orchestrator.errors import RunFailed
+    from orchestrator.run.lease import hold_lease
     from orchestrator.run.run_folder import RunFolder
     from orchestrator.run.trust import require_trust
 
@@ -145,9 +147,26 @@ def extend(
         )
     steps = steps or max(1, config.expert.training.steps // 4)
     delivery = DeliveryConfig(path=str(replace(config.data, path=path).path), version=version, steps=steps)
-    deliveries = tuple(dict.fromkeys((*config.deliveries, delivery)))
-    config = change_config(config, {"folder": str(folder.root), "deliveries": deliveries})
-    report_result(config, run_pipeline(config, console))
+    read = read_deliveries(folder, config)
+    for other in set(config.deliveries) - {*read, delivery}:
+        console.print(f"{other.path} was not read yet, and is left out", soft_wrap=True, highlight=False, markup=False)
+    config = change_config(config, {"folder": str(folder.root), "deliveries": tuple(dict.fromkeys((*read, delivery)))})
+    try:
+        result = run_pipeline(config, console)
+    except RunFailed:
+        if read_deliveries(folder, config) != config.deliveries:
+            with hold_lease(folder):
+                folder.save_config(replace(config, deliveries=read))
+        raise
+    report_result(config, result)
+
+
+def read_deliveries(folder: Any, config: Any) -> Any:
+    """Return the deliveries of a run that have been read; one that cannot be is no part of the run."""
+    from orchestrator.pipeline.graph import build_graph
+
+    finished = {stage.name for stage in build_graph(config) if folder.is_finished(stage)}
+    return tuple(delivery for n, delivery in enumerate(config.deliveries, start=1) if f"dataset_{n}" in finished)
 
 
 def _fingerprint_images(images: Path) -> str:

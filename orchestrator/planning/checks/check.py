@@ -13,7 +13,7 @@ from typing import Any
 from data_partition.config import MAX_FEATURES
 from data_partition.datasets.survey import Survey, survey_source
 from data_partition.errors import DataError
-from ddm_core.artifacts import ArtifactError, read_json
+from ddm_core.artifacts import ArtifactError
 from ddm_core.name_lists import join_names
 from ensemble.config import MIN_HELD_OUT
 from experts.conditions.text_files import TextError, read_text_shape
@@ -35,8 +35,8 @@ from experts.networks.pretrained_files import InitError, check_init_settings
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline.graph import build_graph
-from orchestrator.pipeline.stage import Stage
 from orchestrator.planning.checks.machine import check_folder, check_machine
+from orchestrator.planning.checks.sources import check_deliveries, check_own_images, read_survey
 from orchestrator.run.run_folder import RunFolder
 
 MIN_CLUSTER = 20
@@ -56,11 +56,12 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
     check_folder(run.root)
     stages = {stage.name: stage for stage in build_graph(config)}
     mistakes = [*check_machine(config), *check_text(config), *check_own_images(run, stages.get("adapter_images"))]
+    mistakes += check_deliveries(run, stages)
     mend, survey = "", None
     if not run.is_finished(stages["ensemble"]):
         try:
             dataset = stages["dataset"]
-            survey = _read_survey(run.verify_file(dataset, "dataset.json")) if run.is_finished(dataset) else None
+            survey = read_survey(run.verify_file(dataset, "dataset.json")) if run.is_finished(dataset) else None
             survey = survey or survey_source(config.data)
             check = DataCheck(config, survey)
         except DataError as error:
@@ -75,15 +76,6 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
         title = f"this run cannot succeed, for {len(mistakes)} reason{'s' * (len(mistakes) > 1)}; nothing has started:"
         raise ConfigError("\n  ".join([title, *mistakes]) + mend)
     return survey
-
-
-def check_own_images(run: RunFolder, stage: Stage | None) -> Iterator[str]:
-    """Yield why the images of adapters cannot be read; finished ones are taken from the run."""
-    if stage is not None and not run.is_finished(stage):
-        try:
-            survey_source(stage.config.data)
-        except DataError as error:
-            yield f"adapters need images (ddm finetune --images): {error}"
 
 
 def check_text(config: RunConfig) -> Iterator[str]:
@@ -147,12 +139,6 @@ def check_calls(config: RunConfig, survey: Survey | None) -> Iterator[str]:
 
 def _is_of_diffusers(expert: ExpertConfig) -> bool:
     return expert.init is None and expert.network.kind == "diffusers"
-
-
-def _read_survey(path: Path) -> Survey:
-    """Return the counts of a finished data set, from its `dataset.json`."""
-    summary = read_json(path)
-    return Survey(train=summary["count"], held_out=summary["holdout_count"], class_counts=summary["class_counts"])
 
 
 @dataclass

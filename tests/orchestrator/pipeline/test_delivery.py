@@ -76,6 +76,23 @@ def test_a_delivery_joins_the_clusters(tmp_path, by):
     if by == "features":
         code, output = ddm("extend", run.root, draw(tmp_path / "odd", range(200, 220), ("blue",)), "--steps", 4)
         assert code and "has the class 'blue'" in output and "dark, light" in output
+        check_refused_deliveries(run, tmp_path)
+
+
+def check_refused_deliveries(run, folder):
+    """Extend a run by what is not there and by what cannot be read: the run stays as it was."""
+    before = run.load_config()
+    code, output = ddm("extend", run.root, folder / "nothing")
+    assert code and "later data (ddm extend)" in output and "is not a folder" in output
+    broken = folder / "broken" / "dark"
+    broken.mkdir(parents=True)
+    for number in range(3):
+        (broken / f"{number}.png").write_bytes(b"no image")
+    code, output = ddm("extend", run.root, broken.parent)
+    assert code and "dataset_2" in output
+    assert run.load_config() == before
+    code, output = ddm("resume", run.root)
+    assert code == 0 and "nothing to do" in output, output
 
 
 def check_partition(earlier, after, by, labels=frozenset({1})):
