@@ -106,7 +106,10 @@ def validate(expert: Expert, task: ValidationTask) -> None:
         kid, kid_std = measure_distance(ensemble, codec, task)
         with Path(task.distances).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": task.step, "kid": kid, "kid_std": kid_std}) + "\n")
-    image_grid(images, columns=isqrt(count)).save(task.picture)  # last: whoever finds it reads its distance
+    picture = Path(task.picture)
+    unfinished = picture.with_name(f".{picture.name}")
+    image_grid(images, columns=isqrt(count)).save(unfinished)
+    unfinished.replace(picture)  # last and whole: whoever finds it reads its distance
 
 
 def measure_distance(ensemble: Ensemble, codec: Codec, task: ValidationTask) -> tuple[float, float]:
