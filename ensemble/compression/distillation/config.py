@@ -287,3 +287,8 @@ class SpeedUpNetConfig:
     """Largest guidance scale of the training."""
     null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of rows with the null condition as the negative one; the others have that of another row."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Number of steps of a sample, each of which is trained to reach where `substeps` guided steps of the expert lead.
+    0: any solver and number of steps, by calls that are trained to be guided calls."""
+    substeps: Annotated[int, Field(ge=2)] = 4
+    """Guided steps of two calls, in place of each of `steps`."""

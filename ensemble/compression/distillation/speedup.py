@@ -3,10 +3,14 @@
     E |v(x_t, t, c; n, w) - (v(x_t, t, n) + w (v(x_t, t, c) - v(x_t, t, n)))|^2 / w
 
 over guidance scales w and negative conditions n: null, and those of other samples. Only the branches are trained; the
-expert itself stays as it is, and computes the target. Chai et al. 2023, arXiv:2312.08887, without its consistency over
-several steps. Branches fit every expert of equal shapes, also one that was fine-tuned afterwards or has an adapter.
+expert itself stays as it is, and computes the target. Chai et al. 2023, arXiv:2312.08887. Branches fit every expert of
+equal shapes, also one that was fine-tuned afterwards or has an adapter.
+
+With `steps`, one step from t to the next t' is trained to end where several guided steps end (their multi-step
+consistency, as we read it): the target is the mean (x_t' - x_t) / (t' - t) of the guided velocity along those steps.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -22,10 +26,12 @@ from ensemble.compression.distillation.student import check_can_distill, with_ne
 from ensemble.compression.method import ExpertResult, StageError
 from experts.compressed.distillation.guidance_branch import extend_by_guidance, guidance_branches
 from experts.conditions.null_text import get_null_text
+from experts.diffusion.few_step import FewStepSchedule
 from experts.diffusion.noise_schedule import expand
 from experts.expert import Expert, network_flops
 from experts.training.latent_dataset import Batch, LatentDataset, derive_seed
 from experts.training.trainer import fit
+from experts.types import Latents, Times
 
 
 def train_speedup(
@@ -52,8 +58,9 @@ def train_speedup(
         branch.requires_grad_(True)
     loss = partial(speedup_loss, expert=expert, config=config)
     trained = fit(model, loss, dataset, config.training, workspace)
+    few_step = FewStepSchedule.uniform(config.steps, "euler") if config.steps else expert.few_step
     return ExpertResult(
-        expert=replace(expert, model=trained.model.requires_grad_(True)),
+        expert=replace(expert, model=trained.model.requires_grad_(True), few_step=few_step),
         modules=len(branches),
         flops=speedup_flops(network_flops(expert.model, expert.latent_shape), 0.0, config),
         details={"losses": trained.rows},
@@ -68,15 +75,34 @@ def speedup_loss(network: nn.Module, batch: Batch, expert: Expert, config: Speed
     is_null = torch.rand(count, generator=generator) < config.null_share
     scale, is_null = scale.to(batch.t), is_null.to(batch.t.device)
     negative = batch.condition.rows(torch.arange(count).roll(1).to(batch.t.device)).drop(is_null)
-    noised = expert.noise_schedule.add_noise(batch.clean, batch.noise, batch.t)
+    t, end = batch.t, None
+    if config.steps:
+        index = torch.randint(config.steps, (count,), generator=generator).to(t)
+        t, end = 1 - index / config.steps, 1 - (index + 1) / config.steps
+    noised = expert.noise_schedule.add_noise(batch.clean, batch.noise, t)
+
+    def guide(x: Latents, at: Times) -> Latents:
+        away = guided.velocity(x, at, negative)
+        return away + expand(scale, x) * (guided.velocity(x, at, batch.condition) - away)
+
     with torch.no_grad():
-        away = guided.velocity(noised, batch.t, negative)
-        target = away + expand(scale, noised) * (guided.velocity(noised, batch.t, batch.condition) - away)
-    predicted = guided.velocity(noised, batch.t, batch.condition.guided(scale, negative))
+        target = guide(noised, t) if end is None else mean_velocity(guide, noised, t, end, config.substeps)
+    predicted = guided.velocity(noised, t, batch.condition.guided(scale, negative))
     squared = (predicted - target).square().flatten(1).mean(1)
     return {"loss": (squared / scale).mean()}
 
 
+def mean_velocity(
+    velocity: Callable[[Latents, Times], Latents], noised: Latents, t: Times, end: Times, steps: int
+) -> Latents:
+    """Return (x_end - x_t) / (end - t) along `steps` equal steps of Euler's method, each row with its own t and end."""
+    x, width = noised, (end - t) / steps
+    for step in range(steps):
+        x = x + expand(width, x) * velocity(x, t + step * width)
+    return (x - noised) / expand(end - t, x)
+
+
 def speedup_flops(student_flops: float, _teacher_flops: float, config: SpeedUpNetConfig) -> float:
-    """Return the FLOPs of the training, from those of a row: the guided call with gradient, and both of the target."""
-    return 5 * config.training.steps * config.training.batch_size * student_flops
+    """Return the FLOPs of the training, from those of a row: the guided call with gradient, and two a target's step."""
+    calls = 3 + 2 * (config.substeps if config.steps else 1)
+    return calls * config.training.steps * config.training.batch_size * student_flops

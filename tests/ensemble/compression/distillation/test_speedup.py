@@ -8,7 +8,7 @@ import torch
 
 from ddm_core.artifacts import Workspace
 from ensemble.compression.distillation.config import SpeedUpNetConfig
-from ensemble.compression.distillation.speedup import train_speedup
+from ensemble.compression.distillation.speedup import mean_velocity, train_speedup
 from ensemble.compression.method import StageError
 from ensemble.config import SamplingConfig
 from ensemble.ensemble import Ensemble
@@ -97,6 +97,27 @@ def test_branches_work_in_an_expert_with_an_adapter(teacher, guiding):
     moved = replace(teacher, model=copy_branches(guiding.model, deepcopy(tuned)))
     assert not torch.equal(draw(tuned_expert).latents, draw(teacher).latents)
     assert error(moved, tuned_expert) < 0.6
+
+
+def test_target_of_several_steps_is_their_mean_velocity():
+    """dx/dt = a x has the solution x_end = x_t exp(a (end - t)); one step is the velocity itself."""
+    x, t, end = torch.tensor([[2.0], [-1.0]]), torch.tensor([1.0, 0.5]), torch.tensor([0.75, 0.4])
+    field = lambda x, t: 0.5 * x  # noqa: E731
+    exact = x * (torch.exp(0.5 * (end - t)) - 1)[:, None] / (end - t)[:, None]
+    torch.testing.assert_close(mean_velocity(field, x, t, end, 2000), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(mean_velocity(field, x, t, end, 1), field(x, t))
+    turned = mean_velocity(lambda x, t: t[:, None].expand_as(x), x, t, end, 2)
+    torch.testing.assert_close(turned[:, 0], (3 * t + end) / 4)
+
+
+def test_consistency_over_several_steps_ends_nearer_to_them(teacher, guiding, tmp_path):
+    config = SpeedUpNetConfig(training=TRAINING, steps=2, substeps=8)
+    student = train_speedup(teacher, digits(), config, Workspace.at(tmp_path)).network
+    exact = draw(teacher, replace(GUIDED, steps=16)).latents
+    in_two = replace(GUIDED, steps=2)
+    result = draw(student, in_two)
+    assert result.calls_per_step == 1 and student.few_step.times == (1.0, 0.5)
+    assert (result.latents - exact).norm() < 0.9 * (draw(guiding, in_two).latents - exact).norm()
 
 
 def test_experts_without_conditions_are_refused(teacher, tmp_path):
