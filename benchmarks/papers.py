@@ -72,7 +72,7 @@ NOT_BUILT = (
     "CAT-DM's implicit start by a generator of its own; Trajectory Diffuser's draft under a return",
     "DivControl's adapter for several conditions, whose gates a network computes from the condition's text",
     "SVDQuant in the layout of a library with 4-bit kernels (weights are packed in one of our own)",
-    "SpeedUpNet's consistency over several steps; a stage that fits a regressor of rewards",
+    "a stage that fits a regressor of rewards",
 )
 
 
