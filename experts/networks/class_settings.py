@@ -4,6 +4,7 @@ The settings of diffusers' classes are read from their source, since importing o
 """
 
 import ast
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ class ClassSettings:
     def adapter(self) -> Adapter:
         """Return the class's conventions; raise `SettingsError` for a class that is not supported."""
         if self.class_name not in ADAPTERS:
+            close = difflib.get_close_matches(self.class_name, ADAPTERS, n=1)
             raise SettingsError(
                 f"expert.network.class_name must be one of {', '.join(ADAPTERS)}; got {self.class_name or 'none'}"
+                + (f"; did you mean {close[0]}?" if close else "")
             )
         return ADAPTERS[self.class_name]
 
