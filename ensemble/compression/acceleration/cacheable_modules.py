@@ -11,8 +11,10 @@ from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import StageError
 from experts.compressed.pruning.layers import REPLACEMENTS
 
-ATTENTION = re.compile(r"\.(attn[12]?|attentions)(\.|$)")
+ATTENTION = re.compile(r"\.attn[12]?(\.|$)|\.attentions\.\d+$")
 """In the paths of attention layers; the others (feed-forward, residual, whole blocks) take part in the union."""
+_UNET_BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
+_UNET_TRANSFORMER = r"attentions\.\d+\.transformer_blocks\.\d+"
 PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
     "PixArtTransformer2DModel": {
         "block": re.compile(r"transformer_blocks\.\d+"),
@@ -32,9 +34,17 @@ PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
         ),
     },
     "UNet2DModel": {
-        "block": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"),
-        "layer": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
-        "unit": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+\.conv[12]"),
+        "block": re.compile(_UNET_BLOCK),
+        "layer": re.compile(rf"{_UNET_BLOCK}\.(resnets|attentions)\.\d+"),
+        "unit": re.compile(rf"{_UNET_BLOCK}\.resnets\.\d+\.conv[12]"),
+    },
+    "UNet2DConditionModel": {
+        "block": re.compile(_UNET_BLOCK),
+        "layer": re.compile(rf"{_UNET_BLOCK}\.(resnets\.\d+|{_UNET_TRANSFORMER}\.(attn1|attn2|ff))"),
+        "unit": re.compile(
+            rf"{_UNET_BLOCK}\.(resnets\.\d+\.conv[12]|"
+            rf"{_UNET_TRANSFORMER}\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0|2)))"
+        ),
     },
     "ResidualMLP": {
         "block": re.compile(r"blocks\.\d+"),
@@ -43,6 +53,8 @@ PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
     },
 }
 """Paths of the modules that can be cached, by network and level."""
+
+U_NETS = ("UNet2DModel", "UNet2DConditionModel")
 
 
 def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
@@ -73,8 +85,11 @@ def modules_below_branch(model: Any, branch: int) -> list[str]:
     The last layer of the network is always computed too, one more than on the input side. Ma et al. 2024, DeepCache,
     arXiv:2312.00858, section 3.3. Raises `StageError` for another network, or if its first level has fewer layers.
     """
-    if type(model).__name__ != "UNet2DModel":
-        raise StageError(f"deepcache needs a U-Net, not a {type(model).__name__}; set accelerate.policy=uniform")
+    if type(model).__name__ not in U_NETS:
+        raise StageError(
+            f"deepcache needs one of the U-Nets {', '.join(U_NETS)}, not a {type(model).__name__}; set "
+            "accelerate.policy=uniform"
+        )
     blocks: list[nn.Module] = list(model.up_blocks)
     depth = len(model.down_blocks[0].resnets)
     if not 0 <= branch < depth + 1 or len(model.down_blocks) < 2:

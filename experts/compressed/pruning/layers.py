@@ -1,8 +1,8 @@
 """Layer removal: a removed layer passes on its input.
 
-Removable are the layers that add to their input: residual and attention layers of diffusers' U-Net, attention and
-feed-forward layers of its transformers (of a block for images and texts together: the joint attention and both
-feed-forward layers), and blocks of our residual MLP.
+Removable are the layers that add to their input: residual and attention layers of diffusers' U-Nets, attention and
+feed-forward layers of its transformers, also of those inside the U-Net that reads text (of a block for images and texts
+together: the joint attention and both feed-forward layers), and blocks of our residual MLP.
 """
 
 import re
@@ -17,6 +17,10 @@ from experts.training.flops import count_parameters
 
 PATTERNS: dict[str, re.Pattern[str]] = {
     "UNet2DModel": re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"),
+    "UNet2DConditionModel": re.compile(
+        r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
+        r"\.(resnets\.\d+|attentions\.\d+\.transformer_blocks\.\d+\.(attn1|attn2|ff))"
+    ),
     "DiTTransformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn1|ff)"),
     "PixArtTransformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn1|attn2|ff)"),
     "SD3Transformer2DModel": re.compile(r"transformer_blocks\.\d+\.(attn|ff|ff_context)"),
@@ -142,4 +146,4 @@ def _replacement(path: str, module: nn.Module) -> nn.Module:
         return SkipLayer(module.out_channels if module.in_channels != module.out_channels else None)
     if path.endswith(".attn"):
         return ZeroJointAttention()
-    return ZeroLayer() if path.startswith("transformer_blocks") else SkipLayer()
+    return ZeroLayer() if "transformer_blocks" in path else SkipLayer()

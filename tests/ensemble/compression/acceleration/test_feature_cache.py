@@ -254,17 +254,22 @@ def test_a_network_without_known_modules_is_an_error():
         cacheable_modules(torch.nn.Linear(2, 2), CONFIG)
 
 
-@pytest.mark.parametrize("level", ["block", "layer", "unit"])
-def test_an_mmdit_inherits_features_at_every_level(level, tmp_path):
-    """Its attention returns images and texts, and its last block no text."""
-    expert = Expert(
-        model=network(NETWORKS[-1]),
+def untrained(config):
+    return Expert(
+        model=network(config),
         prediction="velocity",
         noise_schedule=RECTIFIED_FLOW,
         latent_shape=(1, 8, 8),
         num_classes=0,
         cluster_id=0,
     )
+
+
+@pytest.mark.parametrize("level", ["block", "layer", "unit"])
+@pytest.mark.parametrize("config", NETWORKS[3:], ids=lambda config: config.class_name)
+def test_networks_that_read_text_inherit_features_at_every_level(config, level, tmp_path):
+    """Attention of an MMDiT returns images and texts, and its last block no text; blocks of a U-Net return tuples."""
+    expert = untrained(config)
     plain = generate(expert)
     assert torch.equal(generate(with_cache(expert, tmp_path, level=level, interval=1)).latents, plain.latents)
     for policy, order in (("uniform", 1), ("adaptive", 0)):
@@ -273,3 +278,15 @@ def test_an_mmdit_inherits_features_at_every_level(level, tmp_path):
         samples = generate(cached)
         assert samples.calls.full_calls["0"] < 0.9 * plain.calls.full_calls["0"]
         assert relative_distance(samples, plain) > 0
+
+
+def test_deepcache_caches_the_inner_layers_of_a_text_unet(tmp_path):
+    expert = untrained(NETWORKS[4])
+    paths = modules_below_branch(expert.model, 0)
+    assert {"mid_block", "down_blocks.0.attentions.0", "up_blocks.1.attentions.0"} <= set(paths)
+    assert "up_blocks.1.attentions.1" not in paths
+    plain, cached = generate(expert), with_cache(expert, tmp_path, policy="deepcache")
+    assert sum(cached.cache.relative_flops) < 0.7 * STEPS
+    assert relative_distance(generate(cached), plain) > 0
+    exact = with_cache(expert, tmp_path / "exact", policy="deepcache", interval=1)
+    assert torch.equal(generate(exact).latents, plain.latents)

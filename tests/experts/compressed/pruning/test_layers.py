@@ -29,6 +29,17 @@ NETWORKS = (
         settings={"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "cross_attention_dim": 16},
     ),
     DiffusersConfig(
+        class_name="UNet2DConditionModel",
+        settings={
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        },
+    ),
+    DiffusersConfig(
         class_name="SD3Transformer2DModel",
         settings={"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "caption_projection_dim": 16},
     ),
