@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from experts.config import ExpertConfig
+from experts.networks.adapters.registry import ADAPTERS
 from experts.networks.class_settings import NetworkError, class_settings, default_settings
 
-DEPTHS = ("num_layers", "depth", "n_layers")
+DEPTHS = ("num_layers", "num_mmdit_layers", "depth", "n_layers")
 """Names that the classes give their number of blocks."""
 
 
@@ -16,6 +17,13 @@ def check_alignment(config: ExpertConfig) -> None:
         raise NetworkError(
             f"expert.align_weight={config.align_weight:g} aligns the tokens of a transformer, and {network.class_name} "
             "has none; choose one such as expert=dit, or set expert.align_weight=0"
+        )
+    if not network.adapter.has_image_tokens:
+        able = ", ".join(name for name, other in ADAPTERS.items() if other.has_image_tokens and "Transformer" in name)
+        raise NetworkError(
+            f"expert.align_weight={config.align_weight:g} aligns the tokens of an image, and the blocks of "
+            f"{network.class_name} return those of image and text together; choose one of {able}, or set "
+            "expert.align_weight=0"
         )
     values = dict(default_settings(network.adapter)) | dict(network.settings)
     depth = next((int(values[name]) for name in DEPTHS if name in values), None)

@@ -27,7 +27,7 @@ from experts.networks.registry import call_network
 from experts.training.flops import forward_flops, training_flops
 from experts.training.latent_dataset import Batch
 
-BLOCK_LISTS = ("transformer_blocks", "blocks", "layers")
+BLOCK_LISTS = ("transformer_blocks", "joint_transformer_blocks", "blocks", "layers")
 """Names that the classes give their list of blocks."""
 
 PROJECTION_WIDTH = 256

@@ -106,6 +106,8 @@ class Adapter:
     """The number that must divide both sides."""
     checkpointing_fault: str = ""
     """Why gradient checkpointing is refused; empty if it computes the same gradients."""
+    has_image_tokens: bool = True
+    """Whether the blocks of a transformer return tokens of the image alone, which can be aligned (REPA)."""
     has_lora: bool = True
     """Whether it has diffusers' methods for LoRA; peft can inject adapters in any."""
     time_embedding: str = r"(.*\.)?timestep_embedder"

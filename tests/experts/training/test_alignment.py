@@ -11,6 +11,7 @@ import transformers
 from pydantic import ValidationError
 from torch import nn
 
+from benchmarks.testbed.backbones import SHAPE, TINY, adapter_of, build, config_of
 from data_partition.errors import UnknownExtractor
 from data_partition.features.efficientnet import EfficientNetFeatures
 from data_partition.features.pca import l2_normalize
@@ -22,9 +23,10 @@ from experts.codec import PixelCodec
 from experts.codecs.registry import fit_codec
 from experts.config import CodecConfig, DiTConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig, UNetConfig
 from experts.expert import Expert, train_expert
+from experts.networks.alignment_settings import check_alignment
 from experts.networks.class_settings import NetworkError
 from experts.networks.registry import build_network
-from experts.training.alignment import align, find_tokens
+from experts.training.alignment import AlignedNetwork, align, find_tokens
 from experts.training.latent_dataset import make_batch
 from tests.experts.training.test_trainer import velocity_loss
 
@@ -137,6 +139,21 @@ def test_vision_network_needs_its_folder(tmp_path):
 def test_network_without_such_tokens_is_refused(config, network, message):
     with pytest.raises(NetworkError, match=message):
         aligned(config, network)
+
+
+@pytest.mark.parametrize("case", [case for case in TINY if "Transformer" in case])
+def test_every_transformer_is_aligned_or_refused_before_a_run(case):
+    config = ExpertConfig(network=config_of(case), align_weight=0.5, align_block=1)
+    if adapter_of(case).has_image_tokens:
+        check_alignment(config)
+        AlignedNetwork(build(case), SHAPE, 1, 4)
+        with pytest.raises(NetworkError, match=r"is past the \d blocks"):
+            check_alignment(replace(config, align_block=9))
+    else:
+        with pytest.raises(NetworkError, match="return those of image and text together; choose one of DiT"):
+            check_alignment(config)
+        with pytest.raises(NetworkError, match="needs the tokens of a grid"):
+            AlignedNetwork(build(case), SHAPE, 1, 4)
 
 
 def test_tokens_of_the_image_are_the_last_that_fit_its_grid():

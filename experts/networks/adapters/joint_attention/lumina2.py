@@ -29,4 +29,5 @@ ADAPTER = Adapter(
     reads_text=True,
     reads_lengths=True,
     blocks=r"layers\.\d+",
+    has_image_tokens=False,
 )
