@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED, UNHASHED_IF_DEFAULT
+from ddm_core.random_bits import Seed
 from ddm_core.url_queries import hide_queries, without_secrets
 
 MAX_FEATURES = 8192
@@ -198,7 +199,7 @@ class PartitionConfig:
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Images per batch of feature extraction."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Two partitions with the same seed and data are equal."""
 
     @field_validator("features_path")

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from ddm_core.random_bits import Seed
 from experts.config import NoiseScheduleName
 from router.config import AUTO, SelectionConfig
 
@@ -186,7 +187,7 @@ class EvaluationConfig:
     of real images tells whether conditional samples show the word of their prompt."""
     new_combinations: tuple[str, ...] = ()
     """Words that were never trained on together, as `data.held_out_captions` has them; scored on their own too."""
-    seed: int = 0
+    seed: Seed = 0
     """0 uses the seeds 0, 1, 2 …; every other number uses seeds of its own."""
 
 
@@ -204,7 +205,7 @@ class ExpertSamplesConfig:
     """Latents per batch."""
     device: str = "cpu"
     """Torch device of the sampling."""
-    seed: int = 0
+    seed: Seed = 0
     """A sample depends on (seed, expert, row) alone."""
 
 
@@ -251,5 +252,5 @@ class ClassifierConfig:
     """`velocity`: uniform over t, as in Li et al. `likelihood`: the weights of the likelihood bound."""
     batch_size: Annotated[int, Field(ge=1)] = 4096
     """Rows per network call."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of t and noise."""

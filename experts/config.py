@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED, UNHASHED_IF_DEFAULT
+from ddm_core.random_bits import Seed
 
 Prediction = Literal["velocity", "noise", "clean"]
 NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta", "ddpm_linear", "scaled_linear"]
@@ -168,7 +169,7 @@ class TrainingConfig:
     """Share of an expert's steps after which a copy of it is kept in `early/`, as the weak model of a reflection."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between two checkpoints."""
-    seed: int = 0
+    seed: Seed = 0
     """Noise, t and sample order are functions of (seed, step, row)."""
 
     @model_validator(mode="after")

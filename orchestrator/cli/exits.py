@@ -14,6 +14,9 @@ from orchestrator.reporting.terminal import open_console
 FAILED, BUDGET, INTERRUPTED = 1, 3, 130
 """Exit codes; docs/guides/scripts.md lists all of them."""
 
+MEMORY_SIGNS = ("can't allocate memory", "out of memory")
+NO_MEMORY = "this needs more memory than there is; ask for fewer or smaller images, fewer steps, or a smaller batch"
+
 OTHER = "everything-else"
 """The section on errors of the operating system."""
 
@@ -36,7 +39,17 @@ def run_command(command: Callable[[], object]) -> int:
     except OSError as error:
         print_error(describe_os_error(error), OTHER)
         return _flush(FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print_error(f"{NO_MEMORY} ({error or type(error).__name__})", OTHER)
+        return _flush(FAILED)
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory of the machine or a GPU ran out; torch raises a `RuntimeError` for both."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in MEMORY_SIGNS)
 
 
 def describe_os_error(error: OSError) -> str:

@@ -20,6 +20,9 @@ console = open_console()
 MAX_RUNS = 5
 """Runs for which `ddm` alone shows a next step."""
 
+MAX_SEEDS = 10_000
+"""Images of one grid."""
+
 
 def complete_run(incomplete: str) -> list[str]:
     """Return the run folders whose paths begin with the text, at most one folder deeper, for a shell."""
@@ -98,13 +101,19 @@ def fit(overrides: list[str]) -> list[str]:
 
 def parse_seeds(text: str) -> list[int]:
     """Return the seeds of `0-15`, `3,5,8` or both; raises `ConfigError` for anything else."""
+    from ddm_core.random_bits import MAX_SEED
+
     try:
-        seeds: list[int] = []
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+        parts = [part.strip().partition("-") for part in text.split(",")]
+        ranges = [(int(first), int(last or first)) for first, _, last in parts]
     except ValueError:
         raise ConfigError(f"--seeds takes numbers and ranges such as 0-15 or 3,5,8; got {text!r}") from None
+    count = sum(max(0, last - first + 1) for first, last in ranges)
+    if count > MAX_SEEDS or max(last for _, last in ranges) > MAX_SEED:
+        raise ConfigError(
+            f"--seeds takes at most {MAX_SEEDS} seeds of at most {MAX_SEED}, the images of one grid; got {text!r}"
+        )
+    seeds = [seed for first, last in ranges for seed in range(first, last + 1)]
     if not seeds:
         raise ConfigError(f"--seeds {text!r} names no seed; write the smaller number first")
     return seeds

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from data_partition.config import DataConfig, PartitionConfig
 from ddm_core.artifacts import STRICT, to_jsonable
+from ddm_core.random_bits import Seed
 from ensemble.compression.config import (
     AccelerateConfig,
     DistillConfig,
@@ -90,7 +91,7 @@ class RunConfig:
     """Name of the run; letters, digits and `_.=,+-`."""
     folder: str = "runs/run"
     """The run folder: artifacts, journal, logs, report."""
-    seed: int = 0
+    seed: Seed = 0
     """The seed that the YAML files pass to every part."""
     data: DataConfig = DataConfig()
     """The images."""

@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
+from ddm_core.random_bits import Seed
 from experts.config import TrainingConfig
 
 Policy = Literal["deepcache", "uniform", "adaptive", "unified"]
@@ -41,7 +42,7 @@ class CacheConfig:
     """`adaptive`, `unified`: give each expert its own schedule; False gives all experts the same."""
     rows: Annotated[int, Field(ge=1)] = 16
     """`adaptive`, `unified`: samples whose features are compared."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise of these samples."""
 
 
@@ -61,7 +62,7 @@ class HookConfig:
     """`first_block`, `mag`: maximum change for which a step is skipped."""
     rows: Annotated[int, Field(ge=1)] = 8
     """Samples that calibrate `mag` and whose FLOPs are counted."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise of these samples."""
 
 
@@ -104,7 +105,7 @@ class TruncateConfig:
     the samples nearest to them. The copies are kept if they lower the held-out score."""
     tuning: TrainingConfig = REFINER_TRAINING
     """`tune`: that training."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the centroids and of the noise of scored samples."""
 
 

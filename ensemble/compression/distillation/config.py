@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
+from ddm_core.random_bits import Seed
 from experts.config import TrainingConfig
 
 
@@ -119,7 +120,7 @@ class MMDConfig:
     """Kernel weight of pairs with different conditions; 1 ignores conditions."""
     training: WholeBatchTraining = MMD_TRAINING
     """Training of the student; each batch compares as many samples as latents of the cluster."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random convolutions."""
 
 

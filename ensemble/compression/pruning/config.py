@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
+from ddm_core.random_bits import Seed
 from experts.config import TrainingConfig
 
 MASK_TRAINING = TrainingConfig(steps=200, batch_size=8, lr=0.1, warmup_steps=5, log_every=10, checkpoint_every=20)
@@ -37,7 +38,7 @@ class EcoDiffConfig:
     """Initial value of all mask logits."""
     finetune: TrainingConfig | None = None
     """Training of the pruned network to match the original's outputs; empty skips it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random criterion and of the samples that measure the result."""
 
 
@@ -64,7 +65,7 @@ class LaptopConfig:
     """Weight of the distances to the original's features in fine-tuning."""
     normalize: bool = True
     """Divide each feature distance by the mean square of the original's features."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples, the random sets and the random criterion."""
 
 
@@ -100,7 +101,7 @@ class AssemblyConfig:
     estimate; the features are those of the original's middle stage."""
     normalize: bool = True
     """Divide each feature distance by the mean square of the original's features."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples and of the random order."""
 
 
@@ -125,5 +126,5 @@ class RegionalConfig:
     """Weight of the distances to the original's features in fine-tuning."""
     normalize: bool = True
     """Divide each feature distance by the mean square of the original's features."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples."""

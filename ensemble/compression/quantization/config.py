@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
+from ddm_core.random_bits import Seed
 from experts.config import TrainingConfig
 
 
@@ -26,7 +27,7 @@ class MixedPrecisionConfig:
     """Latents of its own cluster on which the error of an expert is measured, in one batch."""
     by_share: bool = True
     """Weight each expert by the size of its cluster; False weights all experts equally."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the measured latents, their noise and their t."""
 
 
@@ -76,7 +77,7 @@ class QuESTConfig:
     """Neighboring weights of a row of those that share one scale."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
     """Other matrices with fewer elements are not quantized."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the calibration samples."""
 
 
@@ -175,5 +176,5 @@ class SVDQuantConfig:
     """Bits per stored weight of all other large weights; empty keeps full precision."""
     min_elements: Annotated[int, Field(ge=1)] = 1024
     """Other matrices with fewer elements are not quantized."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the calibration samples."""

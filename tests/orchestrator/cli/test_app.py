@@ -59,7 +59,7 @@ def test_parse_seeds_ranges_and_lists_returns_numbers(text, seeds):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1-2-3"])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-2-3", "0-99999999999999", str(2**64), "0-5000,1-6000"])
 def test_parse_seeds_invalid_text_names_the_option(text):
     with pytest.raises(ConfigError, match="--seeds"):
         parse_seeds(text)

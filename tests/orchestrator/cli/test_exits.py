@@ -26,6 +26,8 @@ def raising(error: BaseException):
         (ConfigError("[bold]x\x1b[31m \udcff"), 1, "[bold]x\\x1b[31m \\udcff"),
         (PermissionError(13, "Permission denied", "/a"), 1, "/a: Permission denied"),
         (BudgetReached("spent"), 3, "spent\nSee docs/guides/errors.md#budgetreached"),
+        (MemoryError(), 1, "this needs more memory than there is; ask for fewer"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "more memory than there is"),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(2), 2, ""),
         (SystemExit(None), 0, ""),
@@ -45,8 +47,9 @@ def test_every_exit_code_is_documented():
 
 
 def test_defect_of_the_program_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        run_command(raising(ZeroDivisionError()))
+    for error in (ZeroDivisionError(), RuntimeError("shapes")):
+        with pytest.raises(type(error)):
+            run_command(raising(error))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

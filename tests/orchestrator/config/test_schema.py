@@ -182,3 +182,10 @@ def test_compression_of_a_run_with_time_bounds_is_checked():
         change_config(config, {"distill": parse_config(compose(["distill=sid"])).distill})
     with pytest.raises(ConfigError, match="must be divisible by 8; got 12; try 16"):
         parse_config(compose([BOUNDS, "partition.num_experts=4", "expert.training.batch_size=12"]))
+
+
+@pytest.mark.parametrize("key", ["seed", "partition.seed", "expert.training.seed", "scores.seed"])
+@pytest.mark.parametrize("value", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(key, value):
+    with pytest.raises(ConfigError, match=rf"{key}: Input should be"):
+        parse_config(compose([f"{key}={value}"]))
