@@ -93,15 +93,25 @@ MethodConfig = Annotated[
 ]
 
 
-def check_order(stages: Mapping[str, Any], *, reflects: bool) -> None:
-    """Raise `ValueError` for stages, by kind, that cannot be combined with each other or with reflection."""
+def check_order(
+    stages: Mapping[str, Any], sampling: SamplingConfig, *, reads_text_alone: bool, is_changed: bool
+) -> None:
+    """Raise `ValueError` for stages, by kind, that cannot be combined with each other, or with the sampling.
+
+    `reads_text_alone` is a run with captions and without classes, `is_changed` one that compresses another ensemble.
+    """
     distill, accelerate, prune = (stages.get(kind) for kind in ("distill", "accelerate", "prune"))
     distill = None if isinstance(distill, SpeedUpNetConfig) else distill
     quantize, stitch = (stages.get(kind) for kind in ("quantize", "stitch"))
     is_cached = isinstance(accelerate, CacheConfig | HookConfig)
     draft = accelerate.draft if isinstance(accelerate, TruncateConfig) else None
     has_two_networks = draft is not None or isinstance(accelerate, BaseFirstConfig)
+    is_alone = not is_changed and not any(stages.get(kind) for kind in ("distill", "accelerate", "prune", "quantize"))
+    reflects = sampling.reflection is not None
     rules = {
+        "stitch needs a compressed ensemble besides the original one; add prune=… or quantize=…": stitch and is_alone,
+        "distill=mmd compares samples of equal classes, and texts are hardly ever equal; choose distill=sid or "
+        "distill=consistency": reads_text_alone and isinstance(distill, MMDConfig),
         "distill and a feature cache cannot be combined: a cache reuses features of similar steps, and the few steps "
         "of a student differ; remove distill or accelerate": distill and is_cached,
         "accelerate=base_first needs students, which take over after the first step; add distill=…": not distill

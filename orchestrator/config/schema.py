@@ -196,8 +196,8 @@ class RunConfig:
         check_validation(self)
         check_auto_selection(self)
         check_reflection(self)
-        stages = {kind: getattr(self, kind) for kind in COMPRESSION_KINDS}
-        check_order(stages, reflects=self.ensemble.reflection is not None)
+        has_text = self.text.kind != "none" and not self.data.labels
+        check_order(vars(self), self.ensemble, reads_text_alone=has_text, is_changed=self.from_ensemble != "")
         return self
 
 

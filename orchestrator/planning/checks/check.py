@@ -55,7 +55,7 @@ def check_run(config: RunConfig, run: RunFolder) -> Survey | None:
     """
     check_folder(run.root)
     stages = {stage.name: stage for stage in build_graph(config)}
-    mistakes = [*check_machine(config), *check_text(config), *check_own_images(run, stages.get("adapter_images"))]
+    mistakes = [*check_machine(config), *check_text(config), *check_own_images(run, stages)]
     mistakes += check_deliveries(run, stages)
     mend, survey = "", None
     if not run.is_finished(stages["ensemble"]):

@@ -10,6 +10,9 @@ from ddm_core.name_lists import join_names
 from orchestrator.pipeline.stage import Stage
 from orchestrator.run.run_folder import RunFolder
 
+SMALL_BATCH = 64
+"""Images of a batch that even a few images may fill, again and again."""
+
 
 def read_survey(path: Path) -> Survey:
     """Return the counts of a finished data set, from its `dataset.json`."""
@@ -17,13 +20,23 @@ def read_survey(path: Path) -> Survey:
     return Survey(train=summary["count"], held_out=summary["holdout_count"], class_counts=summary["class_counts"])
 
 
-def check_own_images(run: RunFolder, stage: Stage | None) -> Iterator[str]:
-    """Yield why the images of adapters cannot be read; finished ones are taken from the run."""
-    if stage is not None and not run.is_finished(stage):
-        try:
-            survey_source(stage.config.data)
-        except DataError as error:
-            yield f"adapters need images (ddm finetune --images): {error}"
+def check_own_images(run: RunFolder, stages: Mapping[str, Stage]) -> Iterator[str]:
+    """Yield why the images of adapters cannot be read, or do not fill a batch; finished ones are taken from the run."""
+    stage = stages.get("adapter_images")
+    if stage is None or run.is_finished(stage):
+        return
+    try:
+        survey = survey_source(stage.config.data)
+    except DataError as error:
+        yield f"adapters need images (ddm finetune --images): {error}"
+        return
+    most = max(SMALL_BATCH, survey.train + survey.held_out) if survey else None
+    batches = {item.config.training.batch_size for item in stages.values() if item.kind == "adapter"}
+    if most is not None and (larger := [rows for rows in batches if rows > most]):
+        yield (
+            f"a batch of adapters has at most as many images as there are, or {SMALL_BATCH}; {stage.config.data.path} "
+            f"has {survey.train + survey.held_out if survey else 0}, and --batch-size is {larger[0]}; lower it"
+        )
 
 
 def check_deliveries(run: RunFolder, stages: Mapping[str, Stage]) -> Iterator[str]:

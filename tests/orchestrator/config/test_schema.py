@@ -18,6 +18,7 @@ NEEDED = {
     "parquet": ["data.path=a.parquet"],
     "base_first": ["distill=sid"],
     "refine": ["distill=sid"],
+    **dict.fromkeys(("small_early", "small_late", "auto"), ["quantize=int8_dynamic"]),
 }
 
 
@@ -189,3 +190,16 @@ def test_compression_of_a_run_with_time_bounds_is_checked():
 def test_a_seed_that_no_generator_takes_is_refused(key, value):
     with pytest.raises(ConfigError, match=rf"{key}: Input should be"):
         parse_config(compose([f"{key}={value}"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stitch=auto"], "stitch needs a compressed ensemble"),
+        (["distill=mmd", "text=minilm", "data=fashion_captions", "data.labels=false"], "texts are hardly ever equal"),
+    ],
+)
+def test_compressions_without_what_they_need_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(compose(overrides))
+    assert parse_config(compose(["stitch=auto", "quantize=int8_dynamic"])).stitch is not None

@@ -99,6 +99,14 @@ def test_lost_adapters_are_trained_to_the_same_bytes(own_run, images, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_batch_is_no_larger_than_the_images(tiny_run, images, tmp_path):  # noqa: F811 - the fixture
+    before = (tiny_run / "config.yaml").read_bytes()
+    result = invoke(tiny_run, "--images", images, "--out", tmp_path / "lora", "--batch-size", 100_000)
+    message = str(result.exception)
+    assert "has 12, and --batch-size is 100000; lower it" in message
+    assert (tiny_run / "config.yaml").read_bytes() == before
+
+
 def test_images_without_captions_are_counted(tiny_run, images, tmp_path):  # noqa: F811 - the fixture
     (images / "0.txt").write_text("a picture")
     finetune = FinetuneConfig(images=str(images), content="x", experts=(0,), is_routed=False)
