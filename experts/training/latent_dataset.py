@@ -285,7 +285,7 @@ def draw_noise(count: int, shape: Sequence[int], rows: slice, seed: int, step: i
     for at, part in enumerate(torch.split(noise, block), start // block):
         index = (step << 32) + at
         part.normal_(generator=torch.Generator().manual_seed(derive_seed(Stream.ROW_NOISE, seed, index)))
-    return noise[start - first : stop - first]
+    return noise if stop - start == len(noise) else noise[start - first : stop - first]
 
 
 def sample_indices(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " batch"]:
