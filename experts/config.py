@@ -420,7 +420,16 @@ class DistilledMonolithConfig:
 
     from_expert: Annotated[int, Field(ge=0)] | None = None
     """The expert that provides the initial parameters; empty starts from scratch."""
+    from_mean: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
+    """Whether the initial parameters are the mean of all experts', which have one common start (`expert.init`)."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; empty uses the experts'."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples a step; empty uses the experts' global batch."""
+
+    @model_validator(mode="after")
+    def _starts_once(self) -> "DistilledMonolithConfig":
+        """Check that there is one source of the initial parameters."""
+        if self.from_mean and self.from_expert is not None:
+            raise ValueError(f"from_mean=true starts from all experts; leave from_expert={self.from_expert} out")
+        return self

@@ -19,7 +19,8 @@ from experts.diffusion.loss_weights import LossWeight, build_loss_weight
 from experts.diffusion.noise_schedule import NoiseSchedule
 from experts.diffusion.predictions import from_velocity, training_target
 from experts.expert import Expert, ExpertSummary, network_flops, train_network
-from experts.networks.pretrained import build_initial_model
+from experts.networks.class_settings import NetworkError
+from experts.networks.pretrained import InitialModel, build_initial_model
 from experts.networks.registry import call_network
 from experts.training.held_out import TrainingData
 from experts.training.latent_dataset import Batch
@@ -52,16 +53,21 @@ def train_distilled_monolith(
     out: Path,
     workspace: Workspace,
     held_out: Sequence[Path] = (),
+    *,
+    from_mean: bool = False,
 ) -> DistilledMonolithSummary:
     """Train on the samples of all clusters and write the student to `out`, an expert with `distilled_monolith.json`.
 
-    Samples of a cluster without a teacher have their own training target, as for an expert.
+    Samples of a cluster without a teacher have their own training target, as for an expert. With `from_mean` the
+    student starts from the mean of the teachers' parameters; raises `NetworkError` where they are of other shapes.
     """
     data = TrainingData.open(clusters, held_out, load_codec(codec), codec, workspace)
     dataset, num_classes = data.samples, len(read_class_names(clusters[0]))
     data.check_classes(num_classes)
     initial_model = build_initial_model(config, dataset.latent_shape, num_classes, dataset.null_text)
     experts = {k: Expert.load(folder) for k, folder in teachers.items()}
+    if from_mean:
+        _start_from_mean(initial_model, experts)
     for expert in experts.values():
         expert.to(config.training.device)
 
@@ -74,6 +80,36 @@ def train_distilled_monolith(
     summary = _summary(trained, config, experts, teachers, shares.tolist(), dataset.latent_shape)
     write_json(out / "distilled_monolith.json", summary)
     return summary
+
+
+def _start_from_mean(initial_model: InitialModel, experts: Mapping[int, Expert]) -> None:
+    """Give a network the mean of the experts' parameters, in place; raises `NetworkError`."""
+    ours = initial_model.prediction, initial_model.noise_schedule
+    if others := [k for k, expert in experts.items() if (expert.prediction, expert.noise_schedule) != ours]:
+        raise NetworkError(
+            f"distilled_monolith.from_mean needs experts of the student's prediction {ours[0]} and noise schedule; "
+            f"experts {others} have others; leave it out"
+        )
+    try:
+        initial_model.model.load_state_dict(mean_parameters([expert.model for expert in experts.values()]))
+    except (KeyError, RuntimeError) as error:
+        raise NetworkError(
+            f"distilled_monolith.from_mean needs experts with the student's network, and theirs differ ({error}); "
+            "leave it out"
+        ) from error
+
+
+def mean_parameters(networks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the mean of each tensor of networks of equal shapes; the first one's where it holds no real numbers.
+
+    Wortsman et al. 2022, arXiv:2203.05482: networks that were trained from one start are often in one basin, and their
+    mean is close to it. Raises `KeyError` or `RuntimeError` for other shapes.
+    """
+    first, *others = [network.state_dict() for network in networks]
+    return {
+        name: torch.stack([value, *(state[name] for state in others)]).mean(0) if value.is_floating_point() else value
+        for name, value in first.items()
+    }
 
 
 def student_loss(

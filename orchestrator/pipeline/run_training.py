@@ -137,5 +137,12 @@ def run_distilled_monolith(
     clusters, expert = cluster_folders(inputs["partition"] / "latents"), with_init_checkpoint(config.expert, inputs)
     held_out = cluster_folders(inputs["partition"] / "holdout_latents")
     return train_distilled_monolith(
-        expert, experts_by_id(inputs), clusters, inputs["codec"], out, workspace, held_out
+        expert,
+        experts_by_id(inputs),
+        clusters,
+        inputs["codec"],
+        out,
+        workspace,
+        held_out,
+        from_mean=config.from_mean,
     ).flops

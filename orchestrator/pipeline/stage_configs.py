@@ -78,6 +78,8 @@ class DistilledMonolithStageConfig:
     """The network's configuration."""
     from_expert: Annotated[int, Field(ge=0)] | None
     """The expert whose weights initialize it."""
+    from_mean: bool = field(default=False, metadata=UNHASHED_IF_DEFAULT)
+    """Whether the mean of the experts' weights initializes it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -268,7 +270,7 @@ def _distilled_monolith_config(config: RunConfig) -> DistilledMonolithStageConfi
     training, student = config.expert.training, config.distilled_monolith
     steps, batch_size = student.steps or training.steps, student.batch_size or training.batch_size
     expert = replace(config.expert, time_bounds=(), training=replace(training, steps=steps, batch_size=batch_size))
-    return DistilledMonolithStageConfig(expert=expert, from_expert=student.from_expert)
+    return DistilledMonolithStageConfig(expert=expert, from_expert=student.from_expert, from_mean=student.from_mean)
 
 
 def _expert_samples_config(config: RunConfig) -> ExpertSamplesConfig:

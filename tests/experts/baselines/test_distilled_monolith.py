@@ -13,6 +13,7 @@ from experts.conditions.condition import Condition
 from experts.config import CodecConfig, ExpertConfig, ResidualMLPConfig, TrainingConfig
 from experts.diffusion.noise_schedule import COSINE, RECTIFIED_FLOW
 from experts.expert import Expert, network_flops, train_expert
+from experts.networks.class_settings import NetworkError
 from experts.training.latent_dataset import Batch
 from experts.training.loss import expert_loss
 
@@ -116,3 +117,26 @@ def test_student_can_start_from_an_expert(expert_folder, shards, tmp_path):
     student, expert = Expert.load(tmp_path / "distilled_monolith"), Expert.load(expert_folder)
     pairs = zip(student.model.parameters(), expert.model.parameters(), strict=True)
     assert all((a - b).abs().max() < 1e-3 for a, b in pairs)
+
+
+def test_student_can_start_from_the_mean_of_experts(shards, tmp_path, workspace):
+    fit_codec(CodecConfig(components=4), shards, tmp_path / "codec", workspace)
+    folders = {k: tmp_path / f"expert_{k}" for k in range(2)}
+    for k, folder in folders.items():
+        config = replace(CONFIG, training=replace(TRAINING, seed=k, steps=20))
+        train_expert(config, [shards], tmp_path / "codec", folder, Workspace.at(tmp_path / f"work_{k}"))
+    short = replace(CONFIG, training=replace(TRAINING, steps=1, warmup_steps=50, lr=1e-6))
+
+    def distill(name, teachers, config=short):
+        place, work = tmp_path / name, Workspace.at(tmp_path / f"{name}_work")
+        train_distilled_monolith(config, teachers, [shards] * 2, tmp_path / "codec", place, work, from_mean=True)
+        return Expert.load(place).model.state_dict()
+
+    student, (first, second) = distill("student", folders), (Expert.load(folder) for folder in folders.values())
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(student[name], (value + second.model.state_dict()[name]) / 2, atol=1e-5, rtol=0)
+    wide = replace(short, network=ResidualMLPConfig(width=16, depth=1))
+    with pytest.raises(NetworkError, match=r"from_mean needs experts with the student's network, and theirs differ"):
+        distill("wide", folders, wide)
+    with pytest.raises(NetworkError, match=r"from_mean needs experts of the student's prediction noise"):
+        distill("noise", folders, replace(short, prediction="noise"))

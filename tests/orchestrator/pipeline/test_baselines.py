@@ -88,6 +88,14 @@ def test_distilled_monolith_has_settings_and_skips_lost_teacher():
     assert "expert_0" in remaining.inputs
 
 
+def test_distilled_monolith_may_start_from_the_mean_of_experts():
+    config = replace(ALL_BASELINES, distilled_monolith=DistilledMonolithConfig(from_mean=True))
+    assert "distilled_monolith" in changed_by(ALL_BASELINES, config)
+    assert stages_by_name(config)["distilled_monolith"].config.from_mean
+    with pytest.raises(ValueError, match=r"from_mean=true starts from all experts; leave from_expert=1 out"):
+        DistilledMonolithConfig(from_mean=True, from_expert=1)
+
+
 def test_router_without_data_reads_samples_of_the_experts():
     after = with_router(MONOLITH, data="samples")
     graph = stages_by_name(after)
