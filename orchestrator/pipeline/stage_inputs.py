@@ -15,9 +15,9 @@ def cluster_folders(folder: Path) -> list[Path]:
 
 
 def experts_by_id(inputs: Inputs) -> dict[int, Path]:
-    """Return the folders of the trained experts among a stage's inputs."""
-    roles = [role for role in inputs if role.startswith("expert_")]
-    return {int(role.removeprefix("expert_")): inputs[role] for role in roles}
+    """Return the folders of the trained experts among a stage's inputs, whose roles are `expert_<k>`."""
+    numbers = {role: role.removeprefix("expert_") for role in inputs}
+    return {int(number): inputs[role] for role, number in numbers.items() if role != number and number.isdecimal()}
 
 
 def with_init_checkpoint(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:

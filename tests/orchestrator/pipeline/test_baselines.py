@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from orchestrator.config.schema import RunConfig, parse_config
 from orchestrator.controller import run_pipeline
 from orchestrator.pipeline.graph import build_graph
 from orchestrator.pipeline.stage import remove_stage
+from orchestrator.pipeline.stage_inputs import experts_by_id
 from orchestrator.reporting.results import load_score_rows, load_training_flops
 from orchestrator.run.run_folder import RunFolder
 
@@ -94,6 +96,11 @@ def test_distilled_monolith_may_start_from_the_mean_of_experts():
     assert stages_by_name(config)["distilled_monolith"].config.from_mean
     with pytest.raises(ValueError, match=r"from_mean=true starts from all experts; leave from_expert=1 out"):
         DistilledMonolithConfig(from_mean=True, from_expert=1)
+
+
+def test_samples_of_the_experts_are_no_expert():
+    inputs = {role: Path(role) for role in ("expert_0", "expert_12", "expert_samples", "codec", "7")}
+    assert experts_by_id(inputs) == {0: Path("expert_0"), 12: Path("expert_12")}
 
 
 def test_router_without_data_reads_samples_of_the_experts():
