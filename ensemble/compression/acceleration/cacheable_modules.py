@@ -10,8 +10,9 @@ from ensemble.compression.acceleration.config import CacheConfig
 from ensemble.compression.common.network_stages import describe_layers
 from ensemble.compression.method import StageError
 from experts.compressed.pruning.layers import REPLACEMENTS
+from experts.networks.adapters.registry import ADAPTERS
 
-ATTENTION = re.compile(r"\.attn[12]?(\.|$)|\.attentions\.\d+$")
+ATTENTION = re.compile(r"\.(attn[12]?|attention)(\.|$)|\.attentions\.\d+$")
 """In the paths of attention layers; the others (feed-forward, residual, whole blocks) take part in the union."""
 _UNET_BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
 _UNET_TRANSFORMER = r"attentions\.\d+\.transformer_blocks\.\d+"
@@ -46,6 +47,11 @@ PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
             rf"{_UNET_TRANSFORMER}\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0|2)))"
         ),
     },
+    "CogView4Transformer2DModel": {  # its feed-forward layers are called twice, for images and for texts
+        "block": re.compile(r"transformer_blocks\.\d+"),
+        "layer": re.compile(r"transformer_blocks\.\d+\.attn1"),
+        "unit": re.compile(r"transformer_blocks\.\d+\.attn1\.(to_[qkv]|to_out\.0)"),
+    },
     "ResidualMLP": {
         "block": re.compile(r"blocks\.\d+"),
         "layer": re.compile(r"blocks\.\d+"),
@@ -54,6 +60,15 @@ PATTERNS: dict[str, dict[str, re.Pattern[str]]] = {
 }
 """Paths of the modules that can be cached, by network and level."""
 
+_BLOCK = r"(\w*transformer_blocks|blocks|layers)\.\d+"
+_LAYER = r"attn[12]?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out|(gate|up|down)_proj"
+OTHER_TRANSFORMERS: dict[str, re.Pattern[str]] = {
+    "block": re.compile(_BLOCK),
+    "layer": re.compile(rf"{_BLOCK}\.({_LAYER})"),
+    "unit": re.compile(rf"{_BLOCK}\.({_LAYER})(\.[\w.]+)?"),
+}
+"""The same for all other transformers of diffusers; units are the linear layers among these."""
+
 U_NETS = ("UNet2DModel", "UNet2DConditionModel")
 
 
@@ -61,13 +76,17 @@ def cacheable_modules(model: nn.Module, config: CacheConfig) -> list[str]:
     """Return the paths of the modules to cache, in the network's order; raise `StageError` if there are none."""
     if config.policy == "deepcache":
         return modules_below_branch(model, config.branch)
-    levels = {level: _matches(model, pattern) for level, pattern in PATTERNS.get(type(model).__name__, {}).items()}
+    name = type(model).__name__
+    patterns = PATTERNS.get(name, OTHER_TRANSFORMERS if name in ADAPTERS else {})
+    levels = {level: _matches(model, pattern) for level, pattern in patterns.items()}
+    if patterns is OTHER_TRANSFORMERS:
+        levels["unit"] = [path for path in levels["unit"] if isinstance(model.get_submodule(path), nn.Linear)]
     paths = levels.get(config.level, [])
     if not paths:
         known = ", ".join(f"{level}: {found[0]} …" for level, found in levels.items() if found)
         remedy = f"set another accelerate.level (levels with modules: {known}" if known else "leave the stage out ("
         raise StageError(
-            f"this {type(model).__name__} has no modules of level {config.level}, so nothing would be cached; {remedy}"
+            f"this {name} has no modules of level {config.level}, so nothing would be cached; {remedy}"
             f"{'; ' if known else ''}its layers: {describe_layers(model)})"
         )
     return paths

@@ -32,7 +32,7 @@ from ensemble.compression.pruning.feature_distillation import distillation_loss,
 from ensemble.compression.pruning.importance import Scores, magnitude_importance
 from ensemble.compression.pruning.laptop import loss_without_layers
 from experts.compressed.conditional.kernel_experts import put_kernel_experts
-from experts.compressed.pruning.layers import layers_disabled, removable_layers, remove_layers
+from experts.compressed.pruning.layers import advise_pruning, layers_disabled, removable_layers, remove_layers
 from experts.compressed.pruning.units import prune_units, unit_counts, unit_groups
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
@@ -57,8 +57,8 @@ def prune_assembly(
     units = removable_layers(expert.model)
     if not units:
         raise StageError(
-            f"prune=assembly removes no layers of a {type(expert.model).__name__}; quantize it instead (its layers: "
-            f"{describe_layers(expert.model)})"
+            f"prune=assembly removes no layers of {type(expert.model).__name__}; {advise_pruning(expert.model)} (its "
+            f"layers: {describe_layers(expert.model)})"
         )
     row_flops = network_flops(expert.model, expert.latent_shape)
     batch = calibration_batches(dataset, config.rows, config.seed, 1, few_step=expert.few_step)[0]

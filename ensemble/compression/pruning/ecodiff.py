@@ -22,6 +22,7 @@ from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import EcoDiffConfig
 from ensemble.compression.pruning.importance import Scores, magnitude_importance, random_importance, select_units
 from ensemble.compression.pruning.masked_sampling import Masks, sample_with_masks
+from experts.compressed.pruning.layers import advise_pruning
 from experts.compressed.pruning.units import parameters_per_unit, prunable_units, prune_units
 from experts.config import TrainingConfig
 from experts.expert import Expert, network_flops
@@ -75,7 +76,8 @@ def prune_ecodiff(expert: Expert, dataset: LatentDataset, config: EcoDiffConfig,
     if not counts:
         raise StageError(
             f"ecodiff prunes unquantized U-Nets and transformers of diffusers and the residual network, and found no "
-            f"heads or hidden units in expert {expert.cluster_id}; set prune=laptop, or prune before quantization"
+            f"heads or hidden units in expert {expert.cluster_id}; {advise_pruning(expert.model)}, or prune before "
+            "quantization"
         )
     scores, flops = _score_units(expert, dataset, counts, config, workspace)
     remaining = select_units(expert.model, scores, config.ratio, config.by)

@@ -25,6 +25,7 @@ from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import LaptopConfig
 from ensemble.compression.pruning.feature_distillation import finetune_pruned
 from experts.compressed.pruning.layers import (
+    advise_pruning,
     layer_sizes,
     layers_disabled,
     removable_layers,
@@ -82,7 +83,7 @@ def prune_laptop(expert: Expert, dataset: LatentDataset, config: LaptopConfig, w
     sizes = {frozenset(map(units.index, paths)): size for paths, size in layer_sizes(model).items()}
     target = round(config.ratio * total)
     if not units:
-        raise StageError(f"prune=laptop removes no layers of a {type(model).__name__}; quantize it instead")
+        raise StageError(f"prune=laptop removes no layers of {type(model).__name__}; {advise_pruning(model)}")
     if sum(sizes.values()) < target:
         raise StageError(
             f"prune.ratio is {config.ratio:.0%}, and the {len(units)} removable layers of expert {expert.cluster_id} "

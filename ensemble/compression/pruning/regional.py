@@ -16,6 +16,7 @@ from ensemble.compression.method import ExpertResult, StageError
 from ensemble.compression.pruning.config import RegionalConfig
 from ensemble.compression.pruning.feature_distillation import finetune_pruned
 from experts.compressed.attention.regional import NAME, add_regional_summary, attention_maps
+from experts.compressed.pruning.layers import advise_pruning
 from experts.expert import Expert, network_flops
 from experts.training.flops import training_flops
 from experts.training.latent_dataset import Batch, LatentDataset
@@ -65,7 +66,8 @@ def choose_regions(expert: Expert, batch: Batch, config: RegionalConfig) -> dict
         raise StageError(
             f"prune=regional needs self-attention over at least {config.min_tokens} tokens that squares of side "
             f"{config.region or 2} or more divide; expert {expert.cluster_id} has {found or 'no map of attention'}; "
-            f"set prune.min_tokens or prune.region, or prune=laptop (its layers: {describe_layers(expert.model)})"
+            f"change prune.min_tokens or prune.region, or {advise_pruning(expert.model)} (its layers: "
+            f"{describe_layers(expert.model)})"
         )
     return chosen
 

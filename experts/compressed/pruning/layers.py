@@ -70,6 +70,13 @@ def removable_layers(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if pattern.fullmatch(path) and _is_removable(path, module)]
 
 
+def advise_pruning(model: nn.Module) -> str:
+    """Return what to do with a network that another method of pruning does not change."""
+    if removable_layers(model):
+        return "set prune=laptop"
+    return f"quantize it instead (prune=laptop is for {', '.join(PATTERNS)})"
+
+
 def removed_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers that have been removed."""
     removed = []

@@ -1,14 +1,17 @@
 """Feature caches of trained networks: exact without reuse, counted savings, independent samples."""
 
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.testbed.backbones import SHAPE, TINY, build, inputs
 from ddm_core.artifacts import Workspace
 from ddm_core.errors import DDMError
 from ensemble.compression.acceleration.cacheable_modules import (
+    PATTERNS,
     cacheable_modules,
     modules_below_branch,
     uniform_compute_steps,
@@ -34,6 +37,7 @@ from tests.ensemble.compression.trained import trained
 from tests.experts.compressed.pruning.test_layers import NETWORKS, network
 from tests.oracles import MixtureOfGaussians
 
+OTHERS = {case for case in TINY if case.partition("/")[0] not in PATTERNS} | {"CogView4Transformer2DModel"}
 STEPS = 12
 SAMPLING = SamplingConfig(solver="euler", steps=STEPS, selection=SelectionConfig(name="full"))
 CONFIG = CacheConfig(rows=4)
@@ -278,6 +282,34 @@ def test_networks_that_read_text_inherit_features_at_every_level(config, level, 
         samples = generate(cached)
         assert samples.calls.full_calls["0"] < 0.9 * plain.calls.full_calls["0"]
         assert relative_distance(samples, plain) > 0
+
+
+@pytest.mark.parametrize("level", ["block", "layer", "unit"])
+@pytest.mark.parametrize("case", sorted(OTHERS))
+def test_every_other_transformer_inherits_features(case, level, tmp_path):
+    expert = Expert(
+        model=build(case),
+        prediction="velocity",
+        noise_schedule=RECTIFIED_FLOW,
+        latent_shape=SHAPE,
+        num_classes=0,
+        cluster_id=0,
+    )
+    codec = PixelCodec(image_shape=(*SHAPE[1:], SHAPE[0]))
+    ensemble = lambda expert: Ensemble(experts={0: expert}, noise_schedule=RECTIFIED_FLOW)  # noqa: E731
+    draw = lambda expert: sample(ensemble(expert), codec, range(3), SAMPLING)  # noqa: E731
+    plain = draw(expert)
+    assert torch.equal(draw(with_cache(expert, tmp_path, level=level, interval=1)).latents, plain.latents)
+    cached = draw(with_cache(expert, tmp_path / "cached", level=level, interval=3))
+    assert cached.calls.full_calls["0"] < 0.95 * plain.calls.full_calls["0"]
+    assert relative_distance(cached, plain) > 0
+    adaptive = draw(with_cache(expert, tmp_path / "adaptive", level=level, policy="adaptive", order=0))
+    assert relative_distance(adaptive, plain) > 0
+    count, modules = Counter[str](), cacheable_modules(expert.model, replace(CONFIG, level=level))
+    for path in modules:
+        expert.model.get_submodule(path).register_forward_hook(lambda *_, path=path: count.update([path]))
+    call_network(expert.model, *inputs(case))
+    assert count == dict.fromkeys(modules, 1), "an output of two calls has no one value"
 
 
 def test_deepcache_caches_the_inner_layers_of_a_text_unet(tmp_path):

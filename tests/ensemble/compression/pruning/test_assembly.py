@@ -105,5 +105,5 @@ def test_what_cannot_be_assembled_is_an_error(original, tmp_path):
         run(original, tmp_path, ratio=0.99, order="random")
     with pytest.raises(StageError, match=r"set prune\.kernels=1"):
         add_kernels(deepcopy(original.model), original.model, [], AssemblyConfig(kernels=2))
-    with pytest.raises(StageError, match=r"removes no layers of a Linear; .* \(its layers: 1 Linear\)"):
+    with pytest.raises(StageError, match=r"removes no layers of Linear; .* \(its layers: 1 Linear\)"):
         run(replace(original, model=torch.nn.Linear(2, 2)), tmp_path)

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.testbed.backbones import build
 from experts.compressed.pruning.layers import (
+    advise_pruning,
     layer_sizes,
     layers_disabled,
     removable_layers,
@@ -103,6 +105,11 @@ def test_removed_transformer_layer_contributes_nothing():
     torch.nn.init.zeros_(model.get_submodule("transformer_blocks.1.ff.net.2").weight)
     torch.nn.init.zeros_(model.get_submodule("transformer_blocks.1.ff.net.2").bias)
     torch.testing.assert_close(predict(model), without_layer, rtol=0, atol=1e-6)
+
+
+def test_laptop_is_advised_where_it_removes_layers():
+    assert advise_pruning(network(NETWORKS[0])) == "set prune=laptop"
+    assert "quantize it instead (prune=laptop is for UNet2DModel" in advise_pruning(build("AuraFlowTransformer2DModel"))
 
 
 def test_unremovable_layer_is_refused(tmp_path):
