@@ -310,7 +310,14 @@ class DataCheck:
             )
             self.is_mendable = False
             return
-        networks = [expert.network for expert in (self.config.expert, *self.config.experts.values())]
+        experts = (self.config.expert, *self.config.experts.values())
+        if codec.kind == "patch_pca" and any(expert.align_weight for expert in experts):
+            self.mistakes.append(
+                "expert.align_weight decodes images of one size with codec=patch_pca, and data.aspect_buckets makes "
+                "several; use codec=pixels, or leave one of the two out"
+            )
+            self.is_mendable = False
+        networks = [expert.network for expert in experts]
         try:
             for size in data.sizes:
                 channels, height, width = (latent_shape_of(codec, side, data.channels) for side in (size[0], *size))

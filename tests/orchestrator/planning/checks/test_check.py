@@ -292,3 +292,11 @@ def test_settings_of_a_class_are_tried_before_a_run(tmp_path, overrides, message
 )
 def test_a_class_gets_settings_that_its_file_does_not_name(tmp_path, overrides):
     check(tmp_path, *overrides)
+
+
+def test_an_alignment_needs_images_of_one_size(tmp_path):
+    data = empty_images(tmp_path / "data", a=300, b=300)
+    sizes = ("data.image_size=32", "data.aspect_buckets=[48x32]", "router=prior_table", "expert=pixart_small")
+    overrides = ("codec=patch_pca", "expert.align_weight=0.5", "data.labels=false")
+    with pytest.raises(ConfigError, match="decodes images of one size with codec=patch_pca"):
+        check(tmp_path / "run", *data, *sizes, *overrides)
