@@ -223,10 +223,24 @@ def incubate(
         model.requires_grad_(False)
         shortened[path].requires_grad_(True)
         loss = distillation_loss(frozen, [path], weights, config, config.incubation)
+        hook = shortened[path].register_forward_pre_hook(_require_gradients, with_kwargs=True)
         trained = fit(model, loss, dataset, config.incubation, workspace.part(f"stage_{number}")).model
+        hook.remove()
         shortened[path].load_state_dict(trained.get_submodule(path).state_dict())
     model.to("cpu").eval().requires_grad_(True)
     return stages
+
+
+def _require_gradients(_stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let the inputs of a stage need gradients.
+
+    On a CPU torch 2.13 crashes in the backward pass of a trained `GroupNorm` whose input, with the channels last, needs
+    none.
+    """
+    for value in (*args, *kwargs.values()):
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, torch.Tensor) and each.is_floating_point() and each.is_leaf:
+                each.requires_grad_(True)
 
 
 def _freed(expert: Expert, paths: Sequence[str]) -> float:

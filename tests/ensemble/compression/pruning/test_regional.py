@@ -158,7 +158,7 @@ def _pairs(result):
 
 def test_training_brings_the_output_back(tmp_path):
     expert = trained("dit", Workspace.at(tmp_path / "trained"))
-    tuning = TrainingConfig(steps=40, batch_size=32, lr=1e-3, warmup_steps=2)
+    tuning = TrainingConfig(steps=80, batch_size=32, lr=1e-3, warmup_steps=2)
     config = replace(CONFIG, min_tokens=16, finetune=tuning, output_weight=100.0, feature_weight=0.0)
     result = prune_regional(expert, digits(), config, Workspace.at(tmp_path / "work"))
     details, summaries = result.details, [m for m in result.network.model.modules() if isinstance(m, RegionalSummary)]
