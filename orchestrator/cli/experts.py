@@ -1,9 +1,11 @@
 """List, remove, restore or add the experts of a finished run's ensemble."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +13,11 @@ from rich.table import Table
 from orchestrator.cli.pipelines import RunArgument
 from orchestrator.errors import ConfigError
 from orchestrator.reporting.terminal import AsJson, open_console, print_json
+
+if TYPE_CHECKING:
+    from orchestrator.config.delivery import DeliveryConfig
+    from orchestrator.config.schema import RunConfig
+    from orchestrator.run.run_folder import RunFolder
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = open_console()
@@ -112,8 +119,10 @@ def finetune(
             config.expert.training, steps=steps, batch_size=batch_size, lr=lr, warmup_steps=min(100, steps // 10)
         ),
     )
-    config = change_config(config, {"folder": str(folder.root), "finetune": finetune})
-    if run_pipeline(config, console).stopped:
+    earlier, config = config, change_config(config, {"folder": str(folder.root), "finetune": finetune})
+    with _restores(folder, earlier, lambda: "adapter_images" in _finished_stages(folder, config)):
+        result = run_pipeline(config, console)
+    if result.stopped:
         raise RunFailed("stopped; run the same command to continue")
     _copy_adapters(folder, config, out)
     console.print(f'{out}: pipe.load_lora_weights("{out}")', soft_wrap=True, highlight=False, markup=False)
@@ -133,8 +142,6 @@ def extend(
     from orchestrator.config.delivery import DeliveryConfig
     from orchestrator.config.schema import change_config
     from orchestrator.controller import run_pipeline
-    from orchestrator.errors import RunFailed
-    from orchestrator.run.lease import hold_lease
     from orchestrator.run.run_folder import RunFolder
     from orchestrator.run.trust import require_trust
 
@@ -147,26 +154,40 @@ def extend(
         )
     steps = steps or max(1, config.expert.training.steps // 4)
     delivery = DeliveryConfig(path=str(replace(config.data, path=path).path), version=version, steps=steps)
-    read = read_deliveries(folder, config)
+    read = _read(folder, config)
     for other in set(config.deliveries) - {*read, delivery}:
         console.print(f"{other.path} was not read yet, and is left out", soft_wrap=True, highlight=False, markup=False)
     config = change_config(config, {"folder": str(folder.root), "deliveries": tuple(dict.fromkeys((*read, delivery)))})
-    try:
+    with _restores(folder, replace(config, deliveries=read), lambda: _read(folder, config) == config.deliveries):
         result = run_pipeline(config, console)
-    except RunFailed:
-        if read_deliveries(folder, config) != config.deliveries:
-            with hold_lease(folder):
-                folder.save_config(replace(config, deliveries=read))
-        raise
     report_result(config, result)
 
 
-def read_deliveries(folder: Any, config: Any) -> Any:
+@contextmanager
+def _restores(folder: "RunFolder", earlier: "RunConfig", is_read: Callable[[], bool]) -> Iterator[None]:
+    """Write the earlier configuration back if a run fails before it has read what was added to it."""
+    from orchestrator.errors import RunFailed
+    from orchestrator.run.lease import hold_lease
+
+    try:
+        yield
+    except RunFailed:
+        if not is_read():
+            with hold_lease(folder):
+                folder.save_config(earlier)
+        raise
+
+
+def _read(folder: "RunFolder", config: "RunConfig") -> tuple["DeliveryConfig", ...]:
     """Return the deliveries of a run that have been read; one that cannot be is no part of the run."""
+    finished = _finished_stages(folder, config)
+    return tuple(delivery for n, delivery in enumerate(config.deliveries, start=1) if f"dataset_{n}" in finished)
+
+
+def _finished_stages(folder: "RunFolder", config: "RunConfig") -> set[str]:
     from orchestrator.pipeline.graph import build_graph
 
-    finished = {stage.name for stage in build_graph(config) if folder.is_finished(stage)}
-    return tuple(delivery for n, delivery in enumerate(config.deliveries, start=1) if f"dataset_{n}" in finished)
+    return {stage.name for stage in build_graph(config) if folder.is_finished(stage)}
 
 
 def _fingerprint_images(images: Path) -> str:

@@ -107,6 +107,17 @@ def test_a_batch_is_no_larger_than_the_images(tiny_run, images, tmp_path):  # no
     assert (tiny_run / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_images_that_cannot_be_read_leave_the_run_as_it_was(own_run, images, tmp_path):  # noqa: F811 - the fixture
+    before = (own_run / "config.yaml").read_bytes()
+    for path in images.glob("*.png"):
+        path.write_bytes(b"no image")
+    result = invoke(own_run, "--images", images, "--out", tmp_path / "lora", *OPTIONS)
+    assert result.exit_code and "adapter_images" in str(result.exception)
+    assert (own_run / "config.yaml").read_bytes() == before
+    assert run_pipeline(RunFolder(own_run).load_config(), Console(quiet=True)).submitted == 0
+
+
 def test_images_without_captions_are_counted(tiny_run, images, tmp_path):  # noqa: F811 - the fixture
     (images / "0.txt").write_text("a picture")
     finetune = FinetuneConfig(images=str(images), content="x", experts=(0,), is_routed=False)
