@@ -19,6 +19,7 @@ LAYERS = {
     "PixArtTransformer2DModel": "transformer_blocks.1.ff.net.0.proj",
     "SD3Transformer2DModel": "transformer_blocks.0.ff_context.net.2",
     "UNet2DModel": "up_blocks.0.resnets.0.conv1",
+    "UNet2DConditionModel": "up_blocks.0.resnets.0.conv1",
     "ResidualMLP": "blocks.1.inner",
 }
 
