@@ -42,10 +42,10 @@ def check_own_images(run: RunFolder, stages: Mapping[str, Stage]) -> Iterator[st
 def check_deliveries(run: RunFolder, stages: Mapping[str, Stage]) -> Iterator[str]:
     """Yield why later data cannot be read, or have a class that the run has not; finished ones are taken from it."""
     dataset = stages["dataset"]
-    known = read_survey(run.verify_file(dataset, "dataset.json")).class_counts if run.is_finished(dataset) else {}
     for name, stage in stages.items():
         if not name.startswith("dataset_") or run.is_finished(stage):
             continue
+        known = read_survey(run.verify_file(dataset, "dataset.json")).class_counts if run.is_finished(dataset) else {}
         try:
             survey = survey_source(stage.config)
         except DataError as error:
