@@ -21,7 +21,7 @@ from router.router import Router, count_priors
 from router.train import fit_router, router_flops
 from tests.router.captioned import WIDTH, make_dataset
 
-TRAINING = TrainingConfig(steps=100, batch_size=64, lr=1e-2, warmup_steps=5, condition_dropout=0.5)
+TRAINING = TrainingConfig(steps=200, batch_size=64, lr=1e-2, warmup_steps=5, condition_dropout=0.5)
 
 
 def make_clusters(count: int = 300) -> LatentDataset:
