@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED, UNHASHED_IF_DEFAULT
-from ddm_core.random_bits import Seed
+from ddm_core.seeds import Seed
 from ddm_core.url_queries import hide_queries, without_secrets
 
 MAX_FEATURES = 8192

@@ -1,18 +1,11 @@
 """Random numbers without state: the ids of the random streams, and a hash that mixes 64 bits."""
 
 from enum import IntEnum
-from typing import Annotated
 
 import numpy as np
 from jaxtyping import UInt64
-from pydantic import Field
 
 Bits = UInt64[np.ndarray, "..."]
-
-MAX_SEED = 2**62
-"""Largest seed that a user may set: generators take 64 bits, and a training that is repeated adds to it."""
-
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Stream(IntEnum):

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED_IF_DEFAULT
-from ddm_core.random_bits import Seed
+from ddm_core.seeds import Seed
 from experts.config import NoiseScheduleName
 from router.config import AUTO, SelectionConfig
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT, UNHASHED, UNHASHED_IF_DEFAULT
-from ddm_core.random_bits import Seed
+from ddm_core.seeds import Seed
 
 Prediction = Literal["velocity", "noise", "clean"]
 NoiseScheduleName = Literal["rectified_flow", "cosine", "linear_beta", "ddpm_linear", "scaled_linear"]

@@ -101,7 +101,7 @@ def fit(overrides: list[str]) -> list[str]:
 
 def parse_seeds(text: str) -> list[int]:
     """Return the seeds of `0-15`, `3,5,8` or both; raises `ConfigError` for anything else."""
-    from ddm_core.random_bits import MAX_SEED
+    from ddm_core.seeds import MAX_SEED
 
     try:
         parts = [part.strip().partition("-") for part in text.split(",")]

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from data_partition.config import DataConfig, PartitionConfig
 from ddm_core.artifacts import STRICT, to_jsonable
-from ddm_core.random_bits import Seed
+from ddm_core.seeds import Seed
 from ensemble.compression.config import (
     AccelerateConfig,
     DistillConfig,

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
-from ddm_core.random_bits import Seed
+from ddm_core.seeds import Seed
 from experts.config import TrainingConfig
 
 MASK_TRAINING = TrainingConfig(steps=200, batch_size=8, lr=0.1, warmup_steps=5, log_every=10, checkpoint_every=20)

@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ddm_core.artifacts import STRICT
-from ddm_core.random_bits import Seed
+from ddm_core.seeds import Seed
 from experts.config import TrainingConfig
 
 
