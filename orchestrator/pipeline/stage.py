@@ -78,6 +78,12 @@ class Stage:
         return f"{self.identity or self.name}-{self.fingerprint[:12]}"
 
 
+def expert_id(name: str) -> int | None:
+    """Return k of `expert_<k>`, the name of an expert's stage and role; None for any other name."""
+    number = name.removeprefix("expert_")
+    return int(number) if number != name and number.isdecimal() else None
+
+
 def remove_stage(graph: Sequence[Stage], name: str) -> list[Stage]:
     """Return the graph without one stage; every stage that read it is rebuilt and has another fingerprint."""
     rebuilt: dict[str, Stage] = {}

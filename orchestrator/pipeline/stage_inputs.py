@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experts.config import ExpertConfig
+from orchestrator.pipeline.stage import expert_id
 
 Inputs = Mapping[str, Path]
 
@@ -16,8 +17,7 @@ def cluster_folders(folder: Path) -> list[Path]:
 
 def experts_by_id(inputs: Inputs) -> dict[int, Path]:
     """Return the folders of the trained experts among a stage's inputs, whose roles are `expert_<k>`."""
-    numbers = {role: role.removeprefix("expert_") for role in inputs}
-    return {int(number): inputs[role] for role, number in numbers.items() if role != number and number.isdecimal()}
+    return {k: path for role, path in inputs.items() if (k := expert_id(role)) is not None}
 
 
 def with_init_checkpoint(expert: ExpertConfig, inputs: Inputs, role: str = "init") -> ExpertConfig:

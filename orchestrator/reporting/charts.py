@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from orchestrator.pipeline.stage import expert_id
+
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 INK, MUTED, GRID = "#1c2126", "#575f68", "#e2e6ea"
 
@@ -58,8 +60,8 @@ Curve = Sequence[tuple[float, float]]
 
 def series_color(name: str) -> str:
     """Return the color of an expert, of the monolith, of the router, or of a line with that name: always the same."""
-    if name.startswith("expert_"):
-        return COLORS[int(name.removeprefix("expert_")) % len(COLORS)]
+    if (k := expert_id(name)) is not None:
+        return COLORS[k % len(COLORS)]
     return SERIES_COLORS.get(name, COLORS[9])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from data_partition.shards.images import encode_png, tile_pixels
 from data_partition.shards.shards import read_index, read_samples
 from ddm_core.artifacts import CorruptArtifact, read_json
-from orchestrator.pipeline.stage import Stage
+from orchestrator.pipeline.stage import Stage, expert_id
 from orchestrator.reporting.analyses import finished_audits
 from orchestrator.run.metrics_rows import is_number, sample_rows
 from orchestrator.run.run_folder import RunFolder
@@ -100,7 +100,7 @@ def load_loss_curves(run: RunFolder, graph: Sequence[Stage], kinds: Sequence[str
 def load_missing_share(run: RunFolder, graph: Sequence[Stage], missing: Sequence[str]) -> float:
     """Return the share of the training images whose experts, such as `expert_3`, are missing."""
     partition = next(stage for stage in graph if stage.name == "partition")
-    ids = [int(name.removeprefix("expert_")) for name in missing if name.startswith("expert_")]
+    ids = [k for name in missing if (k := expert_id(name)) is not None]
     if not ids or not run.is_finished(partition):
         return 0.0
     shares = read_json(run.verify_file(partition, "balance.json"))["shares"]

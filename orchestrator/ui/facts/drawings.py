@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from orchestrator.pipeline.stage import expert_id
 from orchestrator.reporting import charts
 from orchestrator.reporting.charts import WITH_CLASS, WITHOUT_CLASS
 from orchestrator.reporting.facts import LossCurves
@@ -21,15 +22,10 @@ Chart = dict[str, Any]
 """`svg`, and a `caption` with the reading rule."""
 
 
-def is_expert(name: str) -> bool:
-    """Return whether a stage's name is that of an expert."""
-    return name.startswith("expert_") and name.removeprefix("expert_").isdecimal()
-
-
 def draw_losses(losses: LossCurves, y_label: str, description: str) -> Markup | None:
     """Draw a line for each training; many experts become their median and spread."""
     curves, x_label = losses.points, "training step"
-    experts = {name: points for name, points in curves.items() if is_expert(name)}
+    experts = {name: points for name, points in curves.items() if expert_id(name) is not None}
     if len(experts) > MAX_EXPERTS:
         others = {name: points for name, points in curves.items() if name not in experts}
         svg = charts.band_chart(experts, x_label, y_label, f"{len(experts)} experts", others)
@@ -40,7 +36,7 @@ def draw_losses(losses: LossCurves, y_label: str, description: str) -> Markup | 
 
 def describe_extremes(losses: LossCurves) -> str:
     """Return a sentence that names the experts whose loss is highest and lowest at the end; empty for a few experts."""
-    last = sorted((points[-1][1], name) for name, points in losses.points.items() if is_expert(name))
+    last = sorted((points[-1][1], name) for name, points in losses.points.items() if expert_id(name) is not None)
     if len(last) <= MAX_EXPERTS:
         return ""
     lowest, highest = (", ".join(f"{name} ({loss:.3g})" for loss, name in some) for some in (last[:3], last[:-4:-1]))
@@ -113,7 +109,7 @@ def _over_t(bins: list[dict[str, float]], name: str) -> list[tuple[float, float]
 def draw_timeline(attempts: list[Attempt]) -> Markup:
     """Draw when each attempt ran; many experts share a bar for each state."""
     first = min(attempt.start for attempt in attempts)
-    experts = [attempt for attempt in attempts if is_expert(attempt.stage)]
+    experts = [attempt for attempt in attempts if expert_id(attempt.stage) is not None]
     if len(experts) > MAX_EXPERTS:
         attempts = [attempt for attempt in attempts if attempt not in experts]
     bars = [

@@ -4,13 +4,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.pipeline.stage import expert_id
 from orchestrator.reporting.costs import CostRow, sum_costs
 from orchestrator.reporting.facts import load_audits, load_clusters, load_router_quality
 from orchestrator.reporting.pareto import load_compression_points, pareto_front, select_good
 from orchestrator.reporting.results import load_training_flops, selection_choice
 from orchestrator.reporting.summary import fd_ratio
 from orchestrator.reporting.tables.ranking import ScoreRow, rank_rows
-from orchestrator.ui.facts.drawings import MAX_EXPERTS, draw_timeline, is_expert, router_charts
+from orchestrator.ui.facts.drawings import MAX_EXPERTS, draw_timeline, router_charts
 from orchestrator.ui.facts.feature_map import load_classes
 from orchestrator.ui.facts.overview import Overview
 from orchestrator.ui.facts.pictures import wall_size
@@ -103,7 +104,7 @@ def explain_default(rows: list[ScoreRow]) -> str:
 
 def merge_costs(rows: Sequence[CostRow]) -> list[CostRow]:
     """Return the costs of every stage; many experts are summed up in one row."""
-    experts = [row for row in rows if is_expert(row.stage)]
+    experts = [row for row in rows if expert_id(row.stage) is not None]
     if len(experts) <= MAX_EXPERTS:
         return list(rows)
     merged = sum_costs(experts, f"{len(experts)} experts")
@@ -113,7 +114,7 @@ def merge_costs(rows: Sequence[CostRow]) -> list[CostRow]:
 def list_flops(flops: Mapping[str, float]) -> dict[str, Any]:
     """Return the FLOPs of every part of the decentralized side, their sum, and the monolith's."""
     parts = {name: value for name, value in flops.items() if name != "monolith"}
-    experts = {name: value for name, value in parts.items() if is_expert(name)}
+    experts = {name: value for name, value in parts.items() if expert_id(name) is not None}
     if len(experts) > MAX_EXPERTS:
         rest = {name: value for name, value in parts.items() if name not in experts}
         parts = {f"{len(experts)} experts": sum(experts.values())} | rest
