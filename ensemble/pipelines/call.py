@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from ddm_core.seeds import MAX_SEED
 from ensemble.routing import CallCounts
 from ensemble.sampling.prompts import PromptError, find_class
 from ensemble.solvers import make_noise
@@ -22,7 +23,6 @@ ClassLabel = str | int | None
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
 """Called with the pipeline, the step, the timestep and the requested tensors; returns those to replace."""
-MAX_SEED = 2**62
 
 
 @dataclass
