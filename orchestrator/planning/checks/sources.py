@@ -42,10 +42,11 @@ def check_own_images(run: RunFolder, stages: Mapping[str, Stage]) -> Iterator[st
 def check_deliveries(run: RunFolder, stages: Mapping[str, Stage]) -> Iterator[str]:
     """Yield why later data cannot be read, or have a class that the run has not; finished ones are taken from it."""
     dataset = stages["dataset"]
-    for name, stage in stages.items():
-        if not name.startswith("dataset_") or run.is_finished(stage):
-            continue
-        known = read_survey(run.verify_file(dataset, "dataset.json")).class_counts if run.is_finished(dataset) else {}
+    later = [stage for name, stage in stages.items() if name.startswith("dataset_") and not run.is_finished(stage)]
+    known: Mapping[str, int] = {}
+    if later and run.is_finished(dataset):
+        known = read_survey(run.verify_file(dataset, "dataset.json")).class_counts
+    for stage in later:
         try:
             survey = survey_source(stage.config)
         except DataError as error:
