@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.arms.few_step_rows import TRAINING
-from benchmarks.arms.paper_networks import train_experts
+from benchmarks.arms.paper_networks import select_cluster, train_experts
 from benchmarks.arms.paper_row import PaperRow
 from benchmarks.arms.time_rows import ROUTER
 from ddm_core.artifacts import Workspace
@@ -56,7 +56,7 @@ def distance_of(expert: Expert, held_out: LatentDataset, step_type: StepType, st
 def measure_decoupled(folder: Path) -> PaperRow:
     """Compare adapters of a shared student with students that learn everything in as many steps in all."""
     experts, data, held_out = train_experts(folder)
-    clusters, real = ({k: _of_cluster(part, k) for k in experts} for part in (data, held_out))
+    clusters, real = ({k: select_cluster(part, k) for k in experts} for part in (data, held_out))
     shared = _train_shared(experts, data, held_out, SHARED_STEPS, folder)
     own_steps = SHARED_STEPS // len(experts) + OWN_STEPS
 
@@ -121,10 +121,6 @@ def _train_shared(
     config = replace(CONSISTENCY, training=replace(CONSISTENCY.training, steps=steps))
     teacher, workspace = build_ensemble_teacher(ensemble, "cpu"), Workspace.at(folder / f"shared {steps}")
     return train_consistency_student(experts[0], teacher, 0.0, data, config, workspace).network
-
-
-def _of_cluster(data: LatentDataset, k: int) -> LatentDataset:
-    return data.select((data.cluster_id == k).nonzero().squeeze(1))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,12 +10,11 @@ import torch
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
-from benchmarks.arms.paper_networks import EXPERTS, NETWORKS, fit_digits, select_digits, train_experts
+from benchmarks.arms.paper_networks import EXPERTS, NETWORKS, fit_digits, select_cluster, select_digits, train_experts
 from benchmarks.arms.paper_row import PaperRow
-from benchmarks.arms.time_rows import KIND, SAMPLES, SEEDS, STEPS, TRAINING, measure_velocity
+from benchmarks.arms.time_rows import KIND, SAMPLES, SEEDS, TRAINING, draw_samples, measure_loss
 from ddm_core.artifacts import Workspace
 from ensemble.evaluation.metrics import frechet_distance
-from ensemble.solvers import euler, make_noise, uniform_times
 from experts.baselines.distilled_monolith import mean_parameters, student_loss
 from experts.conditions.condition import Condition
 from experts.config import TrainingConfig
@@ -64,7 +63,7 @@ def measure_dense_student(folder: Path) -> PaperRow:
         common = fit_digits(deepcopy(scratch), data, 0, replace(training, steps=COMMON_STEPS), place / "common")
         own = replace(training, steps=training.steps - COMMON_STEPS, batch_size=training.batch_size // EXPERTS)
         experts = {
-            k: fit_digits(deepcopy(common.model), _of_cluster(data, k), 0, own, place / f"expert_{k}")
+            k: fit_digits(deepcopy(common.model), select_cluster(data, k), 0, own, place / f"expert_{k}")
             for k in range(EXPERTS)
         }
         starts: dict[str, Callable[[], nn.Module]] = {
@@ -114,26 +113,16 @@ def fit_probe() -> MLPClassifier:
 
 def measure_all(expert: Expert, probe: MLPClassifier) -> Figures:
     """Return the loss and both distances of an expert without condition."""
-    condition, held_out = Condition.null(SAMPLES), select_digits("dit", held_out=True)
-    loss, over_pixels = measure_velocity(expert.velocity, 0, condition)
-    with torch.inference_mode():
-        noise = make_noise(range(SAMPLES), held_out.latent_shape)
-        samples = euler(lambda x, t: expert.velocity(x, t, condition), noise, uniform_times(STEPS))
-    drawn, real = (
-        np.maximum(latents.flatten(1).numpy() @ probe.coefs_[0] + probe.intercepts_[0], 0)
-        for latents in (samples, held_out.clean)
-    )
-    return loss, over_pixels, frechet_distance(drawn, real)
+    clean = select_digits("dit", held_out=True).clean.flatten(1).numpy()
+    samples = draw_samples(expert.velocity, Condition.null(SAMPLES), expert.latent_shape).flatten(1).numpy()
+    drawn, real = (np.maximum(rows @ probe.coefs_[0] + probe.intercepts_[0], 0) for rows in (samples, clean))
+    return measure_loss(expert.velocity, 0), frechet_distance(samples, clean), frechet_distance(drawn, real)
 
 
 def _new_network(data: LatentDataset, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build_network(NETWORKS[KIND], data.latent_shape, 0)
-
-
-def _of_cluster(data: LatentDataset, k: int) -> LatentDataset:
-    return data.select((data.cluster_id == k).nonzero().squeeze(1))
 
 
 def _spread(values: list[float]) -> str:

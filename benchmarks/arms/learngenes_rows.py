@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.arms.paper_networks import train_experts
+from benchmarks.arms.paper_networks import select_cluster, train_experts
 from benchmarks.arms.paper_row import PaperRow
 from benchmarks.arms.time_rows import KIND, TRAINING
 from ddm_core.artifacts import Workspace
@@ -64,7 +64,7 @@ def _error(result: EnsembleResult, experts: Mapping[int, Expert], held_out: Late
     """Return the mean relative error of the experts' outputs on held-out digits of their own clusters."""
     errors = []
     for k, expert in experts.items():
-        own = held_out.select((held_out.cluster_id == k).nonzero().squeeze(1))
+        own = select_cluster(held_out, k)
         compressed = result.experts[k]
         if not isinstance(compressed, Expert):
             raise TypeError(f"expected an expert of one network, got {type(compressed).__name__}")

@@ -112,11 +112,16 @@ def train_experts(
     )
     batch_size, experts = training.batch_size // EXPERTS, dict[int, Expert]()
     for k in range(EXPERTS):
-        cluster, saved = data.select((data.cluster_id == k).nonzero().squeeze(1)), folder / f"{kind}_{k}" / "expert"
+        cluster, saved = select_cluster(data, k), folder / f"{kind}_{k}" / "expert"
         if not saved.is_dir():
             train_velocity(NETWORKS[kind], cluster, training, batch_size, saved.parent).save(saved)
         experts[k] = Expert.load(saved)
     return experts, data, held_out
+
+
+def select_cluster(data: LatentDataset, k: int) -> LatentDataset:
+    """Return the samples of one cluster."""
+    return data.select((data.cluster_id == k).nonzero().squeeze(1))
 
 
 def fit_digits(

@@ -86,7 +86,7 @@ def measure_task_routing(folder: Path) -> PaperRow:
         for name, change in ARMS.items():
             expert = _train(folder / f"{name}_{seed}", CLASSES, replace(TRAINING, seed=seed), change)
             parameters.add(count_parameters(expert.model))
-            figures[name].append(measure_velocity(expert.velocity, CLASSES, condition))
+            figures[name].append(_measure(expert.velocity, CLASSES, condition))
             print(seed, name, figures[name][-1], flush=True)
     (loss, distance), (loss_of_random, distance_of_random) = (
         [_mean_ratio(figures[name], figures["plain"], index) for index in (0, 1)] for name in ("windows", "random")
@@ -112,7 +112,7 @@ def measure_time_bounds(folder: Path) -> PaperRow:
     """Train one network, three of intervals of t in equal steps or FLOPs, three of all t, and four of clusters."""
     condition = Condition(torch.full((SAMPLES,), -1))
     plain = [_train(folder / f"all_t_{seed}", 0, replace(TRAINING, seed=seed)) for seed in range(len(BOUNDS) + 1)]
-    figures = {"one": measure_velocity(plain[0].velocity, 0, condition)}
+    figures = {"one": _measure(plain[0].velocity, 0, condition)}
     third = replace(TRAINING, batch_size=TRAINING.batch_size // (len(BOUNDS) + 1))
     for name, training in (("equal steps", TRAINING), ("equal FLOPs", third)):
         networks = [
@@ -120,12 +120,12 @@ def measure_time_bounds(folder: Path) -> PaperRow:
             for low, high in pairwise((0.0, *BOUNDS, 1.0))
         ]
         split = TimeSplitExpert(experts=networks, bounds=BOUNDS)
-        figures[name] = measure_velocity(partial(split.velocity, noise_schedule=RECTIFIED_FLOW), 0, condition)
+        figures[name] = _measure(partial(split.velocity, noise_schedule=RECTIFIED_FLOW), 0, condition)
         jumps = [_jump(networks[index : index + 2], bound) for index, bound in enumerate(BOUNDS)]
         print(name, figures[name], jumps, flush=True)
         if name == "equal steps":
             jump = max(jumps)
-    figures["mean"] = measure_velocity(partial(_mean_velocity, plain), 0, condition)
+    figures["mean"] = _measure(partial(_mean_velocity, plain), 0, condition)
     figures["clusters"] = _measure_clusters(folder, condition)
     print(figures, flush=True)
     (loss, distance), ratios = figures["one"], dict[str, tuple[float, float]]()
@@ -169,15 +169,26 @@ def _train(
     return expert
 
 
-def measure_velocity(velocity: Velocity, num_classes: int, condition: Condition) -> tuple[float, float]:
+def _measure(velocity: Velocity, num_classes: int, condition: Condition) -> tuple[float, float]:
     """Return the held-out loss, and the Fréchet distance of samples to held-out digits."""
+    clean = select_digits("dit", held_out=True).clean
+    samples = draw_samples(velocity, condition, clean.shape[1:])
+    return measure_loss(velocity, num_classes), frechet_distance(samples.flatten(1).numpy(), clean.flatten(1).numpy())
+
+
+@torch.inference_mode()
+def measure_loss(velocity: Velocity, num_classes: int) -> float:
+    """Return the loss on held-out digits."""
     held_out = select_digits("dit", held_out=True)
     held_out = held_out if num_classes else held_out.without_conditions()
-    with torch.inference_mode():
-        figures = measure_held_out(velocity, held_out, RECTIFIED_FLOW, 512, torch.device("cpu"))
-        noise = make_noise(range(SAMPLES), held_out.latent_shape)
-        samples = euler(lambda noised, t: velocity(noised, t, condition), noise, uniform_times(STEPS))
-    return figures[HELD_OUT], frechet_distance(samples.flatten(1).numpy(), held_out.clean.flatten(1).numpy())
+    return measure_held_out(velocity, held_out, RECTIFIED_FLOW, 512, torch.device("cpu"))[HELD_OUT]
+
+
+@torch.inference_mode()
+def draw_samples(velocity: Velocity, condition: Condition, shape: Sequence[int]) -> Tensor:
+    """Return a sample of every condition."""
+    noise = make_noise(range(len(condition)), tuple(shape))
+    return euler(lambda noised, t: velocity(noised, t, condition), noise, uniform_times(STEPS))
 
 
 def _measure_clusters(folder: Path, condition: Condition) -> tuple[float, float]:
@@ -191,7 +202,7 @@ def _measure_clusters(folder: Path, condition: Condition) -> tuple[float, float]
         routing = ensemble.init_routing(range(len(t)), rows, SelectionConfig(name="full"))
         return ensemble.velocity(noised, t, rows, routing)
 
-    return measure_velocity(velocity, 0, condition)
+    return _measure(velocity, 0, condition)
 
 
 def _mean_velocity(experts: Sequence[Expert], noised: Tensor, t: Tensor, condition: Condition) -> Tensor:

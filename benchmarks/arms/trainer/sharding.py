@@ -48,16 +48,13 @@ def compare_workers(folder: Path) -> list[Claim]:
     for worker in workers:
         worker.join(300)
     results = {name: load(folder / f"{name}_0.pt") for name in ("whole", "stopped", "by_one")}
-    equal = all(torch.equal(results["whole"][name], value) for name, value in results["stopped"].items())
     across = {name: relative(predict(results[name]), alone) for name in ("whole", "by_one")}
     across["by_two"] = relative(predict(train(Workspace.at(folder / "by_two"))), alone)
     return [
-        Claim(
-            name="sharding: FSDP2 by two workers, stopped and resumed by two, has the bits of an unbroken training",
-            bar="all",
-            value="all" if equal else "not all",
-            spread=f"n = {len(results['whole'])} tensors",
-            holds=equal,
+        claim_equal_bits(
+            "sharding: FSDP2 by two workers, stopped and resumed by two, has the bits of an unbroken training",
+            results["stopped"],
+            results["whole"],
         ),
         Claim(
             name="sharding: predictions by two workers against one, resumed by two after one, and by one after two",
@@ -67,6 +64,13 @@ def compare_workers(folder: Path) -> list[Claim]:
             holds=max(across.values()) <= 1e-5,
         ),
     ]
+
+
+def claim_equal_bits(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], steps: str = "") -> Claim:
+    """Return the claim that all tensors of two trainings are equal."""
+    holds = all(torch.equal(expected[path], value) for path, value in found.items())
+    value, spread = "all" if holds else "not all", f"n = {len(found)} tensors{steps}"
+    return Claim(name=name, bar="all", value=value, spread=spread, holds=holds)
 
 
 def train_in_two(rank: int, folder: Path) -> None:
@@ -88,7 +92,6 @@ def kill_workers(folder: Path, kills: int) -> list[Claim]:
         worker.join(300)
     killed, unkilled = load(folder / "killed_0.pt"), load(folder / "unkilled_0.pt")
     alone = predict(train(Workspace.at(folder / "whole"), UNKILLED))
-    equal = all(torch.equal(unkilled[name], value) for name, value in killed.items())
     codes = Counter(found.left)
     return [
         Claim(
@@ -105,12 +108,11 @@ def kill_workers(folder: Path, kills: int) -> list[Claim]:
             spread=", ".join(f"exit code {code}: {count}" for code, count in codes.items()),
             holds=found.ended == len(found.left),
         ),
-        Claim(
-            name="sharding: the killed training of two workers has the bits of one that was never stopped",
-            bar="all",
-            value="all" if equal else "not all",
-            spread=f"n = {len(killed)} tensors, {KILLED.steps} steps",
-            holds=equal,
+        claim_equal_bits(
+            "sharding: the killed training of two workers has the bits of one that was never stopped",
+            killed,
+            unkilled,
+            f", {KILLED.steps} steps",
         ),
         Claim(
             name="sharding: predictions of the killed training against one worker's that was never stopped",
